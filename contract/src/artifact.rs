@@ -1,0 +1,68 @@
+//! What a run leaves in the bucket: object names and the manifest that makes them count.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    document::Document,
+    settings::{ModelSource, RunId},
+};
+
+/// The commit marker of a published result; an output without it does not exist.
+pub const MANIFEST_NAME: &str = "finetune-manifest.json";
+
+/// The commit marker of a checkpoint.
+pub const CHECKPOINT_MANIFEST_NAME: &str = "checkpoint-manifest.json";
+
+/// Returns the name of a checkpoint's prefix below the run's checkpoints.
+pub fn checkpoint_name(step: u64) -> String {
+    format!("step-{step:08}")
+}
+
+/// What a result is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum ArtifactKind {
+    /// A PEFT LoRA directory.
+    Adapter,
+    /// A Hugging Face model directory, trained in full.
+    FullModel,
+    /// A Hugging Face model directory with the adapter merged in, and the adapter under `adapter/`.
+    MergedModel,
+}
+
+/// The files of a published result, written last and create-only.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Manifest {
+    /// [`crate::CONTRACT_VERSION`].
+    pub version: u32,
+    /// The run that wrote it.
+    pub run_id: RunId,
+    /// What it is.
+    pub kind: ArtifactKind,
+    /// The program and version that wrote it.
+    pub generator: String,
+    /// The base model, with its revision pinned where there is one.
+    pub base_model: ModelSource,
+    /// SHA-256 of the training rows.
+    pub train_sha256: String,
+    /// Optimizer steps of the weights.
+    pub step: u64,
+    /// Every file, sorted by path; the manifest itself is not among them.
+    pub files: Vec<ManifestFile>,
+}
+
+impl Document for Manifest {
+    const NAME: &'static str = "manifest";
+}
+
+/// One file of a result.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ManifestFile {
+    /// The path below the output, with `/`.
+    pub path: String,
+    /// Bytes.
+    pub size: u64,
+    /// Lower-case hexadecimal SHA-256 of the bytes.
+    pub sha256: String,
+}

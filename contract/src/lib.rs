@@ -1,0 +1,41 @@
+//! The narrow waist: every word the operator, the command line and the trainer exchange.
+//!
+//! Pure data. This crate knows neither Kubernetes nor libtorch, does no I/O and reads no clock;
+//! both sides depend on it and on nothing of each other. Each document that crosses the waist
+//! starts with `version`; a reader refuses a version it does not know ([`parse`]).
+//!
+//! In reading order: [`uri`] and [`settings`] are the words shared by the documents;
+//! [`PreflightConfig`] goes out and [`PreflightReport`] comes back; then [`RunConfig`] goes out,
+//! [`Progress`] is told while running, and [`RunReport`] with an [`ExitCode`] is the last word.
+//! [`artifact`] names what is left in the bucket.
+#![forbid(unsafe_code)]
+
+pub mod artifact;
+mod document;
+mod exit_code;
+mod preflight_config;
+mod preflight_report;
+mod progress;
+mod run_config;
+mod run_report;
+pub mod settings;
+pub mod uri;
+
+pub use artifact::{ArtifactKind, Manifest, ManifestFile};
+pub use document::{
+    CONTRACT_VERSION, Document, ParseDocumentError, TERMINATION_MESSAGE_LIMIT, parse, render,
+};
+pub use exit_code::ExitCode;
+pub use preflight_config::PreflightConfig;
+pub use preflight_report::{
+    DatasetCensus, LengthPoint, MachineFacts, ModelFacts, ModuleShape, OutputState,
+    PreflightReport, Problem, ProblemReason, Split,
+};
+pub use progress::{Progress, Stage};
+pub use run_config::{ExpectedData, RunConfig, TrainingSettings};
+pub use run_report::{FailureReason, Outcome, Proof, RunReport};
+pub use settings::{
+    DatasetFormat, DatasetSource, Dtype, LoraSettings, LrScheduler, ModelSource, OnOverflow,
+    OutputTarget, Recompute, RunId, TargetModules,
+};
+pub use uri::{ObjectUri, ParseUriError, Scheme};

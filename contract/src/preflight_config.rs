@@ -1,0 +1,36 @@
+//! What the preflight is told: the run's sources and wishes, before anything is planned.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    document::Document,
+    settings::{DatasetSource, LoraSettings, ModelSource, OutputTarget, RunId},
+};
+
+/// The whole input of `finetune-trainer preflight`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct PreflightConfig {
+    /// [`crate::CONTRACT_VERSION`].
+    pub version: u32,
+    /// The run this belongs to.
+    pub run_id: RunId,
+    /// The base model.
+    pub model: ModelSource,
+    /// The rows.
+    pub dataset: DatasetSource,
+    /// The adapter asked for; absent for full-parameter.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<LoraSettings>,
+    /// The context length the user set, so that its truncation is counted exactly.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub context_length: Option<u32>,
+    /// Where the result will go.
+    pub output: OutputTarget,
+    /// Whether to measure this machine's speed: only when training runs on the same machine.
+    pub measure_machine: bool,
+}
+
+impl Document for PreflightConfig {
+    const NAME: &'static str = "preflight config";
+}

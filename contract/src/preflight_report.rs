@@ -1,0 +1,288 @@
+//! What the preflight found: the model's shape, the dataset's census, and every problem.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    document::{Document, TERMINATION_MESSAGE_LIMIT, render},
+    settings::{DatasetFormat, RunId},
+};
+
+/// The whole output of `finetune-trainer preflight`.
+///
+/// # Guarantees
+/// After [`PreflightReport::fit`], its JSON has at most [`TERMINATION_MESSAGE_LIMIT`] bytes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct PreflightReport {
+    /// [`crate::CONTRACT_VERSION`].
+    pub version: u32,
+    /// The run this belongs to.
+    pub run_id: RunId,
+    /// What makes the run impossible; the first few. Empty means the run can be planned.
+    pub problems: Vec<Problem>,
+    /// How many problems there are, shown or not; a bad line counts as one.
+    pub problems_total: u64,
+    /// What the user should know but may ignore.
+    pub warnings: Vec<Problem>,
+    /// The base model, if it could be read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<ModelFacts>,
+    /// The training rows, if they could be read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub train: Option<DatasetCensus>,
+    /// The held-out rows, if given and readable.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub validation: Option<DatasetCensus>,
+    /// How many validation rows also occur in the training rows.
+    pub overlapping_rows: u64,
+    /// What lies at the output, if it could be reached and written to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output: Option<OutputState>,
+    /// The machine the preflight ran on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine: Option<MachineFacts>,
+}
+
+impl Document for PreflightReport {
+    const NAME: &'static str = "preflight report";
+}
+
+impl PreflightReport {
+    /// Drops shown problems, then warnings, then length points, from the end of each, until the
+    /// JSON fits the termination message. The totals stay.
+    #[must_use]
+    pub fn fit(mut self) -> Self {
+        while render(&self).len() > TERMINATION_MESSAGE_LIMIT {
+            if self.problems.len() > 1 {
+                self.problems.pop();
+            } else if self.warnings.pop().is_some() {
+            } else if let Some(point) = [&mut self.validation, &mut self.train]
+                .into_iter()
+                .flatten()
+                .find_map(|census| census.lengths.pop())
+            {
+                drop(point);
+            } else if let Some(problem) =
+                self.problems.first_mut().filter(|problem| problem.message.len() > 200)
+            {
+                let end = (0..=problem.message.len() / 2)
+                    .rev()
+                    .find(|&end| problem.message.is_char_boundary(end))
+                    .unwrap_or(0);
+                problem.message.truncate(end);
+                problem.message.push('…');
+            } else {
+                break;
+            }
+        }
+        self
+    }
+}
+
+/// One thing the user must change, or should know.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Problem {
+    /// The kind, for code and metrics.
+    pub reason: ProblemReason,
+    /// Where: a field path (`spec.loraConfig.r`), a file and line (`train.jsonl:17`), a tensor.
+    pub location: String,
+    /// What is wrong, the value seen, what is allowed, how to fix it.
+    pub message: String,
+}
+
+impl std::fmt::Display for Problem {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { reason: _, location, message } = self;
+        write!(formatter, "{location}: {message}")
+    }
+}
+
+/// The kinds of [`Problem`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum ProblemReason {
+    /// A field of the manifest has a value that cannot work.
+    InvalidSpec,
+    /// Nothing is at a URI.
+    NotFound,
+    /// A store or hub refuses the credentials, or wants some.
+    PermissionDenied,
+    /// A store or hub does not answer; trying again may help.
+    Unavailable,
+    /// The model's architecture or a key of its config is not one the trainer knows.
+    UnsupportedModel,
+    /// The model's files are damaged, unsafe or contradict each other.
+    InvalidModel,
+    /// The tokenizer or its chat template is missing or cannot be used.
+    InvalidTokenizer,
+    /// A row or file of the dataset cannot be used.
+    InvalidDataset,
+    /// Nothing in the dataset can be trained on.
+    NothingToTrain,
+    /// Rows are longer than the context.
+    Overflow,
+    /// Rows occur more than once, or in both splits.
+    DuplicateRows,
+    /// The output belongs to another run.
+    OutputExists,
+    /// A consumer such as vLLM refuses what the run would publish.
+    Servability,
+}
+
+/// One of the two sets of rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Split {
+    /// The rows trained on.
+    Train,
+    /// The rows held out.
+    Validation,
+}
+
+/// The base model's exact shape; all the plan needs to size a run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ModelFacts {
+    /// `model_type` of config.json.
+    pub model_type: String,
+    /// The commit a hub revision resolved to; absent for other stores.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resolved_revision: Option<String>,
+    /// Elements of all tensors, a tied head counted once.
+    pub parameters: u64,
+    /// Bytes of the weight files.
+    pub weight_bytes: u64,
+    /// The widest element type of the weights on disk, as safetensors names it (`BF16`).
+    pub weight_dtype: String,
+    /// Model width.
+    pub hidden_size: u32,
+    /// Feed-forward width.
+    pub intermediate_size: u32,
+    /// Number of blocks.
+    pub num_hidden_layers: u32,
+    /// Query heads.
+    pub num_attention_heads: u32,
+    /// Key/value heads.
+    pub num_key_value_heads: u32,
+    /// Width of one head.
+    pub head_dim: u32,
+    /// Rows of the embedding.
+    pub vocab_size: u32,
+    /// Longest position the model was made for.
+    pub max_position_embeddings: u32,
+    /// Whether the output head is the embedding.
+    pub tie_word_embeddings: bool,
+    /// Whether the tokenizer has a chat template.
+    pub has_chat_template: bool,
+    /// Every module that holds weights, by leaf name.
+    pub modules: Vec<ModuleShape>,
+}
+
+/// The shape of all modules of one leaf name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ModuleShape {
+    /// The leaf: `q_proj`, `embed_tokens`, `input_layernorm`.
+    pub name: String,
+    /// Output width (rows of `weight`).
+    pub out_features: u32,
+    /// Input width (columns of `weight`); 0 for a vector such as a norm's.
+    pub in_features: u32,
+    /// Whether it has a bias of `out_features`.
+    pub bias: bool,
+    /// How many there are.
+    pub count: u32,
+}
+
+impl ModuleShape {
+    /// Returns the elements of all modules of this leaf.
+    pub fn parameters(&self) -> u64 {
+        let (out, width) = (u64::from(self.out_features), u64::from(self.in_features.max(1)));
+        u64::from(self.count) * (out * width + if self.bias { out } else { 0 })
+    }
+
+    /// Returns the elements of rank-`r` adapters on all modules of this leaf.
+    pub fn lora_parameters(&self, r: u32) -> u64 {
+        u64::from(self.count)
+            * u64::from(r)
+            * (u64::from(self.out_features) + u64::from(self.in_features))
+    }
+}
+
+/// What was counted while reading one split.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct DatasetCensus {
+    /// The shape found.
+    pub format: DatasetFormat,
+    /// Files read.
+    pub files: u64,
+    /// Usable rows.
+    pub rows: u64,
+    /// Rows that cannot be used; each is a problem.
+    pub bad_rows: u64,
+    /// Tokens of all usable rows, before any truncation.
+    pub tokens: u64,
+    /// Tokens of them that are predicted.
+    pub target_tokens: u64,
+    /// Rows that repeat an earlier row.
+    pub duplicate_rows: u64,
+    /// Tokens of the longest row.
+    pub max_tokens: u32,
+    /// Half of the rows have at most this many tokens.
+    pub p50_tokens: u32,
+    /// 95 % of the rows have at most this many tokens.
+    pub p95_tokens: u32,
+    /// SHA-256 over the raw lines, in order: what was trained on, exactly.
+    pub sha256: String,
+    /// What would happen at each of some context lengths, ascending.
+    pub lengths: Vec<LengthPoint>,
+}
+
+/// What a context length would do to a split.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct LengthPoint {
+    /// The context length, in tokens.
+    pub context: u32,
+    /// Rows longer than it.
+    pub over: u64,
+    /// Tokens that would be cut off.
+    pub cut: u64,
+    /// Rows left without a target once cut.
+    pub empty: u64,
+    /// Sequences after packing the cut rows that still have a target.
+    pub packed: u64,
+}
+
+/// What lies at the output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum OutputState {
+    /// Nothing.
+    Vacant,
+    /// A complete result of this run.
+    PublishedByThisRun,
+    /// A complete result of another run.
+    PublishedByAnotherRun,
+}
+
+/// The machine the preflight ran on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct MachineFacts {
+    /// The processor's name.
+    pub cpu: String,
+    /// Processors this process may use.
+    pub cores: u32,
+    /// Bytes of memory this process may use (the cgroup's limit where there is one).
+    pub memory_bytes: u64,
+    /// Whether the processor multiplies bf16 natively (AVX512-BF16 or AMX).
+    pub native_bf16: bool,
+    /// Measured speed of an fp32 matrix product; absent if not measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fp32_gflops: Option<f64>,
+    /// Measured speed of a bf16 matrix product; absent if not measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bf16_gflops: Option<f64>,
+}

@@ -1,0 +1,100 @@
+//! The whole of one run, decided: what the trainer is told.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    document::Document,
+    settings::{
+        DatasetSource, Dtype, LoraSettings, LrScheduler, ModelSource, OutputTarget, Recompute,
+        RunId,
+    },
+};
+
+/// The whole input of `finetune-trainer train`.
+///
+/// It says what to do, never whether to resume: the trainer looks for the newest complete
+/// checkpoint of `runId` and goes on from there.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct RunConfig {
+    /// [`crate::CONTRACT_VERSION`].
+    pub version: u32,
+    /// The run.
+    pub run_id: RunId,
+    /// Which try of the run this is, from 0. It does not change the result.
+    pub attempt: u32,
+    /// The base model, with a hub revision pinned to a commit.
+    pub model: ModelSource,
+    /// The rows.
+    pub dataset: DatasetSource,
+    /// The adapter; absent for full-parameter.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<LoraSettings>,
+    /// How to train.
+    pub training: TrainingSettings,
+    /// Where the result goes.
+    pub output: OutputTarget,
+    /// The prefix of this run's checkpoints.
+    pub checkpoints_uri: String,
+    /// What the preflight saw; training on anything else is refused.
+    pub expected: ExpectedData,
+    /// The plan's prediction of peak memory, in bytes; reported beside the measured peak.
+    pub predicted_peak_bytes: u64,
+}
+
+impl Document for RunConfig {
+    const NAME: &'static str = "run config";
+}
+
+/// How to train, with nothing left open.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct TrainingSettings {
+    /// Positions of one sequence, at most.
+    pub context_length: u32,
+    /// Optimizer steps of the whole run.
+    pub total_steps: u64,
+    /// Peak learning rate.
+    pub learning_rate: f64,
+    /// How the learning rate falls.
+    pub lr_scheduler_type: LrScheduler,
+    /// Steps of linear rise from zero.
+    pub num_warmup_steps: u64,
+    /// AdamW's decoupled weight decay.
+    pub weight_decay: f64,
+    /// The gradient's 2-norm is scaled down to this; 0 means never.
+    pub max_grad_norm: f64,
+    /// Sequences of one micro-batch.
+    pub micro_batch_size: u32,
+    /// Micro-batches of one optimizer step.
+    pub gradient_accumulation_steps: u32,
+    /// Whether rows share sequences.
+    pub packing: bool,
+    /// The element type of the computation.
+    pub dtype: Dtype,
+    /// What a block keeps for its backward pass.
+    pub recompute: Recompute,
+    /// The seed of all randomness.
+    pub seed: u64,
+    /// Steps between evaluations on the validation set; 0 means only at the end.
+    pub evaluation_steps: u64,
+    /// Evaluations without improvement before stopping; 0 means never.
+    pub early_stopping_patience: u32,
+    /// Steps between checkpoints.
+    pub checkpoint_steps: u64,
+    /// Checkpoints kept beside the best.
+    pub num_checkpoints_to_keep: u32,
+}
+
+/// What the preflight saw of the data.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ExpectedData {
+    /// [`crate::DatasetCensus::sha256`] of the training rows.
+    pub train_sha256: String,
+    /// The same of the validation rows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub validation_sha256: Option<String>,
+    /// Training sequences of one epoch, after overflow and packing.
+    pub sequences: u64,
+}

@@ -1,0 +1,160 @@
+//! The trainer's last word.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    artifact::ArtifactKind,
+    document::{Document, TERMINATION_MESSAGE_LIMIT, render},
+    exit_code::ExitCode,
+    settings::RunId,
+};
+
+/// How a run ended; written to the report file, which in a pod is the termination message.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct RunReport {
+    /// [`crate::CONTRACT_VERSION`].
+    pub version: u32,
+    /// The run.
+    pub run_id: RunId,
+    /// Which try of it.
+    pub attempt: u32,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Optimizer steps done, over all attempts.
+    pub steps: u64,
+    /// Positions trained on, over all attempts.
+    pub tokens_seen: u64,
+    /// The step of the checkpoint this attempt went on from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resumed_from_step: Option<u64>,
+    /// Loss of the first and the last step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub train_loss: Option<[f64; 2]>,
+    /// Validation loss before training and of what was published.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eval_loss: Option<[f64; 2]>,
+    /// The step whose weights were published, if an earlier one was better than the last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub best_step: Option<u64>,
+    /// Median positions per second of this attempt's steps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokens_per_second: Option<f64>,
+    /// Seconds this attempt took.
+    pub duration_seconds: f64,
+    /// The plan's prediction, in bytes.
+    pub predicted_peak_bytes: u64,
+    /// The largest anonymous memory of the process, in bytes.
+    pub measured_peak_bytes: u64,
+}
+
+impl Document for RunReport {
+    const NAME: &'static str = "run report";
+}
+
+impl RunReport {
+    /// Cuts a failure's message until the JSON fits the termination message.
+    #[must_use]
+    pub fn fit(mut self) -> Self {
+        while render(&self).len() > TERMINATION_MESSAGE_LIMIT {
+            let Outcome::Failed { message, .. } = &mut self.outcome else { break };
+            let end = (0..=message.len() * 3 / 4)
+                .rev()
+                .find(|&end| message.is_char_boundary(end))
+                .unwrap_or(0);
+            message.truncate(end);
+            message.push('…');
+        }
+        self
+    }
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "result", rename_all = "camelCase", rename_all_fields = "camelCase")]
+pub enum Outcome {
+    /// The result is published, read back and proven.
+    Succeeded {
+        /// What was published.
+        kind: ArtifactKind,
+        /// Where.
+        uri: String,
+        /// SHA-256 of the manifest's bytes.
+        manifest_sha256: String,
+        /// What was proven of it.
+        proof: Proof,
+    },
+    /// The run was told to stop and goes on from its checkpoint when started again.
+    Interrupted {
+        /// The step of the checkpoint saved.
+        checkpoint_step: u64,
+    },
+    /// The run failed.
+    Failed {
+        /// The kind.
+        reason: FailureReason,
+        /// What happened, to which object, and what to do.
+        message: String,
+    },
+}
+
+/// What was shown of a published result by reading it back.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Proof {
+    /// Files whose size and SHA-256 were read back and equal the manifest's.
+    pub files: u32,
+    /// Bytes of them.
+    pub bytes: u64,
+    /// The largest change of a logit between base and result, on a row of the training data.
+    pub max_logit_change: f64,
+    /// Loss on that data as trained, before export.
+    pub loss_trained: f64,
+    /// Loss on the same data with the result as read back.
+    pub loss_reloaded: f64,
+}
+
+/// The kinds of failure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum FailureReason {
+    /// The configuration cannot be carried out.
+    InvalidConfiguration,
+    /// The base model cannot be used.
+    InvalidModel,
+    /// The dataset cannot be used, or changed since the preflight.
+    InvalidDataset,
+    /// A store or hub does not answer.
+    StoreUnavailable,
+    /// A store or hub refuses the credentials.
+    PermissionDenied,
+    /// Another run's result is at the output.
+    OutputExists,
+    /// The device has too little memory.
+    OutOfMemory,
+    /// The local disk is full.
+    DiskFull,
+    /// The loss is no longer finite.
+    Diverged,
+    /// The published bytes are not what was written, or do not behave as trained.
+    NotProven,
+    /// A checkpoint belongs to other data or settings.
+    CheckpointMismatch,
+    /// A defect of the trainer.
+    Internal,
+}
+
+impl FailureReason {
+    /// Returns the process exit status that goes with the reason.
+    pub const fn exit_code(self) -> ExitCode {
+        match self {
+            Self::InvalidConfiguration | Self::OutputExists | Self::CheckpointMismatch => {
+                ExitCode::BadConfiguration
+            }
+            Self::InvalidModel | Self::InvalidDataset | Self::Diverged => ExitCode::BadData,
+            Self::StoreUnavailable => ExitCode::StoreUnavailable,
+            Self::PermissionDenied => ExitCode::PermissionDenied,
+            Self::OutOfMemory => ExitCode::OutOfMemory,
+            Self::DiskFull | Self::NotProven | Self::Internal => ExitCode::Internal,
+        }
+    }
+}

@@ -1,0 +1,2 @@
+//! The `finetune` command line.
+fn main() {}

@@ -1,0 +1,18 @@
+//! The trainer: one run configuration in, one published and proven result out.
+//!
+//! In the order data flows: [`store`] brings files here and takes results away, [`import`] turns a
+//! GGUF file into a Hugging Face directory, [`data`] turns rows into token sequences, [`preflight`]
+//! checks all of it cheaply, [`model`] is the network and its hand-written backward pass, [`recipe`]
+//! is the story of a run, [`export`] writes what other software loads, [`verify`] proves it and
+//! [`generate`] lets a person see it.
+
+pub mod data;
+pub mod export;
+pub mod failure;
+pub mod generate;
+pub mod import;
+pub mod model;
+pub mod preflight;
+pub mod recipe;
+pub mod store;
+pub mod verify;
