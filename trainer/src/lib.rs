@@ -14,5 +14,6 @@ pub mod import;
 pub mod model;
 pub mod preflight;
 pub mod recipe;
+pub mod seed;
 pub mod store;
 pub mod verify;

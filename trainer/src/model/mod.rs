@@ -5,8 +5,23 @@
 //! width, `V` vocabulary, `R` LoRA rank.
 //!
 //! Parameters are addressed by checkpoint name only (`model.layers.3.self_attn.q_proj.weight`).
+//! No tensor here records a graph: each layer's `backward` is written out beside its `forward` and
+//! proved against autograd in `tests/`.
 
+pub mod attach;
+pub mod attention;
+pub mod block;
 pub mod config;
+pub mod dropout;
+pub mod embedding;
+pub mod head;
 pub mod header;
+pub mod linear;
 pub mod names;
+pub mod network;
+pub mod norm;
+pub mod params;
+pub mod rope;
 pub mod weights;
+
+pub use network::Model;
