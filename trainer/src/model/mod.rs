@@ -8,6 +8,7 @@
 //! No tensor here records a graph: each layer's `backward` is written out beside its `forward` and
 //! proved against autograd in `tests/`.
 
+pub mod adapter;
 pub mod attach;
 pub mod attention;
 pub mod block;
