@@ -56,12 +56,12 @@ impl PreflightReport {
             if self.problems.len() > 1 {
                 self.problems.pop();
             } else if self.warnings.pop().is_some() {
-            } else if let Some(point) = [&mut self.validation, &mut self.train]
+            } else if [&mut self.validation, &mut self.train]
                 .into_iter()
                 .flatten()
-                .find_map(|census| census.lengths.pop())
+                .any(|census| census.lengths.pop().is_some())
             {
-                drop(point);
+                // One point was dropped.
             } else if let Some(problem) =
                 self.problems.first_mut().filter(|problem| problem.message.len() > 200)
             {

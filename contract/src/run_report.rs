@@ -108,10 +108,10 @@ pub struct Proof {
     pub bytes: u64,
     /// The largest change of a logit between base and result, on a row of the training data.
     pub max_logit_change: f64,
-    /// Loss on that data as trained, before export.
-    pub loss_trained: f64,
-    /// Loss on the same data with the result as read back.
-    pub loss_reloaded: f64,
+    /// Loss on that data as trained, before export, and with the result as read back; absent when
+    /// an earlier attempt published and this one only read back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_trained_and_reloaded: Option<[f64; 2]>,
 }
 
 /// The kinds of failure.

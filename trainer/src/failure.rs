@@ -47,3 +47,17 @@ pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     }
     text
 }
+
+impl Failure {
+    /// Makes a failure of a local file operation: a full disk is its own reason.
+    pub fn from_io(error: &std::io::Error, doing: &str) -> Self {
+        let reason = match error.kind() {
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+                FailureReason::DiskFull
+            }
+            std::io::ErrorKind::PermissionDenied => FailureReason::PermissionDenied,
+            _ => FailureReason::Internal,
+        };
+        Self::new(reason, format!("{doing}: {error}"))
+    }
+}

@@ -6,6 +6,9 @@
 //! is the story of a run, [`export`] writes what other software loads, [`verify`] proves it and
 //! [`generate`] lets a person see it.
 
+pub mod bench;
+pub mod checkpoint;
+pub mod clock;
 pub mod data;
 pub mod export;
 pub mod failure;
@@ -15,7 +18,15 @@ pub mod memory;
 pub mod model;
 pub mod optimizer;
 pub mod preflight;
+pub mod progress;
+pub mod proof;
 pub mod recipe;
 pub mod seed;
 pub mod store;
+pub mod train;
 pub mod verify;
+
+/// Renders bytes as lower-case hexadecimal.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

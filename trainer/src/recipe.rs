@@ -1,1 +1,263 @@
-//! Placeholder until the module lands.
+//! The story of a run: bring everything here, take up the thread, train, write, publish, prove.
+//!
+//! LoRA and full-parameter fine-tuning share it. They differ in what is attached to the model and
+//! in what is exported, and nowhere between.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::atomic::AtomicBool,
+};
+
+use finetune_contract::{
+    ArtifactKind, CONTRACT_VERSION, DatasetSource, FailureReason, Manifest, ModelSource, ObjectUri,
+    Outcome, OutputState, RunConfig, Stage,
+};
+use tch::Device;
+use tracing::{info, warn};
+
+use crate::{
+    checkpoint::Checkpoints,
+    data::{Dataset, Sequences, Tokenizer},
+    export,
+    failure::Failure,
+    import,
+    model::{Model, attach::Attachment, read_config},
+    optimizer::AdamW,
+    progress::Teller,
+    proof::{self, Probe},
+    seed::Counter,
+    store::{Environment, Role, Store, publish},
+    train::{Ended, Split, Training},
+};
+
+/// Where a run happens.
+pub struct Host<'a> {
+    /// Credentials and endpoints.
+    pub environment: &'a Environment,
+    /// Scratch space: fetched models, tokenised rows, files on their way out.
+    pub work_dir: &'a Path,
+    /// Set when the run is told to stop.
+    pub stop: &'a AtomicBool,
+}
+
+/// Carries out a run.
+///
+/// # Errors
+/// A [`Failure`] with its reason; what was saved before stays.
+pub fn run(
+    config: &RunConfig,
+    host: &Host<'_>,
+    teller: &mut Teller<'_>,
+) -> Result<Outcome, Failure> {
+    // A result that is already there is either this run's, and then the work is done, or another's.
+    let output = open(&config.output.uri, Role::Output, host)?;
+    let base = fetch_model(&config.model, host)?;
+    match publish::output_state(&output, &config.run_id)? {
+        OutputState::Vacant => {}
+        OutputState::PublishedByThisRun => {
+            return proof::of_published(config, host, &output, &base);
+        }
+        OutputState::PublishedByAnotherRun if config.output.overwrite => {}
+        OutputState::PublishedByAnotherRun => return Err(belongs_to_another(config)),
+    }
+
+    // Rows become tokens, and must be the rows that were planned for.
+    teller.stage(Stage::Loading);
+    let tokenizer = Tokenizer::load(&base)?;
+    let train = prepare_train(config, host, &tokenizer)?;
+    let validation = prepare_validation(config, host, &tokenizer)?;
+
+    // The model, with what is trained of it; then the thread of an earlier attempt, if there is one.
+    let model = load_model(config, &base)?;
+    let probe = Probe::of(&model, &train);
+    let optimizer = AdamW::new(model.trained(), config.training.weight_decay);
+    let store = open(&config.checkpoints_uri, Role::Output, host)?;
+    let checkpoints = Checkpoints::new(store, host.work_dir, config);
+    let mut training = Training {
+        config,
+        model,
+        optimizer,
+        train,
+        validation,
+        checkpoints,
+        state: Default::default(),
+    };
+    resume(&mut training, teller)?;
+
+    // Train.
+    if training.run(host.stop, teller)? == Ended::Interrupted {
+        return Ok(Outcome::Interrupted { checkpoint_step: training.state.step });
+    }
+    let step = take_best(&mut training)?;
+
+    // Write the files and publish them.
+    teller.stage(Stage::Exporting);
+    let trained = probe.look_at(&training.model);
+    let directory = fresh_directory(host, "export")?;
+    let kind = export::write(config, &base, &training, step, &directory)?;
+    teller.stage(Stage::Publishing);
+    let manifest = manifest(config, kind, step);
+    let published = publish::publish(&output, &directory, manifest, config.output.overwrite)?;
+
+    // Success is what was read back.
+    teller.stage(Stage::Verifying);
+    drop(training.model);
+    let proof =
+        proof::read_back(config, host, &output, &published.manifest, &base, &probe, &trained)?;
+    if let Err(failure) = training.checkpoints.clear() {
+        warn!(%failure, "the result is published, but its checkpoints could not be removed");
+    }
+    Ok(Outcome::Succeeded {
+        kind,
+        uri: config.output.uri.clone(),
+        manifest_sha256: published.manifest_sha256,
+        proof,
+    })
+}
+
+/// Opens one of the run's URIs.
+///
+/// # Errors
+/// A [`Failure`] if the URI cannot be parsed or its store cannot be set up.
+pub fn open(uri: &str, role: Role, host: &Host<'_>) -> Result<Store, Failure> {
+    let uri = ObjectUri::parse(uri)
+        .map_err(|error| Failure::from_chain(FailureReason::InvalidConfiguration, &error))?;
+    Ok(Store::open(&uri, None, role, host.environment)?)
+}
+
+fn fetch_model(source: &ModelSource, host: &Host<'_>) -> Result<PathBuf, Failure> {
+    let uri = ObjectUri::parse(&source.uri)
+        .map_err(|error| Failure::from_chain(FailureReason::InvalidConfiguration, &error))?;
+    let store = Store::open(&uri, source.revision.as_deref(), Role::Model, host.environment)?;
+    import::local_directory(&store, &host.work_dir.join("models"))
+}
+
+fn load_model(config: &RunConfig, base: &Path) -> Result<Model, Failure> {
+    let model_config = read_config(base)?;
+    let attachment = match &config.lora {
+        None => Attachment::Full,
+        Some(lora) => Attachment::lora(&model_config, lora)
+            .map_err(|error| Failure::from_chain(FailureReason::InvalidConfiguration, &error))?,
+    };
+    let seed = Counter::from_seed(config.training.seed).fold_name("init");
+    Model::load(base, model_config, attachment, config.training.dtype, Device::Cpu, seed)
+}
+
+fn prepare_train(
+    config: &RunConfig,
+    host: &Host<'_>,
+    tokenizer: &Tokenizer,
+) -> Result<Split, Failure> {
+    let DatasetSource { train, .. } = &config.dataset;
+    let split = prepare(config, host, tokenizer, train, "train")?;
+    unchanged(train, &config.expected.train_sha256, split.dataset.sha256())?;
+    let (found, planned) = (split.sequences.len() as u64, config.expected.sequences);
+    if found != planned {
+        let message = format!(
+            "{train} makes {found} sequences, but {planned} were planned for: run the plan again"
+        );
+        return Err(Failure::new(FailureReason::InvalidDataset, message));
+    }
+    Ok(split)
+}
+
+fn prepare_validation(
+    config: &RunConfig,
+    host: &Host<'_>,
+    tokenizer: &Tokenizer,
+) -> Result<Option<Split>, Failure> {
+    let Some(validation) = &config.dataset.validation else { return Ok(None) };
+    let split = prepare(config, host, tokenizer, validation, "validation")?;
+    let expected = config.expected.validation_sha256.as_deref().unwrap_or_default();
+    unchanged(validation, expected, split.dataset.sha256())?;
+    Ok(Some(split))
+}
+
+fn prepare(
+    config: &RunConfig,
+    host: &Host<'_>,
+    tokenizer: &Tokenizer,
+    uri: &str,
+    name: &str,
+) -> Result<Split, Failure> {
+    let store = open(uri, Role::Dataset, host)?;
+    let scratch = fresh_directory(host, name)?;
+    let training = &config.training;
+    let dataset = Dataset::prepare(
+        &store,
+        config.dataset.format,
+        tokenizer,
+        training.context_length,
+        config.dataset.on_overflow,
+        &scratch,
+    )?;
+    let sequences = Sequences::new(&dataset, training.packing, training.context_length);
+    Ok(Split { dataset, sequences })
+}
+
+fn unchanged(uri: &str, expected: &str, found: &str) -> Result<(), Failure> {
+    if expected == found {
+        return Ok(());
+    }
+    let message = format!(
+        "{uri} changed since it was checked (its digest is {found}, {expected} was planned for): run the plan again"
+    );
+    Err(Failure::new(FailureReason::InvalidDataset, message))
+}
+
+fn resume(training: &mut Training<'_>, teller: &mut Teller<'_>) -> Result<(), Failure> {
+    let Training { checkpoints, model, optimizer, state, .. } = training;
+    if let Some(restored) = checkpoints.restore_newest(model.trained_mut(), optimizer)? {
+        info!(step = restored.step, "going on from a checkpoint");
+        *state = restored;
+    }
+    teller.resume(state);
+    Ok(())
+}
+
+/// Puts the best weights back if they are not the last; returns the step they belong to.
+fn take_best(training: &mut Training<'_>) -> Result<u64, Failure> {
+    let state = &training.state;
+    match state.best {
+        Some(best) if best.step != state.step => {
+            info!(step = best.step, loss = best.loss, "publishing the best evaluation's weights");
+            training.checkpoints.restore_best(best.step, training.model.trained_mut())?;
+            Ok(best.step)
+        }
+        _ => Ok(state.step),
+    }
+}
+
+fn manifest(config: &RunConfig, kind: ArtifactKind, step: u64) -> Manifest {
+    Manifest {
+        version: CONTRACT_VERSION,
+        run_id: config.run_id.clone(),
+        kind,
+        generator: concat!("finetune-trainer ", env!("CARGO_PKG_VERSION")).to_owned(),
+        base_model: config.model.clone(),
+        train_sha256: config.expected.train_sha256.clone(),
+        step,
+        files: Vec::new(),
+    }
+}
+
+fn belongs_to_another(config: &RunConfig) -> Failure {
+    let message = format!(
+        "{} holds the result of another run: choose another output.uri, or set output.overwrite to true to replace it",
+        config.output.uri
+    );
+    Failure::new(FailureReason::OutputExists, message)
+}
+
+/// Makes an empty directory of the run's scratch space.
+pub(crate) fn fresh_directory(host: &Host<'_>, name: &str) -> Result<PathBuf, Failure> {
+    let path = host.work_dir.join(name);
+    let make = || {
+        if path.exists() {
+            std::fs::remove_dir_all(&path)?;
+        }
+        std::fs::create_dir_all(&path)
+    };
+    make().map_err(|error| Failure::from_io(&error, &format!("cannot make {path:?}")))?;
+    Ok(path)
+}

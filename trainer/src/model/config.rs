@@ -144,7 +144,7 @@ pub struct TensorSpec {
 }
 
 /// Keys that do not change the network's function in training, whatever their value.
-const HARMLESS_KEYS: [&str; 27] = [
+const HARMLESS_KEYS: [&str; 25] = [
     "architectures",
     "auto_map",
     "bos_token_id",
@@ -157,7 +157,6 @@ const HARMLESS_KEYS: [&str; 27] = [
     "use_cache",
     "initializer_range",
     "pretraining_tp",
-    "_name_or_path",
     "is_llama_config",
     "transformers.js_config",
     "chunk_size_feed_forward",
@@ -167,7 +166,6 @@ const HARMLESS_KEYS: [&str; 27] = [
     "id2label",
     "label2id",
     "problem_type",
-    "_attn_implementation_autoset",
     "task_specific_params",
     "tokenizer_class",
     "unsloth_version",
@@ -506,8 +504,10 @@ impl<'a> Keys<'a> {
     /// Refuses any key that was neither read nor is harmless, unless its value says "not used".
     fn refuse_unread(&self, model_type: &str) -> Result<(), Error> {
         for (key, value) in self.source {
-            let is_known =
-                self.read.contains(&key.as_str()) || HARMLESS_KEYS.contains(&key.as_str());
+            // Keys with a leading underscore are transformers' own bookkeeping.
+            let is_known = key.starts_with('_')
+                || self.read.contains(&key.as_str())
+                || HARMLESS_KEYS.contains(&key.as_str());
             let is_unused = match value {
                 Value::Null | Value::Bool(false) => true,
                 Value::Array(items) => items.is_empty(),

@@ -25,4 +25,24 @@ pub mod params;
 pub mod rope;
 pub mod weights;
 
+use std::path::Path;
+
+use finetune_contract::FailureReason;
+
+use self::config::ModelConfig;
+use crate::failure::Failure;
+
 pub use network::Model;
+
+/// Reads a model directory's config.
+///
+/// # Errors
+/// A [`Failure`] of reason `InvalidModel`.
+pub fn read_config(directory: &Path) -> Result<ModelConfig, Failure> {
+    let path = directory.join("config.json");
+    let text = std::fs::read_to_string(&path).map_err(|error| {
+        Failure::new(FailureReason::InvalidModel, format!("cannot read {path:?}: {error}"))
+    })?;
+    ModelConfig::parse(&text)
+        .map_err(|error| Failure::from_chain(FailureReason::InvalidModel, &error))
+}

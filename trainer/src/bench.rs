@@ -1,0 +1,181 @@
+//! Steps on given tokens, timed: what `cargo xtask bench trainer` compares with other trainers.
+//!
+//! The same engine, optimizer and schedule as a run, without fetching, checkpoints and publishing,
+//! so that only the training step is measured.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use finetune_contract::{Dtype, FailureReason, LoraSettings, Recompute, TargetModules};
+use serde::{Deserialize, Serialize};
+use tch::Device;
+
+use crate::{
+    clock,
+    data::Batch,
+    failure::Failure,
+    memory::PeakMemory,
+    model::{Model, attach::Attachment, dropout::Dropout, read_config},
+    optimizer::{self, AdamW},
+    seed::Counter,
+};
+
+/// What to measure.
+#[derive(Debug, Args)]
+pub struct Arguments {
+    /// A Hugging Face model directory.
+    #[arg(long)]
+    model: PathBuf,
+    /// A JSON list of rows `{"input_ids": […], "labels": […]}`, where label -100 is no target.
+    #[arg(long)]
+    rows: PathBuf,
+    /// Train everything instead of adapters.
+    #[arg(long)]
+    full: bool,
+    /// Rank of the adapters.
+    #[arg(long, default_value_t = 8)]
+    r: u32,
+    /// Dropout on the adapters' inputs.
+    #[arg(long, default_value_t = 0.0)]
+    dropout: f64,
+    /// Element type.
+    #[arg(long, value_enum, default_value = "bf16")]
+    dtype: DtypeArgument,
+    /// Keep only the input of each block.
+    #[arg(long)]
+    recompute: bool,
+    /// Rows of one step.
+    #[arg(long, default_value_t = 4)]
+    batch: usize,
+    /// Steps timed.
+    #[arg(long, default_value_t = 8)]
+    steps: usize,
+    /// Steps before those.
+    #[arg(long, default_value_t = 2)]
+    warmup: usize,
+    /// Learning rate, constant.
+    #[arg(long, default_value_t = 1e-4)]
+    learning_rate: f64,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum DtypeArgument {
+    Bf16,
+    Fp32,
+}
+
+#[derive(Debug, Deserialize)]
+struct Row {
+    input_ids: Vec<i64>,
+    labels: Vec<i64>,
+}
+
+#[derive(Debug, Serialize)]
+struct Figures {
+    tokens_per_second: f64,
+    target_tokens_per_second: f64,
+    step_seconds: Vec<f64>,
+    losses: Vec<f64>,
+    peak_anonymous_bytes: u64,
+    seconds_to_first_step: f64,
+}
+
+/// Runs the steps and returns the figures as JSON.
+///
+/// # Errors
+/// A [`Failure`] if the model or the rows cannot be used.
+pub fn run(arguments: &Arguments) -> Result<String, Failure> {
+    let started = clock::now();
+    let memory = PeakMemory::watch();
+    let invalid = |message: String| Failure::new(FailureReason::InvalidConfiguration, message);
+    let text = std::fs::read_to_string(&arguments.rows)
+        .map_err(|error| invalid(format!("cannot read {:?}: {error}", arguments.rows)))?;
+    let rows: Vec<Row> = serde_json::from_str(&text).map_err(|error| invalid(error.to_string()))?;
+    if rows.is_empty()
+        || rows.iter().any(|row| row.input_ids.len() != row.labels.len() || row.labels.len() < 2)
+    {
+        return Err(invalid("each row needs as many labels as input_ids, at least 2".to_owned()));
+    }
+    let config = read_config(&arguments.model)?;
+    let attachment = if arguments.full {
+        Attachment::Full
+    } else {
+        Attachment::lora(&config, &lora(arguments)).map_err(|error| invalid(error.to_string()))?
+    };
+    let dtype = match arguments.dtype {
+        DtypeArgument::Bf16 => Dtype::Bf16,
+        DtypeArgument::Fp32 => Dtype::Fp32,
+    };
+    let recompute = if arguments.recompute { Recompute::Block } else { Recompute::None };
+    let seed = Counter::from_seed(0);
+    let mut model = Model::load(&arguments.model, config, attachment, dtype, Device::Cpu, seed)?;
+    let mut adamw = AdamW::new(model.trained(), 0.0);
+    let mut figures = Figures {
+        tokens_per_second: 0.0,
+        target_tokens_per_second: 0.0,
+        step_seconds: Vec::new(),
+        losses: Vec::new(),
+        peak_anonymous_bytes: 0,
+        seconds_to_first_step: 0.0,
+    };
+    let (mut tokens, mut targets) = (0, 0);
+    for step in 0..arguments.warmup + arguments.steps {
+        let chosen: Vec<&Row> = (0..arguments.batch)
+            .map(|index| &rows[(step * arguments.batch + index) % rows.len()])
+            .collect();
+        let batch = flat(&chosen);
+        let step_started = clock::now();
+        let dropout = Dropout::new(arguments.dropout, seed.fold(step as u64));
+        optimizer::zero_gradient(model.trained());
+        let loss = model.accumulate_gradients(&batch, recompute, dropout.as_ref());
+        optimizer::normalize_and_clip(model.trained(), batch.labels.len() as u64, 1.0);
+        adamw.step(model.trained_mut(), arguments.learning_rate, step as u64 + 1);
+        figures.losses.push(loss / batch.labels.len() as f64);
+        if step == 0 {
+            figures.seconds_to_first_step = started.elapsed().as_secs_f64();
+        }
+        if step >= arguments.warmup {
+            figures.step_seconds.push(step_started.elapsed().as_secs_f64());
+            tokens += batch.tokens.len();
+            targets += batch.labels.len();
+        }
+    }
+    let seconds: f64 = figures.step_seconds.iter().sum();
+    figures.tokens_per_second = tokens as f64 / seconds;
+    figures.target_tokens_per_second = targets as f64 / seconds;
+    figures.peak_anonymous_bytes = memory.bytes();
+    serde_json::to_string(&figures).map_err(|error| invalid(error.to_string()))
+}
+
+fn lora(arguments: &Arguments) -> LoraSettings {
+    LoraSettings {
+        r: arguments.r,
+        lora_alpha: 16.0,
+        lora_dropout: arguments.dropout,
+        target_modules: TargetModules::AllLinear,
+        modules_to_save: Vec::new(),
+        use_rslora: false,
+    }
+}
+
+/// Puts rows one after another; label `i` is predicted from the tokens before it.
+fn flat(rows: &[&Row]) -> Batch {
+    let mut batch = Batch {
+        tokens: Vec::new(),
+        segment_lengths: Vec::new(),
+        predicting: Vec::new(),
+        labels: Vec::new(),
+    };
+    for row in rows {
+        let start = batch.tokens.len() as i64;
+        for (index, &label) in
+            row.labels.iter().enumerate().skip(1).filter(|(_, label)| **label != -100)
+        {
+            batch.predicting.push(start + index as i64 - 1);
+            batch.labels.push(label);
+        }
+        batch.tokens.extend(&row.input_ids);
+        batch.segment_lengths.push(row.input_ids.len());
+    }
+    batch
+}

@@ -1,0 +1,241 @@
+//! The proof behind `Succeeded`: the published bytes, read back, are whole, finite, changed the
+//! model, and behave as what was trained.
+
+use std::path::{Path, PathBuf};
+
+use finetune_contract::{ArtifactKind, Dtype, FailureReason, Manifest, Outcome, Proof, RunConfig};
+use tch::{Device, Kind, Tensor};
+
+use crate::{
+    data::Batch,
+    failure::Failure,
+    model::{Model, adapter, attach::Attachment, read_config, weights::Checkpoint},
+    recipe::{Host, fresh_directory},
+    seed::Counter,
+    store::{
+        Store,
+        publish::{self, Published},
+    },
+    train::Split,
+};
+
+/// Tokens of the training data the proof looks at, at most.
+const PROBE_TOKENS: usize = 256;
+
+/// How far the reloaded loss may be from the trained one, relative to it. Adapters are published
+/// in fp32 and come back exactly; full weights are rounded once to the base model's bf16.
+const LOSS_TOLERANCE: f64 = 0.02;
+
+/// A piece of training data and what the base model says about it.
+pub struct Probe {
+    batch: Batch,
+    tokens: Vec<u32>,
+    base_logits: Tensor,
+}
+
+/// What a model says about the probe.
+pub struct Seen {
+    loss: f64,
+    logits: Tensor,
+}
+
+impl Probe {
+    /// Takes the start of the first row that has a target in it; `model` must still be the base model.
+    pub fn of(model: &Model, train: &Split) -> Self {
+        let rows = (0..train.dataset.len()).map(|index| train.dataset.row(index));
+        let start =
+            |targets: &[bool]| targets.iter().take(PROBE_TOKENS).any(|&is_target| is_target);
+        let row =
+            rows.into_iter().find(|row| start(row.targets)).unwrap_or_else(|| train.dataset.row(0));
+        let length = row.tokens.len().min(PROBE_TOKENS);
+        let tokens = row.tokens[..length].to_vec();
+        let (mut predicting, mut labels) = (Vec::new(), Vec::new());
+        for index in 1..length {
+            // A row whose targets all lie further on is looked at as a whole.
+            if row.targets[index] || !start(row.targets) {
+                predicting.push(index as i64 - 1);
+                labels.push(i64::from(tokens[index]));
+            }
+        }
+        let batch = Batch {
+            tokens: tokens.iter().map(|&token| i64::from(token)).collect(),
+            segment_lengths: vec![length],
+            predicting,
+            labels,
+        };
+        let base_logits = model.logits(&tokens);
+        Self { batch, tokens, base_logits }
+    }
+
+    /// Asks a model.
+    pub fn look_at(&self, model: &Model) -> Seen {
+        let loss = model.loss(&self.batch) / self.batch.labels.len() as f64;
+        Seen { loss, logits: model.logits(&self.tokens) }
+    }
+}
+
+/// Reads a published result back and compares it with what was trained.
+///
+/// # Errors
+/// A [`Failure`] of reason `NotProven` that says what does not hold.
+pub fn read_back(
+    config: &RunConfig,
+    host: &Host<'_>,
+    output: &Store,
+    manifest: &Manifest,
+    base: &Path,
+    probe: &Probe,
+    trained: &Seen,
+) -> Result<Proof, Failure> {
+    let directory = fresh_directory(host, "readback")?;
+    let bytes = publish::fetch_verified(output, manifest, &directory)?;
+    for path in
+        manifest.files.iter().map(|file| &file.path).filter(|path| path.ends_with(".safetensors"))
+    {
+        check_tensors(&directory.join(path))?;
+    }
+    let model = load(manifest.kind, &directory, base, config.training.dtype)?;
+    let seen = probe.look_at(&model);
+    let max_logit_change = largest_difference(&seen.logits, &probe.base_logits);
+    if max_logit_change == 0.0 {
+        return Err(not_proven(
+            config,
+            "it gives the very logits of the base model: nothing was learned",
+        ));
+    }
+    if !seen.loss.is_finite()
+        || (seen.loss - trained.loss).abs() > LOSS_TOLERANCE * trained.loss.abs().max(0.1)
+    {
+        let why = format!(
+            "its loss on training data is {}, but was {} when trained",
+            seen.loss, trained.loss
+        );
+        return Err(not_proven(config, &why));
+    }
+    let _ = std::fs::remove_dir_all(&directory);
+    Ok(Proof {
+        files: manifest.files.len() as u32,
+        bytes,
+        max_logit_change,
+        loss_trained_and_reloaded: Some([trained.loss, seen.loss]),
+    })
+}
+
+/// Proves a result that this run published on an earlier attempt.
+///
+/// What was trained is gone, so only the bytes and that the result loads can be shown.
+///
+/// # Errors
+/// A [`Failure`] if the bytes are damaged or do not load.
+pub fn of_published(
+    config: &RunConfig,
+    host: &Host<'_>,
+    output: &Store,
+    base: &Path,
+) -> Result<Outcome, Failure> {
+    let Published { manifest, manifest_sha256 } = publish::read_manifest(output)?
+        .ok_or_else(|| not_proven(config, "its manifest disappeared while it was read"))?;
+    let directory = fresh_directory(host, "readback")?;
+    let bytes = publish::fetch_verified(output, &manifest, &directory)?;
+    let model = load(manifest.kind, &directory, base, config.training.dtype)?;
+    let base_model = load_frozen(base, config.training.dtype)?;
+    let tokens: Vec<u32> = (0..16).collect();
+    let logits = model.logits(&tokens);
+    if !is_finite(&logits) {
+        return Err(not_proven(config, "it gives logits that are not finite"));
+    }
+    let max_logit_change = largest_difference(&logits, &base_model.logits(&tokens));
+    let _ = std::fs::remove_dir_all(&directory);
+    let proof = Proof {
+        files: manifest.files.len() as u32,
+        bytes,
+        max_logit_change,
+        loss_trained_and_reloaded: None,
+    };
+    Ok(Outcome::Succeeded {
+        kind: manifest.kind,
+        uri: config.output.uri.clone(),
+        manifest_sha256,
+        proof,
+    })
+}
+
+/// Checks that every tensor of a file is finite, and that an adapter is not all zero.
+///
+/// # Errors
+/// A [`Failure`] that names the tensor.
+pub fn check_tensors(path: &Path) -> Result<(), Failure> {
+    let damaged = |what: String| Failure::new(FailureReason::NotProven, what);
+    let tensors = Checkpoint::open_file(path)
+        .map_err(|error| Failure::from_chain(FailureReason::NotProven, &error))?;
+    let mut largest_update: Option<f64> = None;
+    for name in tensors.names() {
+        let tensor = tensors.tensor(name).map_err(|error| damaged(error.to_string()))?;
+        if !is_finite(&tensor) {
+            return Err(damaged(format!(
+                "tensor {name:?} of {path:?} has values that are not finite"
+            )));
+        }
+        // One side of a fresh adapter is zero, so its product is: both must have moved.
+        if name.contains(".lora_B.") || name.ends_with(".lora_embedding_A") {
+            let size = tensor.abs().max().double_value(&[]);
+            largest_update = Some(largest_update.unwrap_or(0.0).max(size));
+        }
+    }
+    if largest_update == Some(0.0) {
+        return Err(damaged(format!("every adapter in {path:?} is zero: nothing was learned")));
+    }
+    Ok(())
+}
+
+/// Loads a published directory as a user of it would.
+///
+/// # Errors
+/// A [`Failure`] if it does not load.
+pub fn load(
+    kind: ArtifactKind,
+    directory: &Path,
+    base: &Path,
+    dtype: Dtype,
+) -> Result<Model, Failure> {
+    match kind {
+        ArtifactKind::Adapter => {
+            Model::load_with_adapter(base, read_config(base)?, directory, dtype, Device::Cpu)
+        }
+        ArtifactKind::FullModel | ArtifactKind::MergedModel => load_frozen(directory, dtype),
+    }
+}
+
+/// Loads a model directory for evaluation.
+///
+/// # Errors
+/// A [`Failure`] if it does not load.
+pub fn load_frozen(directory: &Path, dtype: Dtype) -> Result<Model, Failure> {
+    let seed = Counter::from_seed(0);
+    Model::load(directory, read_config(directory)?, Attachment::Frozen, dtype, Device::Cpu, seed)
+}
+
+/// Returns the path of an adapter below a published directory; `None` if it has none.
+pub fn adapter_directory(kind: ArtifactKind, directory: &Path) -> Option<PathBuf> {
+    match kind {
+        ArtifactKind::Adapter => Some(directory.to_owned()),
+        ArtifactKind::MergedModel => Some(directory.join("adapter")),
+        ArtifactKind::FullModel => None,
+    }
+    .filter(|path| path.join(adapter::WEIGHTS_FILE).exists())
+}
+
+fn is_finite(tensor: &Tensor) -> bool {
+    tensor.isfinite().all().int64_value(&[]) != 0
+}
+
+fn largest_difference(left: &Tensor, right: &Tensor) -> f64 {
+    (left.to_kind(Kind::Float) - right.to_kind(Kind::Float)).abs().max().double_value(&[])
+}
+
+fn not_proven(config: &RunConfig, why: &str) -> Failure {
+    Failure::new(
+        FailureReason::NotProven,
+        format!("the result at {} is not proven: {why}", config.output.uri),
+    )
+}

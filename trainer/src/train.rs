@@ -1,0 +1,221 @@
+//! The loop: accumulate, normalise, clip, step, record, evaluate, save, and stop when told.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use finetune_contract::{FailureReason, RunConfig, Stage, TrainingSettings};
+use tracing::info;
+
+use crate::{
+    checkpoint::{Checkpoints, Evaluated, TrainState},
+    clock,
+    data::{Batch, Dataset, Sequences},
+    failure::Failure,
+    model::{Model, dropout::Dropout},
+    optimizer::{self, AdamW},
+    progress::{StepFigures, Teller},
+    seed::Counter,
+};
+
+/// What the loop works on.
+pub struct Training<'a> {
+    /// The run.
+    pub config: &'a RunConfig,
+    /// The model, with what is trained.
+    pub model: Model,
+    /// The optimizer.
+    pub optimizer: AdamW,
+    /// The rows trained on.
+    pub train: Split,
+    /// The rows held out.
+    pub validation: Option<Split>,
+    /// Where to save.
+    pub checkpoints: Checkpoints,
+    /// What the run has come to.
+    pub state: TrainState,
+}
+
+/// Rows and how they are arranged in sequences.
+pub struct Split {
+    /// The rows.
+    pub dataset: Dataset,
+    /// Their arrangement.
+    pub sequences: Sequences,
+}
+
+/// How the loop ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// All steps are done, or no more are worth doing.
+    Complete,
+    /// It was told to stop, and saved a checkpoint.
+    Interrupted,
+}
+
+impl Training<'_> {
+    /// Runs the steps that are left.
+    ///
+    /// # Errors
+    /// A [`Failure`] if the loss is no longer finite or a checkpoint cannot be saved.
+    pub fn run(&mut self, stop: &AtomicBool, teller: &mut Teller<'_>) -> Result<Ended, Failure> {
+        let settings = &self.config.training;
+        if self.state.step == 0 && self.state.base_eval_loss.is_none() {
+            self.state.base_eval_loss = self.evaluate(teller);
+            teller.evaluated(&self.state);
+        }
+        let mut order = Order::new(settings.seed);
+        while self.state.step < settings.total_steps {
+            let figures = self.step(&mut order)?;
+            teller.step(&self.state, self.epoch(), &figures);
+            let mut is_last = self.state.step == settings.total_steps;
+            if is_last || is_due(self.state.step, settings.evaluation_steps) {
+                is_last |= self.evaluate_and_compare(teller)?;
+            }
+            let is_stopped = stop.load(Ordering::Relaxed);
+            if is_last || is_stopped || is_due(self.state.step, settings.checkpoint_steps) {
+                self.checkpoints.save(&self.state, self.model.trained(), &self.optimizer)?;
+            }
+            if is_last {
+                break;
+            }
+            if is_stopped {
+                return Ok(Ended::Interrupted);
+            }
+        }
+        Ok(Ended::Complete)
+    }
+
+    /// Computes the mean validation loss; `None` without a validation set.
+    pub fn evaluate(&self, teller: &mut Teller<'_>) -> Option<f64> {
+        let Split { dataset, sequences } = self.validation.as_ref()?;
+        teller.stage(Stage::Evaluating);
+        let all: Vec<usize> = (0..sequences.len()).collect();
+        let (mut loss, mut targets) = (0.0, 0);
+        for some in all.chunks(self.config.training.micro_batch_size as usize) {
+            let batch = sequences.batch(dataset, some);
+            loss += self.model.loss(&batch);
+            targets += batch.labels.len();
+        }
+        Some(loss / targets as f64)
+    }
+
+    /// Returns the passes over the data done.
+    fn epoch(&self) -> f64 {
+        let settings = &self.config.training;
+        let sequences = self.state.step * global_batch_size(settings);
+        sequences as f64 / self.train.sequences.len() as f64
+    }
+
+    /// Does one optimizer step.
+    fn step(&mut self, order: &mut Order) -> Result<StepFigures, Failure> {
+        let started = clock::now();
+        let settings = &self.config.training;
+        let step = self.state.step;
+        let (mut loss, mut targets, mut tokens) = (0.0, 0, 0);
+        optimizer::zero_gradient(self.model.trained());
+        for micro in 0..u64::from(settings.gradient_accumulation_steps) {
+            let batch = self.micro_batch(order, step, micro);
+            let dropout = self.dropout(step, micro);
+            loss += self.model.accumulate_gradients(&batch, settings.recompute, dropout.as_ref());
+            targets += batch.labels.len() as u64;
+            tokens += batch.tokens.len() as u64;
+        }
+        let loss = loss / targets as f64;
+        let grad_norm =
+            optimizer::normalize_and_clip(self.model.trained(), targets, settings.max_grad_norm);
+        let learning_rate = optimizer::learning_rate(settings, step);
+        if !loss.is_finite() || !grad_norm.is_finite() {
+            let message = format!(
+                "step {} has loss {loss} and gradient norm {grad_norm}: the run diverged. Lower training.learningRate \
+                 (now {}), add warm-up steps, or set training.dtype to fp32",
+                step + 1,
+                settings.learning_rate,
+            );
+            return Err(Failure::new(FailureReason::Diverged, message));
+        }
+        self.optimizer.step(self.model.trained_mut(), learning_rate, step + 1);
+        self.state.step += 1;
+        self.state.tokens_seen += tokens;
+        self.state.first_loss.get_or_insert(loss);
+        self.state.last_loss = Some(loss);
+        Ok(StepFigures {
+            loss,
+            learning_rate,
+            grad_norm,
+            tokens,
+            seconds: started.elapsed().as_secs_f64(),
+        })
+    }
+
+    /// Evaluates, remembers the best, and tells whether patience has run out.
+    fn evaluate_and_compare(&mut self, teller: &mut Teller<'_>) -> Result<bool, Failure> {
+        let Some(loss) = self.evaluate(teller) else { return Ok(false) };
+        let evaluated = Evaluated { step: self.state.step, loss };
+        self.state.last_eval = Some(evaluated);
+        teller.evaluated(&self.state);
+        if self.state.best.is_none_or(|best| loss < best.loss) {
+            self.state.best = Some(evaluated);
+            self.state.evaluations_since_best = 0;
+            self.checkpoints.save_best(&self.state, self.model.trained())?;
+            return Ok(false);
+        }
+        self.state.evaluations_since_best += 1;
+        let patience = self.config.training.early_stopping_patience;
+        let is_out_of_patience = patience > 0 && self.state.evaluations_since_best >= patience;
+        if is_out_of_patience {
+            info!(
+                step = self.state.step,
+                patience, "stopping early: the validation loss no longer falls"
+            );
+        }
+        Ok(is_out_of_patience)
+    }
+
+    fn micro_batch(&self, order: &mut Order, step: u64, micro: u64) -> Batch {
+        let settings = &self.config.training;
+        let size = u64::from(settings.micro_batch_size);
+        let first = (step * u64::from(settings.gradient_accumulation_steps) + micro) * size;
+        let Split { dataset, sequences } = &self.train;
+        let chosen: Vec<usize> =
+            (first..first + size).map(|index| order.at(sequences, index)).collect();
+        sequences.batch(dataset, &chosen)
+    }
+
+    fn dropout(&self, step: u64, micro: u64) -> Option<Dropout> {
+        let probability = self.config.lora.as_ref()?.lora_dropout;
+        let noise = Counter::from_seed(self.config.training.seed).fold_name("dropout");
+        Dropout::new(probability, noise.fold(step).fold(micro))
+    }
+}
+
+/// Returns the sequences of one optimizer step.
+pub fn global_batch_size(settings: &TrainingSettings) -> u64 {
+    u64::from(settings.micro_batch_size) * u64::from(settings.gradient_accumulation_steps)
+}
+
+fn is_due(step: u64, every: u64) -> bool {
+    every > 0 && step.is_multiple_of(every)
+}
+
+/// The endless stream of sequences: epoch after epoch without gaps, each in an order of its own.
+pub struct Order {
+    seed: u64,
+    epoch: Option<(u64, Vec<usize>)>,
+}
+
+impl Order {
+    /// Makes the stream of a seed.
+    pub fn new(seed: u64) -> Self {
+        Self { seed, epoch: None }
+    }
+
+    /// Returns the `index`-th sequence of the stream.
+    pub fn at(&mut self, sequences: &Sequences, index: u64) -> usize {
+        let length = sequences.len() as u64;
+        let epoch = index / length;
+        if self.epoch.as_ref().is_none_or(|(known, _)| *known != epoch) {
+            self.epoch = Some((epoch, sequences.epoch_order(self.seed, epoch)));
+        }
+        let (_, order) = self.epoch.as_ref().expect("it was just set");
+        order[(index % length) as usize]
+    }
+}
