@@ -46,13 +46,13 @@ impl Probe {
         let start =
             |targets: &[bool]| targets.iter().take(PROBE_TOKENS).any(|&is_target| is_target);
         let row =
-            rows.into_iter().find(|row| start(row.targets)).unwrap_or_else(|| train.dataset.row(0));
+            rows.into_iter().find(|row| start(&row.targets)).unwrap_or_else(|| train.dataset.row(0));
         let length = row.tokens.len().min(PROBE_TOKENS);
         let tokens = row.tokens[..length].to_vec();
         let (mut predicting, mut labels) = (Vec::new(), Vec::new());
         for index in 1..length {
             // A row whose targets all lie further on is looked at as a whole.
-            if row.targets[index] || !start(row.targets) {
+            if row.targets[index] || !start(&row.targets) {
                 predicting.push(index as i64 - 1);
                 labels.push(i64::from(tokens[index]));
             }

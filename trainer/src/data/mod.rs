@@ -1,9 +1,19 @@
-//! Stand-in until the data module lands.
+//! From rows of text to micro-batches of tokens.
+//!
+//! In the order data flows: [`jsonl`] streams lines, [`format`](mod@format) understands a row,
+//! [`tokenizer`] and [`template`] turn it into tokens with targets, [`rows`] does so for a whole
+//! split, [`census`] counts or [`dataset`] stores them, [`packing`] and [`sequences`] arrange them.
 
-/// A micro-batch.
-pub struct Batch {
-    pub tokens: Vec<i64>,
-    pub segment_lengths: Vec<usize>,
-    pub predicting: Vec<i64>,
-    pub labels: Vec<i64>,
-}
+pub mod census;
+pub mod dataset;
+pub mod format;
+pub mod jsonl;
+pub mod packing;
+pub mod rows;
+pub mod sequences;
+pub mod template;
+pub mod tokenizer;
+
+pub use dataset::{Dataset, Row};
+pub use sequences::{Batch, Sequences};
+pub use tokenizer::Tokenizer;

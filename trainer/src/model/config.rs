@@ -601,7 +601,7 @@ mod tests {
         insta::assert_snapshot!(refusal(r#""model_type": "gpt2""#), @r#"config.json says model_type "gpt2", which this trainer does not know: use a model of type llama, mistral, qwen2, qwen3"#);
         insta::assert_snapshot!(refusal(r#""model_type": "llama", "logit_cap": 30.0"#), @r#"config.json has logit_cap = 30.0, which this trainer does not know for model_type "llama": training could silently compute another model, so it is refused"#);
         insta::assert_snapshot!(refusal(r#""model_type": "llama", "hidden_act": "gelu""#), @r#"config.json has hidden_act = "gelu": this trainer knows only silu"#);
-        insta::assert_snapshot!(refusal(r#""model_type": "llama", "rope_scaling": {"rope_type": "yarn", "factor": 2.0}"#), @r#"config.json has rope_scaling = {"factor":2.0,"rope_type":"yarn"}: this trainer knows the types default, linear and llama3"#);
+        insta::assert_snapshot!(refusal(r#""model_type": "llama", "rope_scaling": {"rope_type": "yarn", "factor": 2.0}"#), @r#"config.json has rope_scaling = {"rope_type":"yarn","factor":2.0}: this trainer knows the types default, linear and llama3"#);
         assert_eq!(
             parse(r#""model_type": "llama", "some_future_switch": false"#).map(|_| ()),
             Ok(())

@@ -1,0 +1,192 @@
+//! Counting a split: what is in it, and what each context length would do to it.
+
+use std::collections::{BTreeMap, HashSet};
+
+use finetune_contract::{DatasetCensus, DatasetFormat, LengthPoint, OnOverflow};
+
+use super::{
+    packing::packed_count,
+    rows::{BadRow, for_each_row},
+    tokenizer::Tokenizer,
+};
+use crate::{failure::Failure, store::Store};
+
+/// Context lengths that are looked at, beside those the data suggests.
+const LADDER: [u32; 17] = [
+    64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 32768,
+];
+/// Lengths the data suggests are rounded up to a multiple of this.
+const STEP: u32 = 64;
+/// Rows whose digests are remembered for finding duplicates, at 16 bytes each; beyond, duplicates
+/// of earlier rows are still found, later ones are not.
+const REMEMBERED: usize = 4_000_000;
+
+/// A counted split.
+pub struct Counted {
+    /// The figures.
+    pub census: DatasetCensus,
+    /// The first bad rows.
+    pub bad: Vec<BadRow>,
+    /// Digests of the rows.
+    pub digests: HashSet<u128>,
+    /// The first token id no embedding row exists for, if there is one.
+    pub largest_token: u32,
+}
+
+/// Counts a split.
+///
+/// # Errors
+/// A [`Failure`] if its files cannot be read.
+pub fn count(
+    store: &Store,
+    format: DatasetFormat,
+    tokenizer: &Tokenizer,
+    on_overflow: OnOverflow,
+    context_length: Option<u32>,
+    max_context: u32,
+) -> Result<Counted, Failure> {
+    let mut lengths = Lengths::default();
+    let mut digests = HashSet::new();
+    let (mut duplicate_rows, mut largest_token) = (0, 0);
+    let read = for_each_row(store, format, tokenizer, &mut |split_row| {
+        let row = &split_row.row;
+        lengths.add(&row.tokens, &row.targets);
+        largest_token = row.tokens.iter().copied().fold(largest_token, u32::max);
+        if digests.contains(&split_row.digest) {
+            duplicate_rows += 1;
+        } else if digests.len() < REMEMBERED {
+            digests.insert(split_row.digest);
+        }
+        Ok(())
+    })?;
+    let census = DatasetCensus {
+        format: read.format,
+        files: read.files,
+        rows: lengths.rows,
+        bad_rows: read.bad_rows,
+        tokens: lengths.tokens,
+        target_tokens: lengths.target_tokens,
+        duplicate_rows,
+        max_tokens: lengths.max(),
+        p50_tokens: lengths.quantile(50),
+        p95_tokens: lengths.quantile(95),
+        sha256: read.sha256,
+        lengths: lengths.points(on_overflow, context_length, max_context),
+    };
+    Ok(Counted { census, bad: read.bad, digests, largest_token })
+}
+
+/// Rows by length, and by where their first target is: all that truncation and packing depend on.
+#[derive(Debug, Default)]
+struct Lengths {
+    rows: u64,
+    tokens: u64,
+    target_tokens: u64,
+    by_length: BTreeMap<u32, u64>,
+    by_first_target: BTreeMap<u32, u64>,
+}
+
+impl Lengths {
+    fn add(&mut self, tokens: &[u32], targets: &[bool]) {
+        self.rows += 1;
+        self.tokens += tokens.len() as u64;
+        self.target_tokens += targets.iter().filter(|is_target| **is_target).count() as u64;
+        *self.by_length.entry(tokens.len() as u32).or_default() += 1;
+        let first = targets.iter().position(|is_target| *is_target).unwrap_or(tokens.len());
+        *self.by_first_target.entry(first as u32).or_default() += 1;
+    }
+
+    fn max(&self) -> u32 {
+        self.by_length.keys().next_back().copied().unwrap_or(0)
+    }
+
+    /// Returns the smallest length that at least `percent` of the rows do not exceed.
+    fn quantile(&self, percent: u64) -> u32 {
+        let needed = (self.rows * percent).div_ceil(100);
+        let mut seen = 0;
+        for (&length, &rows) in &self.by_length {
+            seen += rows;
+            if seen >= needed {
+                return length;
+            }
+        }
+        0
+    }
+
+    fn points(
+        &self,
+        on_overflow: OnOverflow,
+        asked: Option<u32>,
+        max_context: u32,
+    ) -> Vec<LengthPoint> {
+        let longest = self.max().next_multiple_of(STEP);
+        let mut contexts: Vec<u32> =
+            LADDER.into_iter().filter(|&context| context < longest).collect();
+        contexts.extend([longest, self.quantile(95).next_multiple_of(STEP)]);
+        contexts.extend(asked);
+        contexts.extend((longest > max_context).then_some(max_context));
+        contexts.retain(|&context| context > 0 && context <= max_context);
+        contexts.sort_unstable();
+        contexts.dedup();
+        contexts.into_iter().map(|context| self.point(context, on_overflow)).collect()
+    }
+
+    fn point(&self, context: u32, on_overflow: OnOverflow) -> LengthPoint {
+        let longer = || self.by_length.range(context + 1..);
+        let over: u64 = longer().map(|(_, rows)| rows).sum();
+        let cut = longer().map(|(length, rows)| u64::from(length - context) * rows).sum();
+        // A first target at or beyond the context is cut off, and the row with it is longer.
+        let empty: u64 = self.by_first_target.range(context..).map(|(_, rows)| rows).sum();
+        let mut rows_by_length: BTreeMap<u32, u64> =
+            self.by_length.range(..=context).map(|(&length, &rows)| (length, rows)).collect();
+        if on_overflow == OnOverflow::Truncate && over > empty {
+            *rows_by_length.entry(context).or_default() += over - empty;
+        }
+        LengthPoint { context, over, cut, empty, packed: packed_count(&rows_by_length, context) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lengths(rows: &[(usize, usize)]) -> Lengths {
+        let mut lengths = Lengths::default();
+        for &(length, first_target) in rows {
+            let targets: Vec<bool> = (0..length).map(|index| index >= first_target).collect();
+            lengths.add(&vec![0; length], &targets);
+        }
+        lengths
+    }
+
+    #[test]
+    fn counts_what_a_context_would_cut() {
+        let lengths = lengths(&[(10, 1), (100, 90), (70, 3), (64, 1)]);
+        let point = lengths.point(64, OnOverflow::Truncate);
+        assert_eq!((point.over, point.cut, point.empty), (2, 36 + 6, 1));
+        // Left: 10, 64 (cut from 70) and 64.
+        assert_eq!(point.packed, 3);
+        assert_eq!(lengths.point(64, OnOverflow::Drop).packed, 2);
+    }
+
+    #[test]
+    fn quantiles_are_lengths_that_occur() {
+        let rows: Vec<_> = (1..=100).map(|length| (length + 1, 1)).collect();
+        let lengths = lengths(&rows);
+        assert_eq!((lengths.quantile(50), lengths.quantile(95), lengths.max()), (51, 96, 101));
+    }
+
+    #[test]
+    fn looks_at_the_ladder_the_data_and_the_wish() {
+        let contexts = |asked, max| {
+            let lengths = lengths(&[(10, 1), (200, 1), (300, 1)]);
+            lengths
+                .points(OnOverflow::Truncate, asked, max)
+                .iter()
+                .map(|point| point.context)
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(contexts(Some(100), 8192), [64, 100, 128, 192, 256, 320]);
+        assert_eq!(contexts(None, 256), [64, 128, 192, 256]);
+    }
+}

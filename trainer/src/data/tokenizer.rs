@@ -1,0 +1,297 @@
+//! Tokens of a row and which of them are predicted.
+
+use std::path::Path;
+
+use finetune_contract::FailureReason;
+use serde_json::Value;
+
+use super::{
+    format::{Example, Message},
+    template::{Rendered, Template},
+};
+use crate::failure::Failure;
+
+/// A row as tokens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenRow {
+    /// The tokens.
+    pub tokens: Vec<u32>,
+    /// Whether each is predicted from those before it; the first never is.
+    pub targets: Vec<bool>,
+}
+
+/// A model's tokenizer with its chat template.
+#[derive(Debug)]
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    template: Option<Template>,
+    eos_ids: Vec<u32>,
+    vocab_size: u32,
+}
+
+impl Tokenizer {
+    /// Loads the tokenizer of a local Hugging Face directory.
+    ///
+    /// # Errors
+    /// A [`Failure`] of reason `InvalidModel` if `tokenizer.json` or the chat template cannot be used.
+    pub fn load(directory: &Path) -> Result<Self, Failure> {
+        let invalid = |message: String| Failure::new(FailureReason::InvalidModel, message);
+        let path = directory.join("tokenizer.json");
+        if !path.exists() {
+            return Err(invalid(format!(
+                "{path:?} is missing: a model needs its fast tokenizer (save it with transformers' save_pretrained)"
+            )));
+        }
+        let mut inner = tokenizers::Tokenizer::from_file(&path)
+            .map_err(|error| invalid(format!("{path:?} cannot be used: {error}")))?;
+        // A row is never cut or padded behind our back.
+        inner.with_padding(None);
+        inner.with_truncation(None).map_err(|error| invalid(error.to_string()))?;
+        let json = |name: &str| -> Value {
+            let text = std::fs::read_to_string(directory.join(name)).unwrap_or_default();
+            serde_json::from_str(&text).unwrap_or_default()
+        };
+        let settings = json("tokenizer_config.json");
+        let special_tokens = special_tokens(&settings, &json("special_tokens_map.json"));
+        let eos_ids = eos_ids(
+            &inner,
+            &special_tokens,
+            &[json("generation_config.json"), json("config.json")],
+        );
+        let template = match template_source(directory, &settings) {
+            None => None,
+            Some(source) => Some(Template::compile(&source, special_tokens).map_err(|reason| {
+                invalid(format!("the chat template of {directory:?} cannot be used: {reason}"))
+            })?),
+        };
+        let vocab_size = inner.get_vocab_size(true) as u32;
+        Ok(Self { inner, template, eos_ids, vocab_size })
+    }
+
+    /// Makes a tokenizer from its parts, for tests.
+    pub fn from_parts(
+        inner: tokenizers::Tokenizer,
+        template: Option<Template>,
+        eos_ids: Vec<u32>,
+    ) -> Self {
+        let vocab_size = inner.get_vocab_size(true) as u32;
+        Self { inner, template, eos_ids, vocab_size }
+    }
+
+    /// Tells whether there is a chat template.
+    pub fn has_template(&self) -> bool {
+        self.template.is_some()
+    }
+
+    /// Returns the number of tokens there are.
+    pub fn vocab_size(&self) -> u32 {
+        self.vocab_size
+    }
+
+    /// Returns the tokens that end a text or a turn.
+    pub fn eos_ids(&self) -> &[u32] {
+        &self.eos_ids
+    }
+
+    /// Turns a text into tokens.
+    ///
+    /// # Errors
+    /// A text that says what the tokenizer refused.
+    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, String> {
+        let encoding =
+            self.inner.encode(text, add_special_tokens).map_err(|error| error.to_string())?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Turns tokens into text.
+    pub fn decode(&self, tokens: &[u32], skip_special_tokens: bool) -> String {
+        self.inner.decode(tokens, skip_special_tokens).unwrap_or_default()
+    }
+
+    /// Renders a conversation with the chat template.
+    ///
+    /// # Errors
+    /// A text: there is no template, or it refused.
+    pub fn render_chat(
+        &self,
+        messages: &[Message],
+        add_generation_prompt: bool,
+    ) -> Result<String, String> {
+        Ok(self.template()?.render(messages, add_generation_prompt)?.text)
+    }
+
+    /// Turns a row into tokens and targets.
+    ///
+    /// A prompt with its completion is a user turn with its answer where the model has a chat
+    /// template, for that is how the model will be asked; else both are put one after the other.
+    ///
+    /// # Errors
+    /// A text that says why this row cannot be trained on.
+    pub fn tokenize(&self, example: &Example) -> Result<TokenRow, String> {
+        let row = match example {
+            Example::Chat(messages) => self.chat(messages)?,
+            Example::PromptCompletion { prompt, completion } if self.has_template() => {
+                let turn = |role: &str, content: &String| Message {
+                    role: role.to_owned(),
+                    content: content.clone(),
+                };
+                self.chat(&[turn("user", prompt), turn("assistant", completion)])?
+            }
+            Example::PromptCompletion { prompt, completion } => {
+                // Apart, so that no token spans the border.
+                let mut tokens = self.encode(prompt, true)?;
+                let border = tokens.len();
+                tokens.extend(self.encode(completion, false)?);
+                self.with_eos(tokens, border)
+            }
+            Example::Text(text) => self.with_eos(self.encode(text, true)?, 1),
+        };
+        if row.targets.iter().any(|&is_target| is_target) {
+            Ok(row)
+        } else {
+            Err("no token of the row would be trained on".to_owned())
+        }
+    }
+
+    fn with_eos(&self, mut tokens: Vec<u32>, first_target: usize) -> TokenRow {
+        // A template may have put it there already; twice would teach to go on after the end.
+        if let Some(&eos) = self.eos_ids.first()
+            && tokens.last() != Some(&eos)
+        {
+            tokens.push(eos);
+        }
+        let targets = (0..tokens.len()).map(|index| index > 0 && index >= first_target).collect();
+        TokenRow { tokens, targets }
+    }
+
+    fn chat(&self, messages: &[Message]) -> Result<TokenRow, String> {
+        let template = self.template()?;
+        let Rendered { text, generation } = template.render(messages, false)?;
+        // The text has the special tokens already.
+        let encoding =
+            self.inner.encode(text.as_str(), false).map_err(|error| error.to_string())?;
+        let (tokens, offsets) = (encoding.get_ids().to_vec(), encoding.get_offsets());
+        let spans = if template.marks_generation() {
+            generation
+        } else {
+            self.assistant_spans(template, messages, &text, &tokens)?
+        };
+        let mut targets = vec![false; tokens.len()];
+        for span in spans {
+            let inside: Vec<usize> = (1..tokens.len())
+                .filter(|&index| {
+                    offsets[index].1 > span.start
+                        && offsets[index].0 < span.end
+                        && offsets[index].1 > offsets[index].0
+                })
+                .collect();
+            // What follows the end of a turn is never generated: generation stops there.
+            let last_eos = inside.iter().rposition(|&index| self.eos_ids.contains(&tokens[index]));
+            let kept = last_eos.map_or(inside.len(), |position| position + 1);
+            inside[..kept].iter().for_each(|&index| targets[index] = true);
+        }
+        Ok(TokenRow { tokens, targets })
+    }
+
+    /// Finds what the assistant says by rendering the conversation up to each of its turns.
+    ///
+    /// Both renderings must be prefixes of the whole, the first also in tokens; a template for
+    /// which they are not rewrites earlier turns, and a guess would train on the wrong tokens.
+    fn assistant_spans(
+        &self,
+        template: &Template,
+        messages: &[Message],
+        text: &str,
+        tokens: &[u32],
+    ) -> Result<Vec<std::ops::Range<usize>>, String> {
+        let mut spans = Vec::new();
+        let assistant =
+            messages.iter().enumerate().filter(|(_, message)| message.role == "assistant");
+        for (index, message) in assistant {
+            let rewrites = || {
+                format!(
+                    "the chat template renders turn {index} differently when more turns follow, so what to train on is \
+                     unclear: split the conversation after each assistant turn, or use a template with {{% generation %}}"
+                )
+            };
+            let prompt = template.render(&messages[..index], true)?.text;
+            let with_turn = template.render(&messages[..=index], false)?.text;
+            if !text.starts_with(&prompt) || !text.starts_with(&with_turn) {
+                return Err(rewrites());
+            }
+            let prompt_tokens = self.encode(&prompt, false)?;
+            if !tokens.starts_with(&prompt_tokens) {
+                return Err(format!(
+                    "a token spans the border between the prompt and turn {index}, so the turn cannot be trained on alone"
+                ));
+            }
+            // What the template puts between its prompt and the content (an empty `<think>` block) is
+            // not what the assistant says.
+            let turn = &text[prompt.len()..with_turn.len()];
+            let start = prompt.len() + turn.find(message.content.trim()).unwrap_or(0);
+            spans.push(start..with_turn.len());
+        }
+        Ok(spans)
+    }
+
+    fn template(&self) -> Result<&Template, String> {
+        self.template.as_ref().ok_or_else(|| {
+            "the model has no chat template, so a conversation cannot be rendered: use an instruction-tuned model, put a \
+             chat_template.jinja beside its tokenizer, or give rows of prompt and completion"
+                .to_owned()
+        })
+    }
+}
+
+fn template_source(directory: &Path, settings: &Value) -> Option<String> {
+    if let Ok(source) = std::fs::read_to_string(directory.join("chat_template.jinja")) {
+        return Some(source);
+    }
+    match settings.get("chat_template")? {
+        Value::String(source) => Some(source.clone()),
+        Value::Array(named) => {
+            let is_default =
+                |entry: &&Value| entry.get("name").and_then(Value::as_str) == Some("default");
+            named.iter().find(is_default)?.get("template")?.as_str().map(str::to_owned)
+        }
+        _ => None,
+    }
+}
+
+fn special_tokens(settings: &Value, map: &Value) -> Vec<(String, String)> {
+    let text = |value: &Value| {
+        value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned)
+    };
+    ["bos_token", "eos_token", "unk_token", "pad_token"]
+        .into_iter()
+        .filter_map(|name| {
+            let token =
+                settings.get(name).and_then(text).or_else(|| map.get(name).and_then(text))?;
+            Some((name.to_owned(), token))
+        })
+        .collect()
+}
+
+/// Collects the tokens that end generation: the tokenizer's own first, then those of the configs.
+fn eos_ids(
+    inner: &tokenizers::Tokenizer,
+    special: &[(String, String)],
+    configs: &[Value],
+) -> Vec<u32> {
+    let named = special.iter().find(|(name, _)| name == "eos_token");
+    let mut ids: Vec<u32> =
+        named.and_then(|(_, token)| inner.token_to_id(token)).into_iter().collect();
+    for config in configs {
+        let listed = match config.get("eos_token_id") {
+            Some(Value::Array(list)) => list.iter().filter_map(Value::as_u64).collect(),
+            Some(value) => value.as_u64().into_iter().collect::<Vec<_>>(),
+            None => Vec::new(),
+        };
+        for id in listed {
+            if !ids.contains(&(id as u32)) {
+                ids.push(id as u32);
+            }
+        }
+    }
+    ids
+}
