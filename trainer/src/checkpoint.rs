@@ -4,11 +4,7 @@
 //! its digest: without the manifest it does not exist. There is no random state and no data cursor
 //! in it, for both are pure functions of the seed and the step.
 
-use std::{
-    fs::File,
-    io::{BufWriter, Read, Write},
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use finetune_contract::{
@@ -18,7 +14,7 @@ use finetune_contract::{
 };
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 use tracing::warn;
 
 use crate::{
@@ -26,14 +22,13 @@ use crate::{
     hex,
     model::{params::FlatParams, weights::Checkpoint as Tensors},
     optimizer::AdamW,
-    store::{self, Store},
+    store::{self, Store, publish::sha256_of_file},
+    tensor_file::{self, Declared},
 };
 
 const STATE_FILE: &str = "state.safetensors";
 const MASTER: &str = "master";
 const MOMENTS: [&str; 2] = ["exp_avg", "exp_avg_sq"];
-/// Elements copied to the file at once.
-const CHUNK: usize = 1 << 20;
 
 /// What a run has come to, beside its tensors.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -219,7 +214,7 @@ impl Checkpoints {
             tensors.extend(MOMENTS.into_iter().zip(optimizer.moments()));
         }
         let path = self.scratch.join("checkpoint.tmp");
-        let (size, sha256) = write_flat_tensors(&path, &tensors)
+        let (size, sha256) = write_flat(&path, &tensors)
             .map_err(|error| Failure::from_io(&error, &format!("cannot write {path:?}")))?;
         self.store.put_file(&format!("{name}/{STATE_FILE}"), &path)?;
         let _ = std::fs::remove_file(&path);
@@ -263,9 +258,7 @@ impl Checkpoints {
         }
         let path = self.scratch.join("restore.tmp");
         self.store.fetch(&state_file, &path)?;
-        let unreadable =
-            |error: std::io::Error| Failure::from_io(&error, &format!("cannot read {path:?}"));
-        if sha256_of_file(&path).map_err(unreadable)? != manifest.sha256 {
+        if sha256_of_file(&path)?.1 != manifest.sha256 {
             damaged("its file does not have the digest of its manifest");
             return Ok(None);
         }
@@ -314,70 +307,17 @@ fn settings_sha256(config: &RunConfig) -> String {
     hex(&Sha256::digest(decisive.to_string()))
 }
 
-/// Writes fp32 tensors as a safetensors file, a chunk at a time; returns its size and digest.
-fn write_flat_tensors(path: &Path, tensors: &[(&str, &Tensor)]) -> std::io::Result<(u64, String)> {
-    let mut header = serde_json::Map::new();
-    let mut end = 0;
-    for (name, tensor) in tensors {
-        let start = end;
-        end += tensor.numel() * 4;
-        let entry = serde_json::json!({"dtype": "F32", "shape": [tensor.numel()], "data_offsets": [start, end]});
-        header.insert((*name).to_owned(), entry);
-    }
-    let mut header = serde_json::Value::Object(header).to_string();
-    // Data starts at a multiple of eight, so that fp32 can be mapped.
-    header.push_str(&" ".repeat(header.len().next_multiple_of(8) - header.len()));
-    let mut file = Hashing {
-        file: BufWriter::with_capacity(1 << 20, File::create(path)?),
-        hash: Sha256::new(),
-        size: 0,
+/// Writes flat fp32 tensors; returns the file's size and digest.
+fn write_flat(path: &Path, tensors: &[(&str, &Tensor)]) -> std::io::Result<(u64, String)> {
+    let declare = |(name, tensor): &(&str, &Tensor)| Declared {
+        name: (*name).to_owned(),
+        kind: Kind::Float,
+        shape: tensor.size(),
     };
-    file.write_all(&(header.len() as u64).to_le_bytes())?;
-    file.write_all(header.as_bytes())?;
-    let mut values = vec![0_f32; CHUNK];
-    let mut bytes = Vec::with_capacity(CHUNK * 4);
-    for (_, tensor) in tensors {
-        for start in (0..tensor.numel()).step_by(CHUNK) {
-            let length = CHUNK.min(tensor.numel() - start);
-            tensor.narrow(0, start as i64, length as i64).copy_data(&mut values[..length], length);
-            bytes.clear();
-            bytes.extend(values[..length].iter().flat_map(|value| value.to_le_bytes()));
-            file.write_all(&bytes)?;
-        }
-    }
-    let Hashing { file, hash, size } = file;
-    file.into_inner().map_err(std::io::IntoInnerError::into_error)?.sync_all()?;
-    Ok((size, hex(&hash.finalize())))
-}
-
-/// Hashes what passes through.
-struct Hashing {
-    file: BufWriter<File>,
-    hash: Sha256,
-    size: u64,
-}
-
-impl Write for Hashing {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        let written = self.file.write(bytes)?;
-        self.hash.update(&bytes[..written]);
-        self.size += written as u64;
-        Ok(written)
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        self.file.flush()
-    }
-}
-
-fn sha256_of_file(path: &Path) -> std::io::Result<String> {
-    let mut file = File::open(path)?;
-    let mut hash = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        match file.read(&mut buffer)? {
-            0 => return Ok(hex(&hash.finalize())),
-            read => hash.update(&buffer[..read]),
-        }
-    }
+    let declared: Vec<Declared> = tensors.iter().map(declare).collect();
+    let mut next = tensors.iter();
+    tensor_file::write(path, &declared, |_| {
+        let (_, tensor) = next.next().expect("each declared tensor is asked for once, in order");
+        Ok(tensor.shallow_clone())
+    })
 }

@@ -10,14 +10,22 @@ pub mod bench;
 pub mod checkpoint;
 pub mod clock;
 pub mod data;
+pub mod export;
 pub mod failure;
+pub mod generate;
+pub mod import;
 pub mod memory;
 pub mod model;
 pub mod optimizer;
+pub mod preflight;
 pub mod progress;
+pub mod proof;
+pub mod recipe;
 pub mod seed;
 pub mod store;
+pub mod tensor_file;
 pub mod train;
+pub mod verify;
 
 /// Renders bytes as lower-case hexadecimal.
 pub fn hex(bytes: &[u8]) -> String {

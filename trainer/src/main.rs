@@ -1,1 +1,209 @@
-fn main() {}
+//! The trainer's command line: parses, calls, and turns every ending into a report and an exit code.
+
+use std::{
+    io::Write,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::{Path, PathBuf},
+    process,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use clap::{Args, Parser, Subcommand};
+use finetune_contract::{
+    CONTRACT_VERSION, Document, ExitCode, FailureReason, Outcome, PreflightConfig, RunConfig, RunReport, parse, render,
+};
+use finetune_trainer::{
+    bench,
+    failure::Failure,
+    generate, import, preflight,
+    progress::Teller,
+    recipe::{self, Host},
+    store::Environment,
+    verify,
+};
+use tracing::error;
+
+/// Fine-tunes a language model from one run configuration.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Checks model, dataset and output cheaply, and reports what was found.
+    Preflight(Documents),
+    /// Trains, publishes and proves one run.
+    Train(Documents),
+    /// Reads a published result back and checks it.
+    Verify(verify::Arguments),
+    /// Continues a prompt with a model.
+    Generate(generate::Arguments),
+    /// Times training steps on given tokens and prints the figures as JSON.
+    #[command(hide = true)]
+    Bench(bench::Arguments),
+    /// Writes a GGUF file as a Hugging Face directory.
+    Import(import::Arguments),
+}
+
+#[derive(Debug, Args)]
+struct Documents {
+    /// The document that says what to do.
+    #[arg(long)]
+    config: PathBuf,
+    /// Where to write the report.
+    #[arg(long)]
+    report: PathBuf,
+    /// Scratch space; kept between attempts where it can be.
+    #[arg(long)]
+    work_dir: PathBuf,
+}
+
+fn main() -> process::ExitCode {
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("FINETUNE_LOG").unwrap_or_else(|_| "info".into()),
+        )
+        .with_target(false)
+        .init();
+    let cli = Cli::parse();
+    std::panic::set_hook(Box::new(|_| {}));
+    let code = match catch_unwind(AssertUnwindSafe(|| dispatch(&cli.command))) {
+        Ok(Ok(code)) => code,
+        Ok(Err(failure)) => {
+            error!("{failure}");
+            failure.exit_code()
+        }
+        Err(panic) => {
+            let failure = failure_of_panic(&*panic);
+            error!("{failure}");
+            failure.exit_code()
+        }
+    };
+    process::ExitCode::from(code.code())
+}
+
+fn dispatch(command: &Command) -> Result<ExitCode, Failure> {
+    let environment = Environment::from_process();
+    match command {
+        Command::Preflight(documents) => run_preflight(documents, &environment),
+        Command::Train(documents) => run_train(documents, &environment),
+        Command::Verify(arguments) => verify::run(arguments, &environment).map(|()| ExitCode::Success),
+        Command::Generate(arguments) => generate::run(arguments, &environment).map(|()| ExitCode::Success),
+        Command::Bench(arguments) => bench::run(arguments).map(|figures| {
+            print_line(&figures);
+            ExitCode::Success
+        }),
+        Command::Import(arguments) => import::run(arguments).map(|()| ExitCode::Success),
+    }
+}
+
+fn run_preflight(documents: &Documents, environment: &Environment) -> Result<ExitCode, Failure> {
+    let config: PreflightConfig = read(&documents.config)?;
+    make_work_dir(&documents.work_dir)?;
+    let report = preflight::run(&config, environment, &documents.work_dir).fit();
+    write(&documents.report, &report)?;
+    Ok(if report.problems_total == 0 { ExitCode::Success } else { ExitCode::BadData })
+}
+
+fn run_train(documents: &Documents, environment: &Environment) -> Result<ExitCode, Failure> {
+    let config: RunConfig = read(&documents.config)?;
+    make_work_dir(&documents.work_dir)?;
+    let stop = stop_on_signal()?;
+    let mut line = print_line;
+    let mut teller = Teller::new(&config, &documents.work_dir, &mut line);
+    let host = Host { environment, work_dir: &documents.work_dir, stop: &stop };
+    // The one place a panic ends: libtorch reports running out of memory as one.
+    let ended = catch_unwind(AssertUnwindSafe(|| recipe::run(&config, &host, &mut teller)))
+        .unwrap_or_else(|panic| Err(failure_of_panic(&*panic)));
+    let (outcome, code) = match ended {
+        Ok(outcome @ Outcome::Interrupted { .. }) => (outcome, ExitCode::Interrupted),
+        Ok(outcome) => (outcome, ExitCode::Success),
+        Err(failure) => {
+            error!("{failure}");
+            let code = failure.exit_code();
+            (Outcome::Failed { reason: failure.reason, message: failure.message }, code)
+        }
+    };
+    write(&documents.report, &report(&config, &teller, outcome).fit())?;
+    Ok(code)
+}
+
+fn report(config: &RunConfig, teller: &Teller<'_>, outcome: Outcome) -> RunReport {
+    let last = teller.last();
+    let state = teller.state();
+    RunReport {
+        version: CONTRACT_VERSION,
+        run_id: config.run_id.clone(),
+        attempt: config.attempt,
+        outcome,
+        steps: last.step,
+        tokens_seen: last.tokens_seen,
+        resumed_from_step: last.resumed_from_step,
+        train_loss: state.first_loss.zip(state.last_loss).map(<[f64; 2]>::from),
+        eval_loss: state.base_eval_loss.zip(state.best.map(|best| best.loss)).map(<[f64; 2]>::from),
+        best_step: state.best.map(|best| best.step).filter(|&step| step != last.step),
+        tokens_per_second: teller.median_speed(),
+        duration_seconds: teller.elapsed_seconds(),
+        predicted_peak_bytes: config.predicted_peak_bytes,
+        measured_peak_bytes: teller.peak_memory(),
+    }
+}
+
+/// Sets a flag on SIGINT and SIGTERM; the loop looks at it after each step.
+fn stop_on_signal() -> Result<Arc<AtomicBool>, Failure> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        signal_hook::flag::register(signal, Arc::clone(&stop))
+            .map_err(|error| Failure::from_io(&error, "cannot listen for signals"))?;
+    }
+    debug_assert!(!stop.load(Ordering::Relaxed));
+    Ok(stop)
+}
+
+fn failure_of_panic(panic: &(dyn std::any::Any + Send)) -> Failure {
+    let text = panic
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| panic.downcast_ref::<&str>().copied())
+        .unwrap_or("no message");
+    let is_out_of_memory = ["can't allocate memory", "out of memory", "OutOfMemoryError"]
+        .iter()
+        .any(|words| text.contains(words));
+    if is_out_of_memory {
+        let message = format!(
+            "the device ran out of memory: lower training.trainBatchSizePerDevice or contextLength, or set \
+             training.recompute to block ({text})"
+        );
+        return Failure::new(FailureReason::OutOfMemory, message);
+    }
+    Failure::new(FailureReason::Internal, format!("this is a defect of the trainer, please report it: {text}"))
+}
+
+fn read<D: Document>(path: &Path) -> Result<D, Failure> {
+    let text = std::fs::read_to_string(path).map_err(|error| {
+        Failure::new(FailureReason::InvalidConfiguration, format!("cannot read {path:?}: {error}"))
+    })?;
+    parse(&text).map_err(|error| Failure::from_chain(FailureReason::InvalidConfiguration, &error))
+}
+
+fn write<D: Document>(path: &Path, document: &D) -> Result<(), Failure> {
+    std::fs::write(path, render(document))
+        .map_err(|error| Failure::from_io(&error, &format!("cannot write {path:?}")))
+}
+
+fn make_work_dir(path: &Path) -> Result<(), Failure> {
+    std::fs::create_dir_all(path).map_err(|error| Failure::from_io(&error, &format!("cannot make {path:?}")))
+}
+
+/// Prints one line of progress. Nobody listening is no reason to stop training.
+fn print_line(line: &str) {
+    let mut out = std::io::stdout().lock();
+    let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+}

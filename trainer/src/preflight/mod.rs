@@ -1,1 +1,282 @@
-//! Placeholder until the module lands.
+//! Everything that can be checked before a machine worth money is asked for.
+//!
+//! It never fails: each trouble becomes a [`Problem`], and the checks that do not depend on it go
+//! on, so that a user sees all there is to mend at once.
+
+mod machine;
+mod model;
+
+use std::path::Path;
+
+use finetune_contract::{
+    CONTRACT_VERSION, DatasetCensus, FailureReason, ModelFacts, ObjectUri, OnOverflow, OutputState,
+    PreflightConfig, PreflightReport, Problem, ProblemReason,
+};
+
+use crate::{
+    data::{Tokenizer, census},
+    failure::Failure,
+    store::{self, Environment, Role, Store, publish},
+};
+
+/// Problems shown in full; all are counted.
+const SHOWN: usize = 20;
+
+/// Checks a run.
+pub fn run(
+    config: &PreflightConfig,
+    environment: &Environment,
+    work_dir: &Path,
+) -> PreflightReport {
+    let mut findings = Findings::default();
+    let model = model::check(config, environment, work_dir, &mut findings);
+    let (mut train, mut validation, mut overlapping_rows) = (None, None, 0);
+    if let Some((facts, tokenizer)) = &model {
+        let check = SplitCheck { config, environment, facts, tokenizer };
+        let counted = check.count("spec.dataset.train", &config.dataset.train, &mut findings);
+        let held_out = config
+            .dataset
+            .validation
+            .as_ref()
+            .and_then(|uri| check.count("spec.dataset.validation", uri, &mut findings));
+        if let (Some(counted), Some(held_out)) = (&counted, &held_out) {
+            overlapping_rows = held_out.digests.intersection(&counted.digests).count() as u64;
+            findings.warn_of_overlap(overlapping_rows, held_out.census.rows);
+        }
+        train = counted.map(|counted| counted.census);
+        validation = held_out.map(|counted| counted.census);
+    }
+    let output = check_output(config, environment, &mut findings);
+    PreflightReport {
+        version: CONTRACT_VERSION,
+        run_id: config.run_id.clone(),
+        problems: findings.problems,
+        problems_total: findings.problems_total,
+        warnings: findings.warnings,
+        model: model.map(|(facts, _)| facts),
+        train,
+        validation,
+        overlapping_rows,
+        output,
+        machine: Some(machine::facts(config.measure_machine)),
+    }
+}
+
+/// What was found so far.
+#[derive(Debug, Default)]
+struct Findings {
+    problems: Vec<Problem>,
+    problems_total: u64,
+    warnings: Vec<Problem>,
+}
+
+impl Findings {
+    fn problem(&mut self, reason: ProblemReason, location: &str, message: impl Into<String>) {
+        self.problems_total += 1;
+        if self.problems.len() < SHOWN {
+            self.problems.push(Problem {
+                reason,
+                location: location.to_owned(),
+                message: message.into(),
+            });
+        }
+    }
+
+    fn warning(&mut self, reason: ProblemReason, location: &str, message: impl Into<String>) {
+        self.warnings.push(Problem {
+            reason,
+            location: location.to_owned(),
+            message: message.into(),
+        });
+    }
+
+    fn store_problem(&mut self, location: &str, error: &store::Error) {
+        self.problem(error.problem_reason(), location, error.to_string());
+    }
+
+    fn failure(&mut self, location: &str, failure: &Failure) {
+        let reason = match failure.reason {
+            FailureReason::InvalidModel => ProblemReason::InvalidModel,
+            FailureReason::InvalidDataset => ProblemReason::InvalidDataset,
+            FailureReason::PermissionDenied => ProblemReason::PermissionDenied,
+            FailureReason::InvalidConfiguration => ProblemReason::NotFound,
+            _ => ProblemReason::Unavailable,
+        };
+        self.problem(reason, location, failure.message.clone());
+    }
+
+    fn warn_of_overlap(&mut self, overlapping: u64, held_out: u64) {
+        if overlapping > 0 {
+            let message = format!(
+                "{overlapping} of {held_out} validation rows are also training rows: the validation loss will look better than it is"
+            );
+            self.warning(ProblemReason::DuplicateRows, "spec.dataset.validation", message);
+        }
+    }
+}
+
+/// Opens one of the URIs of a run.
+fn open(
+    uri: &str,
+    revision: Option<&str>,
+    role: Role,
+    environment: &Environment,
+    location: &str,
+    findings: &mut Findings,
+) -> Option<Store> {
+    let uri = match ObjectUri::parse(uri) {
+        Ok(uri) => uri,
+        Err(error) => {
+            findings.problem(ProblemReason::InvalidSpec, location, error.to_string());
+            return None;
+        }
+    };
+    match Store::open(&uri, revision, role, environment) {
+        Ok(store) => Some(store),
+        Err(error) => {
+            findings.store_problem(location, &error);
+            None
+        }
+    }
+}
+
+struct SplitCheck<'a> {
+    config: &'a PreflightConfig,
+    environment: &'a Environment,
+    facts: &'a ModelFacts,
+    tokenizer: &'a Tokenizer,
+}
+
+impl SplitCheck<'_> {
+    fn count(&self, location: &str, uri: &str, findings: &mut Findings) -> Option<census::Counted> {
+        let store = open(uri, None, Role::Dataset, self.environment, location, findings)?;
+        let counted = census::count(
+            &store,
+            self.config.dataset.format,
+            self.tokenizer,
+            self.config.dataset.on_overflow,
+            self.config.context_length,
+            self.facts.max_position_embeddings,
+        );
+        let counted = match counted {
+            Ok(counted) => counted,
+            Err(failure) => {
+                findings.failure(location, &failure);
+                return None;
+            }
+        };
+        self.judge(location, &counted, findings);
+        Some(counted)
+    }
+
+    fn judge(&self, location: &str, counted: &census::Counted, findings: &mut Findings) {
+        let DatasetCensus { rows, bad_rows, duplicate_rows, max_tokens, .. } = counted.census;
+        for bad in &counted.bad {
+            findings.problem(ProblemReason::InvalidDataset, &bad.location, bad.reason.clone());
+        }
+        findings.problems_total += bad_rows - counted.bad.len() as u64;
+        if rows == 0 && bad_rows == 0 {
+            findings.problem(ProblemReason::NothingToTrain, location, "the dataset has no rows");
+        }
+        if counted.largest_token >= self.facts.vocab_size {
+            let message = format!(
+                "the tokenizer gives token {}, but the model's embedding has only {} rows: tokenizer and model do not belong together",
+                counted.largest_token, self.facts.vocab_size
+            );
+            findings.problem(ProblemReason::InvalidTokenizer, "spec.model.uri", message);
+        }
+        if duplicate_rows > 0 {
+            let message = format!("{duplicate_rows} of {rows} rows repeat an earlier row");
+            findings.warning(ProblemReason::DuplicateRows, location, message);
+        }
+        self.judge_overflow(location, rows, max_tokens, counted, findings);
+    }
+
+    fn judge_overflow(
+        &self,
+        location: &str,
+        rows: u64,
+        max_tokens: u32,
+        counted: &census::Counted,
+        findings: &mut Findings,
+    ) {
+        let max = self.facts.max_position_embeddings;
+        let context = match self.config.context_length {
+            Some(context) if context > max => {
+                let message = format!(
+                    "contextLength is {context}, but the model was made for at most {max} positions: set it to {max} or less"
+                );
+                if location == "spec.dataset.train" {
+                    findings.problem(
+                        ProblemReason::InvalidSpec,
+                        "spec.training.contextLength",
+                        message,
+                    );
+                }
+                return;
+            }
+            Some(context) => context,
+            // Without a wish only what no plan can avoid is judged here.
+            None => max,
+        };
+        let Some(point) = counted.census.lengths.iter().find(|point| point.context == context)
+        else {
+            return;
+        };
+        if point.over == 0 {
+            return;
+        }
+        let figures = format!(
+            "{} of {rows} rows have more than {context} tokens (the longest {max_tokens}); {} tokens would be cut",
+            point.over, point.cut
+        );
+        match self.config.dataset.on_overflow {
+            OnOverflow::Error => {
+                let message = format!(
+                    "{figures}: raise training.contextLength, or set dataset.onOverflow to truncate or drop"
+                );
+                findings.problem(ProblemReason::Overflow, location, message);
+            }
+            OnOverflow::Truncate if point.over == rows && point.empty == rows => {
+                let message = format!(
+                    "{figures}, and no row would keep a token to train on: raise training.contextLength"
+                );
+                findings.problem(ProblemReason::NothingToTrain, location, message);
+            }
+            OnOverflow::Drop if point.over == rows => {
+                let message = format!(
+                    "{figures}, so every row would be dropped: raise training.contextLength"
+                );
+                findings.problem(ProblemReason::NothingToTrain, location, message);
+            }
+            OnOverflow::Truncate | OnOverflow::Drop => {
+                findings.warning(ProblemReason::Overflow, location, figures)
+            }
+        }
+    }
+}
+
+fn check_output(
+    config: &PreflightConfig,
+    environment: &Environment,
+    findings: &mut Findings,
+) -> Option<OutputState> {
+    let location = "spec.output.uri";
+    let store = open(&config.output.uri, None, Role::Output, environment, location, findings)?;
+    let state = store.probe_write().and_then(|()| publish::output_state(&store, &config.run_id));
+    match state {
+        Ok(OutputState::PublishedByAnotherRun) if !config.output.overwrite => {
+            let message = format!(
+                "{} holds the result of another run: choose another output.uri, or set output.overwrite to true to replace it",
+                config.output.uri
+            );
+            findings.problem(ProblemReason::OutputExists, location, message);
+            Some(OutputState::PublishedByAnotherRun)
+        }
+        Ok(state) => Some(state),
+        Err(error) => {
+            findings.store_problem(location, &error);
+            None
+        }
+    }
+}

@@ -1,0 +1,142 @@
+//! The storage types of GGUF tensors, back to fp32.
+//!
+//! # Source
+//! The block structures and `dequantize_row_*` of `ggml/src/ggml-quants.c`, ggml-org/llama.cpp. Each
+//! is checked against the PyPI package `gguf` in the tests of this directory.
+
+use half::{bf16, f16};
+
+/// How one storage type packs its elements.
+pub struct StorageType {
+    /// What people call it.
+    pub name: &'static str,
+    /// Elements of a block.
+    pub elements: usize,
+    /// Bytes of a block.
+    pub bytes: usize,
+    unpack: fn(&[u8], &mut [f32]),
+}
+
+/// Finds a storage type by its number; `None` for one that cannot be read.
+pub fn storage_type(number: u32) -> Option<StorageType> {
+    let plain = |name, elements, bytes, unpack| StorageType { name, elements, bytes, unpack };
+    Some(match number {
+        0 => plain("F32", 1, 4, |block, out| {
+            out[0] = f32::from_le_bytes([block[0], block[1], block[2], block[3]])
+        }),
+        1 => plain("F16", 1, 2, |block, out| out[0] = half_at(block, 0)),
+        30 => plain("BF16", 1, 2, |block, out| {
+            out[0] = bf16::from_le_bytes([block[0], block[1]]).to_f32()
+        }),
+        2 => plain("Q4_0", 32, 18, |block, out| {
+            q4(half_at(block, 0), -8.0 * half_at(block, 0), &block[2..], out)
+        }),
+        3 => plain("Q4_1", 32, 20, |block, out| {
+            q4(half_at(block, 0), half_at(block, 2), &block[4..], out)
+        }),
+        6 => plain("Q5_0", 32, 22, |block, out| {
+            q5(half_at(block, 0), -16.0 * half_at(block, 0), &block[2..], out)
+        }),
+        7 => plain("Q5_1", 32, 24, |block, out| {
+            q5(half_at(block, 0), half_at(block, 2), &block[4..], out)
+        }),
+        8 => plain("Q8_0", 32, 34, q8_0),
+        12 => plain("Q4_K", 256, 144, q4_k),
+        13 => plain("Q5_K", 256, 176, q5_k),
+        14 => plain("Q6_K", 256, 210, q6_k),
+        _ => return None,
+    })
+}
+
+impl StorageType {
+    /// Unpacks whole blocks.
+    pub fn unpack(&self, bytes: &[u8]) -> Vec<f32> {
+        let mut values = vec![0.0; bytes.len() / self.bytes * self.elements];
+        for (block, out) in
+            bytes.chunks_exact(self.bytes).zip(values.chunks_exact_mut(self.elements))
+        {
+            (self.unpack)(block, out);
+        }
+        values
+    }
+}
+
+fn half_at(block: &[u8], at: usize) -> f32 {
+    f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
+}
+
+/// Sixteen bytes of two elements: the low halves are the first sixteen, the high ones the rest.
+fn q4(scale: f32, offset: f32, nibbles: &[u8], out: &mut [f32]) {
+    for index in 0..16 {
+        out[index] = f32::from(nibbles[index] & 15) * scale + offset;
+        out[index + 16] = f32::from(nibbles[index] >> 4) * scale + offset;
+    }
+}
+
+/// As [`q4`], with a fifth bit for each element in four bytes before.
+fn q5(scale: f32, offset: f32, block: &[u8], out: &mut [f32]) {
+    let high = u32::from_le_bytes([block[0], block[1], block[2], block[3]]);
+    for index in 0..16 {
+        let (low, packed) = (high >> index & 1, block[4 + index]);
+        out[index] = f32::from(packed & 15 | (low as u8) << 4) * scale + offset;
+        let top = high >> (index + 16) & 1;
+        out[index + 16] = f32::from(packed >> 4 | (top as u8) << 4) * scale + offset;
+    }
+}
+
+fn q8_0(block: &[u8], out: &mut [f32]) {
+    let scale = half_at(block, 0);
+    for (value, &byte) in out.iter_mut().zip(&block[2..]) {
+        *value = f32::from(byte.cast_signed()) * scale;
+    }
+}
+
+/// Scale and minimum of the `index`-th of eight groups, six bits each in twelve bytes.
+fn k_scale(scales: &[u8], index: usize) -> (f32, f32) {
+    let (scale, minimum) = if index < 4 {
+        (scales[index] & 63, scales[index + 4] & 63)
+    } else {
+        (
+            scales[index + 4] & 15 | scales[index - 4] >> 6 << 4,
+            scales[index + 4] >> 4 | scales[index] >> 6 << 4,
+        )
+    };
+    (f32::from(scale), f32::from(minimum))
+}
+
+fn q4_k(block: &[u8], out: &mut [f32]) {
+    k_groups(block, &block[16..], |_, _| 0, out);
+}
+
+fn q5_k(block: &[u8], out: &mut [f32]) {
+    let high = &block[16..48];
+    k_groups(block, &block[48..], |group, index| (high[index] >> group & 1) << 4, out);
+}
+
+/// Eight groups of 32; two of them share 32 bytes of halves.
+fn k_groups(block: &[u8], nibbles: &[u8], fifth_bit: impl Fn(usize, usize) -> u8, out: &mut [f32]) {
+    let (scale, minimum) = (half_at(block, 0), half_at(block, 2));
+    for group in 0..8 {
+        let (group_scale, group_minimum) = k_scale(&block[4..16], group);
+        for index in 0..32 {
+            let packed = nibbles[group / 2 * 32 + index];
+            let four = if group % 2 == 0 { packed & 15 } else { packed >> 4 };
+            let value = f32::from(four | fifth_bit(group, index));
+            out[group * 32 + index] = scale * group_scale * value - minimum * group_minimum;
+        }
+    }
+}
+
+fn q6_k(block: &[u8], out: &mut [f32]) {
+    let (low, high, scales) = (&block[..128], &block[128..192], &block[192..208]);
+    let scale = half_at(block, 208);
+    for (index, value) in out.iter_mut().enumerate() {
+        let (section, inside) = (index / 128, index % 128);
+        let (quarter, lane) = (inside / 32, inside % 32);
+        let byte = low[section * 64 + (quarter % 2) * 32 + lane];
+        let four = if quarter < 2 { byte & 15 } else { byte >> 4 };
+        let two = high[section * 32 + lane] >> (2 * quarter) & 3;
+        let quantized = i16::from(four | two << 4) - 32;
+        *value = scale * f32::from(scales[index / 16].cast_signed()) * f32::from(quantized);
+    }
+}
