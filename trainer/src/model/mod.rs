@@ -1,1 +1,28 @@
-//! Placeholder until the module lands.
+//! The network: a Llama-like decoder whose blocks carry hand-written backward passes.
+//!
+//! Letters in shapes, everywhere in this module: `T` tokens of a micro-batch, flat, without
+//! padding; `D` model width, `H` query heads, `K` key/value heads, `E` head width, `F` feed-forward
+//! width, `V` vocabulary, `R` LoRA rank.
+//!
+//! Parameters are addressed by checkpoint name only (`model.layers.3.self_attn.q_proj.weight`).
+//! No tensor here records a graph: each layer's `backward` is written out beside its `forward` and
+//! proved against autograd in `tests/`.
+
+pub mod adapter;
+pub mod attach;
+pub mod attention;
+pub mod block;
+pub mod config;
+pub mod dropout;
+pub mod embedding;
+pub mod head;
+pub mod header;
+pub mod linear;
+pub mod names;
+pub mod network;
+pub mod norm;
+pub mod params;
+pub mod rope;
+pub mod weights;
+
+pub use network::Model;

@@ -1,0 +1,90 @@
+//! The process's anonymous memory, as the kernel counts it.
+//!
+//! Mapped base weights are page cache, shared and reclaimable, and are not counted here: what
+//! decides whether a run fits is what cannot be given back.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread::JoinHandle,
+    time::Duration,
+};
+
+/// How often memory is looked at. A micro-batch's peak lasts longer than this on any model worth
+/// planning for; a tiny model's may be missed by a few megabytes.
+const INTERVAL: Duration = Duration::from_millis(10);
+
+/// Watches the process's anonymous memory until dropped.
+#[derive(Debug)]
+pub struct PeakMemory {
+    peak: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+    watcher: Option<JoinHandle<()>>,
+}
+
+impl PeakMemory {
+    /// Starts watching.
+    pub fn watch() -> Self {
+        let (peak, stop) =
+            (Arc::new(AtomicU64::new(anonymous_bytes())), Arc::new(AtomicBool::new(false)));
+        let watcher = std::thread::Builder::new()
+            .name("peak-memory".to_owned())
+            .spawn({
+                let (peak, stop) = (Arc::clone(&peak), Arc::clone(&stop));
+                move || {
+                    while !stop.load(Ordering::Relaxed) {
+                        peak.fetch_max(anonymous_bytes(), Ordering::Relaxed);
+                        std::thread::sleep(INTERVAL);
+                    }
+                }
+            })
+            .ok();
+        Self { peak, stop, watcher }
+    }
+
+    /// Returns the largest amount seen so far, in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.peak.fetch_max(anonymous_bytes(), Ordering::Relaxed);
+        self.peak.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for PeakMemory {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(watcher) = self.watcher.take() {
+            let _ = watcher.join();
+        }
+    }
+}
+
+/// Returns the anonymous memory of this process now, in bytes; 0 where the kernel does not tell.
+///
+/// # Source
+/// `RssAnon` of proc_pid_status(5), in kibibytes.
+pub fn anonymous_bytes() -> u64 {
+    let Ok(status) = std::fs::read_to_string("/proc/self/status") else { return 0 };
+    let kibibytes = status
+        .lines()
+        .find_map(|line| line.strip_prefix("RssAnon:"))
+        .and_then(|rest| rest.trim().split(' ').next()?.parse::<u64>().ok());
+    kibibytes.unwrap_or(0) * 1024
+}
+
+#[cfg(test)]
+mod tests {
+    use super::PeakMemory;
+
+    #[test]
+    fn remembers_memory_that_was_given_back() {
+        let peak = PeakMemory::watch();
+        let before = peak.bytes();
+        let block = std::hint::black_box(vec![1_u8; 64 << 20]);
+        std::thread::sleep(super::INTERVAL * 5);
+        drop(block);
+        let grown = peak.bytes() - before;
+        assert!((60 << 20..80 << 20).contains(&grown), "{grown}");
+    }
+}

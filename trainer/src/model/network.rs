@@ -1,0 +1,393 @@
+//! The whole decoder: assembled from a checkpoint, run forward, and backward block by block.
+
+use std::path::Path;
+
+use finetune_contract::{Dtype, FailureReason, Recompute};
+use tch::{Device, Kind, Tensor};
+
+use super::{
+    attach::{Attachment, LoraAttachment, adapter_names},
+    attention::{Attention, Segments},
+    block::{Block, Kept, Surroundings},
+    config::ModelConfig,
+    dropout::Dropout,
+    embedding::Embedding,
+    head,
+    linear::{Adapter, Input, Linear},
+    names,
+    norm::RmsNorm,
+    params::{FlatParams, Param},
+    rope::{Rotary, frequencies},
+    weights::{self, Checkpoint},
+};
+use crate::{data::Batch, failure::Failure, seed::Counter};
+
+/// A model with what is trained of it.
+#[derive(Debug)]
+pub struct Model {
+    config: ModelConfig,
+    attachment: Attachment,
+    dtype: Dtype,
+    device: Device,
+    frequencies: Vec<f64>,
+    embed_tokens: Embedding,
+    blocks: Vec<Block>,
+    norm: RmsNorm,
+    lm_head: Linear,
+    trained: FlatParams,
+}
+
+impl Model {
+    /// Assembles a model from a Hugging Face directory.
+    ///
+    /// Frozen weights already in `dtype` stay mapped; others are converted. Trained weights are
+    /// copied to fp32 masters; adapters start as PEFT starts them (`A` random, `B` zero; the other
+    /// way round on the embedding), from `seed`.
+    ///
+    /// # Errors
+    /// A [`Failure`] if the config is refused or a tensor is missing, of another shape or dtype.
+    pub fn load(
+        directory: &Path,
+        config: ModelConfig,
+        attachment: Attachment,
+        dtype: Dtype,
+        device: Device,
+        seed: Counter,
+    ) -> Result<Self, Failure> {
+        let checkpoint = Checkpoint::open(directory).map_err(invalid_model)?;
+        let trained = FlatParams::new(&attachment.trained(&config), dtype, device);
+        let parts = Parts {
+            checkpoint: &checkpoint,
+            config: &config,
+            attachment: &attachment,
+            trained: &trained,
+            dtype,
+            device,
+            seed,
+        };
+        let embed_tokens = parts.embedding()?;
+        let blocks = (0..config.num_hidden_layers)
+            .map(|layer| parts.block(layer))
+            .collect::<Result<_, _>>()?;
+        let norm = parts.norm(names::NORM, config.hidden_size)?;
+        let lm_head = parts.lm_head(&embed_tokens)?;
+        let mut model = Self {
+            frequencies: frequencies(&config.rope, config.head_dim),
+            config,
+            attachment,
+            dtype,
+            device,
+            embed_tokens,
+            blocks,
+            norm,
+            lm_head,
+            trained,
+        };
+        model.trained.refresh_compute();
+        Ok(model)
+    }
+
+    /// Returns the model's shape.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Returns what is trained.
+    pub fn attachment(&self) -> &Attachment {
+        &self.attachment
+    }
+
+    /// Returns the trained parameters.
+    pub fn trained(&self) -> &FlatParams {
+        &self.trained
+    }
+
+    /// Returns the trained parameters, to be stepped or restored; call
+    /// [`FlatParams::refresh_compute`] afterwards.
+    pub fn trained_mut(&mut self) -> &mut FlatParams {
+        &mut self.trained
+    }
+
+    /// Returns the device computed on.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// Returns the value a parameter is computed with, by checkpoint name, trained or not.
+    pub fn embedding(&self) -> &Embedding {
+        &self.embed_tokens
+    }
+
+    /// Returns the blocks, bottom up.
+    pub fn blocks(&self) -> &[Block] {
+        &self.blocks
+    }
+
+    /// Returns the last norm and the output head.
+    pub fn head(&self) -> (&RmsNorm, &Linear) {
+        (&self.norm, &self.lm_head)
+    }
+
+    /// Returns the angles of positions, in the computation's dtype.
+    pub fn rotary(&self, positions: &[i64]) -> Rotary {
+        Rotary::new(&self.frequencies, positions, self.kind(), self.device)
+    }
+
+    /// Adds the gradients of a micro-batch's summed loss and returns that sum.
+    pub fn accumulate_gradients(
+        &self,
+        batch: &Batch,
+        recompute: Recompute,
+        dropout: Option<&Dropout>,
+    ) -> f64 {
+        let flow = Flow::new(self, batch, dropout);
+        let around = flow.surroundings();
+        let lowest = self.lowest_trained_block();
+        let mut x = self.embed_tokens.forward(&flow.tokens); // [T, D]
+        let mut kept: Vec<Option<Kept>> = Vec::with_capacity(self.blocks.len());
+        for (index, block) in self.blocks.iter().enumerate() {
+            let recompute = (index >= lowest).then_some(recompute);
+            let (y, block_kept) = block.forward(x, &around, recompute);
+            kept.push(block_kept);
+            x = y;
+        }
+        let rows = x.index_select(0, &flow.predicting); // [N, D]
+        let (loss, d_normed) = head::loss_and_gradient(
+            &self.lm_head,
+            &self.norm.forward(&rows),
+            &flow.labels,
+            dropout,
+        );
+        let d_rows = self.norm.backward(&rows, &d_normed);
+        let mut dx = x.zeros_like();
+        let _ = dx.index_copy_(0, &flow.predicting, &d_rows);
+        drop(x);
+        for (index, (block, block_kept)) in self.blocks.iter().zip(kept).enumerate().rev() {
+            let Some(block_kept) = block_kept else { break };
+            let wants_input_grad = index > lowest || self.embed_tokens.is_trained();
+            match block.backward(block_kept, &dx, &around, wants_input_grad) {
+                Some(below) => dx = below,
+                None => break,
+            }
+        }
+        if self.embed_tokens.is_trained() {
+            self.embed_tokens.backward(&flow.tokens, &dx);
+        }
+        loss
+    }
+
+    /// Computes the summed loss of a micro-batch, without noise and gradients.
+    pub fn loss(&self, batch: &Batch) -> f64 {
+        let flow = Flow::new(self, batch, None);
+        let rows = self.hidden(&flow).index_select(0, &flow.predicting);
+        head::loss(&self.lm_head, &self.norm.forward(&rows), &flow.labels)
+    }
+
+    /// Computes the logits of one sequence, `[T, V]` in fp32.
+    pub fn logits(&self, tokens: &[u32]) -> Tensor {
+        let batch = Batch {
+            tokens: tokens.iter().map(|&token| i64::from(token)).collect(),
+            segment_lengths: vec![tokens.len()],
+            predicting: Vec::new(),
+            labels: Vec::new(),
+        };
+        let hidden = self.hidden(&Flow::new(self, &batch, None));
+        self.lm_head.forward(&Input::new(self.norm.forward(&hidden), None, 0)).to_kind(Kind::Float)
+    }
+
+    fn hidden(&self, flow: &Flow<'_>) -> Tensor {
+        let around = flow.surroundings();
+        let x = self.embed_tokens.forward(&flow.tokens);
+        self.blocks.iter().fold(x, |x, block| block.forward(x, &around, None).0)
+    }
+
+    /// Returns the first block whose backward pass anything needs.
+    fn lowest_trained_block(&self) -> usize {
+        if self.embed_tokens.is_trained() {
+            return 0;
+        }
+        self.blocks.iter().position(Block::is_trained).unwrap_or(self.blocks.len())
+    }
+
+    fn kind(&self) -> Kind {
+        kind_of(self.dtype)
+    }
+}
+
+/// Returns the tensor type of a dtype.
+pub fn kind_of(dtype: Dtype) -> Kind {
+    match dtype {
+        Dtype::Bf16 => Kind::BFloat16,
+        Dtype::Fp32 => Kind::Float,
+    }
+}
+
+/// A micro-batch as tensors.
+struct Flow<'a> {
+    tokens: Tensor,
+    predicting: Tensor,
+    labels: Tensor,
+    rotary: Rotary,
+    segments: Segments,
+    dropout: Option<&'a Dropout>,
+}
+
+impl<'a> Flow<'a> {
+    fn new(model: &Model, batch: &Batch, dropout: Option<&'a Dropout>) -> Self {
+        let on_device = |numbers: &[i64]| Tensor::from_slice(numbers).to_device(model.device);
+        let positions: Vec<i64> =
+            batch.segment_lengths.iter().flat_map(|&length| 0..length as i64).collect();
+        Self {
+            tokens: on_device(&batch.tokens),
+            predicting: on_device(&batch.predicting),
+            labels: on_device(&batch.labels),
+            rotary: model.rotary(&positions),
+            segments: Segments::new(&batch.segment_lengths),
+            dropout,
+        }
+    }
+
+    fn surroundings(&self) -> Surroundings<'_> {
+        Surroundings { rotary: &self.rotary, segments: &self.segments, dropout: self.dropout }
+    }
+}
+
+/// Builds modules from a checkpoint.
+struct Parts<'a> {
+    checkpoint: &'a Checkpoint,
+    config: &'a ModelConfig,
+    attachment: &'a Attachment,
+    trained: &'a FlatParams,
+    dtype: Dtype,
+    device: Device,
+    seed: Counter,
+}
+
+impl Parts<'_> {
+    fn block(&self, layer: usize) -> Result<Block, Failure> {
+        let config = self.config;
+        let path = |name: &str| names::in_block(layer, name);
+        let [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj] = config
+            .block_linears()
+            .map(|(name, out, width, bias)| self.linear(&path(name), [out, width], bias));
+        let norm = |name: &str, width| self.norm(&path(name), width);
+        let qk_norm = if config.qk_norm {
+            Some((
+                norm("self_attn.q_norm", config.head_dim)?,
+                norm("self_attn.k_norm", config.head_dim)?,
+            ))
+        } else {
+            None
+        };
+        Ok(Block {
+            layer: layer as u64,
+            head_dim: config.head_dim as i64,
+            attention: Attention {
+                query_groups: config.query_groups() as i64,
+                window: config.sliding_window[layer],
+            },
+            input_layernorm: norm("input_layernorm", config.hidden_size)?,
+            post_attention_layernorm: norm("post_attention_layernorm", config.hidden_size)?,
+            q_proj: q_proj?,
+            k_proj: k_proj?,
+            v_proj: v_proj?,
+            o_proj: o_proj?,
+            gate_proj: gate_proj?,
+            up_proj: up_proj?,
+            down_proj: down_proj?,
+            qk_norm,
+        })
+    }
+
+    fn linear(&self, path: &str, shape: [usize; 2], bias: bool) -> Result<Linear, Failure> {
+        let weight = self.param(&format!("{path}.weight"), &shape)?;
+        let bias =
+            if bias { Some(self.param(&format!("{path}.bias"), &shape[..1])?) } else { None };
+        Ok(Linear::new(weight, bias, self.adapter(path)))
+    }
+
+    fn norm(&self, path: &str, width: usize) -> Result<RmsNorm, Failure> {
+        Ok(RmsNorm {
+            weight: self.param(&format!("{path}.weight"), &[width])?,
+            eps: self.config.rms_norm_eps,
+        })
+    }
+
+    fn embedding(&self) -> Result<Embedding, Failure> {
+        let shape = [self.config.vocab_size, self.config.hidden_size];
+        let weight = self.param(&format!("{}.weight", names::EMBED_TOKENS), &shape)?;
+        Ok(Embedding { weight, adapter: self.adapter(names::EMBED_TOKENS) })
+    }
+
+    fn lm_head(&self, embed_tokens: &Embedding) -> Result<Linear, Failure> {
+        let name = format!("{}.weight", names::LM_HEAD);
+        let shape = [self.config.vocab_size, self.config.hidden_size];
+        let weight = if !self.config.tie_word_embeddings {
+            self.param(&name, &shape)?
+        } else if let Some(own) = self.trained.param(&name) {
+            // Trained whole on a tied model: it starts as the embedding and goes its own way.
+            let start = self.stored(&format!("{}.weight", names::EMBED_TOKENS), &shape)?;
+            self.set_master(&name, &start);
+            own
+        } else if self.is_saved(names::EMBED_TOKENS) {
+            // The embedding goes its own way; the head stays what the checkpoint has.
+            Param::frozen(self.frozen(&format!("{}.weight", names::EMBED_TOKENS), &shape)?)
+        } else {
+            embed_tokens.weight.share()
+        };
+        Ok(Linear::new(weight, None, self.adapter(names::LM_HEAD)))
+    }
+
+    fn adapter(&self, path: &str) -> Option<Adapter> {
+        let Attachment::Lora(LoraAttachment { scaling, targets, .. }) = self.attachment else {
+            return None;
+        };
+        targets.get(path)?;
+        let [a, b] = adapter_names(path);
+        let seed = self.seed.fold_name(&a);
+        // PEFT: kaiming_uniform_(a = √5) on A, whose bound is 1 / √in; zeros on B. On an embedding
+        // zeros on A and normal numbers on B.
+        if path == names::EMBED_TOKENS {
+            let shape = self.trained.master_of(&b)?.size();
+            self.set_master(&b, &seed.normal_tensor(&shape, self.device));
+        } else {
+            let shape = self.trained.master_of(&a)?.size();
+            let bound = 1.0 / (shape[1] as f64).sqrt();
+            self.set_master(&a, &seed.uniform_tensor(&shape, bound, self.device));
+        }
+        Some(Adapter { a: self.trained.param(&a)?, b: self.trained.param(&b)?, scaling: *scaling })
+    }
+
+    fn is_saved(&self, path: &str) -> bool {
+        matches!(self.attachment, Attachment::Lora(lora) if lora.saved.iter().any(|saved| saved == path))
+    }
+
+    /// Returns a parameter: trained if it is among the trained ones, else frozen.
+    fn param(&self, name: &str, shape: &[usize]) -> Result<Param, Failure> {
+        match self.trained.param(name) {
+            Some(param) => {
+                self.set_master(name, &self.stored(name, shape)?);
+                Ok(param)
+            }
+            None => Ok(Param::frozen(self.frozen(name, shape)?)),
+        }
+    }
+
+    fn set_master(&self, name: &str, value: &Tensor) {
+        if let Some(mut master) = self.trained.master_of(name) {
+            master.copy_(value);
+        }
+    }
+
+    fn frozen(&self, name: &str, shape: &[usize]) -> Result<Tensor, Failure> {
+        Ok(self.stored(name, shape)?.to_device(self.device).to_kind(kind_of(self.dtype)))
+    }
+
+    fn stored(&self, name: &str, shape: &[usize]) -> Result<Tensor, Failure> {
+        self.checkpoint.tensor_of(name, shape).map_err(invalid_model)
+    }
+}
+
+fn invalid_model(error: weights::Error) -> Failure {
+    Failure::from_chain(FailureReason::InvalidModel, &error)
+}

@@ -1,0 +1,134 @@
+//! Trained parameters as views of flat tensors.
+//!
+//! Masters, gradients and (elsewhere) moments are each one contiguous fp32 tensor, so that one call
+//! updates, reduces, clips or stores everything.
+
+use std::collections::BTreeMap;
+
+use finetune_contract::Dtype;
+use tch::{Device, Kind, Tensor};
+
+use super::config::TensorSpec;
+
+/// Elements every parameter's offset is a multiple of: 64 bytes in fp32, what GEMM kernels like.
+const ALIGNMENT: usize = 16;
+
+/// One parameter as a module sees it.
+#[derive(Debug)]
+pub struct Param {
+    /// The value computed with, in the computation's dtype.
+    pub value: Tensor,
+    /// Where its gradient is summed, in fp32; `None` for a frozen parameter.
+    pub grad: Option<Tensor>,
+}
+
+impl Param {
+    /// Wraps a value that is not trained.
+    pub fn frozen(value: Tensor) -> Self {
+        Self { value, grad: None }
+    }
+
+    /// Tells whether the parameter is trained.
+    pub fn is_trained(&self) -> bool {
+        self.grad.is_some()
+    }
+
+    /// Returns a second handle on the same parameter, as a tied head needs.
+    pub fn share(&self) -> Self {
+        Self {
+            value: self.value.shallow_clone(),
+            grad: self.grad.as_ref().map(Tensor::shallow_clone),
+        }
+    }
+}
+
+/// All trained parameters of a run.
+#[derive(Debug)]
+pub struct FlatParams {
+    places: BTreeMap<String, (usize, Vec<i64>)>,
+    names: Vec<String>,
+    master: Tensor,
+    grad: Tensor,
+    compute: Tensor,
+}
+
+impl FlatParams {
+    /// Makes zeroed parameters in the order of `specs`.
+    pub fn new(specs: &[TensorSpec], dtype: Dtype, device: Device) -> Self {
+        let mut places = BTreeMap::new();
+        let mut length = 0;
+        for spec in specs {
+            places.insert(
+                spec.name.clone(),
+                (length, spec.shape.iter().map(|&size| size as i64).collect()),
+            );
+            length += spec.shape.iter().product::<usize>().next_multiple_of(ALIGNMENT);
+        }
+        let zeros = |kind| Tensor::zeros([length as i64], (kind, device));
+        let master = zeros(Kind::Float);
+        let compute = match dtype {
+            Dtype::Fp32 => master.shallow_clone(),
+            Dtype::Bf16 => zeros(Kind::BFloat16),
+        };
+        let names = specs.iter().map(|spec| spec.name.clone()).collect();
+        Self { places, names, grad: zeros(Kind::Float), master, compute }
+    }
+
+    /// Lists the names, in flat order.
+    pub fn names(&self) -> &[String] {
+        &self.names
+    }
+
+    /// Returns the fp32 masters, flat.
+    pub fn master(&self) -> &Tensor {
+        &self.master
+    }
+
+    /// Returns the fp32 gradients, flat.
+    pub fn grad(&self) -> &Tensor {
+        &self.grad
+    }
+
+    /// Returns the fp32 master of one parameter, as a view.
+    pub fn master_of(&self, name: &str) -> Option<Tensor> {
+        self.view(&self.master, name)
+    }
+
+    /// Returns the fp32 gradient of one parameter, as a view.
+    pub fn grad_of(&self, name: &str) -> Option<Tensor> {
+        self.view(&self.grad, name)
+    }
+
+    /// Returns one parameter as a module uses it; `None` if it is not trained.
+    pub fn param(&self, name: &str) -> Option<Param> {
+        Some(Param { value: self.view(&self.compute, name)?, grad: self.view(&self.grad, name) })
+    }
+
+    /// Lists each parameter's first element and length in the flat tensors, with whether it decays.
+    ///
+    /// Weight decay pulls matrices towards zero; vectors (norm weights, biases) set scales and
+    /// offsets, which zero is no sensible prior for.
+    pub fn decay_spans(&self) -> Vec<(usize, usize, bool)> {
+        self.names
+            .iter()
+            .map(|name| {
+                let (offset, shape) = &self.places[name];
+                (*offset, shape.iter().product::<i64>() as usize, shape.len() >= 2)
+            })
+            .collect()
+    }
+
+    /// Copies the masters to what modules compute with, after they changed.
+    pub fn refresh_compute(&mut self) {
+        // In fp32 both are the same tensor.
+        if self.compute.kind() != Kind::Float {
+            self.compute.copy_(&self.master);
+        }
+    }
+
+    fn view(&self, flat: &Tensor, name: &str) -> Option<Tensor> {
+        let (offset, shape) = self.places.get(name)?;
+        let length: i64 = shape.iter().product();
+        Some(flat.narrow(0, *offset as i64, length).view(shape.as_slice()))
+    }
+}

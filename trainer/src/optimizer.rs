@@ -1,0 +1,221 @@
+//! AdamW over flat parameters, clipping, and the learning-rate schedule.
+
+use finetune_contract::{LrScheduler, TrainingSettings};
+use tch::Tensor;
+
+use crate::model::params::FlatParams;
+
+/// AdamW's decay rate of the first moment; the default everywhere.
+const BETA1: f64 = 0.9;
+/// AdamW's decay rate of the second moment.
+const BETA2: f64 = 0.999;
+/// AdamW's guard against division by zero.
+const EPSILON: f64 = 1e-8;
+/// Elements updated at once: few enough for the intermediate results to stay in the L2 cache,
+/// which makes a chain of plain operators as good as one fused kernel.
+const CHUNK: i64 = 1 << 16;
+
+/// AdamW with decoupled weight decay.
+///
+/// # Source
+/// arXiv 1711.05101, algorithm 2; the order of operations is `torch.optim.AdamW`'s, 2.13.
+#[derive(Debug)]
+pub struct AdamW {
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    weight_decay: f64,
+    /// (first element, length, decays), neighbours of equal fate joined.
+    spans: Vec<(i64, i64, bool)>,
+}
+
+impl AdamW {
+    /// Makes an optimizer with zero moments.
+    pub fn new(params: &FlatParams, weight_decay: f64) -> Self {
+        let zeros = || params.master().zeros_like();
+        let mut spans: Vec<(i64, i64, bool)> = Vec::new();
+        for (start, length, decays) in params.decay_spans() {
+            let (start, end) = (start as i64, (start + length) as i64);
+            match spans.last_mut() {
+                Some((first, joined, same)) if *same == decays => *joined = end - *first,
+                _ => spans.push((start, end - start, decays)),
+            }
+        }
+        Self { exp_avg: zeros(), exp_avg_sq: zeros(), weight_decay, spans }
+    }
+
+    /// Returns both moments, flat, to be stored or restored.
+    pub fn moments(&self) -> [&Tensor; 2] {
+        [&self.exp_avg, &self.exp_avg_sq]
+    }
+
+    /// Updates the masters from the gradients; `step` counts from 1.
+    pub fn step(&mut self, params: &mut FlatParams, learning_rate: f64, step: u64) {
+        let correction = |beta: f64| 1.0 - beta.powi(i32::try_from(step).unwrap_or(i32::MAX));
+        let step_size = learning_rate / correction(BETA1);
+        let second_root = correction(BETA2).sqrt();
+        for &(first, length, decays) in &self.spans {
+            for start in (0..length).step_by(CHUNK as usize) {
+                let chunk =
+                    |flat: &Tensor| flat.narrow(0, first + start, CHUNK.min(length - start));
+                let (mut value, grad) = (chunk(params.master()), chunk(params.grad()));
+                let (mut exp_avg, mut exp_avg_sq) = (chunk(&self.exp_avg), chunk(&self.exp_avg_sq));
+                if decays && self.weight_decay != 0.0 {
+                    let _ = value.g_mul_scalar_(1.0 - learning_rate * self.weight_decay);
+                }
+                let _ = exp_avg.lerp_(&grad, 1.0 - BETA1);
+                let _ = exp_avg_sq.g_mul_scalar_(BETA2);
+                let _ = exp_avg_sq.addcmul_(&grad, &(grad.shallow_clone() * (1.0 - BETA2)));
+                let denominator = exp_avg_sq.sqrt() / second_root + EPSILON;
+                let _ = value.addcdiv_(&exp_avg, &(denominator * (-1.0 / step_size)));
+            }
+        }
+        params.refresh_compute();
+    }
+}
+
+/// Divides the summed gradient by the window's target tokens and clips its 2-norm.
+///
+/// Returns the norm before clipping. `max_grad_norm` of 0 never clips.
+///
+/// # Source
+/// `torch.nn.utils.clip_grad_norm_`, whose divisor has 1e-6 added.
+pub fn normalize_and_clip(params: &FlatParams, target_tokens: u64, max_grad_norm: f64) -> f64 {
+    let mut grad = params.grad().shallow_clone();
+    let _ = grad.g_div_scalar_(target_tokens as f64);
+    let norm = grad.norm().double_value(&[]);
+    if max_grad_norm > 0.0 && norm > max_grad_norm {
+        let _ = grad.g_mul_scalar_(max_grad_norm / (norm + 1e-6));
+    }
+    norm
+}
+
+/// Sets the summed gradient to zero.
+pub fn zero_gradient(params: &FlatParams) {
+    let _ = params.grad().shallow_clone().zero_();
+}
+
+/// Returns the learning rate of a step, counted from 0.
+///
+/// # Source
+/// `transformers/optimization.py: get_{cosine,linear,constant}_schedule_with_warmup`. Differs: the
+/// warm-up's first step has `1 / num_warmup_steps` of the rate, not zero, so no step is wasted.
+pub fn learning_rate(settings: &TrainingSettings, step: u64) -> f64 {
+    let warmup = settings.num_warmup_steps;
+    if step < warmup {
+        return settings.learning_rate * (step + 1) as f64 / warmup as f64;
+    }
+    let span = settings.total_steps.saturating_sub(warmup).max(1) as f64;
+    let done = ((step - warmup) as f64 / span).min(1.0);
+    let factor = match settings.lr_scheduler_type {
+        LrScheduler::Constant => 1.0,
+        LrScheduler::Linear => 1.0 - done,
+        LrScheduler::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * done).cos()),
+    };
+    settings.learning_rate * factor
+}
+
+#[cfg(test)]
+mod tests {
+    use finetune_contract::{Dtype, Recompute};
+    use tch::{Device, Kind};
+
+    use super::*;
+    use crate::{model::config::TensorSpec, seed::Counter};
+
+    fn settings(lr_scheduler_type: LrScheduler) -> TrainingSettings {
+        TrainingSettings {
+            context_length: 64,
+            total_steps: 10,
+            learning_rate: 1.0,
+            lr_scheduler_type,
+            num_warmup_steps: 4,
+            weight_decay: 0.0,
+            max_grad_norm: 1.0,
+            micro_batch_size: 1,
+            gradient_accumulation_steps: 1,
+            packing: true,
+            dtype: Dtype::Fp32,
+            recompute: Recompute::None,
+            seed: 0,
+            evaluation_steps: 0,
+            early_stopping_patience: 0,
+            checkpoint_steps: 10,
+            num_checkpoints_to_keep: 1,
+        }
+    }
+
+    #[test]
+    fn schedules_rise_and_fall() {
+        let rates = |kind| {
+            let settings = settings(kind);
+            (0..10)
+                .map(|step| format!("{:.3}", learning_rate(&settings, step)))
+                .collect::<Vec<_>>()
+                .join(" ")
+        };
+        insta::assert_snapshot!(rates(LrScheduler::Constant), @"0.250 0.500 0.750 1.000 1.000 1.000 1.000 1.000 1.000 1.000");
+        insta::assert_snapshot!(rates(LrScheduler::Linear), @"0.250 0.500 0.750 1.000 1.000 0.833 0.667 0.500 0.333 0.167");
+        insta::assert_snapshot!(rates(LrScheduler::Cosine), @"0.250 0.500 0.750 1.000 1.000 0.933 0.750 0.500 0.250 0.067");
+    }
+
+    fn params() -> FlatParams {
+        let spec = |name: &str, shape: &[usize]| TensorSpec {
+            name: name.to_owned(),
+            shape: shape.to_vec(),
+        };
+        let params = FlatParams::new(
+            &[spec("matrix", &[300, 301]), spec("vector", &[7])],
+            Dtype::Fp32,
+            Device::Cpu,
+        );
+        let seed = Counter::from_seed(1);
+        params
+            .master()
+            .shallow_clone()
+            .copy_(&seed.normal_tensor(&params.master().size(), Device::Cpu));
+        params
+    }
+
+    #[test]
+    fn steps_equal_the_textbook_formula_in_f64() {
+        let mut params = params();
+        let mut optimizer = AdamW::new(&params, 0.1);
+        let wide = |tensor: &Tensor| tensor.to_kind(Kind::Double).copy();
+        let decay = Tensor::zeros_like(params.master()).to_kind(Kind::Double);
+        let _ = decay.narrow(0, 0, 300 * 301).fill_(0.1);
+        let mut value = wide(params.master());
+        let (mut m, mut v) = (value.zeros_like(), value.zeros_like());
+        for step in 1..=10_i32 {
+            let grad =
+                Counter::from_seed(100 + step as u64).normal_tensor(&value.size(), Device::Cpu);
+            params.grad().shallow_clone().copy_(&grad);
+            let (g, rate) = (wide(&grad), 1e-2 / f64::from(step));
+            m = m * 0.9 + &g * 0.1;
+            v = v * 0.999 + g.square() * 0.001;
+            let (m_hat, v_hat) =
+                (&m / (1.0 - 0.9_f64.powi(step)), &v / (1.0 - 0.999_f64.powi(step)));
+            value = &value - (&value * &decay) * rate - m_hat / (v_hat.sqrt() + 1e-8) * rate;
+            optimizer.step(&mut params, rate, step as u64);
+        }
+        // The padding between parameters is no parameter.
+        let of = |flat: &Tensor| (flat.narrow(0, 0, 90_300), flat.narrow(0, 90_304, 7));
+        let (found, expected) = (of(&wide(params.master())), of(&value));
+        for (found, expected) in [(found.0, expected.0), (found.1, expected.1)] {
+            let difference = (found - expected).abs().max().double_value(&[]);
+            assert!(difference < 2e-6, "{difference:e}");
+        }
+    }
+
+    #[test]
+    fn clips_to_the_norm_and_only_above_it() {
+        let params = params();
+        let _ = params.grad().shallow_clone().fill_(0.0);
+        let _ = params.grad_of("vector").unwrap().fill_(8.0);
+        let norm = normalize_and_clip(&params, 4, 1.0);
+        assert!((norm - 2.0 * 7.0_f64.sqrt()).abs() < 1e-5);
+        assert!((params.grad().norm().double_value(&[]) - 1.0).abs() < 1e-5);
+        let _ = params.grad_of("vector").unwrap().fill_(8.0);
+        normalize_and_clip(&params, 4, 0.0);
+        assert!((params.grad().norm().double_value(&[]) - norm).abs() < 1e-5);
+    }
+}
