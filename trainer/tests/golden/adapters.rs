@@ -1,0 +1,32 @@
+//! Ten AdamW steps of each kind of adapter, on a tied and on an untied model.
+
+use finetune_trainer::model::attach::Attachment;
+
+use crate::golden::{FAMILIES, Golden, distance};
+
+#[test]
+fn ten_steps_of_each_adapter_equal_peft() {
+    let mut trained = Vec::new();
+    for family in FAMILIES {
+        let golden = Golden::open(family);
+        for (case, lora) in &golden.facts.lora {
+            let attachment = Attachment::lora(&golden.config(), &lora.settings).unwrap();
+            let mut model = golden.load(attachment);
+            for (name, start) in golden.tensors_below(&format!("{case}.start.")) {
+                model.trained().master_of(name).unwrap().copy_(start);
+            }
+            model.trained_mut().refresh_compute();
+            let loss_difference = golden.train(&mut model, &lora.trajectory);
+            assert!(loss_difference <= 1e-5, "{family}, {case}: a loss differs by {loss_difference:e}");
+            let expected = golden.tensors_below(&format!("{case}.end."));
+            assert_eq!(model.trained().names().len(), expected.len(), "{family}, {case}");
+            for (name, expected) in expected {
+                let found = distance(&model.trained().master_of(name).unwrap(), expected);
+                assert!(found <= 1e-4, "{family}, {case}: {name} differs by {found:e} after training");
+            }
+        }
+        trained.push((family, golden.facts.lora.len()));
+    }
+    trained.retain(|&(_, cases)| cases > 0);
+    assert_eq!(trained, [("llama", 7), ("llama3", 7)]);
+}
