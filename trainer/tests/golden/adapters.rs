@@ -17,12 +17,18 @@ fn ten_steps_of_each_adapter_equal_peft() {
             }
             model.trained_mut().refresh_compute();
             let loss_difference = golden.train(&mut model, &lora.trajectory);
-            assert!(loss_difference <= 1e-5, "{family}, {case}: a loss differs by {loss_difference:e}");
+            assert!(
+                loss_difference <= 1e-5,
+                "{family}, {case}: a loss differs by {loss_difference:e}"
+            );
             let expected = golden.tensors_below(&format!("{case}.end."));
             assert_eq!(model.trained().names().len(), expected.len(), "{family}, {case}");
             for (name, expected) in expected {
                 let found = distance(&model.trained().master_of(name).unwrap(), expected);
-                assert!(found <= 1e-4, "{family}, {case}: {name} differs by {found:e} after training");
+                assert!(
+                    found <= 1e-4,
+                    "{family}, {case}: {name} differs by {found:e} after training"
+                );
             }
         }
         trained.push((family, golden.facts.lora.len()));

@@ -32,7 +32,10 @@ fn the_loss_and_the_gradient_of_every_parameter_equal_transformers() {
         let expected = golden.tensors_below("grad.");
         for recompute in [Recompute::None, Recompute::Block] {
             let model = golden.load(Attachment::Full);
-            assert_eq!(sorted(model.trained().names()), expected.keys().copied().collect::<Vec<_>>());
+            assert_eq!(
+                sorted(model.trained().names()),
+                expected.keys().copied().collect::<Vec<_>>()
+            );
             let batch = golden.batch(0..golden.facts.rows.len());
             let count = batch.labels.len() as f64;
             let loss = model.accumulate_gradients(&batch, recompute, None) / count;
@@ -40,7 +43,10 @@ fn the_loss_and_the_gradient_of_every_parameter_equal_transformers() {
             assert!(difference <= TOLERANCE, "{family}: the loss differs by {difference:e}");
             for (name, expected) in &expected {
                 let found = distance(&(model.trained().grad_of(name).unwrap() / count), expected);
-                assert!(found <= TOLERANCE, "{family}: the gradient of {name} differs by {found:e}");
+                assert!(
+                    found <= TOLERANCE,
+                    "{family}: the gradient of {name} differs by {found:e}"
+                );
             }
         }
     }

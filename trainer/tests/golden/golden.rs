@@ -95,9 +95,8 @@ impl Golden {
 
     /// Returns the tensors whose names start so, without that start.
     pub(crate) fn tensors_below<'a>(&'a self, prefix: &str) -> BTreeMap<&'a str, &'a Tensor> {
-        let below = |(name, tensor): (&'a String, &'a Tensor)| {
-            Some((name.strip_prefix(prefix)?, tensor))
-        };
+        let below =
+            |(name, tensor): (&'a String, &'a Tensor)| Some((name.strip_prefix(prefix)?, tensor));
         self.tensors.iter().filter_map(below).collect()
     }
 
