@@ -1,6 +1,12 @@
-//! Ten AdamW steps of each kind of adapter, on a tied and on an untied model.
+//! Each kind of adapter, on a tied and on an untied model: ten AdamW steps, and PEFT's own files.
 
-use finetune_trainer::model::attach::Attachment;
+use finetune_contract::Dtype;
+use finetune_trainer::model::{
+    Model,
+    adapter::{CONFIG_FILE, PREFIX, WEIGHTS_FILE},
+    attach::Attachment,
+};
+use tch::{Device, Tensor};
 
 use crate::golden::{FAMILIES, Golden, distance};
 
@@ -35,4 +41,33 @@ fn ten_steps_of_each_adapter_equal_peft() {
     }
     trained.retain(|&(_, cases)| cases > 0);
     assert_eq!(trained, [("llama", 7), ("llama3", 7)]);
+}
+
+#[test]
+fn an_adapter_that_peft_wrote_gives_the_logits_peft_gives() {
+    for family in FAMILIES {
+        let golden = Golden::open(family);
+        for (case, lora) in &golden.facts.lora {
+            let directory = tempfile::tempdir().unwrap();
+            let written: Vec<(String, &Tensor)> = golden
+                .tensors_below(&format!("{case}.end."))
+                .into_iter()
+                .map(|(name, tensor)| (format!("{PREFIX}{name}"), tensor))
+                .collect();
+            Tensor::write_safetensors(&written, directory.path().join(WEIGHTS_FILE)).unwrap();
+            let settings = lora.adapter_config.to_string();
+            std::fs::write(directory.path().join(CONFIG_FILE), settings).unwrap();
+            let model = Model::load_with_adapter(
+                &golden.directory,
+                golden.config(),
+                directory.path(),
+                Dtype::Fp32,
+                Device::Cpu,
+            )
+            .unwrap();
+            let logits = model.logits(&golden.facts.rows[0].tokens);
+            let found = distance(&logits, golden.tensor(&format!("{case}.logits")));
+            assert!(found <= 1e-5, "{family}, {case}: logits differ by {found:e}");
+        }
+    }
 }

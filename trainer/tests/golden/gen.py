@@ -7,7 +7,8 @@ One directory per family:
     config.json, model.safetensors   a random checkpoint, as `save_pretrained` writes it
     golden.json                      rows, losses, LoRA settings (in the words of contract::LoraSettings), versions
     golden.safetensors               logits.ROW, grad.PARAMETER, rotary.{cos,sin}, full.PARAMETER (after training),
-                                     CASE.start.TENSOR and CASE.end.TENSOR (adapters before and after training)
+                                     CASE.start.TENSOR and CASE.end.TENSOR (adapters before and after training),
+                                     CASE.logits (of the first row, after training)
 
 Each row runs alone, without padding, in fp32 with eager attention, so that nothing here can share a mistake with
 packing, masks or fused kernels. A loss is always the sum over target tokens divided by their count.
@@ -237,7 +238,19 @@ def train_lora(directory: Path, settings: dict, rows: list[dict], random: torch.
     start = {f"start.{key}": tensor for key, tensor in adapter().items() if "lora_" in key}
     losses = train(model, rows, LORA_LEARNING_RATE)
     end = {f"end.{key}": tensor for key, tensor in adapter().items()}
-    return {"settings": settings, "learningRate": LORA_LEARNING_RATE, "losses": losses}, start | end
+    with torch.no_grad():
+        after = {"logits": logits(model, rows[0])}
+    facts = {"settings": settings, "learningRate": LORA_LEARNING_RATE, "losses": losses, "adapterConfig": adapter_config(model)}
+    return facts, start | end | after
+
+
+def adapter_config(model) -> dict:
+    """The file PEFT would write, with its sets in a stable order and no path of this machine."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model.peft_config["default"].save_pretrained(scratch)
+        written = json.loads((Path(scratch) / "adapter_config.json").read_text())
+    written["base_model_name_or_path"] = "golden"
+    return {key: sorted(value) if isinstance(value, list) else value for key, value in written.items()}
 
 
 def rotary(model) -> tuple[torch.Tensor, torch.Tensor]:

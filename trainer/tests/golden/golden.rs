@@ -47,6 +47,7 @@ pub(crate) struct Facts {
     pub(crate) lora: BTreeMap<String, LoraCase>,
 }
 
+/// A row of tokens, and which of them are predicted.
 #[derive(Deserialize)]
 pub(crate) struct Row {
     pub(crate) tokens: Vec<u32>,
@@ -69,9 +70,13 @@ pub(crate) struct Trajectory {
     losses: Vec<f64>,
 }
 
+/// One adapter: how it was made, and the run that made it.
 #[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub(crate) struct LoraCase {
     pub(crate) settings: LoraSettings,
+    /// What PEFT writes beside the tensors.
+    pub(crate) adapter_config: serde_json::Value,
     #[serde(flatten)]
     pub(crate) trajectory: Trajectory,
 }
