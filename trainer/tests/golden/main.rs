@@ -2,6 +2,7 @@
 //!
 //! Everything here is fp32 on the CPU. Two tensors are compared by the largest absolute difference
 //! over the largest absolute value of the reference ([`golden::distance`]).
+#![expect(clippy::unwrap_used, clippy::panic, reason = "helpers of tests may fail like tests")]
 
 mod adapters;
 mod engine;
