@@ -5,6 +5,7 @@
 
 One directory per family:
     config.json, model.safetensors   a random checkpoint, as `save_pretrained` writes it
+    tokenizer.json, tokenizer_config.json   token 17 is the word "t17", so that the trainer itself can run on it
     golden.json                      rows, losses, LoRA settings (in the words of contract::LoraSettings), versions
     golden.safetensors               logits.ROW, grad.PARAMETER, rotary.{cos,sin}, full.PARAMETER (after training),
                                      CASE.start.TENSOR and CASE.end.TENSOR (adapters before and after training),
@@ -27,6 +28,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
@@ -157,6 +159,13 @@ def make_checkpoint(config, directory: Path, random: torch.Generator) -> None:
         parameter.data.copy_(value)
     model.save_pretrained(directory)
     (directory / "generation_config.json").unlink()
+
+    words = {f"t{token}": token for token in range(SHAPE["vocab_size"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
+    special = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "t1", "eos_token": "t2", "unk_token": "t0"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(special) + "\n")
 
 
 def load(directory: Path):

@@ -6,5 +6,6 @@
 
 mod adapters;
 mod engine;
+mod exports;
 mod full;
 mod golden;

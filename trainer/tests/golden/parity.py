@@ -2,10 +2,10 @@
 
     python trainer/tests/golden/parity.py CASES        # `cargo xtask parity` does both halves
 
-The Rust test `parity` writes one directory per case into CASES:
-    case.json             {"base": directory, "tokens": [...], "peft": true or false}
+The Rust test `exports` leaves one directory per run of our trainer in CASES (target/tmp/parity):
+    case.json             "base": its directory, "tokens": the probe, and the published directories:
+                          "adapter" and "merged" of a LoRA run, "full" of a full-parameter run
     logits.safetensors    our engine's: `trained`, and `base` before training
-    adapter/, merged/     of a LoRA case        full/     of a full-parameter case
 Every reader is strict: an unexpected, missing or newly initialised tensor fails, and so does any warning.
 """
 
@@ -68,18 +68,19 @@ def check(directory: Path) -> list[str]:
     case = json.loads((directory / "case.json").read_text())
     ours = load_file(directory / "logits.safetensors")
     base = Path(case["base"])
-    with torch.no_grad():
-        findings = compare("base", logits(load(base), case), ours["base"])
-        if not case["peft"]:
-            findings += check_header(directory / "full")
-            return findings + compare("full", logits(load(directory / "full"), case), ours["trained"])
-        adapted = load_adapter(base, directory / "adapter")
-        findings += compare("adapter", logits(adapted, case), ours["trained"])
-        findings += compare("merged", logits(load(directory / "merged"), case), ours["trained"])
+    published = {kind: Path(case[kind]) for kind in ("full", "merged", "adapter") if case.get(kind)}
+    findings = []
     if (ours["trained"] - ours["base"]).abs().max() < 1e-2:
         findings.append("training did not move the logits: the case shows nothing")
-    findings += check_names(base, directory / "adapter")
-    return findings + check_header(directory / "adapter") + check_header(directory / "merged")
+    with torch.no_grad():
+        findings += compare("base", logits(load(base), case), ours["base"])
+        for kind, path in published.items():
+            model = load_adapter(base, path) if kind == "adapter" else load(path)
+            findings += compare(kind, logits(model, case), ours["trained"])
+            findings += check_header(path)
+    if "adapter" in published:
+        findings += check_names(base, published["adapter"])
+    return findings
 
 
 def load(directory: Path):
