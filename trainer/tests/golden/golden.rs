@@ -62,12 +62,13 @@ struct TrainingFacts {
     max_grad_norm: f64,
 }
 
-/// A run of the reference: its learning rate and each step's loss.
+/// A run of the reference: its learning rate, and each step's loss and gradient norm before clipping.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Trajectory {
     learning_rate: f64,
     losses: Vec<f64>,
+    grad_norms: Vec<f64>,
 }
 
 /// One adapter: how it was made, and the run that made it.
@@ -136,7 +137,7 @@ impl Golden {
         batch
     }
 
-    /// Trains as the reference did and returns the worst relative difference of a step's loss.
+    /// Trains as the reference did and returns the worst relative difference of a loss or norm.
     pub(crate) fn train(&self, model: &mut Model, trajectory: &Trajectory) -> f64 {
         let training = &self.facts.training;
         let mut optimizer = AdamW::new(model.trained(), training.weight_decay);
@@ -146,9 +147,11 @@ impl Golden {
             let count = batch.labels.len() as u64;
             zero_gradient(model.trained());
             let loss = model.accumulate_gradients(&batch, Recompute::None, None) / count as f64;
-            normalize_and_clip(model.trained(), count, training.max_grad_norm);
+            let norm = normalize_and_clip(model.trained(), count, training.max_grad_norm);
             optimizer.step(model.trained_mut(), trajectory.learning_rate, step as u64 + 1);
-            worst = worst.max((loss / trajectory.losses[step] - 1.0).abs());
+            for ratio in [loss / trajectory.losses[step], norm / trajectory.grad_norms[step]] {
+                worst = worst.max((ratio - 1.0).abs());
+            }
         }
         worst
     }
