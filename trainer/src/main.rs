@@ -112,19 +112,19 @@ fn dispatch(command: &Command) -> Result<ExitCode, Failure> {
 
 fn run_preflight(documents: &Documents, environment: &Environment) -> Result<ExitCode, Failure> {
     let config: PreflightConfig = read(&documents.config)?;
-    make_work_dir(&documents.work_dir)?;
-    let report = preflight::run(&config, environment, &documents.work_dir).fit();
+    let work_dir = make_work_dir(&documents.work_dir)?;
+    let report = preflight::run(&config, environment, &work_dir).fit();
     write(&documents.report, &report)?;
     Ok(if report.problems_total == 0 { ExitCode::Success } else { ExitCode::BadData })
 }
 
 fn run_train(documents: &Documents, environment: &Environment) -> Result<ExitCode, Failure> {
     let config: RunConfig = read(&documents.config)?;
-    make_work_dir(&documents.work_dir)?;
+    let work_dir = make_work_dir(&documents.work_dir)?;
     let stop = stop_on_signal()?;
     let mut line = print_line;
-    let mut teller = Teller::new(&config, &documents.work_dir, &mut line);
-    let host = Host { environment, work_dir: &documents.work_dir, stop: &stop };
+    let mut teller = Teller::new(&config, &work_dir, &mut line);
+    let host = Host { environment, work_dir: &work_dir, stop: &stop };
     // The one place a panic ends: libtorch reports running out of memory as one.
     let ended = catch_unwind(AssertUnwindSafe(|| recipe::run(&config, &host, &mut teller)))
         .unwrap_or_else(|panic| Err(failure_of_panic(&*panic)));
@@ -207,8 +207,10 @@ fn write<D: Document>(path: &Path, document: &D) -> Result<(), Failure> {
         .map_err(|error| Failure::from_io(&error, &format!("cannot write {path:?}")))
 }
 
-fn make_work_dir(path: &Path) -> Result<(), Failure> {
+/// Makes the work directory and returns its absolute path.
+fn make_work_dir(path: &Path) -> Result<PathBuf, Failure> {
     std::fs::create_dir_all(path)
+        .and_then(|()| std::path::absolute(path))
         .map_err(|error| Failure::from_io(&error, &format!("cannot make {path:?}")))
 }
 

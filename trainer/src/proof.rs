@@ -21,9 +21,18 @@ use crate::{
 /// Tokens of the training data the proof looks at, at most.
 const PROBE_TOKENS: usize = 256;
 
-/// How far the reloaded loss may be from the trained one, relative to it. Adapters are published
-/// in fp32 and come back exactly; full weights are rounded once to the base model's bf16.
-const LOSS_TOLERANCE: f64 = 0.02;
+/// How far the reloaded loss may be from the trained one, relative to it.
+///
+/// Adapters are published in fp32 and come back exactly. Full weights are rounded once to the base
+/// model's type. A merged update is rounded to the steps of weights much larger than itself, which
+/// in bf16 cost 6 % of the loss in a run of six steps on SmolLM2; a wrong merge costs all of it.
+const fn loss_tolerance(kind: ArtifactKind) -> f64 {
+    match kind {
+        ArtifactKind::Adapter => 0.001,
+        ArtifactKind::FullModel => 0.02,
+        ArtifactKind::MergedModel => 0.2,
+    }
+}
 
 /// A piece of training data and what the base model says about it.
 pub struct Probe {
@@ -105,7 +114,8 @@ pub fn read_back(
         ));
     }
     if !seen.loss.is_finite()
-        || (seen.loss - trained.loss).abs() > LOSS_TOLERANCE * trained.loss.abs().max(0.1)
+        || (seen.loss - trained.loss).abs()
+            > loss_tolerance(manifest.kind) * trained.loss.abs().max(0.1)
     {
         let why = format!(
             "its loss on training data is {}, but was {} when trained",

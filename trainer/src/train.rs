@@ -151,14 +151,15 @@ impl Training<'_> {
         let Some(loss) = self.evaluate(teller) else { return Ok(false) };
         let evaluated = Evaluated { step: self.state.step, loss };
         self.state.last_eval = Some(evaluated);
-        teller.evaluated(&self.state);
         if self.state.best.is_none_or(|best| loss < best.loss) {
             self.state.best = Some(evaluated);
             self.state.evaluations_since_best = 0;
+            teller.evaluated(&self.state);
             self.checkpoints.save_best(&self.state, self.model.trained())?;
             return Ok(false);
         }
         self.state.evaluations_since_best += 1;
+        teller.evaluated(&self.state);
         let patience = self.config.training.early_stopping_patience;
         let is_out_of_patience = patience > 0 && self.state.evaluations_since_best >= patience;
         if is_out_of_patience {
