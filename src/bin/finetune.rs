@@ -1,2 +1,6 @@
 //! The `finetune` command line.
-fn main() {}
+#![allow(clippy::print_stdout, reason = "temporary")]
+
+fn main() {
+    print!("{}", finetune_operator::api::schema::crd_yaml().unwrap_or_default());
+}
