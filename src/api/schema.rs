@@ -36,6 +36,9 @@ fn remove_nullable(value: &mut Value) {
     match value {
         Value::Object(object) => {
             object.remove("nullable");
+            if let Some(Value::Array(words)) = object.get_mut("enum") {
+                words.retain(|word| !word.is_null());
+            }
             object.values_mut().for_each(remove_nullable);
         }
         Value::Array(items) => items.iter_mut().for_each(remove_nullable),
