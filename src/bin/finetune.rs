@@ -1,6 +1,5 @@
 //! The `finetune` command line.
-#![allow(clippy::print_stdout, reason = "temporary")]
 
-fn main() {
-    print!("{}", finetune_operator::api::schema::crd_yaml().unwrap_or_default());
+fn main() -> std::process::ExitCode {
+    finetune_operator::cli::main()
 }
