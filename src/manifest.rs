@@ -23,7 +23,10 @@ pub enum Error {
         /// What the reader said, with line and column.
         reason: String,
     },
-    /// The text holds no document or several.
+    /// The text holds nothing.
+    #[error("the manifest is empty: write one FineTuneJob")]
+    Empty,
+    /// The text holds several documents.
     #[error(
         "the manifest holds {found} documents, but one run needs exactly one FineTuneJob: split the file"
     )]
@@ -45,8 +48,10 @@ pub fn parse(text: &str) -> Result<FineTuneJob, Error> {
     let mut documents: Vec<Value> = serde_saphyr::from_multiple(text).map_err(syntax)?;
     documents.retain(|document| !document.is_null());
     let found = documents.len();
-    let (1, Some(document)) = (found, documents.pop()) else {
-        return Err(Error::DocumentCount { found });
+    let document = match (found, documents.pop()) {
+        (0, _) | (_, None) => return Err(Error::Empty),
+        (1, Some(document)) => document,
+        (_, Some(_)) => return Err(Error::DocumentCount { found }),
     };
     let mut violations = envelope(&document);
     let schema = schema::openapi();
@@ -150,7 +155,7 @@ fn rules(schema: &Value, document: &Value, violations: &mut Vec<Violation>) {
             "" => "spec".to_owned(),
             field => format!("spec.{field}"),
         };
-        if !violations.iter().any(|violation| violation.path.starts_with(&path)) {
+        if !violations.iter().any(|violation| violation.path == path) {
             violations.push(Violation::new(path, error.message));
         }
     }

@@ -6,7 +6,8 @@ use std::{
 };
 
 use finetune_contract::{
-    ExitCode, ObjectUri, Outcome, OutputState, PreflightReport, RunReport, Scheme,
+    ExitCode, ObjectUri, Outcome, OutputState, ParseDocumentError, PreflightReport, RunReport,
+    Scheme,
 };
 
 use super::{
@@ -80,7 +81,7 @@ pub(super) fn plan(
     let Some(text) = text else {
         return Err(without_report("preflight", &ended));
     };
-    let report: PreflightReport = finetune_contract::parse(&text).map_err(Failure::internal)?;
+    let report: PreflightReport = finetune_contract::parse(&text).map_err(unreadable)?;
     if report.output == Some(OutputState::PublishedByAnotherRun)
         && job.spec.output.overwrite != Some(true)
     {
@@ -111,7 +112,7 @@ pub(super) fn run(prepared: &Prepared) -> Result<(), Failure> {
     let Some(text) = text else {
         return Err(without_report("train", &ended));
     };
-    let report: RunReport = finetune_contract::parse(&text).map_err(Failure::internal)?;
+    let report: RunReport = finetune_contract::parse(&text).map_err(unreadable)?;
     match &report.outcome {
         Outcome::Succeeded { .. } => {
             display::result(&summary(&report));
@@ -166,6 +167,14 @@ fn summary(report: &RunReport) -> String {
         ),
     );
     lines.concat()
+}
+
+fn unreadable(error: ParseDocumentError) -> Failure {
+    let code = match error {
+        ParseDocumentError::UnknownVersion { .. } => ExitCode::BadConfiguration,
+        ParseDocumentError::Invalid { .. } => ExitCode::Internal,
+    };
+    Failure::new(code, error.to_string())
 }
 
 fn without_report(step: &str, ended: &trainer::Ended) -> Failure {

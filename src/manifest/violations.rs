@@ -25,7 +25,7 @@ impl fmt::Display for Violation {
         if path.is_empty() {
             formatter.write_str(message)
         } else {
-            write!(formatter, "{path} {message}")
+            write!(formatter, "{path}: {message}")
         }
     }
 }
@@ -80,8 +80,7 @@ pub(super) fn walk(path: &str, schema: &Value, value: &Value, violations: &mut V
             let (low, high) = (schema["minimum"].as_f64(), schema["maximum"].as_f64());
             let seen = number.as_f64().unwrap_or(f64::NAN);
             if low.is_some_and(|low| seen < low) || high.is_some_and(|high| seen > high) {
-                let bound =
-                    |bound: Option<f64>| bound.map(|bound| bound.to_string()).unwrap_or_default();
+                let bound = |bound: Option<f64>| bound.map(number_text).unwrap_or_default();
                 let allowed = if high.is_some_and(|high| high > 1e15) {
                     format!("at least {}", bound(low))
                 } else {
@@ -176,6 +175,11 @@ fn length(
         };
         violations.push(Violation::new(path, message));
     }
+}
+
+/// Returns a bound as a person writes it.
+fn number_text(number: f64) -> String {
+    if number != 0.0 && number.abs() < 1e-3 { format!("{number:e}") } else { number.to_string() }
 }
 
 fn article(wanted: &str) -> &str {

@@ -386,3 +386,170 @@ fn recompute(set: Option<Recomputation>) -> Option<Recompute> {
         Some(Recomputation::Auto) | None => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use finetune_contract::ModelFacts;
+
+    use super::{accelerators::Accelerator, fixture, plan, render};
+    use crate::manifest;
+
+    const GB: u64 = 1_000_000_000;
+
+    fn check(model: ModelFacts, memory_bytes: u64, lines: &str) -> String {
+        let text = format!("{}{lines}", include_str!("../../examples/minimal.yaml"));
+        let job = manifest::parse(&text).unwrap();
+        let accelerator = Accelerator {
+            name: "Test 80GB".to_owned(),
+            memory_gi_b: 80.0,
+            bf16_tflops: 300.0,
+            fp32_tflops: 20.0,
+            has_bf16: true,
+            price_per_hour: Some(2.0),
+        };
+        match plan(&job, &fixture::report(model, memory_bytes), &[accelerator]) {
+            Ok(plan) => render::text(&plan),
+            Err(problems) => {
+                problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
+            }
+        }
+    }
+
+    #[test]
+    fn plans_lora_on_a_small_model() {
+        insta::assert_snapshot!(check(fixture::smollm2(), 8 * GB, "  loraConfig: {}\n"), @r#"
+Plan of minimal-2598f87e
+  method                     LoRA            loraConfig is given: 2442240 trained parameters, 1.82 % of the model
+  r                          8               updates are scaled by 2
+  targetModules              q_proj k_proj v_proj o_proj gate_proj up_proj down_proj  the modules that get an adapter
+  dtype                      bf16            this processor multiplies bf16 natively
+  packing                    true            rows share sequences, so no position is padding
+  contextLength              256             holds 95 % of the rows; 40 of 1000 rows are longer (4000 of 150000 tokens)
+  recompute                  none            fits the memory, and computes nothing twice
+  trainBatchSizePerDevice    8               as many as fit the memory, at most 8
+  gradientAccumulationSteps  2               16 sequences a step
+  numEpochs                  3               gives about 100 steps, from 1 to 10 epochs
+  steps                      111             590 sequences × 3 epochs / 16 a step
+  learningRate               0.0001          usual for LoRA
+  lrSchedulerType            cosine          falls smoothly to zero
+  numWarmupSteps             10              10 % of the steps, at most 10
+  weightDecay                0               fine-tuning is short
+  maxGradNorm                1               keeps a rare row from throwing the weights
+  seed                       42              fixed, so that a run can be repeated
+  checkpointSteps            11              a tenth of the steps, at least 10
+
+Memory
+  trained state                   44 MB
+  activations                    710 MB
+  output head                    201 MB
+  temporaries                     39 MB
+  runtime                         70 MB
+  peak                          1.06 GB  of 8.00 GB here
+  weights, mapped                269 MB  read in place, given back under pressure
+
+Time  about 20 min here, at half of the measured matrix speed
+
+Elsewhere (assuming 35 % of the stated speed; several ranks are not runnable yet)
+  Test 80GB                     1.33 GB  fits, about 2 s, costs 0.00
+    "#);
+    }
+
+    #[test]
+    fn computes_blocks_again_when_memory_is_short() {
+        insta::assert_snapshot!(check(fixture::smollm2(), GB / 2, "  loraConfig: {}\n  training: {contextLength: 1024}\n"), @r#"
+Plan of minimal-70ff94e5
+  method                     LoRA            loraConfig is given: 2442240 trained parameters, 1.82 % of the model
+  r                          8               updates are scaled by 2
+  targetModules              q_proj k_proj v_proj o_proj gate_proj up_proj down_proj  the modules that get an adapter
+  dtype                      bf16            this processor multiplies bf16 natively
+  packing                    true            rows share sequences, so no position is padding
+  contextLength              1024            set in the manifest; cuts nothing, the longest row has 700 tokens
+  recompute                  block           the only way to fit the memory; about a third slower
+  trainBatchSizePerDevice    2               as many as fit the memory, at most 8
+  gradientAccumulationSteps  8               16 sequences a step
+  numEpochs                  10              gives about 100 steps, from 1 to 10 epochs
+  steps                      94              150 sequences × 10 epochs / 16 a step
+  learningRate               0.0001          usual for LoRA
+  lrSchedulerType            cosine          falls smoothly to zero
+  numWarmupSteps             9               10 % of the steps, at most 10
+  weightDecay                0               fine-tuning is short
+  maxGradNorm                1               keeps a rare row from throwing the weights
+  seed                       42              fixed, so that a run can be repeated
+  checkpointSteps            10              a tenth of the steps, at least 10
+
+Not taken
+  recompute                  none            690 MB do not fit 450 MB
+  trainBatchSizePerDevice    8               850 MB do not fit 450 MB
+  trainBatchSizePerDevice    4               583 MB do not fit 450 MB
+
+Memory
+  trained state                   44 MB
+  activations                     94 MB
+  output head                    201 MB
+  temporaries                     39 MB
+  runtime                         70 MB
+  peak                           449 MB  of 500 MB here
+  weights, mapped                269 MB  read in place, given back under pressure
+
+Time  about 1.7 h here, at half of the measured matrix speed
+
+Elsewhere (assuming 35 % of the stated speed; several ranks are not runnable yet)
+  Test 80GB                      718 MB  fits, about 12 s, costs 0.01
+    "#);
+    }
+
+    #[test]
+    fn says_by_how_much_a_large_model_does_not_fit() {
+        insta::assert_snapshot!(check(fixture::llama_8b(), 64 * GB, ""), @r#"memory: the run needs 145.01 GB, but only 57.60 GB of this machine's 64.00 GB may be used, 87.41 GB too little: set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory"#);
+    }
+
+    #[test]
+    fn plans_lora_on_a_large_model() {
+        insta::assert_snapshot!(check(fixture::llama_8b(), 64 * GB, "  loraConfig: {r: 16}\n"), @r#"
+Plan of minimal-813dde86
+  method                     LoRA            loraConfig is given: 41943040 trained parameters, 0.52 % of the model
+  r                          16              updates are scaled by 1
+  targetModules              q_proj k_proj v_proj o_proj gate_proj up_proj down_proj  the modules that get an adapter
+  dtype                      bf16            this processor multiplies bf16 natively
+  packing                    true            rows share sequences, so no position is padding
+  contextLength              256             holds 95 % of the rows; 40 of 1000 rows are longer (4000 of 150000 tokens)
+  recompute                  none            fits the memory, and computes nothing twice
+  trainBatchSizePerDevice    8               as many as fit the memory, at most 8
+  gradientAccumulationSteps  2               16 sequences a step
+  numEpochs                  3               gives about 100 steps, from 1 to 10 epochs
+  steps                      111             590 sequences × 3 epochs / 16 a step
+  learningRate               0.0001          usual for LoRA
+  lrSchedulerType            cosine          falls smoothly to zero
+  numWarmupSteps             10              10 % of the steps, at most 10
+  weightDecay                0               fine-tuning is short
+  maxGradNorm                1               keeps a rare row from throwing the weights
+  seed                       42              fixed, so that a run can be repeated
+  checkpointSteps            11              a tenth of the steps, at least 10
+
+Memory
+  trained state                  755 MB
+  activations                   6.18 GB
+  output head                    525 MB
+  temporaries                    336 MB
+  runtime                         70 MB
+  peak                          7.87 GB  of 64.00 GB here
+  weights, mapped              16.06 GB  read in place, given back under pressure
+
+Time  about 19.8 h here, at half of the measured matrix speed
+
+Elsewhere (assuming 35 % of the stated speed; several ranks are not runnable yet)
+  Test 80GB                    23.93 GB  fits, about 2 min, costs 0.08
+    "#);
+    }
+
+    #[test]
+    fn returns_every_reason_at_once() {
+        let lines = "  loraConfig: {r: 1024, targetModules: [q_proj, query]}\n  training: {contextLength: 9000, earlyStoppingPatience: 2}\n";
+        insta::assert_snapshot!(check(fixture::smollm2(), 8 * GB, lines), @r#"
+spec.loraConfig.targetModules: names "query", which the model does not have; it has embed_tokens, q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
+spec.loraConfig.r: is 1024, but the narrowest target has only 576 features: a larger rank adds nothing, lower it
+spec.training.contextLength: is 9000, but llama was made for at most 8192 positions: lower it
+spec.training.earlyStoppingPatience: needs dataset.validation, which is not set: there is no loss to watch; set it or remove the patience
+    "#);
+    }
+}
