@@ -79,7 +79,8 @@ pub(super) fn conditions(_: &mut SchemaGenerator) -> Schema {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::Value;
+    use kube::core::cel::Validator;
+    use serde_json::{Value, json};
 
     use super::{crd_yaml, openapi};
 
@@ -138,6 +139,47 @@ mod tests {
             faults(part, &schema["properties"][part], &mut found);
         }
         assert_eq!(found, Vec::<String>::new());
+    }
+
+    /// Returns what an apiserver says to `change` of a job with a LoRA adapter.
+    fn update(change: &Value) -> Vec<String> {
+        let old = serde_json::json!({
+            "metadata": {"name": "job"},
+            "spec": {
+                "model": {"uri": "hf://a/b"}, "dataset": {"train": "s3://a/b"},
+                "output": {"uri": "s3://a/c"}, "loraConfig": {"r": 8},
+            },
+        });
+        let mut new = old.clone();
+        for (field, value) in change.as_object().into_iter().flatten() {
+            new["spec"][field] = value.clone();
+        }
+        if change["loraConfig"].is_null() && change.get("loraConfig").is_some() {
+            new["spec"].as_object_mut().unwrap().remove("loraConfig");
+        }
+        match Validator::new().validate(&openapi(), &new, Some(&old)) {
+            Ok(()) => Vec::new(),
+            Err(errors) => errors.into_vec().into_iter().map(|error| error.to_string()).collect(),
+        }
+    }
+
+    #[test]
+    fn what_makes_the_result_cannot_be_changed() {
+        assert_eq!(update(&json!({"suspend": true})), Vec::<String>::new());
+        for (field, value) in [
+            ("model", json!({"uri": "hf://a/c"})),
+            ("dataset", json!({"train": "s3://a/d"})),
+            ("output", json!({"uri": "s3://a/d"})),
+            ("loraConfig", json!({"r": 16})),
+            ("loraConfig", Value::Null),
+            ("training", json!({"seed": 1})),
+        ] {
+            let said = update(&json!({field: value}));
+            assert!(
+                said.len() == 1 && said[0].contains(&format!("{field} is immutable")),
+                "{field}: {said:?}"
+            );
+        }
     }
 
     #[test]

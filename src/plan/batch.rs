@@ -46,7 +46,9 @@ pub(super) fn decide(
     decisions.add("recompute", word(&chosen), reason);
     let load = Load { recompute: chosen, ..load };
 
-    let global = DEFAULT_BATCH.min(sequences / 4).max(1);
+    // A power of two, so that large micro-batches divide it.
+    let few = (sequences / 4).max(1);
+    let global = DEFAULT_BATCH.min(1 << few.ilog2());
     let why_global = if global == DEFAULT_BATCH {
         format!("{global} sequences a step")
     } else {

@@ -52,7 +52,11 @@ pub(super) fn trained_parameters(
     );
     decisions.add("r", lora.r, format!("updates are scaled by {}", lora.scaling()));
     let names: Vec<&str> = targets.iter().map(|module| module.name.as_str()).collect();
-    decisions.add("targetModules", names.join(" "), "the modules that get an adapter");
+    let value = match &lora.target_modules {
+        TargetModules::AllLinear => "all-linear",
+        TargetModules::List(_) => "a list",
+    };
+    decisions.add("targetModules", value, names.join(", "));
     trained
 }
 

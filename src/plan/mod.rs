@@ -274,9 +274,9 @@ pub fn plan(
         run_config,
         decisions: decisions.0,
         rejected: rejected.0,
+        warnings: warnings(report, &memory, limit),
         memory,
         memory_limit: limit,
-        warnings: report.warnings.clone(),
     })
 }
 
@@ -324,7 +324,7 @@ fn total_steps(
         "numEpochs",
         training.num_epochs.map(|epochs| u64::from(epochs.unsigned_abs())),
         default,
-        "gives about 100 steps, from 1 to 10 epochs",
+        "as many as give about 100 steps, from 1 to 10",
     );
     let steps = (sequences * epochs).div_ceil(global);
     decisions.add(
@@ -369,6 +369,23 @@ fn too_little_memory(memory: &Memory, load: &Load, limit: u64, usable: u64) -> P
             advice.join(", or "),
         ),
     )
+}
+
+/// Adds what only the plan can know: weights that will not stay in memory while training.
+fn warnings(report: &PreflightReport, memory: &Memory, limit: Option<u64>) -> Vec<Problem> {
+    let mut warnings = report.warnings.clone();
+    let room = limit.map(|limit| limit.saturating_sub(memory.total()));
+    if let Some(room) = room.filter(|room| *room < memory.mapped_weights) {
+        warnings.push(invalid(
+            "memory",
+            format!(
+                "{} of weights are read in place, but only {} of memory stay free for them: they will be read from disk again and again, and the run will be slow",
+                render::bytes(memory.mapped_weights),
+                render::bytes(room),
+            ),
+        ));
+    }
+    warnings
 }
 
 /// Returns a word of the contract as it is written in a manifest.
@@ -421,14 +438,14 @@ mod tests {
 Plan of minimal-2598f87e
   method                     LoRA            loraConfig is given: 2442240 trained parameters, 1.82 % of the model
   r                          8               updates are scaled by 2
-  targetModules              q_proj k_proj v_proj o_proj gate_proj up_proj down_proj  the modules that get an adapter
+  targetModules              all-linear      q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
   dtype                      bf16            this processor multiplies bf16 natively
   packing                    true            rows share sequences, so no position is padding
   contextLength              256             holds 95 % of the rows; 40 of 1000 rows are longer (4000 of 150000 tokens)
   recompute                  none            fits the memory, and computes nothing twice
   trainBatchSizePerDevice    8               as many as fit the memory, at most 8
   gradientAccumulationSteps  2               16 sequences a step
-  numEpochs                  3               gives about 100 steps, from 1 to 10 epochs
+  numEpochs                  3               as many as give about 100 steps, from 1 to 10
   steps                      111             590 sequences × 3 epochs / 16 a step
   learningRate               0.0001          usual for LoRA
   lrSchedulerType            cosine          falls smoothly to zero
@@ -460,14 +477,14 @@ Elsewhere (assuming 35 % of the stated speed; several ranks are not runnable yet
 Plan of minimal-70ff94e5
   method                     LoRA            loraConfig is given: 2442240 trained parameters, 1.82 % of the model
   r                          8               updates are scaled by 2
-  targetModules              q_proj k_proj v_proj o_proj gate_proj up_proj down_proj  the modules that get an adapter
+  targetModules              all-linear      q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
   dtype                      bf16            this processor multiplies bf16 natively
   packing                    true            rows share sequences, so no position is padding
   contextLength              1024            set in the manifest; cuts nothing, the longest row has 700 tokens
   recompute                  block           the only way to fit the memory; about a third slower
   trainBatchSizePerDevice    2               as many as fit the memory, at most 8
   gradientAccumulationSteps  8               16 sequences a step
-  numEpochs                  10              gives about 100 steps, from 1 to 10 epochs
+  numEpochs                  10              as many as give about 100 steps, from 1 to 10
   steps                      94              150 sequences × 10 epochs / 16 a step
   learningRate               0.0001          usual for LoRA
   lrSchedulerType            cosine          falls smoothly to zero
@@ -495,6 +512,9 @@ Time  about 1.7 h here, at half of the measured matrix speed
 
 Elsewhere (assuming 35 % of the stated speed; several ranks are not runnable yet)
   Test 80GB                      718 MB  fits, about 12 s, costs 0.01
+
+Warnings
+  memory: 269 MB of weights are read in place, but only 51 MB of memory stay free for them: they will be read from disk again and again, and the run will be slow
     "#);
     }
 
@@ -509,14 +529,14 @@ Elsewhere (assuming 35 % of the stated speed; several ranks are not runnable yet
 Plan of minimal-813dde86
   method                     LoRA            loraConfig is given: 41943040 trained parameters, 0.52 % of the model
   r                          16              updates are scaled by 1
-  targetModules              q_proj k_proj v_proj o_proj gate_proj up_proj down_proj  the modules that get an adapter
+  targetModules              all-linear      q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
   dtype                      bf16            this processor multiplies bf16 natively
   packing                    true            rows share sequences, so no position is padding
   contextLength              256             holds 95 % of the rows; 40 of 1000 rows are longer (4000 of 150000 tokens)
   recompute                  none            fits the memory, and computes nothing twice
   trainBatchSizePerDevice    8               as many as fit the memory, at most 8
   gradientAccumulationSteps  2               16 sequences a step
-  numEpochs                  3               gives about 100 steps, from 1 to 10 epochs
+  numEpochs                  3               as many as give about 100 steps, from 1 to 10
   steps                      111             590 sequences × 3 epochs / 16 a step
   learningRate               0.0001          usual for LoRA
   lrSchedulerType            cosine          falls smoothly to zero

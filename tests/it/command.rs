@@ -104,13 +104,13 @@ Plan of minimal-c475808c
   packing                    true            rows share sequences, so no position is padding
   contextLength              256             holds 95 % of the rows; cuts nothing, the longest row has 200 tokens
   recompute                  none            fits the memory, and computes nothing twice
-  trainBatchSizePerDevice    2               as many as fit the memory, at most 8
-  gradientAccumulationSteps  5               10 of only 40 sequences a step, so that there are several steps
-  numEpochs                  10              gives about 100 steps, from 1 to 10 epochs
-  steps                      40              40 sequences × 10 epochs / 10 a step
+  trainBatchSizePerDevice    8               as many as fit the memory, at most 8
+  gradientAccumulationSteps  1               8 of only 40 sequences a step, so that there are several steps
+  numEpochs                  10              as many as give about 100 steps, from 1 to 10
+  steps                      50              40 sequences × 10 epochs / 8 a step
   learningRate               0.00001         usual when every parameter moves
   lrSchedulerType            cosine          falls smoothly to zero
-  numWarmupSteps             4               10 % of the steps, at most 10
+  numWarmupSteps             5               10 % of the steps, at most 10
   weightDecay                0               fine-tuning is short
   maxGradNorm                1               keeps a rare row from throwing the weights
   seed                       42              fixed, so that a run can be repeated
@@ -118,11 +118,11 @@ Plan of minimal-c475808c
 
 Memory
   trained state                  144 MB
-  activations                      2 MB
+  activations                     10 MB
   output head                      6 MB
-  temporaries                      2 MB
+  temporaries                      7 MB
   runtime                         70 MB
-  peak                           224 MB
+  peak                           237 MB
   weights, mapped                 18 MB  read in place, given back under pressure
     "#);
 }
