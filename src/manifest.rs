@@ -80,7 +80,7 @@ fn envelope(document: &Value) -> Vec<Violation> {
                 violations.push(Violation::new(field, format!("is missing: write {expected}")));
             }
             other => {
-                violations.push(Violation::new(field, format!("is {other}, must be {expected}")))
+                violations.push(Violation::new(field, format!("is {other}, must be {expected}")));
             }
         }
     }

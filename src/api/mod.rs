@@ -3,6 +3,8 @@
 //! The doc comments of fields are the CRD's descriptions and the reference documentation. Every
 //! number, string and list is bounded, so that admission rejects nonsense and CEL costs stay small.
 
+#![allow(unreachable_pub, reason = "KubeSchema repeats each struct inside a function")]
+
 mod cluster;
 pub mod schema;
 mod status;

@@ -33,15 +33,13 @@ impl Failure {
 
     /// Every problem, one a line.
     pub(super) fn problems(title: &str, problems: &[Problem], total: u64) -> Self {
-        let mut message = title.to_owned();
-        for problem in problems {
-            message.push_str(&format!("\n  {problem}"));
-        }
         let hidden = total.saturating_sub(problems.len() as u64);
+        let mut lines = vec![title.to_owned()];
+        lines.extend(problems.iter().map(|problem| format!("  {problem}")));
         if hidden > 0 {
-            message.push_str(&format!("\n  and {hidden} more"));
+            lines.push(format!("  and {hidden} more"));
         }
-        Self::new(ExitCode::BadData, message)
+        Self::new(ExitCode::BadData, lines.join("\n"))
     }
 }
 

@@ -81,7 +81,8 @@ pub(super) fn plan(
     let Some(text) = text else {
         return Err(without_report("preflight", &ended));
     };
-    let report: PreflightReport = finetune_contract::parse(&text).map_err(unreadable)?;
+    let report: PreflightReport =
+        finetune_contract::parse(&text).map_err(|error| unreadable(&error))?;
     if report.output == Some(OutputState::PublishedByAnotherRun)
         && job.spec.output.overwrite != Some(true)
     {
@@ -112,7 +113,7 @@ pub(super) fn run(prepared: &Prepared) -> Result<(), Failure> {
     let Some(text) = text else {
         return Err(without_report("train", &ended));
     };
-    let report: RunReport = finetune_contract::parse(&text).map_err(unreadable)?;
+    let report: RunReport = finetune_contract::parse(&text).map_err(|error| unreadable(&error))?;
     match &report.outcome {
         Outcome::Succeeded { .. } => {
             display::result(&summary(&report));
@@ -169,7 +170,7 @@ fn summary(report: &RunReport) -> String {
     lines.concat()
 }
 
-fn unreadable(error: ParseDocumentError) -> Failure {
+fn unreadable(error: &ParseDocumentError) -> Failure {
     let code = match error {
         ParseDocumentError::UnknownVersion { .. } => ExitCode::BadConfiguration,
         ParseDocumentError::Invalid { .. } => ExitCode::Internal,

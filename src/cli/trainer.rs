@@ -88,12 +88,7 @@ impl Trainer {
         // Counting replaces the default action, so that the first Ctrl-C, which the terminal sends
         // to the child as well, lets the child save a checkpoint before both end.
         let interrupts = Arc::new(AtomicUsize::new(0));
-        let count = |signal| {
-            let interrupts = Arc::clone(&interrupts);
-            count_signal(signal, interrupts)
-        };
-        count(SIGINT)?;
-        count(SIGTERM)?;
+        count_interrupts(Arc::clone(&interrupts))?;
         let mut child = Command::new(&self.program)
             .arg(subcommand)
             .arg("--config")
@@ -106,6 +101,7 @@ impl Trainer {
             .stdout(Stdio::piped())
             .spawn()
             .map_err(|error| cannot_start(&self.program, &error))?;
+        forward_terminate(child.id(), Arc::clone(&interrupts))?;
         let reader = child.stdout.take().map(|stdout| std::thread::spawn(move || follow(stdout)));
         let status = wait(&mut child, &interrupts)?;
         if let Some(reader) = reader {
@@ -141,11 +137,23 @@ fn wait(child: &mut Child, interrupts: &AtomicUsize) -> Result<ExitStatus, Failu
     }
 }
 
-fn count_signal(signal: i32, interrupts: Arc<AtomicUsize>) -> Result<(), Failure> {
-    let mut signals = signal_hook::iterator::Signals::new([signal]).map_err(Failure::internal)?;
+fn count_interrupts(interrupts: Arc<AtomicUsize>) -> Result<(), Failure> {
+    let mut signals = signal_hook::iterator::Signals::new([SIGINT]).map_err(Failure::internal)?;
     std::thread::spawn(move || {
         for _ in signals.forever() {
             interrupts.fetch_add(1, Ordering::Relaxed);
+        }
+    });
+    Ok(())
+}
+
+/// Passes the first SIGTERM on to the child, whom nobody else tells.
+fn forward_terminate(child: u32, interrupts: Arc<AtomicUsize>) -> Result<(), Failure> {
+    let mut signals = signal_hook::iterator::Signals::new([SIGTERM]).map_err(Failure::internal)?;
+    std::thread::spawn(move || {
+        for _ in signals.forever() {
+            interrupts.fetch_add(1, Ordering::Relaxed);
+            let _ = Command::new("kill").args(["-TERM", &child.to_string()]).status();
         }
     });
     Ok(())

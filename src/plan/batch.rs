@@ -57,7 +57,7 @@ pub(super) fn decide(
     let accumulation =
         training.gradient_accumulation_steps.map(|steps| u64::from(steps.unsigned_abs()));
     let micro_batch = asked.unwrap_or_else(|| {
-        let divides = |micro: &u64| accumulation.is_some() || global % micro == 0;
+        let divides = |micro: &u64| accumulation.is_some() || global.is_multiple_of(*micro);
         let sizes = std::iter::successors(Some(LARGEST_MICRO_BATCH), |size| {
             (*size > 1).then_some(size / 2)
         });

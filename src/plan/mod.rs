@@ -64,7 +64,12 @@ pub struct Decision {
 struct Decisions(Vec<Decision>);
 
 impl Decisions {
-    fn add(&mut self, field: &'static str, value: impl ToString, reason: impl Into<String>) {
+    fn add(
+        &mut self,
+        field: &'static str,
+        value: impl std::fmt::Display,
+        reason: impl Into<String>,
+    ) {
         self.0.push(Decision { field, value: value.to_string(), reason: reason.into() });
     }
 
@@ -76,16 +81,10 @@ impl Decisions {
         default: T,
         why: &str,
     ) -> T {
-        match set {
-            Some(value) => {
-                self.add(field, value.to_string(), "set in the manifest");
-                value
-            }
-            None => {
-                self.add(field, default.to_string(), why);
-                default
-            }
-        }
+        let reason = if set.is_some() { "set in the manifest" } else { why };
+        let value = set.unwrap_or(default);
+        self.add(field, value.to_string(), reason);
+        value
     }
 }
 
@@ -132,11 +131,7 @@ pub fn plan(
     let source = settings::dataset(&job.spec);
     let data =
         context::decide(&training, &source, model, census, packing, &mut decisions, &mut problems);
-    if training.early_stopping_patience.is_some_and(|patience| patience > 0)
-        && source.validation.is_none()
-    {
-        problems.push(invalid("spec.training.earlyStoppingPatience", "needs dataset.validation, which is not set: there is no loss to watch; set it or remove the patience"));
-    }
+    check_patience(&training, source.validation.is_some(), &mut problems);
     let Some(data) = data else { return Err(problems) };
 
     let limit = report.machine.as_ref().map(|machine| machine.memory_bytes);
@@ -164,82 +159,18 @@ pub fn plan(
 
     let global = load.micro_batch * u64::from(batch.accumulation);
     let total_steps = total_steps(&training, data.sequences, global, &mut decisions);
-    let is_lora = lora.is_some();
-    let tenth = (total_steps / 10).max(1);
-    let learning_rate = decisions.pick(
-        "learningRate",
-        training.learning_rate,
-        if is_lora { 1e-4 } else { 1e-5 },
-        if is_lora { "usual for LoRA" } else { "usual when every parameter moves" },
-    );
-    let whole = |value: Option<i64>| value.map(|value| value.unsigned_abs());
-    let scheduler = match training.lr_scheduler_type {
-        Some(Scheduler::Linear) => LrScheduler::Linear,
-        Some(Scheduler::Constant) => LrScheduler::Constant,
-        Some(Scheduler::Cosine) | None => LrScheduler::Cosine,
-    };
-    decisions.add(
-        "lrSchedulerType",
-        word(&scheduler),
-        if training.lr_scheduler_type.is_some() {
-            "set in the manifest"
-        } else {
-            "falls smoothly to zero"
+    let settings = training_settings(
+        &training,
+        &batch,
+        &TrainingFacts {
+            context_length: data.context,
+            total_steps,
+            packing,
+            is_lora: lora.is_some(),
+            has_validation: source.validation.is_some(),
         },
+        &mut decisions,
     );
-    let settings = TrainingSettings {
-        context_length: data.context,
-        total_steps,
-        learning_rate,
-        lr_scheduler_type: scheduler,
-        num_warmup_steps: decisions.pick(
-            "numWarmupSteps",
-            whole(training.num_warmup_steps),
-            (total_steps / 10).min(10),
-            "10 % of the steps, at most 10",
-        ),
-        weight_decay: decisions.pick(
-            "weightDecay",
-            training.weight_decay,
-            0.0,
-            "fine-tuning is short",
-        ),
-        max_grad_norm: decisions.pick(
-            "maxGradNorm",
-            training.max_grad_norm,
-            1.0,
-            "keeps a rare row from throwing the weights",
-        ),
-        micro_batch_size: load.micro_batch as u32,
-        gradient_accumulation_steps: batch.accumulation,
-        packing,
-        dtype,
-        recompute: load.recompute,
-        seed: decisions.pick(
-            "seed",
-            whole(training.seed),
-            42,
-            "fixed, so that a run can be repeated",
-        ),
-        evaluation_steps: if source.validation.is_some() {
-            decisions.pick(
-                "evaluationSteps",
-                whole(training.evaluation_steps),
-                tenth,
-                "a tenth of the steps",
-            )
-        } else {
-            whole(training.evaluation_steps).unwrap_or(0)
-        },
-        early_stopping_patience: training.early_stopping_patience.unwrap_or(0).unsigned_abs(),
-        checkpoint_steps: decisions.pick(
-            "checkpointSteps",
-            whole(training.checkpoint_steps),
-            tenth.max(10),
-            "a tenth of the steps, at least 10",
-        ),
-        num_checkpoints_to_keep: training.num_checkpoints_to_keep.unwrap_or(2).unsigned_abs(),
-    };
     let run_id = settings::run_id(job);
     let mut model_source = settings::model(&job.spec);
     if let Some(revision) = &model.resolved_revision {
@@ -278,6 +209,113 @@ pub fn plan(
         memory,
         memory_limit: limit,
     })
+}
+
+fn check_patience(
+    training: &crate::api::Training,
+    has_validation: bool,
+    problems: &mut Vec<Problem>,
+) {
+    if training.early_stopping_patience.is_some_and(|patience| patience > 0) && !has_validation {
+        problems.push(invalid(
+            "spec.training.earlyStoppingPatience",
+            "needs dataset.validation, which is not set: there is no loss to watch; set it or remove the patience",
+        ));
+    }
+}
+
+/// What the hyper-parameters' defaults depend on.
+struct TrainingFacts {
+    context_length: u32,
+    total_steps: u64,
+    packing: bool,
+    is_lora: bool,
+    has_validation: bool,
+}
+
+fn training_settings(
+    training: &crate::api::Training,
+    batch: &batch::Batch,
+    facts: &TrainingFacts,
+    decisions: &mut Decisions,
+) -> TrainingSettings {
+    let TrainingFacts { context_length, total_steps, packing, is_lora, has_validation } = facts;
+    let load = batch.load;
+    let tenth = (total_steps / 10).max(1);
+    let learning_rate = decisions.pick(
+        "learningRate",
+        training.learning_rate,
+        if *is_lora { 1e-4 } else { 1e-5 },
+        if *is_lora { "usual for LoRA" } else { "usual when every parameter moves" },
+    );
+    let whole = |value: Option<i64>| value.map(i64::unsigned_abs);
+    let scheduler = match training.lr_scheduler_type {
+        Some(Scheduler::Linear) => LrScheduler::Linear,
+        Some(Scheduler::Constant) => LrScheduler::Constant,
+        Some(Scheduler::Cosine) | None => LrScheduler::Cosine,
+    };
+    decisions.add(
+        "lrSchedulerType",
+        word(&scheduler),
+        if training.lr_scheduler_type.is_some() {
+            "set in the manifest"
+        } else {
+            "falls smoothly to zero"
+        },
+    );
+    TrainingSettings {
+        context_length: *context_length,
+        total_steps: *total_steps,
+        learning_rate,
+        lr_scheduler_type: scheduler,
+        num_warmup_steps: decisions.pick(
+            "numWarmupSteps",
+            whole(training.num_warmup_steps),
+            (total_steps / 10).min(10),
+            "10 % of the steps, at most 10",
+        ),
+        weight_decay: decisions.pick(
+            "weightDecay",
+            training.weight_decay,
+            0.0,
+            "fine-tuning is short",
+        ),
+        max_grad_norm: decisions.pick(
+            "maxGradNorm",
+            training.max_grad_norm,
+            1.0,
+            "keeps a rare row from throwing the weights",
+        ),
+        micro_batch_size: load.micro_batch as u32,
+        gradient_accumulation_steps: batch.accumulation,
+        packing: *packing,
+        dtype: load.dtype,
+        recompute: load.recompute,
+        seed: decisions.pick(
+            "seed",
+            whole(training.seed),
+            42,
+            "fixed, so that a run can be repeated",
+        ),
+        evaluation_steps: if *has_validation {
+            decisions.pick(
+                "evaluationSteps",
+                whole(training.evaluation_steps),
+                tenth,
+                "a tenth of the steps",
+            )
+        } else {
+            whole(training.evaluation_steps).unwrap_or(0)
+        },
+        early_stopping_patience: training.early_stopping_patience.unwrap_or(0).unsigned_abs(),
+        checkpoint_steps: decisions.pick(
+            "checkpointSteps",
+            whole(training.checkpoint_steps),
+            tenth.max(10),
+            "a tenth of the steps, at least 10",
+        ),
+        num_checkpoints_to_keep: training.num_checkpoints_to_keep.unwrap_or(2).unsigned_abs(),
+    }
 }
 
 fn dtype(set: Option<Precision>, report: &PreflightReport, decisions: &mut Decisions) -> Dtype {

@@ -34,9 +34,9 @@ pub fn run_id(job: &FineTuneJob) -> RunId {
         "training": spec.training, "output": spec.output,
     });
     let digest = Sha256::digest(canonical.to_string().as_bytes());
-    let digits: String = digest.iter().take(4).map(|byte| format!("{byte:02x}")).collect();
+    let digits = u32::from_be_bytes([digest[0], digest[1], digest[2], digest[3]]);
     let name = job.metadata.name.as_deref().unwrap_or("job");
-    RunId(format!("{name}-{digits}"))
+    RunId(format!("{name}-{digits:08x}"))
 }
 
 pub(super) fn model(spec: &FineTuneJobSpec) -> ModelSource {

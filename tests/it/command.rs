@@ -222,3 +222,35 @@ ignored here, only a cluster reads: suspend
 error: no trainer at DIR/trainer: build it with `cargo xtask build`, or name it with --trainer FILE
     "#);
 }
+
+#[test]
+fn survives_the_first_interrupt_and_waits_for_the_trainer() {
+    let start = SUCCEEDED.find(r#""outcome""#).unwrap();
+    let end = SUCCEEDED.find(r#""steps""#).unwrap();
+    let report = format!(
+        "{}\"outcome\":{{\"result\":\"interrupted\",\"checkpointStep\":7}},{}",
+        &SUCCEEDED[..start],
+        &SUCCEEDED[end..]
+    );
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    fs::write(path("job.yaml"), MINIMAL).unwrap();
+    fs::write(path("preflight.json"), PREFLIGHT).unwrap();
+    fs::write(path("train.json"), report).unwrap();
+    // As a terminal does, the test double interrupts both; it then saves and ends in its own time.
+    let script = format!(
+        "#!/bin/sh\nif [ $1 = train ]; then kill -INT $PPID; sleep 0.3; fi\ncp {}/$1.json \"$5\"\n[ $1 = preflight ] || exit 75\n",
+        directory.path().display()
+    );
+    fs::write(path("trainer"), script).unwrap();
+    fs::set_permissions(path("trainer"), fs::Permissions::from_mode(0o755)).unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_finetune"))
+        .args(["run", "-f", "job.yaml", "--work-dir", "work", "--trainer"])
+        .arg(path("trainer"))
+        .current_dir(directory.path())
+        .output()
+        .unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(75), "{errors}");
+    assert!(errors.ends_with("step 7 is saved. Run the same command again to go on\n"), "{errors}");
+}
