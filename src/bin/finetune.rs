@@ -1,2 +1,5 @@
 //! The `finetune` command line.
-fn main() {}
+
+fn main() -> std::process::ExitCode {
+    finetune_operator::cli::main()
+}

@@ -1,0 +1,360 @@
+//! The `FineTuneJob` API, from which the CRD is generated.
+//!
+//! The doc comments of fields are the CRD's descriptions and the reference documentation. Every
+//! number, string and list is bounded, so that admission rejects nonsense and CEL costs stay small.
+
+#![allow(unreachable_pub, reason = "KubeSchema repeats each struct inside a function")]
+
+mod cluster;
+pub mod schema;
+mod status;
+
+use kube::{CustomResource, KubeSchema};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+pub use cluster::{Approval, Effect, Operator, PodTemplate, Resources, Toleration};
+pub use status::{FineTuneJobStatus, PlanStatus, ProgressStatus, ResultStatus};
+
+/// The longest `metadata.name`: names of pods and services add up to 11 characters, of 63.
+pub const NAME_LIMIT: usize = 52;
+
+/// What to fine-tune, on what, how, and where the result goes.
+#[derive(CustomResource, KubeSchema, Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[kube(
+    group = "finetune.dev",
+    version = "v1alpha1",
+    kind = "FineTuneJob",
+    doc = "Fine-tunes one language model on one dataset and publishes the weights.",
+    namespaced,
+    status = "FineTuneJobStatus",
+    derive = "PartialEq",
+    shortname = "ftj",
+    category = "all",
+    printcolumn(name = "Model", type_ = "string", json_path = ".spec.model.uri"),
+    printcolumn(
+        name = "Succeeded",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Succeeded\")].status"
+    ),
+    printcolumn(
+        name = "Reason",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Succeeded\")].reason"
+    ),
+    printcolumn(name = "Step", type_ = "integer", json_path = ".status.progress.step"),
+    printcolumn(name = "Steps", type_ = "integer", json_path = ".status.progress.totalSteps"),
+    printcolumn(name = "Loss", type_ = "number", json_path = ".status.progress.loss"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    validation = Rule::new(
+        "self.metadata.name.size() <= 52 && self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')"
+    )
+    .message("metadata.name must have at most 52 characters, only a-z, 0-9 and '-', and start and end with a letter or digit: it becomes part of the names of pods and objects")
+)]
+#[x_kube(
+    validation = Rule::new("has(self.loraConfig) == has(oldSelf.loraConfig) && (!has(self.loraConfig) || self.loraConfig == oldSelf.loraConfig)")
+        .message("loraConfig is immutable: create a new FineTuneJob to change it"),
+    validation = Rule::new("has(self.training) == has(oldSelf.training) && (!has(self.training) || self.training == oldSelf.training)")
+        .message("training is immutable: create a new FineTuneJob to change it")
+)]
+#[serde(rename_all = "camelCase")]
+pub struct FineTuneJobSpec {
+    /// The base model. Cannot be changed after creation.
+    #[x_kube(validation = Rule::new("self == oldSelf").message("model is immutable: create a new FineTuneJob to change it"))]
+    pub model: Model,
+    /// The rows to train on and the rows held out. Cannot be changed after creation.
+    #[x_kube(validation = Rule::new("self == oldSelf").message("dataset is immutable: create a new FineTuneJob to change it"))]
+    pub dataset: Dataset,
+    /// Train a LoRA adapter of this shape; `{}` takes all defaults. Without it every parameter of
+    /// the model is trained. Cannot be changed after creation.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lora_config: Option<LoraConfig>,
+    /// How to train; every field has a default, decided from the model and the data and explained
+    /// by `finetune plan`. Cannot be changed after creation.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub training: Option<Training>,
+    /// Where the result goes and in which form. Cannot be changed after creation.
+    #[x_kube(validation = Rule::new("self == oldSelf").message("output is immutable: create a new FineTuneJob to change it"))]
+    pub output: Output,
+    /// Stop the run after a checkpoint and give its machines back; set to false to go on. Default:
+    /// false. Only in a cluster.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub suspend: Option<bool>,
+    /// Whether the run starts as soon as its plan is made (`Auto`) or waits until the plan is
+    /// approved (`Manual`). Default: `Auto`. Only in a cluster.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub approval: Option<Approval>,
+    /// Seconds a run may take over all attempts before it is failed, from 1 to 31536000. Default:
+    /// no limit. Example: 86400. Only in a cluster.
+    #[schemars(range(min = 1, max = 31_536_000))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub active_deadline_seconds: Option<i64>,
+    /// Seconds after its end at which the FineTuneJob is deleted, from 0 to 31536000; the published
+    /// result stays. Default: never. Only in a cluster.
+    #[schemars(range(min = 0, max = 31_536_000))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ttl_seconds_after_finished: Option<i64>,
+    /// What the trainer's pod asks of its node. Default: from the plan. Only in a cluster.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub resources: Option<Resources>,
+    /// Adjustments of the pods that do the work. Only in a cluster.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pod_template: Option<PodTemplate>,
+}
+
+/// The base model.
+#[derive(KubeSchema, Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Model {
+    /// A directory in Hugging Face layout, a hub repository or one `.gguf` file, as an object URI
+    /// of scheme hf, s3, gs, az, pvc or file. Examples: `hf://HuggingFaceTB/SmolLM2-135M-Instruct`,
+    /// `s3://models/llama-3.1-8b`, `pvc://models/qwen3`.
+    #[schemars(length(min = 1, max = 1024))]
+    #[x_kube(validation = Rule::new("self.matches('^(hf|s3|gs|az|pvc|file)://')").message("must be an object URI of scheme hf, s3, gs, az, pvc or file, such as hf://owner/name"))]
+    pub uri: String,
+    /// The hub revision: a branch, tag or commit; pinned to a commit when the run is planned. Only
+    /// for `hf://`. Default: the hub's default branch. Example: `main`.
+    #[schemars(length(min = 1, max = 255))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
+    /// The Secret with the keys to read the model (`HF_TOKEN`, `AWS_ACCESS_KEY_ID`, …). Only in a
+    /// cluster; `finetune run` uses the environment.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub secret_ref: Option<SecretRef>,
+}
+
+/// The rows.
+#[derive(KubeSchema, Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Dataset {
+    /// The training rows: a `.jsonl`, `.jsonl.gz` or `.jsonl.zst` file, or a prefix that ends in
+    /// `/` and stands for all such files below it. Example: `s3://data/tickets/train.jsonl`.
+    #[schemars(length(min = 1, max = 1024))]
+    #[x_kube(validation = Rule::new("self.matches('^(hf|s3|gs|az|pvc|file)://')").message("must be an object URI of scheme hf, s3, gs, az, pvc or file, such as s3://bucket/train.jsonl"))]
+    pub train: String,
+    /// The rows held out to measure the loss on, in the same forms. Default: none, and no
+    /// validation loss. Example: `s3://data/tickets/validation.jsonl`.
+    #[schemars(length(min = 1, max = 1024))]
+    #[x_kube(validation = Rule::new("self.matches('^(hf|s3|gs|az|pvc|file)://')").message("must be an object URI of scheme hf, s3, gs, az, pvc or file, such as s3://bucket/validation.jsonl"))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub validation: Option<String>,
+    /// The shape of a row; `auto` decides by the keys of the first one. Default: `auto`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub format: Option<Format>,
+    /// What happens to a row with more tokens than `training.contextLength`: `truncate` keeps its
+    /// beginning, `drop` leaves it out, `error` refuses the dataset. Default: `truncate`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub on_overflow: Option<Overflow>,
+    /// The Secret with the keys to read the rows. Only in a cluster; `finetune run` uses the
+    /// environment.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub secret_ref: Option<SecretRef>,
+}
+
+/// A LoRA adapter's shape, in PEFT's words.
+#[derive(KubeSchema, Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LoraConfig {
+    /// The rank of the adapter's matrices, from 1 to 1024. Default: 8.
+    #[schemars(range(min = 1, max = 1024))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub r: Option<i32>,
+    /// The scale's numerator, from 0.01 to 10000: updates are scaled by `loraAlpha / r`. Default: 16.
+    #[schemars(range(min = 0.01, max = 10_000.0))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lora_alpha: Option<f64>,
+    /// The probability of zeroing an input of the adapter while training, from 0 to 0.9. Default: 0.05.
+    #[schemars(range(min = 0.0, max = 0.9))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lora_dropout: Option<f64>,
+    /// The modules that get an adapter, by leaf name, or `all-linear` alone for every linear layer
+    /// but the output head. Default: `[all-linear]`. Example: `[q_proj, v_proj]`.
+    #[schemars(length(min = 1, max = 32), inner(length(min = 1, max = 128)))]
+    #[schemars(extend("x-kubernetes-list-type" = "atomic"))]
+    #[x_kube(validation = Rule::new("!self.exists(module, module == 'all-linear') || self.size() == 1").message("all-linear stands for every linear layer: name it alone, or list modules without it"))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_modules: Option<Vec<String>>,
+    /// Modules trained in full and saved whole beside the adapter, by leaf name. Default: none.
+    /// Example: `[lm_head]`.
+    #[schemars(length(max = 32), inner(length(min = 1, max = 128)))]
+    #[schemars(extend("x-kubernetes-list-type" = "atomic"))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub modules_to_save: Option<Vec<String>>,
+    /// Whether updates are scaled by `loraAlpha / √r` (rank-stabilised LoRA). Default: false.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub use_rslora: Option<bool>,
+}
+
+/// How to train.
+#[derive(KubeSchema, Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[x_kube(validation = Rule::new("!(has(self.numEpochs) && has(self.maxSteps))").message("numEpochs and maxSteps both set the length of the run: keep one"))]
+#[serde(rename_all = "camelCase")]
+pub struct Training {
+    /// Tokens of one sequence, from 16 to 1048576, at most what the model was made for. Default:
+    /// enough for 95 % of the rows. Example: 2048.
+    #[schemars(range(min = 16, max = 1_048_576))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub context_length: Option<i32>,
+    /// Passes over the training rows, from 1 to 1000. Default: what gives about 100 steps, at most
+    /// 10. Not together with `maxSteps`.
+    #[schemars(range(min = 1, max = 1000))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub num_epochs: Option<i32>,
+    /// Optimizer steps of the whole run, from 1 to 10000000. Default: from `numEpochs`. Not together
+    /// with `numEpochs`.
+    #[schemars(range(min = 1, max = 10_000_000))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_steps: Option<i64>,
+    /// The peak learning rate of AdamW, from 1e-9 to 1. Default: 1e-4 with LoRA, 1e-5 without.
+    #[schemars(range(min = 1e-9, max = 1.0))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub learning_rate: Option<f64>,
+    /// How the learning rate falls after the warm-up. Default: `cosine`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lr_scheduler_type: Option<Scheduler>,
+    /// Steps in which the learning rate rises from zero, from 0 to 1000000. Default: 10 % of all
+    /// steps, at most 10.
+    #[schemars(range(min = 0, max = 1_000_000))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub num_warmup_steps: Option<i64>,
+    /// AdamW's decoupled weight decay, from 0 to 1. Default: 0.
+    #[schemars(range(min = 0.0, max = 1.0))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weight_decay: Option<f64>,
+    /// The gradient's 2-norm is scaled down to this, from 0 to 1000; 0 means never. Default: 1.
+    #[schemars(range(min = 0.0, max = 1000.0))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_grad_norm: Option<f64>,
+    /// Sequences computed at once on a device, from 1 to 1024. Default: up to 8, as many as fit
+    /// the memory.
+    #[schemars(range(min = 1, max = 1024))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub train_batch_size_per_device: Option<i32>,
+    /// Micro-batches summed up in one optimizer step, from 1 to 4096. Default: what makes 16
+    /// sequences a step, fewer for small data.
+    #[schemars(range(min = 1, max = 4096))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gradient_accumulation_steps: Option<i32>,
+    /// Whether several rows share a sequence, without seeing each other. Default: true.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub packing: Option<bool>,
+    /// The element type of the computation; trained state is always fp32. Default: `auto`: bf16
+    /// where the processor multiplies it natively, else fp32.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<Precision>,
+    /// What a block keeps for its backward pass: `none` computes nothing again, `block` keeps only
+    /// its input and takes about a third longer. Default: `auto`: `none` if it fits the memory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub recompute: Option<Recomputation>,
+    /// The seed of all randomness, from 0 to 9007199254740991. Default: 42.
+    #[schemars(range(min = 0, max = 9_007_199_254_740_991_i64))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seed: Option<i64>,
+    /// Steps between measurements of the validation loss, from 1 to 1000000. Default: a tenth of
+    /// all steps.
+    #[schemars(range(min = 1, max = 1_000_000))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub evaluation_steps: Option<i64>,
+    /// Stop after this many measurements without a better validation loss, from 0 to 1000; 0 means
+    /// never. Needs `dataset.validation`. Default: 0.
+    #[schemars(range(min = 0, max = 1000))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub early_stopping_patience: Option<i32>,
+    /// Steps between checkpoints, from 1 to 1000000. Default: a tenth of all steps, at least 10.
+    #[schemars(range(min = 1, max = 1_000_000))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checkpoint_steps: Option<i64>,
+    /// Checkpoints kept beside the best one, from 1 to 100. Default: 2.
+    #[schemars(range(min = 1, max = 100))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub num_checkpoints_to_keep: Option<i32>,
+}
+
+/// Where the result goes.
+#[derive(KubeSchema, Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Output {
+    /// The directory or prefix that becomes the published result, of scheme s3, gs, az, pvc or
+    /// file. Example: `s3://models/support-adapter`.
+    #[schemars(length(min = 1, max = 1024))]
+    #[x_kube(validation = Rule::new("self.matches('^(s3|gs|az|pvc|file)://')").message("must be an object URI of scheme s3, gs, az, pvc or file, such as s3://bucket/prefix"))]
+    pub uri: String,
+    /// Whether a LoRA run also publishes the merged model: it at `uri`, the adapter under
+    /// `uri/adapter/`. Default: false.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub merge: Option<bool>,
+    /// Whether a result of another run at `uri` may be replaced. Default: false.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub overwrite: Option<bool>,
+    /// The `base_model_name_or_path` written into the adapter. Default: the model's URI without
+    /// its scheme. Example: `HuggingFaceTB/SmolLM2-135M-Instruct`.
+    #[schemars(length(min = 1, max = 255))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub base_model_name: Option<String>,
+    /// The Secret with the keys to write the result. Only in a cluster; `finetune run` uses the
+    /// environment.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub secret_ref: Option<SecretRef>,
+}
+
+/// A Secret of the job's namespace.
+#[derive(JsonSchema, Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SecretRef {
+    /// The Secret's name. Example: `bucket-keys`.
+    #[schemars(length(min = 1, max = 253))]
+    pub name: String,
+}
+
+/// The shape of a row.
+#[derive(JsonSchema, Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[expect(missing_docs, reason = "the words are described at the field")]
+pub enum Format {
+    Auto,
+    Messages,
+    PromptCompletion,
+    Text,
+    Sharegpt,
+    Alpaca,
+}
+
+/// What happens to a row longer than the context.
+#[derive(JsonSchema, Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[expect(missing_docs, reason = "the words are described at the field")]
+pub enum Overflow {
+    Truncate,
+    Drop,
+    Error,
+}
+
+/// How the learning rate falls after the warm-up.
+#[derive(JsonSchema, Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[expect(missing_docs, reason = "the words are described at the field")]
+pub enum Scheduler {
+    Cosine,
+    Linear,
+    Constant,
+}
+
+/// The element type of the computation.
+#[derive(JsonSchema, Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[expect(missing_docs, reason = "the words are described at the field")]
+pub enum Precision {
+    Auto,
+    Bf16,
+    Fp32,
+}
+
+/// What a block keeps for its backward pass.
+#[derive(JsonSchema, Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[expect(missing_docs, reason = "the words are described at the field")]
+pub enum Recomputation {
+    Auto,
+    None,
+    Block,
+}

@@ -1,0 +1,121 @@
+//! The `finetune` command line: what an operator does in a cluster, here and for one job.
+
+mod display;
+mod failure;
+mod run;
+mod trainer;
+
+use std::{ffi::OsString, path::PathBuf, process::ExitCode as Status};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::{api::schema, plan::render};
+use failure::Failure;
+
+/// Fine-tunes a language model from one manifest.
+#[derive(Debug, Parser)]
+#[command(name = "finetune", version, about, max_term_width = 100)]
+struct Arguments {
+    /// The trainer's program; finetune-trainer beside this one if absent
+    #[arg(long, global = true, value_name = "FILE")]
+    trainer: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Say what would run and why, or every reason why it cannot
+    Plan {
+        #[command(flatten)]
+        job: Job,
+        /// Accelerators to size the run for: a YAML list of name, memoryGiB, bf16Tflops,
+        /// fp32Tflops, hasBf16, pricePerHour
+        #[arg(long, value_name = "FILE")]
+        accelerators: Option<PathBuf>,
+        /// How to print it
+        #[arg(short, long, value_enum, default_value_t = Output::Text)]
+        output: Output,
+    },
+    /// Run it here: preflight, plan, train, publish, verify; goes on where it was interrupted
+    Run {
+        #[command(flatten)]
+        job: Job,
+    },
+    /// Read a published result again and prove it
+    #[command(disable_help_flag = true)]
+    Verify(PassedOn),
+    /// Continue a prompt with a model, with or without an adapter
+    #[command(disable_help_flag = true)]
+    Generate(PassedOn),
+    /// Turn a GGUF file into a Hugging Face directory
+    #[command(disable_help_flag = true)]
+    Import(PassedOn),
+    /// Print the CRD
+    #[command(hide = true)]
+    Crd,
+}
+
+#[derive(Debug, Args)]
+struct Job {
+    /// The FineTuneJob, in YAML or JSON
+    #[arg(short, long, value_name = "FILE")]
+    file: PathBuf,
+    /// Where caches, documents and local checkpoints go; below ~/.local/state/finetune if absent
+    #[arg(long, value_name = "DIR")]
+    work_dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+struct PassedOn {
+    /// What the trainer is told; --help lists it
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENTS")]
+    arguments: Vec<OsString>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Output {
+    Text,
+    Json,
+    Yaml,
+}
+
+/// Runs the command line and returns its exit status.
+pub fn main() -> Status {
+    let arguments = Arguments::parse();
+    match carry_out(arguments) {
+        Ok(()) => Status::SUCCESS,
+        Err(failure) => {
+            display::error(&failure.to_string());
+            Status::from(failure.code)
+        }
+    }
+}
+
+fn carry_out(arguments: Arguments) -> Result<(), Failure> {
+    let Arguments { trainer, command } = arguments;
+    match command {
+        Command::Plan { job, accelerators, output } => {
+            let accelerators = run::read_accelerators(accelerators.as_deref())?;
+            let prepared = run::prepare(&job.file, job.work_dir, trainer)?;
+            let (_, plan) = run::plan(&prepared, &accelerators)?;
+            let text = match output {
+                Output::Text => render::text(&plan),
+                Output::Json => {
+                    serde_json::to_string_pretty(&plan).map_err(Failure::internal)? + "\n"
+                }
+                Output::Yaml => serde_saphyr::to_string(&plan).map_err(Failure::internal)?,
+            };
+            display::result(&text);
+            Ok(())
+        }
+        Command::Run { job } => run::run(&run::prepare(&job.file, job.work_dir, trainer)?),
+        Command::Verify(passed) => trainer::pass_on(trainer, "verify", &passed.arguments),
+        Command::Generate(passed) => trainer::pass_on(trainer, "generate", &passed.arguments),
+        Command::Import(passed) => trainer::pass_on(trainer, "import", &passed.arguments),
+        Command::Crd => {
+            display::result(&schema::crd_yaml().map_err(Failure::internal)?);
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! The steps of `finetune plan` and `finetune run`: manifest, preflight, plan, training, summary.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use finetune_contract::{
+    ExitCode, ObjectUri, Outcome, OutputState, ParseDocumentError, PreflightReport, RunReport,
+    Scheme,
+};
+
+use super::{
+    display,
+    failure::Failure,
+    trainer::{self, Trainer},
+};
+use crate::{
+    api::FineTuneJob,
+    manifest,
+    plan::{self, RunPlan, accelerators::Accelerator, render, settings},
+};
+
+/// A job read and a trainer found.
+pub(super) struct Prepared {
+    job: FineTuneJob,
+    trainer: Trainer,
+}
+
+/// Reads the manifest, finds the trainer and makes the work directory.
+pub(super) fn prepare(
+    file: &Path,
+    work_dir: Option<PathBuf>,
+    named: Option<PathBuf>,
+) -> Result<Prepared, Failure> {
+    let text = fs::read_to_string(file).map_err(|error| {
+        Failure::configuration(format!("cannot read {}: {error}", file.display()))
+    })?;
+    let job = manifest::parse(&text).map_err(|error| match error {
+        manifest::Error::Violations(violations) => {
+            let lines: Vec<String> =
+                violations.iter().map(|violation| format!("\n  {violation}")).collect();
+            Failure::configuration(format!("{} cannot run:{}", file.display(), lines.concat()))
+        }
+        other => Failure::configuration(format!("{}: {other}", file.display())),
+    })?;
+    refuse_claims(&job)?;
+    notice_cluster_fields(&job);
+    let program = trainer::find(named)?;
+    let work_dir = match work_dir {
+        Some(work_dir) => std::path::absolute(&work_dir).map_err(Failure::internal)?,
+        None => default_work_dir()?.join(settings::run_id(&job).0),
+    };
+    fs::create_dir_all(&work_dir).map_err(|error| {
+        Failure::configuration(format!(
+            "cannot make {}: {error}: choose another directory with --work-dir",
+            work_dir.display()
+        ))
+    })?;
+    Ok(Prepared { job, trainer: Trainer { program, work_dir } })
+}
+
+/// Reads a file of accelerators; none if there is no file.
+pub(super) fn read_accelerators(file: Option<&Path>) -> Result<Vec<Accelerator>, Failure> {
+    let Some(file) = file else { return Ok(Vec::new()) };
+    let text = fs::read_to_string(file).map_err(|error| {
+        Failure::configuration(format!("cannot read {}: {error}", file.display()))
+    })?;
+    serde_saphyr::from_str(&text).map_err(|error| {
+        Failure::configuration(format!("{} is not a list of accelerators: {error}", file.display()))
+    })
+}
+
+/// Runs the preflight and decides.
+pub(super) fn plan(
+    prepared: &Prepared,
+    accelerators: &[Accelerator],
+) -> Result<(PreflightReport, RunPlan), Failure> {
+    let Prepared { job, trainer } = prepared;
+    let (ended, text) = trainer.run("preflight", &settings::preflight_config(job, true))?;
+    let Some(text) = text else {
+        return Err(without_report("preflight", &ended));
+    };
+    let report: PreflightReport =
+        finetune_contract::parse(&text).map_err(|error| unreadable(&error))?;
+    if report.output == Some(OutputState::PublishedByAnotherRun)
+        && job.spec.output.overwrite != Some(true)
+    {
+        let uri = &job.spec.output.uri;
+        if report.problems.is_empty() {
+            return Err(Failure::configuration(format!(
+                "spec.output.uri: {uri} holds the result of another run: choose another uri, or set output.overwrite: true to replace it"
+            )));
+        }
+    }
+    let plan = plan::plan(job, &report, accelerators).map_err(|problems| {
+        let hidden = report.problems_total.saturating_sub(report.problems.len() as u64);
+        Failure::problems("the run cannot start:", &problems, problems.len() as u64 + hidden)
+    })?;
+    Ok((report, plan))
+}
+
+/// Carries a job out and says how it ended.
+pub(super) fn run(prepared: &Prepared) -> Result<(), Failure> {
+    let (report, plan) = plan(prepared, &[])?;
+    let uri = &plan.run_config.output.uri;
+    if report.output == Some(OutputState::PublishedByThisRun) {
+        display::result(&format!("{uri} already holds this run's result; nothing to do\n"));
+        return Ok(());
+    }
+    display::note(&render::text(&plan));
+    let (ended, text) = prepared.trainer.run("train", &plan.run_config)?;
+    let Some(text) = text else {
+        return Err(without_report("train", &ended));
+    };
+    let report: RunReport = finetune_contract::parse(&text).map_err(|error| unreadable(&error))?;
+    match &report.outcome {
+        Outcome::Succeeded { .. } => {
+            display::result(&summary(&report));
+            Ok(())
+        }
+        Outcome::Interrupted { checkpoint_step } => Err(Failure::new(
+            ExitCode::Interrupted,
+            format!(
+                "interrupted; step {checkpoint_step} is saved. Run the same command again to go on"
+            ),
+        )),
+        Outcome::Failed { reason, message } => {
+            Err(Failure::new(reason.exit_code(), message.clone()))
+        }
+    }
+}
+
+fn summary(report: &RunReport) -> String {
+    let mut lines = Vec::new();
+    let mut line = |name: &str, value: String| lines.push(format!("{name:<12}{value}\n"));
+    if let Outcome::Succeeded { uri, proof, .. } = &report.outcome {
+        line("published", uri.clone());
+        line(
+            "proven",
+            format!(
+                "{} files, {} read back; loss {:.4} as trained, {:.4} reloaded",
+                proof.files,
+                render::bytes(proof.bytes),
+                proof.loss_trained,
+                proof.loss_reloaded
+            ),
+        );
+    }
+    if let Some([first, last]) = report.train_loss {
+        line("train loss", format!("{first:.3} → {last:.3} in {} steps", report.steps));
+    }
+    if let Some([before, after]) = report.eval_loss {
+        line("eval loss", format!("{before:.3} → {after:.3}"));
+    }
+    if let Some(step) = report.best_step {
+        line("best step", format!("{step}, published"));
+    }
+    let speed =
+        report.tokens_per_second.map(|speed| format!(", {speed:.0} tok/s")).unwrap_or_default();
+    line("time", format!("{}{speed}", render::duration(report.duration_seconds)));
+    line(
+        "memory",
+        format!(
+            "{} peak, {} predicted",
+            render::bytes(report.measured_peak_bytes),
+            render::bytes(report.predicted_peak_bytes)
+        ),
+    );
+    lines.concat()
+}
+
+fn unreadable(error: &ParseDocumentError) -> Failure {
+    let code = match error {
+        ParseDocumentError::UnknownVersion { .. } => ExitCode::BadConfiguration,
+        ParseDocumentError::Invalid { .. } => ExitCode::Internal,
+    };
+    Failure::new(code, error.to_string())
+}
+
+fn without_report(step: &str, ended: &trainer::Ended) -> Failure {
+    let trainer::Ended { code, was_interrupted } = ended;
+    if *was_interrupted {
+        return Failure::new(
+            ExitCode::Interrupted,
+            "interrupted. Run the same command again to go on from the last checkpoint",
+        );
+    }
+    match code {
+        Some(code) if *code != 0 => Failure::status(
+            *code as u8,
+            format!(
+                "finetune-trainer {step} ended with status {code} and left no report; see above"
+            ),
+        ),
+        Some(_) => Failure::internal(format!(
+            "finetune-trainer {step} left no report: is it of this release?"
+        )),
+        None => Failure::internal(format!(
+            "finetune-trainer {step} was killed, perhaps for want of memory. Run the same command again to go on from the last checkpoint"
+        )),
+    }
+}
+
+/// Refuses volume claims, which only a cluster has.
+fn refuse_claims(job: &FineTuneJob) -> Result<(), Failure> {
+    let spec = &job.spec;
+    let uris = [
+        ("spec.model.uri", Some(&spec.model.uri)),
+        ("spec.dataset.train", Some(&spec.dataset.train)),
+        ("spec.dataset.validation", spec.dataset.validation.as_ref()),
+        ("spec.output.uri", Some(&spec.output.uri)),
+    ];
+    let claims: Vec<String> = uris
+        .into_iter()
+        .filter_map(|(path, uri)| Some((path, uri?)))
+        .filter(|(_, uri)| ObjectUri::parse(uri).is_ok_and(|uri| uri.scheme == Scheme::Pvc))
+        .map(|(path, uri)| format!("\n  {path} is {uri:?}: there are no volume claims without a cluster; write the file:// URI of where the data is here"))
+        .collect();
+    if claims.is_empty() {
+        Ok(())
+    } else {
+        Err(Failure::configuration(format!("cannot run here:{}", claims.concat())))
+    }
+}
+
+fn notice_cluster_fields(job: &FineTuneJob) {
+    let spec = &job.spec;
+    let fields: Vec<&str> = [
+        ("suspend", spec.suspend.is_some()),
+        ("approval", spec.approval.is_some()),
+        ("activeDeadlineSeconds", spec.active_deadline_seconds.is_some()),
+        ("ttlSecondsAfterFinished", spec.ttl_seconds_after_finished.is_some()),
+        ("resources", spec.resources.is_some()),
+        ("podTemplate", spec.pod_template.is_some()),
+        ("model.secretRef", spec.model.secret_ref.is_some()),
+        ("dataset.secretRef", spec.dataset.secret_ref.is_some()),
+        ("output.secretRef", spec.output.secret_ref.is_some()),
+    ]
+    .into_iter()
+    .filter_map(|(field, is_set)| is_set.then_some(field))
+    .collect();
+    if !fields.is_empty() {
+        display::note(&format!("ignored here, only a cluster reads: {}", fields.join(", ")));
+    }
+}
+
+fn default_work_dir() -> Result<PathBuf, Failure> {
+    let state =
+        std::env::var_os("XDG_STATE_HOME").filter(|state| !state.is_empty()).map(PathBuf::from);
+    state
+        .or_else(|| std::env::home_dir().map(|home| home.join(".local/state")))
+        .map(|state| state.join("finetune"))
+        .ok_or_else(|| {
+            Failure::configuration(
+                "there is no home directory for the work: name one with --work-dir DIR",
+            )
+        })
+}

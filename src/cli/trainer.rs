@@ -1,0 +1,174 @@
+//! The trainer as a child process: documents in files, progress on its standard output.
+
+use std::{
+    ffi::OsString,
+    io::{BufRead, BufReader},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use finetune_contract::{Document, ExitCode, Progress};
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+use super::{display::ProgressDisplay, failure::Failure};
+
+/// How often a waiting command looks at the child and at its own signals.
+const POLL: Duration = Duration::from_millis(50);
+
+/// The trainer's program and the directory its documents go to.
+pub(super) struct Trainer {
+    pub(super) program: PathBuf,
+    pub(super) work_dir: PathBuf,
+}
+
+/// How a child ended.
+pub(super) struct Ended {
+    pub(super) code: Option<i32>,
+    /// Whether this command was told to stop meanwhile.
+    pub(super) was_interrupted: bool,
+}
+
+/// Finds the trainer: the one named, else the one beside this program.
+pub(super) fn find(named: Option<PathBuf>) -> Result<PathBuf, Failure> {
+    let program = match named {
+        Some(program) => program,
+        None => {
+            std::env::current_exe().map_err(Failure::internal)?.with_file_name("finetune-trainer")
+        }
+    };
+    if program.is_file() {
+        return Ok(program);
+    }
+    Err(Failure::configuration(format!(
+        "no trainer at {}: build it with `cargo xtask build`, or name it with --trainer FILE",
+        program.display()
+    )))
+}
+
+/// Runs `finetune-trainer SUBCOMMAND ARGUMENTS…` and passes its exit status on.
+pub(super) fn pass_on(
+    named: Option<PathBuf>,
+    subcommand: &str,
+    arguments: &[OsString],
+) -> Result<(), Failure> {
+    let program = find(named)?;
+    let status = Command::new(&program).arg(subcommand).args(arguments).status();
+    let status = status.map_err(|error| cannot_start(&program, &error))?;
+    match status.code() {
+        Some(0) => Ok(()),
+        Some(code) => Err(Failure::status(
+            code as u8,
+            format!("finetune-trainer {subcommand} failed; see above"),
+        )),
+        None => Err(Failure::internal(format!("finetune-trainer {subcommand} was killed"))),
+    }
+}
+
+impl Trainer {
+    /// Runs one step with `config`; returns how it ended and the text of its report, if it left one.
+    pub(super) fn run<D: Document>(
+        &self,
+        subcommand: &str,
+        config: &D,
+    ) -> Result<(Ended, Option<String>), Failure> {
+        let config_path = self.work_dir.join(format!("{subcommand}-config.json"));
+        let report_path = self.work_dir.join(format!("{subcommand}-report.json"));
+        std::fs::write(&config_path, finetune_contract::render(config))
+            .map_err(|error| cannot_write(&config_path, &error))?;
+        if let Err(error) = std::fs::remove_file(&report_path)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            return Err(cannot_write(&report_path, &error));
+        }
+        // Counting replaces the default action, so that the first Ctrl-C, which the terminal sends
+        // to the child as well, lets the child save a checkpoint before both end.
+        let interrupts = Arc::new(AtomicUsize::new(0));
+        count_interrupts(Arc::clone(&interrupts))?;
+        let mut child = Command::new(&self.program)
+            .arg(subcommand)
+            .arg("--config")
+            .arg(&config_path)
+            .arg("--report")
+            .arg(&report_path)
+            .arg("--work-dir")
+            .arg(&self.work_dir)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .map_err(|error| cannot_start(&self.program, &error))?;
+        forward_terminate(child.id(), Arc::clone(&interrupts))?;
+        let reader = child.stdout.take().map(|stdout| std::thread::spawn(move || follow(stdout)));
+        let status = wait(&mut child, &interrupts)?;
+        if let Some(reader) = reader {
+            let _ = reader.join();
+        }
+        let ended =
+            Ended { code: status.code(), was_interrupted: interrupts.load(Ordering::Relaxed) > 0 };
+        Ok((ended, std::fs::read_to_string(&report_path).ok()))
+    }
+}
+
+/// Shows the progress lines of a child until it closes its standard output.
+fn follow(stdout: impl std::io::Read) {
+    let mut display = ProgressDisplay::new();
+    for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+        match finetune_contract::parse::<Progress>(&line) {
+            Ok(progress) => display.show(&progress),
+            Err(_) => display.line(&line),
+        }
+    }
+    display.finish();
+}
+
+fn wait(child: &mut Child, interrupts: &AtomicUsize) -> Result<ExitStatus, Failure> {
+    loop {
+        if let Some(status) = child.try_wait().map_err(Failure::internal)? {
+            return Ok(status);
+        }
+        if interrupts.load(Ordering::Relaxed) > 1 {
+            child.kill().map_err(Failure::internal)?;
+        }
+        std::thread::sleep(POLL);
+    }
+}
+
+fn count_interrupts(interrupts: Arc<AtomicUsize>) -> Result<(), Failure> {
+    let mut signals = signal_hook::iterator::Signals::new([SIGINT]).map_err(Failure::internal)?;
+    std::thread::spawn(move || {
+        for _ in signals.forever() {
+            interrupts.fetch_add(1, Ordering::Relaxed);
+        }
+    });
+    Ok(())
+}
+
+/// Passes the first SIGTERM on to the child, whom nobody else tells.
+fn forward_terminate(child: u32, interrupts: Arc<AtomicUsize>) -> Result<(), Failure> {
+    let mut signals = signal_hook::iterator::Signals::new([SIGTERM]).map_err(Failure::internal)?;
+    std::thread::spawn(move || {
+        for _ in signals.forever() {
+            interrupts.fetch_add(1, Ordering::Relaxed);
+            let _ = Command::new("kill").args(["-TERM", &child.to_string()]).status();
+        }
+    });
+    Ok(())
+}
+
+fn cannot_start(program: &Path, error: &std::io::Error) -> Failure {
+    Failure::configuration(format!("cannot start the trainer {}: {error}", program.display()))
+}
+
+fn cannot_write(path: &Path, error: &std::io::Error) -> Failure {
+    Failure::new(
+        ExitCode::BadConfiguration,
+        format!(
+            "cannot write {}: {error}: choose another directory with --work-dir",
+            path.display()
+        ),
+    )
+}

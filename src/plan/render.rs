@@ -1,0 +1,87 @@
+//! Prints a plan for people.
+
+use std::fmt::Write;
+
+use super::{Decision, RunPlan};
+
+/// Returns the plan as aligned lines.
+pub fn text(plan: &RunPlan) -> String {
+    let mut text = String::new();
+    let mut line = |line: String| {
+        text.push_str(line.trim_end());
+        text.push('\n');
+    };
+    line(format!("Plan of {}", plan.run_config.run_id));
+    for decision in &plan.decisions {
+        line(row(decision));
+    }
+    if !plan.rejected.is_empty() {
+        line("\nNot taken".to_owned());
+        plan.rejected.iter().for_each(|decision| line(row(decision)));
+    }
+    line("\nMemory".to_owned());
+    for (name, size) in plan.memory.terms().into_iter().filter(|(_, size)| *size > 0) {
+        line(format!("  {name:<27}{:>10}", bytes(size)));
+    }
+    let limit =
+        plan.memory_limit.map(|limit| format!("  of {} here", bytes(limit))).unwrap_or_default();
+    line(format!("  {:<27}{:>10}{limit}", "peak", bytes(plan.memory.total())));
+    line(format!(
+        "  {:<27}{:>10}  read in place, given back under pressure",
+        "weights, mapped",
+        bytes(plan.memory.mapped_weights)
+    ));
+    if let Some(seconds) = plan.seconds {
+        line(format!(
+            "\nTime  about {} here, at half of the measured matrix speed",
+            duration(seconds)
+        ));
+    }
+    if !plan.accelerators.is_empty() {
+        line(
+            "\nElsewhere (assuming 35 % of the stated speed; several ranks are not runnable yet)"
+                .to_owned(),
+        );
+    }
+    for offer in &plan.accelerators {
+        let mut verdict = if offer.shortfall_bytes == 0 {
+            format!("fits, about {}", duration(offer.seconds))
+        } else {
+            format!("{} too little", bytes(offer.shortfall_bytes))
+        };
+        if let Some(cost) = offer.cost.filter(|_| offer.shortfall_bytes == 0) {
+            let _ = write!(verdict, ", costs {cost:.2}");
+        }
+        if let Some(ranks) = offer.ranks {
+            let _ = write!(verdict, ", {ranks} ranks would hold it");
+        }
+        line(format!("  {:<27}{:>10}  {verdict}", offer.name, bytes(offer.needed_bytes)));
+    }
+    if !plan.warnings.is_empty() {
+        line("\nWarnings".to_owned());
+        plan.warnings.iter().for_each(|warning| line(format!("  {warning}")));
+    }
+    text
+}
+
+fn row(decision: &Decision) -> String {
+    let Decision { field, value, reason } = decision;
+    format!("  {field:<27}{value:<14}  {reason}")
+}
+
+/// Returns bytes in decimal units, for people.
+pub fn bytes(bytes: u64) -> String {
+    match bytes as f64 {
+        size if size >= 1e9 => format!("{:.2} GB", size / 1e9),
+        size => format!("{:.0} MB", size / 1e6),
+    }
+}
+
+/// Returns a duration in the largest unit that matters.
+pub fn duration(seconds: f64) -> String {
+    match seconds {
+        seconds if seconds < 90.0 => format!("{seconds:.0} s"),
+        seconds if seconds < 5400.0 => format!("{:.0} min", seconds / 60.0),
+        seconds => format!("{:.1} h", seconds / 3600.0),
+    }
+}

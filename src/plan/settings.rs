@@ -1,0 +1,91 @@
+//! Turns the manifest's words into the contract's, with the defaults that need no facts.
+
+use finetune_contract::{
+    CONTRACT_VERSION, DatasetFormat, DatasetSource, LoraSettings, ModelSource, OnOverflow,
+    OutputTarget, PreflightConfig, RunId, TargetModules,
+};
+use sha2::{Digest, Sha256};
+
+use crate::api::{FineTuneJob, FineTuneJobSpec, Format, Overflow};
+
+/// Returns what the preflight of `job` is told.
+pub fn preflight_config(job: &FineTuneJob, measure_machine: bool) -> PreflightConfig {
+    let training = job.spec.training.as_ref();
+    PreflightConfig {
+        version: CONTRACT_VERSION,
+        run_id: run_id(job),
+        model: model(&job.spec),
+        dataset: dataset(&job.spec),
+        lora: lora(&job.spec),
+        context_length: training
+            .and_then(|training| training.context_length)
+            .map(i32::unsigned_abs),
+        output: output(&job.spec),
+        measure_machine,
+    }
+}
+
+/// Names the run: the job's name and eight digits of what makes the result what it is.
+pub fn run_id(job: &FineTuneJob) -> RunId {
+    let spec = &job.spec;
+    // Maps of serde_json are sorted, so equal settings give equal text.
+    let canonical = serde_json::json!({
+        "model": spec.model, "dataset": spec.dataset, "loraConfig": spec.lora_config,
+        "training": spec.training, "output": spec.output,
+    });
+    let digest = Sha256::digest(canonical.to_string().as_bytes());
+    let digits = u32::from_be_bytes([digest[0], digest[1], digest[2], digest[3]]);
+    let name = job.metadata.name.as_deref().unwrap_or("job");
+    RunId(format!("{name}-{digits:08x}"))
+}
+
+pub(super) fn model(spec: &FineTuneJobSpec) -> ModelSource {
+    ModelSource { uri: spec.model.uri.clone(), revision: spec.model.revision.clone() }
+}
+
+pub(super) fn dataset(spec: &FineTuneJobSpec) -> DatasetSource {
+    let dataset = &spec.dataset;
+    DatasetSource {
+        train: dataset.train.clone(),
+        validation: dataset.validation.clone(),
+        format: match dataset.format {
+            Some(Format::Auto) | None => DatasetFormat::Auto,
+            Some(Format::Messages) => DatasetFormat::Messages,
+            Some(Format::PromptCompletion) => DatasetFormat::PromptCompletion,
+            Some(Format::Text) => DatasetFormat::Text,
+            Some(Format::Sharegpt) => DatasetFormat::Sharegpt,
+            Some(Format::Alpaca) => DatasetFormat::Alpaca,
+        },
+        on_overflow: match dataset.on_overflow {
+            Some(Overflow::Truncate) | None => OnOverflow::Truncate,
+            Some(Overflow::Drop) => OnOverflow::Drop,
+            Some(Overflow::Error) => OnOverflow::Error,
+        },
+    }
+}
+
+pub(super) fn lora(spec: &FineTuneJobSpec) -> Option<LoraSettings> {
+    let lora = spec.lora_config.as_ref()?;
+    Some(LoraSettings {
+        r: lora.r.unwrap_or(8).unsigned_abs(),
+        lora_alpha: lora.lora_alpha.unwrap_or(16.0),
+        lora_dropout: lora.lora_dropout.unwrap_or(0.05),
+        target_modules: match lora.target_modules.as_deref() {
+            None => TargetModules::AllLinear,
+            Some([only]) if only == "all-linear" => TargetModules::AllLinear,
+            Some(names) => TargetModules::List(names.to_vec()),
+        },
+        modules_to_save: lora.modules_to_save.clone().unwrap_or_default(),
+        use_rslora: lora.use_rslora.unwrap_or(false),
+    })
+}
+
+pub(super) fn output(spec: &FineTuneJobSpec) -> OutputTarget {
+    let output = &spec.output;
+    OutputTarget {
+        uri: output.uri.clone(),
+        merge: output.merge.unwrap_or(false),
+        overwrite: output.overwrite.unwrap_or(false),
+        base_model_name: output.base_model_name.clone(),
+    }
+}

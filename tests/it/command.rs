@@ -1,0 +1,256 @@
+//! The command as a process, against a test double of the trainer that speaks the contract.
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::Path,
+    process::{Command, Output},
+};
+
+use tempfile::TempDir;
+
+const MINIMAL: &str = include_str!("../../examples/minimal.yaml");
+
+/// A complete preflight report of a small model.
+const PREFLIGHT: &str = r#"{"version":1,"runId":"r","problems":[],"problemsTotal":0,"warnings":[],
+"model":{"modelType":"llama","parameters":9000000,"weightBytes":18000000,"weightDtype":"BF16","hiddenSize":64,"intermediateSize":128,
+"numHiddenLayers":2,"numAttentionHeads":4,"numKeyValueHeads":2,"headDim":16,"vocabSize":1000,"maxPositionEmbeddings":2048,
+"tieWordEmbeddings":true,"hasChatTemplate":true,"modules":[]},
+"train":{"format":"text","files":1,"rows":100,"badRows":0,"tokens":10000,"targetTokens":10000,"duplicateRows":0,"maxTokens":200,
+"p50Tokens":100,"p95Tokens":180,"sha256":"ab","lengths":[{"context":256,"over":0,"cut":0,"empty":0,"packed":40}]},
+"overlappingRows":0,"output":"vacant"}"#;
+
+const SUCCEEDED: &str = r#"{"version":1,"runId":"r","attempt":0,"outcome":{"result":"succeeded","kind":"FullModel","uri":"file:///data/minimal",
+"manifestSha256":"cd","proof":{"files":3,"bytes":18000000,"maxLogitChange":0.5,"lossTrained":1.25,"lossReloaded":1.25}},
+"steps":40,"tokensSeen":100000,"trainLoss":[3.0,1.5],"tokensPerSecond":1234.0,"durationSeconds":80.0,
+"predictedPeakBytes":500000000,"measuredPeakBytes":480000000}"#;
+
+const PROGRESS: &str = r#"{"version":1,"runId":"r","stage":"Training","step":1,"totalSteps":40,"epoch":0.1,"loss":2.5,"tokensSeen":100,"peakMemoryBytes":1}"#;
+
+/// What the test double does.
+struct Trainer<'a> {
+    preflight: (&'a str, i32),
+    train: (&'a str, i32),
+}
+
+fn finetune(command: &str, manifest: &str, trainer: Option<&Trainer>) -> (Output, TempDir) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    fs::write(path("job.yaml"), manifest).unwrap();
+    if let Some(Trainer { preflight, train }) = trainer {
+        fs::write(path("preflight.json"), preflight.0).unwrap();
+        fs::write(path("train.json"), train.0).unwrap();
+        // $1 subcommand, $3 config, $5 report, $7 work directory.
+        let script = format!(
+            "#!/bin/sh\nset -e\n[ -s \"$3\" ]\ncp {here}/$1.json \"$5\"\nif [ $1 = preflight ]; then exit {}; fi\necho '{PROGRESS}'\nexit {}\n",
+            preflight.1,
+            train.1,
+            here = directory.path().display(),
+        );
+        fs::write(path("trainer"), script).unwrap();
+        fs::set_permissions(path("trainer"), fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let output = Command::new(env!("CARGO_BIN_EXE_finetune"))
+        .args([command, "-f", "job.yaml", "--work-dir", "work"])
+        .arg("--trainer")
+        .arg(path("trainer"))
+        .current_dir(directory.path())
+        .output()
+        .unwrap();
+    (output, directory)
+}
+
+/// Returns the exit status and what was printed, the plan and paths of this machine left out.
+fn check(command: &str, manifest: &str, trainer: Option<&Trainer>) -> String {
+    let (output, directory) = finetune(command, manifest, trainer);
+    shown(&output, directory.path())
+}
+
+fn shown(output: &Output, directory: &Path) -> String {
+    let text = |bytes: &[u8]| {
+        String::from_utf8_lossy(bytes).replace(&directory.display().to_string(), "DIR")
+    };
+    let errors = text(&output.stderr);
+    let errors = errors.lines().skip_while(|line| line.starts_with("Plan")).collect::<Vec<_>>();
+    let errors = match errors.iter().position(|line| line.starts_with("step ")) {
+        Some(progress) => errors[progress..].join("\n"),
+        None => errors.join("\n"),
+    };
+    format!("exit {:?}\n{}{errors}", output.status.code().unwrap_or(-1), text(&output.stdout))
+}
+
+#[test]
+fn runs_a_job_and_sums_it_up() {
+    let trainer = Trainer { preflight: (PREFLIGHT, 0), train: (SUCCEEDED, 0) };
+    insta::assert_snapshot!(check("run", MINIMAL, Some(&trainer)), @r#"
+exit 0
+published   file:///data/minimal
+proven      3 files, 18 MB read back; loss 1.2500 as trained, 1.2500 reloaded
+train loss  3.000 → 1.500 in 40 steps
+time        80 s, 1234 tok/s
+memory      480 MB peak, 500 MB predicted
+step 1/40  training  loss 2.500
+    "#);
+}
+
+#[test]
+fn plans_without_training() {
+    let trainer = Trainer { preflight: (PREFLIGHT, 0), train: ("", 70) };
+    insta::assert_snapshot!(check("plan", MINIMAL, Some(&trainer)), @r#"
+exit 0
+Plan of minimal-c475808c
+  method                     full-parameter  no loraConfig: all 9000000 parameters are trained
+  dtype                      fp32            this processor does not multiply bf16 natively
+  packing                    true            rows share sequences, so no position is padding
+  contextLength              256             holds 95 % of the rows; cuts nothing, the longest row has 200 tokens
+  recompute                  none            fits the memory, and computes nothing twice
+  trainBatchSizePerDevice    8               as many as fit the memory, at most 8
+  gradientAccumulationSteps  1               8 of only 40 sequences a step, so that there are several steps
+  numEpochs                  10              as many as give about 100 steps, from 1 to 10
+  steps                      50              40 sequences × 10 epochs / 8 a step
+  learningRate               0.00001         usual when every parameter moves
+  lrSchedulerType            cosine          falls smoothly to zero
+  numWarmupSteps             5               10 % of the steps, at most 10
+  weightDecay                0               fine-tuning is short
+  maxGradNorm                1               keeps a rare row from throwing the weights
+  seed                       42              fixed, so that a run can be repeated
+  checkpointSteps            10              a tenth of the steps, at least 10
+
+Memory
+  trained state                  144 MB
+  activations                     10 MB
+  output head                      6 MB
+  temporaries                      7 MB
+  runtime                         70 MB
+  peak                           237 MB
+  weights, mapped                 18 MB  read in place, given back under pressure
+    "#);
+}
+
+#[test]
+fn refuses_a_typo_with_the_likely_word() {
+    let manifest = MINIMAL.replace("train:", "trian:");
+    let trainer = Trainer { preflight: (PREFLIGHT, 0), train: (SUCCEEDED, 0) };
+    insta::assert_snapshot!(check("run", &manifest, Some(&trainer)), @r#"
+exit 78
+error: job.yaml cannot run:
+  spec.dataset.train: is missing and has no default
+  spec.dataset.trian: is not a field; did you mean train?
+    "#);
+}
+
+#[test]
+fn shows_every_problem_of_the_preflight() {
+    let problems = r#""problems":[{"reason":"InvalidDataset","location":"train.jsonl:3","message":"is not JSON"}],"problemsTotal":7"#;
+    let report = PREFLIGHT.replace(r#""problems":[],"problemsTotal":0"#, problems);
+    let trainer = Trainer { preflight: (&report, 65), train: (SUCCEEDED, 0) };
+    insta::assert_snapshot!(check("plan", MINIMAL, Some(&trainer)), @r#"
+exit 65
+error: the run cannot start:
+  train.jsonl:3: is not JSON
+  and 6 more
+    "#);
+}
+
+#[test]
+fn says_how_to_go_on_after_an_interruption() {
+    let start = SUCCEEDED.find(r#""outcome""#).unwrap();
+    let end = SUCCEEDED.find(r#""steps""#).unwrap();
+    let report = format!(
+        "{}\"outcome\":{{\"result\":\"interrupted\",\"checkpointStep\":20}},{}",
+        &SUCCEEDED[..start],
+        &SUCCEEDED[end..]
+    );
+    let trainer = Trainer { preflight: (PREFLIGHT, 0), train: (&report, 75) };
+    insta::assert_snapshot!(check("run", MINIMAL, Some(&trainer)), @r#"
+exit 75
+step 1/40  training  loss 2.500
+error: interrupted; step 20 is saved. Run the same command again to go on
+    "#);
+}
+
+#[test]
+fn says_where_the_trainer_was_looked_for() {
+    insta::assert_snapshot!(check("run", MINIMAL, None), @r#"
+exit 78
+error: no trainer at DIR/trainer: build it with `cargo xtask build`, or name it with --trainer FILE
+    "#);
+}
+
+#[test]
+fn refuses_another_version_of_the_contract() {
+    let report = PREFLIGHT.replace(r#""version":1"#, r#""version":2"#);
+    let trainer = Trainer { preflight: (&report, 0), train: (SUCCEEDED, 0) };
+    insta::assert_snapshot!(check("run", MINIMAL, Some(&trainer)), @r#"
+exit 78
+error: preflight report has contract version 2, but this build reads only version 1: run the operator and the trainer image of the same release
+    "#);
+}
+
+#[test]
+fn does_nothing_when_the_result_is_published() {
+    let report = PREFLIGHT.replace("vacant", "publishedByThisRun");
+    let trainer = Trainer { preflight: (&report, 0), train: ("", 70) };
+    insta::assert_snapshot!(check("run", MINIMAL, Some(&trainer)), @r#"
+exit 0
+file:///data/minimal already holds this run's result; nothing to do
+    "#);
+}
+
+#[test]
+fn refuses_to_replace_another_runs_result() {
+    let report = PREFLIGHT.replace("vacant", "publishedByAnotherRun");
+    let trainer = Trainer { preflight: (&report, 0), train: (SUCCEEDED, 0) };
+    insta::assert_snapshot!(check("run", MINIMAL, Some(&trainer)), @r#"
+exit 78
+error: spec.output.uri: file:///data/minimal holds the result of another run: choose another uri, or set output.overwrite: true to replace it
+    "#);
+}
+
+#[test]
+fn refuses_claims_and_says_what_only_a_cluster_reads() {
+    let manifest = MINIMAL.replace("file:///data/train.jsonl", "pvc://data/train.jsonl");
+    insta::assert_snapshot!(check("run", &manifest, None), @r#"
+exit 78
+error: cannot run here:
+  spec.dataset.train is "pvc://data/train.jsonl": there are no volume claims without a cluster; write the file:// URI of where the data is here
+    "#);
+    let manifest = format!("{MINIMAL}  suspend: true\n");
+    insta::assert_snapshot!(check("run", &manifest, None), @r#"
+exit 78
+ignored here, only a cluster reads: suspend
+error: no trainer at DIR/trainer: build it with `cargo xtask build`, or name it with --trainer FILE
+    "#);
+}
+
+#[test]
+fn survives_the_first_interrupt_and_waits_for_the_trainer() {
+    let start = SUCCEEDED.find(r#""outcome""#).unwrap();
+    let end = SUCCEEDED.find(r#""steps""#).unwrap();
+    let report = format!(
+        "{}\"outcome\":{{\"result\":\"interrupted\",\"checkpointStep\":7}},{}",
+        &SUCCEEDED[..start],
+        &SUCCEEDED[end..]
+    );
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    fs::write(path("job.yaml"), MINIMAL).unwrap();
+    fs::write(path("preflight.json"), PREFLIGHT).unwrap();
+    fs::write(path("train.json"), report).unwrap();
+    // As a terminal does, the test double interrupts both; it then saves and ends in its own time.
+    let script = format!(
+        "#!/bin/sh\nif [ $1 = train ]; then kill -INT $PPID; sleep 0.3; fi\ncp {}/$1.json \"$5\"\n[ $1 = preflight ] || exit 75\n",
+        directory.path().display()
+    );
+    fs::write(path("trainer"), script).unwrap();
+    fs::set_permissions(path("trainer"), fs::Permissions::from_mode(0o755)).unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_finetune"))
+        .args(["run", "-f", "job.yaml", "--work-dir", "work", "--trainer"])
+        .arg(path("trainer"))
+        .current_dir(directory.path())
+        .output()
+        .unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(75), "{errors}");
+    assert!(errors.ends_with("step 7 is saved. Run the same command again to go on\n"), "{errors}");
+}
