@@ -1,0 +1,73 @@
+//! Each kind of adapter, on a tied and on an untied model: ten AdamW steps, and PEFT's own files.
+
+use finetune_contract::Dtype;
+use finetune_trainer::model::{
+    Model,
+    adapter::{CONFIG_FILE, PREFIX, WEIGHTS_FILE},
+    attach::Attachment,
+};
+use tch::{Device, Tensor};
+
+use crate::golden::{FAMILIES, Golden, distance};
+
+#[test]
+fn ten_steps_of_each_adapter_equal_peft() {
+    let mut trained = Vec::new();
+    for family in FAMILIES {
+        let golden = Golden::open(family);
+        for (case, lora) in &golden.facts.lora {
+            let attachment = Attachment::lora(&golden.config(), &lora.settings).unwrap();
+            let mut model = golden.load(attachment);
+            for (name, start) in golden.tensors_below(&format!("{case}.start.")) {
+                model.trained().master_of(name).unwrap().copy_(start);
+            }
+            model.trained_mut().refresh_compute();
+            let difference = golden.train(&mut model, &lora.trajectory);
+            assert!(
+                difference <= 1e-5,
+                "{family}, {case}: a loss or gradient norm differs by {difference:e}"
+            );
+            let expected = golden.tensors_below(&format!("{case}.end."));
+            assert_eq!(model.trained().names().len(), expected.len(), "{family}, {case}");
+            for (name, expected) in expected {
+                let found = distance(&model.trained().master_of(name).unwrap(), expected);
+                assert!(
+                    found <= 1e-4,
+                    "{family}, {case}: {name} differs by {found:e} after training"
+                );
+            }
+        }
+        trained.push((family, golden.facts.lora.len()));
+    }
+    trained.retain(|&(_, cases)| cases > 0);
+    assert_eq!(trained, [("llama", 7), ("llama3", 7)]);
+}
+
+#[test]
+fn an_adapter_that_peft_wrote_gives_the_logits_peft_gives() {
+    for family in FAMILIES {
+        let golden = Golden::open(family);
+        for (case, lora) in &golden.facts.lora {
+            let directory = tempfile::tempdir().unwrap();
+            let written: Vec<(String, &Tensor)> = golden
+                .tensors_below(&format!("{case}.end."))
+                .into_iter()
+                .map(|(name, tensor)| (format!("{PREFIX}{name}"), tensor))
+                .collect();
+            Tensor::write_safetensors(&written, directory.path().join(WEIGHTS_FILE)).unwrap();
+            let settings = lora.adapter_config.to_string();
+            std::fs::write(directory.path().join(CONFIG_FILE), settings).unwrap();
+            let model = Model::load_with_adapter(
+                &golden.directory,
+                golden.config(),
+                directory.path(),
+                Dtype::Fp32,
+                Device::Cpu,
+            )
+            .unwrap();
+            let logits = model.logits(&golden.facts.rows[0].tokens);
+            let found = distance(&logits, golden.tensor(&format!("{case}.logits")));
+            assert!(found <= 1e-5, "{family}, {case}: logits differ by {found:e}");
+        }
+    }
+}

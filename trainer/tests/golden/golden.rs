@@ -1,0 +1,168 @@
+//! Reads a family's goldens, and runs our engine on the same rows.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+use finetune_contract::{Dtype, LoraSettings, Recompute};
+use finetune_trainer::{
+    data::Batch,
+    model::{Model, attach::Attachment, config::ModelConfig},
+    optimizer::{AdamW, normalize_and_clip, zero_gradient},
+    seed::Counter,
+};
+use serde::Deserialize;
+use tch::{Device, Kind, Tensor};
+
+/// Every family of `gen.py`.
+pub(crate) const FAMILIES: [&str; 8] = [
+    "llama",
+    "llama3",
+    "llama-biases",
+    "mistral",
+    "mistral-window",
+    "qwen2",
+    "qwen2-window",
+    "qwen3",
+];
+
+/// One directory below `data/`.
+pub(crate) struct Golden {
+    pub(crate) directory: PathBuf,
+    pub(crate) facts: Facts,
+    tensors: BTreeMap<String, Tensor>,
+}
+
+/// `golden.json`.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Facts {
+    pub(crate) rows: Vec<Row>,
+    pub(crate) loss: f64,
+    pub(crate) far_positions: Vec<i64>,
+    training: TrainingFacts,
+    pub(crate) full: Option<Trajectory>,
+    #[serde(default)]
+    pub(crate) lora: BTreeMap<String, LoraCase>,
+}
+
+/// A row of tokens, and which of them are predicted.
+#[derive(Deserialize)]
+pub(crate) struct Row {
+    pub(crate) tokens: Vec<u32>,
+    targets: Vec<bool>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct TrainingFacts {
+    rows_of_step: Vec<Vec<usize>>,
+    weight_decay: f64,
+    max_grad_norm: f64,
+}
+
+/// A run of the reference: its learning rate, and each step's loss and gradient norm before clipping.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Trajectory {
+    learning_rate: f64,
+    losses: Vec<f64>,
+    grad_norms: Vec<f64>,
+}
+
+/// One adapter: how it was made, and the run that made it.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct LoraCase {
+    pub(crate) settings: LoraSettings,
+    /// What PEFT writes beside the tensors.
+    pub(crate) adapter_config: serde_json::Value,
+    #[serde(flatten)]
+    pub(crate) trajectory: Trajectory,
+}
+
+impl Golden {
+    pub(crate) fn open(family: &str) -> Self {
+        let directory =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/data").join(family);
+        let text = std::fs::read_to_string(directory.join("golden.json")).unwrap();
+        let tensors = Tensor::read_safetensors(directory.join("golden.safetensors")).unwrap();
+        Self {
+            facts: serde_json::from_str(&text).unwrap(),
+            tensors: tensors.into_iter().collect(),
+            directory,
+        }
+    }
+
+    pub(crate) fn tensor(&self, name: &str) -> &Tensor {
+        self.tensors.get(name).unwrap_or_else(|| panic!("no golden tensor {name:?}"))
+    }
+
+    /// Returns the tensors whose names start so, without that start.
+    pub(crate) fn tensors_below<'a>(&'a self, prefix: &str) -> BTreeMap<&'a str, &'a Tensor> {
+        let below =
+            |(name, tensor): (&'a String, &'a Tensor)| Some((name.strip_prefix(prefix)?, tensor));
+        self.tensors.iter().filter_map(below).collect()
+    }
+
+    pub(crate) fn config(&self) -> ModelConfig {
+        let text = std::fs::read_to_string(self.directory.join("config.json")).unwrap();
+        ModelConfig::parse(&text).unwrap()
+    }
+
+    pub(crate) fn load(&self, attachment: Attachment) -> Model {
+        let seed = Counter::from_seed(0);
+        Model::load(&self.directory, self.config(), attachment, Dtype::Fp32, Device::Cpu, seed)
+            .unwrap()
+    }
+
+    /// Lays rows one after another, as the trainer packs them.
+    pub(crate) fn batch(&self, rows: impl IntoIterator<Item = usize>) -> Batch {
+        let mut batch = Batch {
+            tokens: Vec::new(),
+            segment_lengths: Vec::new(),
+            predicting: Vec::new(),
+            labels: Vec::new(),
+        };
+        for row in rows.into_iter().map(|row| &self.facts.rows[row]) {
+            let start = batch.tokens.len();
+            batch.tokens.extend(row.tokens.iter().map(|&token| i64::from(token)));
+            batch.segment_lengths.push(row.tokens.len());
+            for position in (1..row.tokens.len()).filter(|&position| row.targets[position]) {
+                batch.predicting.push((start + position - 1) as i64);
+                batch.labels.push(i64::from(row.tokens[position]));
+            }
+        }
+        batch
+    }
+
+    /// Trains as the reference did and returns the worst relative difference of a loss or norm.
+    pub(crate) fn train(&self, model: &mut Model, trajectory: &Trajectory) -> f64 {
+        let training = &self.facts.training;
+        let mut optimizer = AdamW::new(model.trained(), training.weight_decay);
+        let mut worst: f64 = 0.0;
+        for (step, rows) in training.rows_of_step.iter().enumerate() {
+            let batch = self.batch(rows.iter().copied());
+            let count = batch.labels.len() as u64;
+            zero_gradient(model.trained());
+            let loss = model.accumulate_gradients(&batch, Recompute::None, None) / count as f64;
+            let norm = normalize_and_clip(model.trained(), count, training.max_grad_norm);
+            optimizer.step(model.trained_mut(), trajectory.learning_rate, step as u64 + 1);
+            for ratio in [loss / trajectory.losses[step], norm / trajectory.grad_norms[step]] {
+                worst = worst.max((ratio - 1.0).abs());
+            }
+        }
+        worst
+    }
+}
+
+/// The largest absolute difference over the largest absolute value of the reference.
+pub(crate) fn distance(found: &Tensor, reference: &Tensor) -> f64 {
+    assert_eq!(found.size(), reference.size());
+    let wide = |tensor: &Tensor| tensor.to_kind(Kind::Double);
+    let largest = |tensor: &Tensor| tensor.abs().max().double_value(&[]);
+    let distance = largest(&(wide(found) - wide(reference))) / largest(&wide(reference));
+    assert!(distance.is_finite(), "not finite, or the reference is zero");
+    distance
+}
