@@ -22,7 +22,7 @@ use crate::{
     hex,
     model::{params::FlatParams, weights::Checkpoint as Tensors},
     optimizer::AdamW,
-    store::{self, Store, publish::sha256_of_file},
+    store::{self, Store, hash_file},
     tensor_file::{self, Declared},
 };
 
@@ -258,7 +258,7 @@ impl Checkpoints {
         }
         let path = self.scratch.join("restore.tmp");
         self.store.fetch(&state_file, &path)?;
-        if sha256_of_file(&path)?.1 != manifest.sha256 {
+        if hash_file(&path)?.1 != manifest.sha256 {
             damaged("its file does not have the digest of its manifest");
             return Ok(None);
         }

@@ -1,1 +1,230 @@
-//! Placeholder until the module lands.
+//! Continuing a prompt with a model, so that a person can see what training did.
+//!
+//! Not a server: one sequence, a key/value cache, greedy or sampled, straight to standard output.
+
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+};
+
+use clap::Args;
+use finetune_contract::{Dtype, FailureReason};
+use tch::{Device, Kind, Tensor};
+
+use crate::{
+    data::{Tokenizer, format::Message},
+    failure::Failure,
+    model::{Model, block::Block, linear::Input, read_config},
+    proof::load_frozen,
+    seed::Counter,
+    store::Environment,
+};
+
+/// What to continue, and how.
+#[derive(Debug, Args)]
+pub struct Arguments {
+    /// A Hugging Face model directory.
+    #[arg(long)]
+    model: PathBuf,
+    /// A PEFT adapter directory to put on it.
+    #[arg(long)]
+    adapter: Option<PathBuf>,
+    /// What the user says.
+    #[arg(long)]
+    prompt: String,
+    /// What the system says before.
+    #[arg(long)]
+    system: Option<String>,
+    /// Tokens to generate, at most.
+    #[arg(long, default_value_t = 128)]
+    max_new_tokens: usize,
+    /// How much to leave to chance; 0 always takes the likeliest token.
+    #[arg(long, default_value_t = 0.0)]
+    temperature: f64,
+    /// Seed of the chance.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Continue the prompt as it is, without a chat template.
+    #[arg(long)]
+    raw: bool,
+}
+
+/// Generates and prints as it goes.
+///
+/// # Errors
+/// A [`Failure`] if model, adapter or prompt cannot be used.
+pub fn run(arguments: &Arguments, _environment: &Environment) -> Result<(), Failure> {
+    let tokenizer = Tokenizer::load(&arguments.model)?;
+    let model = load(&arguments.model, arguments.adapter.as_deref())?;
+    let prompt = prompt_tokens(&tokenizer, arguments)
+        .map_err(|reason| Failure::new(FailureReason::InvalidConfiguration, reason))?;
+    let mut out = std::io::stdout().lock();
+    let mut tell = |text: &str| {
+        // Nobody listening is no failure of ours.
+        let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    };
+    let choice =
+        Choice { temperature: arguments.temperature, numbers: Counter::from_seed(arguments.seed) };
+    let mut said = Said::default();
+    for token in Continuation::new(&model, &prompt, choice).take(arguments.max_new_tokens) {
+        if tokenizer.eos_ids().contains(&token) {
+            break;
+        }
+        tell(&said.next(&tokenizer, token));
+    }
+    tell("\n");
+    Ok(())
+}
+
+fn load(model: &Path, adapter: Option<&Path>) -> Result<Model, Failure> {
+    // In fp32 every processor is fast enough for one sequence, and nothing is rounded away.
+    match adapter {
+        Some(adapter) => {
+            Model::load_with_adapter(model, read_config(model)?, adapter, Dtype::Fp32, Device::Cpu)
+        }
+        None => load_frozen(model, Dtype::Fp32),
+    }
+}
+
+fn prompt_tokens(tokenizer: &Tokenizer, arguments: &Arguments) -> Result<Vec<u32>, String> {
+    let tokens = if arguments.raw || !tokenizer.has_template() {
+        tokenizer.encode(&arguments.prompt, true)?
+    } else {
+        let turn = |role: &str, content: &String| Message {
+            role: role.to_owned(),
+            content: content.clone(),
+        };
+        let system = arguments.system.iter().map(|system| turn("system", system));
+        let messages: Vec<Message> = system.chain([turn("user", &arguments.prompt)]).collect();
+        tokenizer.encode(&tokenizer.render_chat(&messages, true)?, false)?
+    };
+    if tokens.is_empty() { Err("the prompt has no tokens".to_owned()) } else { Ok(tokens) }
+}
+
+/// Text so far; a token may end in the middle of a character.
+#[derive(Default)]
+struct Said {
+    tokens: Vec<u32>,
+    printed: usize,
+}
+
+impl Said {
+    fn next(&mut self, tokenizer: &Tokenizer, token: u32) -> String {
+        self.tokens.push(token);
+        let text = tokenizer.decode(&self.tokens, true);
+        if text.ends_with('\u{FFFD}') || text.len() < self.printed {
+            return String::new();
+        }
+        let new = text[self.printed..].to_owned();
+        self.printed = text.len();
+        new
+    }
+}
+
+/// How a token is chosen.
+#[derive(Debug, Clone, Copy)]
+pub struct Choice {
+    /// 0 takes the likeliest.
+    pub temperature: f64,
+    /// Numbers for the rest.
+    pub numbers: Counter,
+}
+
+/// The endless continuation of a prompt.
+pub struct Continuation<'a> {
+    model: &'a Model,
+    choice: Choice,
+    cache: Vec<Option<(Tensor, Tensor)>>,
+    next: Vec<u32>,
+    position: i64,
+}
+
+impl<'a> Continuation<'a> {
+    /// Starts after a prompt of at least one token.
+    pub fn new(model: &'a Model, prompt: &[u32], choice: Choice) -> Self {
+        let cache = model.blocks().iter().map(|_| None).collect();
+        Self { model, choice, cache, next: prompt.to_vec(), position: 0 }
+    }
+
+    /// Returns the logits after the tokens that are waiting, `[V]` in fp32.
+    fn logits(&mut self) -> Tensor {
+        let tokens: Vec<i64> = self.next.iter().map(|&token| i64::from(token)).collect();
+        let positions: Vec<i64> = (self.position..self.position + tokens.len() as i64).collect();
+        let rotary = self.model.rotary(&positions);
+        let mut x = self.model.embedding().forward(&Tensor::from_slice(&tokens));
+        for (block, cache) in self.model.blocks().iter().zip(&mut self.cache) {
+            x = step(block, &x, &rotary, cache);
+        }
+        self.position += tokens.len() as i64;
+        let (norm, lm_head) = self.model.head();
+        let last = x.narrow(0, tokens.len() as i64 - 1, 1);
+        lm_head.forward(&Input::new(norm.forward(&last), None, 0)).to_kind(Kind::Float).view(-1)
+    }
+
+    fn choose(&self, logits: &Tensor) -> u32 {
+        if self.choice.temperature <= 0.0 {
+            return logits.argmax(0, false).int64_value(&[]) as u32;
+        }
+        let sums =
+            (logits / self.choice.temperature).softmax(0, Kind::Double).cumsum(0, Kind::Double);
+        let point = self.choice.numbers.uniform(self.position as u64);
+        let last = logits.size()[0] - 1;
+        sums.le(point).sum(Kind::Int64).int64_value(&[]).min(last) as u32
+    }
+}
+
+impl Iterator for Continuation<'_> {
+    type Item = u32;
+
+    fn next(&mut self) -> Option<u32> {
+        let logits = self.logits();
+        let token = self.choose(&logits);
+        self.next = vec![token];
+        Some(token)
+    }
+}
+
+/// Computes a block for new tokens `[t, D]`, adding their keys and values to the cache.
+fn step(
+    block: &Block,
+    x: &Tensor,
+    rotary: &crate::model::rope::Rotary,
+    cache: &mut Option<(Tensor, Tensor)>,
+) -> Tensor {
+    let plain = |x: Tensor| Input::new(x, None, 0);
+    let split = |x: &Tensor| x.view([x.size()[0], -1, block.head_dim]);
+    let normed = plain(block.input_layernorm.forward(x));
+    let (mut q, mut k, mut v) = (
+        split(&block.q_proj.forward(&normed)),
+        split(&block.k_proj.forward(&normed)),
+        split(&block.v_proj.forward(&normed)),
+    );
+    if let Some((q_norm, k_norm)) = &block.qk_norm {
+        (q, k) = (q_norm.forward(&q), k_norm.forward(&k));
+    }
+    (q, k) = (rotary.rotate(&q), rotary.rotate(&k));
+    if let Some((keys, values)) = cache.take() {
+        (k, v) = (Tensor::cat(&[keys, k], 0), Tensor::cat(&[values, v], 0));
+    }
+    let attended = attend(block, &q, &k, &v);
+    *cache = Some((k, v));
+    let x = block.o_proj.forward(&plain(attended)) + x;
+    let normed = plain(block.post_attention_layernorm.forward(&x));
+    let product = block.gate_proj.forward(&normed).silu() * block.up_proj.forward(&normed);
+    block.down_proj.forward(&plain(product)) + x
+}
+
+/// Attention of the last `t` positions over all `S`: `q` is `[t, H, E]`, `k` and `v` are `[S, K, E]`.
+fn attend(block: &Block, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
+    let (new, all, groups) = (q.size()[0], k.size()[0], block.attention.query_groups);
+    let repeat = |x: &Tensor| x.repeat_interleave_self_int(groups, 1, None).transpose(0, 1); // [H, S, E]
+    let scores =
+        q.transpose(0, 1).matmul(&repeat(k).transpose(1, 2)) / (block.head_dim as f64).sqrt();
+    let mut visible = Tensor::ones([new, all], (Kind::Bool, Device::Cpu)).tril(all - new);
+    if let Some(window) = block.attention.window {
+        visible = visible.triu(all - new + 1 - window as i64);
+    }
+    let scores = scores.masked_fill(&visible.logical_not(), f64::NEG_INFINITY);
+    let out = scores.softmax(-1, Kind::Float).to_kind(v.kind()).matmul(&repeat(v)); // [H, t, E]
+    out.transpose(0, 1).reshape([new, -1])
+}

@@ -13,7 +13,8 @@ use std::{
 
 use clap::{Args, Parser, Subcommand};
 use finetune_contract::{
-    CONTRACT_VERSION, Document, ExitCode, FailureReason, Outcome, PreflightConfig, RunConfig, RunReport, parse, render,
+    CONTRACT_VERSION, Document, ExitCode, FailureReason, Outcome, PreflightConfig, RunConfig,
+    RunReport, parse, render,
 };
 use finetune_trainer::{
     bench,
@@ -68,7 +69,8 @@ fn main() -> process::ExitCode {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_env("FINETUNE_LOG").unwrap_or_else(|_| "info".into()),
+            tracing_subscriber::EnvFilter::try_from_env("FINETUNE_LOG")
+                .unwrap_or_else(|_| "info".into()),
         )
         .with_target(false)
         .init();
@@ -94,8 +96,12 @@ fn dispatch(command: &Command) -> Result<ExitCode, Failure> {
     match command {
         Command::Preflight(documents) => run_preflight(documents, &environment),
         Command::Train(documents) => run_train(documents, &environment),
-        Command::Verify(arguments) => verify::run(arguments, &environment).map(|()| ExitCode::Success),
-        Command::Generate(arguments) => generate::run(arguments, &environment).map(|()| ExitCode::Success),
+        Command::Verify(arguments) => {
+            verify::run(arguments, &environment).map(|()| ExitCode::Success)
+        }
+        Command::Generate(arguments) => {
+            generate::run(arguments, &environment).map(|()| ExitCode::Success)
+        }
         Command::Bench(arguments) => bench::run(arguments).map(|figures| {
             print_line(&figures);
             ExitCode::Success
@@ -183,7 +189,10 @@ fn failure_of_panic(panic: &(dyn std::any::Any + Send)) -> Failure {
         );
         return Failure::new(FailureReason::OutOfMemory, message);
     }
-    Failure::new(FailureReason::Internal, format!("this is a defect of the trainer, please report it: {text}"))
+    Failure::new(
+        FailureReason::Internal,
+        format!("this is a defect of the trainer, please report it: {text}"),
+    )
 }
 
 fn read<D: Document>(path: &Path) -> Result<D, Failure> {
@@ -199,7 +208,8 @@ fn write<D: Document>(path: &Path, document: &D) -> Result<(), Failure> {
 }
 
 fn make_work_dir(path: &Path) -> Result<(), Failure> {
-    std::fs::create_dir_all(path).map_err(|error| Failure::from_io(&error, &format!("cannot make {path:?}")))
+    std::fs::create_dir_all(path)
+        .map_err(|error| Failure::from_io(&error, &format!("cannot make {path:?}")))
 }
 
 /// Prints one line of progress. Nobody listening is no reason to stop training.

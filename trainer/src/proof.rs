@@ -3,7 +3,9 @@
 
 use std::path::{Path, PathBuf};
 
-use finetune_contract::{ArtifactKind, Dtype, FailureReason, Manifest, Outcome, Proof, RunConfig};
+use finetune_contract::{
+    ArtifactKind, Dtype, FailureReason, Manifest, Outcome, Proof, RunConfig, render,
+};
 use tch::{Device, Kind, Tensor};
 
 use crate::{
@@ -12,10 +14,7 @@ use crate::{
     model::{Model, adapter, attach::Attachment, read_config, weights::Checkpoint},
     recipe::{Host, fresh_directory},
     seed::Counter,
-    store::{
-        Store,
-        publish::{self, Published},
-    },
+    store::{Store, publish, sha256_hex},
     train::Split,
 };
 
@@ -45,8 +44,10 @@ impl Probe {
         let rows = (0..train.dataset.len()).map(|index| train.dataset.row(index));
         let start =
             |targets: &[bool]| targets.iter().take(PROBE_TOKENS).any(|&is_target| is_target);
-        let row =
-            rows.into_iter().find(|row| start(&row.targets)).unwrap_or_else(|| train.dataset.row(0));
+        let row = rows
+            .into_iter()
+            .find(|row| start(&row.targets))
+            .unwrap_or_else(|| train.dataset.row(0));
         let length = row.tokens.len().min(PROBE_TOKENS);
         let tokens = row.tokens[..length].to_vec();
         let (mut predicting, mut labels) = (Vec::new(), Vec::new());
@@ -133,7 +134,7 @@ pub fn of_published(
     output: &Store,
     base: &Path,
 ) -> Result<Outcome, Failure> {
-    let Published { manifest, manifest_sha256 } = publish::read_manifest(output)?
+    let manifest = publish::read_manifest(output)?
         .ok_or_else(|| not_proven(config, "its manifest disappeared while it was read"))?;
     let directory = fresh_directory(host, "readback")?;
     let bytes = publish::fetch_verified(output, &manifest, &directory)?;
@@ -146,6 +147,7 @@ pub fn of_published(
     }
     let max_logit_change = largest_difference(&logits, &base_model.logits(&tokens));
     let _ = std::fs::remove_dir_all(&directory);
+    let manifest_sha256 = sha256_hex(render(&manifest).as_bytes());
     let proof = Proof {
         files: manifest.files.len() as u32,
         bytes,

@@ -18,7 +18,7 @@ use tracing::{info, warn};
 use crate::{
     checkpoint::Checkpoints,
     data::{Dataset, Sequences, Tokenizer},
-    export,
+    export::{self, Export},
     failure::Failure,
     import,
     model::{Model, attach::Attachment, read_config},
@@ -94,7 +94,8 @@ pub fn run(
     teller.stage(Stage::Exporting);
     let trained = probe.look_at(&training.model);
     let directory = fresh_directory(host, "export")?;
-    let kind = export::write(config, &base, &training, step, &directory)?;
+    let export = Export { config, base: &base, training: &training, step };
+    let kind = export::write(&export, &directory)?;
     teller.stage(Stage::Publishing);
     let manifest = manifest(config, kind, step);
     let published = publish::publish(&output, &directory, manifest, config.output.overwrite)?;

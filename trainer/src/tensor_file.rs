@@ -117,7 +117,7 @@ mod tests {
     use tch::Device;
 
     use super::*;
-    use crate::{model::weights::Checkpoint, store::publish::sha256_of_file};
+    use crate::{model::weights::Checkpoint, store::hash_file};
 
     #[test]
     fn writes_what_our_strict_reader_reads() {
@@ -132,7 +132,7 @@ mod tests {
         let written =
             write::<std::io::Error>(&path, &declared, |_| Ok(value.tr().tr().shallow_clone()))
                 .unwrap();
-        assert_eq!(written, sha256_of_file(&path).unwrap());
+        assert_eq!(written, hash_file(&path).unwrap());
         let read = Checkpoint::open_file(&path).unwrap();
         for name in ["Float", "BFloat16"] {
             assert!(read.tensor_of(name, &[2, 3]).unwrap().to_kind(Kind::Float).equal(&value));

@@ -49,9 +49,12 @@ pub fn local_directory(store: &Store, cache: &Path) -> Result<PathBuf, Failure> 
     if !store.uri().path.ends_with(".gguf") {
         return Ok(fetch_model(store, cache)?);
     }
-    let not_found =
-        || Failure::from(crate::store::Error::NotFound { uri: store.uri().to_string() });
-    let size = store.size("")?.ok_or_else(not_found)?;
+    let Some(size) = store.size("")? else {
+        return Err(Failure::new(
+            FailureReason::InvalidModel,
+            format!("nothing is at {}", store.uri()),
+        ));
+    };
     let key = format!("{} {} {size}", store.uri(), store.resolved_revision().unwrap_or_default());
     let directory = cache.join(format!("gguf-{}", &hex(&Sha256::digest(key))[..16]));
     let disk =

@@ -1,24 +1,21 @@
-//! Credentials and endpoints, read from the process's environment once.
-//!
-//! Three stores of one run may need three credentials of the same name. In a cluster each
-//! `secretRef` is mounted with a prefix (`FINETUNE_MODEL_`, `FINETUNE_DATASET_`,
-//! `FINETUNE_OUTPUT_`); without one, plain names (`AWS_ACCESS_KEY_ID`, `HF_TOKEN`) apply to all.
+//! The process environment, read once, and the role prefixes that pick one secret's variables.
 
 use std::collections::BTreeMap;
 
-/// What a store is opened for; decides whose credentials apply.
+/// Which secret's variables apply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// The base model.
+    /// The base model: `FINETUNE_MODEL_…`.
     Model,
-    /// The rows.
+    /// The rows: `FINETUNE_DATASET_…`.
     Dataset,
-    /// The result and the checkpoints.
+    /// The result and its checkpoints: `FINETUNE_OUTPUT_…`.
     Output,
 }
 
 impl Role {
-    const fn prefix(self) -> &'static str {
+    /// Returns what the operator writes before each key of the role's Secret.
+    pub const fn prefix(self) -> &'static str {
         match self {
             Self::Model => "FINETUNE_MODEL_",
             Self::Dataset => "FINETUNE_DATASET_",
@@ -27,85 +24,82 @@ impl Role {
     }
 }
 
-/// The environment variables of the process, or of a test.
+/// The environment variables of the process, or those of a test.
+///
+/// Differs from object_store's `from_env`, which reads the process itself and knows no roles.
 #[derive(Clone, Default)]
 pub struct Environment(BTreeMap<String, String>);
 
-impl std::fmt::Debug for Environment {
-    /// Shows names only: values are secrets.
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.debug_set().entries(self.0.keys()).finish()
-    }
-}
-
-impl<const N: usize> From<[(&str, &str); N]> for Environment {
-    fn from(variables: [(&str, &str); N]) -> Self {
-        Self(variables.map(|(name, value)| (name.to_owned(), value.to_owned())).into())
-    }
-}
-
 impl Environment {
-    /// Reads the process's variables; those that are not text are left out.
+    /// Reads the process environment; variables that are not Unicode are left out.
     pub fn from_process() -> Self {
-        let text = |(name, value): (std::ffi::OsString, std::ffi::OsString)| {
-            Some((name.into_string().ok()?, value.into_string().ok()?))
-        };
-        Self(std::env::vars_os().filter_map(text).collect())
+        Self(
+            std::env::vars_os()
+                .filter_map(|(key, value)| {
+                    Some((key.into_string().ok()?, value.into_string().ok()?))
+                })
+                .collect(),
+        )
     }
 
-    /// Returns a variable for a role: the prefixed one if it is set, else the plain one.
-    pub fn get(&self, role: Role, name: &str) -> Option<&str> {
-        let prefixed = self.0.get(&format!("{}{name}", role.prefix()));
-        prefixed.or_else(|| self.0.get(name)).map(String::as_str).filter(|value| !value.is_empty())
+    /// Makes an environment of pairs.
+    pub fn from_pairs<'a>(pairs: impl IntoIterator<Item = (&'a str, &'a str)>) -> Self {
+        Self(pairs.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect())
     }
 
-    /// Lists the variables of one cloud (such as `AWS_`) for a role, by their plain names.
+    /// Finds a variable by its plain name; an empty value counts as absent.
+    pub fn plain(&self, key: &str) -> Option<&str> {
+        self.0.get(key).map(String::as_str).filter(|value| !value.is_empty())
+    }
+
+    /// Finds `key` for a role, with the name of the variable it came from.
+    pub fn named(&self, role: Role, key: &str) -> Option<(String, &str)> {
+        let prefixed = format!("{}{key}", role.prefix());
+        match self.plain(&prefixed) {
+            Some(value) => Some((prefixed, value)),
+            None => self.plain(key).map(|value| (key.to_owned(), value)),
+        }
+    }
+
+    /// Finds `key` for a role.
+    pub fn get(&self, role: Role, key: &str) -> Option<&str> {
+        self.named(role, key).map(|(_, value)| value)
+    }
+
+    /// Lists the variables of a role that start with `start`, with that role's prefix removed.
     ///
-    /// As soon as the role has any of its own, plain credentials are left out: half of one key and
-    /// half of another would only give a confusing error.
-    pub fn with_prefix(&self, role: Role, cloud: &str) -> BTreeMap<String, String> {
-        let own_prefix = format!("{}{cloud}", role.prefix());
-        let own: BTreeMap<String, String> = self
+    /// # Guarantees
+    /// When the role has a Secret with any such variable, plain *credentials* do not mix with it:
+    /// an access key of one account and a session token of another never work together.
+    pub fn starting_with(
+        &self,
+        role: Role,
+        start: &str,
+        is_credential: impl Fn(&str) -> bool,
+    ) -> BTreeMap<String, String> {
+        let of_role: BTreeMap<String, String> = self
             .0
             .iter()
-            .filter(|(name, value)| name.starts_with(&own_prefix) && !value.is_empty())
-            .map(|(name, value)| (name[role.prefix().len()..].to_owned(), value.clone()))
+            .filter_map(|(key, value)| Some((key.strip_prefix(role.prefix())?, value)))
+            .filter(|(key, value)| key.starts_with(start) && !value.is_empty())
+            .map(|(key, value)| (key.to_owned(), value.clone()))
             .collect();
-        let is_credential = |name: &str| {
-            ["ACCESS_KEY", "SECRET", "TOKEN", "CREDENTIAL", "SERVICE_ACCOUNT", "ACCOUNT_KEY"]
-                .iter()
-                .any(|word| name.contains(word))
-        };
-        let plain = self.0.iter().filter(|(name, value)| {
-            name.starts_with(cloud) && !value.is_empty() && (own.is_empty() || !is_credential(name))
-        });
-        let mut variables: BTreeMap<String, String> =
-            plain.map(|(name, value)| (name.clone(), value.clone())).collect();
-        variables.extend(own);
-        variables
+        let role_has_credentials = of_role.keys().any(|key| is_credential(key));
+        let mut found: BTreeMap<String, String> = self
+            .0
+            .iter()
+            .filter(|(key, value)| key.starts_with(start) && !value.is_empty())
+            .filter(|(key, _)| !(role_has_credentials && is_credential(key)))
+            .map(|(key, value)| (key.clone(), value.clone()))
+            .collect();
+        found.extend(of_role);
+        found
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_roles_own_credentials_shut_out_plain_ones_but_not_settings() {
-        let environment = Environment::from([
-            ("AWS_ACCESS_KEY_ID", "plain"),
-            ("AWS_SESSION_TOKEN", "plain"),
-            ("AWS_REGION", "eu-west-1"),
-            ("FINETUNE_OUTPUT_AWS_ACCESS_KEY_ID", "own"),
-        ]);
-        let shown = |role| format!("{:?}", environment.with_prefix(role, "AWS_"));
-        insta::assert_snapshot!(shown(Role::Output), @r#"{"AWS_ACCESS_KEY_ID": "own", "AWS_REGION": "eu-west-1"}"#);
-        insta::assert_snapshot!(shown(Role::Model), @r#"{"AWS_ACCESS_KEY_ID": "plain", "AWS_REGION": "eu-west-1", "AWS_SESSION_TOKEN": "plain"}"#);
-    }
-
-    #[test]
-    fn debug_output_shows_no_values() {
-        let environment = Environment::from([("HF_TOKEN", "hf_secret")]);
-        assert_eq!(format!("{environment:?}"), r#"{"HF_TOKEN"}"#);
+impl std::fmt::Debug for Environment {
+    /// Shows the names only: values may be secrets.
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_set().entries(self.0.keys()).finish()
     }
 }

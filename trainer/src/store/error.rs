@@ -1,167 +1,233 @@
-//! What can go wrong with a store, sorted once for code and told once for people.
+//! What can go wrong with a store, as messages for people and one table of reasons for code.
 
-use std::path::PathBuf;
+use std::{error::Error as StdError, io, path::Path};
 
-use finetune_contract::{FailureReason, ProblemReason};
+use finetune_contract::{FailureReason, ProblemReason, RunId};
 
 use crate::failure::{Failure, chain};
 
-/// Why a store did not do what was asked.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+/// Why a store could not do what was asked.
+#[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Nothing is there.
-    #[error("{uri} does not exist")]
+    /// No object, file, repository or revision is there.
+    #[error("cannot {action} {uri}: {detail}")]
     NotFound {
-        /// The object.
+        /// What we were doing.
+        action: &'static str,
+        /// To which object.
         uri: String,
-    },
-    /// The credentials are missing, wrong, or not enough.
-    #[error("{uri}: access denied ({detail}); {hint}")]
-    PermissionDenied {
-        /// The object.
-        uri: String,
-        /// What the store said.
+        /// What is missing and what to check.
         detail: String,
-        /// Which credential was used and what to set.
-        hint: String,
     },
-    /// The store does not answer, or answers that it cannot.
-    #[error("{uri}: the store does not answer ({detail})")]
+    /// The credentials are missing, wrong, or not allowed to do this.
+    #[error("cannot {action} {uri}: {detail}")]
+    PermissionDenied {
+        /// What we were doing.
+        action: &'static str,
+        /// To which object.
+        uri: String,
+        /// What the server said and what to check.
+        detail: String,
+    },
+    /// The store does not answer, or answers that it cannot now.
+    #[error("cannot {action} {uri}: {detail}")]
     Unavailable {
-        /// The object.
+        /// What we were doing.
+        action: &'static str,
+        /// To which object.
         uri: String,
         /// What happened.
         detail: String,
     },
-    /// The store cannot be used at all as it is configured.
-    #[error("{uri}: {detail}")]
+    /// An option, scheme or answer with which the store cannot be used.
+    #[error("cannot {action} {uri}: {detail}")]
     Misconfigured {
-        /// The URI.
+        /// What we were doing.
+        action: &'static str,
+        /// To which object.
         uri: String,
-        /// What is wrong and how to mend it.
+        /// What is wrong and what to write instead.
         detail: String,
     },
-    /// What arrived is not what is stored.
-    #[error("{uri} arrived damaged: {detail}")]
+    /// Bytes are not those that were promised.
+    #[error("{uri} is damaged: {detail}")]
     Damaged {
         /// The object.
         uri: String,
-        /// How it differs.
+        /// Expected and found.
         detail: String,
     },
-    /// The output holds the result of another run.
+    /// The local disk is full.
+    #[error("cannot write {path}: the disk is full; free space or choose another directory")]
+    DiskFull {
+        /// The file.
+        path: String,
+    },
+    /// The local file system refuses.
+    #[error("cannot {action} {path}: {source}")]
+    Local {
+        /// What we were doing.
+        action: &'static str,
+        /// The file.
+        path: String,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The output holds a result that is not this run's.
     #[error(
-        "{uri} holds the result of run {other}: choose another output.uri, or set output.overwrite to true to replace it"
+        "{uri} already holds the result of run {run_id}: choose another output.uri, or set output.overwrite: true to replace it"
     )]
     OutputExists {
         /// The output.
         uri: String,
-        /// Whose it is.
-        other: String,
-    },
-    /// A local file cannot be read or written.
-    #[error("{path:?}: {detail}")]
-    Local {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        detail: String,
-        /// Whether the disk is full.
-        is_full: bool,
+        /// The run whose result it is, or a note that its manifest cannot be read.
+        run_id: String,
     },
 }
 
 impl Error {
-    /// Returns the reason a run fails with.
-    pub const fn reason(&self) -> FailureReason {
+    /// Returns the reason a run ends with.
+    pub fn reason(&self) -> FailureReason {
+        self.reasons().0
+    }
+
+    /// Returns the reason a preflight reports.
+    pub fn problem_reason(&self) -> ProblemReason {
+        self.reasons().1
+    }
+
+    /// The one table of both.
+    fn reasons(&self) -> (FailureReason, ProblemReason) {
         match self {
-            Self::NotFound { .. } | Self::Misconfigured { .. } => {
-                FailureReason::InvalidConfiguration
+            Self::NotFound { .. } => (FailureReason::InvalidConfiguration, ProblemReason::NotFound),
+            Self::PermissionDenied { .. } => {
+                (FailureReason::PermissionDenied, ProblemReason::PermissionDenied)
             }
-            Self::PermissionDenied { .. } => FailureReason::PermissionDenied,
-            Self::Unavailable { .. } | Self::Damaged { .. } => FailureReason::StoreUnavailable,
-            Self::OutputExists { .. } => FailureReason::OutputExists,
-            Self::Local { is_full: true, .. } => FailureReason::DiskFull,
-            Self::Local { is_full: false, .. } => FailureReason::Internal,
-        }
-    }
-
-    /// Returns the kind of problem a preflight reports.
-    pub const fn problem_reason(&self) -> ProblemReason {
-        match self {
-            Self::NotFound { .. } => ProblemReason::NotFound,
-            Self::PermissionDenied { .. } => ProblemReason::PermissionDenied,
-            Self::Unavailable { .. } | Self::Damaged { .. } | Self::Local { .. } => {
-                ProblemReason::Unavailable
+            Self::Unavailable { .. } | Self::Damaged { .. } => {
+                (FailureReason::StoreUnavailable, ProblemReason::Unavailable)
             }
-            Self::Misconfigured { .. } => ProblemReason::InvalidSpec,
-            Self::OutputExists { .. } => ProblemReason::OutputExists,
+            Self::Misconfigured { .. } => {
+                (FailureReason::InvalidConfiguration, ProblemReason::InvalidSpec)
+            }
+            Self::DiskFull { .. } => (FailureReason::DiskFull, ProblemReason::Unavailable),
+            Self::Local { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+                (FailureReason::PermissionDenied, ProblemReason::PermissionDenied)
+            }
+            Self::Local { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                (FailureReason::InvalidConfiguration, ProblemReason::NotFound)
+            }
+            Self::Local { .. } => (FailureReason::StoreUnavailable, ProblemReason::Unavailable),
+            Self::OutputExists { .. } => (FailureReason::OutputExists, ProblemReason::OutputExists),
         }
     }
 
-    /// Makes the error of a local file operation.
-    pub fn local(path: impl Into<PathBuf>, error: &std::io::Error) -> Self {
-        let is_full = matches!(
-            error.kind(),
-            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded
-        );
-        Self::Local { path: path.into(), detail: error.to_string(), is_full }
+    /// Describes a failure of the local file system.
+    pub(super) fn local(action: &'static str, path: &Path, source: io::Error) -> Self {
+        let path = path.display().to_string();
+        match source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::DiskFull { path },
+            _ => Self::Local { action, path, source },
+        }
     }
 
-    /// Sorts an error of the object store library.
-    pub(super) fn from_object_store(error: &object_store::Error, uri: String, hint: &str) -> Self {
-        use object_store::Error as Source;
-        if let Some(io) = local_cause(error) {
-            return match io.kind() {
-                std::io::ErrorKind::NotFound => Self::NotFound { uri },
-                std::io::ErrorKind::PermissionDenied => Self::PermissionDenied {
-                    uri,
-                    detail: io.to_string(),
-                    hint: "give the user this runs as access to the path".to_owned(),
-                },
-                _ => Self::local(uri, io),
-            };
+    /// Describes what object_store reports, from its kind, the server's code and the system's error.
+    pub(super) fn object(action: &'static str, uri: String, error: object_store::Error) -> Self {
+        if let Some(kind) = io_kind(&error) {
+            match kind {
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                    return Self::DiskFull { path: uri };
+                }
+                io::ErrorKind::PermissionDenied => {
+                    let detail = "the file system refuses: check the owner and mode of the file and its directories".to_owned();
+                    return Self::PermissionDenied { action, uri, detail };
+                }
+                _ => {}
+            }
         }
-        let detail = short(&chain(error));
+        let text = chain(&error);
+        let code = between(&text, "<Code>", "</Code>");
+        let said = code.map_or_else(String::new, |code| {
+            let message = between(&text, "<Message>", "</Message>").unwrap_or_default();
+            format!(" ({code}: {message})")
+        });
+        let status = between(&text, "status code: ", " ").unwrap_or_default();
+        if code == Some("NoSuchBucket") {
+            let detail = format!("the bucket does not exist{said}; create it or mend the URI");
+            return Self::NotFound { action, uri, detail };
+        }
+        if text.contains("incorrectly configured region") || code == Some("PermanentRedirect") {
+            let detail =
+                "the bucket lives in another region: set AWS_REGION to the bucket's region"
+                    .to_owned();
+            return Self::Misconfigured { action, uri, detail };
+        }
+        if code == Some("AuthorizationHeaderMalformed") {
+            let detail = format!(
+                "the request is signed for the wrong region{said}: set AWS_REGION to the bucket's region"
+            );
+            return Self::Misconfigured { action, uri, detail };
+        }
         match error {
-            Source::NotFound { .. } => Self::NotFound { uri },
-            Source::PermissionDenied { .. } | Source::Unauthenticated { .. } => {
-                Self::PermissionDenied { uri, detail, hint: hint.to_owned() }
+            object_store::Error::NotFound { .. } => {
+                let detail = "nothing is there; check the URI".to_owned();
+                Self::NotFound { action, uri, detail }
             }
-            Source::Generic { .. }
-            | Source::JoinError { .. }
-            | Source::Precondition { .. }
-            | Source::AlreadyExists { .. }
-            | Source::NotModified { .. } => Self::Unavailable { uri, detail },
-            _ => Self::Misconfigured { uri, detail },
+            _ if status == "401" || status == "403" => {
+                let detail = format!(
+                    "the store refuses{said}: check the credentials of the Secret or environment and what they may do"
+                );
+                Self::PermissionDenied { action, uri, detail }
+            }
+            object_store::Error::PermissionDenied { .. }
+            | object_store::Error::Unauthenticated { .. } => {
+                let detail = format!(
+                    "the store refuses{said}: check the credentials of the Secret or environment and what they may do"
+                );
+                Self::PermissionDenied { action, uri, detail }
+            }
+            object_store::Error::UnknownConfigurationKey { .. }
+            | object_store::Error::NotSupported { .. }
+            | object_store::Error::NotImplemented { .. }
+            | object_store::Error::InvalidPath { .. } => {
+                Self::Misconfigured { action, uri, detail: text }
+            }
+            _ => Self::Unavailable { action, uri, detail: text },
         }
     }
-}
 
-/// Finds the operating system's error below a library's, unless it is one of the network.
-fn local_cause<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a std::io::Error> {
-    let mut cause = Some(error);
-    let mut found = None;
-    while let Some(error) = cause {
-        if error.is::<reqwest::Error>() {
-            return None;
-        }
-        if let Some(io) = error.downcast_ref::<std::io::Error>() {
-            found = io.raw_os_error().map(|_| io);
-        }
-        cause = error.source();
+    /// Says that another run's result is at the output.
+    pub(super) fn output_exists(uri: String, run_id: &RunId) -> Self {
+        Self::OutputExists { uri, run_id: run_id.to_string() }
     }
-    found
-}
-
-/// Cuts what a server said to one readable line.
-pub(super) fn short(text: &str) -> String {
-    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    if line.chars().count() <= 300 { line } else { line.chars().take(299).chain(['…']).collect() }
 }
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         Self::new(error.reason(), error.to_string())
     }
+}
+
+impl From<Error> for io::Error {
+    fn from(error: Error) -> Self {
+        Self::other(error)
+    }
+}
+
+/// Finds the system's error below a library's.
+fn io_kind(error: &(dyn StdError + 'static)) -> Option<io::ErrorKind> {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(io) = error.downcast_ref::<io::Error>() {
+            return Some(io.kind());
+        }
+        next = error.source();
+    }
+    None
+}
+
+/// Returns the text between two marks.
+fn between<'a>(text: &'a str, start: &str, end: &str) -> Option<&'a str> {
+    let rest = text.split_once(start)?.1;
+    Some(rest.split_once(end)?.0)
 }

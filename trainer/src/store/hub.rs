@@ -1,255 +1,406 @@
-//! A Hugging Face hub over its HTTP API: one commit's file list, then ranges of its files.
+//! A repository of a Hugging Face hub, read over the hub's HTTP API.
 //!
-//! Our own thin client: of the public API two calls are needed, and preflight must read the first
-//! bytes of weight files, tell a gated repository from a missing one, and never send the token to
-//! the host a download is redirected to. `reqwest` drops the `Authorization` header when a redirect
-//! leaves the host; a test proves it.
-//!
-//! # Source
-//! `GET /api/models/{repo}/revision/{revision}?blobs=true` and `GET /{repo}/resolve/{commit}/{path}`,
-//! with the error codes of `huggingface_hub/errors.py` in the header `X-Error-Code`.
+//! An own thin client, because what matters here is what a library hides: that the token never
+//! follows a redirect to another host, which credential a refusal was about, that a broken
+//! transfer goes on by range, and that the loopback server of the tests is spoken to as the hub is.
 
-use std::{ops::Range, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, ops::Range, time::Duration};
 
 use bytes::Bytes;
 use finetune_contract::ObjectUri;
-use reqwest::{Client, Response, StatusCode, header};
+use reqwest::{
+    Client, Method, Response, StatusCode, Url,
+    header::{AUTHORIZATION, CONTENT_LENGTH, ETAG, LOCATION, RANGE, RETRY_AFTER},
+    redirect::Policy,
+};
 use serde::Deserialize;
 
-use super::{Entry, Environment, Error, Role, error::short};
+use super::{Entry, Environment, Error, Role, Stat, objects, runtime::block_on};
 use crate::failure::chain;
 
 const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
-/// Requests for the same thing, at most.
-const ATTEMPTS: u32 = 6;
+const MAX_REDIRECTS: u32 = 5;
+const MAX_WAIT: Duration = Duration::from_secs(30);
 
-/// One commit of a repository.
-#[derive(Clone)]
-pub(super) struct Hub {
-    client: Client,
-    endpoint: String,
-    repository: String,
-    /// The path below the repository that the URI names.
-    below: String,
-    token: Option<Arc<str>>,
+/// A repository pinned to one commit.
+#[derive(Debug)]
+pub struct Repository {
+    connection: Connection,
+    uri: ObjectUri,
+    kind: &'static str,
     commit: String,
-    files: Arc<[RepositoryFile]>,
-    first_pause: Duration,
+    files: BTreeMap<String, Option<u64>>,
 }
 
-impl std::fmt::Debug for Hub {
+/// How the hub is reached.
+struct Connection {
+    client: Client,
+    endpoint: Url,
+    token: Option<String>,
+    /// Where the token came from, for messages.
+    credential: String,
+    retries: usize,
+}
+
+impl std::fmt::Debug for Connection {
+    /// Leaves the token out.
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter
-            .debug_struct("Hub")
-            .field("repository", &self.repository)
-            .field("commit", &self.commit)
+            .debug_struct("Connection")
+            .field("endpoint", &self.endpoint.as_str())
             .finish_non_exhaustive()
     }
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Deserialize)]
 struct Revision {
     sha: String,
-    siblings: Vec<RepositoryFile>,
+    #[serde(default)]
+    siblings: Vec<Sibling>,
 }
 
-#[derive(Debug, Clone, Deserialize)]
-struct RepositoryFile {
+#[derive(Deserialize)]
+struct Sibling {
     rfilename: String,
     size: Option<u64>,
-    lfs: Option<LargeFile>,
 }
 
-#[derive(Debug, Clone, Deserialize)]
-struct LargeFile {
-    sha256: Option<String>,
-}
-
-impl Hub {
-    pub(super) async fn open(
+impl Repository {
+    /// Resolves the revision (the hub's `main` if absent) to a commit and its files.
+    ///
+    /// A dataset's URI names a dataset repository, every other a model repository.
+    ///
+    /// # Errors
+    /// [`Error`] if the hub cannot be reached, refuses, or has no such repository or revision.
+    pub fn open(
         uri: &ObjectUri,
         revision: Option<&str>,
         role: Role,
         environment: &Environment,
     ) -> Result<Self, Error> {
-        let misconfigured = |detail: String| Error::Misconfigured { uri: uri.to_string(), detail };
-        let endpoint =
-            environment.get(role, "HF_ENDPOINT").unwrap_or(DEFAULT_ENDPOINT).trim_end_matches('/');
-        let client = Client::builder()
-            .user_agent(concat!("finetune-operator/", env!("CARGO_PKG_VERSION")))
-            .connect_timeout(Duration::from_secs(10))
-            .read_timeout(Duration::from_secs(60))
-            .build()
-            .map_err(|error| misconfigured(chain(&error)))?;
-        let pause =
-            environment.get(role, "FINETUNE_STORE_PAUSE_MS").and_then(|value| value.parse().ok());
-        let mut hub = Self {
-            client,
-            endpoint: endpoint.to_owned(),
-            repository: uri.authority.clone(),
-            below: uri.path.clone(),
-            token: environment.get(role, "HF_TOKEN").map(Arc::from),
-            commit: String::new(),
-            files: Arc::new([]),
-            first_pause: Duration::from_millis(pause.unwrap_or(500)),
+        let connection = Connection::new(uri, role, environment)?;
+        let (api, kind) = match role {
+            Role::Dataset => ("api/datasets", "datasets/"),
+            Role::Model | Role::Output => ("api/models", ""),
         };
         let revision = revision.unwrap_or("main");
-        let url =
-            format!("{endpoint}/api/models/{}/revision/{revision}?blobs=true", hub.repository);
-        let body = hub.get(&url, None).await?;
-        let found: Revision = serde_json::from_slice(&body).map_err(|error| {
-            misconfigured(format!("{url} did not answer as a hub does: {error}"))
+        let mut url = connection.url(&format!("{api}/{}/revision", uri.authority));
+        push_segments(&mut url, [revision]);
+        url.set_query(Some("blobs=true"));
+        let what = format!("revision {revision:?}");
+        let found: Revision = block_on(async {
+            let response =
+                connection.get(uri, "open", &what, Method::GET, url.clone(), None).await?;
+            response.json().await.map_err(|error| unavailable("open", uri, &url, &error))
         })?;
-        hub.commit = found.sha;
-        hub.files = found.siblings.into();
-        Ok(hub)
+        let files = found.siblings.into_iter().map(|file| (file.rfilename, file.size)).collect();
+        Ok(Self { connection, uri: uri.clone(), kind, commit: found.sha, files })
     }
 
-    pub(super) fn commit(&self) -> &str {
+    /// Returns the commit.
+    pub fn commit(&self) -> &str {
         &self.commit
     }
 
-    pub(super) fn list(&self) -> Vec<Entry> {
-        let below = |file: &RepositoryFile| {
-            let rest = file.rfilename.strip_prefix(&self.below)?;
-            let path = if self.below.is_empty() || rest.is_empty() {
-                rest
-            } else {
-                rest.strip_prefix('/')?
+    pub(super) async fn list(&self) -> Result<Vec<(Entry, Option<String>)>, Error> {
+        let mut entries = Vec::new();
+        for (name, size) in &self.files {
+            let Some(path) = below(name, &self.uri.path) else { continue };
+            let size = match size {
+                Some(size) => *size,
+                None => self.stat(path).await?.map_or(0, |stat| stat.size),
             };
-            Some(Entry { path: path.to_owned(), size: file.size.unwrap_or(0) })
+            entries.push((Entry { path: path.to_owned(), size }, None));
+        }
+        Ok(entries)
+    }
+
+    pub(super) async fn stat(&self, path: &str) -> Result<Option<Stat>, Error> {
+        let name = self.file(path);
+        if !self.files.contains_key(&name) {
+            return Ok(None);
+        }
+        let url = self.resolve(&name);
+        let response = self.connection.head(&self.uri, &name, url.clone()).await?;
+        let text = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok());
+        let size = text("x-linked-size").or_else(|| text(CONTENT_LENGTH.as_str()));
+        let Some(size) = size.and_then(|size| size.parse().ok()) else {
+            let detail = format!("{url} announces no size");
+            return Err(Error::Unavailable {
+                action: "look up",
+                uri: self.uri.to_string(),
+                detail,
+            });
         };
-        self.files.iter().filter_map(below).collect()
+        let tag = text("x-linked-etag").or_else(|| text(ETAG.as_str()));
+        let tag = tag.map(|tag| tag.trim_start_matches("W/").trim_matches('"').to_owned());
+        // An LFS file's tag is its SHA-256; a git blob's is a SHA-1 of something else.
+        let sha256 = tag.clone().filter(|tag| tag.len() == 64);
+        Ok(Some(Stat { size, tag, sha256 }))
     }
 
-    pub(super) fn size(&self, path: &str) -> Option<u64> {
-        self.file(path)?.size
-    }
-
-    /// Returns the digest the hub keeps of a large file.
-    pub(super) fn sha256(&self, path: &str) -> Option<&str> {
-        self.file(path)?.lfs.as_ref()?.sha256.as_deref()
-    }
-
-    /// Returns where a file is downloaded from.
-    pub(super) fn url(&self, path: &str) -> String {
-        format!("{}/{}/resolve/{}/{}", self.endpoint, self.repository, self.commit, self.full(path))
-    }
-
+    /// Reads a range; goes on behind what arrived when a transfer breaks.
     pub(super) async fn read_range(&self, path: &str, range: Range<u64>) -> Result<Bytes, Error> {
-        self.get(&self.url(path), Some(range)).await
-    }
-
-    fn file(&self, path: &str) -> Option<&RepositoryFile> {
-        let full = self.full(path);
-        self.files.iter().find(|file| file.rfilename == full)
-    }
-
-    fn full(&self, path: &str) -> String {
-        match (self.below.as_str(), path) {
-            ("", path) => path.to_owned(),
-            (below, "") => below.to_owned(),
-            (below, path) => format!("{below}/{path}"),
-        }
-    }
-
-    /// Gets a body or a range of it, repeating what may pass: broken transfers, 429 and 5xx.
-    async fn get(&self, url: &str, range: Option<Range<u64>>) -> Result<Bytes, Error> {
-        let mut pause = self.first_pause;
-        let mut attempt = 1;
+        let name = self.file(path);
+        let url = self.resolve(&name);
+        let mut received = Vec::new();
+        let mut failures = 0;
         loop {
-            let (error, asked_pause) = match self.try_get(url, range.clone()).await {
-                Ok(bytes) => return Ok(bytes),
-                Err(Refusal::Final(error)) => return Err(error),
-                Err(Refusal::Passing { error, pause }) => (error, pause),
-            };
-            if attempt == ATTEMPTS {
-                return Err(error);
+            let start = range.start + received.len() as u64;
+            if start >= range.end {
+                return Ok(received.into());
             }
-            tokio::time::sleep(asked_pause.unwrap_or(pause).min(Duration::from_secs(30))).await;
-            pause *= 2;
-            attempt += 1;
+            let wanted = format!("bytes={start}-{}", range.end - 1);
+            let mut response = self
+                .connection
+                .get(&self.uri, "read", &name, Method::GET, url.clone(), Some(&wanted))
+                .await?;
+            // A server that ignores the range sends everything.
+            let mut skip = if response.status() == StatusCode::PARTIAL_CONTENT { 0 } else { start };
+            let before = received.len();
+            let broken = loop {
+                match response.chunk().await {
+                    Ok(None) => break None,
+                    Err(error) => break Some(error),
+                    Ok(Some(chunk)) => {
+                        let skipped = skip.min(chunk.len() as u64);
+                        skip -= skipped;
+                        received.extend_from_slice(&chunk[skipped as usize..]);
+                    }
+                }
+                if received.len() as u64 >= range.end - range.start {
+                    break None;
+                }
+            };
+            received.truncate((range.end - range.start) as usize);
+            match broken {
+                None if received.len() == before => return Ok(received.into()),
+                None => {}
+                Some(error) if failures >= self.connection.retries => {
+                    return Err(unavailable("read", &self.uri, &url, &error));
+                }
+                Some(_) => {
+                    failures += 1;
+                    tokio::time::sleep(backoff(failures)).await;
+                }
+            }
         }
     }
 
-    async fn try_get(&self, url: &str, range: Option<Range<u64>>) -> Result<Bytes, Refusal> {
-        let unavailable = |detail: String| Refusal::Passing {
-            error: Error::Unavailable { uri: url.to_owned(), detail: short(&detail) },
-            pause: None,
-        };
-        let mut request = self.client.get(url);
-        if let Some(token) = &self.token {
-            request = request.bearer_auth(token);
-        }
-        if let Some(range) = &range {
-            request =
-                request.header(header::RANGE, format!("bytes={}-{}", range.start, range.end - 1));
-        }
-        let response = request.send().await.map_err(|error| unavailable(chain(&error)))?;
-        let status = response.status();
-        if !status.is_success() {
-            return Err(self.refusal(url, status, &response));
-        }
-        let mut body = response.bytes().await.map_err(|error| unavailable(chain(&error)))?;
-        let Some(range) = range else { return Ok(body) };
-        if status == StatusCode::OK && body.len() as u64 >= range.end {
-            // The server does not know ranges and sent everything.
-            body = body.slice(range.start as usize..range.end as usize);
-        }
-        let expected = range.end - range.start;
-        if body.len() as u64 == expected {
-            Ok(body)
-        } else {
-            Err(unavailable(format!("{} of {expected} bytes arrived", body.len())))
+    fn file(&self, path: &str) -> String {
+        match (self.uri.path.as_str(), path) {
+            ("", path) => path.to_owned(),
+            (root, "") => root.to_owned(),
+            (root, path) => format!("{root}/{path}"),
         }
     }
 
-    fn refusal(&self, url: &str, status: StatusCode, response: &Response) -> Refusal {
-        let header_text =
-            |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok());
-        let code = header_text("x-error-code").unwrap_or_default();
-        let used = if self.token.is_some() {
-            "the token in HF_TOKEN was used"
-        } else {
-            "no HF_TOKEN is set"
-        };
-        let page = format!("{}/{}", self.endpoint, self.repository);
-        let denied = |hint: String| {
-            Refusal::Final(Error::PermissionDenied {
-                uri: url.to_owned(),
-                detail: format!("{status}"),
-                hint,
-            })
-        };
-        let missing =
-            |what: &str| Refusal::Final(Error::NotFound { uri: format!("{url} ({what}; {used})") });
-        match (code, status.as_u16()) {
-            ("GatedRepo", _) => denied(format!(
-                "the repository is gated and {used}: accept its terms at {page} and set a token that may read it"
-            )),
-            ("RepoNotFound", _) => missing("no such repository, or a private one"),
-            ("RevisionNotFound", _) => missing("no such revision"),
-            ("EntryNotFound", _) => missing("no such file"),
-            (_, 401 | 403) => denied(format!("{used}: set a token that may read {page}")),
-            (_, 404 | 410) => missing("nothing is there"),
-            (_, 429 | 500..=599 | 408) => Refusal::Passing {
-                error: Error::Unavailable { uri: url.to_owned(), detail: status.to_string() },
-                pause: header_text("retry-after")
-                    .and_then(|text| text.parse().ok())
-                    .map(Duration::from_secs),
-            },
-            _ => Refusal::Final(Error::Misconfigured {
-                uri: url.to_owned(),
-                detail: format!("the hub answered {status}"),
-            }),
+    fn resolve(&self, name: &str) -> Url {
+        let path = format!("{}{}/resolve/{}", self.kind, self.uri.authority, self.commit);
+        let mut url = self.connection.url(&path);
+        push_segments(&mut url, name.split('/'));
+        url
+    }
+}
+
+impl Connection {
+    fn new(uri: &ObjectUri, role: Role, environment: &Environment) -> Result<Self, Error> {
+        let misconfigured =
+            |detail: String| Error::Misconfigured { action: "open", uri: uri.to_string(), detail };
+        let (variable, text) = environment
+            .named(role, "HF_ENDPOINT")
+            .unwrap_or_else(|| ("HF_ENDPOINT".to_owned(), DEFAULT_ENDPOINT));
+        let endpoint = Url::parse(text.trim_end_matches('/'))
+            .ok()
+            .filter(|url| url.host().is_some() && matches!(url.scheme(), "http" | "https"))
+            .ok_or_else(|| {
+                misconfigured(format!(
+                    "{variable} is {text:?}; write a URL such as {DEFAULT_ENDPOINT}"
+                ))
+            })?;
+        let token = environment.named(role, "HF_TOKEN");
+        let credential = token.as_ref().map_or_else(
+            || format!("without a token ({}HF_TOKEN and HF_TOKEN are not set)", role.prefix()),
+            |(variable, _)| format!("with the token of {variable}"),
+        );
+        let client = Client::builder()
+            .redirect(Policy::none())
+            .connect_timeout(Duration::from_secs(10))
+            .read_timeout(Duration::from_secs(30))
+            .user_agent(concat!("finetune-trainer/", env!("CARGO_PKG_VERSION")))
+            .build()
+            .map_err(|error| misconfigured(chain(&error)))?;
+        Ok(Self {
+            client,
+            endpoint,
+            token: token.map(|(_, token)| token.to_owned()),
+            credential,
+            retries: objects::retries(environment),
+        })
+    }
+
+    fn url(&self, path: &str) -> Url {
+        let mut url = self.endpoint.clone();
+        push_segments(&mut url, path.split('/'));
+        url
+    }
+
+    /// Asks for a file's headers; a redirect to its storage carries them already.
+    async fn head(&self, uri: &ObjectUri, what: &str, url: Url) -> Result<Response, Error> {
+        self.get(uri, "look up", what, Method::HEAD, url, None).await
+    }
+
+    /// Sends a request, with bounded retries and redirects, and turns refusals into errors.
+    async fn get(
+        &self,
+        uri: &ObjectUri,
+        action: &'static str,
+        what: &str,
+        method: Method,
+        first: Url,
+        range: Option<&str>,
+    ) -> Result<Response, Error> {
+        let mut url = first.clone();
+        let (mut failures, mut redirects) = (0, 0);
+        loop {
+            let mut request = self
+                .client
+                .request(method.clone(), url.clone())
+                .header("accept-encoding", "identity");
+            if let Some(token) =
+                self.token.as_ref().filter(|_| url.origin() == self.endpoint.origin())
+            {
+                request = request.header(AUTHORIZATION, format!("Bearer {token}"));
+            }
+            if let Some(range) = range {
+                request = request.header(RANGE, range);
+            }
+            let wait = match request.send().await {
+                Err(error) if failures >= self.retries => {
+                    return Err(unavailable(action, uri, &first, &error));
+                }
+                Err(_) => backoff(failures + 1),
+                Ok(response) if response.status().is_success() => return Ok(response),
+                Ok(response) if response.status().is_redirection() => {
+                    let next = response
+                        .headers()
+                        .get(LOCATION)
+                        .and_then(|location| location.to_str().ok())
+                        .and_then(|location| url.join(location).ok());
+                    let leaves = next.as_ref().is_some_and(|next| next.origin() != url.origin());
+                    if method == Method::HEAD && leaves {
+                        return Ok(response);
+                    }
+                    redirects += 1;
+                    match next {
+                        Some(next) if redirects <= MAX_REDIRECTS => url = next,
+                        _ => {
+                            let detail = format!("{first} redirects nowhere, or without end");
+                            return Err(Error::Unavailable {
+                                action,
+                                uri: uri.to_string(),
+                                detail,
+                            });
+                        }
+                    }
+                    continue;
+                }
+                Ok(response) if is_temporary(response.status()) && failures < self.retries => {
+                    let asked = response.headers().get(RETRY_AFTER);
+                    asked
+                        .and_then(|value| value.to_str().ok()?.parse().ok())
+                        .map_or_else(|| backoff(failures + 1), Duration::from_secs)
+                        .min(MAX_WAIT)
+                }
+                Ok(response) => return Err(self.refusal(uri, action, what, &first, &response)),
+            };
+            failures += 1;
+            tokio::time::sleep(wait).await;
+        }
+    }
+
+    /// Says what a refusal means: the hub hides private repositories behind 401 and tells by code.
+    fn refusal(
+        &self,
+        uri: &ObjectUri,
+        action: &'static str,
+        what: &str,
+        url: &Url,
+        response: &Response,
+    ) -> Error {
+        let code = response.headers().get("x-error-code").and_then(|code| code.to_str().ok());
+        let (uri, credential, status) = (uri.to_string(), &self.credential, response.status());
+        match (status, code.unwrap_or_default()) {
+            (_, "GatedRepo") => {
+                let detail = format!(
+                    "the repository is gated; accept its terms on the hub with the account of the token (asked {url} {credential})"
+                );
+                Error::PermissionDenied { action, uri, detail }
+            }
+            (_, "RevisionNotFound") => {
+                let detail = format!("the repository has no {what} (asked {url} {credential})");
+                Error::NotFound { action, uri, detail }
+            }
+            (_, "EntryNotFound") => {
+                let detail =
+                    format!("the repository has no file {what:?} (asked {url} {credential})");
+                Error::NotFound { action, uri, detail }
+            }
+            (StatusCode::UNAUTHORIZED | StatusCode::NOT_FOUND, "RepoNotFound")
+            | (StatusCode::NOT_FOUND, _) => {
+                let detail = format!(
+                    "the repository does not exist, or is private and the token may not see it (asked {url} {credential})"
+                );
+                Error::NotFound { action, uri, detail }
+            }
+            (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN, _) => {
+                let detail = format!(
+                    "the hub answers {status}; check the token and what it may read (asked {url} {credential})"
+                );
+                Error::PermissionDenied { action, uri, detail }
+            }
+            _ => {
+                let detail = format!("the hub answers {status} (asked {url} {credential})");
+                Error::Unavailable { action, uri, detail }
+            }
         }
     }
 }
 
-/// Why a request gave nothing.
-enum Refusal {
-    /// Asking again cannot help.
-    Final(Error),
-    /// Asking again may help, after a pause.
-    Passing { error: Error, pause: Option<Duration> },
+fn is_temporary(status: StatusCode) -> bool {
+    status.is_server_error()
+        || matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT)
+}
+
+fn backoff(failures: usize) -> Duration {
+    Duration::from_millis(200 << failures.saturating_sub(1).min(6))
+}
+
+fn unavailable(action: &'static str, uri: &ObjectUri, url: &Url, error: &reqwest::Error) -> Error {
+    // Display would repeat the URL, and after a redirect one that is signed.
+    let mut causes = Vec::new();
+    let mut next = std::error::Error::source(error);
+    while let Some(cause) = next {
+        causes.push(cause.to_string());
+        next = cause.source();
+    }
+    let detail = format!("the hub cannot be reached at {url}: {}", causes.join(": "));
+    Error::Unavailable { action, uri: uri.to_string(), detail }
+}
+
+/// Appends path segments, escaped, so that a revision `refs/pr/1` stays one segment.
+fn push_segments<'a>(url: &mut Url, segments: impl IntoIterator<Item = &'a str>) {
+    url.path_segments_mut()
+        .expect("the endpoint was checked to be http or https with a host")
+        .pop_if_empty()
+        .extend(segments);
+}
+
+/// Returns `name` relative to `root`; `None` if it is not below.
+fn below<'a>(name: &'a str, root: &str) -> Option<&'a str> {
+    if root.is_empty() {
+        return Some(name);
+    }
+    let rest = name.strip_prefix(root)?;
+    if rest.is_empty() { Some("") } else { rest.strip_prefix('/') }
 }

@@ -1,83 +1,92 @@
-//! Everything outside this machine's memory: buckets, hubs, volumes and directories, behind one
-//! blocking interface.
+//! Brings files here and takes results away: one blocking [`Store`] over S3, Google Cloud Storage,
+//! Azure, the local disk, volumes and a Hugging Face hub.
 //!
-//! `s3`, `gs`, `az`, `file` and `pvc` go through the `object_store` crate, `hf` through [`hub`].
-//! The public functions block; the one asynchronous runtime of the process lives here and is never
-//! seen outside.
+//! In reading order: [`environment`] picks the credentials, [`objects`] opens object stores, [`hub`]
+//! speaks to a hub, [`transfer`] moves whole files, [`publish`] is the commit protocol of a result,
+//! [`fetch_model`] keeps base models in a cache.
+//!
+//! It must not know what the files mean, and no other module may read the environment.
 
-mod backend;
 mod environment;
 mod error;
-mod hub;
-mod model;
+pub mod hub;
+mod model_cache;
+mod objects;
 pub mod publish;
+mod runtime;
+mod transfer;
 
 use std::{
-    fs::File,
-    io::{Read, Write},
     ops::Range,
     path::{Path, PathBuf},
-    sync::OnceLock,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use bytes::Bytes;
 use finetune_contract::{ObjectUri, Scheme};
-use futures::{StreamExt, TryStreamExt};
-use object_store::{ObjectStoreExt, PutMode, PutOptions, PutPayload, WriteMultipart};
-use tokio::runtime::Runtime;
+use futures::TryStreamExt as _;
+use object_store::{
+    GetOptions, ObjectStore, ObjectStoreExt as _, PutMode, PutOptions, path::Path as Key,
+};
 
 pub use environment::{Environment, Role};
 pub use error::Error;
-pub use model::fetch_model;
+pub use model_cache::fetch_model;
+pub use objects::PVC_ROOT;
+pub use transfer::{hash_file, sha256_hex};
 
-use backend::Objects;
-use hub::Hub;
+use runtime::block_on;
 
-/// Where a PersistentVolumeClaim is mounted: `pvc://claim/path` is `/mnt/pvc/claim/path`.
-pub const PVC_ROOT: &str = "/mnt/pvc";
-/// Bytes asked for at once.
-const RANGE_BYTES: u64 = 8 << 20;
-/// Requests of one transfer under way at once.
-const CONCURRENCY: usize = 4;
-/// Files from this size on are uploaded in parts.
-const MULTIPART_BYTES: u64 = 64 << 20;
+/// How often a create-only put whose answer was lost or conflicting is tried.
+const CREATE_ATTEMPTS: u32 = 5;
 
-/// One opened URI.
+/// One opened URI; cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Store {
     uri: ObjectUri,
     backend: Backend,
 }
 
+/// What is behind a [`Store`].
 #[derive(Debug, Clone)]
 enum Backend {
-    Objects(Objects),
-    Hub(Hub),
+    Objects { store: Arc<dyn ObjectStore>, root: String },
+    Hub(Arc<hub::Repository>),
 }
 
-/// An object below a URI.
+/// One file below a store's URI.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Entry {
-    /// Its path below the URI, with `/`; empty if the URI names the object itself.
+    /// The path relative to the URI, with `/`; empty when the URI names this very file.
     pub path: String,
     /// Bytes.
     pub size: u64,
 }
 
-/// What became of a create-only put.
+/// What a create-only put found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PutIfAbsent {
-    /// The object is there with our bytes.
+    /// The object now holds our bytes (also when it already held exactly these).
     Created,
-    /// The object was there before, with these bytes.
+    /// Other bytes are there, and stay.
     Exists(Bytes),
 }
 
+/// Identity of an object's bytes, as far as its store tells.
+#[derive(Debug, Clone)]
+struct Stat {
+    size: u64,
+    /// Changes when the bytes change.
+    tag: Option<String>,
+    sha256: Option<String>,
+}
+
 impl Store {
-    /// Opens a URI. Only the hub is asked something at once: which commit a revision means.
+    /// Opens a URI; for a hub this asks which commit `revision` is.
     ///
     /// # Errors
-    /// [`Error`] if the store cannot be configured, or the hub has no such repository.
+    /// [`Error`] if the options cannot be used or, for a hub, the revision cannot be resolved.
     pub fn open(
         uri: &ObjectUri,
         revision: Option<&str>,
@@ -85,10 +94,33 @@ impl Store {
         environment: &Environment,
     ) -> Result<Self, Error> {
         let backend = match uri.scheme {
-            Scheme::Hf => Backend::Hub(block_on(Hub::open(uri, revision, role, environment))?),
-            _ => Backend::Objects(Objects::open(uri, role, environment)?),
+            Scheme::Hf => {
+                let repository = hub::Repository::open(uri, revision, role, environment)?;
+                Backend::Hub(Arc::new(repository))
+            }
+            _ if revision.is_some() => {
+                return Err(Error::Misconfigured {
+                    action: "open",
+                    uri: uri.to_string(),
+                    detail: "only hf:// has revisions; remove `revision`".to_owned(),
+                });
+            }
+            Scheme::Pvc => {
+                let root = format!("{PVC_ROOT}/{}/{}", uri.authority, uri.path);
+                let root = root.trim_matches('/').to_owned();
+                Backend::Objects { store: objects::open(uri, role, environment)?, root }
+            }
+            _ => Backend::Objects {
+                store: objects::open(uri, role, environment)?,
+                root: uri.path.clone(),
+            },
         };
         Ok(Self { uri: uri.clone(), backend })
+    }
+
+    /// Puts a URI over an object store made elsewhere: memory, or one that injects faults.
+    pub fn over(uri: &ObjectUri, store: Arc<dyn ObjectStore>) -> Self {
+        Self { uri: uri.clone(), backend: Backend::Objects { store, root: uri.path.clone() } }
     }
 
     /// Returns the URI.
@@ -96,354 +128,262 @@ impl Store {
         &self.uri
     }
 
-    /// Returns the commit a hub revision means; `None` for other stores.
+    /// Returns the commit a hub revision resolved to.
     pub fn resolved_revision(&self) -> Option<&str> {
         match &self.backend {
-            Backend::Hub(hub) => Some(hub.commit()),
-            Backend::Objects(_) => None,
+            Backend::Objects { .. } => None,
+            Backend::Hub(repository) => Some(repository.commit()),
         }
     }
 
-    /// Returns where an object lies on this machine; `None` if it does not.
-    pub fn local_path(&self, path: &str) -> Option<PathBuf> {
-        let root = local_root(&self.uri)?;
-        Some(if path.is_empty() { root } else { root.join(path) })
-    }
-
-    /// Lists every object below the URI, sorted; the object itself if the URI names one.
+    /// Lists every file below the URI, sorted by path; directory markers are left out.
     ///
     /// # Errors
-    /// [`Error`]; a prefix without objects is an empty list.
+    /// [`Error`] if the store cannot be read. Nothing there is an empty list.
     pub fn list(&self) -> Result<Vec<Entry>, Error> {
-        let mut entries = match &self.backend {
-            Backend::Hub(hub) => hub.list(),
-            Backend::Objects(objects) => block_on(objects.list())?,
-        };
-        entries.sort();
-        Ok(entries)
+        Ok(self.list_tagged()?.into_iter().map(|(entry, _)| entry).collect())
     }
 
-    /// Returns the size of an object; `None` if it is not there.
+    /// Lists with what identifies each file's bytes.
+    fn list_tagged(&self) -> Result<Vec<(Entry, Option<String>)>, Error> {
+        let (store, root) = match &self.backend {
+            Backend::Hub(repository) => return block_on(repository.list()),
+            Backend::Objects { store, root } => (store, root),
+        };
+        if !self.uri.is_prefix
+            && !root.is_empty()
+            && let Some(stat) = self.stat("")?
+        {
+            return Ok(vec![(Entry { path: String::new(), size: stat.size }, stat.tag)]);
+        }
+        let prefix = if root.is_empty() { None } else { Some(self.key("")?) };
+        let found: Vec<_> = block_on(store.list(prefix.as_ref()).try_collect())
+            .map_err(|error| self.failed("list", "", error))?;
+        let mut entries: Vec<(Entry, Option<String>)> = Vec::new();
+        for meta in found {
+            let Some(path) = meta.location.as_ref().strip_prefix(root.as_str()) else { continue };
+            let path = path.trim_start_matches('/').to_owned();
+            // A console's marker of the directory itself; its name lost the final slash.
+            if !path.is_empty() {
+                entries.push((Entry { path, size: meta.size }, meta.e_tag));
+            }
+        }
+        entries.sort();
+        let mut kept: Vec<(Entry, Option<String>)> = Vec::with_capacity(entries.len());
+        for index in 0..entries.len() {
+            let (entry, _) = &entries[index];
+            let inside = format!("{}/", entry.path);
+            // Names such as `a.b` sort between `a` and `a/b`, so look at all that may follow.
+            let is_marker = entry.size == 0
+                && entries[index + 1..]
+                    .iter()
+                    .take_while(|(other, _)| other.path.starts_with(&entry.path))
+                    .any(|(other, _)| other.path.starts_with(&inside));
+            if !is_marker {
+                kept.push(entries[index].clone());
+            }
+        }
+        Ok(kept)
+    }
+
+    /// Returns a file's size; `None` when it is not there.
     ///
     /// # Errors
-    /// [`Error`] if the store cannot tell.
+    /// [`Error`] if the store cannot be asked.
     pub fn size(&self, path: &str) -> Result<Option<u64>, Error> {
+        Ok(self.stat(path)?.map(|stat| stat.size))
+    }
+
+    fn stat(&self, path: &str) -> Result<Option<Stat>, Error> {
         match &self.backend {
-            Backend::Hub(hub) => Ok(hub.size(path)),
-            Backend::Objects(objects) => match block_on(objects.store.head(&objects.at(path))) {
-                Ok(meta) => Ok(Some(meta.size)),
-                Err(error) => match self.error(path, &error) {
-                    Error::NotFound { .. } => Ok(None),
-                    error => Err(error),
-                },
+            Backend::Hub(repository) => block_on(repository.stat(path)),
+            Backend::Objects { store, .. } => match block_on(store.head(&self.key(path)?)) {
+                Ok(meta) => Ok(Some(Stat { size: meta.size, tag: meta.e_tag, sha256: None })),
+                Err(object_store::Error::NotFound { source, .. })
+                    if !source.to_string().contains("NoSuchBucket") =>
+                {
+                    Ok(None)
+                }
+                Err(error) => Err(self.failed("look up", path, error)),
             },
         }
     }
 
-    /// Reads a whole object; for small ones.
+    /// As [`Self::stat`], but a missing file is an error.
+    fn stat_existing(&self, action: &'static str, path: &str) -> Result<Stat, Error> {
+        self.stat(path)?.ok_or_else(|| Error::NotFound {
+            action,
+            uri: self.name(path),
+            detail: "nothing is there; check the URI".to_owned(),
+        })
+    }
+
+    /// Reads a whole file into memory.
     ///
     /// # Errors
-    /// [`Error`].
+    /// [`Error`] if it is missing or cannot be read.
     pub fn read(&self, path: &str) -> Result<Bytes, Error> {
         match &self.backend {
-            Backend::Hub(_) => {
-                let size = self.size_of(path)?;
-                self.read_range(path, 0..size)
+            Backend::Hub(repository) => {
+                let stat = self.stat_existing("read", path)?;
+                block_on(repository.read_range(path, 0..stat.size))
             }
-            Backend::Objects(objects) => {
-                let get = async { objects.store.get(&objects.at(path)).await?.bytes().await };
-                block_on(get).map_err(|error| self.error(path, &error))
+            Backend::Objects { store, .. } => {
+                let key = self.key(path)?;
+                block_on(async { store.get(&key).await?.bytes().await })
+                    .map_err(|error| self.failed("read", path, error))
             }
         }
     }
 
-    /// Reads some bytes of an object.
+    /// Reads some bytes of a file; a range that ends behind the file is cut.
     ///
     /// # Errors
-    /// [`Error`], also if the range reaches beyond the object.
+    /// [`Error`] if the file is missing or cannot be read.
     pub fn read_range(&self, path: &str, range: Range<u64>) -> Result<Bytes, Error> {
+        self.read_range_of(path, range, None)
+    }
+
+    /// Reads some bytes of exactly the version `tag` of a file.
+    fn read_range_of(
+        &self,
+        path: &str,
+        range: Range<u64>,
+        tag: Option<&str>,
+    ) -> Result<Bytes, Error> {
         if range.is_empty() {
             return Ok(Bytes::new());
         }
-        block_on(self.get_range(path, range))
+        match &self.backend {
+            Backend::Hub(repository) => block_on(repository.read_range(path, range)),
+            Backend::Objects { store, .. } => {
+                let options = GetOptions::new().with_range(Some(range)).with_if_match(tag);
+                let key = self.key(path)?;
+                block_on(async { store.get_opts(&key, options).await?.bytes().await }).map_err(
+                    |error| match error {
+                        object_store::Error::Precondition { .. } => Error::Damaged {
+                            uri: self.name(path),
+                            detail: "it was replaced while it was read; start again".to_owned(),
+                        },
+                        error => self.failed("read", path, error),
+                    },
+                )
+            }
+        }
     }
 
-    /// Opens an object to be read from start to end, with bounded memory.
-    ///
-    /// A transfer that breaks goes on where it broke: each piece is a request of its own, and
-    /// requests are repeated.
-    ///
-    /// # Errors
-    /// [`Error`] if it is not there; reading gives the store's errors as [`std::io::Error`].
-    pub fn open_read(&self, path: &str) -> Result<Box<dyn Read + Send>, Error> {
-        if let Some(local) = self.local_path(path) {
-            let file =
-                File::open(&local).map_err(|error| self.local_error(path, &local, &error))?;
-            return Ok(Box::new(std::io::BufReader::with_capacity(1 << 20, file)));
+    /// Returns the path to use in place, for `file://` and `pvc://`.
+    pub fn local_path(&self, path: &str) -> Option<PathBuf> {
+        match (self.uri.scheme, &self.backend) {
+            (Scheme::File | Scheme::Pvc, Backend::Objects { root, .. }) => {
+                let base = Path::new("/").join(root);
+                Some(if path.is_empty() { base } else { base.join(path) })
+            }
+            _ => None,
         }
-        let size = self.size_of(path)?;
-        Ok(Box::new(RangeReader {
-            store: self.clone(),
-            path: path.to_owned(),
-            next: 0,
-            size,
-            piece: Bytes::new(),
-        }))
-    }
-
-    /// Brings an object to a local file, which appears complete or not at all.
-    ///
-    /// An interrupted transfer leaves `<name>.part` and goes on from it.
-    ///
-    /// # Errors
-    /// [`Error`], also if what arrived has another size or digest than the store tells.
-    pub fn fetch(&self, path: &str, to: &Path) -> Result<(), Error> {
-        let part = part_name(to);
-        if let Some(local) = self.local_path(path) {
-            std::fs::copy(&local, &part).map_err(|error| self.local_error(path, &local, &error))?;
-        } else {
-            self.fetch_ranges(path, &part)?;
-        }
-        if let (Backend::Hub(hub), Some(damage)) = (&self.backend, self.damage(path, &part)?) {
-            let _ = std::fs::remove_file(&part);
-            return Err(Error::Damaged { uri: hub.url(path), detail: damage });
-        }
-        std::fs::rename(&part, to).map_err(|error| Error::local(to, &error))
     }
 
     /// Writes a small object, replacing what was there.
     ///
     /// # Errors
-    /// [`Error`].
+    /// [`Error`] if the store refuses or cannot be written.
     pub fn put(&self, path: &str, bytes: Bytes) -> Result<(), Error> {
-        let objects = self.writable()?;
-        block_on(objects.store.put(&objects.at(path), PutPayload::from(bytes)))
-            .map_err(|error| self.error(path, &error))?;
-        Ok(())
+        let store = self.writable("write", path)?;
+        block_on(store.put(&self.key(path)?, bytes.into()))
+            .map(|_| ())
+            .map_err(|error| self.failed("write", path, error))
     }
 
-    /// Uploads a file, replacing what was there; a large one in parts, none of which stays behind
-    /// if it fails.
+    /// Writes an object only if none is there.
+    ///
+    /// # Guarantees
+    /// Of several writers of different bytes exactly one gets [`PutIfAbsent::Created`]. An answer
+    /// that was lost, or a conflict that S3 reports without an object in place, is settled by
+    /// reading: bytes equal to ours are ours.
     ///
     /// # Errors
-    /// [`Error`].
-    pub fn put_file(&self, path: &str, from: &Path) -> Result<(), Error> {
-        block_on(self.upload(path, from))
-    }
-
-    /// Writes an object only if there is none.
-    ///
-    /// An answer lost on the way is no trouble: our own bytes found there count as created.
-    ///
-    /// # Errors
-    /// [`Error`].
+    /// [`Error`] if the store refuses, or keeps failing without an object appearing.
     pub fn put_if_absent(&self, path: &str, bytes: Bytes) -> Result<PutIfAbsent, Error> {
-        let objects = self.writable()?;
-        let location = objects.at(path);
-        let options = PutOptions::from(PutMode::Create);
-        let put = objects.store.put_opts(&location, PutPayload::from(bytes.clone()), options);
-        let Err(refusal) = block_on(put) else { return Ok(PutIfAbsent::Created) };
-        // 412, or 409 of a race, or an answer that was lost: what lies there decides.
-        match self.read(path) {
-            Ok(found) if found == bytes => Ok(PutIfAbsent::Created),
-            Ok(found) => Ok(PutIfAbsent::Exists(found)),
-            Err(_) => Err(self.error(path, &refusal)),
+        let store = self.writable("create", path)?;
+        let key = self.key(path)?;
+        let mut attempt = 1;
+        loop {
+            let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
+            let error = match block_on(store.put_opts(&key, bytes.clone().into(), options)) {
+                Ok(_) => return Ok(PutIfAbsent::Created),
+                Err(error) => self.failed("create", path, error),
+            };
+            if !matches!(error, Error::Unavailable { .. }) {
+                return Err(error);
+            }
+            match self.read(path) {
+                Ok(found) if found == bytes => return Ok(PutIfAbsent::Created),
+                Ok(found) => return Ok(PutIfAbsent::Exists(found)),
+                Err(Error::NotFound { .. }) if attempt < CREATE_ATTEMPTS => {
+                    std::thread::sleep(Duration::from_millis(50 << attempt));
+                    attempt += 1;
+                }
+                Err(_) => return Err(error),
+            }
         }
     }
 
-    /// Removes an object; one that is not there is fine.
+    /// Deletes an object; absent is fine.
     ///
     /// # Errors
-    /// [`Error`].
+    /// [`Error`] if the store refuses.
     pub fn delete(&self, path: &str) -> Result<(), Error> {
-        let objects = self.writable()?;
-        match block_on(objects.store.delete(&objects.at(path))) {
-            Ok(()) => Ok(()),
-            Err(error) => match self.error(path, &error) {
-                Error::NotFound { .. } => Ok(()),
-                error => Err(error),
-            },
+        let store = self.writable("delete", path)?;
+        match block_on(store.delete(&self.key(path)?)) {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+            Err(error) => Err(self.failed("delete", path, error)),
         }
     }
 
-    /// Shows that objects can be written here, by writing and removing a small one.
+    /// Writes and removes a small object, to learn before the work whether its result can be kept.
     ///
     /// # Errors
-    /// [`Error`].
+    /// [`Error`] if either is refused.
     pub fn probe_write(&self) -> Result<(), Error> {
-        let name = format!(".finetune-probe-{}", std::process::id());
-        self.put(&name, Bytes::from_static(b"finetune checks that it can write here\n"))?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+        let name = format!(".finetune-probe-{}-{now}", std::process::id());
+        self.put(&name, Bytes::from_static(b"finetune write probe\n"))?;
         self.delete(&name)
     }
 
-    fn writable(&self) -> Result<&Objects, Error> {
+    /// Returns the object store to write to.
+    fn writable(&self, action: &'static str, path: &str) -> Result<&Arc<dyn ObjectStore>, Error> {
         match &self.backend {
-            Backend::Objects(objects) => Ok(objects),
+            Backend::Objects { store, .. } => Ok(store),
             Backend::Hub(_) => Err(Error::Misconfigured {
-                uri: self.uri.to_string(),
-                detail: "a hub cannot be written to: use s3://, gs://, az://, pvc:// or file://"
+                action,
+                uri: self.name(path),
+                detail: "hf:// is read only; use s3://, gs://, az://, pvc:// or file:// for output"
                     .to_owned(),
             }),
         }
     }
 
-    fn size_of(&self, path: &str) -> Result<u64, Error> {
-        self.size(path)?.ok_or_else(|| Error::NotFound { uri: self.name(path) })
-    }
-
-    async fn get_range(&self, path: &str, range: Range<u64>) -> Result<Bytes, Error> {
-        match &self.backend {
-            Backend::Hub(hub) => hub.read_range(path, range).await,
-            Backend::Objects(objects) => objects
-                .store
-                .get_range(&objects.at(path), range)
-                .await
-                .map_err(|error| self.error(path, &error)),
-        }
-    }
-
-    /// Appends the rest of an object to a partial file, several ranges under way at once.
-    fn fetch_ranges(&self, path: &str, part: &Path) -> Result<(), Error> {
-        let size = self.size_of(path)?;
-        let local = |error: std::io::Error| Error::local(part, &error);
-        let mut file = File::options().create(true).append(true).open(part).map_err(local)?;
-        let mut have = file.metadata().map_err(local)?.len();
-        if have > size {
-            file.set_len(0).map_err(local)?;
-            have = 0;
-        }
-        let starts = (have..size).step_by(RANGE_BYTES as usize);
-        block_on(async {
-            let mut pieces = futures::stream::iter(starts)
-                .map(|start| self.get_range(path, start..size.min(start + RANGE_BYTES)))
-                .buffered(CONCURRENCY);
-            while let Some(piece) = pieces.try_next().await? {
-                file.write_all(&piece).map_err(local)?;
-            }
-            Ok(())
-        })?;
-        file.sync_all().map_err(local)
-    }
-
-    /// Tells how a fetched file differs from what the hub says of it; `None` if it does not.
-    fn damage(&self, path: &str, part: &Path) -> Result<Option<String>, Error> {
-        let Backend::Hub(hub) = &self.backend else { return Ok(None) };
-        let Some(expected) = hub.sha256(path) else { return Ok(None) };
-        let found = publish::sha256_of_file(part)?.1;
-        Ok((found != expected).then(|| format!("its SHA-256 is {found}, the hub says {expected}")))
-    }
-
-    async fn upload(&self, path: &str, from: &Path) -> Result<(), Error> {
-        let objects = self.writable()?;
-        let local = |error: std::io::Error| Error::local(from, &error);
-        let remote = |error: object_store::Error| self.error(path, &error);
-        let location = objects.at(path);
-        let mut file = File::open(from).map_err(local)?;
-        if file.metadata().map_err(local)?.len() < MULTIPART_BYTES {
-            let mut bytes = Vec::new();
-            file.read_to_end(&mut bytes).map_err(local)?;
-            objects.store.put(&location, PutPayload::from(bytes)).await.map_err(remote)?;
-            return Ok(());
-        }
-        let upload = objects.store.put_multipart(&location).await.map_err(remote)?;
-        let mut parts = WriteMultipart::new_with_chunk_size(upload, RANGE_BYTES as usize);
-        let mut buffer = vec![0; RANGE_BYTES as usize];
-        loop {
-            let read = match file.read(&mut buffer) {
-                Ok(read) => read,
-                Err(error) => {
-                    let _ = parts.abort().await;
-                    return Err(local(error));
-                }
-            };
-            if read == 0 {
-                break;
-            }
-            if let Err(error) = parts.wait_for_capacity(CONCURRENCY).await {
-                let _ = parts.abort().await;
-                return Err(remote(error));
-            }
-            parts.write(&buffer[..read]);
-        }
-        // `finish` aborts by itself when a part or the completion fails.
-        parts.finish().await.map_err(remote)?;
-        Ok(())
-    }
-
-    fn error(&self, path: &str, error: &object_store::Error) -> Error {
-        let hint = match &self.backend {
-            Backend::Objects(objects) => objects.hint.as_str(),
+    /// Returns the whole key of a relative path.
+    fn key(&self, path: &str) -> Result<Key, Error> {
+        let root = match &self.backend {
+            Backend::Objects { root, .. } => root.as_str(),
             Backend::Hub(_) => "",
         };
-        Error::from_object_store(error, self.name(path), hint)
+        let whole = match (root, path) {
+            ("", path) => path.to_owned(),
+            (root, "") => root.to_owned(),
+            (root, path) => format!("{root}/{path}"),
+        };
+        Key::parse(&whole).map_err(|error| self.failed("name", path, error.into()))
     }
 
-    fn local_error(&self, path: &str, local: &Path, error: &std::io::Error) -> Error {
-        match error.kind() {
-            std::io::ErrorKind::NotFound => Error::NotFound { uri: self.name(path) },
-            std::io::ErrorKind::PermissionDenied => Error::PermissionDenied {
-                uri: self.name(path),
-                detail: error.to_string(),
-                hint: "give the user this runs as access to the path".to_owned(),
-            },
-            _ => Error::local(local, error),
-        }
-    }
-
+    /// Returns how messages call a relative path.
     fn name(&self, path: &str) -> String {
         if path.is_empty() { self.uri.to_string() } else { self.uri.join(path).to_string() }
     }
-}
 
-/// Returns where a URI lies on this machine; `None` for a remote one.
-fn local_root(uri: &ObjectUri) -> Option<PathBuf> {
-    match uri.scheme {
-        Scheme::File => Some(Path::new("/").join(&uri.path)),
-        Scheme::Pvc => Some(Path::new(PVC_ROOT).join(&uri.authority).join(&uri.path)),
-        Scheme::Hf | Scheme::S3 | Scheme::Gs | Scheme::Az => None,
+    fn failed(&self, action: &'static str, path: &str, error: object_store::Error) -> Error {
+        Error::object(action, self.name(path), error)
     }
-}
-
-fn part_name(to: &Path) -> PathBuf {
-    let mut name = to.as_os_str().to_owned();
-    name.push(".part");
-    PathBuf::from(name)
-}
-
-/// Reads a remote object piece by piece.
-struct RangeReader {
-    store: Store,
-    path: String,
-    next: u64,
-    size: u64,
-    piece: Bytes,
-}
-
-impl Read for RangeReader {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        if self.piece.is_empty() && self.next < self.size {
-            let end = self.size.min(self.next + RANGE_BYTES);
-            self.piece =
-                self.store.read_range(&self.path, self.next..end).map_err(std::io::Error::other)?;
-            self.next = end;
-        }
-        let length = buffer.len().min(self.piece.len());
-        buffer[..length].copy_from_slice(&self.piece.split_to(length));
-        Ok(length)
-    }
-}
-
-/// Waits for a future on the process's one runtime.
-fn block_on<F: Future>(future: F) -> F::Output {
-    static RUNTIME: OnceLock<Runtime> = OnceLock::new();
-    RUNTIME
-        .get_or_init(|| {
-            tokio::runtime::Builder::new_multi_thread()
-                .worker_threads(2)
-                .thread_name("store")
-                .enable_all()
-                .build()
-                .expect("two threads and an epoll handle can be had at the start of a process")
-        })
-        .block_on(future)
 }

@@ -1,239 +1,217 @@
-//! Publishing a directory: complete or absent.
+//! The commit protocol of a result directory: files first, the manifest last and create-only.
 //!
-//! Files first, the manifest last and create-only. A reader who trusts manifests, and the digests
-//! in them, never takes a half-written result or a mix of two for one.
+//! A result without its manifest does not exist; whoever reads the manifest first never sees a
+//! missing file. Object names are final (consumers load the directory as it is), so two attempts
+//! of one run must not upload at the same time: the operator runs one at a time, and
+//! [`fetch_verified`] re-reads every byte before a run says it succeeded.
 
 use std::{
-    fs::File,
-    io::Read,
-    path::{Component, Path, PathBuf},
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
 };
 
 use bytes::Bytes;
 use finetune_contract::{
     Manifest, ManifestFile, OutputState, RunId, artifact::MANIFEST_NAME, parse, render,
 };
-use futures::{StreamExt, TryStreamExt};
-use sha2::{Digest, Sha256};
 
-use super::{CONCURRENCY, Error, PutIfAbsent, Store, block_on};
-use crate::hex;
+use super::{
+    Error, PutIfAbsent, Store,
+    transfer::{hash_file, sha256_hex},
+};
 
-/// A result that is complete.
+/// Files that go up at once.
+const FILES_IN_FLIGHT: usize = 4;
+
+/// A committed result.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Published {
-    /// Its manifest as it lies there.
+    /// What was committed.
     pub manifest: Manifest,
-    /// The digest of the manifest's bytes.
+    /// SHA-256 of the manifest's bytes.
     pub manifest_sha256: String,
 }
 
-/// Tells what lies at an output.
+/// Tells whose result is at the output.
 ///
 /// # Errors
-/// [`Error`] of the store.
+/// [`Error`] if the store cannot be read; a manifest nobody can parse belongs to another run.
 pub fn output_state(store: &Store, run_id: &RunId) -> Result<OutputState, Error> {
-    Ok(match found(store)? {
-        Found::Nothing => OutputState::Vacant,
-        Found::Result(published) if published.manifest.run_id == *run_id => {
-            OutputState::PublishedByThisRun
-        }
-        Found::Result(_) | Found::Foreign => OutputState::PublishedByAnotherRun,
+    Ok(match read_bytes(store)?.map(|bytes| parse_manifest(store, &bytes)) {
+        None => OutputState::Vacant,
+        Some(Ok(manifest)) if manifest.run_id == *run_id => OutputState::PublishedByThisRun,
+        Some(_) => OutputState::PublishedByAnotherRun,
     })
 }
 
-/// Reads the manifest at an output; `None` if nothing complete is there.
+/// Reads the manifest of a published result.
 ///
 /// # Errors
-/// [`Error`] of the store, or `Damaged` if the manifest cannot be read by this version.
-pub fn read_manifest(store: &Store) -> Result<Option<Published>, Error> {
-    match found(store)? {
-        Found::Nothing => Ok(None),
-        Found::Result(published) => Ok(Some(published)),
-        Found::Foreign => Err(Error::Damaged {
-            uri: store.uri().join(MANIFEST_NAME).to_string(),
-            detail: "it is no manifest this version can read".to_owned(),
-        }),
-    }
+/// [`Error`] if the store cannot be read or the manifest is damaged.
+pub fn read_manifest(store: &Store) -> Result<Option<Manifest>, Error> {
+    read_bytes(store)?.map(|bytes| parse_manifest(store, &bytes)).transpose()
 }
 
-/// Publishes every file of a directory under a manifest.
+/// Uploads every file of `directory` and commits them by a manifest.
 ///
-/// A complete result of the same run is left as it is and returned: it won. One of another run is
-/// refused, or with `overwrite` replaced: its manifest is removed first, its surplus files last.
+/// # Guarantees
+/// At no moment does a manifest name a file that is missing or of another result. Doing it again
+/// after any failure converges; doing it again after success changes nothing.
 ///
 /// # Errors
-/// [`Error`]; unless it says otherwise, nothing complete is at the output then.
+/// [`Error::OutputExists`] if another run's result is there and `overwrite` is false; else whatever
+/// the store reports.
 pub fn publish(
     store: &Store,
     directory: &Path,
-    mut manifest: Manifest,
+    manifest_without_files: Manifest,
     overwrite: bool,
 ) -> Result<Published, Error> {
-    manifest.files = files_of(directory)?;
-    let mut replaced = Vec::new();
-    match found(store)? {
-        Found::Nothing => {}
-        Found::Result(published) if published.manifest.run_id == manifest.run_id => {
-            return Ok(published);
-        }
-        Found::Result(published) if overwrite => replaced = published.manifest.files,
-        Found::Foreign if overwrite => {}
-        Found::Result(published) => return Err(exists(store, &published.manifest.run_id.0)),
-        Found::Foreign => return Err(exists(store, "unknown")),
-    }
-    if overwrite {
-        store.delete(MANIFEST_NAME)?;
-    }
-    upload(store, directory, &manifest.files)?;
-    for file in &manifest.files {
-        let size = store.size(&file.path)?;
-        if size != Some(file.size) {
-            let detail = format!("it has {size:?} bytes after {} were uploaded", file.size);
-            return Err(Error::Damaged { uri: store.uri().join(&file.path).to_string(), detail });
-        }
-    }
+    let manifest = Manifest { files: describe(directory)?, ..manifest_without_files };
     let bytes = Bytes::from(render(&manifest));
-    match store.put_if_absent(MANIFEST_NAME, bytes.clone())? {
-        PutIfAbsent::Created => {}
-        PutIfAbsent::Exists(other) => {
-            return match sort(&other) {
-                Found::Result(published) if published.manifest.run_id == manifest.run_id => {
-                    Ok(published)
+    let published = Published { manifest_sha256: sha256_hex(&bytes), manifest: manifest.clone() };
+
+    let mut superseded = Vec::new();
+    if let Some(found) = read_bytes(store)? {
+        let old = parse_manifest(store, &found);
+        match &old {
+            Ok(old) if old.run_id == manifest.run_id => {
+                if found == bytes && sizes_match(store, &manifest)? {
+                    return Ok(published);
                 }
-                Found::Result(published) => Err(exists(store, &published.manifest.run_id.0)),
-                Found::Foreign | Found::Nothing => Err(exists(store, "unknown")),
-            };
+            }
+            Ok(old) if !overwrite => {
+                return Err(Error::output_exists(store.uri().to_string(), &old.run_id));
+            }
+            Err(_) if !overwrite => {
+                return Err(Error::OutputExists {
+                    uri: store.uri().to_string(),
+                    run_id: "(unknown: its manifest cannot be read)".to_owned(),
+                });
+            }
+            _ => {}
+        }
+        superseded = old.map(|old| old.files).unwrap_or_default();
+        // object_store has no conditional delete; looking again leaves the smallest window.
+        if read_bytes(store)?.as_ref() == Some(&found) {
+            store.delete(MANIFEST_NAME)?;
         }
     }
-    for file in replaced.iter().filter(|old| manifest.files.iter().all(|new| new.path != old.path))
-    {
+
+    upload(store, directory, &manifest.files)?;
+    if !sizes_match(store, &manifest)? {
+        return Err(Error::Damaged {
+            uri: store.uri().to_string(),
+            detail: "an uploaded file has another size than the local one".to_owned(),
+        });
+    }
+    if let PutIfAbsent::Exists(found) = store.put_if_absent(MANIFEST_NAME, bytes)? {
+        let run_id = parse_manifest(store, &found)?.run_id;
+        return Err(Error::output_exists(store.uri().to_string(), &run_id));
+    }
+
+    let kept: BTreeSet<&str> = manifest.files.iter().map(|file| file.path.as_str()).collect();
+    for file in superseded.iter().filter(|file| !kept.contains(file.path.as_str())) {
         store.delete(&file.path)?;
     }
-    Ok(Published { manifest, manifest_sha256: hex(&Sha256::digest(&bytes)) })
+    Ok(published)
 }
 
-/// Fetches every file of a manifest and checks sizes and digests; returns the bytes read.
+/// Fetches every file of a manifest and checks size and SHA-256; returns the bytes read.
 ///
 /// # Errors
-/// [`Error::Damaged`] for a file that is not what the manifest says, or another [`Error`].
+/// [`Error::Damaged`] naming the file that differs, or whatever the store reports.
 pub fn fetch_verified(store: &Store, manifest: &Manifest, to: &Path) -> Result<u64, Error> {
-    let mut bytes = 0;
+    let mut total = 0;
     for file in &manifest.files {
-        let uri = store.uri().join(&file.path).to_string();
-        let is_plain =
-            Path::new(&file.path).components().all(|part| matches!(part, Component::Normal(_)));
-        if !is_plain {
+        check_path(store, &file.path)?;
+        let target = to.join(&file.path);
+        store.fetch(&file.path, &target)?;
+        let (size, sha256) = hash_file(&target)?;
+        if (size, &sha256) != (file.size, &file.sha256) {
             return Err(Error::Damaged {
-                uri,
-                detail: "the manifest names a path outside the output".to_owned(),
+                uri: store.name(&file.path),
+                detail: format!(
+                    "the manifest says {} bytes with SHA-256 {}, the store holds {size} with {sha256}",
+                    file.size, file.sha256
+                ),
             });
         }
-        let path = to.join(&file.path);
-        if let Some(parent) = path.parent() {
-            std::fs::create_dir_all(parent).map_err(|error| Error::local(parent, &error))?;
-        }
-        match store.fetch(&file.path, &path) {
-            Err(Error::NotFound { .. }) => {
-                return Err(Error::Damaged {
-                    uri,
-                    detail: "the manifest names it, but it does not exist".to_owned(),
-                });
-            }
-            fetched => fetched?,
-        }
-        let (size, sha256) = sha256_of_file(&path)?;
-        if (size, &sha256) != (file.size, &file.sha256) {
-            let detail = format!(
-                "it has {size} bytes and SHA-256 {sha256}, the manifest says {} and {}",
-                file.size, file.sha256
-            );
-            return Err(Error::Damaged { uri, detail });
-        }
-        bytes += size;
+        total += size;
     }
-    Ok(bytes)
+    Ok(total)
 }
 
-/// Returns the size and the SHA-256 of a local file.
-///
-/// # Errors
-/// [`Error::Local`].
-pub fn sha256_of_file(path: &Path) -> Result<(u64, String), Error> {
-    let local = |error: std::io::Error| Error::local(path, &error);
-    let mut file = File::open(path).map_err(local)?;
-    let (mut hash, mut size) = (Sha256::new(), 0);
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        match file.read(&mut buffer).map_err(local)? {
-            0 => return Ok((size, hex(&hash.finalize()))),
-            read => {
-                hash.update(&buffer[..read]);
-                size += read as u64;
-            }
-        }
+fn read_bytes(store: &Store) -> Result<Option<Bytes>, Error> {
+    match store.size(MANIFEST_NAME)? {
+        None => Ok(None),
+        Some(_) => store.read(MANIFEST_NAME).map(Some),
     }
 }
 
-/// What lies where a manifest belongs.
-enum Found {
-    Nothing,
-    Result(Published),
-    /// Something this version cannot read; not ours to replace unasked.
-    Foreign,
+fn parse_manifest(store: &Store, bytes: &[u8]) -> Result<Manifest, Error> {
+    parse(&String::from_utf8_lossy(bytes)).map_err(|error| Error::Damaged {
+        uri: store.name(MANIFEST_NAME),
+        detail: error.to_string(),
+    })
 }
 
-fn found(store: &Store) -> Result<Found, Error> {
-    match store.read(MANIFEST_NAME) {
-        Ok(bytes) => Ok(sort(&bytes)),
-        Err(Error::NotFound { .. }) => Ok(Found::Nothing),
-        Err(error) => Err(error),
+/// Refuses a path that would leave the target directory: manifests come from a bucket.
+fn check_path(store: &Store, path: &str) -> Result<(), Error> {
+    let is_plain = !path.is_empty()
+        && path.split('/').all(|part| !matches!(part, "" | "." | "..") && !part.contains('\\'));
+    if is_plain {
+        return Ok(());
     }
+    Err(Error::Damaged {
+        uri: store.name(MANIFEST_NAME),
+        detail: format!("it names the path {path:?}, which is not inside the result"),
+    })
 }
 
-fn sort(bytes: &Bytes) -> Found {
-    match parse::<Manifest>(&String::from_utf8_lossy(bytes)) {
-        Ok(manifest) => {
-            Found::Result(Published { manifest, manifest_sha256: hex(&Sha256::digest(bytes)) })
-        }
-        Err(_) => Found::Foreign,
-    }
-}
-
-fn exists(store: &Store, other: &str) -> Error {
-    Error::OutputExists { uri: store.uri().to_string(), other: other.to_owned() }
-}
-
-fn upload(store: &Store, directory: &Path, files: &[ManifestFile]) -> Result<(), Error> {
-    let uploads = files.iter().map(|file| async {
-        let from = directory.join(&file.path);
-        store.upload(&file.path, &from).await
-    });
-    block_on(futures::stream::iter(uploads).buffer_unordered(CONCURRENCY).try_collect())
-}
-
-/// Lists the files of a directory, sorted by path, with their digests.
-fn files_of(directory: &Path) -> Result<Vec<ManifestFile>, Error> {
+/// Describes every file below a directory, sorted by path.
+fn describe(directory: &Path) -> Result<Vec<ManifestFile>, Error> {
     let mut files = Vec::new();
-    let mut pending = vec![PathBuf::new()];
-    while let Some(below) = pending.pop() {
-        let path = directory.join(&below);
-        let local = |error: std::io::Error| Error::local(&path, &error);
-        for entry in std::fs::read_dir(&path).map_err(local)? {
-            let entry = entry.map_err(local)?;
-            let below = below.join(entry.file_name());
-            if entry.file_type().map_err(local)?.is_dir() {
-                pending.push(below);
-            } else {
-                let (size, sha256) = sha256_of_file(&entry.path())?;
-                files.push(ManifestFile {
-                    path: below.to_string_lossy().into_owned(),
-                    size,
-                    sha256,
-                });
+    let mut pending: Vec<(PathBuf, String)> = vec![(directory.to_owned(), String::new())];
+    while let Some((current, prefix)) = pending.pop() {
+        let read = |error| Error::local("list", &current, error);
+        for entry in fs::read_dir(&current).map_err(read)? {
+            let entry = entry.map_err(read)?;
+            let path = format!("{prefix}{}", entry.file_name().to_string_lossy());
+            if entry.path().is_dir() {
+                pending.push((entry.path(), format!("{path}/")));
+            } else if path != MANIFEST_NAME {
+                let (size, sha256) = hash_file(&entry.path())?;
+                files.push(ManifestFile { path, size, sha256 });
             }
         }
     }
     files.sort();
     Ok(files)
+}
+
+/// Uploads files, a few at once; the first error wins.
+fn upload(store: &Store, directory: &Path, files: &[ManifestFile]) -> Result<(), Error> {
+    for group in files.chunks(FILES_IN_FLIGHT) {
+        std::thread::scope(|scope| {
+            let uploads: Vec<_> = group
+                .iter()
+                .map(|file| scope.spawn(|| store.put_file(&file.path, &directory.join(&file.path))))
+                .collect();
+            uploads.into_iter().try_for_each(|upload| {
+                upload.join().expect("an upload returns its errors and does not panic")
+            })
+        })?;
+    }
+    Ok(())
+}
+
+fn sizes_match(store: &Store, manifest: &Manifest) -> Result<bool, Error> {
+    for file in &manifest.files {
+        if store.size(&file.path)? != Some(file.size) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }

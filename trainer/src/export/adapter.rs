@@ -1,0 +1,134 @@
+//! A PEFT LoRA directory.
+//!
+//! # Source
+//! Keys, shapes and types as `peft` 0.21.2 saves them; the settings are the subset every reader
+//! since 0.6 knows, plus `max_length`, which Ray Serve reads.
+
+use std::path::Path;
+
+use finetune_contract::LoraSettings;
+use serde_json::{Value, json};
+use tch::Kind;
+
+use super::{Error, Export, files};
+use crate::{
+    model::{
+        adapter::{CONFIG_FILE, PREFIX, WEIGHTS_FILE},
+        attach::{Attachment, LoraAttachment},
+        names,
+        weights::Checkpoint,
+    },
+    tensor_file::{self, Declared},
+};
+
+/// Writes the adapter and all a server needs beside the base model.
+pub(super) fn write(
+    export: &Export<'_>,
+    lora: &LoraSettings,
+    directory: &Path,
+) -> Result<(), Error> {
+    let Attachment::Lora(attachment) = export.training.model.attachment() else {
+        return Ok(());
+    };
+    let settings =
+        adapter_config(lora, attachment, &base_name(export), export.config.training.context_length);
+    files::write_json(&directory.join(CONFIG_FILE), &settings)?;
+    write_weights(export, &directory.join(WEIGHTS_FILE))?;
+    files::copy_tokenizer(export.base, directory)
+}
+
+/// Builds `adapter_config.json`.
+///
+/// Targets are always written out: servers match leaf names and do not know `all-linear`.
+pub fn adapter_config(
+    lora: &LoraSettings,
+    attachment: &LoraAttachment,
+    base_name: &str,
+    context_length: u32,
+) -> Value {
+    let leaves = |paths: &mut dyn Iterator<Item = &String>| {
+        let mut leaves: Vec<String> = paths.map(|path| names::leaf(path).to_owned()).collect();
+        leaves.sort();
+        leaves.dedup();
+        leaves
+    };
+    let targets = match &lora.target_modules {
+        finetune_contract::TargetModules::AllLinear => leaves(&mut attachment.targets.keys()),
+        // A name may be longer than a leaf, to mean some layers only.
+        finetune_contract::TargetModules::List(list) => {
+            let mut list = list.clone();
+            list.sort();
+            list.dedup();
+            list
+        }
+    };
+    let saved =
+        if lora.modules_to_save.is_empty() { Value::Null } else { json!(lora.modules_to_save) };
+    // PEFT's own field is an integer; a whole number must not become 16.0.
+    let alpha = if lora.lora_alpha.fract() == 0.0 {
+        json!(lora.lora_alpha as i64)
+    } else {
+        json!(lora.lora_alpha)
+    };
+    json!({
+        "alpha_pattern": {},
+        "base_model_name_or_path": base_name,
+        "bias": "none",
+        "fan_in_fan_out": false,
+        "inference_mode": true,
+        "init_lora_weights": true,
+        "layers_pattern": null,
+        "layers_to_transform": null,
+        "lora_alpha": alpha,
+        "lora_dropout": lora.lora_dropout,
+        "max_length": context_length,
+        "modules_to_save": saved,
+        "peft_type": "LORA",
+        "r": lora.r,
+        "rank_pattern": {},
+        "revision": null,
+        "target_modules": targets,
+        "task_type": "CAUSAL_LM",
+        "use_dora": false,
+        "use_rslora": lora.use_rslora,
+    })
+}
+
+/// Returns what servers compare with the base model they serve.
+pub(super) fn base_name(export: &Export<'_>) -> String {
+    let config = export.config;
+    config.output.base_model_name.clone().unwrap_or_else(|| {
+        let uri = &config.model.uri;
+        uri.split_once("://").map_or(uri.as_str(), |(_, name)| name).to_owned()
+    })
+}
+
+fn write_weights(export: &Export<'_>, path: &Path) -> Result<(), Error> {
+    let trained = export.training.model.trained();
+    let base = Checkpoint::open(export.base).map_err(Error::Base)?;
+    let declared: Vec<Declared> = trained
+        .names()
+        .iter()
+        .filter_map(|name| {
+            let shape = trained.master_of(name)?.size();
+            Some(Declared { name: format!("{PREFIX}{name}"), kind: kind(&base, name), shape })
+        })
+        .collect();
+    tensor_file::write(path, &declared, |declared| {
+        let name = declared.name.strip_prefix(PREFIX).unwrap_or(&declared.name);
+        Ok(trained.master_of(name).expect("declared from the same names"))
+    })
+    .map_err(|source: std::io::Error| Error::Write { path: path.to_owned(), source })
+    .map(|_| ())
+}
+
+/// Adapters are fp32; modules saved whole keep the base model's type, as PEFT does it.
+fn kind(base: &Checkpoint, name: &str) -> Kind {
+    if name.contains(".lora_") {
+        return Kind::Float;
+    }
+    // A head that was tied has the embedding's type.
+    let stored =
+        base.tensor(name).or_else(|_| base.tensor(&format!("{}.weight", names::EMBED_TOKENS)));
+    stored.map_or(Kind::Float, |tensor| tensor.kind())
+}

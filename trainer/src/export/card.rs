@@ -1,0 +1,98 @@
+//! The README.md beside a result: what it is, from what, and how to load it.
+
+use std::{fmt::Write, path::Path};
+
+use finetune_contract::{ArtifactKind, RunConfig};
+
+use super::{Error, Export, adapter::base_name, files};
+use crate::checkpoint::TrainState;
+
+/// Writes the card.
+pub(super) fn write(
+    export: &Export<'_>,
+    kind: ArtifactKind,
+    directory: &Path,
+) -> Result<(), Error> {
+    let text = card(export.config, &export.training.state, export.step, kind, &base_name(export));
+    files::write_text(&directory.join("README.md"), &text)
+}
+
+fn card(
+    config: &RunConfig,
+    state: &TrainState,
+    step: u64,
+    kind: ArtifactKind,
+    base: &str,
+) -> String {
+    let training = &config.training;
+    let mut rows = vec![
+        (
+            "base model",
+            format!(
+                "`{base}`{}",
+                config
+                    .model
+                    .revision
+                    .as_ref()
+                    .map_or(String::new(), |commit| format!(" at `{commit}`"))
+            ),
+        ),
+        (
+            "method",
+            config.lora.as_ref().map_or("full-parameter".to_owned(), |lora| {
+                format!(
+                    "LoRA, r {}, alpha {}, dropout {}{}",
+                    lora.r,
+                    lora.lora_alpha,
+                    lora.lora_dropout,
+                    if lora.use_rslora { ", rank-stabilised" } else { "" }
+                )
+            }),
+        ),
+        ("training rows (SHA-256)", format!("`{}`", config.expected.train_sha256)),
+        (
+            "steps",
+            format!("{step} of {} planned, {} tokens", training.total_steps, state.tokens_seen),
+        ),
+        ("context length", training.context_length.to_string()),
+        (
+            "learning rate",
+            format!(
+                "{:e}, {:?} after {} warm-up steps",
+                training.learning_rate, training.lr_scheduler_type, training.num_warmup_steps
+            ),
+        ),
+        (
+            "sequences per step",
+            (training.micro_batch_size * training.gradient_accumulation_steps).to_string(),
+        ),
+        ("seed", training.seed.to_string()),
+    ];
+    if let Some((first, last)) = state.first_loss.zip(state.last_loss) {
+        rows.push(("training loss, first and last step", format!("{first:.4} → {last:.4}")));
+    }
+    if let Some((before, best)) = state.base_eval_loss.zip(state.best) {
+        rows.push((
+            "validation loss, before and published",
+            format!("{before:.4} → {:.4}", best.loss),
+        ));
+    }
+    let library = if kind == ArtifactKind::Adapter { "peft" } else { "transformers" };
+    let mut text = format!(
+        "---\nbase_model: {base}\nlibrary_name: {library}\npipeline_tag: text-generation\n---\n\n# Fine-tuned from {base}\n\n| | |\n|---|---|\n"
+    );
+    for (name, value) in rows {
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "| {name} | {value} |");
+    }
+    let load = match kind {
+        ArtifactKind::Adapter => format!(
+            "from transformers import AutoModelForCausalLM\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(\"{base}\"), \"THIS_DIRECTORY\")"
+        ),
+        ArtifactKind::FullModel | ArtifactKind::MergedModel => {
+            "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(\"THIS_DIRECTORY\")".to_owned()
+        }
+    };
+    let _ = write!(text, "\n```python\n{load}\n```\n");
+    text
+}

@@ -1,0 +1,43 @@
+//! Small files: written as JSON, or copied from the base model.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::Error;
+
+/// What a tokenizer and its chat template consist of.
+const TOKENIZER_FILES: [&str; 8] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+];
+
+/// Writes a JSON file, indented by two.
+pub(super) fn write_json(path: &Path, value: &Value) -> Result<(), Error> {
+    write_text(path, &format!("{value:#}\n"))
+}
+
+/// Writes a text file.
+pub(super) fn write_text(path: &Path, text: &str) -> Result<(), Error> {
+    std::fs::write(path, text).map_err(|source| Error::Write { path: path.to_owned(), source })
+}
+
+/// Copies the tokenizer, so that the result is complete by itself.
+pub(super) fn copy_tokenizer(base: &Path, directory: &Path) -> Result<(), Error> {
+    copy(base, directory, &TOKENIZER_FILES)
+}
+
+/// Copies those of the named files that exist.
+pub(super) fn copy(base: &Path, directory: &Path, names: &[&str]) -> Result<(), Error> {
+    for name in names.iter().filter(|name| base.join(name).exists()) {
+        let path = directory.join(name);
+        std::fs::copy(base.join(name), &path).map_err(|source| Error::Write { path, source })?;
+    }
+    Ok(())
+}

@@ -1,0 +1,141 @@
+//! A Hugging Face model directory, sharded by size, its index last.
+
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use super::{
+    Error, Export, files,
+    merge::{merged, unties},
+};
+use crate::{
+    model::{
+        config::TensorSpec,
+        names,
+        weights::{Checkpoint, INDEX_FILE, SINGLE_FILE},
+    },
+    tensor_file::{self, Declared},
+};
+
+/// The largest shard, as transformers 5 writes them.
+const SHARD_BYTES: u64 = 5_000_000_000;
+
+/// Writes the model with everything a server or trainer needs.
+pub(super) fn write(export: &Export<'_>, directory: &Path) -> Result<(), Error> {
+    let unties = unties(&export.training.model);
+    write_config(export, unties, directory)?;
+    files::copy_tokenizer(export.base, directory)?;
+    files::copy(export.base, directory, &["generation_config.json"])?;
+    write_weights(export, unties, SHARD_BYTES, directory)
+}
+
+fn write_config(export: &Export<'_>, unties: bool, directory: &Path) -> Result<(), Error> {
+    let mut config = export.training.model.config().source.clone();
+    if unties {
+        config.insert("tie_word_embeddings".to_owned(), Value::Bool(false));
+    }
+    files::write_json(&directory.join("config.json"), &Value::Object(config))
+}
+
+fn write_weights(
+    export: &Export<'_>,
+    unties: bool,
+    shard_bytes: u64,
+    directory: &Path,
+) -> Result<(), Error> {
+    let model = &export.training.model;
+    let base = Checkpoint::open(export.base).map_err(Error::Base)?;
+    let mut specs = model.config().tensors();
+    if unties {
+        let config = model.config();
+        specs.push(TensorSpec {
+            name: format!("{}.weight", names::LM_HEAD),
+            shape: vec![config.vocab_size, config.hidden_size],
+        });
+    }
+    let declared = specs.into_iter().map(|spec| {
+        // The result has the base model's element types; a head that was tied has the embedding's.
+        let like = if base.contains(&spec.name) {
+            spec.name.clone()
+        } else {
+            format!("{}.weight", names::EMBED_TOKENS)
+        };
+        let kind = base.tensor(&like).map_err(Error::Base)?.kind();
+        Ok(Declared {
+            name: spec.name,
+            kind,
+            shape: spec.shape.iter().map(|&size| size as i64).collect(),
+        })
+    });
+    let declared = declared.collect::<Result<Vec<_>, Error>>()?;
+    let shards = shards(declared, shard_bytes);
+    let count = shards.len();
+    let mut weight_map = Map::new();
+    let (mut total_size, mut total_parameters) = (0, 0);
+    for (index, shard) in shards.iter().enumerate() {
+        let file = if count == 1 {
+            SINGLE_FILE.to_owned()
+        } else {
+            format!("model-{:05}-of-{count:05}.safetensors", index + 1)
+        };
+        let path = directory.join(&file);
+        tensor_file::write(&path, shard, |declared| {
+            merged(model, &base, &declared.name).map_err(std::io::Error::other)
+        })
+        .map_err(|source| Error::Write { path: path.clone(), source })?;
+        for tensor in shard {
+            total_size += tensor.bytes();
+            total_parameters += tensor.shape.iter().product::<i64>();
+            weight_map.insert(tensor.name.clone(), json!(file));
+        }
+    }
+    if count > 1 {
+        let metadata = json!({"total_parameters": total_parameters, "total_size": total_size});
+        let index = json!({"metadata": metadata, "weight_map": weight_map});
+        files::write_json(&directory.join(INDEX_FILE), &index)?;
+    }
+    Ok(())
+}
+
+/// Fills shards in order; a tensor larger than a shard gets one of its own.
+fn shards(declared: Vec<Declared>, shard_bytes: u64) -> Vec<Vec<Declared>> {
+    let mut shards: Vec<Vec<Declared>> = Vec::new();
+    let mut room = 0;
+    for tensor in declared {
+        let bytes = tensor.bytes();
+        match shards.last_mut() {
+            Some(shard) if bytes <= room => shard.push(tensor),
+            _ => {
+                room = shard_bytes.max(bytes);
+                shards.push(vec![tensor]);
+            }
+        }
+        room -= bytes;
+    }
+    shards
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Kind;
+
+    use super::*;
+
+    #[test]
+    fn fills_shards_in_order() {
+        let tensor = |elements: i64| Declared {
+            name: elements.to_string(),
+            kind: Kind::BFloat16,
+            shape: vec![elements],
+        };
+        let sizes = |elements: &[i64]| {
+            let shards = shards(elements.iter().copied().map(tensor).collect(), 20);
+            shards
+                .iter()
+                .map(|shard| shard.iter().map(|tensor| tensor.shape[0]).collect::<Vec<_>>())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(sizes(&[4, 6, 1]), [vec![4, 6], vec![1]]);
+        assert_eq!(sizes(&[50, 1, 9]), [vec![50], vec![1, 9]]);
+    }
+}

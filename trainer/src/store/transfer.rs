@@ -1,0 +1,226 @@
+//! Whole files in and out: resumable fetches, bounded streams, multipart uploads.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Read, Seek, SeekFrom, Write as _},
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
+
+use bytes::Bytes;
+use object_store::{ObjectStoreExt as _, WriteMultipart};
+use sha2::{Digest, Sha256};
+
+use crate::hex;
+
+use super::{Error, Stat, Store, runtime::block_on};
+
+/// Bytes asked for at once; also what a broken transfer loses at most.
+const CHUNK_BYTES: u64 = 8 << 20;
+/// Files at least this large go up in parts.
+const MULTIPART_BYTES: u64 = 32 << 20;
+/// S3 takes at most 10 000 parts.
+const MAX_PARTS: u64 = 9_000;
+/// Parts in flight; bounds memory to this times the part size.
+const PARTS_IN_FLIGHT: usize = 4;
+
+impl Store {
+    /// Opens a file as a stream that asks for one bounded range after another.
+    ///
+    /// # Errors
+    /// [`Error`] if the file is missing; later failures come through the reader.
+    pub fn open_read(&self, path: &str) -> Result<Box<dyn Read + Send>, Error> {
+        if let Some(local) = self.local_path(path) {
+            let file = File::open(&local).map_err(|error| Error::local("open", &local, error))?;
+            return Ok(Box::new(io::BufReader::new(file)));
+        }
+        let stat = self.stat_existing("open", path)?;
+        Ok(Box::new(RangeReader {
+            store: self.clone(),
+            path: path.to_owned(),
+            stat,
+            position: 0,
+            chunk: Bytes::new(),
+        }))
+    }
+
+    /// Fetches a file to `to`, which appears complete or not at all.
+    ///
+    /// # Guarantees
+    /// An interrupted fetch goes on where it stopped, unless the object changed in between. Two
+    /// processes that fetch the same file wait for each other. The length is checked, and the
+    /// SHA-256 where the server tells it.
+    ///
+    /// # Errors
+    /// [`Error`] if the file is missing, unreadable or damaged, or the disk is full.
+    pub fn fetch(&self, path: &str, to: &Path) -> Result<(), Error> {
+        let stat = self.stat_existing("fetch", path)?;
+        let directory = to.parent().unwrap_or(Path::new("."));
+        fs::create_dir_all(directory).map_err(|error| Error::local("create", directory, error))?;
+        let partial = partial_path(to, &self.name(path), &stat);
+        let Some(mut file) = lock_partial(&partial, to, stat.size)? else {
+            return Ok(()); // Another process finished while we waited for the lock.
+        };
+        let write = |error| Error::local("write", &partial, error);
+        let mut position = file.seek(SeekFrom::End(0)).map_err(write)?;
+        if position > stat.size {
+            file.set_len(0).map_err(write)?;
+            position = file.seek(SeekFrom::Start(0)).map_err(write)?;
+        }
+        while position < stat.size {
+            let end = stat.size.min(position + CHUNK_BYTES);
+            let bytes = self.read_range_of(path, position..end, stat.tag.as_deref())?;
+            file.write_all(&bytes).map_err(write)?;
+            position += bytes.len() as u64;
+            if bytes.len() as u64 != end - (position - bytes.len() as u64) {
+                return Err(Error::Damaged {
+                    uri: self.name(path),
+                    detail: format!("it ended at byte {position} of {}", stat.size),
+                });
+            }
+        }
+        if let Some(expected) = &stat.sha256 {
+            let (_, found) = hash_file(&partial)?;
+            if found != *expected {
+                // Resuming from wrong bytes would fail for ever.
+                fs::remove_file(&partial)
+                    .map_err(|error| Error::local("remove", &partial, error))?;
+                return Err(Error::Damaged {
+                    uri: self.name(path),
+                    detail: format!("its SHA-256 is {found}, the server announced {expected}"),
+                });
+            }
+        }
+        file.sync_all().map_err(write)?;
+        fs::rename(&partial, to).map_err(|error| Error::local("rename", &partial, error))
+    }
+
+    /// Writes a file's bytes to an object: in parts when large, which are aborted on failure.
+    ///
+    /// # Errors
+    /// [`Error`] if the file cannot be read or the store not written.
+    pub fn put_file(&self, path: &str, from: &Path) -> Result<(), Error> {
+        let read = |error| Error::local("read", from, error);
+        let size = fs::metadata(from).map_err(read)?.len();
+        if size < MULTIPART_BYTES {
+            return self.put(path, fs::read(from).map_err(read)?.into());
+        }
+        let store = self.writable("write", path)?;
+        let key = self.key(path)?;
+        let part_bytes = size.div_ceil(MAX_PARTS).max(16 << 20) as usize;
+        let mut file = File::open(from).map_err(read)?;
+        block_on(async {
+            let failed = |error| self.failed("write", path, error);
+            let upload = store.put_multipart(&key).await.map_err(failed)?;
+            let mut upload = WriteMultipart::new_with_chunk_size(upload, part_bytes);
+            let mut sent = 0;
+            loop {
+                let mut part = Vec::with_capacity(part_bytes);
+                let outcome = match (&mut file).take(part_bytes as u64).read_to_end(&mut part) {
+                    Ok(0) => break,
+                    Ok(read) => {
+                        sent += read as u64;
+                        upload.wait_for_capacity(PARTS_IN_FLIGHT - 1).await.map_err(failed)
+                    }
+                    Err(error) => Err(read(error)),
+                };
+                if let Err(error) = outcome {
+                    // The first error is the one to tell; a lifecycle rule removes orphaned parts.
+                    let _ = upload.abort().await;
+                    return Err(error);
+                }
+                upload.put(part.into());
+            }
+            if sent != size {
+                let _ = upload.abort().await;
+                return Err(Error::Damaged {
+                    uri: from.display().to_string(),
+                    detail: format!("it changed from {size} to {sent} bytes while it was read"),
+                });
+            }
+            // `finish` aborts by itself when a part fails.
+            upload.finish().await.map(|_| ()).map_err(failed)
+        })
+    }
+}
+
+/// Reads a file range by range.
+struct RangeReader {
+    store: Store,
+    path: String,
+    stat: Stat,
+    position: u64,
+    chunk: Bytes,
+}
+
+impl Read for RangeReader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.chunk.is_empty() && self.position < self.stat.size {
+            let end = self.stat.size.min(self.position + CHUNK_BYTES);
+            let tag = self.stat.tag.as_deref();
+            self.chunk = self.store.read_range_of(&self.path, self.position..end, tag)?;
+            if self.chunk.is_empty() {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            self.position += self.chunk.len() as u64;
+        }
+        let length = buffer.len().min(self.chunk.len());
+        buffer[..length].copy_from_slice(&self.chunk.split_to(length));
+        Ok(length)
+    }
+}
+
+/// Opens and locks the unfinished file; `None` if another process has completed `to` meanwhile.
+fn lock_partial(partial: &Path, to: &Path, size: u64) -> Result<Option<File>, Error> {
+    let failed = |error| Error::local("lock", partial, error);
+    loop {
+        let file = OpenOptions::new()
+            .create(true)
+            .read(true)
+            .write(true)
+            .truncate(false)
+            .open(partial)
+            .map_err(failed)?;
+        file.lock().map_err(failed)?;
+        // The name may have been renamed away, and even made anew, while we waited.
+        let ours = file.metadata().map_err(failed)?.ino();
+        if fs::metadata(partial).is_ok_and(|named| named.ino() == ours) {
+            return Ok(Some(file));
+        }
+        if to.metadata().is_ok_and(|meta| meta.len() == size) {
+            return Ok(None);
+        }
+    }
+}
+
+/// Names the unfinished file so that only the very same bytes are ever continued.
+fn partial_path(to: &Path, uri: &str, stat: &Stat) -> PathBuf {
+    let identity = format!("{uri}\n{}\n{:?}\n{:?}", stat.size, stat.tag, stat.sha256);
+    let name = to.file_name().unwrap_or_default().to_string_lossy();
+    to.with_file_name(format!(".{name}.{}.partial", &sha256_hex(identity.as_bytes())[..16]))
+}
+
+/// Returns the size and SHA-256 of a local file.
+///
+/// # Errors
+/// [`Error::Local`].
+pub fn hash_file(path: &Path) -> Result<(u64, String), Error> {
+    let read = |error| Error::local("read", path, error);
+    let mut file = File::open(path).map_err(read)?;
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    let mut size = 0;
+    loop {
+        let length = file.read(&mut buffer).map_err(read)?;
+        if length == 0 {
+            return Ok((size, hex(&hasher.finalize())));
+        }
+        hasher.update(&buffer[..length]);
+        size += length as u64;
+    }
+}
+
+/// Returns the SHA-256 of bytes in lower-case hexadecimal.
+pub fn sha256_hex(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}

@@ -1,0 +1,145 @@
+//! What every store must do the same.
+
+use std::{fs, io::Read as _, sync::Arc};
+
+use finetune_contract::{OutputState, RunId};
+use finetune_trainer::store::{
+    Entry, Environment, Error, PutIfAbsent, Role, Store, fetch_model, publish,
+};
+use object_store::memory::InMemory;
+
+use super::{manifest, uri};
+
+#[test]
+fn memory_conforms() {
+    conforms(&Store::over(&uri("s3://bucket/base"), Arc::new(InMemory::new())));
+}
+
+#[test]
+fn disk_conforms() {
+    let directory = tempfile::tempdir().unwrap();
+    let uri = uri(&format!("file://{}/base", directory.path().display()));
+    conforms(&Store::open(&uri, None, Role::Output, &Environment::default()).unwrap());
+}
+
+#[test]
+fn s3_conforms() {
+    let environment = Environment::from_process();
+    let Some(endpoint) = environment.plain("FINETUNE_TEST_S3_ENDPOINT") else {
+        println!("SKIPPED store on S3: FINETUNE_TEST_S3_ENDPOINT is not set");
+        return;
+    };
+    let get = |key| environment.plain(key).unwrap();
+    let bucket = get("FINETUNE_TEST_S3_BUCKET");
+    let (id, secret) = (get("AWS_ACCESS_KEY_ID"), get("AWS_SECRET_ACCESS_KEY"));
+    let open = |bucket: &str, secret: &str| {
+        let environment = Environment::from_pairs([
+            ("AWS_ENDPOINT_URL", endpoint),
+            ("FINETUNE_OUTPUT_AWS_ACCESS_KEY_ID", id),
+            ("FINETUNE_OUTPUT_AWS_SECRET_ACCESS_KEY", secret),
+            ("AWS_SECRET_ACCESS_KEY", "of another account"),
+            ("FINETUNE_STORE_RETRIES", "1"),
+        ]);
+        let uri = uri(&format!("s3://{bucket}/store-test-{}", std::process::id()));
+        Store::open(&uri, None, Role::Output, &environment).unwrap()
+    };
+    conforms(&open(bucket, secret));
+    let refused = open(bucket, "wrong").probe_write().unwrap_err();
+    assert!(matches!(refused, Error::PermissionDenied { .. }), "{refused}");
+    let missing = open("no-such-bucket-here", secret).list().unwrap_err();
+    assert!(matches!(missing, Error::NotFound { .. }), "{missing}");
+}
+
+fn conforms(store: &Store) {
+    assert_eq!(store.list().unwrap(), []);
+    assert_eq!(store.size("a").unwrap(), None);
+    assert!(matches!(store.read("a"), Err(Error::NotFound { .. })));
+    store.probe_write().unwrap();
+    store.put("b/c d", "123".into()).unwrap();
+    store.put("a", "hello".into()).unwrap();
+    store.put("a", "hello world".into()).unwrap();
+    let entry = |path: &str, size| Entry { path: path.to_owned(), size };
+    assert_eq!(store.list().unwrap(), [entry("a", 11), entry("b/c d", 3)]);
+    assert_eq!(store.read_range("a", 6..100).unwrap(), "world");
+
+    assert_eq!(store.put_if_absent("m", "ours".into()).unwrap(), PutIfAbsent::Created);
+    assert_eq!(store.put_if_absent("m", "ours".into()).unwrap(), PutIfAbsent::Created);
+    let exists = PutIfAbsent::Exists("ours".into());
+    assert_eq!(store.put_if_absent("m", "theirs".into()).unwrap(), exists);
+    store.delete("m").unwrap();
+    store.delete("m").unwrap();
+
+    let local = tempfile::tempdir().unwrap();
+    let large: Vec<u8> = (0..(40u32 << 20)).map(|i| (i % 251) as u8).collect();
+    fs::write(local.path().join("large"), &large).unwrap();
+    store.put_file("large", &local.path().join("large")).unwrap();
+    let mut read = Vec::new();
+    store.open_read("large").unwrap().read_to_end(&mut read).unwrap();
+    assert!(read == large);
+    store.fetch("large", &local.path().join("x/back")).unwrap();
+    assert!(fs::read(local.path().join("x/back")).unwrap() == large);
+    assert_eq!(fs::read_dir(local.path().join("x")).unwrap().count(), 1);
+    for path in ["a", "b/c d", "large"] {
+        store.delete(path).unwrap();
+    }
+    publishes(store);
+}
+
+fn publishes(store: &Store) {
+    let run = RunId("one".to_owned());
+    let local = tempfile::tempdir().unwrap();
+    fs::write(local.path().join("config.json"), "{}").unwrap();
+    fs::create_dir(local.path().join("adapter")).unwrap();
+    fs::write(local.path().join("adapter/w.safetensors"), "weights").unwrap();
+    assert_eq!(publish::output_state(store, &run).unwrap(), OutputState::Vacant);
+    let first = publish::publish(store, local.path(), manifest("one"), false).unwrap();
+    assert_eq!(publish::publish(store, local.path(), manifest("one"), false).unwrap(), first);
+    assert_eq!(publish::output_state(store, &run).unwrap(), OutputState::PublishedByThisRun);
+    let back = tempfile::tempdir().unwrap();
+    assert_eq!(publish::fetch_verified(store, &first.manifest, back.path()).unwrap(), 9);
+
+    let refused = publish::publish(store, local.path(), manifest("two"), false).unwrap_err();
+    assert!(refused.to_string().contains("already holds the result of run one"), "{refused}");
+    fs::remove_dir_all(local.path().join("adapter")).unwrap();
+    let second = publish::publish(store, local.path(), manifest("two"), true).unwrap();
+    assert_eq!(publish::read_manifest(store).unwrap(), Some(second.manifest.clone()));
+    assert_eq!(store.size("adapter/w.safetensors").unwrap(), None);
+
+    store.put("config.json", "[]".into()).unwrap();
+    let back = tempfile::tempdir().unwrap();
+    let damaged = publish::fetch_verified(store, &second.manifest, back.path()).unwrap_err();
+    assert!(matches!(damaged, Error::Damaged { .. }), "{damaged}");
+
+    let cache = tempfile::tempdir().unwrap();
+    let model = fetch_model(store, cache.path()).unwrap();
+    assert_eq!(fs::read_to_string(model.join("config.json")).unwrap(), "[]");
+}
+
+#[test]
+fn a_uri_of_one_file_lists_it_and_directory_markers_are_left_out() {
+    let memory = Arc::new(InMemory::new());
+    let base = Store::over(&uri("s3://bucket/base"), Arc::clone(&memory) as _);
+    base.put("rows.jsonl", "{}".into()).unwrap();
+    base.put("d", "".into()).unwrap();
+    base.put("d.x", "1".into()).unwrap();
+    base.put("d/e", "1".into()).unwrap();
+    let paths: Vec<String> = base.list().unwrap().into_iter().map(|entry| entry.path).collect();
+    assert_eq!(paths, ["d.x", "d/e", "rows.jsonl"]);
+    let one = Store::over(&uri("s3://bucket/base/rows.jsonl"), memory);
+    assert_eq!(one.list().unwrap(), [Entry { path: String::new(), size: 2 }]);
+    assert_eq!(one.read("").unwrap(), "{}");
+}
+
+#[test]
+fn an_endpoint_nobody_listens_at_is_unavailable() {
+    let environment = Environment::from_pairs([
+        ("AWS_ENDPOINT_URL", "http://127.0.0.1:1"),
+        ("AWS_ACCESS_KEY_ID", "id"),
+        ("AWS_SECRET_ACCESS_KEY", "secret"),
+        ("FINETUNE_STORE_RETRIES", "0"),
+    ]);
+    let store = Store::open(&uri("s3://bucket/x"), None, Role::Output, &environment).unwrap();
+    let error = store.probe_write().unwrap_err();
+    assert!(matches!(error, Error::Unavailable { .. }), "{error}");
+    assert!(!error.to_string().contains("secret"), "{error}");
+}
