@@ -11,7 +11,7 @@ use super::{
     tokenizer::Tokenizer,
 };
 
-const CHATML: &str = "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind<|im_end|>\n{% endif %}\
+pub(crate) const CHATML: &str = "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind<|im_end|>\n{% endif %}\
     {{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}\
     {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 
@@ -35,8 +35,9 @@ const QWEN3: &str = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}
 const GENERATION: &str = "{% for m in messages %}\n<|im_start|>{{ m.role }}\n\n{% if m.role == 'assistant' %}\n\
     {% generation %}\n{{ m.content }}<|im_end|>{% endgeneration %}\n{% else %}\n{{ m.content }}<|im_end|>\n{% endif %}\n\n{% endfor %}";
 
-/// A byte-level tokenizer as Llama 3 has it: trimmed offsets, BOS by a template, runs of spaces.
-fn tokenizer(template: Option<&str>, bos: &str, eos: &str) -> Tokenizer {
+/// The `tokenizer.json` of a byte-level tokenizer as Llama 3 has it: trimmed offsets, BOS by a
+/// template, runs of spaces.
+pub(crate) fn tokenizer_json(bos: &str, eos: &str) -> serde_json::Value {
     let mut alphabet: Vec<char> =
         tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet().into_iter().collect();
     alphabet.sort_unstable();
@@ -69,7 +70,7 @@ fn tokenizer(template: Option<&str>, bos: &str, eos: &str) -> Tokenizer {
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
         "special_tokens": {bos: {"id": bos, "ids": [size], "tokens": [bos]}},
     });
-    let file = json!({
+    json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": null,
         "pre_tokenizer": byte_level,
         "post_processor": {"type": "Sequence", "processors": [byte_level, starts_with_bos]},
@@ -77,8 +78,11 @@ fn tokenizer(template: Option<&str>, bos: &str, eos: &str) -> Tokenizer {
         "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
                   "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
                   "vocab": vocab, "merges": [["Ġ", "Ġ"], ["ĠĠ", "ĠĠ"]]},
-    });
-    let inner: tokenizers::Tokenizer = file.to_string().parse().unwrap();
+    })
+}
+
+fn tokenizer(template: Option<&str>, bos: &str, eos: &str) -> Tokenizer {
+    let inner: tokenizers::Tokenizer = tokenizer_json(bos, eos).to_string().parse().unwrap();
     let variables = [("bos_token", bos), ("eos_token", eos)];
     let variables = variables.map(|(name, token)| (name.to_owned(), token.to_owned())).to_vec();
     let template = template.map(|source| Template::compile(source, variables).unwrap());

@@ -8,7 +8,7 @@ pub mod census;
 pub mod dataset;
 pub mod format;
 #[cfg(test)]
-mod goldens;
+pub(crate) mod goldens;
 pub mod jsonl;
 pub mod packing;
 pub mod rows;
