@@ -33,6 +33,10 @@ pub struct Line {
 /// A [`Failure`] if the store fails or there is none.
 pub fn files(store: &Store) -> Result<Vec<Entry>, Failure> {
     let all = store.list()?;
+    if all.is_empty() {
+        let message = format!("nothing is at {}", store.uri());
+        return Err(Failure::new(FailureReason::InvalidDataset, message));
+    }
     let is_single = all.len() == 1 && all[0].path.is_empty();
     let files: Vec<Entry> =
         all.into_iter().filter(|entry| is_single || is_data(&entry.path)).collect();
@@ -291,6 +295,7 @@ mod tests {
     fn says_what_a_data_file_is_called() {
         insta::assert_snapshot!(check("train.parquet", b"PAR1"), @"file:///train.parquet is no data file: its name must end in .jsonl, .json, .jsonl.gz or .jsonl.zst");
         let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join("README.md"), "").unwrap();
         let path = directory.path().display().to_string();
         insta::assert_snapshot!(lines(directory.path()).unwrap_err().to_string().replace(&path, "/data"), @"file:///data has no data: it must name a file, or a prefix with files that end in .jsonl, .jsonl.gz or .jsonl.zst");
     }
