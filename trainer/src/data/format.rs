@@ -31,11 +31,16 @@ pub struct Message {
 /// The shapes `auto` finds, with the key that gives each away.
 const SIGNATURES: [(&str, DatasetFormat); 5] = [
     ("messages", DatasetFormat::Messages),
-    ("prompt", DatasetFormat::PromptCompletion),
-    ("text", DatasetFormat::Text),
     ("conversations", DatasetFormat::Sharegpt),
+    ("prompt", DatasetFormat::PromptCompletion),
     ("instruction", DatasetFormat::Alpaca),
+    // Last: the original Alpaca rows have a `text` beside their parts.
+    ("text", DatasetFormat::Text),
 ];
+
+/// Parts of a turn or row that no template is given, so that training would silently lose them.
+const UNSUPPORTED: [&str; 6] =
+    ["tool_calls", "function_call", "reasoning_content", "thinking", "tools", "functions"];
 
 /// Finds the shape of a row by its keys.
 ///
@@ -64,6 +69,11 @@ pub fn detect(row: &Map<String, Value>) -> Result<DatasetFormat, String> {
 pub fn read(text: &str, format: DatasetFormat) -> Result<(DatasetFormat, Example), String> {
     let row = match serde_json::from_str(text) {
         Ok(Value::Object(row)) => row,
+        Ok(Value::Array(_)) => {
+            return Err(
+                "the line is a JSON array: write one object `{…}` per line instead".to_owned()
+            );
+        }
         Ok(_) => return Err("the line is JSON but no object `{…}`".to_owned()),
         Err(error) if text.trim_start().starts_with('[') => {
             return Err(format!(
@@ -101,12 +111,14 @@ fn turns(
     let Some(list) = field(row, key)?.as_array() else {
         return Err(format!("{key:?} must be a list of turns"));
     };
+    refuse_unsupported(row)?;
     let messages = list
         .iter()
         .enumerate()
         .map(|(index, turn)| {
             let at = |reason: String| format!("{key}[{index}]: {reason}");
             let turn = turn.as_object().ok_or_else(|| at("it must be an object".to_owned()))?;
+            refuse_unsupported(turn).map_err(at)?;
             let role = role(&string(turn, role_key).map_err(at)?).map_err(at)?;
             let content = string(turn, content_key).map_err(at)?;
             if content.is_empty() && role == "assistant" {
@@ -122,6 +134,25 @@ fn turns(
         return Err(format!("{key:?} has no assistant turn, so there is nothing to train on"));
     }
     Ok(messages)
+}
+
+fn refuse_unsupported(object: &Map<String, Value>) -> Result<(), String> {
+    let is_empty = |value: &Value| {
+        value.is_null() || value.as_array().is_some_and(Vec::is_empty) || value.as_str() == Some("")
+    };
+    let mut parts = UNSUPPORTED.iter().filter_map(|part| object.get_key_value(*part));
+    if let Some((part, _)) = parts.find(|(_, value)| !is_empty(value)) {
+        return Err(format!(
+            "{part:?} is not supported and would be lost: leave the row out, or write what the model should say into the text"
+        ));
+    }
+    // OpenAI's way of leaving an assistant turn out of the loss.
+    match object.get("weight") {
+        Some(weight) if weight.as_f64() != Some(1.0) => Err(format!(
+            "\"weight\" is {weight}, but every assistant turn is trained on: only 1 is supported"
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// Names a role as chat templates do; ShareGPT has names of its own.
@@ -226,12 +257,30 @@ mod tests {
     }
 
     #[test]
+    fn original_alpaca_rows_are_no_plain_text() {
+        insta::assert_snapshot!(check(r#"{"instruction": "a", "input": "", "output": "b", "text": "Below is … a … b"}"#), @"Alpaca: user=a assistant=b");
+    }
+
+    #[test]
+    fn never_loses_parts_of_a_turn_silently() {
+        let turn = |extra: &str| {
+            check(&format!(
+                r#"{{"messages": [{{"role": "user", "content": "a"}}, {{"role": "assistant", "content": "b", {extra}}}]}}"#
+            ))
+        };
+        insta::assert_snapshot!(turn(r#""tool_calls": [{"id": 1}]"#), @r#"messages[1]: "tool_calls" is not supported and would be lost: leave the row out, or write what the model should say into the text"#);
+        insta::assert_snapshot!(turn(r#""weight": 0"#), @r#"messages[1]: "weight" is 0, but every assistant turn is trained on: only 1 is supported"#);
+        insta::assert_snapshot!(turn(r#""weight": 1, "tool_calls": null, "name": "x""#), @"Messages: user=a assistant=b");
+    }
+
+    #[test]
     fn says_what_is_wrong_with_a_row() {
-        insta::assert_snapshot!(check(r#"{"message": []}"#), @r#"the row has the keys "message", none of which is "messages", "prompt", "text", "conversations", "instruction" (did you mean "messages" instead of "message"?)"#);
+        insta::assert_snapshot!(check(r#"{"message": []}"#), @r#"the row has the keys "message", none of which is "messages", "conversations", "prompt", "instruction", "text" (did you mean "messages" instead of "message"?)"#);
         insta::assert_snapshot!(check_as(r#"{"message": []}"#, DatasetFormat::Messages), @r#""messages" is missing (did you mean it by "message"?)"#);
         insta::assert_snapshot!(check("[{"), @r"the line is not JSON by itself (EOF while parsing an object at line 1 column 2): this looks like a JSON array; write one object per line instead");
         insta::assert_snapshot!(check(r#"{"text": "a",}"#), @"the line is not JSON: trailing comma at column 14");
-        insta::assert_snapshot!(check("[]"), @"the line is JSON but no object `{…}`");
+        insta::assert_snapshot!(check(r#"[{"text": "a"}]"#), @"the line is a JSON array: write one object `{…}` per line instead");
+        insta::assert_snapshot!(check("3"), @"the line is JSON but no object `{…}`");
         insta::assert_snapshot!(check(r#"{"text": ""}"#), @r#""text" is empty"#);
         insta::assert_snapshot!(check(r#"{"prompt": "a", "completion": null}"#), @r#""completion" is null, it must be a string"#);
     }

@@ -1,6 +1,9 @@
 //! Lines of JSONL files, plain or compressed, one file or all below a prefix, with bounded memory.
 
-use std::io::{self, BufRead, BufReader, Read};
+use std::{
+    cell::Cell,
+    io::{self, BufRead, BufReader, Read},
+};
 
 use finetune_contract::FailureReason;
 use flate2::read::MultiGzDecoder;
@@ -30,6 +33,10 @@ pub struct Line {
 /// A [`Failure`] if the store fails or there is none.
 pub fn files(store: &Store) -> Result<Vec<Entry>, Failure> {
     let all = store.list()?;
+    if all.is_empty() {
+        let message = format!("nothing is at {}", store.uri());
+        return Err(Failure::new(FailureReason::InvalidDataset, message));
+    }
     let is_single = all.len() == 1 && all[0].path.is_empty();
     let files: Vec<Entry> =
         all.into_iter().filter(|entry| is_single || is_data(&entry.path)).collect();
@@ -66,26 +73,28 @@ pub fn for_each_line(
     visit: &mut dyn FnMut(Line, &[u8]),
 ) -> Result<(), Failure> {
     let name = if file.path.is_empty() { store.uri().file_name() } else { &file.path };
+    // Whether it is the store that failed; else what it gave cannot be unpacked.
+    let store_failed = Cell::new(false);
     let broken = |number: u64, error: &io::Error| {
-        let reason = match error.kind() {
-            io::ErrorKind::UnexpectedEof
-            | io::ErrorKind::InvalidData
-            | io::ErrorKind::InvalidInput => FailureReason::InvalidDataset,
-            _ => FailureReason::StoreUnavailable,
+        let text = chain(error);
+        let (reason, message) = if store_failed.get() {
+            (FailureReason::StoreUnavailable, format!("the file cannot be read on: {text}"))
+        } else {
+            let message = format!(
+                "the file cannot be unpacked ({text}): it is cut short or damaged, or its name has the wrong ending"
+            );
+            (FailureReason::InvalidDataset, message)
         };
-        Failure::new(
-            reason,
-            format!("{name}:{number}: the file cannot be read on: {}", chain(error)),
-        )
+        Failure::new(reason, format!("{name}:{number}: {message}"))
     };
-    let raw = store.open_read(&file.path)?;
-    let reader: Box<dyn Read> = if name.ends_with(".gz") {
+    let raw = Watched { inner: store.open_read(&file.path)?, failed: &store_failed };
+    let reader: Box<dyn Read + '_> = if name.ends_with(".gz") {
         Box::new(Limited::new(MultiGzDecoder::new(BufReader::new(raw)), file.size))
     } else if name.ends_with(".zst") {
         let decoder = zstd::Decoder::new(raw).map_err(|error| broken(1, &error))?;
         Box::new(Limited::new(decoder, file.size))
     } else {
-        raw
+        Box::new(raw)
     };
     let mut reader = BufReader::with_capacity(1 << 20, reader);
     let mut bytes = Vec::new();
@@ -146,6 +155,20 @@ fn skip_line(reader: &mut impl BufRead) -> io::Result<()> {
     }
 }
 
+/// Remembers that the reader below a decoder failed.
+struct Watched<'a, R> {
+    inner: R,
+    failed: &'a Cell<bool>,
+}
+
+impl<R: Read> Read for Watched<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.inner.read(buffer).inspect_err(|error| {
+            self.failed.set(error.kind() != io::ErrorKind::Interrupted);
+        })
+    }
+}
+
 /// Stops a reader that unpacks to far more than any text does.
 struct Limited<R> {
     inner: R,
@@ -168,5 +191,112 @@ impl<R: Read> Read for Limited<R> {
             io::Error::new(io::ErrorKind::InvalidData, text)
         })?;
         Ok(read)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, path::Path};
+
+    use finetune_contract::ObjectUri;
+    use io::Write;
+
+    use super::*;
+    use crate::store::{Environment, Role};
+
+    fn open(path: &Path) -> Store {
+        let uri = ObjectUri::parse(&format!("file://{}", path.display())).unwrap();
+        Store::open(&uri, None, Role::Dataset, &Environment::default()).unwrap()
+    }
+
+    fn lines(path: &Path) -> Result<Vec<String>, Failure> {
+        let store = open(path);
+        let mut lines = Vec::new();
+        for file in files(&store)? {
+            for_each_line(&store, &file, &mut |line, _| {
+                let text = line.text.unwrap_or_else(|reason| format!("error: {reason}"));
+                lines.push(format!("{} {text}", line.location));
+            })?;
+        }
+        Ok(lines)
+    }
+
+    /// Reads one file of the given bytes.
+    fn check(name: &str, bytes: &[u8]) -> String {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join(name);
+        fs::write(&path, bytes).unwrap();
+        match lines(&path) {
+            Ok(lines) => lines.join(" | "),
+            Err(failure) => {
+                failure.to_string().replace(&directory.path().display().to_string(), "")
+            }
+        }
+    }
+
+    fn gzip(bytes: &[u8]) -> Vec<u8> {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+        encoder.write_all(bytes).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    #[test]
+    fn takes_line_ends_and_marks_as_editors_leave_them() {
+        insta::assert_snapshot!(check("a.jsonl", b"\xEF\xBB\xBF{}\r\n\r\n  \n{1}\n{2}"), @"a.jsonl:1 {} | a.jsonl:4 {1} | a.jsonl:5 {2}");
+    }
+
+    #[test]
+    fn names_lines_that_are_no_text() {
+        insta::assert_snapshot!(check("a.jsonl", b"{}\n\xFF\xFE\n{\0}\n{}"), @"a.jsonl:1 {} | a.jsonl:2 error: the line is not UTF-8 (byte 1) | a.jsonl:3 error: the line has a NUL byte: this is no JSONL, or it is UTF-16 | a.jsonl:4 {}");
+        insta::assert_snapshot!(check("a.jsonl", &[b"{}\n".as_slice(), &vec![b'a'; MAX_LINE_BYTES + 9], b"\n{}"].concat()), @"a.jsonl:1 {} | a.jsonl:2 error: the line is longer than 64 MiB | a.jsonl:3 {}");
+    }
+
+    #[test]
+    fn unpacks_gzip_and_zstd() {
+        let rows = b"{}\n{1}\n";
+        // Two members one after the other are one file, as `cat a.gz b.gz` makes.
+        insta::assert_snapshot!(check("a.jsonl.gz", &[gzip(rows), gzip(b"{2}\n")].concat()), @"a.jsonl.gz:1 {} | a.jsonl.gz:2 {1} | a.jsonl.gz:3 {2}");
+        insta::assert_snapshot!(check("a.jsonl.zst", &zstd::encode_all(rows.as_slice(), 3).unwrap()), @"a.jsonl.zst:1 {} | a.jsonl.zst:2 {1}");
+    }
+
+    #[test]
+    fn refuses_damaged_archives() {
+        // Noise, so that the archive is longer than its first block.
+        let rows: Vec<u8> = (0..20_000_u32)
+            .flat_map(|row| format!("{{{}}}\n", row.wrapping_mul(2_654_435_761)).into_bytes())
+            .collect();
+        let (gzip, zstd) = (gzip(&rows), zstd::encode_all(rows.as_slice(), 3).unwrap());
+        let without_line =
+            |text: String| text.split_once(": ").map(|(_, reason)| reason.to_owned());
+        insta::assert_snapshot!(without_line(check("a.jsonl.gz", &gzip[..gzip.len() / 2])).unwrap(), @"the file cannot be unpacked (incomplete deflate stream): it is cut short or damaged, or its name has the wrong ending");
+        insta::assert_snapshot!(without_line(check("a.jsonl.zst", &zstd[..zstd.len() / 2])).unwrap(), @"the file cannot be unpacked (incomplete frame): it is cut short or damaged, or its name has the wrong ending");
+        insta::assert_snapshot!(check("a.jsonl.gz", b"{}\n"), @"a.jsonl.gz:1: the file cannot be unpacked (unexpected end of file): it is cut short or damaged, or its name has the wrong ending");
+        insta::assert_snapshot!(check("a.jsonl.zst", b"{}\n{}\n"), @"a.jsonl.zst:1: the file cannot be unpacked (Unknown frame descriptor): it is cut short or damaged, or its name has the wrong ending");
+    }
+
+    #[test]
+    fn stops_archives_that_unpack_without_end() {
+        let endless = zstd::encode_all(io::repeat(b'a').take(80 << 20), 1).unwrap();
+        insta::assert_snapshot!(check("a.jsonl.zst", &endless).split_once(": ").unwrap().1, @"the file cannot be unpacked (it unpacks to more than 200 times its size, which text never does): it is cut short or damaged, or its name has the wrong ending");
+    }
+
+    #[test]
+    fn reads_every_data_file_below_a_prefix_in_order() {
+        let directory = tempfile::tempdir().unwrap();
+        for (name, text) in [("b.jsonl", "2"), ("a.jsonl", "1"), ("README.md", "no")] {
+            fs::write(directory.path().join(name), text).unwrap();
+        }
+        fs::create_dir(directory.path().join("c")).unwrap();
+        fs::write(directory.path().join("c/d.jsonl.gz"), gzip(b"3")).unwrap();
+        insta::assert_snapshot!(lines(directory.path()).unwrap().join(" | "), @"a.jsonl:1 1 | b.jsonl:1 2 | c/d.jsonl.gz:1 3");
+    }
+
+    #[test]
+    fn says_what_a_data_file_is_called() {
+        insta::assert_snapshot!(check("train.parquet", b"PAR1"), @"file:///train.parquet is no data file: its name must end in .jsonl, .json, .jsonl.gz or .jsonl.zst");
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join("README.md"), "").unwrap();
+        let path = directory.path().display().to_string();
+        insta::assert_snapshot!(lines(directory.path()).unwrap_err().to_string().replace(&path, "/data"), @"file:///data has no data: it must name a file, or a prefix with files that end in .jsonl, .jsonl.gz or .jsonl.zst");
     }
 }

@@ -7,6 +7,8 @@
 pub mod census;
 pub mod dataset;
 pub mod format;
+#[cfg(test)]
+pub(crate) mod goldens;
 pub mod jsonl;
 pub mod packing;
 pub mod rows;

@@ -12,6 +12,8 @@ use crate::{failure::Failure, hex, store::Store};
 
 /// Rows handed to the processors at once.
 const BATCH: usize = 512;
+/// Fewer are, once their lines add up to this: it bounds memory when lines are long.
+const BATCH_BYTES: usize = 16 << 20;
 /// Bad rows that are remembered; all are counted.
 const SHOWN: usize = 20;
 
@@ -67,6 +69,7 @@ pub fn for_each_row(
     };
     let mut hash = Sha256::new();
     let mut waiting: Vec<(Line, u128)> = Vec::new();
+    let mut waiting_bytes = 0;
     let mut failure = None;
     for file in &files {
         jsonl::for_each_line(store, file, &mut |line, bytes| {
@@ -75,7 +78,13 @@ pub fn for_each_row(
             let digest = Sha256::digest(bytes);
             let half = digest.first_chunk::<16>().expect("SHA-256 has 32 bytes");
             waiting.push((line, u128::from_le_bytes(*half)));
-            if waiting.len() == BATCH && failure.is_none() {
+            waiting_bytes += bytes.len();
+            if waiting.len() == BATCH || waiting_bytes >= BATCH_BYTES {
+                waiting_bytes = 0;
+                if failure.is_some() {
+                    waiting.clear();
+                    return;
+                }
                 failure = flush(&mut waiting, &mut read, tokenizer, visit).err();
             }
         })?;

@@ -80,6 +80,9 @@ impl Template {
             .collect();
         variables.insert("messages", Value::from(Serde(messages)));
         variables.insert("add_generation_prompt", Value::from(add_generation_prompt));
+        // transformers always passes both; templates ask `tools is not none`.
+        variables.insert("tools", Value::from(()));
+        variables.insert("documents", Value::from(()));
         let variables = Value::from_pairs(variables);
         let text = template.render(variables).map_err(|error| explain(&error))?;
         Ok(take_marks(&text))
@@ -155,19 +158,19 @@ fn take_marks(marked: &str) -> Rendered {
 fn to_json(value: &Value, indent: Option<usize>) -> Result<Value, Error> {
     let invalid =
         |error: serde_json::Error| Error::new(ErrorKind::InvalidOperation, error.to_string());
-    let value = serde_json::to_value(value).map_err(invalid)?;
+    // Straight from the template's value: a detour through `serde_json::Value` may sort the keys.
     let mut bytes = Vec::new();
     let spaces = " ".repeat(indent.unwrap_or(0));
     if indent.is_some() {
         let formatter = serde_json::ser::PrettyFormatter::with_indent(spaces.as_bytes());
         serde::Serialize::serialize(
-            &value,
+            value,
             &mut serde_json::Serializer::with_formatter(&mut bytes, formatter),
         )
         .map_err(invalid)?;
     } else {
         serde::Serialize::serialize(
-            &value,
+            value,
             &mut serde_json::Serializer::with_formatter(&mut bytes, PythonFormatter),
         )
         .map_err(invalid)?;

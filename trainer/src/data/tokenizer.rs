@@ -47,17 +47,19 @@ impl Tokenizer {
         // A row is never cut or padded behind our back.
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|error| invalid(error.to_string()))?;
-        let json = |name: &str| -> Value {
-            let text = std::fs::read_to_string(directory.join(name)).unwrap_or_default();
-            serde_json::from_str(&text).unwrap_or_default()
+        let json = |name: &str| -> Result<Value, Failure> {
+            let path = directory.join(name);
+            match std::fs::read_to_string(&path) {
+                Ok(text) => serde_json::from_str(&text)
+                    .map_err(|error| invalid(format!("{path:?} is not JSON: {error}"))),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Value::Null),
+                Err(error) => Err(invalid(format!("{path:?} cannot be read: {error}"))),
+            }
         };
-        let settings = json("tokenizer_config.json");
-        let special_tokens = special_tokens(&settings, &json("special_tokens_map.json"));
-        let eos_ids = eos_ids(
-            &inner,
-            &special_tokens,
-            &[json("generation_config.json"), json("config.json")],
-        );
+        let settings = json("tokenizer_config.json")?;
+        let special_tokens = special_tokens(&settings, &json("special_tokens_map.json")?);
+        let configs = [json("generation_config.json")?, json("config.json")?];
+        let eos_ids = eos_ids(&inner, &special_tokens, &configs);
         let template = match template_source(directory, &settings) {
             None => None,
             Some(source) => Some(Template::compile(&source, special_tokens).map_err(|reason| {
@@ -177,13 +179,12 @@ impl Tokenizer {
             self.assistant_spans(template, messages, &text, &tokens)?
         };
         let mut targets = vec![false; tokens.len()];
+        // Byte-level post-processors take leading spaces out of a token's range, all of it when the
+        // token is only spaces: a token really starts where the one before it ends.
+        let start = |index: usize| offsets[index].0.min(offsets[index - 1].1);
         for span in spans {
             let inside: Vec<usize> = (1..tokens.len())
-                .filter(|&index| {
-                    offsets[index].1 > span.start
-                        && offsets[index].0 < span.end
-                        && offsets[index].1 > offsets[index].0
-                })
+                .filter(|&index| offsets[index].1 > span.start && start(index) < span.end)
                 .collect();
             // What follows the end of a turn is never generated: generation stops there.
             let last_eos = inside.iter().rposition(|&index| self.eos_ids.contains(&tokens[index]));
@@ -205,9 +206,7 @@ impl Tokenizer {
         tokens: &[u32],
     ) -> Result<Vec<std::ops::Range<usize>>, String> {
         let mut spans = Vec::new();
-        let assistant =
-            messages.iter().enumerate().filter(|(_, message)| message.role == "assistant");
-        for (index, message) in assistant {
+        for index in (0..messages.len()).filter(|&index| messages[index].role == "assistant") {
             let rewrites = || {
                 format!(
                     "the chat template renders turn {index} differently when more turns follow, so what to train on is \
@@ -225,11 +224,10 @@ impl Tokenizer {
                     "a token spans the border between the prompt and turn {index}, so the turn cannot be trained on alone"
                 ));
             }
-            // What the template puts between its prompt and the content (an empty `<think>` block) is
-            // not what the assistant says.
             let turn = &text[prompt.len()..with_turn.len()];
-            let start = prompt.len() + turn.find(message.content.trim()).unwrap_or(0);
-            spans.push(start..with_turn.len());
+            let supplied = supplied(template, messages, index, &prompt)?;
+            let start = if turn.starts_with(&supplied) { supplied.len() } else { 0 };
+            spans.push(prompt.len() + start..with_turn.len());
         }
         Ok(spans)
     }
@@ -241,6 +239,23 @@ impl Tokenizer {
                 .to_owned()
         })
     }
+}
+
+/// Returns what a template puts between its generation prompt and what the assistant says, such as
+/// an empty `<think>` block: the template supplies it, so the model need not learn to say it.
+fn supplied(
+    template: &Template,
+    messages: &[Message],
+    index: usize,
+    prompt: &str,
+) -> Result<String, String> {
+    // Private use, so that it is found only where the template puts the content.
+    const CONTENT: &str = "\u{F8F2}";
+    let mut until_turn = messages[..=index].to_vec();
+    CONTENT.clone_into(&mut until_turn[index].content);
+    let rendered = template.render(&until_turn, false)?.text;
+    let before = rendered.strip_prefix(prompt).and_then(|turn| turn.split_once(CONTENT));
+    Ok(before.map_or(String::new(), |(before, _)| before.to_owned()))
 }
 
 fn template_source(directory: &Path, settings: &Value) -> Option<String> {

@@ -5,6 +5,8 @@
 
 mod machine;
 mod model;
+#[cfg(test)]
+mod tests;
 
 use std::path::Path;
 

@@ -1,7 +1,7 @@
 //! The base model, checked without loading its weights.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
 };
 
@@ -279,6 +279,25 @@ fn compare(tensors: &BTreeMap<String, TensorEntry>, model: &ModelConfig, finding
             if list.len() > 3 { format!(" and {} more", list.len() - 3) } else { String::new() };
         format!("{}{more}", list[..list.len().min(3)].join(", "))
     };
+    let expected: BTreeSet<String> =
+        model.tensors().into_iter().map(|tensor| tensor.name).collect();
+    // Old checkpoints carry the rotary table, tied ones sometimes the head they do not use.
+    let is_harmless = |name: &str| {
+        name.ends_with("rotary_emb.inv_freq")
+            || (name == "lm_head.weight" && model.tie_word_embeddings)
+    };
+    let unexpected: Vec<String> = tensors
+        .keys()
+        .filter(|name| !expected.contains(*name) && !is_harmless(name))
+        .cloned()
+        .collect();
+    if !unexpected.is_empty() {
+        let message = format!(
+            "the weights have {}, which a model of this config.json does not use: its answers would be wrong",
+            some(&unexpected)
+        );
+        findings.problem(ProblemReason::InvalidModel, LOCATION, message);
+    }
     if !missing.is_empty() {
         let message =
             format!("the weights lack {}: they do not belong to this config.json", some(&missing));

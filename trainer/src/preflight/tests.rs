@@ -1,0 +1,295 @@
+//! Whole preflights on a tiny model, each with one thing wrong.
+
+use std::{collections::BTreeMap, fs, path::Path};
+
+use finetune_contract::{
+    CONTRACT_VERSION, DatasetFormat, DatasetSource, LoraSettings, ModelSource, OnOverflow,
+    OutputTarget, PreflightConfig, PreflightReport, RunId, TERMINATION_MESSAGE_LIMIT,
+    TargetModules, render,
+};
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::json;
+
+use super::run;
+use crate::{
+    data::goldens::{CHATML, tokenizer_json},
+    model::config::ModelConfig,
+    store::Environment,
+};
+
+/// A directory with a model that is fine and rows that are fine.
+struct Fixture {
+    directory: tempfile::TempDir,
+    config: PreflightConfig,
+}
+
+impl Fixture {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| format!("file://{}/{name}", directory.path().display());
+        let config = PreflightConfig {
+            version: CONTRACT_VERSION,
+            run_id: RunId("run-1".to_owned()),
+            model: ModelSource { uri: at("model"), revision: None },
+            dataset: DatasetSource {
+                train: at("train.jsonl"),
+                validation: None,
+                format: DatasetFormat::Auto,
+                on_overflow: OnOverflow::Truncate,
+            },
+            lora: None,
+            context_length: None,
+            output: OutputTarget {
+                uri: at("output"),
+                merge: false,
+                overwrite: false,
+                base_model_name: None,
+            },
+            measure_machine: false,
+        };
+        let fixture = Self { directory, config };
+        fs::create_dir(fixture.path("model")).unwrap();
+        let model = json!({
+            "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 320,
+            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": true,
+        });
+        fixture.write("model/config.json", &model.to_string());
+        fixture.write("model/tokenizer.json", &tokenizer_json("<s>", "<|im_end|>").to_string());
+        let settings =
+            json!({"bos_token": "<s>", "eos_token": "<|im_end|>", "chat_template": CHATML});
+        fixture.write("model/tokenizer_config.json", &settings.to_string());
+        fixture.write_weights(|_| {});
+        fixture.write("train.jsonl", "{\"text\": \"one\"}\n{\"text\": \"two\"}\n");
+        fixture
+    }
+
+    fn path(&self, name: &str) -> std::path::PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        fs::write(self.path(name), text).unwrap();
+    }
+
+    /// Writes zeros of the shapes of config.json, after `change`.
+    fn write_weights(&self, change: impl FnOnce(&mut BTreeMap<String, Vec<usize>>)) {
+        let text = fs::read_to_string(self.path("model/config.json")).unwrap();
+        let tensors = ModelConfig::parse(&text).unwrap().tensors();
+        let mut shapes: BTreeMap<_, _> =
+            tensors.into_iter().map(|tensor| (tensor.name, tensor.shape)).collect();
+        change(&mut shapes);
+        let zeros = vec![0; 2 * 320 * 64];
+        let views = shapes.iter().map(|(name, shape)| {
+            let bytes = 2 * shape.iter().product::<usize>();
+            (name, TensorView::new(Dtype::BF16, shape.clone(), &zeros[..bytes]).unwrap())
+        });
+        let path = self.path("model/model.safetensors");
+        fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+    }
+
+    fn with_lora(mut self, change: impl FnOnce(&mut LoraSettings)) -> Self {
+        let mut lora = LoraSettings {
+            r: 8,
+            lora_alpha: 16.0,
+            lora_dropout: 0.0,
+            target_modules: TargetModules::AllLinear,
+            modules_to_save: Vec::new(),
+            use_rslora: false,
+        };
+        change(&mut lora);
+        self.config.lora = Some(lora);
+        self
+    }
+
+    fn report(&self) -> PreflightReport {
+        let work_dir = self.path("work");
+        fs::create_dir_all(&work_dir).unwrap();
+        run(&self.config, &Environment::default(), &work_dir).fit()
+    }
+
+    /// Shows what was found, one line each.
+    fn check(&self) -> String {
+        let report = self.report();
+        assert!(render(&report).len() <= TERMINATION_MESSAGE_LIMIT);
+        let problems =
+            report.problems.iter().map(|problem| format!("{:?} {problem}", problem.reason));
+        let warnings = report.warnings.iter().map(|warning| format!("warning: {warning}"));
+        let text = problems.chain(warnings).collect::<Vec<_>>().join("\n");
+        text.replace(&Path::new(self.directory.path()).display().to_string(), "")
+    }
+}
+
+#[test]
+fn a_run_that_can_work_has_no_problems() {
+    let fixture = Fixture::new();
+    assert_eq!(fixture.check(), "");
+    let report = fixture.report();
+    let model = report.model.unwrap();
+    assert_eq!((model.weight_dtype.as_str(), model.vocab_size), ("BF16", 320));
+    let train = report.train.unwrap();
+    // BOS, three bytes and EOS each; BOS is never predicted.
+    assert_eq!((train.rows, train.tokens, train.target_tokens), (2, 10, 8));
+}
+
+#[test]
+fn names_what_is_missing_of_a_model() {
+    for (file, wanted) in [
+        ("config.json", "has no config.json"),
+        ("tokenizer.json", "tokenizer.json"),
+        ("model.safetensors", "has no model.safetensors"),
+    ] {
+        let fixture = Fixture::new();
+        fs::remove_file(fixture.path("model").join(file)).unwrap();
+        let found = fixture.check();
+        assert!(found.contains(wanted), "{file}: {found}");
+    }
+}
+
+#[test]
+fn refuses_weights_that_can_run_code() {
+    let fixture = Fixture::new();
+    let model = fixture.path("model");
+    fs::rename(model.join("model.safetensors"), model.join("pytorch_model.bin")).unwrap();
+    insta::assert_snapshot!(fixture.check(), @"InvalidModel spec.model.uri: the weights are a pickle (pytorch_model.bin), which can run any code when opened: convert them with transformers' save_pretrained, which writes safetensors");
+}
+
+#[test]
+fn refuses_weights_that_do_not_fit_the_config() {
+    let fixture = Fixture::new();
+    fixture.write_weights(|shapes| {
+        shapes.remove("model.norm.weight");
+        shapes.insert("model.embed_tokens.weight".to_owned(), vec![300, 16]);
+        shapes.insert("model.layers.0.self_attn.q_proj.bias".to_owned(), vec![16]);
+        shapes.insert("model.layers.0.self_attn.rotary_emb.inv_freq".to_owned(), vec![4]);
+    });
+    insta::assert_snapshot!(fixture.check(), @"
+        InvalidModel spec.model.uri: the weights have model.layers.0.self_attn.q_proj.bias, which a model of this config.json does not use: its answers would be wrong
+        InvalidModel spec.model.uri: the weights lack model.norm.weight: they do not belong to this config.json
+        InvalidModel spec.model.uri: the weights do not fit config.json: model.embed_tokens.weight is [300, 16], not [320, 16]
+        ");
+}
+
+#[test]
+fn refuses_truncated_weights() {
+    let fixture = Fixture::new();
+    let path = fixture.path("model/model.safetensors");
+    let bytes = fs::read(&path).unwrap();
+    fs::write(&path, &bytes[..bytes.len() - 10]).unwrap();
+    let found = fixture.check();
+    assert!(found.contains("InvalidModel") && found.contains("it is truncated"), "{found}");
+}
+
+#[test]
+fn refuses_an_index_that_names_a_missing_shard() {
+    let fixture = Fixture::new();
+    let index = json!({"metadata": {}, "weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}});
+    fixture.write("model/model.safetensors.index.json", &index.to_string());
+    insta::assert_snapshot!(fixture.check(), @r#"InvalidModel spec.model.uri: model.safetensors.index.json names "model-00001-of-00002.safetensors", which does not exist"#);
+}
+
+#[test]
+fn refuses_an_unknown_architecture() {
+    let fixture = Fixture::new();
+    fixture.write("model/config.json", r#"{"model_type": "gpt2"}"#);
+    insta::assert_snapshot!(fixture.check(), @r#"UnsupportedModel spec.model.uri: config.json says model_type "gpt2", which this trainer does not know: use a model of type llama, mistral, qwen2, qwen3"#);
+}
+
+#[test]
+fn wants_a_chat_template_for_conversations() {
+    let fixture = Fixture::new();
+    fixture.write("model/tokenizer_config.json", "{}");
+    fixture.write("train.jsonl", r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#);
+    insta::assert_snapshot!(fixture.check(), @"InvalidDataset train.jsonl:1: the model has no chat template, so a conversation cannot be rendered: use an instruction-tuned model, put a chat_template.jinja beside its tokenizer, or give rows of prompt and completion");
+}
+
+#[test]
+fn wants_a_tokenizer_of_this_model() {
+    let fixture = Fixture::new();
+    let config = fs::read_to_string(fixture.path("model/config.json")).unwrap();
+    fixture.write("model/config.json", &config.replace("320", "258"));
+    fixture.write_weights(|_| {});
+    insta::assert_snapshot!(fixture.check(), @"InvalidTokenizer spec.model.uri: the tokenizer gives token 259, but the model's embedding has only 258 rows: tokenizer and model do not belong together");
+}
+
+#[test]
+fn counts_all_bad_lines_and_shows_the_first() {
+    let fixture = Fixture::new();
+    fixture.write("train.jsonl", &format!("{{\"text\": \"a\"}}\n{}", "{\"txt\": 1}\n".repeat(500)));
+    let report = fixture.report();
+    assert_eq!(report.problems_total, 500);
+    insta::assert_snapshot!(report.problems[0], @r#"train.jsonl:2: "text" is missing (did you mean it by "txt"?)"#);
+    assert!(render(&report).len() <= TERMINATION_MESSAGE_LIMIT);
+}
+
+#[test]
+fn refuses_mixed_shapes_of_rows() {
+    let fixture = Fixture::new();
+    fixture.write("train.jsonl", "{\"text\": \"a\"}\n{\"prompt\": \"a\", \"completion\": \"b\"}\n");
+    insta::assert_snapshot!(fixture.check(), @r#"InvalidDataset train.jsonl:2: "text" is missing"#);
+}
+
+#[test]
+fn refuses_an_empty_dataset() {
+    let fixture = Fixture::new();
+    fixture.write("train.jsonl", "\n\n");
+    insta::assert_snapshot!(fixture.check(), @"NothingToTrain spec.dataset.train: the dataset has no rows");
+}
+
+#[test]
+fn says_what_would_be_cut() {
+    let mut fixture = Fixture::new();
+    fixture.config.context_length = Some(8);
+    fixture.write("train.jsonl", "{\"text\": \"short\"}\n{\"text\": \"rather long\"}\n");
+    insta::assert_snapshot!(fixture.check(), @"warning: spec.dataset.train: 1 of 2 rows have more than 8 tokens (the longest 13); 5 tokens would be cut");
+    fixture.config.dataset.on_overflow = OnOverflow::Error;
+    insta::assert_snapshot!(fixture.check(), @"Overflow spec.dataset.train: 1 of 2 rows have more than 8 tokens (the longest 13); 5 tokens would be cut: raise training.contextLength, or set dataset.onOverflow to truncate or drop");
+    fixture.config.context_length = Some(3);
+    fixture.config.dataset.on_overflow = OnOverflow::Drop;
+    insta::assert_snapshot!(fixture.check(), @"NothingToTrain spec.dataset.train: 2 of 2 rows have more than 3 tokens (the longest 13); 14 tokens would be cut, so every row would be dropped: raise training.contextLength");
+    fixture.config.context_length = Some(65);
+    insta::assert_snapshot!(fixture.check(), @"InvalidSpec spec.training.contextLength: contextLength is 65, but the model was made for at most 64 positions: set it to 64 or less");
+}
+
+#[test]
+fn refuses_rows_whose_answers_are_all_cut_off() {
+    let mut fixture = Fixture::new();
+    fixture.config.context_length = Some(4);
+    fixture.write("train.jsonl", r#"{"messages": [{"role": "user", "content": "aaaa"}, {"role": "assistant", "content": "b"}]}"#);
+    insta::assert_snapshot!(fixture.check(), @"NothingToTrain spec.dataset.train: 1 of 1 rows have more than 4 tokens (the longest 43); 39 tokens would be cut, and no row would keep a token to train on: raise training.contextLength");
+}
+
+#[test]
+fn warns_of_rows_that_occur_again() {
+    let mut fixture = Fixture::new();
+    fixture.write("train.jsonl", "{\"text\": \"a\"}\n{\"text\": \"b\"}\n{\"text\": \"a\"}\n");
+    fixture.write("valid.jsonl", "{\"text\": \"b\"}\n{\"text\": \"c\"}\n");
+    let train = fixture.config.dataset.train.clone();
+    fixture.config.dataset.validation = Some(train.replace("train", "valid"));
+    insta::assert_snapshot!(fixture.check(), @"
+        warning: spec.dataset.train: 1 of 3 rows repeat an earlier row
+        warning: spec.dataset.validation: 1 of 2 validation rows are also training rows: the validation loss will look better than it is
+        ");
+}
+
+#[test]
+fn checks_the_adapter_against_the_model() {
+    let check = |change: fn(&mut LoraSettings)| Fixture::new().with_lora(change).check();
+    insta::assert_snapshot!(check(|lora| lora.r = 9), @r#"InvalidSpec spec.loraConfig.r: loraConfig.r is 9, larger than "model.layers.0.self_attn.k_proj" (8 x 16): use at most 8"#);
+    insta::assert_snapshot!(check(|lora| lora.target_modules = TargetModules::List(vec!["q_porj".to_owned()])), @r#"InvalidSpec spec.loraConfig.targetModules: loraConfig.targetModules names "q_porj", which no module of this model is called: use down_proj, embed_tokens, gate_proj, input_layernorm, k_proj, lm_head, norm, o_proj, post_attention_layernorm, q_proj, up_proj, v_proj (did you mean "q_proj"?)"#);
+    insta::assert_snapshot!(check(|lora| lora.modules_to_save = vec!["head".to_owned()]), @r#"InvalidSpec spec.loraConfig.modulesToSave: loraConfig.modulesToSave names "head", which no module of this model is called: use down_proj, embed_tokens, gate_proj, input_layernorm, k_proj, lm_head, norm, o_proj, post_attention_layernorm, q_proj, up_proj, v_proj"#);
+    insta::assert_snapshot!(check(|lora| lora.modules_to_save = vec!["lm_head".to_owned()]), @"warning: spec.loraConfig.modulesToSave: vLLM refuses adapters with modulesToSave: set output.merge to true to serve the merged model");
+    insta::assert_snapshot!(check(|lora| lora.target_modules = TargetModules::List(vec!["embed_tokens".to_owned()])), @"warning: spec.loraConfig.targetModules: vLLM does not serve adapters on embed_tokens of every model: set output.merge to true to serve the merged model");
+}
+
+#[test]
+fn sees_all_there_is_to_mend_at_once() {
+    let mut fixture = Fixture::new();
+    fixture.config.output.uri = "ftp://x/y".to_owned();
+    fixture.config.dataset.train += ".missing";
+    insta::assert_snapshot!(fixture.check(), @r#"
+        InvalidDataset spec.dataset.train: nothing is at file:///train.jsonl.missing
+        InvalidSpec spec.output.uri: "ftp://x/y" has the unknown scheme "ftp": use hf, s3, gs, az, pvc or file
+        "#);
+}
