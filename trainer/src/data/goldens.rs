@@ -104,7 +104,7 @@ fn show(tokenizer: &Tokenizer, example: &Example) -> String {
         let is_target = row.targets[start];
         let length = row.targets[start..].iter().take_while(|&&other| other == is_target).count();
         let text = tokenizer.decode(&row.tokens[start..start + length], false);
-        shown += &if is_target { format!("[{text}]") } else { text };
+        shown.extend(if is_target { ["[", &text, "]"] } else { ["", &text, ""] });
         start += length;
     }
     shown.replace('\n', "⏎")
