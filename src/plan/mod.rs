@@ -133,7 +133,6 @@ pub fn plan(
         context::decide(&training, &source, model, census, packing, &mut decisions, &mut problems);
     check_patience(&training, source.validation.is_some(), &mut problems);
     let Some(data) = data else { return Err(problems) };
-
     let limit = report.machine.as_ref().map(|machine| machine.memory_bytes);
     let load = Load {
         trained,
@@ -178,7 +177,6 @@ pub fn plan(
         model_source.revision = Some(revision.clone());
     }
     let output = settings::output(&job.spec);
-    let tokens = total_steps as f64 * global as f64 * data.positions_per_sequence;
     let run_config = RunConfig {
         version: CONTRACT_VERSION,
         checkpoints_uri: format!("{}.checkpoints/{run_id}", output.uri.trim_end_matches('/')),
@@ -196,6 +194,7 @@ pub fn plan(
         },
         predicted_peak_bytes: memory.total(),
     };
+    let tokens = total_steps as f64 * global as f64 * data.positions_per_sequence;
     Ok(RunPlan {
         seconds: seconds(report, model, &load, tokens),
         accelerators: accelerators
