@@ -100,6 +100,7 @@ fn invalid(location: &str, message: impl Into<String>) -> Problem {
 ///
 /// # Errors
 /// Every reason why it cannot run: the preflight's problems, and what the plan itself finds.
+#[expect(clippy::too_many_lines, reason = "one straight list of decisions")]
 pub fn plan(
     job: &FineTuneJob,
     report: &PreflightReport,
