@@ -14,7 +14,12 @@ use failure::Failure;
 
 /// Fine-tunes a language model from one manifest.
 #[derive(Debug, Parser)]
-#[command(name = "finetune", version, about, max_term_width = 100)]
+#[command(
+    name = "finetune",
+    version,
+    about = "Fine-tunes a language model from one manifest",
+    max_term_width = 100
+)]
 struct Arguments {
     /// The trainer's program; finetune-trainer beside this one if absent
     #[arg(long, global = true, value_name = "FILE")]

@@ -100,6 +100,7 @@ fn invalid(location: &str, message: impl Into<String>) -> Problem {
 ///
 /// # Errors
 /// Every reason why it cannot run: the preflight's problems, and what the plan itself finds.
+#[expect(clippy::too_many_lines, reason = "one straight list of decisions")]
 pub fn plan(
     job: &FineTuneJob,
     report: &PreflightReport,
@@ -133,7 +134,6 @@ pub fn plan(
         context::decide(&training, &source, model, census, packing, &mut decisions, &mut problems);
     check_patience(&training, source.validation.is_some(), &mut problems);
     let Some(data) = data else { return Err(problems) };
-
     let limit = report.machine.as_ref().map(|machine| machine.memory_bytes);
     let load = Load {
         trained,
@@ -178,7 +178,6 @@ pub fn plan(
         model_source.revision = Some(revision.clone());
     }
     let output = settings::output(&job.spec);
-    let tokens = total_steps as f64 * global as f64 * data.positions_per_sequence;
     let run_config = RunConfig {
         version: CONTRACT_VERSION,
         checkpoints_uri: format!("{}.checkpoints/{run_id}", output.uri.trim_end_matches('/')),
@@ -196,6 +195,7 @@ pub fn plan(
         },
         predicted_peak_bytes: memory.total(),
     };
+    let tokens = total_steps as f64 * global as f64 * data.positions_per_sequence;
     Ok(RunPlan {
         seconds: seconds(report, model, &load, tokens),
         accelerators: accelerators
