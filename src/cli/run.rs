@@ -136,15 +136,13 @@ fn summary(report: &RunReport) -> String {
     let mut line = |name: &str, value: String| lines.push(format!("{name:<12}{value}\n"));
     if let Outcome::Succeeded { uri, proof, .. } = &report.outcome {
         line("published", uri.clone());
+        let losses =
+            proof.loss_trained_and_reloaded.map_or(String::new(), |[trained, reloaded]| {
+                format!("; loss {trained:.4} as trained, {reloaded:.4} reloaded")
+            });
         line(
             "proven",
-            format!(
-                "{} files, {} read back; loss {:.4} as trained, {:.4} reloaded",
-                proof.files,
-                render::bytes(proof.bytes),
-                proof.loss_trained,
-                proof.loss_reloaded
-            ),
+            format!("{} files, {} read back{losses}", proof.files, render::bytes(proof.bytes)),
         );
     }
     if let Some([first, last]) = report.train_loss {

@@ -10,7 +10,7 @@ use std::{
 
 use finetune_contract::{
     ArtifactKind, CONTRACT_VERSION, DatasetSource, FailureReason, Manifest, ModelSource, ObjectUri,
-    Outcome, OutputState, RunConfig, Stage,
+    Outcome, OutputState, RunConfig, Stage, artifact::MANIFEST_NAME,
 };
 use tch::Device;
 use tracing::{info, warn};
@@ -104,7 +104,8 @@ pub fn run(
     teller.stage(Stage::Verifying);
     drop(training.model);
     let proof =
-        proof::read_back(config, host, &output, &published.manifest, &base, &probe, &trained)?;
+        proof::read_back(config, host, &output, &published.manifest, &base, &probe, &trained)
+            .inspect_err(|failure| withdraw(&output, failure))?;
     if let Err(failure) = training.checkpoints.clear() {
         warn!(%failure, "the result is published, but its checkpoints could not be removed");
     }
@@ -239,6 +240,15 @@ fn manifest(config: &RunConfig, kind: ArtifactKind, step: u64) -> Manifest {
         train_sha256: config.expected.train_sha256.clone(),
         step,
         files: Vec::new(),
+    }
+}
+
+/// Takes the manifest back of a result that is not what was trained: it must not exist.
+fn withdraw(output: &Store, failure: &Failure) {
+    if failure.reason == FailureReason::NotProven
+        && let Err(error) = output.delete(MANIFEST_NAME)
+    {
+        warn!(%error, "an unproven result could not be withdrawn");
     }
 }
 
