@@ -3,7 +3,7 @@
 //! The same engine, optimizer and schedule as a run, without fetching, checkpoints and publishing,
 //! so that only the training step is measured.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use finetune_contract::{Dtype, FailureReason, LoraSettings, Recompute, TargetModules};
@@ -12,7 +12,7 @@ use tch::Device;
 
 use crate::{
     clock,
-    data::Batch,
+    data::{Batch, Tokenizer},
     failure::Failure,
     memory::PeakMemory,
     model::{Model, attach::Attachment, dropout::Dropout, read_config},
@@ -29,6 +29,12 @@ pub struct Arguments {
     /// A JSON list of rows `{"input_ids": […], "labels": […]}`, where label -100 is no target.
     #[arg(long)]
     rows: PathBuf,
+    /// Write `rows` first, from the tokens of this text.
+    #[arg(long)]
+    text: Option<PathBuf>,
+    /// Tokens of a row made from a text.
+    #[arg(long, default_value_t = 256)]
+    length: usize,
     /// Train everything instead of adapters.
     #[arg(long)]
     full: bool,
@@ -64,7 +70,7 @@ enum DtypeArgument {
     Fp32,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, Serialize)]
 struct Row {
     input_ids: Vec<i64>,
     labels: Vec<i64>,
@@ -88,6 +94,9 @@ pub fn run(arguments: &Arguments) -> Result<String, Failure> {
     let started = clock::now();
     let memory = PeakMemory::watch();
     let invalid = |message: String| Failure::new(FailureReason::InvalidConfiguration, message);
+    if let Some(text) = &arguments.text {
+        write_rows(arguments, text).map_err(invalid)?;
+    }
     let text = std::fs::read_to_string(&arguments.rows)
         .map_err(|error| invalid(format!("cannot read {:?}: {error}", arguments.rows)))?;
     let rows: Vec<Row> = serde_json::from_str(&text).map_err(|error| invalid(error.to_string()))?;
@@ -145,6 +154,20 @@ pub fn run(arguments: &Arguments) -> Result<String, Failure> {
     figures.target_tokens_per_second = targets as f64 / seconds;
     figures.peak_anonymous_bytes = memory.bytes();
     serde_json::to_string(&figures).map_err(|error| invalid(error.to_string()))
+}
+
+/// Cuts the tokens of a text into rows of equal length, every token a target.
+fn write_rows(arguments: &Arguments, text: &Path) -> Result<(), String> {
+    let text = std::fs::read_to_string(text)
+        .map_err(|error| format!("cannot read {}: {error}", text.display()))?;
+    let tokenizer = Tokenizer::load(&arguments.model).map_err(|failure| failure.message)?;
+    let tokens: Vec<i64> = tokenizer.encode(&text, false)?.into_iter().map(i64::from).collect();
+    let rows: Vec<Row> = tokens
+        .chunks_exact(arguments.length)
+        .map(|row| Row { input_ids: row.to_vec(), labels: row.to_vec() })
+        .collect();
+    let json = serde_json::to_string(&rows).map_err(|error| error.to_string())?;
+    std::fs::write(&arguments.rows, json).map_err(|error| error.to_string())
 }
 
 fn lora(arguments: &Arguments) -> LoraSettings {

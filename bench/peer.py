@@ -1,0 +1,93 @@
+"""Training steps with transformers and PEFT, timed: the peer of `finetune-trainer bench`.
+
+The same model directory, rows, optimizer and settings; prints the same JSON. Anonymous memory is
+sampled as ours is, so that mapped weights count on neither side.
+"""
+
+import argparse
+import json
+import threading
+import time
+
+import torch
+from transformers import AutoModelForCausalLM
+
+
+def anonymous_bytes() -> int:
+    with open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+class PeakMemory:
+    def __init__(self):
+        self.peak = 0
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread.start()
+
+    def watch(self):
+        while True:
+            self.peak = max(self.peak, anonymous_bytes())
+            time.sleep(0.01)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--rows", required=True)
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    arguments = parser.parse_args()
+
+    torch.manual_seed(0)
+    memory = PeakMemory()
+    dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, attn_implementation="sdpa")
+    model.config.use_cache = False
+    if arguments.recompute:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    if not arguments.full:
+        from peft import LoraConfig, get_peft_model
+
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        config = LoraConfig(r=8, lora_alpha=16, lora_dropout=arguments.dropout, target_modules=targets, task_type="CAUSAL_LM")
+        model = get_peft_model(model, config)
+    model.train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=arguments.learning_rate, weight_decay=0.0, fused=True)
+
+    rows = json.load(open(arguments.rows))
+    step_seconds, losses, tokens = [], [], 0
+    for step in range(arguments.warmup + arguments.steps):
+        chosen = [rows[(step * arguments.batch + index) % len(rows)] for index in range(arguments.batch)]
+        input_ids = torch.tensor([row["input_ids"] for row in chosen])
+        labels = torch.tensor([row["labels"] for row in chosen])
+        started = time.perf_counter()
+        loss = model(input_ids=input_ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        if step >= arguments.warmup:
+            step_seconds.append(time.perf_counter() - started)
+            tokens += input_ids.numel()
+    print(json.dumps({
+        "tokens_per_second": tokens / sum(step_seconds),
+        "step_seconds": step_seconds,
+        "losses": losses,
+        "peak_anonymous_bytes": memory.peak,
+    }))
+
+
+if __name__ == "__main__":
+    main()

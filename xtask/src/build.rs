@@ -1,0 +1,27 @@
+//! Building both binaries against libtorch.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+
+use crate::{libtorch, shell};
+
+/// Where the binaries are.
+pub(crate) struct Binaries {
+    /// The command line.
+    pub finetune: PathBuf,
+    /// The trainer.
+    pub trainer: PathBuf,
+}
+
+/// Builds the workspace for release.
+///
+/// Always the whole workspace: cargo unites features over what it builds at once, and building one
+/// package alone would compile half of the dependencies again.
+pub(crate) fn run() -> Result<Binaries> {
+    let libtorch = libtorch::directory()?;
+    println!("building against libtorch in {}", libtorch.display());
+    shell::run(shell::cargo(&["build", "--release", "--workspace"]).env("LIBTORCH", libtorch))?;
+    let release = shell::root().join("target/release");
+    Ok(Binaries { finetune: release.join("finetune"), trainer: release.join("finetune-trainer") })
+}

@@ -1,0 +1,43 @@
+//! Downloads and slow results outside the checkout, keyed by name and version.
+//!
+//! An entry is made under another name and renamed, so that it is there complete or not at all.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+/// Returns the cache's directory: `$FINETUNE_CACHE`, or `finetune` in the user's cache.
+pub(crate) fn directory() -> PathBuf {
+    let set =
+        |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    set("FINETUNE_CACHE").unwrap_or_else(|| {
+        let user = set("XDG_CACHE_HOME").or_else(|| set("HOME").map(|home| home.join(".cache")));
+        user.unwrap_or_else(std::env::temp_dir).join("finetune")
+    })
+}
+
+/// Returns an entry, making it first if it is not there.
+pub(crate) fn entry(name: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
+    let path = directory().join(name);
+    if path.exists() {
+        return Ok(path);
+    }
+    let partial = directory().join(format!(".{name}.{}", std::process::id()));
+    let _ = std::fs::remove_dir_all(&partial);
+    std::fs::create_dir_all(&partial)
+        .with_context(|| format!("cannot make {}", partial.display()))?;
+    let made = make(&partial).with_context(|| format!("cannot make {name}"));
+    if let Err(error) = made {
+        let _ = std::fs::remove_dir_all(&partial);
+        return Err(error);
+    }
+    match std::fs::rename(&partial, &path) {
+        Ok(()) => Ok(path),
+        // Another process was faster.
+        Err(_) if path.exists() => {
+            let _ = std::fs::remove_dir_all(&partial);
+            Ok(path)
+        }
+        Err(error) => Err(error).with_context(|| format!("cannot rename to {}", path.display())),
+    }
+}

@@ -1,0 +1,45 @@
+//! What can be checked without running the product.
+
+use anyhow::Result;
+
+use crate::{generate, libtorch, shell};
+
+/// Checks formatting, lints, documentation, generated files and licences.
+pub(crate) fn run() -> Result<()> {
+    let libtorch = libtorch::directory()?;
+    shell::run(&mut shell::cargo(&["fmt", "--all", "--check"]))?;
+    shell::run(
+        shell::cargo(&[
+            "clippy",
+            "--release",
+            "--workspace",
+            "--all-targets",
+            "--",
+            "-D",
+            "warnings",
+        ])
+        .env("LIBTORCH", &libtorch),
+    )?;
+    shell::run(
+        shell::cargo(&["doc", "--release", "--workspace", "--no-deps", "--quiet"])
+            .env("LIBTORCH", &libtorch)
+            .env("RUSTDOCFLAGS", "-D warnings"),
+    )?;
+    generate::run(true)?;
+    if shell::has("cargo-deny", "--version") {
+        shell::run(&mut shell::cargo(&[
+            "deny",
+            "--workspace",
+            "check",
+            "licenses",
+            "bans",
+            "sources",
+        ]))?;
+    } else {
+        println!(
+            "SKIPPED licences, bans and sources: cargo-deny is not installed (cargo install cargo-deny --locked)"
+        );
+    }
+    println!("checked");
+    Ok(())
+}
