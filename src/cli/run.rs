@@ -78,7 +78,7 @@ pub(super) fn plan(
 ) -> Result<(PreflightReport, RunPlan), Failure> {
     let Prepared { job, trainer } = prepared;
     let (ended, text) = trainer.run("preflight", &settings::preflight_config(job, true))?;
-    let Some(text) = text else {
+    let Some(text) = text.filter(|_| !ended.was_interrupted) else {
         return Err(without_report("preflight", &ended));
     };
     let report: PreflightReport =

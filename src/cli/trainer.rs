@@ -5,15 +5,15 @@ use std::{
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
     time::Duration,
 };
 
 use finetune_contract::{Document, ExitCode, Progress};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use rustix::process::{Pid, Signal, kill_process};
+use signal_hook::{
+    consts::{SIGINT, SIGTERM},
+    iterator::Signals,
+};
 
 use super::{display::ProgressDisplay, failure::Failure};
 
@@ -85,10 +85,8 @@ impl Trainer {
         {
             return Err(cannot_write(&report_path, &error));
         }
-        // Counting replaces the default action, so that the first Ctrl-C, which the terminal sends
-        // to the child as well, lets the child save a checkpoint before both end.
-        let interrupts = Arc::new(AtomicUsize::new(0));
-        count_interrupts(Arc::clone(&interrupts))?;
+        // Listening replaces the default action, so that the child can save a checkpoint first.
+        let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(Failure::internal)?;
         let mut child = Command::new(&self.program)
             .arg(subcommand)
             .arg("--config")
@@ -101,14 +99,12 @@ impl Trainer {
             .stdout(Stdio::piped())
             .spawn()
             .map_err(|error| cannot_start(&self.program, &error))?;
-        forward_terminate(child.id(), Arc::clone(&interrupts))?;
         let reader = child.stdout.take().map(|stdout| std::thread::spawn(move || follow(stdout)));
-        let status = wait(&mut child, &interrupts)?;
+        let (status, was_interrupted) = wait(&mut child, &mut signals)?;
         if let Some(reader) = reader {
             let _ = reader.join();
         }
-        let ended =
-            Ended { code: status.code(), was_interrupted: interrupts.load(Ordering::Relaxed) > 0 };
+        let ended = Ended { code: status.code(), was_interrupted };
         Ok((ended, std::fs::read_to_string(&report_path).ok()))
     }
 }
@@ -125,38 +121,29 @@ fn follow(stdout: impl std::io::Read) {
     display.finish();
 }
 
-fn wait(child: &mut Child, interrupts: &AtomicUsize) -> Result<ExitStatus, Failure> {
+/// Waits for the child; returns how it ended, and whether this command was told to stop meanwhile.
+///
+/// The first signal is passed on, so that it also reaches the child when only this process was
+/// told; a terminal tells both, and to the child twice is once. A second signal kills.
+fn wait(child: &mut Child, signals: &mut Signals) -> Result<(ExitStatus, bool), Failure> {
+    let mut was_interrupted = false;
     loop {
         if let Some(status) = child.try_wait().map_err(Failure::internal)? {
-            return Ok(status);
+            // A signal that came with the child's end still counts.
+            return Ok((status, was_interrupted || signals.pending().next().is_some()));
         }
-        if interrupts.load(Ordering::Relaxed) > 1 {
-            child.kill().map_err(Failure::internal)?;
+        for signal in signals.pending() {
+            if was_interrupted {
+                child.kill().map_err(Failure::internal)?;
+                continue;
+            }
+            was_interrupted = true;
+            let signal = if signal == SIGTERM { Signal::TERM } else { Signal::INT };
+            // Not reaped yet, so the number still means this child; it may have ended by itself.
+            let _ = kill_process(Pid::from_child(child), signal);
         }
         std::thread::sleep(POLL);
     }
-}
-
-fn count_interrupts(interrupts: Arc<AtomicUsize>) -> Result<(), Failure> {
-    let mut signals = signal_hook::iterator::Signals::new([SIGINT]).map_err(Failure::internal)?;
-    std::thread::spawn(move || {
-        for _ in signals.forever() {
-            interrupts.fetch_add(1, Ordering::Relaxed);
-        }
-    });
-    Ok(())
-}
-
-/// Passes the first SIGTERM on to the child, whom nobody else tells.
-fn forward_terminate(child: u32, interrupts: Arc<AtomicUsize>) -> Result<(), Failure> {
-    let mut signals = signal_hook::iterator::Signals::new([SIGTERM]).map_err(Failure::internal)?;
-    std::thread::spawn(move || {
-        for _ in signals.forever() {
-            interrupts.fetch_add(1, Ordering::Relaxed);
-            let _ = Command::new("kill").args(["-TERM", &child.to_string()]).status();
-        }
-    });
-    Ok(())
 }
 
 fn cannot_start(program: &Path, error: &std::io::Error) -> Failure {

@@ -237,9 +237,9 @@ fn survives_the_first_interrupt_and_waits_for_the_trainer() {
     fs::write(path("job.yaml"), MINIMAL).unwrap();
     fs::write(path("preflight.json"), PREFLIGHT).unwrap();
     fs::write(path("train.json"), report).unwrap();
-    // As a terminal does, the test double interrupts both; it then saves and ends in its own time.
+    // Like the trainer, the test double outlives an interrupt, saves and ends in its own time.
     let script = format!(
-        "#!/bin/sh\nif [ $1 = train ]; then kill -INT $PPID; sleep 0.3; fi\ncp {}/$1.json \"$5\"\n[ $1 = preflight ] || exit 75\n",
+        "#!/bin/sh\nif [ $1 = train ]; then trap '' INT; kill -INT $PPID; sleep 0.3; fi\ncp {}/$1.json \"$5\"\n[ $1 = preflight ] || exit 75\n",
         directory.path().display()
     );
     fs::write(path("trainer"), script).unwrap();
@@ -253,4 +253,31 @@ fn survives_the_first_interrupt_and_waits_for_the_trainer() {
     let errors = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(75), "{errors}");
     assert!(errors.ends_with("step 7 is saved. Run the same command again to go on\n"), "{errors}");
+}
+
+#[test]
+fn passes_an_interrupt_on_that_only_the_command_was_sent() {
+    for signal in ["INT", "TERM"] {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        fs::write(path("job.yaml"), MINIMAL).unwrap();
+        fs::write(path("preflight.json"), PREFLIGHT).unwrap();
+        let here = directory.path().display();
+        // Unlike a terminal, the test double tells the command alone, and waits to be told.
+        let script = format!(
+            "#!/bin/sh\nif [ $1 = preflight ]; then cp {here}/preflight.json \"$5\"; exit 0; fi\n\
+             trap 'echo told > {here}/told; exit 75' {signal}\nkill -{signal} $PPID\n\
+             for i in $(seq 100); do sleep 0.05; done\n"
+        );
+        fs::write(path("trainer"), script).unwrap();
+        fs::set_permissions(path("trainer"), fs::Permissions::from_mode(0o755)).unwrap();
+        let output = Command::new(env!("CARGO_BIN_EXE_finetune"))
+            .args(["run", "-f", "job.yaml", "--work-dir", "work", "--trainer"])
+            .arg(path("trainer"))
+            .current_dir(directory.path())
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(75), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(path("told").exists(), "SIG{signal} did not reach the trainer");
+    }
 }
