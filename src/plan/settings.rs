@@ -28,11 +28,13 @@ pub fn preflight_config(job: &FineTuneJob, measure_machine: bool) -> PreflightCo
 /// Names the run: the job's name and eight digits of what makes the result what it is.
 pub fn run_id(job: &FineTuneJob) -> RunId {
     let spec = &job.spec;
-    // Maps of serde_json are sorted, so equal settings give equal text.
-    let canonical = serde_json::json!({
+    let mut canonical = serde_json::json!({
         "model": spec.model, "dataset": spec.dataset, "loraConfig": spec.lora_config,
         "training": spec.training, "output": spec.output,
     });
+    // Whether maps of serde_json keep the order of insertion is a feature any crate of the build may
+    // turn on; the name of a run must not depend on it.
+    canonical.sort_all_objects();
     let digest = Sha256::digest(canonical.to_string().as_bytes());
     let digits = u32::from_be_bytes([digest[0], digest[1], digest[2], digest[3]]);
     let name = job.metadata.name.as_deref().unwrap_or("job");
