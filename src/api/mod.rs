@@ -55,7 +55,9 @@ pub const NAME_LIMIT: usize = 52;
     validation = Rule::new("has(self.loraConfig) == has(oldSelf.loraConfig) && (!has(self.loraConfig) || self.loraConfig == oldSelf.loraConfig)")
         .message("loraConfig is immutable: create a new FineTuneJob to change it"),
     validation = Rule::new("has(self.training) == has(oldSelf.training) && (!has(self.training) || self.training == oldSelf.training)")
-        .message("training is immutable: create a new FineTuneJob to change it")
+        .message("training is immutable: create a new FineTuneJob to change it"),
+    validation = Rule::new("has(self.loraConfig) || !has(self.output.merge) || !self.output.merge")
+        .message("output.merge merges a LoRA adapter, but loraConfig is not set, and a full-parameter run has none: remove merge, or set loraConfig: {}")
 )]
 #[serde(rename_all = "camelCase")]
 pub struct FineTuneJobSpec {
@@ -104,6 +106,7 @@ pub struct FineTuneJobSpec {
 
 /// The base model.
 #[derive(KubeSchema, Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[x_kube(validation = Rule::new("!has(self.revision) || self.uri.startsWith('hf://')").message("revision names a hub's branch, tag or commit, but uri is not hf://: remove revision"))]
 #[serde(rename_all = "camelCase")]
 pub struct Model {
     /// A directory in Hugging Face layout, a hub repository or one `.gguf` file, as an object URI
