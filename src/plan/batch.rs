@@ -81,6 +81,12 @@ pub(super) fn decide(
     };
     decisions.add("trainBatchSizePerDevice", micro_batch, why);
     let default = global.div_ceil(micro_batch);
-    let steps = decisions.pick("gradientAccumulationSteps", accumulation, default, &why_global);
+    // Asked for, the micro-batch need not divide the usual batch: say what a step really has.
+    let why_steps = if default * micro_batch == global {
+        why_global
+    } else {
+        format!("{} sequences a step, the fewest not below {global}", default * micro_batch)
+    };
+    let steps = decisions.pick("gradientAccumulationSteps", accumulation, default, &why_steps);
     Batch { load: Load { micro_batch, ..load }, accumulation: steps as u32 }
 }
