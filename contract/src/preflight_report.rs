@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     document::{Document, TERMINATION_MESSAGE_LIMIT, render},
+    exit_code::ExitCode,
     settings::{DatasetFormat, RunId},
 };
 
@@ -127,6 +128,26 @@ pub enum ProblemReason {
     OutputExists,
     /// A consumer such as vLLM refuses what the run would publish.
     Servability,
+}
+
+impl ProblemReason {
+    /// Returns the process exit status that goes with the reason.
+    pub const fn exit_code(self) -> ExitCode {
+        match self {
+            Self::InvalidSpec | Self::NotFound | Self::OutputExists | Self::Servability => {
+                ExitCode::BadConfiguration
+            }
+            Self::UnsupportedModel
+            | Self::InvalidModel
+            | Self::InvalidTokenizer
+            | Self::InvalidDataset
+            | Self::NothingToTrain
+            | Self::Overflow
+            | Self::DuplicateRows => ExitCode::BadData,
+            Self::PermissionDenied => ExitCode::PermissionDenied,
+            Self::Unavailable => ExitCode::StoreUnavailable,
+        }
+    }
 }
 
 /// One of the two sets of rows.

@@ -32,6 +32,9 @@ impl Failure {
     }
 
     /// Every problem, one a line.
+    ///
+    /// The status is that of the first problem only the user can mend; a status that invites to try
+    /// again must not hide one.
     pub(super) fn problems(title: &str, problems: &[Problem], total: u64) -> Self {
         let hidden = total.saturating_sub(problems.len() as u64);
         let mut lines = vec![title.to_owned()];
@@ -39,7 +42,9 @@ impl Failure {
         if hidden > 0 {
             lines.push(format!("  and {hidden} more"));
         }
-        Self::new(ExitCode::BadData, lines.join("\n"))
+        let codes = || problems.iter().map(|problem| problem.reason.exit_code());
+        let code = codes().find(|code| !code.is_retryable()).or_else(|| codes().next());
+        Self::new(code.unwrap_or(ExitCode::BadData), lines.join("\n"))
     }
 }
 

@@ -66,9 +66,19 @@ pub(super) fn read_accelerators(file: Option<&Path>) -> Result<Vec<Accelerator>,
     let text = fs::read_to_string(file).map_err(|error| {
         Failure::configuration(format!("cannot read {}: {error}", file.display()))
     })?;
-    serde_saphyr::from_str(&text).map_err(|error| {
+    let accelerators: Vec<Accelerator> = serde_saphyr::from_str(&text).map_err(|error| {
         Failure::configuration(format!("{} is not a list of accelerators: {error}", file.display()))
-    })
+    })?;
+    for accelerator in &accelerators {
+        if let Some((field, figure)) = accelerator.fault() {
+            return Err(Failure::configuration(format!(
+                "{}: {field} of {:?} is {figure}, must be a number above 0",
+                file.display(),
+                accelerator.name
+            )));
+        }
+    }
+    Ok(accelerators)
 }
 
 /// Runs the preflight and decides.
@@ -83,16 +93,6 @@ pub(super) fn plan(
     };
     let report: PreflightReport =
         finetune_contract::parse(&text).map_err(|error| unreadable(&error))?;
-    if report.output == Some(OutputState::PublishedByAnotherRun)
-        && job.spec.output.overwrite != Some(true)
-    {
-        let uri = &job.spec.output.uri;
-        if report.problems.is_empty() {
-            return Err(Failure::configuration(format!(
-                "spec.output.uri: {uri} holds the result of another run: choose another uri, or set output.overwrite: true to replace it"
-            )));
-        }
-    }
     let plan = plan::plan(job, &report, accelerators).map_err(|problems| {
         let hidden = report.problems_total.saturating_sub(report.problems.len() as u64);
         Failure::problems("the run cannot start:", &problems, problems.len() as u64 + hidden)

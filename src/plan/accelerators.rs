@@ -11,6 +11,12 @@ use super::sizing::{self, Load, Memory};
 pub struct Accelerator {
     /// Its name, such as `A100-80GB`.
     pub name: String,
+    /// The resource a pod asks for, such as `nvidia.com/gpu`; only a cluster reads it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resource_name: Option<String>,
+    /// How many a node has; only a cluster reads it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpus_per_node: Option<u32>,
     /// Its memory, in GiB.
     pub memory_gi_b: f64,
     /// Its stated bf16 speed, in TFLOP/s.
@@ -22,6 +28,26 @@ pub struct Accelerator {
     /// What one costs per hour, in any currency.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub price_per_hour: Option<f64>,
+}
+
+impl Accelerator {
+    /// Returns the first figure that cannot be one of an accelerator, with its name.
+    pub fn fault(&self) -> Option<(&'static str, f64)> {
+        let used = if self.has_bf16 {
+            ("bf16Tflops", self.bf16_tflops)
+        } else {
+            ("fp32Tflops", self.fp32_tflops)
+        };
+        let is_positive = |figure: f64| figure.is_finite() && figure > 0.0;
+        [("memoryGiB", self.memory_gi_b), used]
+            .into_iter()
+            .find(|(_, figure)| !is_positive(*figure))
+            .or_else(|| {
+                let price =
+                    self.price_per_hour.filter(|price| !(price.is_finite() && *price >= 0.0));
+                price.map(|price| ("pricePerHour", price))
+            })
+    }
 }
 
 /// How a run would do on one accelerator.

@@ -14,8 +14,8 @@ pub mod settings;
 pub mod sizing;
 
 use finetune_contract::{
-    CONTRACT_VERSION, Dtype, ExpectedData, LrScheduler, ModelFacts, PreflightReport, Problem,
-    ProblemReason, Recompute, RunConfig, TrainingSettings,
+    CONTRACT_VERSION, Dtype, ExpectedData, LrScheduler, ModelFacts, OutputState, PreflightReport,
+    Problem, ProblemReason, Recompute, RunConfig, TrainingSettings,
 };
 use serde::Serialize;
 
@@ -107,6 +107,7 @@ pub fn plan(
     accelerators: &[Accelerator],
 ) -> Result<RunPlan, Vec<Problem>> {
     let mut problems = report.problems.clone();
+    problems.extend(foreign_result(job, report));
     let (Some(model), Some(census)) = (&report.model, &report.train) else {
         if problems.is_empty() {
             problems.push(invalid(
@@ -409,6 +410,22 @@ fn too_little_memory(memory: &Memory, load: &Load, limit: u64, usable: u64) -> P
     )
 }
 
+/// Returns the problem of an output that holds another run's result, unless the preflight said it.
+fn foreign_result(job: &FineTuneJob, report: &PreflightReport) -> Option<Problem> {
+    let output = &job.spec.output;
+    let is_foreign = report.output == Some(OutputState::PublishedByAnotherRun)
+        && output.overwrite != Some(true)
+        && report.problems.iter().all(|problem| problem.reason != ProblemReason::OutputExists);
+    is_foreign.then(|| Problem {
+        reason: ProblemReason::OutputExists,
+        location: "spec.output.uri".to_owned(),
+        message: format!(
+            "{} holds the result of another run: choose another uri, or set output.overwrite: true to replace it",
+            output.uri
+        ),
+    })
+}
+
 /// Adds what only the plan can know: weights that will not stay in memory while training.
 fn warnings(report: &PreflightReport, memory: &Memory, limit: Option<u64>) -> Vec<Problem> {
     let mut warnings = report.warnings.clone();
@@ -456,6 +473,8 @@ mod tests {
         let job = manifest::parse(&text).unwrap();
         let accelerator = Accelerator {
             name: "Test 80GB".to_owned(),
+            resource_name: None,
+            gpus_per_node: None,
             memory_gi_b: 80.0,
             bf16_tflops: 300.0,
             fp32_tflops: 20.0,
@@ -609,5 +628,29 @@ spec.loraConfig.r: is 1024, but the narrowest target has only 576 features: a la
 spec.training.contextLength: is 9000, but llama was made for at most 8192 positions: lower it
 spec.training.earlyStoppingPatience: needs dataset.validation, which is not set: there is no loss to watch; set it or remove the patience
     "#);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn never_plans_over_the_memory(
+            megabytes in 100_u64..8000, is_lora in proptest::bool::ANY, context in 0_usize..4,
+        ) {
+            let context = [128, 256, 512, 1024][context];
+            let lora = if is_lora { "  loraConfig: {}\n" } else { "" };
+            let minimal = include_str!("../../examples/minimal.yaml");
+            let text = format!("{minimal}{lora}  training: {{contextLength: {context}}}\n");
+            let job = manifest::parse(&text).unwrap();
+            let bytes = megabytes * 1_000_000;
+            match plan(&job, &fixture::report(fixture::smollm2(), bytes), &[]) {
+                Ok(plan) => {
+                    let usable = (bytes as f64 * super::sizing::USABLE_MEMORY) as u64;
+                    proptest::prop_assert!(plan.memory.total() <= usable);
+                    proptest::prop_assert_eq!(plan.memory.total(), plan.run_config.predicted_peak_bytes);
+                }
+                Err(problems) => {
+                    proptest::prop_assert!(problems.iter().all(|problem| problem.location == "memory"));
+                }
+            }
+        }
     }
 }

@@ -21,7 +21,7 @@ const PREFLIGHT: &str = r#"{"version":1,"runId":"r","problems":[],"problemsTotal
 "overlappingRows":0,"output":"vacant"}"#;
 
 const SUCCEEDED: &str = r#"{"version":1,"runId":"r","attempt":0,"outcome":{"result":"succeeded","kind":"FullModel","uri":"file:///data/minimal",
-"manifestSha256":"cd","proof":{"files":3,"bytes":18000000,"maxLogitChange":0.5,"lossTrained":1.25,"lossReloaded":1.25}},
+"manifestSha256":"cd","proof":{"files":3,"bytes":18000000,"maxLogitChange":0.5,"lossTrainedAndReloaded":[1.25,1.25]}},
 "steps":40,"tokensSeen":100000,"trainLoss":[3.0,1.5],"tokensPerSecond":1234.0,"durationSeconds":80.0,
 "predictedPeakBytes":500000000,"measuredPeakBytes":480000000}"#;
 
@@ -203,7 +203,8 @@ fn refuses_to_replace_another_runs_result() {
     let trainer = Trainer { preflight: (&report, 0), train: (SUCCEEDED, 0) };
     insta::assert_snapshot!(check("run", MINIMAL, Some(&trainer)), @r#"
 exit 78
-error: spec.output.uri: file:///data/minimal holds the result of another run: choose another uri, or set output.overwrite: true to replace it
+error: the run cannot start:
+  spec.output.uri: file:///data/minimal holds the result of another run: choose another uri, or set output.overwrite: true to replace it
     "#);
 }
 
@@ -280,4 +281,23 @@ fn passes_an_interrupt_on_that_only_the_command_was_sent() {
         assert_eq!(output.status.code(), Some(75), "{}", String::from_utf8_lossy(&output.stderr));
         assert!(path("told").exists(), "SIG{signal} did not reach the trainer");
     }
+}
+
+#[test]
+fn ends_with_the_status_of_what_the_user_must_mend() {
+    let status = |reasons: &[&str]| {
+        let problems: Vec<String> = reasons
+            .iter()
+            .map(|reason| format!(r#"{{"reason":"{reason}","location":"x","message":"m"}}"#))
+            .collect();
+        let found =
+            format!(r#""problems":[{}],"problemsTotal":{}"#, problems.join(","), problems.len());
+        let report = PREFLIGHT.replace(r#""problems":[],"problemsTotal":0"#, &found);
+        let trainer = Trainer { preflight: (&report, 65), train: ("", 70) };
+        finetune("plan", MINIMAL, Some(&trainer)).0.status.code()
+    };
+    assert_eq!(status(&["Unavailable"]), Some(69));
+    assert_eq!(status(&["PermissionDenied"]), Some(77));
+    assert_eq!(status(&["InvalidSpec"]), Some(78));
+    assert_eq!(status(&["Unavailable", "InvalidDataset"]), Some(65));
 }
