@@ -7,7 +7,7 @@ mod trainer;
 
 use std::{ffi::OsString, path::PathBuf, process::ExitCode as Status};
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 use crate::{api::schema, plan::render};
 use failure::Failure;
@@ -56,6 +56,11 @@ enum Command {
     /// Turn a GGUF file into a Hugging Face directory
     #[command(disable_help_flag = true)]
     Import(PassedOn),
+    /// Print what makes a shell complete this command
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
     /// Print the CRD
     #[command(hide = true)]
     Crd,
@@ -118,6 +123,12 @@ fn carry_out(arguments: Arguments) -> Result<(), Failure> {
         Command::Verify(passed) => trainer::pass_on(trainer, "verify", &passed.arguments),
         Command::Generate(passed) => trainer::pass_on(trainer, "generate", &passed.arguments),
         Command::Import(passed) => trainer::pass_on(trainer, "import", &passed.arguments),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Arguments::command(), "finetune", &mut script);
+            display::result(&String::from_utf8_lossy(&script));
+            Ok(())
+        }
         Command::Crd => {
             display::result(&schema::crd_yaml().map_err(Failure::internal)?);
             Ok(())
