@@ -115,7 +115,10 @@ fn run_preflight(documents: &Documents, environment: &Environment) -> Result<Exi
     let work_dir = make_work_dir(&documents.work_dir)?;
     let report = preflight::run(&config, environment, &work_dir).fit();
     write(&documents.report, &report)?;
-    Ok(if report.problems_total == 0 { ExitCode::Success } else { ExitCode::BadData })
+    // What another try may mend must not hide what it cannot.
+    let codes = || report.problems.iter().map(|problem| problem.reason.exit_code());
+    let code = codes().find(|code| !code.is_retryable()).or_else(|| codes().next());
+    Ok(code.unwrap_or(ExitCode::Success))
 }
 
 fn run_train(documents: &Documents, environment: &Environment) -> Result<ExitCode, Failure> {
