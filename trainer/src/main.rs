@@ -1,7 +1,7 @@
 //! The trainer's command line: parses, calls, and turns every ending into a report and an exit code.
 
 use std::{
-    io::Write,
+    io::{IsTerminal, Write},
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     process,
@@ -68,6 +68,7 @@ struct Documents {
 fn main() -> process::ExitCode {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_env("FINETUNE_LOG")
                 .unwrap_or_else(|_| "info".into()),

@@ -1,0 +1,121 @@
+//! Runs whose rows, result and checkpoints are in a bucket.
+//!
+//! `FINETUNE_TEST_S3_ENDPOINT` names an S3 server and `FINETUNE_TEST_S3_BUCKET` a bucket there;
+//! the keys come from `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`. Rows are brought there and
+//! results from there with `curl`, so that both do not pass through the code under test.
+
+use std::{path::Path, process::Command};
+
+use serde_json::{Value, json};
+
+use crate::bench::{Bench, needed, sha256};
+
+/// A prefix of a bucket that no other test writes to.
+struct Bucket {
+    endpoint: String,
+    prefix: String,
+    keys: String,
+}
+
+impl Bucket {
+    fn new(test: &str) -> Option<Self> {
+        let [endpoint, bucket, id, secret] = [
+            "FINETUNE_TEST_S3_ENDPOINT",
+            "FINETUNE_TEST_S3_BUCKET",
+            "AWS_ACCESS_KEY_ID",
+            "AWS_SECRET_ACCESS_KEY",
+        ]
+        .map(|key| std::env::var(key).ok());
+        let endpoint = needed(endpoint, "FINETUNE_TEST_S3_ENDPOINT is not set")?;
+        let bucket = needed(bucket, "FINETUNE_TEST_S3_BUCKET is not set")?;
+        let keys = needed(id.zip(secret), "the keys of the S3 server are not set")?;
+        Some(Self {
+            endpoint,
+            prefix: format!("{bucket}/e2e-{test}-{}", std::process::id()),
+            keys: format!("{}:{}", keys.0, keys.1),
+        })
+    }
+
+    /// Returns a bench whose processes know the server.
+    fn bench(&self) -> Option<Bench> {
+        let mut bench = Bench::new()?;
+        bench.set("AWS_ENDPOINT_URL", &self.endpoint);
+        bench.set("AWS_REGION", "us-east-1");
+        bench.set("FINETUNE_STORE_RETRIES", "1");
+        Some(bench)
+    }
+
+    fn uri(&self, name: &str) -> String {
+        format!("s3://{}/{name}", self.prefix)
+    }
+
+    fn put(&self, name: &str, from: &Path) {
+        self.curl(name, &["--upload-file", from.to_str().unwrap()]);
+    }
+
+    fn get(&self, name: &str, to: &Path) {
+        self.curl(name, &["--output", to.to_str().unwrap()]);
+    }
+
+    fn curl(&self, name: &str, arguments: &[&str]) {
+        let url = format!("{}/{}/{name}", self.endpoint, self.prefix);
+        let curl = ["--fail", "--silent", "--show-error", "--aws-sigv4", "aws:amz:us-east-1:s3"];
+        let mut command = Command::new("curl");
+        command.args(curl).args(["--user", &self.keys]).args(arguments).arg(url);
+        assert!(command.status().unwrap().success());
+    }
+}
+
+fn long_job(bench: &Bench, output: &str) -> Value {
+    let mut job = bench.job("output");
+    job["spec"]["output"]["uri"] = json!(output);
+    job["spec"]["training"]["maxSteps"] = json!(30);
+    job
+}
+
+#[test]
+fn a_run_in_a_bucket_is_killed_goes_on_and_is_proven() {
+    let Some(bucket) = Bucket::new("killed") else { return };
+    let Some(bench) = bucket.bench() else { return };
+    bucket.put("train.jsonl", &bench.path("train.jsonl"));
+    let mut job = long_job(&bench, &bucket.uri("output"));
+    job["spec"]["dataset"]["train"] = json!(bucket.uri("train.jsonl"));
+    let mut started = bench.start(&job);
+    started.wait_for_step(10);
+    started.signal("-KILL");
+    bench.run(&job).ok();
+    assert!(bench.report(&job).resumed_from_step.is_some_and(|step| step >= 9));
+    bench.finetune(&["verify", &bucket.uri("output")]).ok();
+    let ran = bench.run(&job).ok();
+    assert!(ran.stdout.contains("already holds this run's result"), "{}", ran.stdout);
+
+    // What is there is what a run on disk without interruption gives.
+    bench.run(&long_job(&bench, &bench.uri("on-disk"))).ok();
+    let fetched = bench.path("fetched.safetensors");
+    bucket.get("output/adapter_model.safetensors", &fetched);
+    assert_eq!(sha256(&fetched), sha256(&bench.path("on-disk/adapter_model.safetensors")));
+}
+
+#[test]
+fn a_bucket_that_refuses_or_is_not_there_says_so() {
+    let Some(bucket) = Bucket::new("refused") else { return };
+    let Some(mut bench) = bucket.bench() else { return };
+    let shown = |bench: &Bench, output: &str| {
+        let shown = bench.shown(&bench.run(&long_job(bench, output)));
+        without_probe(&shown.replace(output, "OUTPUT").replace(&bucket.endpoint, "ENDPOINT"))
+    };
+    insta::assert_snapshot!(shown(&bench, "s3://finetune-there-is-no-such-bucket/output"), @r"
+exit 78
+error: the run cannot start:
+  spec.output.uri: cannot write OUTPUT/PROBE: the bucket does not exist (NoSuchBucket: The specified bucket does not exist); create it or mend the URI
+");
+    bench.set("AWS_SECRET_ACCESS_KEY", "wrong");
+    insta::assert_snapshot!(shown(&bench, &bucket.uri("output")), @"");
+}
+
+/// Leaves out the random name of the object that a preflight tries to write.
+fn without_probe(shown: &str) -> String {
+    let Some((before, probe)) = shown.split_once(".finetune-probe-") else { return shown.into() };
+    let digits = |character: char| character.is_ascii_digit() || character == '-';
+    format!("{before}PROBE{}", probe.trim_start_matches(digits))
+}
