@@ -69,6 +69,10 @@ pub(super) fn pass_on(
     }
 }
 
+/// Lets threads of libtorch sleep while they wait for each other. Spinning costs nothing on an idle
+/// machine, but on a shared or throttled one it takes the very time the other threads need.
+const PATIENCE: [(&str, &str); 1] = [("OMP_WAIT_POLICY", "PASSIVE")];
+
 impl Trainer {
     /// Runs one step with `config`; returns how it ended and the text of its report, if it left one.
     pub(super) fn run<D: Document>(
@@ -95,6 +99,7 @@ impl Trainer {
             .arg(&report_path)
             .arg("--work-dir")
             .arg(&self.work_dir)
+            .envs(PATIENCE)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()

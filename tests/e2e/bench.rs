@@ -17,7 +17,7 @@ use crate::model;
 
 const FINETUNE: &str = env!("CARGO_BIN_EXE_finetune");
 /// How long a process may take to get where a test waits for it.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_mins(2);
 
 /// Returns a value a test cannot do without; says so loudly, or fails in CI, if there is none.
 pub(crate) fn needed<T>(value: Option<T>, missing: &str) -> Option<T> {

@@ -3,7 +3,6 @@
 use std::time::Instant;
 
 /// Returns the time now.
-#[expect(clippy::disallowed_methods, reason = "this is the door")]
 pub fn now() -> Instant {
     Instant::now()
 }

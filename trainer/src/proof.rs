@@ -60,11 +60,12 @@ impl Probe {
         let length = row.tokens.len().min(PROBE_TOKENS);
         let tokens = row.tokens[..length].to_vec();
         let (mut predicting, mut labels) = (Vec::new(), Vec::new());
-        for index in 1..length {
-            // A row whose targets all lie further on is looked at as a whole.
-            if row.targets[index] || !start(&row.targets) {
+        // A row whose targets all lie further on is looked at as a whole.
+        let is_all = !start(&row.targets);
+        for (index, &token) in tokens.iter().enumerate().skip(1) {
+            if is_all || row.targets[index] {
                 predicting.push(index as i64 - 1);
-                labels.push(i64::from(tokens[index]));
+                labels.push(i64::from(token));
             }
         }
         let batch = Batch {

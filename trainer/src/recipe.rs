@@ -16,7 +16,7 @@ use tch::Device;
 use tracing::{info, warn};
 
 use crate::{
-    checkpoint::Checkpoints,
+    checkpoint::{Checkpoints, TrainState},
     data::{Dataset, Sequences, Tokenizer},
     export::{self, Export},
     failure::Failure,
@@ -80,7 +80,7 @@ pub fn run(
         train,
         validation,
         checkpoints,
-        state: Default::default(),
+        state: TrainState::default(),
     };
     resume(&mut training, teller)?;
 

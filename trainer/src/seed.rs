@@ -41,22 +41,22 @@ impl Counter {
 
     /// Returns an fp32 tensor, uniform in `[-bound, bound)`.
     pub fn uniform_tensor(self, shape: &[i64], bound: f64, device: Device) -> Tensor {
-        self.tensor(shape, device, |index| (2.0 * self.uniform(index) - 1.0) * bound)
+        tensor(shape, device, |index| (2.0 * self.uniform(index) - 1.0) * bound)
     }
 
     /// Returns an fp32 tensor of normal numbers with mean 0 and variance 1 (Box–Muller).
     pub fn normal_tensor(self, shape: &[i64], device: Device) -> Tensor {
-        self.tensor(shape, device, |index| {
+        tensor(shape, device, |index| {
             let radius = (-2.0 * (1.0 - self.uniform(2 * index)).ln()).sqrt();
             radius * (std::f64::consts::TAU * self.uniform(2 * index + 1)).cos()
         })
     }
+}
 
-    fn tensor(self, shape: &[i64], device: Device, value: impl Fn(u64) -> f64) -> Tensor {
-        let length = shape.iter().product::<i64>() as u64;
-        let values: Vec<f32> = (0..length).map(|index| value(index) as f32).collect();
-        Tensor::from_slice(&values).view(shape).to_device(device).to_kind(Kind::Float)
-    }
+fn tensor(shape: &[i64], device: Device, value: impl Fn(u64) -> f64) -> Tensor {
+    let length = shape.iter().product::<i64>() as u64;
+    let values: Vec<f32> = (0..length).map(|index| value(index) as f32).collect();
+    Tensor::from_slice(&values).view(shape).to_device(device).to_kind(Kind::Float)
 }
 
 /// Mixes 64 bits so that each output bit depends on every input bit.

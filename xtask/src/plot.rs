@@ -23,10 +23,10 @@ pub(crate) fn svg(title: &str, curves: &[Curve]) -> String {
     let x = |step: f64| MARGIN + step / last_step * (WIDTH - 1.5 * MARGIN);
     let y = |value: f64| HEIGHT - MARGIN - value / highest * (HEIGHT - 2.0 * MARGIN);
     let mut svg = format!(
-        r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">
+        r#"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">
 <rect width="100%" height="100%" fill="white"/>
 <text x="{MARGIN}" y="28" font-size="15" font-weight="bold">{title}</text>
-"##
+"#
     );
     for tick in 0..=4 {
         let part = f64::from(tick) / 4.0;

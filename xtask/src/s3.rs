@@ -18,7 +18,7 @@ const ACCESS_KEY: &str = "finetune-test";
 const SECRET_KEY: &str = "finetune-test-secret";
 const BUCKET: &str = "finetune-test";
 /// How long the server may take to answer.
-const START_TIMEOUT: Duration = Duration::from_secs(60);
+const START_TIMEOUT: Duration = Duration::from_mins(1);
 /// How long it may take to end by itself.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 

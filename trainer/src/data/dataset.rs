@@ -96,6 +96,9 @@ impl Dataset {
     }
 
     /// Makes a dataset of given rows, for tests.
+    ///
+    /// # Errors
+    /// Those of writing a file.
     pub fn of_rows(rows: &[TokenRow], directory: &Path) -> std::io::Result<Self> {
         let mut bytes = Vec::new();
         let mut places = Vec::new();

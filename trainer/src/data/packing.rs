@@ -20,18 +20,16 @@ pub fn pack(lengths: &[u32], context: u32) -> Vec<Vec<usize>> {
     for row in order {
         let length = lengths[row];
         assert!(length <= context, "rows are cut to the context before they are packed");
-        let (room, sequence) = match by_room.range_mut(length..).next() {
-            Some((&room, with_room)) => {
-                let sequence = with_room.pop().expect("empty lists are removed");
-                if with_room.is_empty() {
-                    by_room.remove(&room);
-                }
-                (room, sequence)
+        let (room, sequence) = if let Some((&room, with_room)) = by_room.range_mut(length..).next()
+        {
+            let sequence = with_room.pop().expect("empty lists are removed");
+            if with_room.is_empty() {
+                by_room.remove(&room);
             }
-            None => {
-                sequences.push(Vec::new());
-                (context, sequences.len() - 1)
-            }
+            (room, sequence)
+        } else {
+            sequences.push(Vec::new());
+            (context, sequences.len() - 1)
         };
         sequences[sequence].push(row);
         by_room.entry(room - length).or_default().push(sequence);

@@ -7,7 +7,7 @@
 use half::{bf16, f16};
 
 /// How one storage type packs its elements.
-pub struct StorageType {
+pub(super) struct StorageType {
     /// What people call it.
     pub name: &'static str,
     /// Elements of a block.
@@ -18,27 +18,27 @@ pub struct StorageType {
 }
 
 /// Finds a storage type by its number; `None` for one that cannot be read.
-pub fn storage_type(number: u32) -> Option<StorageType> {
+pub(super) fn storage_type(number: u32) -> Option<StorageType> {
     let plain = |name, elements, bytes, unpack| StorageType { name, elements, bytes, unpack };
     Some(match number {
         0 => plain("F32", 1, 4, |block, out| {
-            out[0] = f32::from_le_bytes([block[0], block[1], block[2], block[3]])
+            out[0] = f32::from_le_bytes([block[0], block[1], block[2], block[3]]);
         }),
         1 => plain("F16", 1, 2, |block, out| out[0] = half_at(block, 0)),
         30 => plain("BF16", 1, 2, |block, out| {
-            out[0] = bf16::from_le_bytes([block[0], block[1]]).to_f32()
+            out[0] = bf16::from_le_bytes([block[0], block[1]]).to_f32();
         }),
         2 => plain("Q4_0", 32, 18, |block, out| {
-            q4(half_at(block, 0), -8.0 * half_at(block, 0), &block[2..], out)
+            q4(half_at(block, 0), -8.0 * half_at(block, 0), &block[2..], out);
         }),
         3 => plain("Q4_1", 32, 20, |block, out| {
-            q4(half_at(block, 0), half_at(block, 2), &block[4..], out)
+            q4(half_at(block, 0), half_at(block, 2), &block[4..], out);
         }),
         6 => plain("Q5_0", 32, 22, |block, out| {
-            q5(half_at(block, 0), -16.0 * half_at(block, 0), &block[2..], out)
+            q5(half_at(block, 0), -16.0 * half_at(block, 0), &block[2..], out);
         }),
         7 => plain("Q5_1", 32, 24, |block, out| {
-            q5(half_at(block, 0), half_at(block, 2), &block[4..], out)
+            q5(half_at(block, 0), half_at(block, 2), &block[4..], out);
         }),
         8 => plain("Q8_0", 32, 34, q8_0),
         12 => plain("Q4_K", 256, 144, q4_k),
@@ -50,7 +50,7 @@ pub fn storage_type(number: u32) -> Option<StorageType> {
 
 impl StorageType {
     /// Unpacks whole blocks.
-    pub fn unpack(&self, bytes: &[u8]) -> Vec<f32> {
+    pub(super) fn unpack(&self, bytes: &[u8]) -> Vec<f32> {
         let mut values = vec![0.0; bytes.len() / self.bytes * self.elements];
         for (block, out) in
             bytes.chunks_exact(self.bytes).zip(values.chunks_exact_mut(self.elements))

@@ -64,13 +64,12 @@ pub fn local_directory(store: &Store, cache: &Path) -> Result<PathBuf, Failure> 
     let lock = File::create(directory.with_extension("lock")).map_err(disk)?;
     lock.lock().map_err(disk)?;
     if !directory.exists() {
-        let file = match store.local_path("") {
-            Some(path) => path,
-            None => {
-                let path = directory.with_extension("gguf");
-                store.fetch("", &path)?;
-                path
-            }
+        let file = if let Some(path) = store.local_path("") {
+            path
+        } else {
+            let path = directory.with_extension("gguf");
+            store.fetch("", &path)?;
+            path
         };
         import(&file, &directory)?;
     }

@@ -31,17 +31,14 @@ impl Dropout {
         let length = shape.iter().product::<i64>() as usize;
         let kept = 65536.0 / (65536.0 - f64::from(self.threshold));
         let key = self.counter.fold(site);
-        let tensor = match kind {
-            Kind::BFloat16 => {
-                let bits = half::bf16::from_f64(kept).to_bits();
-                let mask = self.fill(length, key, bits);
-                let bytes: Vec<u8> = mask.iter().flat_map(|value| value.to_le_bytes()).collect();
-                Tensor::from_data_size(&bytes, shape, kind)
-            }
-            _ => {
-                let mask = self.fill(length, key, kept as f32);
-                Tensor::from_slice(&mask).view(shape).to_kind(kind)
-            }
+        let tensor = if kind == Kind::BFloat16 {
+            let bits = half::bf16::from_f64(kept).to_bits();
+            let mask = self.fill(length, key, bits);
+            let bytes: Vec<u8> = mask.iter().flat_map(|value| value.to_le_bytes()).collect();
+            Tensor::from_data_size(&bytes, shape, kind)
+        } else {
+            let mask = self.fill(length, key, kept as f32);
+            Tensor::from_slice(&mask).view(shape).to_kind(kind)
         };
         tensor.to_device(device)
     }
@@ -87,7 +84,9 @@ mod tests {
     fn replays_a_site_and_differs_between_sites() {
         assert_eq!(mask(0.5, 3), mask(0.5, 3));
         let equal =
-            mask(0.5, 3).iter().zip(mask(0.5, 4)).filter(|(a, b)| **a == *b).count() as f64 / 1e5;
+            mask(0.5, 3).iter().zip(mask(0.5, 4)).filter(|(a, b)| (**a - *b).abs() < 0.5).count()
+                as f64
+                / 1e5;
         assert!((equal - 0.5).abs() < 0.008, "{equal}");
     }
 

@@ -34,6 +34,7 @@ impl Param {
     }
 
     /// Returns a second handle on the same parameter, as a tied head needs.
+    #[must_use]
     pub fn share(&self) -> Self {
         Self {
             value: self.value.shallow_clone(),

@@ -11,7 +11,7 @@ const SIZE: i64 = 1024;
 const PRODUCTS: usize = 5;
 
 /// Describes the machine; with `measure`, multiplies matrices for a fraction of a second.
-pub fn facts(measure: bool) -> MachineFacts {
+pub(super) fn facts(measure: bool) -> MachineFacts {
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let field = |name: &str| {
         cpuinfo

@@ -252,7 +252,7 @@ impl SplitCheck<'_> {
                 findings.problem(ProblemReason::NothingToTrain, location, message);
             }
             OnOverflow::Truncate | OnOverflow::Drop => {
-                findings.warning(ProblemReason::Overflow, location, figures)
+                findings.warning(ProblemReason::Overflow, location, figures);
             }
         }
     }

@@ -33,6 +33,8 @@ const SMALL_FILES: [&str; 8] = [
     "chat_template.json",
 ];
 const LOCATION: &str = "spec.model.uri";
+/// Ranks vLLM can be started for.
+const RANKS: [u32; 9] = [1, 8, 16, 32, 64, 128, 256, 320, 512];
 
 /// Checks the model and the adapter asked for; `None` if rows cannot be tokenised for it.
 pub(super) fn check(
@@ -63,16 +65,11 @@ pub(super) fn check(
         }
     };
     let directory = small_files(&store, &entries, work_dir, findings)?;
-    let text = match std::fs::read_to_string(directory.join("config.json")) {
-        Ok(text) => text,
-        Err(_) => {
-            let message = format!(
-                "{} has no config.json: name a directory in Hugging Face layout",
-                store.uri()
-            );
-            findings.problem(ProblemReason::InvalidModel, LOCATION, message);
-            return None;
-        }
+    let Ok(text) = std::fs::read_to_string(directory.join("config.json")) else {
+        let message =
+            format!("{} has no config.json: name a directory in Hugging Face layout", store.uri());
+        findings.problem(ProblemReason::InvalidModel, LOCATION, message);
+        return None;
     };
     let model = match ModelConfig::parse(&text) {
         Ok(model) => model,
@@ -337,7 +334,7 @@ fn check_lora(lora: &LoraSettings, model: &ModelConfig, findings: &mut Findings)
 /// `vllm/lora/peft_helper.py` and `vllm/config/lora.py`, v0.22.
 fn warn_of_servability(lora: &LoraSettings, findings: &mut Findings) {
     let mut warn = |location: &str, message: String| {
-        findings.warning(ProblemReason::Servability, location, message)
+        findings.warning(ProblemReason::Servability, location, message);
     };
     if !lora.modules_to_save.is_empty() {
         warn(
@@ -358,7 +355,6 @@ fn warn_of_servability(lora: &LoraSettings, findings: &mut Findings) {
             );
         }
     }
-    const RANKS: [u32; 9] = [1, 8, 16, 32, 64, 128, 256, 320, 512];
     match RANKS.into_iter().find(|&rank| rank >= lora.r) {
         None => warn("spec.loraConfig.r", format!("vLLM serves ranks up to 512, not {}", lora.r)),
         Some(rank) if rank > 16 => {

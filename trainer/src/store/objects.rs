@@ -39,7 +39,7 @@ pub(super) fn open(
             base: 2.0,
         },
         max_retries: retries(environment),
-        retry_timeout: Duration::from_secs(60),
+        retry_timeout: Duration::from_mins(1),
     };
     Ok(match uri.scheme {
         Scheme::S3 => {

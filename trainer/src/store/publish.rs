@@ -76,10 +76,12 @@ pub fn publish(
     if let Some(found) = read_bytes(store)? {
         let old = parse_manifest(store, &found);
         match &old {
-            Ok(old) if old.run_id == manifest.run_id => {
-                if found == bytes && sizes_match(store, &manifest)? {
-                    return Ok(published);
-                }
+            Ok(old)
+                if old.run_id == manifest.run_id
+                    && found == bytes
+                    && sizes_match(store, &manifest)? =>
+            {
+                return Ok(published);
             }
             Ok(old) if !overwrite => {
                 return Err(Error::output_exists(store.uri().to_string(), &old.run_id));

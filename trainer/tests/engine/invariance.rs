@@ -126,7 +126,7 @@ fn bf16_stays_near_fp32() {
     let directory = tempfile::tempdir().unwrap();
     let config = checkpoint(directory.path(), LLAMA);
     let batches = [batch(&[9, 7, 20], 61)];
-    let mut load = |dtype| {
+    let load = |dtype| {
         let seed = Counter::from_seed(3);
         let mut model = Model::load(
             directory.path(),

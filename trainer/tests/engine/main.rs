@@ -2,6 +2,8 @@
 //!
 //! Every hand-written backward pass is compared with autograd through `reference`, for every switch
 //! of the architecture and every kind of attachment.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+#![allow(unreachable_pub, reason = "modules of a test binary share items by `pub`")]
 
 mod fixture;
 mod gradients;

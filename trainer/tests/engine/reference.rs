@@ -60,7 +60,7 @@ impl<'a> Reference<'a> {
         let tokens = Tensor::from_slice(&batch.tokens);
         let mut x = self.get("model.embed_tokens.weight").index_select(0, &tokens);
         if let Some((a, b, scaling)) = self.adapter(names::EMBED_TOKENS) {
-            x = x + a.index_select(1, &tokens).tr().matmul(&b.tr()) * scaling;
+            x += a.index_select(1, &tokens).tr().matmul(&b.tr()) * scaling;
         }
         for layer in 0..self.config.num_hidden_layers {
             x = self.block(layer, &x, batch);
@@ -68,7 +68,7 @@ impl<'a> Reference<'a> {
         let x = self.norm("model.norm", &x);
         let mut logits = x.matmul(&self.head_weight().tr());
         if let Some((a, b, scaling)) = self.adapter(names::LM_HEAD) {
-            logits = logits + x.matmul(&a.tr()).matmul(&b.tr()) * scaling;
+            logits += x.matmul(&a.tr()).matmul(&b.tr()) * scaling;
         }
         logits
     }
@@ -99,7 +99,7 @@ impl<'a> Reference<'a> {
             |x: &Tensor| x.repeat_interleave_self_int(heads / kv_heads, 1, None).transpose(0, 1);
         let (q, k, v) = (q.transpose(0, 1), repeat(&k), repeat(&v));
         let scores = q.matmul(&k.transpose(1, 2)) / (width as f64).sqrt()
-            + self.mask(batch, self.config.sliding_window[layer]);
+            + Self::mask(batch, self.config.sliding_window[layer]);
         let attended = scores
             .softmax(-1, Kind::Float)
             .matmul(&v)
@@ -115,10 +115,10 @@ impl<'a> Reference<'a> {
     fn linear(&self, path: &str, x: &Tensor) -> Tensor {
         let mut y = x.matmul(&self.get(&format!("{path}.weight")).tr());
         if let Some(bias) = self.find(&format!("{path}.bias")) {
-            y = y + bias;
+            y += bias;
         }
         if let Some((a, b, scaling)) = self.adapter(path) {
-            y = y + x.matmul(&a.tr()).matmul(&b.tr()) * scaling;
+            y += x.matmul(&a.tr()).matmul(&b.tr()) * scaling;
         }
         y
     }
@@ -129,7 +129,7 @@ impl<'a> Reference<'a> {
     }
 
     /// Allows each token to see its own segment up to itself, as far back as the window.
-    fn mask(&self, batch: &Batch, window: Option<usize>) -> Tensor {
+    fn mask(batch: &Batch, window: Option<usize>) -> Tensor {
         let owner: Vec<usize> = batch
             .segment_lengths
             .iter()

@@ -1,4 +1,7 @@
 //! The store: one suite on memory, disk and S3; faults at every write; a hub that misbehaves.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on has failed")]
+#![allow(clippy::print_stderr, reason = "what is skipped is said")]
+#![allow(unreachable_pub, reason = "modules of a test binary share items by `pub`")]
 
 mod conformance;
 mod faults;
