@@ -1,0 +1,209 @@
+//! Runs that end well, and what they leave.
+
+use std::fs;
+
+use finetune_contract::ArtifactKind;
+use serde_json::json;
+
+use crate::bench::{Bench, rows, sha256};
+
+fn paths(manifest: &finetune_contract::Manifest) -> Vec<&str> {
+    manifest.files.iter().map(|file| file.path.as_str()).collect()
+}
+
+#[test]
+fn a_lora_run_publishes_an_adapter_once() {
+    let Some(bench) = Bench::new() else { return };
+    let job = bench.job("output");
+    let ran = bench.run(&job).ok();
+    assert!(ran.stdout.starts_with("published "), "{}", ran.stdout);
+    let manifest = bench.published("output");
+    assert_eq!(manifest.kind, ArtifactKind::Adapter);
+    assert_eq!(manifest.step, 6);
+    insta::assert_debug_snapshot!(paths(&manifest), @r#"
+[
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
+"#);
+    assert!(bench.checkpoints("output").is_empty());
+    let [first, last] = bench.report(&job).train_loss.unwrap();
+    assert!(last < first, "{first} → {last}");
+
+    // The same again changes nothing.
+    let manifest_path = bench.path("output/finetune-manifest.json");
+    let before =
+        (sha256(&manifest_path), fs::metadata(&manifest_path).unwrap().modified().unwrap());
+    let ran = bench.run(&job).ok();
+    assert!(
+        ran.stdout.ends_with("already holds this run's result; nothing to do\n"),
+        "{}",
+        ran.stdout
+    );
+    let after = (sha256(&manifest_path), fs::metadata(&manifest_path).unwrap().modified().unwrap());
+    assert_eq!(before, after);
+
+    // And anybody can prove it, and use it.
+    let uri = bench.uri("output");
+    bench.finetune(&["verify", &uri]).ok();
+    let generated = bench.finetune(&[
+        "generate",
+        "--model",
+        "model",
+        "--adapter",
+        "output",
+        "--prompt",
+        "3+1",
+        "--max-new-tokens",
+        "8",
+    ]);
+    assert!(!generated.ok().stdout.trim().is_empty());
+
+    // Unless a byte of it changes.
+    let path = bench.path("output/adapter_model.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&path, bytes).unwrap();
+    let ran = bench.finetune(&["verify", &uri]);
+    assert_ne!(ran.code, 0);
+    let message = without_digests(&last_error(&bench, &ran.stderr));
+    insta::assert_snapshot!(message, @"file://DIR/output/adapter_model.safetensors is damaged: the manifest says 19840 bytes with SHA-256 DIGEST, the store holds 19840 with DIGEST");
+}
+
+/// Returns the trainer's own word: its last line of level ERROR, without time and paths.
+fn last_error(bench: &Bench, stderr: &str) -> String {
+    let line = stderr.lines().rev().find(|line| line.contains("ERROR")).unwrap_or(stderr);
+    let line = line.split_once("ERROR").map_or(line, |(_, line)| line);
+    line.trim().replace(&bench.path("").display().to_string(), "DIR/")
+}
+
+/// Replaces SHA-256 digests, which depend on the processor's arithmetic.
+fn without_digests(text: &str) -> String {
+    let words = text.split(' ').map(|word| {
+        let digits = word.trim_end_matches(',');
+        if digits.len() == 64 { word.replace(digits, "DIGEST") } else { word.to_owned() }
+    });
+    words.collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn a_full_parameter_run_publishes_a_model() {
+    let Some(bench) = Bench::new() else { return };
+    let mut job = bench.job("output");
+    job["spec"].as_object_mut().unwrap().remove("loraConfig");
+    bench.run(&job).ok();
+    let manifest = bench.published("output");
+    assert_eq!(manifest.kind, ArtifactKind::FullModel);
+    insta::assert_debug_snapshot!(paths(&manifest), @r#"
+[
+    "README.md",
+    "chat_template.jinja",
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
+"#);
+    bench.finetune(&["verify", &bench.uri("output")]).ok();
+    bench
+        .finetune(&["generate", "--model", "output", "--prompt", "3+1", "--max-new-tokens", "8"])
+        .ok();
+}
+
+#[test]
+fn a_merged_run_publishes_the_model_and_its_adapter() {
+    let Some(bench) = Bench::new() else { return };
+    let mut job = bench.job("output");
+    job["spec"]["output"]["merge"] = json!(true);
+    bench.run(&job).ok();
+    let manifest = bench.published("output");
+    assert_eq!(manifest.kind, ArtifactKind::MergedModel);
+    insta::assert_debug_snapshot!(paths(&manifest), @r#"
+[
+    "README.md",
+    "adapter/README.md",
+    "adapter/adapter_config.json",
+    "adapter/adapter_model.safetensors",
+    "adapter/chat_template.jinja",
+    "adapter/tokenizer.json",
+    "adapter/tokenizer_config.json",
+    "chat_template.jinja",
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
+"#);
+    bench.finetune(&["verify", &bench.uri("output")]).ok();
+}
+
+#[test]
+fn an_output_of_another_run_is_replaced_only_when_told() {
+    let Some(bench) = Bench::new() else { return };
+    let mut job = bench.job("output");
+    bench.run(&job).ok();
+    let first = bench.published("output");
+    job["spec"]["training"]["seed"] = json!(7);
+    insta::assert_snapshot!(bench.shown(&bench.run(&job)), @r"
+exit 78
+error: the run cannot start:
+  spec.output.uri: file://DIR/output holds the result of another run: choose another output.uri, or set output.overwrite to true to replace it
+");
+    assert_eq!(bench.published("output"), first);
+    job["spec"]["output"]["overwrite"] = json!(true);
+    bench.run(&job).ok();
+    assert_ne!(bench.published("output").run_id, first.run_id);
+    bench.finetune(&["verify", &bench.uri("output")]).ok();
+}
+
+#[test]
+fn patience_ends_a_run_and_publishes_its_best() {
+    let Some(bench) = Bench::new() else { return };
+    // Answers that contradict those trained on: learning soon makes them less likely.
+    let unlike = rows(0..6).replace("= ", "~ ~");
+    bench.write("validation.jsonl", &unlike);
+    let mut job = bench.job("output");
+    job["spec"]["dataset"]["validation"] = json!(bench.uri("validation.jsonl"));
+    let training = job["spec"]["training"].as_object_mut().unwrap();
+    training.insert("maxSteps".to_owned(), json!(400));
+    training.insert("evaluationSteps".to_owned(), json!(5));
+    training.insert("earlyStoppingPatience".to_owned(), json!(2));
+    bench.run(&job).ok();
+    let report = bench.report(&job);
+    let best = report.best_step.unwrap();
+    assert!(report.steps < 400);
+    assert_eq!(report.steps, best + 10, "two evaluations after the best");
+    assert_eq!(bench.published("output").step, best);
+}
+
+#[test]
+fn rows_may_have_a_sequence_each() {
+    let Some(bench) = Bench::new() else { return };
+    let mut job = bench.job("output");
+    let training = job["spec"]["training"].as_object_mut().unwrap();
+    training.remove("maxSteps");
+    training.insert("numEpochs".to_owned(), json!(2));
+    training.insert("packing".to_owned(), json!(false));
+    bench.run(&job).ok();
+    assert_eq!(bench.report(&job).steps, 6, "12 rows × 2 epochs / 4 rows a step");
+    bench.published("output");
+}
+
+#[test]
+fn rows_too_long_are_dropped_when_told() {
+    let Some(bench) = Bench::new() else { return };
+    let long = json!({"text": "x".repeat(300)});
+    let text = format!("{{\"text\": \"short\"}}\n{long}\n{{\"text\": \"brief\"}}\n");
+    bench.write("train.jsonl", &text);
+    let mut job = bench.job("output");
+    job["spec"]["dataset"]["onOverflow"] = json!("drop");
+    job["spec"]["training"]["packing"] = json!(false);
+    bench.run(&job).ok();
+    let config = fs::read_to_string(bench.work_dir(&job).join("train-config.json")).unwrap();
+    let config: finetune_contract::RunConfig = finetune_contract::parse(&config).unwrap();
+    assert_eq!(config.expected.sequences, 2);
+}
