@@ -234,9 +234,17 @@ pub(crate) fn rows(numbers: std::ops::Range<u32>) -> String {
             {"role": "assistant", "content": format!("= {}", number + 1)},
         ]})
     };
-    numbers.map(|number| format!("{}\n", row(number))).collect()
+    lines(numbers.map(row))
+}
+
+/// Returns JSON values as the lines of a file.
+pub(crate) fn lines(values: impl Iterator<Item = Value>) -> String {
+    let lines: Vec<String> = values.map(|value| format!("{value}\n")).collect();
+    lines.concat()
 }
 
 pub(crate) fn sha256(path: &Path) -> String {
-    Sha256::digest(fs::read(path).unwrap()).iter().map(|byte| format!("{byte:02x}")).collect()
+    let digest = Sha256::digest(fs::read(path).unwrap());
+    let bytes: Vec<String> = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    bytes.concat()
 }

@@ -100,22 +100,37 @@ fn a_run_in_a_bucket_is_killed_goes_on_and_is_proven() {
 fn a_bucket_that_refuses_or_is_not_there_says_so() {
     let Some(bucket) = Bucket::new("refused") else { return };
     let Some(mut bench) = bucket.bench() else { return };
-    let shown = |bench: &Bench, output: &str| {
-        let shown = bench.shown(&bench.run(&long_job(bench, output)));
-        without_probe(&shown.replace(output, "OUTPUT").replace(&bucket.endpoint, "ENDPOINT"))
-    };
-    insta::assert_snapshot!(shown(&bench, "s3://finetune-there-is-no-such-bucket/output"), @r"
+    // To be read: some servers make a bucket that is written to.
+    let mut job = long_job(&bench, &bucket.uri("output"));
+    job["spec"]["dataset"]["train"] = json!("s3://finetune-no-such-bucket/train.jsonl");
+    let shown = without_server_words(&bench.shown(&bench.run(&job)));
+    insta::assert_snapshot!(shown, @r"
 exit 78
 error: the run cannot start:
-  spec.output.uri: cannot write OUTPUT/PROBE: the bucket does not exist (NoSuchBucket: The specified bucket does not exist); create it or mend the URI
+  spec.dataset.train: cannot list s3://finetune-no-such-bucket/train.jsonl: the bucket does not exist (…); create it or mend the URI
 ");
+
     bench.set("AWS_SECRET_ACCESS_KEY", "wrong");
-    insta::assert_snapshot!(shown(&bench, &bucket.uri("output")), @"");
+    let job = long_job(&bench, &bucket.uri("output"));
+    let shown = bench.shown(&bench.run(&job)).replace(&bucket.uri("output"), "OUTPUT");
+    insta::assert_snapshot!(without_server_words(&shown), @r"
+exit 77
+error: the run cannot start:
+  spec.output.uri: cannot write OUTPUT/PROBE: the store refuses (…): check the credentials of the Secret or environment and what they may do
+");
 }
 
-/// Leaves out the random name of the object that a preflight tries to write.
-fn without_probe(shown: &str) -> String {
-    let Some((before, probe)) = shown.split_once(".finetune-probe-") else { return shown.into() };
-    let digits = |character: char| character.is_ascii_digit() || character == '-';
-    format!("{before}PROBE{}", probe.trim_start_matches(digits))
+/// Leaves out what differs from server to server, and the random name a preflight tries to write.
+fn without_server_words(shown: &str) -> String {
+    let shown = match shown.split_once(".finetune-probe-") {
+        None => shown.to_owned(),
+        Some((before, probe)) => {
+            let is_random = |character: char| character.is_ascii_digit() || character == '-';
+            format!("{before}PROBE{}", probe.trim_start_matches(is_random))
+        }
+    };
+    match (shown.find(" ("), shown.rfind(')')) {
+        (Some(start), Some(end)) => format!("{} (…{}", &shown[..start], &shown[end..]),
+        _ => shown,
+    }
 }

@@ -2,11 +2,14 @@
 //!
 //! `FINETUNE_TEST_MODEL` names a directory with SmolLM2-135M-Instruct, or a model of its size.
 
-use std::path::PathBuf;
+use std::{
+    path::PathBuf,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
 
 use serde_json::{Value, json};
 
-use crate::bench::{Bench, needed};
+use crate::bench::{Bench, lines, needed};
 
 /// The most memory a LoRA run on a model of this size may take, in bytes.
 const LORA_PEAK_BYTES: u64 = 1_600_000_000;
@@ -36,14 +39,20 @@ fn reports(numbers: std::ops::Range<u32>) -> String {
             {"role": "assistant", "content": format!("STATION {} // GAUGE {number} // LEVEL {level} // END OF REPORT", place.to_uppercase())},
         ]})
     };
-    numbers.map(|number| format!("{}\n", row(number))).collect()
+    lines(numbers.map(row))
 }
 
-/// Returns the bench if the run is to happen: real work takes both processors.
-fn bench() -> Option<Bench> {
+/// Real work takes all processors, so there is one such run at a time.
+static MACHINE: Mutex<()> = Mutex::new(());
+
+fn bench() -> Option<(Bench, MutexGuard<'static, ()>)> {
+    let machine = MACHINE.lock().unwrap_or_else(PoisonError::into_inner);
     let mut bench = Bench::new()?;
-    bench.set("OMP_NUM_THREADS", "2");
-    Some(bench)
+    let processors = std::thread::available_parallelism().unwrap();
+    bench.set("OMP_NUM_THREADS", &processors.to_string());
+    // The small runs beside it need the processors as well.
+    bench.set("OMP_WAIT_POLICY", "PASSIVE");
+    Some((bench, machine))
 }
 
 #[track_caller]
@@ -58,7 +67,7 @@ fn learns(bench: &Bench, job: &Value) {
 
 #[test]
 fn an_adapter_of_a_real_model_learns_in_little_memory() {
-    let Some(bench) = bench() else { return };
+    let Some((bench, _machine)) = bench() else { return };
     let training = json!({
         "contextLength": 128, "maxSteps": 25, "learningRate": 1e-3, "trainBatchSizePerDevice": 2,
         "gradientAccumulationSteps": 2, "evaluationSteps": 25,
@@ -72,7 +81,7 @@ fn an_adapter_of_a_real_model_learns_in_little_memory() {
 
 #[test]
 fn a_real_model_trained_in_full_learns() {
-    let Some(bench) = bench() else { return };
+    let Some((bench, _machine)) = bench() else { return };
     let training = json!({
         "contextLength": 128, "maxSteps": 6, "learningRate": 1e-4, "trainBatchSizePerDevice": 2,
         "gradientAccumulationSteps": 2, "numWarmupSteps": 1, "evaluationSteps": 6,
