@@ -7,9 +7,13 @@ use serde_json::Value;
 
 use super::{
     format::{Example, Message},
-    template::{Rendered, Template},
+    template::{Rendered, Template, refuse_marks},
 };
 use crate::failure::Failure;
+
+/// Stands for what the assistant says when looking for where a template puts it; private use, and
+/// rows that have it are refused.
+const CONTENT: char = '\u{F8F2}';
 
 /// A row as tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -205,6 +209,7 @@ impl Tokenizer {
         text: &str,
         tokens: &[u32],
     ) -> Result<Vec<std::ops::Range<usize>>, String> {
+        refuse_marks(messages, &[CONTENT])?;
         let mut spans = Vec::new();
         for index in (0..messages.len()).filter(|&index| messages[index].role == "assistant") {
             let rewrites = || {
@@ -249,10 +254,8 @@ fn supplied(
     index: usize,
     prompt: &str,
 ) -> Result<String, String> {
-    // Private use, so that it is found only where the template puts the content.
-    const CONTENT: &str = "\u{F8F2}";
     let mut until_turn = messages[..=index].to_vec();
-    CONTENT.clone_into(&mut until_turn[index].content);
+    until_turn[index].content = CONTENT.to_string();
     let rendered = template.render(&until_turn, false)?.text;
     let before = rendered.strip_prefix(prompt).and_then(|turn| turn.split_once(CONTENT));
     Ok(before.map_or(String::new(), |(before, _)| before.to_owned()))
