@@ -10,6 +10,7 @@ use finetune_contract::{LoraSettings, ModelFacts, PreflightConfig, ProblemReason
 use super::{Findings, open};
 use crate::{
     data::{Tokenizer, format::nearest},
+    failure::Failure,
     import,
     model::{
         attach::{self, Attachment},
@@ -150,10 +151,8 @@ fn small_files(
         return Some(directory);
     }
     let directory = work_dir.join("preflight-model");
-    let fetch = || -> Result<(), crate::failure::Failure> {
-        std::fs::create_dir_all(&directory).map_err(|error| {
-            crate::failure::Failure::from_io(&error, &format!("cannot make {directory:?}"))
-        })?;
+    let fetch = || -> Result<(), Failure> {
+        make_empty(&directory)?;
         for entry in entries.iter().filter(|entry| SMALL_FILES.contains(&entry.path.as_str())) {
             store.fetch(&entry.path, &directory.join(&entry.path))?;
         }
@@ -166,6 +165,19 @@ fn small_files(
             None
         }
     }
+}
+
+/// Makes a directory without anything in it: files of another model or revision that this one does
+/// not have, such as a chat template, would be taken for its own.
+fn make_empty(directory: &Path) -> Result<(), Failure> {
+    match std::fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(Failure::from_io(&error, &format!("cannot empty {directory:?}")));
+        }
+        Ok(()) | Err(_) => {}
+    }
+    std::fs::create_dir_all(directory)
+        .map_err(|error| Failure::from_io(&error, &format!("cannot make {directory:?}")))
 }
 
 /// Reads the headers of all weight files; returns their bytes and the widest dtype.
@@ -387,5 +399,16 @@ mod tests {
         std::fs::write(directory.path().join("short.safetensors"), [0; 4]).unwrap();
         let (reason, _) = read_header(&store, "short.safetensors", 4).unwrap_err();
         assert_eq!(reason, ProblemReason::InvalidModel);
+    }
+
+    #[test]
+    fn nothing_of_the_model_before_is_left() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("new/model");
+        for _ in 0..2 {
+            make_empty(&path).unwrap();
+            assert_eq!(std::fs::read_dir(&path).unwrap().count(), 0);
+            std::fs::write(path.join("chat_template.jinja"), "").unwrap();
+        }
     }
 }
