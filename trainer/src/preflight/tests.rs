@@ -289,7 +289,7 @@ fn sees_all_there_is_to_mend_at_once() {
     fixture.config.output.uri = "ftp://x/y".to_owned();
     fixture.config.dataset.train += ".missing";
     insta::assert_snapshot!(fixture.check(), @r#"
-        InvalidDataset spec.dataset.train: nothing is at file:///train.jsonl.missing
+        NotFound spec.dataset.train: nothing is at file:///train.jsonl.missing
         InvalidSpec spec.output.uri: "ftp://x/y" has the unknown scheme "ftp": use hf, s3, gs, az, pvc or file
         "#);
 }
