@@ -251,6 +251,13 @@ impl SplitCheck<'_> {
                 );
                 findings.problem(ProblemReason::NothingToTrain, location, message);
             }
+            OnOverflow::Truncate if point.empty > 0 => {
+                let message = format!(
+                    "{figures}, and {} rows would keep no token to train on and be left out",
+                    point.empty
+                );
+                findings.warning(ProblemReason::Overflow, location, message);
+            }
             OnOverflow::Truncate | OnOverflow::Drop => {
                 findings.warning(ProblemReason::Overflow, location, figures);
             }

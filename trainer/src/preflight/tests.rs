@@ -261,6 +261,19 @@ fn refuses_rows_whose_answers_are_all_cut_off() {
 }
 
 #[test]
+fn says_how_many_rows_truncation_would_leave_out() {
+    let mut fixture = Fixture::new();
+    fixture.config.context_length = Some(42);
+    let row = |question: &str| {
+        format!(
+            "{{\"messages\": [{{\"role\": \"user\", \"content\": \"{question}\"}}, {{\"role\": \"assistant\", \"content\": \"b\"}}]}}\n"
+        )
+    };
+    fixture.write("train.jsonl", &(row("a") + &row("a rather long question") + &row("and another of these")));
+    insta::assert_snapshot!(fixture.check(), @"");
+}
+
+#[test]
 fn warns_of_rows_that_occur_again() {
     let mut fixture = Fixture::new();
     fixture.write("train.jsonl", "{\"text\": \"a\"}\n{\"text\": \"b\"}\n{\"text\": \"a\"}\n");
