@@ -200,8 +200,9 @@ impl Tokenizer {
 
     /// Finds what the assistant says by rendering the conversation up to each of its turns.
     ///
-    /// Both renderings must be prefixes of the whole, the first also in tokens; a template for
-    /// which they are not rewrites earlier turns, and a guess would train on the wrong tokens.
+    /// Both renderings must be prefixes of the whole, in tokens too as far as they are trained on; a
+    /// template for which they are not rewrites earlier turns, and a guess would train on the wrong
+    /// tokens.
     fn assistant_spans(
         &self,
         template: &Template,
@@ -228,6 +229,20 @@ impl Tokenizer {
                 return Err(format!(
                     "a token spans the border between the prompt and turn {index}, so the turn cannot be trained on alone"
                 ));
+            }
+            if with_turn.len() < text.len() {
+                let turn_tokens = self.encode(&with_turn, false)?;
+                let is_eos = |token| self.eos_ids.contains(token);
+                // Beyond the end of turn nothing is trained on, so it may differ.
+                let end = turn_tokens[prompt_tokens.len().min(turn_tokens.len())..]
+                    .iter()
+                    .rposition(is_eos)
+                    .map_or(turn_tokens.len(), |position| prompt_tokens.len() + position + 1);
+                if !tokens.starts_with(&turn_tokens[..end]) {
+                    return Err(format!(
+                        "a token spans the border between turn {index} and what follows it, so the turn cannot be trained on alone"
+                    ));
+                }
             }
             let turn = &text[prompt.len()..with_turn.len()];
             let supplied = supplied(template, messages, index, &prompt)?;
