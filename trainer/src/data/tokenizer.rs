@@ -64,7 +64,7 @@ impl Tokenizer {
         let special_tokens = special_tokens(&settings, &json("special_tokens_map.json")?);
         let configs = [json("generation_config.json")?, json("config.json")?];
         let eos_ids = eos_ids(&inner, &special_tokens, &configs);
-        let template = match template_source(directory, &settings) {
+        let template = match template_source(directory, &settings, &json("chat_template.json")?) {
             None => None,
             Some(source) => Some(Template::compile(&source, special_tokens).map_err(|reason| {
                 invalid(format!("the chat template of {directory:?} cannot be used: {reason}"))
@@ -276,16 +276,25 @@ fn supplied(
     Ok(before.map_or(String::new(), |(before, _)| before.to_owned()))
 }
 
-fn template_source(directory: &Path, settings: &Value) -> Option<String> {
+/// Finds the chat template: in a file of its own, in the tokenizer's settings, or, as processors of
+/// transformers before 4.52 saved it, in `chat_template.json`.
+fn template_source(directory: &Path, settings: &Value, processor: &Value) -> Option<String> {
     if let Ok(source) = std::fs::read_to_string(directory.join("chat_template.jinja")) {
         return Some(source);
     }
-    match settings.get("chat_template")? {
+    [settings, processor].into_iter().find_map(|file| template_in(file.get("chat_template")?))
+}
+
+/// Takes the template, of several named ones the default, or the only one.
+fn template_in(value: &Value) -> Option<String> {
+    match value {
         Value::String(source) => Some(source.clone()),
         Value::Array(named) => {
             let is_default =
                 |entry: &&Value| entry.get("name").and_then(Value::as_str) == Some("default");
-            named.iter().find(is_default)?.get("template")?.as_str().map(str::to_owned)
+            let only = if named.len() == 1 { named.first() } else { None };
+            let entry = named.iter().find(is_default).or(only)?;
+            entry.get("template")?.as_str().map(str::to_owned)
         }
         _ => None,
     }
@@ -327,4 +336,30 @@ fn eos_ids(
         }
     }
     ids
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn finds_the_chat_template_wherever_it_was_saved() {
+        let directory = tempfile::tempdir().unwrap();
+        let check = |settings: Value, processor: Value| {
+            let found = template_source(directory.path(), &settings, &processor);
+            found.unwrap_or_else(|| "none".to_owned())
+        };
+        let named = |name: &str| json!({"name": name, "template": name});
+        let in_settings = |template: Value| check(json!({"chat_template": template}), Value::Null);
+        assert_eq!(in_settings(json!("a")), "a");
+        assert_eq!(in_settings(json!([named("rag"), named("default")])), "default");
+        assert_eq!(in_settings(json!([named("rag")])), "rag");
+        assert_eq!(in_settings(json!([named("rag"), named("tool_use")])), "none");
+        assert_eq!(check(json!({}), json!({"chat_template": "old"})), "old");
+        assert_eq!(check(json!({"chat_template": "a"}), json!({"chat_template": "old"})), "a");
+        std::fs::write(directory.path().join("chat_template.jinja"), "file").unwrap();
+        assert_eq!(in_settings(json!("a")), "file");
+    }
 }
