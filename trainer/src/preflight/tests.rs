@@ -206,7 +206,11 @@ fn wants_a_chat_template_for_conversations() {
 
 #[test]
 fn wants_a_tokenizer_of_this_model() {
-    let fixture = Fixture::new();
+    let mut fixture = Fixture::new();
+    // Said once, though both splits show it.
+    fixture.write("valid.jsonl", "{\"text\": \"three\"}\n");
+    let train = fixture.config.dataset.train.clone();
+    fixture.config.dataset.validation = Some(train.replace("train", "valid"));
     let config = fs::read_to_string(fixture.path("model/config.json")).unwrap();
     fixture.write("model/config.json", &config.replace("320", "258"));
     fixture.write_weights(|_| {});
