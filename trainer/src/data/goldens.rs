@@ -150,9 +150,26 @@ fn an_empty_thought_that_the_template_supplies_is_not_trained() {
 }
 
 #[test]
+fn a_row_with_the_mark_for_an_answer_is_refused() {
+    let tokenizer = tokenizer(Some(CHATML), "<s>", "<|im_end|>");
+    insta::assert_snapshot!(show(&tokenizer, &chat(&[("user", "\u{F8F2}"), ("assistant", "Yo")])), @r"error: turn 0 has the private-use character \u{f8f2}, which marks turns while they are rendered: remove it");
+}
+
+#[test]
 fn a_template_that_rewrites_earlier_turns_is_refused() {
     let tokenizer = tokenizer(Some(QWEN3), "<s>", "<|im_end|>");
     insta::assert_snapshot!(show(&tokenizer, &two_turns()), @"error: the chat template renders turn 1 differently when more turns follow, so what to train on is unclear: split the conversation after each assistant turn, or use a template with {% generation %}");
+}
+
+/// Ends turns with a space only, which becomes one token with the space that starts the next.
+const NO_END_OF_TURN: &str = "{% for m in messages %}{% if m.role == 'user' %}{{ ' Q:' + m.content + 'A:' }}\
+    {% else %}{{ m.content + ' ' }}{% endif %}{% endfor %}";
+
+#[test]
+fn a_turn_whose_last_token_reaches_into_the_next_is_refused() {
+    let tokenizer = tokenizer(Some(NO_END_OF_TURN), "<s>", "</s>");
+    insta::assert_snapshot!(show(&tokenizer, &two_turns()), @"error: a token spans the border between turn 1 and what follows it, so the turn cannot be trained on alone");
+    insta::assert_snapshot!(show(&tokenizer, &chat(&[("user", "Hi"), ("assistant", "Hello!")])), @" Q:HiA:[Hello! ]");
 }
 
 #[test]

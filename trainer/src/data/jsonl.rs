@@ -34,8 +34,9 @@ pub struct Line {
 pub fn files(store: &Store) -> Result<Vec<Entry>, Failure> {
     let all = store.list()?;
     if all.is_empty() {
+        // As when a store says so itself: the URI is wrong, not the data.
         let message = format!("nothing is at {}", store.uri());
-        return Err(Failure::new(FailureReason::InvalidDataset, message));
+        return Err(Failure::new(FailureReason::InvalidConfiguration, message));
     }
     let is_single = all.len() == 1 && all[0].path.is_empty();
     let files: Vec<Entry> =

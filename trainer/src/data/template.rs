@@ -12,7 +12,7 @@ use minijinja::{Environment, Error, ErrorKind, Value, syntax::SyntaxConfig, valu
 
 use super::format::Message;
 
-/// Stands for `{% generation %}` in rendered text; private use, so that no template has it.
+/// Stands for `{% generation %}` in rendered text; private use, and rows that have it are refused.
 const GENERATION_START: char = '\u{F8F0}';
 /// Stands for `{% endgeneration %}`.
 const GENERATION_END: char = '\u{F8F1}';
@@ -66,12 +66,15 @@ impl Template {
     /// Renders a conversation.
     ///
     /// # Errors
-    /// A text: what the template refused, or what it could not do.
+    /// A text: what the template refused, what it could not do, or that a turn has a mark.
     pub fn render(
         &self,
         messages: &[Message],
         add_generation_prompt: bool,
     ) -> Result<Rendered, String> {
+        if self.marks_generation {
+            refuse_marks(messages, &[GENERATION_START, GENERATION_END])?;
+        }
         let template = self.environment.get_template("chat").map_err(|error| explain(&error))?;
         let mut variables: BTreeMap<&str, Value> = self
             .special_tokens
@@ -85,8 +88,25 @@ impl Template {
         variables.insert("documents", Value::from(()));
         let variables = Value::from_pairs(variables);
         let text = template.render(variables).map_err(|error| explain(&error))?;
-        Ok(take_marks(&text))
+        if self.marks_generation {
+            Ok(take_marks(&text))
+        } else {
+            Ok(Rendered { text, generation: Vec::new() })
+        }
     }
+}
+
+/// Refuses turns with a character that is used as a mark: it would be taken for one.
+pub fn refuse_marks(messages: &[Message], marks: &[char]) -> Result<(), String> {
+    for (index, message) in messages.iter().enumerate() {
+        if let Some(mark) = message.content.chars().find(|character| marks.contains(character)) {
+            return Err(format!(
+                "turn {index} has the private-use character {}, which marks turns while they are rendered: remove it",
+                mark.escape_unicode()
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn explain(error: &Error) -> String {
@@ -210,13 +230,17 @@ mod tests {
     use super::*;
 
     fn render(source: &str) -> String {
+        render_answer(source, "c")
+    }
+
+    fn render_answer(source: &str, answer: &str) -> String {
         let message = |role: &str, content: &str| Message {
             role: role.to_owned(),
             content: content.to_owned(),
         };
         let special = vec![("bos_token".to_owned(), "<s>".to_owned())];
         let rendered = Template::compile(source, special).and_then(|template| {
-            template.render(&[message("user", " a<b "), message("assistant", "c")], false)
+            template.render(&[message("user", " a<b "), message("assistant", answer)], false)
         });
         match rendered {
             Ok(Rendered { text, generation }) => {
@@ -239,6 +263,12 @@ mod tests {
     fn generation_blocks_leave_no_trace_in_the_text() {
         insta::assert_snapshot!(render("{% for m in messages %}\n{% if m.role == 'assistant' %}\n{% generation %}\n{{ m.content }}!\n{% endgeneration %}\n{% else %}\n{{ m.content }}\n{% endif %}\n{% endfor %}"), @r#"" a<b \nc!\n" ["c!\n"]"#);
         insta::assert_snapshot!(render("x {%- generation -%} y {%- endgeneration -%} z"), @r#""xyz" ["y"]"#);
+    }
+
+    #[test]
+    fn marks_in_a_row_are_kept_or_refused_but_never_lost() {
+        insta::assert_snapshot!(render_answer("{{ messages[1].content }}", "a\u{F8F0}b"), @r#""a\u{f8f0}b" []"#);
+        insta::assert_snapshot!(render_answer("{% generation %}{{ messages[1].content }}{% endgeneration %}", "a\u{F8F0}b"), @r"turn 1 has the private-use character \u{f8f0}, which marks turns while they are rendered: remove it");
     }
 
     #[test]

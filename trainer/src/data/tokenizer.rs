@@ -7,9 +7,13 @@ use serde_json::Value;
 
 use super::{
     format::{Example, Message},
-    template::{Rendered, Template},
+    template::{Rendered, Template, refuse_marks},
 };
 use crate::failure::Failure;
+
+/// Stands for what the assistant says when looking for where a template puts it; private use, and
+/// rows that have it are refused.
+const CONTENT: char = '\u{F8F2}';
 
 /// A row as tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,7 +64,7 @@ impl Tokenizer {
         let special_tokens = special_tokens(&settings, &json("special_tokens_map.json")?);
         let configs = [json("generation_config.json")?, json("config.json")?];
         let eos_ids = eos_ids(&inner, &special_tokens, &configs);
-        let template = match template_source(directory, &settings) {
+        let template = match template_source(directory, &settings, &json("chat_template.json")?) {
             None => None,
             Some(source) => Some(Template::compile(&source, special_tokens).map_err(|reason| {
                 invalid(format!("the chat template of {directory:?} cannot be used: {reason}"))
@@ -196,8 +200,9 @@ impl Tokenizer {
 
     /// Finds what the assistant says by rendering the conversation up to each of its turns.
     ///
-    /// Both renderings must be prefixes of the whole, the first also in tokens; a template for
-    /// which they are not rewrites earlier turns, and a guess would train on the wrong tokens.
+    /// Both renderings must be prefixes of the whole, in tokens too as far as they are trained on; a
+    /// template for which they are not rewrites earlier turns, and a guess would train on the wrong
+    /// tokens.
     fn assistant_spans(
         &self,
         template: &Template,
@@ -205,6 +210,7 @@ impl Tokenizer {
         text: &str,
         tokens: &[u32],
     ) -> Result<Vec<std::ops::Range<usize>>, String> {
+        refuse_marks(messages, &[CONTENT])?;
         let mut spans = Vec::new();
         for index in (0..messages.len()).filter(|&index| messages[index].role == "assistant") {
             let rewrites = || {
@@ -223,6 +229,20 @@ impl Tokenizer {
                 return Err(format!(
                     "a token spans the border between the prompt and turn {index}, so the turn cannot be trained on alone"
                 ));
+            }
+            if with_turn.len() < text.len() {
+                let turn_tokens = self.encode(&with_turn, false)?;
+                let is_eos = |token| self.eos_ids.contains(token);
+                // Beyond the end of turn nothing is trained on, so it may differ.
+                let end = turn_tokens[prompt_tokens.len().min(turn_tokens.len())..]
+                    .iter()
+                    .rposition(is_eos)
+                    .map_or(turn_tokens.len(), |position| prompt_tokens.len() + position + 1);
+                if !tokens.starts_with(&turn_tokens[..end]) {
+                    return Err(format!(
+                        "a token spans the border between turn {index} and what follows it, so the turn cannot be trained on alone"
+                    ));
+                }
             }
             let turn = &text[prompt.len()..with_turn.len()];
             let supplied = supplied(template, messages, index, &prompt)?;
@@ -249,25 +269,32 @@ fn supplied(
     index: usize,
     prompt: &str,
 ) -> Result<String, String> {
-    // Private use, so that it is found only where the template puts the content.
-    const CONTENT: &str = "\u{F8F2}";
     let mut until_turn = messages[..=index].to_vec();
-    CONTENT.clone_into(&mut until_turn[index].content);
+    until_turn[index].content = CONTENT.to_string();
     let rendered = template.render(&until_turn, false)?.text;
     let before = rendered.strip_prefix(prompt).and_then(|turn| turn.split_once(CONTENT));
     Ok(before.map_or(String::new(), |(before, _)| before.to_owned()))
 }
 
-fn template_source(directory: &Path, settings: &Value) -> Option<String> {
+/// Finds the chat template: in a file of its own, in the tokenizer's settings, or, as processors of
+/// transformers before 4.52 saved it, in `chat_template.json`.
+fn template_source(directory: &Path, settings: &Value, processor: &Value) -> Option<String> {
     if let Ok(source) = std::fs::read_to_string(directory.join("chat_template.jinja")) {
         return Some(source);
     }
-    match settings.get("chat_template")? {
+    [settings, processor].into_iter().find_map(|file| template_in(file.get("chat_template")?))
+}
+
+/// Takes the template, of several named ones the default, or the only one.
+fn template_in(value: &Value) -> Option<String> {
+    match value {
         Value::String(source) => Some(source.clone()),
         Value::Array(named) => {
             let is_default =
                 |entry: &&Value| entry.get("name").and_then(Value::as_str) == Some("default");
-            named.iter().find(is_default)?.get("template")?.as_str().map(str::to_owned)
+            let only = if named.len() == 1 { named.first() } else { None };
+            let entry = named.iter().find(is_default).or(only)?;
+            entry.get("template")?.as_str().map(str::to_owned)
         }
         _ => None,
     }
@@ -309,4 +336,30 @@ fn eos_ids(
         }
     }
     ids
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn finds_the_chat_template_wherever_it_was_saved() {
+        let directory = tempfile::tempdir().unwrap();
+        let check = |settings: Value, processor: Value| {
+            let found = template_source(directory.path(), &settings, &processor);
+            found.unwrap_or_else(|| "none".to_owned())
+        };
+        let named = |name: &str| json!({"name": name, "template": name});
+        let in_settings = |template: Value| check(json!({"chat_template": template}), Value::Null);
+        assert_eq!(in_settings(json!("a")), "a");
+        assert_eq!(in_settings(json!([named("rag"), named("default")])), "default");
+        assert_eq!(in_settings(json!([named("rag")])), "rag");
+        assert_eq!(in_settings(json!([named("rag"), named("tool_use")])), "none");
+        assert_eq!(check(json!({}), json!({"chat_template": "old"})), "old");
+        assert_eq!(check(json!({"chat_template": "a"}), json!({"chat_template": "old"})), "a");
+        std::fs::write(directory.path().join("chat_template.jinja"), "file").unwrap();
+        assert_eq!(in_settings(json!("a")), "file");
+    }
 }

@@ -45,6 +45,9 @@ pub fn run(
             overlapping_rows = held_out.digests.intersection(&counted.digests).count() as u64;
             findings.warn_of_overlap(overlapping_rows, held_out.census.rows);
         }
+        let largest_token =
+            [&counted, &held_out].into_iter().flatten().map(|split| split.largest_token).max();
+        findings.judge_tokenizer(largest_token.unwrap_or(0), facts.vocab_size);
         train = counted.map(|counted| counted.census);
         validation = held_out.map(|counted| counted.census);
     }
@@ -105,6 +108,15 @@ impl Findings {
             _ => ProblemReason::Unavailable,
         };
         self.problem(reason, location, failure.message.clone());
+    }
+
+    fn judge_tokenizer(&mut self, largest_token: u32, vocab_size: u32) {
+        if largest_token >= vocab_size {
+            let message = format!(
+                "the tokenizer gives token {largest_token}, but the model's embedding has only {vocab_size} rows: tokenizer and model do not belong together"
+            );
+            self.problem(ProblemReason::InvalidTokenizer, "spec.model.uri", message);
+        }
     }
 
     fn warn_of_overlap(&mut self, overlapping: u64, held_out: u64) {
@@ -180,13 +192,6 @@ impl SplitCheck<'_> {
         if rows == 0 && bad_rows == 0 {
             findings.problem(ProblemReason::NothingToTrain, location, "the dataset has no rows");
         }
-        if counted.largest_token >= self.facts.vocab_size {
-            let message = format!(
-                "the tokenizer gives token {}, but the model's embedding has only {} rows: tokenizer and model do not belong together",
-                counted.largest_token, self.facts.vocab_size
-            );
-            findings.problem(ProblemReason::InvalidTokenizer, "spec.model.uri", message);
-        }
         if duplicate_rows > 0 {
             let message = format!("{duplicate_rows} of {rows} rows repeat an earlier row");
             findings.warning(ProblemReason::DuplicateRows, location, message);
@@ -250,6 +255,13 @@ impl SplitCheck<'_> {
                     "{figures}, so every row would be dropped: raise training.contextLength"
                 );
                 findings.problem(ProblemReason::NothingToTrain, location, message);
+            }
+            OnOverflow::Truncate if point.empty > 0 => {
+                let message = format!(
+                    "{figures}, and {} rows would keep no token to train on and be left out",
+                    point.empty
+                );
+                findings.warning(ProblemReason::Overflow, location, message);
             }
             OnOverflow::Truncate | OnOverflow::Drop => {
                 findings.warning(ProblemReason::Overflow, location, figures);

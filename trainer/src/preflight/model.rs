@@ -10,6 +10,7 @@ use finetune_contract::{LoraSettings, ModelFacts, PreflightConfig, ProblemReason
 use super::{Findings, open};
 use crate::{
     data::{Tokenizer, format::nearest},
+    failure::Failure,
     import,
     model::{
         attach::{self, Attachment},
@@ -18,7 +19,7 @@ use crate::{
         names,
         weights::{INDEX_FILE, SINGLE_FILE, shards_of_index},
     },
-    store::{Entry, Environment, Role, Store},
+    store::{self, Entry, Environment, Role, Store},
 };
 
 /// Small files a tokenizer or config may consist of.
@@ -150,10 +151,8 @@ fn small_files(
         return Some(directory);
     }
     let directory = work_dir.join("preflight-model");
-    let fetch = || -> Result<(), crate::failure::Failure> {
-        std::fs::create_dir_all(&directory).map_err(|error| {
-            crate::failure::Failure::from_io(&error, &format!("cannot make {directory:?}"))
-        })?;
+    let fetch = || -> Result<(), Failure> {
+        make_empty(&directory)?;
         for entry in entries.iter().filter(|entry| SMALL_FILES.contains(&entry.path.as_str())) {
             store.fetch(&entry.path, &directory.join(&entry.path))?;
         }
@@ -166,6 +165,19 @@ fn small_files(
             None
         }
     }
+}
+
+/// Makes a directory without anything in it: files of another model or revision that this one does
+/// not have, such as a chat template, would be taken for its own.
+fn make_empty(directory: &Path) -> Result<(), Failure> {
+    match std::fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(Failure::from_io(&error, &format!("cannot empty {directory:?}")));
+        }
+        Ok(()) | Err(_) => {}
+    }
+    std::fs::create_dir_all(directory)
+        .map_err(|error| Failure::from_io(&error, &format!("cannot make {directory:?}")))
 }
 
 /// Reads the headers of all weight files; returns their bytes and the widest dtype.
@@ -188,8 +200,8 @@ fn check_weights(
         bytes += size;
         match read_header(store, &file, size) {
             Ok(found) => tensors.extend(found),
-            Err(message) => {
-                findings.problem(ProblemReason::InvalidModel, &file, message);
+            Err((reason, message)) => {
+                findings.problem(reason, &file, message);
                 return None;
             }
         }
@@ -207,9 +219,7 @@ fn weight_files(
 ) -> Result<Vec<(String, u64)>, (ProblemReason, String)> {
     let size = |name: &str| entries.iter().find(|entry| entry.path == name).map(|entry| entry.size);
     if let Some(index_size) = size(INDEX_FILE) {
-        let text = store
-            .read_range(INDEX_FILE, 0..index_size)
-            .map_err(|error| (error.problem_reason(), error.to_string()))?;
+        let text = store.read_range(INDEX_FILE, 0..index_size).map_err(of_store)?;
         let shards = shards_of_index(&String::from_utf8_lossy(&text)).map_err(|reason| {
             (ProblemReason::InvalidModel, format!("{INDEX_FILE} is damaged: {reason}"))
         })?;
@@ -244,11 +254,17 @@ fn read_header(
     store: &Store,
     file: &str,
     size: u64,
-) -> Result<BTreeMap<String, TensorEntry>, String> {
-    let first = store.read_range(file, 0..size.min(8)).map_err(|error| error.to_string())?;
-    let length = header::header_length(&first, size).map_err(|error| error.to_string())?;
-    let json = store.read_range(file, 8..8 + length).map_err(|error| error.to_string())?;
-    header::parse(&json, size).map_err(|error| error.to_string())
+) -> Result<BTreeMap<String, TensorEntry>, (ProblemReason, String)> {
+    let damaged = |error: header::Error| (ProblemReason::InvalidModel, error.to_string());
+    let first = store.read_range(file, 0..size.min(8)).map_err(of_store)?;
+    let length = header::header_length(&first, size).map_err(damaged)?;
+    let json = store.read_range(file, 8..8 + length).map_err(of_store)?;
+    header::parse(&json, size).map_err(damaged)
+}
+
+/// Keeps the store's own reason: a file that cannot be reached is not a damaged one.
+fn of_store(error: store::Error) -> (ProblemReason, String) {
+    (error.problem_reason(), error.to_string())
 }
 
 fn compare(tensors: &BTreeMap<String, TensorEntry>, model: &ModelConfig, findings: &mut Findings) {
@@ -364,5 +380,35 @@ fn warn_of_servability(lora: &LoraSettings, findings: &mut Findings) {
             );
         }
         Some(_) => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use finetune_contract::ObjectUri;
+
+    use super::*;
+
+    #[test]
+    fn weights_that_cannot_be_read_are_not_called_damaged() {
+        let directory = tempfile::tempdir().unwrap();
+        let uri = ObjectUri::parse(&format!("file://{}", directory.path().display())).unwrap();
+        let store = Store::open(&uri, None, Role::Model, &Environment::default()).unwrap();
+        let (reason, _) = read_header(&store, "gone.safetensors", 100).unwrap_err();
+        assert_eq!(reason, ProblemReason::NotFound);
+        std::fs::write(directory.path().join("short.safetensors"), [0; 4]).unwrap();
+        let (reason, _) = read_header(&store, "short.safetensors", 4).unwrap_err();
+        assert_eq!(reason, ProblemReason::InvalidModel);
+    }
+
+    #[test]
+    fn nothing_of_the_model_before_is_left() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("new/model");
+        for _ in 0..2 {
+            make_empty(&path).unwrap();
+            assert_eq!(std::fs::read_dir(&path).unwrap().count(), 0);
+            std::fs::write(path.join("chat_template.jinja"), "").unwrap();
+        }
     }
 }

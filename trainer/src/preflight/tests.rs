@@ -206,7 +206,11 @@ fn wants_a_chat_template_for_conversations() {
 
 #[test]
 fn wants_a_tokenizer_of_this_model() {
-    let fixture = Fixture::new();
+    let mut fixture = Fixture::new();
+    // Said once, though both splits show it.
+    fixture.write("valid.jsonl", "{\"text\": \"three\"}\n");
+    let train = fixture.config.dataset.train.clone();
+    fixture.config.dataset.validation = Some(train.replace("train", "valid"));
     let config = fs::read_to_string(fixture.path("model/config.json")).unwrap();
     fixture.write("model/config.json", &config.replace("320", "258"));
     fixture.write_weights(|_| {});
@@ -261,6 +265,19 @@ fn refuses_rows_whose_answers_are_all_cut_off() {
 }
 
 #[test]
+fn says_how_many_rows_truncation_would_leave_out() {
+    let mut fixture = Fixture::new();
+    fixture.config.context_length = Some(42);
+    let row = |question: &str| {
+        format!(
+            "{{\"messages\": [{{\"role\": \"user\", \"content\": \"{question}\"}}, {{\"role\": \"assistant\", \"content\": \"b\"}}]}}\n"
+        )
+    };
+    fixture.write("train.jsonl", &(row("a") + &row("a rather long question") + &row("and another of these")));
+    insta::assert_snapshot!(fixture.check(), @"");
+}
+
+#[test]
 fn warns_of_rows_that_occur_again() {
     let mut fixture = Fixture::new();
     fixture.write("train.jsonl", "{\"text\": \"a\"}\n{\"text\": \"b\"}\n{\"text\": \"a\"}\n");
@@ -289,7 +306,7 @@ fn sees_all_there_is_to_mend_at_once() {
     fixture.config.output.uri = "ftp://x/y".to_owned();
     fixture.config.dataset.train += ".missing";
     insta::assert_snapshot!(fixture.check(), @r#"
-        InvalidDataset spec.dataset.train: nothing is at file:///train.jsonl.missing
+        NotFound spec.dataset.train: nothing is at file:///train.jsonl.missing
         InvalidSpec spec.output.uri: "ftp://x/y" has the unknown scheme "ftp": use hf, s3, gs, az, pvc or file
         "#);
 }
