@@ -2,7 +2,14 @@
 //!
 //! Most run on a model of a few thousand parameters that the tests write themselves. Those that
 //! need more (a bucket, a real model) say `SKIPPED` with what they miss, and fail when `CI=true`.
-#![allow(missing_docs, clippy::unwrap_used, clippy::print_stderr, reason = "a test")]
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test that cannot go on has failed"
+)]
+#![allow(clippy::print_stderr, reason = "what is skipped is said")]
+#![allow(unreachable_pub, reason = "modules of a test binary share items by `pub`")]
 
 mod bench;
 mod kills;

@@ -20,7 +20,7 @@ const BUCKET: &str = "finetune-test";
 /// How long the server may take to answer.
 const START_TIMEOUT: Duration = Duration::from_mins(1);
 /// How long it may take to end by itself.
-const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A running server; it is ended when this is dropped.
 pub(crate) struct Server {

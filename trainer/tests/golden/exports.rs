@@ -142,6 +142,8 @@ impl<'a> Case<'a> {
         let path = |suffix: &str| self.directory.join(format!("{command}.{suffix}"));
         fs::write(path("json"), render(document)).unwrap();
         let run = Command::new(env!("CARGO_BIN_EXE_finetune-trainer"))
+            // On models this small a second thread only waits.
+            .env("OMP_NUM_THREADS", "1")
             .arg(command)
             .arg("--config")
             .arg(path("json"))
