@@ -273,8 +273,8 @@ fn says_how_many_rows_truncation_would_leave_out() {
             "{{\"messages\": [{{\"role\": \"user\", \"content\": \"{question}\"}}, {{\"role\": \"assistant\", \"content\": \"b\"}}]}}\n"
         )
     };
-    fixture.write("train.jsonl", &(row("a") + &row("a rather long question") + &row("and another of these")));
-    insta::assert_snapshot!(fixture.check(), @"");
+    fixture.write("train.jsonl", &(row("a") + &row("a rather long question") + &row("short")));
+    insta::assert_snapshot!(fixture.check(), @"warning: spec.dataset.train: 2 of 3 rows have more than 42 tokens (the longest 61); 21 tokens would be cut, and 1 of these rows would keep no token to train on and be left out");
 }
 
 #[test]
