@@ -223,7 +223,7 @@ fn counts_all_bad_lines_and_shows_the_first() {
     fixture.write("train.jsonl", &format!("{{\"text\": \"a\"}}\n{}", "{\"txt\": 1}\n".repeat(500)));
     let report = fixture.report();
     assert_eq!(report.problems_total, 500);
-    insta::assert_snapshot!(report.problems[0], @r#"train.jsonl:2: "text" is missing (did you mean it by "txt"?)"#);
+    insta::assert_snapshot!(report.problems[0], @r#"train.jsonl:2: "text" is missing (did you mean "text" instead of "txt"?)"#);
     assert!(render(&report).len() <= TERMINATION_MESSAGE_LIMIT);
 }
 
