@@ -256,7 +256,8 @@ pub struct DatasetCensus {
     pub p50_tokens: u32,
     /// 95 % of the rows have at most this many tokens.
     pub p95_tokens: u32,
-    /// SHA-256 over the raw lines, in order: what was trained on, exactly.
+    /// SHA-256 over the lines of all files in order, blank ones left out, white space at both ends of
+    /// each taken off and one `\n` put after it: what was trained on, exactly.
     pub sha256: String,
     /// What would happen at each of some context lengths, ascending.
     pub lengths: Vec<LengthPoint>,
