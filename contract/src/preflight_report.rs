@@ -34,7 +34,8 @@ pub struct PreflightReport {
     /// The held-out rows, if given and readable.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub validation: Option<DatasetCensus>,
-    /// How many validation rows also occur in the training rows.
+    /// How many validation rows also occur in the training rows; a lower bound as
+    /// [`DatasetCensus::duplicate_rows`] is.
     pub overlapping_rows: u64,
     /// What lies at the output, if it could be reached and written to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -246,7 +247,8 @@ pub struct DatasetCensus {
     pub tokens: u64,
     /// Tokens of them that are predicted.
     pub target_tokens: u64,
-    /// Rows that repeat an earlier row.
+    /// Rows that repeat an earlier row. A lower bound beyond 4 million distinct rows: only the first
+    /// so many are remembered, and a repetition of a later one is not seen.
     pub duplicate_rows: u64,
     /// Tokens of the longest row.
     pub max_tokens: u32,
@@ -254,7 +256,8 @@ pub struct DatasetCensus {
     pub p50_tokens: u32,
     /// 95 % of the rows have at most this many tokens.
     pub p95_tokens: u32,
-    /// SHA-256 over the raw lines, in order: what was trained on, exactly.
+    /// SHA-256 over the lines of all files in order, blank ones left out, white space at both ends of
+    /// each taken off and one `\n` put after it: what was trained on, exactly.
     pub sha256: String,
     /// What would happen at each of some context lengths, ascending.
     pub lengths: Vec<LengthPoint>,

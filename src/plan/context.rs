@@ -57,11 +57,13 @@ pub(super) fn decide(
         );
         *point
     } else {
-        let Some(point) = default(census, longest) else {
+        let Some(point) = default(census, longest, source.on_overflow) else {
             problems.push(invalid(place, format!("has no default: the preflight counted no length up to the model's {longest}; set it")));
             return None;
         };
-        let rule = if point.context < census.p95_tokens {
+        let rule = if source.on_overflow == OnOverflow::Error && point.over == 0 {
+            "holds every row, for onOverflow is error"
+        } else if point.context < census.p95_tokens {
             "the longest the model was made for"
         } else {
             "holds 95 % of the rows"
@@ -100,12 +102,18 @@ pub(super) fn decide(
     })
 }
 
-fn default(census: &DatasetCensus, longest: u32) -> Option<LengthPoint> {
+fn default(census: &DatasetCensus, longest: u32, on_overflow: OnOverflow) -> Option<LengthPoint> {
     let allowed = || census.lengths.iter().filter(move |point| point.context <= longest).copied();
     let enough = allowed().find(|point| point.context >= census.p95_tokens);
     let point = enough.or_else(|| allowed().last())?;
     let whole = allowed().find(|point| point.over == 0);
-    let limit = f64::from(point.context) * LONGER_FOR_NOTHING_CUT;
+    // Who wants no row cut is not given a default that cuts some.
+    let limit = match on_overflow {
+        OnOverflow::Error => f64::INFINITY,
+        OnOverflow::Truncate | OnOverflow::Drop => {
+            f64::from(point.context) * LONGER_FOR_NOTHING_CUT
+        }
+    };
     Some(whole.filter(|whole| f64::from(whole.context) <= limit).unwrap_or(point))
 }
 
@@ -131,4 +139,23 @@ fn effect(point: &LengthPoint, census: &DatasetCensus) -> String {
         "{} of {} rows are longer ({} of {} tokens)",
         point.over, census.rows, point.cut, census.tokens
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::fixture;
+
+    #[test]
+    fn a_default_cuts_no_row_when_that_is_an_error() {
+        let census = fixture::report(fixture::smollm2(), 1).train.unwrap();
+        let context = |longest, on_overflow| {
+            default(&census, longest, on_overflow).map(|point| point.context)
+        };
+        assert_eq!(context(8192, OnOverflow::Truncate), Some(256));
+        assert_eq!(context(8192, OnOverflow::Drop), Some(256));
+        assert_eq!(context(8192, OnOverflow::Error), Some(1024));
+        // A model that cannot hold every row leaves the choice as it is; the plan then refuses.
+        assert_eq!(context(512, OnOverflow::Error), Some(256));
+    }
 }

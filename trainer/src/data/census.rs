@@ -29,7 +29,7 @@ pub struct Counted {
     pub bad: Vec<BadRow>,
     /// Digests of the rows.
     pub digests: HashSet<u128>,
-    /// The first token id no embedding row exists for, if there is one.
+    /// The largest token id of all usable rows; 0 if there are none.
     pub largest_token: u32,
 }
 

@@ -189,7 +189,9 @@ fn field<'a>(row: &'a Map<String, Value>, key: &str) -> Result<&'a Value, String
         let hint = row
             .keys()
             .find(|found| nearest(found, &[key]).is_some())
-            .map_or(String::new(), |found| format!(" (did you mean it by {found:?}?)"));
+            .map_or(String::new(), |found| {
+                format!(" (did you mean {key:?} instead of {found:?}?)")
+            });
         format!("{key:?} is missing{hint}")
     })
 }
@@ -276,7 +278,7 @@ mod tests {
     #[test]
     fn says_what_is_wrong_with_a_row() {
         insta::assert_snapshot!(check(r#"{"message": []}"#), @r#"the row has the keys "message", none of which is "messages", "conversations", "prompt", "instruction", "text" (did you mean "messages" instead of "message"?)"#);
-        insta::assert_snapshot!(check_as(r#"{"message": []}"#, DatasetFormat::Messages), @r#""messages" is missing (did you mean it by "message"?)"#);
+        insta::assert_snapshot!(check_as(r#"{"message": []}"#, DatasetFormat::Messages), @r#""messages" is missing (did you mean "messages" instead of "message"?)"#);
         insta::assert_snapshot!(check("[{"), @r"the line is not JSON by itself (EOF while parsing an object at line 1 column 2): this looks like a JSON array; write one object per line instead");
         insta::assert_snapshot!(check(r#"{"text": "a",}"#), @"the line is not JSON: trailing comma at column 14");
         insta::assert_snapshot!(check(r#"[{"text": "a"}]"#), @"the line is a JSON array: write one object `{…}` per line instead");

@@ -63,15 +63,15 @@ fn is_data(name: &str) -> bool {
     [".jsonl", ".json", ".ndjson"].iter().any(|ending| name.ends_with(ending))
 }
 
-/// Visits every line that is not blank, in file order.
+/// Visits every line that is not blank, in file order, until a visit fails.
 ///
 /// # Errors
-/// A [`Failure`] if a file cannot be read or unpacked to its end; lines that are no text are
-/// visited as such.
+/// A [`Failure`] if a file cannot be read or unpacked to its end, or that of a visit; lines that
+/// are no text are visited as such.
 pub fn for_each_line(
     store: &Store,
     file: &Entry,
-    visit: &mut dyn FnMut(Line, &[u8]),
+    mut visit: impl FnMut(Line, &[u8]) -> Result<(), Failure>,
 ) -> Result<(), Failure> {
     let name = if file.path.is_empty() { store.uri().file_name() } else { &file.path };
     // Whether it is the store that failed; else what it gave cannot be unpacked.
@@ -114,12 +114,12 @@ pub fn for_each_line(
         if bytes.len() > MAX_LINE_BYTES {
             skip_line(&mut reader).map_err(|error| broken(number, &error))?;
             let reason = format!("the line is longer than {} MiB", MAX_LINE_BYTES >> 20);
-            visit(Line { location, text: Err(reason) }, &[]);
+            visit(Line { location, text: Err(reason) }, &[])?;
             continue;
         }
         let line = trim(&bytes, number == 1);
         if !line.is_empty() {
-            visit(Line { location, text: text_of(line) }, line);
+            visit(Line { location, text: text_of(line) }, line)?;
         }
     }
     Ok(())
@@ -214,9 +214,10 @@ mod tests {
         let store = open(path);
         let mut lines = Vec::new();
         for file in files(&store)? {
-            for_each_line(&store, &file, &mut |line, _| {
+            for_each_line(&store, &file, |line, _| {
                 let text = line.text.unwrap_or_else(|reason| format!("error: {reason}"));
                 lines.push(format!("{} {text}", line.location));
+                Ok(())
             })?;
         }
         Ok(lines)
@@ -279,6 +280,23 @@ mod tests {
     fn stops_archives_that_unpack_without_end() {
         let endless = zstd::encode_all(io::repeat(b'a').take(80 << 20), 1).unwrap();
         insta::assert_snapshot!(check("a.jsonl.zst", &endless).split_once(": ").unwrap().1, @"the file cannot be unpacked (it unpacks to more than 200 times its size, which text never does): it is cut short or damaged, or its name has the wrong ending");
+    }
+
+    #[test]
+    fn reads_no_further_once_a_visit_fails() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.jsonl");
+        fs::write(&path, "{1}\n{2}\n{3}\n").unwrap();
+        let store = open(&path);
+        let mut seen = 0;
+        let result = for_each_line(&store, &files(&store).unwrap()[0], |_, _| {
+            seen += 1;
+            if seen < 2 {
+                return Ok(());
+            }
+            Err(Failure::new(FailureReason::DiskFull, "the disk is full"))
+        });
+        assert_eq!((seen, result.unwrap_err().reason), (2, FailureReason::DiskFull));
     }
 
     #[test]

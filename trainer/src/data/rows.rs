@@ -49,10 +49,10 @@ pub struct Read {
     pub bad_rows: u64,
 }
 
-/// Visits every usable row of a split in file order.
+/// Visits every usable row of a split in file order, until a visit fails.
 ///
 /// # Errors
-/// A [`Failure`] if the files cannot be read; bad rows are in the result.
+/// A [`Failure`] if the files cannot be read, or that of a visit; bad rows are in the result.
 pub fn for_each_row(
     store: &Store,
     format: DatasetFormat,
@@ -70,9 +70,8 @@ pub fn for_each_row(
     let mut hash = Sha256::new();
     let mut waiting: Vec<(Line, u128)> = Vec::new();
     let mut waiting_bytes = 0;
-    let mut failure = None;
     for file in &files {
-        jsonl::for_each_line(store, file, &mut |line, bytes| {
+        jsonl::for_each_line(store, file, |line, bytes| {
             hash.update(bytes);
             hash.update(b"\n");
             let digest = Sha256::digest(bytes);
@@ -81,16 +80,10 @@ pub fn for_each_row(
             waiting_bytes += bytes.len();
             if waiting.len() == BATCH || waiting_bytes >= BATCH_BYTES {
                 waiting_bytes = 0;
-                if failure.is_some() {
-                    waiting.clear();
-                    return;
-                }
-                failure = flush(&mut waiting, &mut read, tokenizer, visit).err();
+                flush(&mut waiting, &mut read, tokenizer, visit)?;
             }
+            Ok(())
         })?;
-    }
-    if let Some(failure) = failure {
-        return Err(failure);
     }
     flush(&mut waiting, &mut read, tokenizer, visit)?;
     read.sha256 = hex(&hash.finalize());

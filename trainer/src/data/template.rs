@@ -97,6 +97,9 @@ impl Template {
 }
 
 /// Refuses turns with a character that is used as a mark: it would be taken for one.
+///
+/// # Errors
+/// A text that names the turn and the character.
 pub fn refuse_marks(messages: &[Message], marks: &[char]) -> Result<(), String> {
     for (index, message) in messages.iter().enumerate() {
         if let Some(mark) = message.content.chars().find(|character| marks.contains(character)) {

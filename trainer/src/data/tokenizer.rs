@@ -276,8 +276,8 @@ fn supplied(
     Ok(before.map_or(String::new(), |(before, _)| before.to_owned()))
 }
 
-/// Finds the chat template: in a file of its own, in the tokenizer's settings, or, as processors of
-/// transformers before 4.52 saved it, in `chat_template.json`.
+/// Finds the chat template: in a file of its own, in the tokenizer's settings, or in
+/// `chat_template.json`, where older processors saved it.
 fn template_source(directory: &Path, settings: &Value, processor: &Value) -> Option<String> {
     if let Ok(source) = std::fs::read_to_string(directory.join("chat_template.jinja")) {
         return Some(source);

@@ -258,7 +258,7 @@ impl SplitCheck<'_> {
             }
             OnOverflow::Truncate if point.empty > 0 => {
                 let message = format!(
-                    "{figures}, and {} rows would keep no token to train on and be left out",
+                    "{figures}, and {} of these rows would keep no token to train on and be left out",
                     point.empty
                 );
                 findings.warning(ProblemReason::Overflow, location, message);

@@ -223,7 +223,7 @@ fn counts_all_bad_lines_and_shows_the_first() {
     fixture.write("train.jsonl", &format!("{{\"text\": \"a\"}}\n{}", "{\"txt\": 1}\n".repeat(500)));
     let report = fixture.report();
     assert_eq!(report.problems_total, 500);
-    insta::assert_snapshot!(report.problems[0], @r#"train.jsonl:2: "text" is missing (did you mean it by "txt"?)"#);
+    insta::assert_snapshot!(report.problems[0], @r#"train.jsonl:2: "text" is missing (did you mean "text" instead of "txt"?)"#);
     assert!(render(&report).len() <= TERMINATION_MESSAGE_LIMIT);
 }
 
@@ -273,8 +273,8 @@ fn says_how_many_rows_truncation_would_leave_out() {
             "{{\"messages\": [{{\"role\": \"user\", \"content\": \"{question}\"}}, {{\"role\": \"assistant\", \"content\": \"b\"}}]}}\n"
         )
     };
-    fixture.write("train.jsonl", &(row("a") + &row("a rather long question") + &row("and another of these")));
-    insta::assert_snapshot!(fixture.check(), @"");
+    fixture.write("train.jsonl", &(row("a") + &row("a rather long question") + &row("short")));
+    insta::assert_snapshot!(fixture.check(), @"warning: spec.dataset.train: 2 of 3 rows have more than 42 tokens (the longest 61); 21 tokens would be cut, and 1 of these rows would keep no token to train on and be left out");
 }
 
 #[test]
