@@ -122,7 +122,12 @@ pub fn plan(
     let mut rejected = Decisions::default();
 
     let lora = settings::lora(&job.spec);
+    let found_before = problems.len();
     let trained = lora::trained_parameters(model, lora.as_ref(), &mut decisions, &mut problems);
+    if report.problems.iter().any(|problem| problem.location.starts_with("spec.loraConfig")) {
+        // The preflight saw the model itself and said it better.
+        problems.truncate(found_before);
+    }
     let dtype = dtype(training.dtype, report, &mut decisions);
     let packing = decisions.pick(
         "packing",

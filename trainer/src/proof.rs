@@ -14,12 +14,12 @@ use crate::{
     model::{Model, adapter, attach::Attachment, read_config, weights::Checkpoint},
     recipe::{Host, fresh_directory},
     seed::Counter,
-    store::{Store, publish, sha256_hex},
+    store::{self, Store, publish, sha256_hex},
     train::Split,
 };
 
 /// Tokens of the training data the proof looks at, at most.
-const PROBE_TOKENS: usize = 256;
+const PROBE_TOKENS: usize = 64;
 
 /// How far the reloaded loss may be from the trained one, relative to it.
 ///
@@ -99,7 +99,7 @@ pub fn read_back(
     trained: &Seen,
 ) -> Result<Proof, Failure> {
     let directory = fresh_directory(host, "readback")?;
-    let bytes = publish::fetch_verified(output, manifest, &directory)?;
+    let bytes = fetch_verified(output, manifest, &directory)?;
     for path in
         manifest.files.iter().map(|file| &file.path).filter(|path| path.ends_with(".safetensors"))
     {
@@ -148,7 +148,7 @@ pub fn of_published(
     let manifest = publish::read_manifest(output)?
         .ok_or_else(|| not_proven(config, "its manifest disappeared while it was read"))?;
     let directory = fresh_directory(host, "readback")?;
-    let bytes = publish::fetch_verified(output, &manifest, &directory)?;
+    let bytes = fetch_verified(output, &manifest, &directory)?;
     let model = load(manifest.kind, &directory, base, config.training.dtype)?;
     let base_model = load_frozen(base, config.training.dtype)?;
     let tokens: Vec<u32> = (0..16).collect();
@@ -170,6 +170,17 @@ pub fn of_published(
         uri: config.output.uri.clone(),
         manifest_sha256,
         proof,
+    })
+}
+
+/// Fetches a result; bytes that are not what its manifest says are no proof.
+///
+/// # Errors
+/// A [`Failure`] of reason `NotProven` for damaged bytes, or one of the store.
+pub fn fetch_verified(output: &Store, manifest: &Manifest, to: &Path) -> Result<u64, Failure> {
+    publish::fetch_verified(output, manifest, to).map_err(|error| match error {
+        store::Error::Damaged { .. } => Failure::new(FailureReason::NotProven, error.to_string()),
+        error => error.into(),
     })
 }
 

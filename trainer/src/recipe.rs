@@ -66,6 +66,7 @@ pub fn run(
     let tokenizer = Tokenizer::load(&base)?;
     let train = prepare_train(config, host, &tokenizer)?;
     let validation = prepare_validation(config, host, &tokenizer)?;
+    drop(tokenizer);
 
     // The model, with what is trained of it; then the thread of an earlier attempt, if there is one.
     let model = load_model(config, &base)?;

@@ -70,7 +70,7 @@ fn verify(
     ));
     line(&format!("written   by {} from {}", manifest.generator, manifest.base_model.uri));
 
-    let bytes = publish::fetch_verified(store, manifest, &directory)?;
+    let bytes = proof::fetch_verified(store, manifest, &directory)?;
     line(&format!(
         "digests   ok: {} files, {:.1} MB, every byte is what the manifest says",
         manifest.files.len(),
