@@ -21,16 +21,9 @@ pub(crate) fn run() -> Result<()> {
         .env("LIBTORCH", &libtorch),
     )?;
     shell::run(
-        shell::cargo(&[
-            "doc",
-            "--release",
-            "--workspace",
-            "--no-deps",
-            "--document-private-items",
-            "--quiet",
-        ])
-        .env("LIBTORCH", &libtorch)
-        .env("RUSTDOCFLAGS", "-D warnings"),
+        shell::cargo(&["doc", "--release", "--workspace", "--no-deps", "--quiet"])
+            .env("LIBTORCH", &libtorch)
+            .env("RUSTDOCFLAGS", "-D warnings"),
     )?;
     generate::run(true)?;
     if shell::has("cargo-deny", "--version") {

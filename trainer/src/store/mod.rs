@@ -1,8 +1,8 @@
 //! Brings files here and takes results away: one blocking [`Store`] over S3, Google Cloud Storage,
 //! Azure, the local disk, volumes and a Hugging Face hub.
 //!
-//! In reading order: [`environment`] picks the credentials, [`objects`] opens object stores, [`hub`]
-//! speaks to a hub, [`transfer`] moves whole files, [`publish`] is the commit protocol of a result,
+//! In reading order: `environment` picks the credentials, `objects` opens object stores, [`hub`]
+//! speaks to a hub, `transfer` moves whole files, [`publish`] is the commit protocol of a result,
 //! [`fetch_model`] keeps base models in a cache.
 //!
 //! It must not know what the files mean, and no other module may read the environment.
