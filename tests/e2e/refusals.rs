@@ -38,7 +38,7 @@ fn refuses_bad_rows_by_file_and_line() {
 exit 65
 error: the run cannot start:
   train.jsonl:2: the line is not JSON: EOF while parsing a value at column 8
-  train.jsonl:4: "text" is missing (did you mean it by "txt"?)
+  train.jsonl:4: "text" is missing (did you mean "text" instead of "txt"?)
 "#);
 }
 
