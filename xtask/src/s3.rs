@@ -57,12 +57,14 @@ impl Server {
                 format!("-filer.port={filer}"),
             ])
             .args(["-volume.max=8", "-master.volumeSizeLimitMB=256", "-volume.preStopSeconds=0"])
+            // Ports of its own that are fixed unless told otherwise, and calls home.
+            .args(["-s3.port.iceberg=0", "-master.telemetry=false"])
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
             .spawn()
             .context("cannot start weed")?;
-        let server = Self { child, directory, endpoint: format!("http://127.0.0.1:{s3}") };
+        let mut server = Self { child, directory, endpoint: format!("http://127.0.0.1:{s3}") };
         server.wait_and_make_bucket(filer)?;
         Ok(server)
     }
@@ -80,11 +82,17 @@ impl Server {
     }
 
     /// A bucket is a directory of the filer below `/buckets`.
-    fn wait_and_make_bucket(&self, filer: u16) -> Result<()> {
+    fn wait_and_make_bucket(&mut self, filer: u16) -> Result<()> {
         let started = Instant::now();
         let s3_port: u16 = self.endpoint.rsplit(':').next().unwrap_or_default().parse()?;
         while started.elapsed() < START_TIMEOUT {
             let is_up = TcpStream::connect(("127.0.0.1", s3_port)).is_ok();
+            if let Some(status) = self.child.try_wait()? {
+                bail!(
+                    "weed ended at its start ({status}); its log is in {}",
+                    self.directory.display()
+                );
+            }
             if is_up && make_directory(filer, &format!("/buckets/{BUCKET}/")).unwrap_or(false) {
                 return Ok(());
             }
@@ -124,11 +132,12 @@ fn make_directory(filer: u16, path: &str) -> Result<bool> {
     Ok(answer.starts_with("HTTP/1.1 2"))
 }
 
-/// Finds ports nobody listens on. weed also listens on each port plus 10000, so low ones are taken.
+/// Finds ports nobody listens on. weed also listens on each port plus 10000, which must stay below
+/// the ports the system gives to outgoing connections.
 fn free_ports() -> Result<[u16; 4]> {
     let is_free = |port: u16| TcpListener::bind(("127.0.0.1", port)).is_ok();
-    let start = 20_000 + (std::process::id() % 5_000) as u16;
-    let mut ports = (start..30_000).filter(|&port| is_free(port) && is_free(port + 10_000));
+    let start = 12_000 + (std::process::id() % 8_000) as u16;
+    let mut ports = (start..22_000).filter(|&port| is_free(port) && is_free(port + 10_000));
     let mut next = || ports.next().context("no free port is left");
     Ok([next()?, next()?, next()?, next()?])
 }
