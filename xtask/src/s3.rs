@@ -154,11 +154,12 @@ fn status(port: u16, method: &str, path: &str) -> Option<u16> {
     answer.strip_prefix("HTTP/1.1 ")?.get(..3)?.parse().ok()
 }
 
-/// Finds ports nobody listens on. weed also listens on each port plus 10000, so low ones are taken.
+/// Finds ports nobody listens on. weed also listens on each port plus 10000, which must stay below
+/// the ports the system gives to outgoing connections.
 fn free_ports() -> Result<[u16; 4]> {
     let is_free = |port: u16| TcpListener::bind(("127.0.0.1", port)).is_ok();
-    let start = 20_000 + (std::process::id() % 5_000) as u16;
-    let mut ports = (start..30_000).filter(|&port| is_free(port) && is_free(port + 10_000));
+    let start = 12_000 + (std::process::id() % 8_000) as u16;
+    let mut ports = (start..22_000).filter(|&port| is_free(port) && is_free(port + 10_000));
     let mut next = || ports.next().context("no free port is left");
     Ok([next()?, next()?, next()?, next()?])
 }
