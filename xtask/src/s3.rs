@@ -58,7 +58,7 @@ impl Server {
             ])
             .args(["-volume.max=8", "-master.volumeSizeLimitMB=256", "-volume.preStopSeconds=0"])
             // Ports of its own that are fixed unless told otherwise, and calls home.
-            .args(["-s3.port.iceberg=0", "-master.telemetry=false"])
+            .args(["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"])
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
