@@ -79,12 +79,12 @@ mod tests {
 
     #[test]
     fn remembers_memory_that_was_given_back() {
+        // Other tests of this process allocate too, so only what cannot depend on them is asserted.
         let peak = PeakMemory::watch();
-        let before = peak.bytes();
         let block = std::hint::black_box(vec![1_u8; 64 << 20]);
-        std::thread::sleep(super::INTERVAL * 5);
+        let with_block = peak.bytes();
         drop(block);
-        let grown = peak.bytes() - before;
-        assert!((60 << 20..80 << 20).contains(&grown), "{grown}");
+        assert!(with_block >= 64 << 20, "{with_block}");
+        assert!(peak.bytes() >= with_block);
     }
 }

@@ -1,9 +1,9 @@
 //! The commit protocol of a result directory: files first, the manifest last and create-only.
 //!
-//! A result without its manifest does not exist; whoever reads the manifest first never sees a
-//! missing file. Object names are final (consumers load the directory as it is), so two attempts
-//! of one run must not upload at the same time: the operator runs one at a time, and
-//! [`fetch_verified`] re-reads every byte before a run says it succeeded.
+//! A result without its manifest does not exist; whoever reads the manifest first finds every file
+//! it names. Object names are final (consumers load the directory as it is), so two publishers must
+//! not upload at the same time: the operator runs one attempt at a time, and [`fetch_verified`]
+//! re-reads every byte before a run says it succeeded.
 
 use std::{
     collections::BTreeSet,
@@ -33,6 +33,12 @@ pub struct Published {
     pub manifest_sha256: String,
 }
 
+impl Published {
+    fn of(manifest: Manifest, bytes: &[u8]) -> Self {
+        Self { manifest, manifest_sha256: sha256_hex(bytes) }
+    }
+}
+
 /// Tells whose result is at the output.
 ///
 /// # Errors
@@ -56,12 +62,19 @@ pub fn read_manifest(store: &Store) -> Result<Option<Manifest>, Error> {
 /// Uploads every file of `directory` and commits them by a manifest.
 ///
 /// # Guarantees
-/// At no moment does a manifest name a file that is missing or of another result. Doing it again
-/// after any failure converges; doing it again after success changes nothing.
+/// The first committed result of a run wins: publishing the run again returns that result and
+/// changes nothing, even when the new bytes differ, because someone may be reading the old. Only a
+/// committed result with a missing or cut file is replaced.
+///
+/// A manifest is written only behind all of its files, and one that is replaced is removed before
+/// any of them. After any failure, doing it again converges. What is left to the caller: a second
+/// publisher at the same time may still write over files of the first, which [`fetch_verified`]
+/// finds; and a replacement that is cut short may leave files of the replaced result, which no
+/// manifest names.
 ///
 /// # Errors
-/// [`Error::OutputExists`] if another run's result is there and `overwrite` is false; else whatever
-/// the store reports.
+/// [`Error::OutputExists`] if another run's result is there and `overwrite` is false, or appears
+/// meanwhile; else whatever the store reports.
 pub fn publish(
     store: &Store,
     directory: &Path,
@@ -69,32 +82,26 @@ pub fn publish(
     overwrite: bool,
 ) -> Result<Published, Error> {
     let manifest = Manifest { files: describe(directory)?, ..manifest_without_files };
-    let bytes = Bytes::from(render(&manifest));
-    let published = Published { manifest_sha256: sha256_hex(&bytes), manifest: manifest.clone() };
 
     let mut superseded = Vec::new();
     if let Some(found) = read_bytes(store)? {
-        let old = parse_manifest(store, &found);
-        match &old {
-            Ok(old)
-                if old.run_id == manifest.run_id
-                    && found == bytes
-                    && sizes_match(store, &manifest)? =>
-            {
-                return Ok(published);
+        match parse_manifest(store, &found) {
+            Ok(old) if old.run_id == manifest.run_id => {
+                if sizes_match(store, &old)? {
+                    return Ok(Published::of(old, &found));
+                }
+                superseded = old.files;
             }
-            Ok(old) if !overwrite => {
-                return Err(Error::output_exists(store.uri().to_string(), &old.run_id));
-            }
-            Err(_) if !overwrite => {
+            Ok(old) if overwrite => superseded = old.files,
+            Err(_) if overwrite => {}
+            Ok(old) => return Err(Error::output_exists(store.uri().to_string(), &old.run_id)),
+            Err(_) => {
                 return Err(Error::OutputExists {
                     uri: store.uri().to_string(),
                     run_id: "(unknown: its manifest cannot be read)".to_owned(),
                 });
             }
-            _ => {}
         }
-        superseded = old.map(|old| old.files).unwrap_or_default();
         // object_store has no conditional delete; looking again leaves the smallest window.
         if read_bytes(store)?.as_ref() == Some(&found) {
             store.delete(MANIFEST_NAME)?;
@@ -108,16 +115,20 @@ pub fn publish(
             detail: "an uploaded file has another size than the local one".to_owned(),
         });
     }
-    if let PutIfAbsent::Exists(found) = store.put_if_absent(MANIFEST_NAME, bytes)? {
-        let run_id = parse_manifest(store, &found)?.run_id;
-        return Err(Error::output_exists(store.uri().to_string(), &run_id));
+    let bytes = Bytes::from(render(&manifest));
+    if let PutIfAbsent::Exists(found) = store.put_if_absent(MANIFEST_NAME, bytes.clone())? {
+        let winner = parse_manifest(store, &found)?;
+        if winner.run_id != manifest.run_id {
+            return Err(Error::output_exists(store.uri().to_string(), &winner.run_id));
+        }
+        return Ok(Published::of(winner, &found));
     }
 
     let kept: BTreeSet<&str> = manifest.files.iter().map(|file| file.path.as_str()).collect();
     for file in superseded.iter().filter(|file| !kept.contains(file.path.as_str())) {
         store.delete(&file.path)?;
     }
-    Ok(published)
+    Ok(Published::of(manifest, &bytes))
 }
 
 /// Fetches every file of a manifest and checks size and SHA-256; returns the bytes read.

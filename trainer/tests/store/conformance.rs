@@ -1,6 +1,6 @@
 //! What every store must do the same.
 
-use std::{fs, io::Read as _, sync::Arc};
+use std::{fs, io::Read as _, sync::Arc, thread};
 
 use finetune_contract::{OutputState, RunId};
 use finetune_trainer::store::{
@@ -98,6 +98,18 @@ fn publishes(store: &Store) {
     let back = tempfile::tempdir().unwrap();
     assert_eq!(publish::fetch_verified(store, &first.manifest, back.path()).unwrap(), 9);
 
+    // Other bytes of the same run do not replace those a reader may have begun with.
+    fs::write(local.path().join("config.json"), "[]").unwrap();
+    assert_eq!(publish::publish(store, local.path(), manifest("one"), false).unwrap(), first);
+    assert_eq!(store.read("config.json").unwrap(), "{}");
+    // Unless the result is incomplete.
+    store.delete("adapter/w.safetensors").unwrap();
+    let mended = publish::publish(store, local.path(), manifest("one"), false).unwrap();
+    let back = tempfile::tempdir().unwrap();
+    publish::fetch_verified(store, &mended.manifest, back.path()).unwrap();
+    assert_eq!(fs::read_to_string(back.path().join("config.json")).unwrap(), "[]");
+    fs::write(local.path().join("config.json"), "{}").unwrap();
+
     let refused = publish::publish(store, local.path(), manifest("two"), false).unwrap_err();
     assert!(refused.to_string().contains("already holds the result of run one"), "{refused}");
     fs::remove_dir_all(local.path().join("adapter")).unwrap();
@@ -113,6 +125,24 @@ fn publishes(store: &Store) {
     let cache = tempfile::tempdir().unwrap();
     let model = fetch_model(store, cache.path()).unwrap();
     assert_eq!(fs::read_to_string(model.join("config.json")).unwrap(), "[]");
+}
+
+#[test]
+fn of_two_publishers_of_one_run_both_get_the_result_that_was_first() {
+    let store = Store::over(&uri("s3://bucket/base"), Arc::new(InMemory::new()));
+    let outcomes: Vec<_> = thread::scope(|scope| {
+        let publishers = ["{1}", "{2}"].map(|text| {
+            let store = &store;
+            scope.spawn(move || {
+                let local = tempfile::tempdir().unwrap();
+                fs::write(local.path().join("config.json"), text).unwrap();
+                publish::publish(store, local.path(), manifest("one"), false).unwrap()
+            })
+        });
+        publishers.into_iter().map(|publisher| publisher.join().unwrap()).collect()
+    });
+    assert_eq!(outcomes[0], outcomes[1]);
+    assert_eq!(publish::read_manifest(&store).unwrap(), Some(outcomes[0].manifest.clone()));
 }
 
 #[test]
