@@ -1,5 +1,5 @@
-//! `cargo xtask`: the project's automation. It needs cargo and Python 3 with pip, nothing else.
-#![expect(clippy::print_stdout, reason = "this is a command people read")]
+//! `cargo xtask`: the project's automation. It needs cargo, Python 3 with pip and a C++ compiler.
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is a command people read")]
 
 mod bench;
 mod build;
@@ -13,9 +13,12 @@ mod model;
 mod parity;
 mod plot;
 mod python;
+mod runner;
 mod s3;
 mod shell;
 mod test;
+
+use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
@@ -49,14 +52,18 @@ enum Command {
     Bench(bench::Arguments),
 }
 
-fn main() -> anyhow::Result<()> {
-    match Cli::parse().command {
-        Command::Demo(arguments) => demo::run(&arguments),
-        Command::Build => build::run().map(|_| ()),
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Demo(arguments) => demo::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Build => build::run().map(|_| ExitCode::SUCCESS),
         Command::Test => test::run(),
-        Command::Check => check::run(),
-        Command::Generate { check } => generate::run(check),
-        Command::Parity => parity::run(),
-        Command::Bench(arguments) => bench::run(&arguments),
-    }
+        Command::Check => check::run().map(|()| ExitCode::SUCCESS),
+        Command::Generate { check } => generate::run(check).map(|()| ExitCode::SUCCESS),
+        Command::Parity => parity::run().map(|()| ExitCode::SUCCESS),
+        Command::Bench(arguments) => bench::run(&arguments).map(|()| ExitCode::SUCCESS),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
 }

@@ -5,158 +5,119 @@
 
 use std::{
     io::{BufRead, BufReader},
-    process::Stdio,
+    process::{Command, ExitCode},
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
-use crate::{build, libtorch, model, s3::Server, shell};
+use crate::{
+    build, libtorch, model,
+    runner::{Part, Reader},
+    s3::Server,
+    shell,
+};
 
-/// What one test binary came to.
-struct Part {
-    name: String,
-    passed: u64,
-    failed: u64,
-    seconds: f64,
+/// What was prepared, and what could not be.
+#[derive(Default)]
+struct Preparation {
+    seconds: Vec<(&'static str, f64)>,
+    missing: Vec<String>,
+}
+
+impl Preparation {
+    fn step<T>(&mut self, name: &'static str, make: impl FnOnce() -> Result<T>) -> Result<T> {
+        let started = Instant::now();
+        let made = make();
+        self.seconds.push((name, started.elapsed().as_secs_f64()));
+        made
+    }
+
+    /// Prepares what tests can do without: they are skipped, loudly.
+    fn need<T>(&mut self, name: &'static str, make: impl FnOnce() -> Result<T>) -> Option<T> {
+        let made = self.step(name, make);
+        made.map_err(|error| self.missing.push(format!("SKIPPED tests with {name}: {error:#}")))
+            .ok()
+    }
 }
 
 /// Prepares what the tests need and runs them.
-pub(crate) fn run() -> Result<()> {
+pub(crate) fn run() -> Result<ExitCode> {
     let started = Instant::now();
-    let mut command = shell::cargo(&[
-        "test",
-        "--release",
-        "--workspace",
-        "--no-fail-fast",
-        "--",
-        "--show-output",
-    ]);
-    command.env("LIBTORCH", libtorch::directory()?).env("INSTA_UPDATE", "no");
-    // Doubles of what tests need must not come from the user's own shell.
+    let mut preparation = Preparation::default();
+    let libtorch = preparation.step("libtorch", libtorch::directory)?;
+    let binaries = preparation.step("both binaries", build::run)?;
+    let model = preparation.need("a real model", || model::directory(&binaries));
+    let server = preparation.need("a real S3 server", Server::start);
+    for line in &preparation.missing {
+        println!("{line}");
+    }
+
+    let mut command = shell::cargo(&["test", "--release", "--workspace", "--no-fail-fast"]);
+    command.args(["--", "--show-output"]).env("LIBTORCH", libtorch).env("INSTA_UPDATE", "no");
+    // What the user's own shell says of these is about something else.
     for name in ["FINETUNE_TEST_S3_ENDPOINT", "FINETUNE_TEST_S3_BUCKET", "FINETUNE_TEST_MODEL"] {
         command.env_remove(name);
     }
-    let binaries = build::run()?;
-    let mut missing = Vec::new();
-    match model::directory(&binaries) {
-        Ok(model) => {
-            command.env("FINETUNE_TEST_MODEL", model);
-        }
-        Err(error) => missing.push(format!("SKIPPED runs on a real model: {error:#}")),
-    }
-    let server = match Server::start() {
-        Ok(server) => {
-            command.envs(server.environment());
-            Some(server)
-        }
-        Err(error) => {
-            missing.push(format!("SKIPPED tests on a real S3 server: {error:#}"));
-            None
-        }
-    };
-    for line in &missing {
-        println!("{line}");
-    }
-    println!("prepared in {:.0} s; testing", started.elapsed().as_secs_f64());
-    let (parts, skipped) = run_tests(command)?;
+    command.envs(model.map(|model| ("FINETUNE_TEST_MODEL", model)));
+    command.envs(server.iter().flat_map(Server::environment));
+    let (tests, is_success) = run_tests(command)?;
     drop(server);
-    report(&parts, skipped, &missing, started.elapsed())
+    Ok(report(&preparation, &tests, is_success, started.elapsed()))
 }
 
-fn run_tests(mut command: std::process::Command) -> Result<(Vec<Part>, u64)> {
-    let mut child = command
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .context("cannot start cargo")?;
-    let messages = child.stderr.take().context("cargo has no standard error")?;
-    let names = std::thread::spawn(move || {
-        let mut names = Vec::new();
-        for line in BufReader::new(messages).lines().map_while(Result::ok) {
-            if let Some(rest) = line.trim_start().strip_prefix("Running ") {
-                names.push(rest.split(" (").next().unwrap_or(rest).to_owned());
-            } else if let Some(rest) = line.trim_start().strip_prefix("Doc-tests ") {
-                names.push(format!("documentation of {rest}"));
-            } else {
-                eprintln_line(&line);
-            }
-        }
-        names
-    });
-    let (mut results, mut skipped) = (Vec::new(), 0);
-    let lines = child.stdout.take().context("cargo has no standard output")?;
-    let mut is_failure_text = false;
-    for line in BufReader::new(lines).lines().map_while(Result::ok) {
-        if let Some(result) = parse_result(&line) {
-            results.push(result);
-            is_failure_text = false;
-        }
-        is_failure_text |= line == "failures:";
-        let is_skip = line.starts_with("SKIPPED");
-        skipped += u64::from(is_skip);
-        // Output of tests that passed would bury what matters.
-        if is_failure_text || is_skip || line.starts_with("test ") {
+/// Runs the tests and returns what they came to, and whether the runner was content.
+fn run_tests(mut command: Command) -> Result<(Reader, bool)> {
+    // One pipe for both, so that cargo's lines stay between those of the tests it names.
+    let (lines, to_lines) = std::io::pipe()?;
+    command.stdout(to_lines.try_clone()?).stderr(to_lines);
+    let mut child = command.spawn().context("cannot start cargo")?;
+    // The command holds the pipe's other end, which must be closed for the lines to end.
+    drop(command);
+    let mut reader = Reader::default();
+    for line in BufReader::new(lines).split(b'\n') {
+        let line = String::from_utf8_lossy(&line?).into_owned();
+        if reader.read(&line) {
             println!("{line}");
         }
     }
-    child.wait()?;
-    let names = names.join().unwrap_or_default();
-    let parts = results.into_iter().enumerate().map(|(index, (passed, failed, seconds))| Part {
-        name: names.get(index).cloned().unwrap_or_else(|| "?".to_owned()),
-        passed,
-        failed,
-        seconds,
-    });
-    Ok((parts.collect(), skipped))
+    reader.finish();
+    Ok((reader, child.wait()?.success()))
 }
 
-/// Reads `test result: ok. 3 passed; 0 failed; 0 ignored; …; finished in 0.01s`.
-fn parse_result(line: &str) -> Option<(u64, u64, f64)> {
-    let rest = line.strip_prefix("test result: ")?;
-    let number = |word: &str| {
-        let before = rest.split(word).next()?;
-        before.trim_end().rsplit([' ', ';']).next()?.parse().ok()
-    };
-    let seconds = rest.rsplit("finished in ").next()?.trim_end_matches('s').parse().ok()?;
-    Some((number(" passed")?, number(" failed")?, seconds))
-}
-
-fn report(parts: &[Part], skipped: u64, missing: &[String], elapsed: Duration) -> Result<()> {
+/// Prints the tables and, last and alone on its line, the sum.
+fn report(
+    preparation: &Preparation,
+    tests: &Reader,
+    is_success: bool,
+    elapsed: Duration,
+) -> ExitCode {
     println!("\n{:<52} {:>7} {:>7} {:>9}", "part", "passed", "failed", "seconds");
-    for part in parts.iter().filter(|part| part.passed + part.failed > 0) {
-        println!("{:<52} {:>7} {:>7} {:>9.1}", part.name, part.passed, part.failed, part.seconds);
+    for (name, seconds) in &preparation.seconds {
+        println!("{:<52} {:>7} {:>7} {seconds:>9.1}", format!("preparing {name}"), "", "");
     }
-    for line in missing {
+    for Part { name, passed, failed, seconds } in tests.parts.iter().filter(|part| !part.is_empty())
+    {
+        println!("{name:<52} {passed:>7} {failed:>7} {seconds:>9.1}");
+    }
+    println!("{:<52} {:>7} {:>7} {:>9.1}\n", "all", "", "", elapsed.as_secs_f64());
+    for line in preparation.missing.iter().chain(&tests.skipped) {
         println!("{line}");
     }
-    println!("all in {:.0} s", elapsed.as_secs_f64());
-    let passed: u64 = parts.iter().map(|part| part.passed).sum();
-    let failed: u64 = parts.iter().map(|part| part.failed).sum();
-    let skipped = skipped + missing.len() as u64;
+    let passed: u64 = tests.parts.iter().map(|part| part.passed).sum();
+    let failed: u64 = tests.parts.iter().map(|part| part.failed).sum();
+    let skipped = preparation.missing.len() + tests.skipped.len();
+    let is_incomplete = shell::is_ci() && skipped > 0;
+    if is_incomplete {
+        println!("FAILED: in CI nothing may be skipped");
+    }
+    if failed == 0 && !is_success {
+        println!("FAILED: cargo test ended with an error, see above");
+    }
     println!("{passed} passed, {failed} failed, {skipped} skipped");
-    if passed == 0 || failed > 0 {
-        bail!("the tests failed");
-    }
-    if shell::is_ci() && skipped > 0 {
-        bail!("in CI nothing may be skipped");
-    }
-    Ok(())
-}
-
-#[expect(clippy::print_stderr, reason = "cargo's own messages belong there")]
-fn eprintln_line(line: &str) {
-    eprintln!("{line}");
-}
-
-#[cfg(test)]
-mod tests {
-    use super::parse_result;
-
-    #[test]
-    fn reads_the_runners_closing_line() {
-        let line = "test result: FAILED. 12 passed; 3 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.25s";
-        assert_eq!(parse_result(line), Some((12, 3, 1.25)));
-        assert_eq!(parse_result("test a::b ... ok"), None);
+    if is_success && passed > 0 && failed == 0 && !is_incomplete {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
     }
 }
