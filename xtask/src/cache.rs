@@ -6,6 +6,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+/// How names of unfinished entries begin; the number of the process that makes them follows.
+const PARTIAL: &str = ".partial.";
+
 /// Returns the cache's directory: `$FINETUNE_CACHE`, or `finetune` in the user's cache.
 pub(crate) fn directory() -> PathBuf {
     let set =
@@ -22,7 +25,9 @@ pub(crate) fn entry(name: &str, make: impl FnOnce(&Path) -> Result<()>) -> Resul
     if path.exists() {
         return Ok(path);
     }
-    let partial = directory().join(format!(".{name}.{}", std::process::id()));
+    remove_abandoned();
+    let partial = directory().join(format!("{PARTIAL}{}.{name}", std::process::id()));
+    // Left by a process of the same number, perhaps before a restart of the machine.
     let _ = std::fs::remove_dir_all(&partial);
     std::fs::create_dir_all(&partial)
         .with_context(|| format!("cannot make {}", partial.display()))?;
@@ -39,5 +44,17 @@ pub(crate) fn entry(name: &str, make: impl FnOnce(&Path) -> Result<()>) -> Resul
             Ok(path)
         }
         Err(error) => Err(error).with_context(|| format!("cannot rename to {}", path.display())),
+    }
+}
+
+/// Removes what interrupted processes left unfinished; they can be gigabytes.
+fn remove_abandoned() {
+    let entries = std::fs::read_dir(directory()).into_iter().flatten().filter_map(Result::ok);
+    for entry in entries {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let maker = name.strip_prefix(PARTIAL).and_then(|rest| rest.split('.').next());
+        if maker.is_some_and(|process| !Path::new("/proc").join(process).exists()) {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
     }
 }

@@ -1,12 +1,14 @@
 //! The README's first command: a real model, real data, one manifest, and what changed.
 
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     process::Command,
 };
 
 use anyhow::{Context, Result};
 use clap::Args;
+use finetune_contract::{Progress, Stage};
 
 use crate::{
     build::{self, Binaries},
@@ -48,16 +50,17 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     print!("{manifest}");
 
     let work_dir = directory.join("work");
-    let job_command = |verb: &str| {
-        let mut command = Command::new(&binaries.finetune);
-        command.arg(verb).arg("-f").arg(&job).arg("--work-dir").arg(&work_dir);
-        command
-    };
-    heading("finetune plan: what would run, and why");
-    // A result of an earlier demo makes the plan say that there is nothing to do.
-    let _ = job_command("plan").status();
-    heading("finetune run: preflight, train, export, publish, prove");
-    shell::run(&mut job_command("run"))?;
+    heading("finetune run: preflight, plan, train, export, publish, prove");
+    println!("{} plan -f … shows what would run, and stops there.\n", relative(&binaries.finetune));
+    shell::run(
+        Command::new(&binaries.finetune)
+            .arg("run")
+            .arg("-f")
+            .arg(&job)
+            .arg("--work-dir")
+            .arg(&work_dir),
+    )
+    .context("the same command goes on where it stopped; with --fresh it starts again")?;
     let output = directory.join("output");
     heading("finetune verify: the published files, read back");
     shell::run(Command::new(&binaries.finetune).arg("verify").arg(uri(&output)))?;
@@ -163,28 +166,28 @@ fn generate(
     shell::output(&mut command)
 }
 
-/// Reads the history the trainer wrote: one line of progress per step or evaluation.
+/// Reads the history the trainer wrote.
+///
+/// A run that was killed did some steps twice; what was said last of a step counts.
 fn curves(work_dir: &Path) -> Result<Vec<Curve>> {
     let path = work_dir.join("metrics.jsonl");
     let text = std::fs::read_to_string(&path)
         .with_context(|| format!("cannot read {}", path.display()))?;
-    let lines: Vec<serde_json::Value> =
-        text.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
-    let points = |field: &str| {
-        let mut points: Vec<(f64, f64)> = Vec::new();
-        for line in &lines {
-            if let (Some(step), Some(value)) = (line["step"].as_f64(), line[field].as_f64())
-                && points.last().is_none_or(|last| (last.1 - value).abs() > f64::EPSILON)
-            {
-                points.push((step, value));
-            }
-        }
-        points
+    let (mut training, mut validation) = (BTreeMap::new(), BTreeMap::new());
+    // The last line of a killed run may be half written.
+    for progress in text.lines().filter_map(|line| finetune_contract::parse::<Progress>(line).ok())
+    {
+        match (progress.stage, progress.loss, progress.eval_loss) {
+            (Stage::Training, Some(loss), _) => training.insert(progress.step, loss),
+            (Stage::Evaluating, _, Some(loss)) => validation.insert(progress.step, loss),
+            _ => None,
+        };
+    }
+    let curve = |name, points: BTreeMap<u64, f64>| Curve {
+        name,
+        points: points.into_iter().map(|(step, loss)| (step as f64, loss)).collect(),
     };
-    Ok(vec![
-        Curve { name: "training loss", points: points("loss") },
-        Curve { name: "validation loss", points: points("evalLoss") },
-    ])
+    Ok(vec![curve("training loss", training), curve("validation loss", validation)])
 }
 
 fn heading(text: &str) {

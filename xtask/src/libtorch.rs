@@ -30,6 +30,11 @@ pub(crate) fn directory() -> Result<PathBuf> {
         }
         return Ok(own);
     }
+    if !cfg!(all(target_os = "linux", target_arch = "x86_64")) {
+        bail!(
+            "only for Linux on x86-64 is libtorch fetched; set LIBTORCH to a libtorch {VERSION} for this machine"
+        );
+    }
     cache::entry(&format!("libtorch-{VERSION}"), make)
 }
 
