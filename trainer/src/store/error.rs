@@ -117,6 +117,14 @@ impl Error {
             Self::Local { source, .. } if source.kind() == io::ErrorKind::NotFound => {
                 (FailureReason::InvalidConfiguration, ProblemReason::NotFound)
             }
+            Self::Local { source, .. }
+                if matches!(
+                    source.kind(),
+                    io::ErrorKind::NotADirectory | io::ErrorKind::IsADirectory
+                ) =>
+            {
+                (FailureReason::InvalidConfiguration, ProblemReason::InvalidSpec)
+            }
             Self::Local { .. } => (FailureReason::StoreUnavailable, ProblemReason::Unavailable),
             Self::OutputExists { .. } => (FailureReason::OutputExists, ProblemReason::OutputExists),
         }
@@ -137,6 +145,12 @@ impl Error {
             match kind {
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
                     return Self::DiskFull { path: uri };
+                }
+                io::ErrorKind::NotADirectory => {
+                    let detail =
+                        "a part of its path is a file where a directory is needed; mend the URI"
+                            .to_owned();
+                    return Self::Misconfigured { action, uri, detail };
                 }
                 io::ErrorKind::PermissionDenied => {
                     let detail = "the file system refuses: check the owner and mode of the file and its directories".to_owned();
@@ -192,7 +206,10 @@ impl Error {
             | object_store::Error::InvalidPath { .. } => {
                 Self::Misconfigured { action, uri, detail: text }
             }
-            _ => Self::Unavailable { action, uri, detail: text },
+            _ => {
+                let detail = no_connection(&text).unwrap_or(text);
+                Self::Unavailable { action, uri, detail }
+            }
         }
     }
 
@@ -230,4 +247,40 @@ fn io_kind(error: &(dyn StdError + 'static)) -> Option<io::ErrorKind> {
 fn between<'a>(text: &'a str, start: &str, end: &str) -> Option<&'a str> {
     let rest = text.split_once(start)?.1;
     Some(rest.split_once(end)?.0)
+}
+
+/// Says to which server no connection could be made, and why; the rest of the text is noise.
+fn no_connection(text: &str) -> Option<String> {
+    let why = text.split_once("client error (Connect): ")?.1;
+    let request = between(text, "Error performing ", " in ")?;
+    let url = request.split_once(' ').map_or(request, |(_, url)| url);
+    Some(format!("no connection for {url}: {why}; check the endpoint and the network"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ENOSPC: i32 = 28;
+    const EDQUOT: i32 = 122;
+
+    #[test]
+    fn a_full_disk_is_told_from_an_unavailable_store() {
+        for code in [ENOSPC, EDQUOT] {
+            let full = || io::Error::from_raw_os_error(code);
+            let in_library =
+                object_store::Error::Generic { store: "LocalFileSystem", source: full().into() };
+            let errors = [
+                Error::local("write", Path::new("/out/a"), full()),
+                Error::object("write", "file:///out/a".to_owned(), in_library),
+            ];
+            for error in errors {
+                assert_eq!(error.reason(), FailureReason::DiskFull, "{error}");
+                let text = error.to_string().replace("file://", "");
+                insta::allow_duplicates! {
+                    insta::assert_snapshot!(text, @"cannot write /out/a: the disk is full; free space or choose another directory");
+                }
+            }
+        }
+    }
 }

@@ -199,11 +199,7 @@ impl Store {
             Backend::Hub(repository) => block_on(repository.stat(path)),
             Backend::Objects { store, .. } => match block_on(store.head(&self.key(path)?)) {
                 Ok(meta) => Ok(Some(Stat { size: meta.size, tag: meta.e_tag, sha256: None })),
-                Err(object_store::Error::NotFound { source, .. })
-                    if !source.to_string().contains("NoSuchBucket") =>
-                {
-                    Ok(None)
-                }
+                Err(object_store::Error::NotFound { .. }) => Ok(None),
                 Err(error) => Err(self.failed("look up", path, error)),
             },
         }
@@ -211,7 +207,15 @@ impl Store {
 
     /// As [`Self::stat`], but a missing file is an error.
     fn stat_existing(&self, action: &'static str, path: &str) -> Result<Stat, Error> {
-        self.stat(path)?.ok_or_else(|| Error::NotFound {
+        if let Some(stat) = self.stat(path)? {
+            return Ok(stat);
+        }
+        // The refusal of a HEAD has no body; that of a GET says whether the bucket is missing.
+        if let Backend::Objects { store, .. } = &self.backend {
+            block_on(store.get_range(&self.key(path)?, 0..1))
+                .map_err(|error| self.failed(action, path, error))?;
+        }
+        Err(Error::NotFound {
             action,
             uri: self.name(path),
             detail: "nothing is there; check the URI".to_owned(),

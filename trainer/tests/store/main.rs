@@ -4,10 +4,60 @@
 #![allow(unreachable_pub, reason = "modules of a test binary share items by `pub`")]
 
 mod conformance;
+mod failing;
 mod faults;
 mod hub;
+mod messages;
+mod reading;
 
 use finetune_contract::{ArtifactKind, CONTRACT_VERSION, Manifest, ModelSource, ObjectUri, RunId};
+use finetune_trainer::store::{Environment, Role, Store};
+
+/// The S3 server that `cargo xtask test` starts.
+struct Server(Environment);
+
+impl Server {
+    /// Finds it in the environment; without one says so loudly, or fails in CI.
+    fn find() -> Option<Self> {
+        let server = Self(Environment::from_process());
+        if server.0.plain("FINETUNE_TEST_S3_ENDPOINT").is_some() {
+            return Some(server);
+        }
+        let missing = "FINETUNE_TEST_S3_ENDPOINT is not set";
+        let test = std::thread::current().name().unwrap_or_default().to_owned();
+        assert!(server.0.plain("CI") != Some("true"), "{test}: {missing}");
+        eprintln!("SKIPPED {test}: {missing}");
+        None
+    }
+
+    fn get(&self, key: &str) -> &str {
+        self.0.plain(key).unwrap()
+    }
+
+    fn bucket(&self) -> &str {
+        self.get("FINETUNE_TEST_S3_BUCKET")
+    }
+
+    fn secret(&self) -> &str {
+        self.get("AWS_SECRET_ACCESS_KEY")
+    }
+
+    fn open(&self, uri: &str, secret: &str) -> Store {
+        self.open_as(uri, self.get("AWS_ACCESS_KEY_ID"), secret)
+    }
+
+    /// Opens by the role's own variables; the plain ones are of another account.
+    fn open_as(&self, uri: &str, id: &str, secret: &str) -> Store {
+        let environment = Environment::from_pairs([
+            ("AWS_ENDPOINT_URL", self.get("FINETUNE_TEST_S3_ENDPOINT")),
+            ("FINETUNE_OUTPUT_AWS_ACCESS_KEY_ID", id),
+            ("FINETUNE_OUTPUT_AWS_SECRET_ACCESS_KEY", secret),
+            ("AWS_SECRET_ACCESS_KEY", "of another account"),
+            ("FINETUNE_STORE_RETRIES", "1"),
+        ]);
+        Store::open(&self::uri(uri), None, Role::Output, &environment).unwrap()
+    }
+}
 
 fn uri(text: &str) -> ObjectUri {
     ObjectUri::parse(text).unwrap()
