@@ -42,18 +42,29 @@ pub(super) fn config(gguf: &Gguf) -> Result<Value, String> {
             key("attention.head_count")
         ));
     }
+    // A list of all tensors is made from this number, so it must be no more than there can be.
+    let (blocks, tensors) = (integer("block_count")?, gguf.tensors().len());
+    if usize::try_from(blocks).is_ok_and(|blocks| blocks > tensors) {
+        return Err(format!(
+            "{} is {blocks}, but the file has {tensors} tensors",
+            key("block_count")
+        ));
+    }
+    let head_dim = gguf.integer(&key("attention.key_length")).unwrap_or(width / heads);
+    let context_length = integer("context_length")?;
+    refuse_other_networks(gguf, architecture, head_dim, context_length)?;
     let vocabulary = gguf.list("tokenizer.ggml.tokens").map_or(0, <[_]>::len);
     let mut config = json!({
         "architectures": [class],
         "model_type": architecture,
         "hidden_size": width,
         "intermediate_size": integer("feed_forward_length")?,
-        "num_hidden_layers": integer("block_count")?,
+        "num_hidden_layers": blocks,
         "num_attention_heads": heads,
         "num_key_value_heads": gguf.integer(&key("attention.head_count_kv")).unwrap_or(heads),
-        "head_dim": gguf.integer(&key("attention.key_length")).unwrap_or(width / heads),
+        "head_dim": head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": integer("context_length")?,
+        "max_position_embeddings": context_length,
         // The file has it in fp32; what was meant has few digits.
         "rms_norm_eps": shortest(gguf.number(&key("attention.layer_norm_rms_epsilon")).unwrap_or(1e-6)),
         "rope_theta": shortest(gguf.number(&key("rope.freq_base")).unwrap_or(10_000.0)),
@@ -66,6 +77,30 @@ pub(super) fn config(gguf: &Gguf) -> Result<Value, String> {
         config[name] = id;
     }
     Ok(config)
+}
+
+/// Refuses what a config of these architectures could say in GGUF but not in config.json.
+fn refuse_other_networks(
+    gguf: &Gguf,
+    architecture: &str,
+    head_dim: i64,
+    context_length: i64,
+) -> Result<(), String> {
+    let allowed: [(&str, &dyn Fn(i64) -> bool, &str); 4] = [
+        ("expert_count", &|count| count == 0, "a mixture of experts"),
+        ("rope.dimension_count", &|width| width == head_dim, "a rotation of a part of each head"),
+        ("attention.value_length", &|width| width == head_dim, "values of another width than keys"),
+        ("attention.sliding_window", &|window| window >= context_length, "a sliding window"),
+    ];
+    for (name, is_allowed, what) in allowed {
+        let key = format!("{architecture}.{name}");
+        if let Some(number) = gguf.integer(&key).filter(|&number| !is_allowed(number)) {
+            return Err(format!(
+                "{key} is {number}: {what} cannot be imported, use the model's original Hugging Face files"
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Builds generation_config.json.

@@ -2,7 +2,7 @@
 //!
 //! # Source
 //! The block structures and `dequantize_row_*` of `ggml/src/ggml-quants.c`, ggml-org/llama.cpp. Each
-//! is checked against the PyPI package `gguf` in the tests of this directory.
+//! is compared bit for bit with the PyPI package `gguf`: `golden/blocks.json`, made by `golden/gen.py`.
 
 use half::{bf16, f16};
 
@@ -29,16 +29,20 @@ pub(super) fn storage_type(number: u32) -> Option<StorageType> {
             out[0] = bf16::from_le_bytes([block[0], block[1]]).to_f32();
         }),
         2 => plain("Q4_0", 32, 18, |block, out| {
-            q4(half_at(block, 0), -8.0 * half_at(block, 0), &block[2..], out);
+            let scale = half_at(block, 0);
+            q4(&block[2..], out, |number| (number - 8.0) * scale);
         }),
         3 => plain("Q4_1", 32, 20, |block, out| {
-            q4(half_at(block, 0), half_at(block, 2), &block[4..], out);
+            let (scale, minimum) = (half_at(block, 0), half_at(block, 2));
+            q4(&block[4..], out, |number| number * scale + minimum);
         }),
         6 => plain("Q5_0", 32, 22, |block, out| {
-            q5(half_at(block, 0), -16.0 * half_at(block, 0), &block[2..], out);
+            let scale = half_at(block, 0);
+            q5(&block[2..], out, |number| (number - 16.0) * scale);
         }),
         7 => plain("Q5_1", 32, 24, |block, out| {
-            q5(half_at(block, 0), half_at(block, 2), &block[4..], out);
+            let (scale, minimum) = (half_at(block, 0), half_at(block, 2));
+            q5(&block[4..], out, |number| number * scale + minimum);
         }),
         8 => plain("Q8_0", 32, 34, q8_0),
         12 => plain("Q4_K", 256, 144, q4_k),
@@ -66,21 +70,21 @@ fn half_at(block: &[u8], at: usize) -> f32 {
 }
 
 /// Sixteen bytes of two elements: the low halves are the first sixteen, the high ones the rest.
-fn q4(scale: f32, offset: f32, nibbles: &[u8], out: &mut [f32]) {
+fn q4(nibbles: &[u8], out: &mut [f32], value: impl Fn(f32) -> f32) {
     for index in 0..16 {
-        out[index] = f32::from(nibbles[index] & 15) * scale + offset;
-        out[index + 16] = f32::from(nibbles[index] >> 4) * scale + offset;
+        out[index] = value(f32::from(nibbles[index] & 15));
+        out[index + 16] = value(f32::from(nibbles[index] >> 4));
     }
 }
 
 /// As [`q4`], with a fifth bit for each element in four bytes before.
-fn q5(scale: f32, offset: f32, block: &[u8], out: &mut [f32]) {
+fn q5(block: &[u8], out: &mut [f32], value: impl Fn(f32) -> f32) {
     let high = u32::from_le_bytes([block[0], block[1], block[2], block[3]]);
     for index in 0..16 {
         let (low, packed) = (high >> index & 1, block[4 + index]);
-        out[index] = f32::from(packed & 15 | (low as u8) << 4) * scale + offset;
+        out[index] = value(f32::from(packed & 15 | (low as u8) << 4));
         let top = high >> (index + 16) & 1;
-        out[index + 16] = f32::from(packed >> 4 | (top as u8) << 4) * scale + offset;
+        out[index + 16] = value(f32::from(packed >> 4 | (top as u8) << 4));
     }
 }
 
@@ -138,5 +142,48 @@ fn q6_k(block: &[u8], out: &mut [f32]) {
         let two = high[section * 32 + lane] >> (2 * quarter) & 3;
         let quantized = i16::from(four | two << 4) - 32;
         *value = scale * f32::from(scales[index / 16].cast_signed()) * f32::from(quantized);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::Deserialize;
+
+    use super::*;
+
+    #[derive(Deserialize)]
+    struct Blocks {
+        types: Vec<Golden>,
+    }
+
+    #[derive(Deserialize)]
+    struct Golden {
+        number: u32,
+        name: String,
+        elements: usize,
+        bytes: usize,
+        data: String,
+        bits: String,
+    }
+
+    fn bytes(hex: &str) -> Vec<u8> {
+        (0..hex.len())
+            .step_by(2)
+            .map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap())
+            .collect()
+    }
+
+    #[test]
+    fn unpacks_every_storage_type_as_the_python_package_does() {
+        let blocks: Blocks = serde_json::from_str(include_str!("golden/blocks.json")).unwrap();
+        assert_eq!(blocks.types.len(), 11);
+        for golden in blocks.types {
+            let storage = storage_type(golden.number).unwrap();
+            let facts = (storage.name, storage.elements, storage.bytes);
+            assert_eq!(facts, (golden.name.as_str(), golden.elements, golden.bytes));
+            let found = storage.unpack(&bytes(&golden.data));
+            let found: Vec<u8> = found.iter().flat_map(|value| value.to_le_bytes()).collect();
+            assert_eq!(found, bytes(&golden.bits), "{}", golden.name);
+        }
     }
 }

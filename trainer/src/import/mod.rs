@@ -3,6 +3,8 @@
 mod config;
 mod dequantize;
 pub mod gguf;
+#[cfg(test)]
+mod tests;
 mod tokenizer;
 mod weights;
 
@@ -36,9 +38,17 @@ pub struct Arguments {
 /// Imports a local file.
 ///
 /// # Errors
-/// A [`Failure`] that says what of the file cannot be used.
+/// A [`Failure`] that says what of the file cannot be used, or that `--to` is taken.
 pub fn run(arguments: &Arguments) -> Result<(), Failure> {
-    import(&arguments.from, &arguments.to)
+    let to = &arguments.to;
+    let is_empty = || to.read_dir().is_ok_and(|mut entries| entries.next().is_none());
+    if to.exists() && !is_empty() {
+        return Err(Failure::new(
+            FailureReason::InvalidConfiguration,
+            format!("{to:?} exists already: name another directory with --to, or remove it"),
+        ));
+    }
+    import(&arguments.from, to)
 }
 
 /// Returns a local Hugging Face directory of a model, whatever it is stored as.
@@ -49,13 +59,17 @@ pub fn local_directory(store: &Store, cache: &Path) -> Result<PathBuf, Failure> 
     if !store.uri().path.ends_with(".gguf") {
         return Ok(fetch_model(store, cache)?);
     }
-    let Some(size) = store.size("")? else {
+    if store.size("")?.is_none() {
         return Err(Failure::new(
             FailureReason::InvalidModel,
             format!("nothing is at {}", store.uri()),
         ));
+    }
+    // Two files quantized alike have one size, so a size would not tell a newer file from this one.
+    let key = match store.resolved_revision() {
+        Some(commit) => format!("{} {commit}", store.uri()),
+        None => format!("{} {:?}", store.uri(), store.list_tagged()?),
     };
-    let key = format!("{} {} {size}", store.uri(), store.resolved_revision().unwrap_or_default());
     let directory = cache.join(format!("gguf-{}", &hex(&Sha256::digest(key))[..16]));
     let disk =
         |error: std::io::Error| Failure::from_io(&error, &format!("cannot make {directory:?}"));
@@ -64,14 +78,15 @@ pub fn local_directory(store: &Store, cache: &Path) -> Result<PathBuf, Failure> 
     let lock = File::create(directory.with_extension("lock")).map_err(disk)?;
     lock.lock().map_err(disk)?;
     if !directory.exists() {
-        let file = if let Some(path) = store.local_path("") {
-            path
+        if let Some(path) = store.local_path("") {
+            import(&path, &directory)?;
         } else {
             let path = directory.with_extension("gguf");
             store.fetch("", &path)?;
-            path
-        };
-        import(&file, &directory)?;
+            import(&path, &directory)?;
+            // It is not needed again, and as large as the model.
+            std::fs::remove_file(&path).map_err(disk)?;
+        }
     }
     Ok(directory)
 }
@@ -82,7 +97,9 @@ fn import(from: &Path, to: &Path) -> Result<(), Failure> {
         .map_err(|error| Failure::new(FailureReason::InvalidModel, format!("{from:?}: {error}")))?;
     let invalid =
         |reason: String| Failure::new(FailureReason::InvalidModel, format!("{from:?}: {reason}"));
-    let partial = to.with_extension("partial");
+    let mut name = to.file_name().unwrap_or_default().to_owned();
+    name.push(".partial");
+    let partial = to.with_file_name(name);
     let disk =
         |error: std::io::Error| Failure::from_io(&error, &format!("cannot write {partial:?}"));
     if partial.exists() {
@@ -102,6 +119,7 @@ fn import(from: &Path, to: &Path) -> Result<(), Failure> {
     if let Some(template) = gguf.text("tokenizer.chat_template") {
         std::fs::write(partial.join("chat_template.jinja"), template).map_err(disk)?;
     }
-    weights::write(&gguf, &config, &partial)?;
+    weights::write(&gguf, &config, &partial)
+        .map_err(|failure| Failure::new(failure.reason, format!("{from:?}: {failure}")))?;
     std::fs::rename(&partial, to).map_err(disk)
 }

@@ -1,5 +1,7 @@
 //! The tokenizer.json of an imported model: byte-level BPE with the family's own splitting of text.
 
+use std::collections::BTreeSet;
+
 use serde_json::{Map, Value, json};
 
 use super::gguf::{self, Gguf};
@@ -22,25 +24,32 @@ pub(super) struct Files {
 /// # Errors
 /// A text that says which tokenizer it is and that it cannot be expressed.
 pub(super) fn build(gguf: &Gguf) -> Result<Files, String> {
-    match gguf.text("tokenizer.ggml.model") {
-        Some("gpt2") => {}
-        other => {
-            return Err(format!(
-                "its tokenizer is {other:?}, but only byte-level BPE (\"gpt2\") can be imported: use the model's \
-                 original Hugging Face files"
-            ));
-        }
+    let model =
+        gguf.text("tokenizer.ggml.model").ok_or("the metadata lacks tokenizer.ggml.model")?;
+    if model != "gpt2" {
+        let kind = if model == "llama" { "SentencePiece" } else { model };
+        return Err(format!(
+            "its tokenizer is {kind}, but only byte-level BPE can be imported: use the model's original \
+             Hugging Face files"
+        ));
     }
     let tokens = texts(gguf, "tokenizer.ggml.tokens")?;
     let merges = texts(gguf, "tokenizer.ggml.merges")?;
+    let distinct = tokens.iter().collect::<BTreeSet<_>>().len();
+    if distinct != tokens.len() {
+        return Err(format!(
+            "its vocabulary of {} tokens has only {distinct} different ones",
+            tokens.len()
+        ));
+    }
     let kinds: Vec<i64> = gguf
         .list("tokenizer.ggml.token_type")
-        .unwrap_or_default()
+        .filter(|kinds| kinds.len() == tokens.len())
+        .ok_or("the metadata lacks tokenizer.ggml.token_type with one entry for each token")?
         .iter()
         .map(|kind| if let gguf::Value::Integer(kind) = kind { *kind } else { 1 })
         .collect();
-    let pre = gguf.text("tokenizer.ggml.pre").unwrap_or("default");
-    let splitting = splitting(pre)?;
+    let splitting = splitting(pre(gguf)?)?;
     let vocabulary: Map<String, Value> =
         tokens.iter().enumerate().map(|(id, token)| ((*token).to_owned(), json!(id))).collect();
     let added: Vec<Value> = tokens
@@ -56,8 +65,10 @@ pub(super) fn build(gguf: &Gguf) -> Result<Files, String> {
     let token_of =
         |key: &str| gguf.integer(key).and_then(|id| tokens.get(usize::try_from(id).ok()?));
     let bos = token_of("tokenizer.ggml.bos_token_id");
-    let adds_bos =
-        matches!(gguf.value("tokenizer.ggml.add_bos_token"), Some(gguf::Value::Bool(true)));
+    let adds_bos = match gguf.value("tokenizer.ggml.add_bos_token") {
+        Some(gguf::Value::Bool(adds)) => *adds,
+        _ => splitting.adds_bos,
+    };
     let post_processor = match bos.filter(|_| adds_bos) {
         Some(bos) => begins_with(bos, gguf.integer("tokenizer.ggml.bos_token_id").unwrap_or(0)),
         None => Value::Null,
@@ -105,10 +116,30 @@ fn texts<'a>(gguf: &'a Gguf, key: &str) -> Result<Vec<&'a str>, String> {
         .collect()
 }
 
+/// Returns the name of the family's splitting.
+fn pre(gguf: &Gguf) -> Result<&str, String> {
+    match gguf.text("tokenizer.ggml.pre") {
+        // Files from before May 2024 do not say it; all models of this architecture split alike.
+        None | Some("default")
+            if gguf.text("general.architecture").is_some_and(|name| name.starts_with("qwen")) =>
+        {
+            Ok("qwen2")
+        }
+        None => Err(
+            "it does not say how its tokenizer splits text (tokenizer.ggml.pre): use the model's \
+                     original Hugging Face files"
+                .to_owned(),
+        ),
+        Some(pre) => Ok(pre),
+    }
+}
+
 struct Splitting {
     normalizer: Value,
     pre_tokenizer: Value,
     ignore_merges: bool,
+    /// Whether a text starts with the BOS token where the file does not say.
+    adds_bos: bool,
 }
 
 /// Returns how a family cuts text before merging.
@@ -124,17 +155,22 @@ fn splitting(pre: &str) -> Result<Splitting, String> {
         let split = json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
         json!({"type": "Sequence", "pretokenizers": [split, byte_level(false)]})
     };
-    let plain =
-        |pre_tokenizer| Splitting { normalizer: Value::Null, pre_tokenizer, ignore_merges: false };
+    let plain = |pre_tokenizer| Splitting {
+        normalizer: Value::Null,
+        pre_tokenizer,
+        ignore_merges: false,
+        adds_bos: false,
+    };
     Ok(match pre {
-        "default" | "gpt-2" => plain(byte_level(true)),
+        "gpt-2" => plain(byte_level(true)),
         "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" => {
             let digits = json!({"type": "Digits", "individual_digits": true});
             plain(json!({"type": "Sequence", "pretokenizers": [digits, byte_level(true)]}))
         }
         "qwen2" => Splitting { normalizer: json!({"type": "NFC"}), ..plain(by_pattern(r"\p{N}")) },
         "llama-bpe" | "llama3" | "llama-v3" => {
-            Splitting { ignore_merges: true, ..plain(by_pattern(r"\p{N}{1,3}")) }
+            let splitting = plain(by_pattern(r"\p{N}{1,3}"));
+            Splitting { ignore_merges: true, adds_bos: true, ..splitting }
         }
         other => {
             return Err(format!(

@@ -1,6 +1,6 @@
 //! The weights of an imported model: unpacked, un-permuted, rounded to bf16, written one by one.
 
-use std::path::Path;
+use std::{collections::BTreeSet, path::Path};
 
 use finetune_contract::FailureReason;
 use serde_json::Value;
@@ -40,6 +40,7 @@ pub(super) fn write(gguf: &Gguf, config: &Value, directory: &Path) -> Result<(),
     let config =
         ModelConfig::parse(&config.to_string()).map_err(|error| invalid(error.to_string()))?;
     let specs = config.tensors();
+    refuse_unused(gguf, &specs).map_err(invalid)?;
     let declared: Vec<Declared> = specs
         .iter()
         .map(|spec| Declared {
@@ -58,6 +59,20 @@ pub(super) fn write(gguf: &Gguf, config: &Value, directory: &Path) -> Result<(),
         Ok(_) => Ok(()),
         Err(Error::Invalid(reason)) => Err(invalid(reason)),
         Err(Error::Disk(error)) => Err(Failure::from_io(&error, &format!("cannot write {path:?}"))),
+    }
+}
+
+/// Refuses a file with weights the model would go without, such as biases of another variant.
+fn refuse_unused(gguf: &Gguf, specs: &[TensorSpec]) -> Result<(), String> {
+    let used: BTreeSet<String> = specs.iter().map(|spec| gguf_name(&spec.name)).collect();
+    let unused: Vec<&String> = gguf.tensors().keys().filter(|name| !used.contains(*name)).collect();
+    match unused.as_slice() {
+        [] => Ok(()),
+        [first, ..] => Err(format!(
+            "its architecture does not use {} of its tensors, such as {first:?}: use the model's original \
+             Hugging Face files",
+            unused.len()
+        )),
     }
 }
 
@@ -85,16 +100,16 @@ fn unpack(gguf: &Gguf, name: &str, info: &TensorInfo) -> Result<Tensor, String> 
     let storage = storage_type(info.ggml_type).ok_or_else(|| {
         format!("tensor {name:?} has the storage type {}, which cannot be read", info.ggml_type)
     })?;
-    let elements: usize = info.shape.iter().product();
+    let elements = info.shape.iter().fold(1, |all: usize, &size| all.saturating_mul(size));
     if !elements.is_multiple_of(storage.elements) {
         return Err(format!(
             "tensor {name:?} has {elements} elements, which {} cannot store",
             storage.name
         ));
     }
-    let bytes = gguf
-        .bytes(info, elements / storage.elements * storage.bytes)
-        .map_err(|error| format!("tensor {name:?}: {error}"))?;
+    // Saturated, so that a size beyond all files is found to be more than the file has.
+    let length = (elements / storage.elements).saturating_mul(storage.bytes);
+    let bytes = gguf.bytes(info, length).map_err(|error| format!("tensor {name:?}: {error}"))?;
     let shape: Vec<i64> = info.shape.iter().map(|&size| size as i64).collect();
     Ok(Tensor::from_slice(&storage.unpack(bytes)).view(shape.as_slice()))
 }

@@ -145,7 +145,7 @@ impl Store {
     }
 
     /// Lists with what identifies each file's bytes.
-    fn list_tagged(&self) -> Result<Vec<(Entry, Option<String>)>, Error> {
+    pub(crate) fn list_tagged(&self) -> Result<Vec<(Entry, Option<String>)>, Error> {
         let (store, root) = match &self.backend {
             Backend::Hub(repository) => return block_on(repository.list()),
             Backend::Objects { store, root } => (store, root),
