@@ -87,7 +87,12 @@ fn load(model: &Path, adapter: Option<&Path>) -> Result<Model, Failure> {
 }
 
 fn prompt_tokens(tokenizer: &Tokenizer, arguments: &Arguments) -> Result<Vec<u32>, String> {
-    let tokens = if arguments.raw || !tokenizer.has_template() {
+    let is_raw = arguments.raw || !tokenizer.has_template();
+    if is_raw && arguments.system.is_some() {
+        let why = if arguments.raw { "with --raw there is none" } else { "this model has none" };
+        return Err(format!("--system needs a chat template, and {why}: leave it out"));
+    }
+    let tokens = if is_raw {
         tokenizer.encode(&arguments.prompt, true)?
     } else {
         let turn = |role: &str, content: &String| Message {
@@ -112,10 +117,10 @@ impl Said {
     fn next(&mut self, tokenizer: &Tokenizer, token: u32) -> String {
         self.tokens.push(token);
         let text = tokenizer.decode(&self.tokens, true);
-        if text.ends_with('\u{FFFD}') || text.len() < self.printed {
+        if text.ends_with('\u{FFFD}') {
             return String::new();
         }
-        let new = text[self.printed..].to_owned();
+        let new = text.get(self.printed..).unwrap_or_default().to_owned();
         self.printed = text.len();
         new
     }
@@ -227,4 +232,84 @@ fn attend(block: &Block, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
     let scores = scores.masked_fill(&visible.logical_not(), f64::NEG_INFINITY);
     let out = scores.softmax(-1, Kind::Float).to_kind(v.kind()).matmul(&repeat(v)); // [H, t, E]
     out.transpose(0, 1).reshape([new, -1])
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+
+    /// A tiny random model of `tests/golden/gen.py`.
+    fn directory(family: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/data").join(family)
+    }
+
+    #[test]
+    fn a_cached_step_gives_the_logits_of_the_whole_text() {
+        // Among them a window of six positions, and normed queries and keys.
+        for family in ["llama", "llama-biases", "mistral-window", "qwen2-window", "qwen3"] {
+            let model = load(&directory(family), None).unwrap();
+            let choice = Choice { temperature: 0.0, numbers: Counter::from_seed(0) };
+            let mut tokens: Vec<u32> = (5..14).collect();
+            let mut continuation = Continuation::new(&model, &tokens, choice);
+            for _ in 0..8 {
+                let whole = model.logits(&tokens).select(0, tokens.len() as i64 - 1);
+                let cached = continuation.logits();
+                let largest = (&cached - &whole).abs().max().double_value(&[]);
+                assert!(largest < 1e-5, "{family}: {largest:e} after {} tokens", tokens.len());
+                let token = continuation.choose(&cached);
+                continuation.next = vec![token];
+                tokens.push(token);
+            }
+        }
+    }
+
+    #[test]
+    fn the_seed_decides_what_is_sampled() {
+        let model = load(&directory("llama"), None).unwrap();
+        let sampled = |seed| {
+            let choice = Choice { temperature: 5.0, numbers: Counter::from_seed(seed) };
+            Continuation::new(&model, &[5, 6, 7], choice).take(12).collect::<Vec<u32>>()
+        };
+        assert_eq!(sampled(1), sampled(1));
+        assert_ne!(sampled(1), sampled(2));
+    }
+
+    #[test]
+    fn prints_characters_when_they_are_whole() {
+        let directory = tempfile::tempdir().unwrap();
+        let to = directory.path().join("model");
+        let gguf = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/import/golden/qwen2.gguf");
+        crate::import::import(&gguf, &to).unwrap();
+        let tokenizer = Tokenizer::load(&to).unwrap();
+        let text = "hé 你好 🌸!";
+        let tokens = tokenizer.encode(text, true).unwrap();
+        assert!(tokens.len() > text.chars().count(), "some tokens must be parts of characters");
+        let mut said = Said::default();
+        let pieces: Vec<String> =
+            tokens.iter().map(|&token| said.next(&tokenizer, token)).collect();
+        assert!(pieces.iter().all(|piece| !piece.contains('\u{FFFD}')), "{pieces:?}");
+        assert_eq!(pieces.concat(), text);
+    }
+
+    #[test]
+    fn refuses_a_system_prompt_that_nobody_would_see() {
+        let tokenizer = Tokenizer::load(&directory("llama")).unwrap();
+        let refused = |raw| {
+            let arguments = Arguments {
+                model: PathBuf::new(),
+                adapter: None,
+                prompt: "t1".to_owned(),
+                system: Some("t2".to_owned()),
+                max_new_tokens: 1,
+                temperature: 0.0,
+                seed: 0,
+                raw,
+            };
+            prompt_tokens(&tokenizer, &arguments).unwrap_err()
+        };
+        insta::assert_snapshot!(refused(true), @"--system needs a chat template, and with --raw there is none: leave it out");
+        insta::assert_snapshot!(refused(false), @"--system needs a chat template, and this model has none: leave it out");
+    }
 }

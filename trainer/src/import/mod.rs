@@ -92,7 +92,7 @@ pub fn local_directory(store: &Store, cache: &Path) -> Result<PathBuf, Failure> 
 }
 
 /// Writes the directory under another name and renames it: it is there complete or not at all.
-fn import(from: &Path, to: &Path) -> Result<(), Failure> {
+pub(crate) fn import(from: &Path, to: &Path) -> Result<(), Failure> {
     let gguf = Gguf::open(from)
         .map_err(|error| Failure::new(FailureReason::InvalidModel, format!("{from:?}: {error}")))?;
     let invalid =
