@@ -86,15 +86,16 @@ fn refuse_other_networks(
     head_dim: i64,
     context_length: i64,
 ) -> Result<(), String> {
-    let allowed: [(&str, &dyn Fn(i64) -> bool, &str); 4] = [
-        ("expert_count", &|count| count == 0, "a mixture of experts"),
-        ("rope.dimension_count", &|width| width == head_dim, "a rotation of a part of each head"),
-        ("attention.value_length", &|width| width == head_dim, "values of another width than keys"),
-        ("attention.sliding_window", &|window| window >= context_length, "a sliding window"),
+    let whole_head = head_dim..=head_dim;
+    let allowed = [
+        ("expert_count", 0..=0, "a mixture of experts"),
+        ("rope.dimension_count", whole_head.clone(), "a rotation of a part of each head"),
+        ("attention.value_length", whole_head, "values of another width than keys"),
+        ("attention.sliding_window", context_length..=i64::MAX, "a sliding window"),
     ];
-    for (name, is_allowed, what) in allowed {
+    for (name, allowed, what) in allowed {
         let key = format!("{architecture}.{name}");
-        if let Some(number) = gguf.integer(&key).filter(|&number| !is_allowed(number)) {
+        if let Some(number) = gguf.integer(&key).filter(|number| !allowed.contains(number)) {
             return Err(format!(
                 "{key} is {number}: {what} cannot be imported, use the model's original Hugging Face files"
             ));

@@ -48,7 +48,7 @@ fn bf16_bytes(tensor: &Tensor) -> Vec<u8> {
 /// Compares numbers as fp32, which is how GGUF keeps them.
 fn same(found: &Value, expected: &Value) -> bool {
     match (found.as_f64(), expected.as_f64()) {
-        (Some(found), Some(expected)) => found as f32 == expected as f32,
+        (Some(found), Some(expected)) => (found as f32).to_bits() == (expected as f32).to_bits(),
         _ => found == expected,
     }
 }
@@ -190,6 +190,8 @@ fn says_what_of_a_file_cannot_be_used() {
     insta::assert_snapshot!(check(rename("llama.context_length", "llama.xxxxxxx_length")), @r#""/x.gguf": the metadata lacks llama.context_length"#);
     insta::assert_snapshot!(check(add("llama.expert_count", 8)), @r#""/x.gguf": llama.expert_count is 8: a mixture of experts cannot be imported, use the model's original Hugging Face files"#);
     insta::assert_snapshot!(check(add("llama.attention.value_length", 8)), @r#""/x.gguf": llama.attention.value_length is 8: values of another width than keys cannot be imported, use the model's original Hugging Face files"#);
+    insta::assert_snapshot!(check(add("llama.attention.sliding_window", 255)), @r#""/x.gguf": llama.attention.sliding_window is 255: a sliding window cannot be imported, use the model's original Hugging Face files"#);
+    assert_eq!(check(add("llama.attention.sliding_window", 256)), "imported");
     insta::assert_snapshot!(check(rename("blk.0.attn_norm.weight", "blk.0.attn_q.bias12345")), @r#""/x.gguf": its architecture does not use 1 of its tensors, such as "blk.0.attn_q.bias12345": use the model's original Hugging Face files"#);
     // Behind the name stand the number of dimensions, two of them, and the type.
     insta::assert_snapshot!(check(put("blk.0.attn_q.weight", 20, &99_u32.to_le_bytes())), @r#""/x.gguf": tensor "blk.0.attn_q.weight" has the storage type 99, which cannot be read"#);
