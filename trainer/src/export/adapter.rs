@@ -132,3 +132,40 @@ fn kind(base: &Checkpoint, name: &str) -> Kind {
         base.tensor(name).or_else(|_| base.tensor(&format!("{}.weight", names::EMBED_TOKENS)));
     stored.map_or(Kind::Float, |tensor| tensor.kind())
 }
+
+#[cfg(test)]
+mod tests {
+    use finetune_contract::TargetModules;
+
+    use super::*;
+    use crate::model::read_config;
+
+    fn check(settings: &LoraSettings) -> String {
+        let family = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/data/llama");
+        let attachment = Attachment::lora(&read_config(&family).unwrap(), settings).unwrap();
+        let Attachment::Lora(lora) = attachment else { panic!("LoRA settings attach LoRA") };
+        adapter_config(settings, &lora, "someone/base", 1024).to_string()
+    }
+
+    #[test]
+    fn writes_what_every_reader_of_adapters_knows() {
+        let settings = LoraSettings {
+            r: 8,
+            lora_alpha: 16.0,
+            lora_dropout: 0.05,
+            target_modules: TargetModules::AllLinear,
+            modules_to_save: Vec::new(),
+            use_rslora: false,
+        };
+        insta::assert_snapshot!(check(&settings), @r#"{"alpha_pattern":{},"base_model_name_or_path":"someone/base","bias":"none","fan_in_fan_out":false,"inference_mode":true,"init_lora_weights":true,"layers_pattern":null,"layers_to_transform":null,"lora_alpha":16,"lora_dropout":0.05,"max_length":1024,"modules_to_save":null,"peft_type":"LORA","r":8,"rank_pattern":{},"revision":null,"target_modules":["down_proj","gate_proj","k_proj","o_proj","q_proj","up_proj","v_proj"],"task_type":"CAUSAL_LM","use_dora":false,"use_rslora":false}"#);
+        let list = ["v_proj", "embed_tokens", "layers.1.self_attn.q_proj"];
+        let other = LoraSettings {
+            lora_alpha: 12.5,
+            target_modules: TargetModules::List(list.map(str::to_owned).to_vec()),
+            modules_to_save: vec!["lm_head".to_owned()],
+            use_rslora: true,
+            ..settings
+        };
+        insta::assert_snapshot!(check(&other), @r#"{"alpha_pattern":{},"base_model_name_or_path":"someone/base","bias":"none","fan_in_fan_out":false,"inference_mode":true,"init_lora_weights":true,"layers_pattern":null,"layers_to_transform":null,"lora_alpha":12.5,"lora_dropout":0.05,"max_length":1024,"modules_to_save":["lm_head"],"peft_type":"LORA","r":8,"rank_pattern":{},"revision":null,"target_modules":["embed_tokens","layers.1.self_attn.q_proj","v_proj"],"task_type":"CAUSAL_LM","use_dora":false,"use_rslora":true}"#);
+    }
+}

@@ -6,16 +6,17 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use finetune_contract::ObjectUri;
 use serde::Deserialize;
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
-use super::{Arguments, import, run};
+use super::{Arguments, import, local_directory, run};
 use crate::{
     data::{Tokenizer, format::Message},
     model::{read_config, weights::Checkpoint},
     proof::load_frozen,
-    store::sha256_hex,
+    store::{Environment, Role, Store, sha256_hex},
 };
 
 const NAMES: [&str; 4] = ["llama-smollm", "llama-llama3", "qwen2", "qwen3"];
@@ -107,6 +108,26 @@ fn does_not_write_over_what_is_there() {
     let message =
         run(&arguments).unwrap_err().message.replace(directory.path().to_str().unwrap(), "");
     insta::assert_snapshot!(message, @r#""/model" exists already: name another directory with --to, or remove it"#);
+}
+
+#[test]
+fn imports_a_file_again_only_when_its_bytes_are_others() {
+    let directory = tempfile::tempdir().unwrap();
+    let from = directory.path().join("x.gguf");
+    let mut bytes = fs::read(golden("qwen2.gguf")).unwrap();
+    fs::write(&from, &bytes).unwrap();
+    let imported = || {
+        let uri = ObjectUri::parse(&format!("file://{}", from.display())).unwrap();
+        let environment = Environment::from_pairs([]);
+        let store = Store::open(&uri, None, Role::Model, &environment).unwrap();
+        local_directory(&store, &directory.path().join("cache")).unwrap()
+    };
+    let first = imported();
+    assert_eq!(imported(), first);
+    // The size stays.
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&from, &bytes).unwrap();
+    assert_ne!(imported(), first);
 }
 
 /// Changes a file and tries to import it.
