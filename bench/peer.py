@@ -41,6 +41,7 @@ def main():
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--narrow-adapters", action="store_true", help="adapters in the weights' type, not PEFT's fp32")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=2)
@@ -60,7 +61,7 @@ def main():
 
         targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         config = LoraConfig(r=8, lora_alpha=16, lora_dropout=arguments.dropout, target_modules=targets, task_type="CAUSAL_LM")
-        model = get_peft_model(model, config)
+        model = get_peft_model(model, config, autocast_adapter_dtype=not arguments.narrow_adapters)
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=arguments.learning_rate, weight_decay=0.0, fused=True)

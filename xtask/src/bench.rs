@@ -3,15 +3,18 @@
 use std::{
     path::{Path, PathBuf},
     process::Command,
+    str::FromStr,
 };
 
-use anyhow::{Context, Result, bail};
-use clap::{Args, Subcommand};
+use anyhow::{Context, Result, bail, ensure};
+use clap::{Args, Subcommand, ValueEnum};
 use serde::Deserialize;
 
 use crate::{
     build::{self, Binaries},
-    dataset, model, parity, shell,
+    dataset,
+    limit::{self, Limit},
+    model, parity, shell,
 };
 
 /// What to measure.
@@ -24,155 +27,239 @@ pub(crate) struct Arguments {
 #[derive(Debug, Subcommand)]
 enum What {
     /// Training steps on SmolLM2-135M.
-    Trainer {
-        /// Also measure transformers + PEFT, round by round in turn.
-        #[arg(long)]
-        peer: bool,
-        /// Rounds of each.
-        #[arg(long, default_value_t = 5)]
-        rounds: usize,
-        /// Rows and tokens of a step, such as 4x256.
-        #[arg(long, default_value = "4x256")]
-        shape: String,
-        /// Train everything instead of adapters.
-        #[arg(long)]
-        full: bool,
-        /// Dropout on the adapters' inputs.
-        #[arg(long, default_value_t = 0.0)]
-        dropout: f64,
-        /// Element type: bf16 or fp32.
-        #[arg(long, default_value = "bf16")]
-        dtype: String,
-        /// Keep only the input of each block.
-        #[arg(long)]
-        recompute: bool,
-    },
+    Trainer(Settings),
+}
+
+#[derive(Debug, Args)]
+struct Settings {
+    /// Also measure transformers + PEFT, round by round in turn.
+    #[arg(long)]
+    peer: bool,
+    /// Rounds of each.
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// What is trained; each with each shape.
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "lora")]
+    method: Vec<Method>,
+    /// Rows and tokens of a step, such as 4x256,2x1024.
+    #[arg(long, value_delimiter = ',', default_value = "4x256")]
+    shape: Vec<Shape>,
+    /// Dropout on the adapters' inputs.
+    #[arg(long, default_value_t = 0.0)]
+    dropout: f64,
+    /// Element type of the weights.
+    #[arg(long, value_enum, default_value = "bf16")]
+    dtype: Dtype,
+    /// Keep only the input of each block.
+    #[arg(long)]
+    recompute: bool,
+    /// Have the peer's adapters in the element type of the weights too; PEFT's default is fp32, and
+    /// so are ours.
+    #[arg(long)]
+    peer_narrow_adapters: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Method {
+    Lora,
+    Full,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Dtype {
+    Bf16,
+    Fp32,
+}
+
+/// Rows of one step and tokens of one row.
+#[derive(Debug, Clone, Copy)]
+struct Shape {
+    rows: usize,
+    length: usize,
+}
+
+impl FromStr for Shape {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parsed = text.split_once('x').and_then(|(rows, length)| {
+            Some(Self { rows: rows.parse().ok()?, length: length.parse().ok()? })
+        });
+        parsed.ok_or_else(|| "must be rows x tokens, such as 4x256".to_owned())
+    }
 }
 
 /// What one process printed.
 #[derive(Debug, Deserialize)]
 struct Figures {
-    tokens_per_second: f64,
+    step_seconds: Vec<f64>,
     losses: Vec<f64>,
     peak_anonymous_bytes: f64,
 }
 
-/// Measures.
-pub(crate) fn run(arguments: &Arguments) -> Result<()> {
-    let What::Trainer { peer, rounds, shape, full, dropout, dtype, recompute } = &arguments.what;
-    let (batch, length) =
-        shape.split_once('x').context("--shape is rows x tokens, such as 4x256")?;
-    let binaries = build::run()?;
-    let model = model::directory(&binaries)?;
-    let rows = rows(&binaries, &model, length)?;
-    let mut flags = vec![
-        "--batch".to_owned(),
-        batch.to_owned(),
-        "--dropout".to_owned(),
-        dropout.to_string(),
-        "--dtype".to_owned(),
-        dtype.clone(),
-    ];
-    flags.extend(full.then(|| "--full".to_owned()));
-    flags.extend(recompute.then(|| "--recompute".to_owned()));
-    let ours = || {
-        let mut command = Command::new(&binaries.trainer);
-        command.arg("bench").arg("--model").arg(&model).arg("--rows").arg(&rows).args(&flags);
-        figures(&mut command)
-    };
-    if !peer {
-        for round in 1..=*rounds {
-            print_figures(&format!("round {round}"), &ours()?);
-        }
-        return Ok(());
+impl Figures {
+    /// Returns positions per second of the median step, which one disturbed step does not move.
+    fn tokens_per_second(&self, shape: Shape) -> f64 {
+        (shape.rows * shape.length) as f64 / median(&self.step_seconds)
     }
-    let python = parity::python()?;
-    let theirs = || {
-        let mut command = Command::new(&python);
-        command
-            .arg(shell::root().join("bench/peer.py"))
-            .arg("--model")
-            .arg(&model)
-            .arg("--rows")
-            .arg(&rows)
-            .args(&flags);
-        figures(&mut command)
-    };
-    compare(*rounds, shape, ours, theirs)
 }
 
-fn compare(
-    rounds: usize,
-    shape: &str,
-    ours: impl Fn() -> Result<Figures>,
-    theirs: impl Fn() -> Result<Figures>,
-) -> Result<()> {
-    let (mut speeds, mut memories) = (Vec::new(), Vec::new());
-    let mut csv =
-        "round,ours_tokens_per_second,peer_tokens_per_second,ours_peak_bytes,peer_peak_bytes\n"
-            .to_owned();
-    for round in 1..=rounds {
-        let (ours, theirs) = (ours()?, theirs()?);
-        print_figures(&format!("round {round}, ours"), &ours);
-        print_figures(&format!("round {round}, peer"), &theirs);
-        let (first, expected) = (ours.losses[0], theirs.losses[0]);
-        if (first - expected).abs() > 2e-3 * expected {
-            bail!("the first losses differ ({first} and {expected}): this is not the same work");
+/// Measures.
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    let What::Trainer(settings) = &arguments.what;
+    ensure!(settings.rounds > 0, "--rounds is 0, must be at least 1");
+    let binaries = build::run()?;
+    let model = model::directory(&binaries)?;
+    let python = if settings.peer { Some(parity::python()?) } else { None };
+    let limit = limit::measure(&binaries, &model)?;
+    println!("{}", limit.describe());
+    let bench = Bench { settings, binaries, model, python, limit };
+    for &method in &settings.method {
+        for &shape in &settings.shape {
+            bench.measure(method, shape)?;
         }
-        speeds.push(ours.tokens_per_second / theirs.tokens_per_second);
-        memories.push(theirs.peak_anonymous_bytes / ours.peak_anonymous_bytes);
-        csv += &format!(
-            "{round},{},{},{},{}\n",
-            ours.tokens_per_second,
-            theirs.tokens_per_second,
-            ours.peak_anonymous_bytes,
-            theirs.peak_anonymous_bytes
-        );
     }
-    let path = shell::root().join(format!("target/bench-{shape}.csv"));
-    std::fs::write(&path, csv)?;
-    println!("speed, ours / peer:   {}", spread(&mut speeds));
-    println!("memory, peer / ours:  {}", spread(&mut memories));
-    println!("every round: {}", path.display());
     Ok(())
 }
 
-/// Makes rows of real tokens, once.
-fn rows(binaries: &Binaries, model: &Path, length: &str) -> Result<PathBuf> {
-    let rows = shell::root().join(format!("target/bench-rows-{length}.json"));
-    let text = dataset::files()?.train;
-    shell::run(
-        Command::new(&binaries.trainer)
-            .args(["bench", "--length", length, "--steps", "0", "--warmup", "0", "--text"])
-            .arg(text)
-            .arg("--model")
-            .arg(model)
-            .arg("--rows")
-            .arg(&rows),
-    )?;
-    Ok(rows)
+/// What every measurement needs.
+struct Bench<'a> {
+    settings: &'a Settings,
+    binaries: Binaries,
+    model: PathBuf,
+    python: Option<PathBuf>,
+    limit: Limit,
 }
 
-fn figures(command: &mut Command) -> Result<Figures> {
-    let printed = shell::output(command)?;
-    let last = printed.lines().last().unwrap_or_default();
-    serde_json::from_str(last).with_context(|| format!("no figures in {last:?}"))
+impl Bench<'_> {
+    /// Measures one method on one shape, all rounds of it.
+    fn measure(&self, method: Method, shape: Shape) -> Result<()> {
+        let Self { settings, binaries, model, python, limit } = self;
+        let rows = rows(binaries, model, shape.length)?;
+        let mut flags = vec![
+            format!("--model={}", model.display()),
+            format!("--rows={}", rows.display()),
+            format!("--batch={}", shape.rows),
+            format!("--dropout={}", settings.dropout),
+            format!("--dtype={}", word(settings.dtype)),
+        ];
+        flags.extend((method == Method::Full).then(|| "--full".to_owned()));
+        flags.extend(settings.recompute.then(|| "--recompute".to_owned()));
+        let name =
+            format!("{}-{}-{}x{}", word(method), word(settings.dtype), shape.rows, shape.length);
+        println!("\n── {name}, dropout {}", settings.dropout);
+
+        let mut csv = "round,trainer,step,seconds,loss,peak_anonymous_bytes\n".to_owned();
+        let (mut ours_speeds, mut speeds, mut memories) = (Vec::new(), Vec::new(), Vec::new());
+        for round in 1..=settings.rounds {
+            let ours = figures(Command::new(&binaries.trainer).arg("bench").args(&flags))?;
+            record(&mut csv, round, "ours", shape, &ours);
+            ours_speeds.push(ours.tokens_per_second(shape));
+            if let Some(python) = python {
+                let mut command = Command::new(python);
+                command.arg(shell::root().join("bench/peer.py")).args(&flags);
+                command.args(settings.peer_narrow_adapters.then_some("--narrow-adapters"));
+                let peer = figures(&mut command)?;
+                record(&mut csv, round, "peer", shape, &peer);
+                require_same_work(&ours, &peer, settings.dtype)?;
+                speeds.push(ours.tokens_per_second(shape) / peer.tokens_per_second(shape));
+                memories.push(peer.peak_anonymous_bytes / ours.peak_anonymous_bytes);
+            }
+        }
+        if python.is_some() {
+            println!("speed, ours / peer:   {}", spread(&speeds));
+            println!("memory, peer / ours:  {}", spread(&memories));
+        }
+        let gflops = match settings.dtype {
+            Dtype::Bf16 => limit.machine.bf16_gflops,
+            Dtype::Fp32 => limit.machine.fp32_gflops,
+        };
+        let most = limit.tokens_per_second(gflops, method == Method::Lora, settings.recompute);
+        if let Some(most) = most {
+            let part = 100.0 * median(&ours_speeds) / most;
+            println!("of bare matrix products: {part:.0} % ({most:.0} tok/s)");
+        }
+        let path = shell::root().join(format!("target/bench-{name}.csv"));
+        std::fs::write(&path, csv)?;
+        println!("every step: {}", path.display());
+        Ok(())
+    }
 }
 
-fn print_figures(what: &str, figures: &Figures) {
+/// Prints the figures of one process and adds them to the table.
+fn record(csv: &mut String, round: usize, trainer: &str, shape: Shape, figures: &Figures) {
+    let first_timed = figures.losses.len().saturating_sub(figures.step_seconds.len());
+    for (step, seconds) in figures.step_seconds.iter().enumerate() {
+        let loss = figures.losses.get(first_timed + step).copied().unwrap_or(f64::NAN);
+        *csv += &format!(
+            "{round},{trainer},{step},{seconds},{loss},{}\n",
+            figures.peak_anonymous_bytes
+        );
+    }
     let [first, last] = [figures.losses.first(), figures.losses.last()]
         .map(|loss| loss.copied().unwrap_or(f64::NAN));
     println!(
-        "{what:<16} {:>7.0} tok/s  {:>6.0} MB anonymous  loss {first:.4} → {last:.4}",
-        figures.tokens_per_second,
+        "round {round}, {trainer} {:>7.0} tok/s  {:>6.0} MB anonymous  loss {first:.4} → {last:.4}",
+        figures.tokens_per_second(shape),
         figures.peak_anonymous_bytes / 1e6
     );
 }
 
-fn spread(ratios: &mut [f64]) -> String {
-    ratios.sort_by(f64::total_cmp);
-    let median = ratios.get(ratios.len() / 2).copied().unwrap_or(f64::NAN);
-    let [low, high] =
-        [ratios.first(), ratios.last()].map(|ratio| ratio.copied().unwrap_or(f64::NAN));
-    format!("{median:.2}x (median of {}, {low:.2} to {high:.2})", ratios.len())
+/// Fails if the first losses differ: then the weights, tokens or labels were not the same.
+fn require_same_work(ours: &Figures, peer: &Figures, dtype: Dtype) -> Result<()> {
+    let tolerance = match dtype {
+        Dtype::Bf16 => 1e-3,
+        Dtype::Fp32 => 1e-5,
+    };
+    let (Some(ours), Some(peer)) = (ours.losses.first(), peer.losses.first()) else {
+        bail!("no step was done");
+    };
+    ensure!(
+        (ours - peer).abs() <= tolerance * peer,
+        "the first losses differ by more than {tolerance} of them ({ours} and {peer}): this is not the same work"
+    );
+    Ok(())
+}
+
+/// Makes rows of real tokens; every token is a target.
+fn rows(binaries: &Binaries, model: &Path, length: usize) -> Result<PathBuf> {
+    let rows = shell::root().join(format!("target/bench-rows-{length}.json"));
+    let text = dataset::files()?.train;
+    shell::run(
+        Command::new(&binaries.trainer)
+            .args(["bench", "--steps=0", "--warmup=0"])
+            .arg(format!("--length={length}"))
+            .arg("--text")
+            .arg(text)
+            .arg("--model")
+            .arg(model)
+            .arg("--rows")
+            .arg(&rows)
+            .stdout(std::process::Stdio::null()),
+    )?;
+    Ok(rows)
+}
+
+/// Runs one process with as many threads as there are processors, and reads its last line.
+fn figures(command: &mut Command) -> Result<Figures> {
+    let threads = std::thread::available_parallelism()?;
+    let printed = shell::output(command.env("OMP_NUM_THREADS", threads.to_string()))?;
+    let last = printed.lines().last().unwrap_or_default();
+    serde_json::from_str(last).with_context(|| format!("no figures in {last:?}"))
+}
+
+fn word(value: impl ValueEnum) -> String {
+    value.to_possible_value().map(|word| word.get_name().to_owned()).unwrap_or_default()
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+fn spread(ratios: &[f64]) -> String {
+    let low = ratios.iter().copied().fold(f64::INFINITY, f64::min);
+    let high = ratios.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    format!("{:.2}x (median of {}, {low:.2} to {high:.2})", median(ratios), ratios.len())
 }

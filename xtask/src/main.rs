@@ -9,6 +9,7 @@ mod dataset;
 mod demo;
 mod generate;
 mod libtorch;
+mod limit;
 mod model;
 mod parity;
 mod plot;

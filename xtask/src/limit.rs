@@ -1,0 +1,90 @@
+//! What this machine could do at most: the speed of its matrix products, as a preflight measures it.
+
+use std::{path::Path, process::Command};
+
+use anyhow::{Context, Result};
+use finetune_contract::{
+    CONTRACT_VERSION, DatasetFormat, DatasetSource, MachineFacts, ModelFacts, ModelSource,
+    OnOverflow, OutputTarget, PreflightConfig, PreflightReport, RunId,
+};
+
+use crate::{build::Binaries, dataset, shell};
+
+/// The machine and the model trained on it.
+pub(crate) struct Limit {
+    /// The machine, measured.
+    pub machine: MachineFacts,
+    /// The model's parameters.
+    pub parameters: u64,
+}
+
+impl Limit {
+    /// Returns the positions per second of a trainer that did nothing but matrix products, if
+    /// their speed is known.
+    ///
+    /// # Source
+    /// Two operations per parameter and position forward, two for the gradient of the input, two
+    /// for that of the weights (Kaplan et al. 2020, section 2.1); a frozen weight needs no
+    /// gradient, a recomputed block a second forward. Attention and adapters are left out.
+    pub(crate) fn tokens_per_second(
+        &self,
+        gflops: Option<f64>,
+        is_frozen: bool,
+        recomputes: bool,
+    ) -> Option<f64> {
+        let passes = 2 + u32::from(!is_frozen) + u32::from(recomputes);
+        Some(gflops? * 1e9 / (2.0 * f64::from(passes) * self.parameters as f64))
+    }
+
+    /// Says what the machine is.
+    pub(crate) fn describe(&self) -> String {
+        let gflops = |speed: Option<f64>| {
+            speed.map_or("not measured".to_owned(), |speed| format!("{speed:.0} GFLOP/s"))
+        };
+        let MachineFacts { cpu, cores, fp32_gflops, bf16_gflops, .. } = &self.machine;
+        format!(
+            "{cpu}, {cores} cores; matrix products {} in bf16, {} in fp32",
+            gflops(*bf16_gflops),
+            gflops(*fp32_gflops)
+        )
+    }
+}
+
+/// Measures, by a preflight of a run that will not be.
+pub(crate) fn measure(binaries: &Binaries, model: &Path) -> Result<Limit> {
+    let directory = shell::root().join("target/bench-preflight");
+    std::fs::create_dir_all(&directory)?;
+    let uri = |path: &Path| format!("file://{}", path.display());
+    let config = PreflightConfig {
+        version: CONTRACT_VERSION,
+        run_id: RunId("bench".to_owned()),
+        model: ModelSource { uri: uri(model), revision: None },
+        dataset: DatasetSource {
+            train: uri(&dataset::files()?.train),
+            validation: None,
+            format: DatasetFormat::Auto,
+            on_overflow: OnOverflow::Truncate,
+        },
+        lora: None,
+        context_length: None,
+        output: OutputTarget {
+            uri: uri(&directory.join("output")),
+            merge: false,
+            overwrite: false,
+            base_model_name: None,
+        },
+        measure_machine: true,
+    };
+    let [config_file, report_file] =
+        ["config.json", "report.json"].map(|name| directory.join(name));
+    std::fs::write(&config_file, finetune_contract::render(&config))?;
+    let mut preflight = Command::new(&binaries.trainer);
+    preflight.arg("preflight").arg("--config").arg(config_file);
+    preflight.arg("--report").arg(&report_file).arg("--work-dir").arg(directory.join("work"));
+    // What it prints is for the command line, which is not between us here.
+    shell::output(&mut preflight)?;
+    let report: PreflightReport = finetune_contract::parse(&std::fs::read_to_string(report_file)?)?;
+    let machine = report.machine.context("the preflight did not measure the machine")?;
+    let model: ModelFacts = report.model.context("the preflight did not read the model")?;
+    Ok(Limit { machine, parameters: model.parameters })
+}
