@@ -42,6 +42,9 @@ pub struct Progress {
     pub eta_seconds: Option<u64>,
     /// The largest anonymous memory of the process so far, in bytes.
     pub peak_memory_bytes: u64,
+    /// The step of the newest checkpoint.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checkpoint_step: Option<u64>,
     /// The step of the checkpoint this process went on from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resumed_from_step: Option<u64>,

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use kube::KubeSchema;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -57,6 +58,47 @@ pub struct PodTemplate {
     #[schemars(length(min = 1, max = 253))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub runtime_class_name: Option<String>,
+    /// Environment variables of the trainer, beside those it gets. Names that begin with
+    /// `FINETUNE_`, `LD_` or `KUBERNETES_` are the operator's.
+    #[schemars(length(max = 64))]
+    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub env: Option<Vec<EnvVar>>,
+}
+
+/// One environment variable: a value, or the key of a Secret or ConfigMap.
+#[derive(KubeSchema, Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[x_kube(validation = Rule::new("(has(self.value) ? 1 : 0) + (has(self.secretKeyRef) ? 1 : 0) + (has(self.configMapKeyRef) ? 1 : 0) == 1")
+    .message("set exactly one of value, secretKeyRef and configMapKeyRef"))]
+#[serde(rename_all = "camelCase")]
+pub struct EnvVar {
+    /// The variable's name. Example: `AWS_ENDPOINT_URL`.
+    #[schemars(length(min = 1, max = 128))]
+    #[x_kube(validation = Rule::new("self.matches('^[A-Za-z_][A-Za-z0-9_]*$') && !self.matches('^(FINETUNE_|LD_|KUBERNETES_)')")
+        .message("must be a name of letters, digits and '_', and not begin with FINETUNE_, LD_ or KUBERNETES_, which are the operator's"))]
+    pub name: String,
+    /// The value.
+    #[schemars(length(max = 4096))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub value: Option<String>,
+    /// The key of a Secret of the job's namespace.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub secret_key_ref: Option<KeyRef>,
+    /// The key of a ConfigMap of the job's namespace.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub config_map_key_ref: Option<KeyRef>,
+}
+
+/// A key of a Secret or ConfigMap.
+#[derive(JsonSchema, Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct KeyRef {
+    /// The object's name.
+    #[schemars(length(min = 1, max = 253))]
+    pub name: String,
+    /// The key in it.
+    #[schemars(length(min = 1, max = 253))]
+    pub key: String,
 }
 
 /// A taint the pods tolerate, in the words of a pod.

@@ -13,8 +13,12 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-pub use cluster::{Approval, Effect, Operator, PodTemplate, Resources, Toleration};
-pub use status::{FineTuneJobStatus, PlanStatus, ProgressStatus, ResultStatus};
+pub use cluster::{
+    Approval, Effect, EnvVar, KeyRef, Operator, PodTemplate, Resources, Toleration,
+};
+pub use status::{
+    AttemptStatus, FineTuneJobStatus, PlanStatus, PodStatus, ProgressStatus, ResultStatus, Step,
+};
 
 /// The longest `metadata.name`: names of pods and services add up to 11 characters, of 63.
 pub const NAME_LIMIT: usize = 52;
@@ -31,6 +35,7 @@ pub const NAME_LIMIT: usize = 52;
     derive = "PartialEq",
     shortname = "ftj",
     category = "all",
+    printcolumn(name = "Method", type_ = "string", json_path = ".status.plan.method"),
     printcolumn(name = "Model", type_ = "string", json_path = ".spec.model.uri"),
     printcolumn(
         name = "Succeeded",
@@ -45,6 +50,7 @@ pub const NAME_LIMIT: usize = 52;
     printcolumn(name = "Step", type_ = "integer", json_path = ".status.progress.step"),
     printcolumn(name = "Steps", type_ = "integer", json_path = ".status.progress.totalSteps"),
     printcolumn(name = "Loss", type_ = "number", json_path = ".status.progress.loss"),
+    printcolumn(name = "ETA", type_ = "string", json_path = ".status.progress.eta"),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
     validation = Rule::new(
         "self.metadata.name.size() <= 52 && self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')"

@@ -55,6 +55,11 @@ pub(super) fn short_strings(_: &mut SchemaGenerator) -> Schema {
     })
 }
 
+/// The schema of a point in time.
+pub(super) fn time(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({"type": "string", "format": "date-time", "maxLength": 64})
+}
+
 /// The schema of `status.conditions`: one entry per type, merged by type.
 pub(super) fn conditions(_: &mut SchemaGenerator) -> Schema {
     json_schema!({

@@ -1,6 +1,6 @@
 //! What the operator reports of a FineTuneJob.
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -18,6 +18,17 @@ pub struct FineTuneJobStatus {
     #[schemars(schema_with = "schema::conditions")]
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
+    /// When the first training pod was asked for.
+    #[schemars(schema_with = "schema::time")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub start_time: Option<Time>,
+    /// When the run succeeded or failed for good.
+    #[schemars(schema_with = "schema::time")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub completion_time: Option<Time>,
+    /// Which try of which step is under way.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attempt: Option<AttemptStatus>,
     /// What was decided, once the preflight is done.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub plan: Option<PlanStatus>,
@@ -29,19 +40,85 @@ pub struct FineTuneJobStatus {
     pub result: Option<ResultStatus>,
 }
 
-/// What was decided.
+/// Which try of which step is under way.
+#[derive(JsonSchema, Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AttemptStatus {
+    /// The step: `Preflight` or `Training`.
+    pub step: Step,
+    /// Which try of it this is, from 0; the Job's name ends in it.
+    #[schemars(range(min = 0, max = 1000))]
+    pub number: i32,
+    /// Tries that failed.
+    #[schemars(range(min = 0, max = 1000))]
+    pub failures: i32,
+    /// Tries that the cluster ended: evictions, preemptions, lost nodes, deleted Jobs.
+    #[schemars(range(min = 0, max = 1000))]
+    pub disruptions: i32,
+    /// The UID of this try's Job, once it was seen.
+    #[schemars(length(max = 64))]
+    #[serde(rename = "jobUID", skip_serializing_if = "Option::is_none")]
+    pub job_uid: Option<String>,
+    /// When this try may start.
+    #[schemars(schema_with = "schema::time")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub retry_time: Option<Time>,
+}
+
+/// A step of a run that is a Job.
+#[derive(JsonSchema, Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the words are described at the field")]
+pub enum Step {
+    Preflight,
+    Training,
+}
+
+/// What was decided. Later tries take it as it is, whatever the settings have become.
 #[derive(JsonSchema, Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PlanStatus {
     /// Names the run in the bucket.
     #[schemars(length(max = 128))]
     pub run_id: String,
-    /// The method and the values that matter, one line each.
+    /// `LoRA` or `Full`.
+    #[schemars(length(max = 16))]
+    pub method: String,
+    /// The accelerator of the settings that the pod gets.
+    #[schemars(length(max = 63))]
+    pub accelerator: String,
+    /// Every value with its reason, memory and time, for people.
     #[schemars(length(max = 16384))]
     pub summary: String,
-    /// Predicted peak memory, in bytes.
+    /// Predicted peak memory of the tensors, in bytes.
     #[schemars(range(min = 0, max = 9_007_199_254_740_991_i64))]
     pub predicted_peak_bytes: i64,
+    /// Estimated seconds of training.
+    #[schemars(range(min = 0, max = 9_007_199_254_740_991_i64))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub estimated_seconds: Option<i64>,
+    /// What the training pod asks for.
+    pub pod: PodStatus,
+    /// What the trainer is told, as JSON.
+    #[schemars(length(max = 32768))]
+    pub run_config: String,
+}
+
+/// What the training pod asks for.
+#[derive(JsonSchema, Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PodStatus {
+    /// Processor, in thousandths of a core.
+    #[schemars(range(min = 0, max = 1_000_000))]
+    pub cpu_millis: i64,
+    /// Memory, in bytes.
+    #[schemars(range(min = 0, max = 9_007_199_254_740_991_i64))]
+    pub memory_bytes: i64,
+    /// Shared memory, in bytes, part of the memory.
+    #[schemars(range(min = 0, max = 9_007_199_254_740_991_i64))]
+    pub shared_memory_bytes: i64,
+    /// Ephemeral storage, in bytes.
+    #[schemars(range(min = 0, max = 9_007_199_254_740_991_i64))]
+    pub storage_bytes: i64,
 }
 
 /// How far the run is.
@@ -73,6 +150,14 @@ pub struct ProgressStatus {
     #[schemars(range(min = 0, max = 9_007_199_254_740_991_i64))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eta_seconds: Option<i64>,
+    /// The same for people, such as `12 min`.
+    #[schemars(length(max = 16))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eta: Option<String>,
+    /// When this was asked of the trainer.
+    #[schemars(schema_with = "schema::time")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_updated_time: Option<Time>,
 }
 
 /// What was published.
@@ -88,6 +173,12 @@ pub struct ResultStatus {
     /// SHA-256 of the manifest's bytes, in hexadecimal.
     #[schemars(length(min = 64, max = 64))]
     pub manifest_sha256: String,
+    /// Optimizer steps done, over all tries.
+    #[schemars(range(min = 0, max = 10_000_000))]
+    pub steps: i64,
+    /// The largest memory of the trainer, in bytes; beside `plan.predictedPeakBytes`.
+    #[schemars(range(min = 0, max = 9_007_199_254_740_991_i64))]
+    pub measured_peak_bytes: i64,
     /// Validation loss of what was published.
     #[schemars(range(min = 0.0, max = 1e9))]
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -1,7 +1,9 @@
-//! The `finetune` command line: what an operator does in a cluster, here and for one job.
+//! The `finetune` command line: what an operator does in a cluster, here and for one job; and the
+//! operator itself.
 
 mod display;
 mod failure;
+mod operator;
 mod run;
 mod trainer;
 
@@ -56,6 +58,8 @@ enum Command {
     /// Turn a GGUF file into a Hugging Face directory
     #[command(disable_help_flag = true)]
     Import(PassedOn),
+    /// Run the operator of a cluster; its Helm chart does
+    Operator(operator::Arguments),
     /// Print what makes a shell complete this command
     Completions {
         /// The shell
@@ -123,6 +127,7 @@ fn carry_out(arguments: Arguments) -> Result<(), Failure> {
         Command::Verify(passed) => trainer::pass_on(trainer, "verify", &passed.arguments),
         Command::Generate(passed) => trainer::pass_on(trainer, "generate", &passed.arguments),
         Command::Import(passed) => trainer::pass_on(trainer, "import", &passed.arguments),
+        Command::Operator(arguments) => operator::run(&arguments),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Arguments::command(), "finetune", &mut script);

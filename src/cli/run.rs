@@ -18,7 +18,7 @@ use super::{
 use crate::{
     api::FineTuneJob,
     manifest,
-    plan::{self, RunPlan, accelerators::Accelerator, render, settings},
+    plan::{self, Place, RunPlan, accelerators::Accelerator, render, settings},
 };
 
 /// A job read and a trainer found.
@@ -93,7 +93,7 @@ pub(super) fn plan(
     };
     let report: PreflightReport =
         finetune_contract::parse(&text).map_err(|error| unreadable(&error))?;
-    let plan = plan::plan(job, &report, accelerators).map_err(|problems| {
+    let plan = plan::plan(job, &report, Place::Here(accelerators)).map_err(|problems| {
         let hidden = report.problems_total.saturating_sub(report.problems.len() as u64);
         Failure::problems("the run cannot start:", &problems, problems.len() as u64 + hidden)
     })?;

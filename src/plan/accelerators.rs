@@ -1,23 +1,36 @@
-//! What a run would need on accelerators described in a file.
+//! What a run would need on accelerators described in a file or in the operator's settings.
 
-use finetune_contract::{Dtype, ModelFacts};
+use std::collections::BTreeMap;
+
+use finetune_contract::{Dtype, MachineFacts, ModelFacts};
 use serde::{Deserialize, Serialize};
 
 use super::sizing::{self, Load, Memory};
+use crate::api::Toleration;
 
-/// One kind of accelerator, as the user describes it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// One kind of accelerator, as the user or the administrator describes it; the processor is one.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Accelerator {
     /// Its name, such as `A100-80GB`.
     pub name: String,
-    /// The resource a pod asks for, such as `nvidia.com/gpu`; only a cluster reads it.
+    /// The resource a pod asks for, such as `nvidia.com/gpu`; absent for the processor. Only a
+    /// cluster reads it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resource_name: Option<String>,
     /// How many a node has; only a cluster reads it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpus_per_node: Option<u32>,
-    /// Its memory, in GiB.
+    /// Processor cores of a pod; only a cluster reads it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<f64>,
+    /// Labels its nodes have; only a cluster reads it.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub node_selector: BTreeMap<String, String>,
+    /// Taints of its nodes that a pod tolerates; only a cluster reads it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tolerations: Vec<Toleration>,
+    /// Its memory, in GiB; of the processor, what the largest pod may have.
     pub memory_gi_b: f64,
     /// Its stated bf16 speed, in TFLOP/s.
     pub bf16_tflops: f64,
@@ -31,6 +44,28 @@ pub struct Accelerator {
 }
 
 impl Accelerator {
+    /// Tells whether it is a device with memory of its own, not the processor.
+    pub fn is_device(&self) -> bool {
+        self.resource_name.is_some()
+    }
+
+    /// Returns its memory in bytes.
+    pub fn memory_bytes(&self) -> u64 {
+        (self.memory_gi_b * GIB) as u64
+    }
+
+    /// Describes it as if a preflight had measured it.
+    pub fn as_machine(&self) -> MachineFacts {
+        MachineFacts {
+            cpu: self.name.clone(),
+            cores: self.cpu.map_or(1, |cores| cores.ceil() as u32),
+            memory_bytes: self.memory_bytes(),
+            native_bf16: self.has_bf16,
+            fp32_gflops: Some(self.fp32_tflops * 1e3),
+            bf16_gflops: Some(self.bf16_tflops * 1e3),
+        }
+    }
+
     /// Returns the first figure that cannot be one of an accelerator, with its name.
     pub fn fault(&self) -> Option<(&'static str, f64)> {
         let used = if self.has_bf16 {
@@ -39,7 +74,7 @@ impl Accelerator {
             ("fp32Tflops", self.fp32_tflops)
         };
         let is_positive = |figure: f64| figure.is_finite() && figure > 0.0;
-        [("memoryGiB", self.memory_gi_b), used]
+        [("memoryGiB", self.memory_gi_b), used, ("cpu", self.cpu.unwrap_or(1.0))]
             .into_iter()
             .find(|(_, figure)| !is_positive(*figure))
             .or_else(|| {
@@ -77,16 +112,12 @@ pub fn offer(accelerator: &Accelerator, model: &ModelFacts, load: &Load, tokens:
     } else {
         (Dtype::Fp32, accelerator.fp32_tflops)
     };
-    let load = Load { dtype, ..*load };
+    let load = Load { dtype, is_device: true, ..*load };
     let memory: Memory = sizing::memory(model, &load);
-    // There is nothing to map on a device: frozen weights are copied to it.
-    let weights = if load.is_full { 0 } else { model.parameters * dtype.bytes() };
-    let needed = memory.total() - memory.weights + weights;
-    let available = (accelerator.memory_gi_b * GIB * sizing::USABLE_MEMORY) as u64;
+    let needed = memory.total();
+    let available = (accelerator.memory_bytes() as f64 * sizing::USABLE_MEMORY) as u64;
     let shortfall = needed.saturating_sub(available);
-    let sharded = weights + memory.trained_state;
-    let room = available.saturating_sub(needed - sharded);
-    let ranks = (shortfall > 0 && load.is_full && room > 0).then(|| sharded.div_ceil(room));
+    let ranks = if load.is_full && shortfall > 0 { ranks(&memory, available) } else { None };
     let speed = tflops * 1e12 * sizing::ACCELERATOR_EFFICIENCY;
     let seconds = sizing::flops_per_token(model, &load) * tokens / speed;
     Offer {
@@ -97,6 +128,14 @@ pub fn offer(accelerator: &Accelerator, model: &ModelFacts, load: &Load, tokens:
         seconds,
         cost: accelerator.price_per_hour.map(|price| price * seconds / 3600.0),
     }
+}
+
+/// Returns how many devices would hold a full-parameter run, its state sharded over them; `None` if
+/// no number of them would, for what cannot be sharded is too large.
+pub fn ranks(memory: &Memory, available: u64) -> Option<u64> {
+    let sharded = memory.weights + memory.trained_state;
+    let room = available.saturating_sub(memory.total() - sharded);
+    (room > 0).then(|| sharded.div_ceil(room))
 }
 
 const GIB: f64 = 1024.0 * 1024.0 * 1024.0;

@@ -9,12 +9,13 @@ mod context;
 #[cfg(test)]
 pub(crate) mod fixture;
 mod lora;
+pub mod placement;
 pub mod render;
 pub mod settings;
 pub mod sizing;
 
 use finetune_contract::{
-    CONTRACT_VERSION, Dtype, ExpectedData, LrScheduler, ModelFacts, OutputState, PreflightReport,
+    CONTRACT_VERSION, Dtype, ExpectedData, LrScheduler, MachineFacts, ModelFacts, OutputState, PreflightReport,
     Problem, ProblemReason, Recompute, RunConfig, TrainingSettings,
 };
 use serde::Serialize;
@@ -35,12 +36,16 @@ pub struct RunPlan {
     pub rejected: Vec<Decision>,
     /// Memory by term.
     pub memory: Memory,
-    /// Bytes of memory this machine has, if the preflight looked.
+    /// Where it runs, for people: `here`, or `on one A100-80GB`.
+    pub place: String,
+    /// Bytes of memory there, if known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory_limit: Option<u64>,
-    /// Estimated seconds of training on this machine, if its speed was measured.
+    /// Estimated seconds of training there, if its speed is known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seconds: Option<f64>,
+    /// The share of the place's matrix speed that is assumed, from 0 to 1.
+    pub efficiency: f64,
     /// How the run would do elsewhere.
     pub accelerators: Vec<Offer>,
     /// What the preflight found worth saying.
@@ -57,6 +62,42 @@ pub struct Decision {
     pub value: String,
     /// Why.
     pub reason: String,
+}
+
+/// Where a run is planned for.
+#[derive(Debug, Clone, Copy)]
+pub enum Place<'a> {
+    /// The machine the preflight ran on; how it would do elsewhere is information.
+    Here(&'a [Accelerator]),
+    /// One accelerator of a cluster.
+    On(&'a Accelerator),
+}
+
+impl Place<'_> {
+    fn machine(self, report: &PreflightReport) -> Option<MachineFacts> {
+        match self {
+            Self::Here(_) => report.machine.clone(),
+            Self::On(accelerator) => Some(accelerator.as_machine()),
+        }
+    }
+
+    fn efficiency(self) -> f64 {
+        match self {
+            Self::On(accelerator) if accelerator.is_device() => sizing::ACCELERATOR_EFFICIENCY,
+            Self::Here(_) | Self::On(_) => sizing::CPU_EFFICIENCY,
+        }
+    }
+
+    fn is_device(self) -> bool {
+        matches!(self, Self::On(accelerator) if accelerator.is_device())
+    }
+
+    fn name(self) -> String {
+        match self {
+            Self::Here(_) => "here".to_owned(),
+            Self::On(accelerator) => format!("on one {}", accelerator.name),
+        }
+    }
 }
 
 /// The decisions so far.
@@ -104,8 +145,9 @@ fn invalid(location: &str, message: impl Into<String>) -> Problem {
 pub fn plan(
     job: &FineTuneJob,
     report: &PreflightReport,
-    accelerators: &[Accelerator],
+    place: Place<'_>,
 ) -> Result<RunPlan, Vec<Problem>> {
+    let machine = place.machine(report);
     let mut problems = report.problems.clone();
     problems.extend(foreign_result(job, report));
     let (Some(model), Some(census)) = (&report.model, &report.train) else {
@@ -128,7 +170,7 @@ pub fn plan(
         // The preflight saw the model itself and said it better.
         problems.truncate(found_before);
     }
-    let dtype = dtype(training.dtype, report, &mut decisions);
+    let dtype = dtype(training.dtype, machine.as_ref(), &mut decisions);
     let packing = decisions.pick(
         "packing",
         training.packing,
@@ -140,7 +182,7 @@ pub fn plan(
         context::decide(&training, &source, model, census, packing, &mut decisions, &mut problems);
     check_patience(&training, source.validation.is_some(), &mut problems);
     let Some(data) = data else { return Err(problems) };
-    let limit = report.machine.as_ref().map(|machine| machine.memory_bytes);
+    let limit = machine.as_ref().map(|machine| machine.memory_bytes);
     let load = Load {
         trained,
         is_full: lora.is_none(),
@@ -148,6 +190,7 @@ pub fn plan(
         recompute: Recompute::None,
         micro_batch: 1,
         context: u64::from(data.context),
+        is_device: place.is_device(),
     };
     let batch =
         batch::decide(&training, model, load, data.sequences, limit, &mut decisions, &mut rejected);
@@ -156,7 +199,7 @@ pub fn plan(
     if let Some(limit) = limit {
         let usable = (limit as f64 * sizing::USABLE_MEMORY) as u64;
         if memory.total() > usable {
-            problems.push(too_little_memory(&memory, &load, limit, usable));
+            problems.push(too_little_memory(&memory, &load, limit, usable, &place.name()));
         }
     }
     if !problems.is_empty() {
@@ -203,15 +246,20 @@ pub fn plan(
     };
     let tokens = total_steps as f64 * global as f64 * data.positions_per_sequence;
     Ok(RunPlan {
-        seconds: seconds(report, model, &load, tokens),
-        accelerators: accelerators
-            .iter()
-            .map(|kind| accelerators::offer(kind, model, &load, tokens))
-            .collect(),
+        seconds: seconds(machine.as_ref(), place.efficiency(), model, &load, tokens),
+        accelerators: match place {
+            Place::Here(kinds) => kinds
+                .iter()
+                .map(|kind| accelerators::offer(kind, model, &load, tokens))
+                .collect(),
+            Place::On(_) => Vec::new(),
+        },
+        efficiency: place.efficiency(),
+        place: place.name(),
         run_config,
         decisions: decisions.0,
         rejected: rejected.0,
-        warnings: warnings(report, &memory, limit),
+        warnings: warnings(report, &memory, limit, &load),
         memory,
         memory_limit: limit,
     })
@@ -324,8 +372,12 @@ fn training_settings(
     }
 }
 
-fn dtype(set: Option<Precision>, report: &PreflightReport, decisions: &mut Decisions) -> Dtype {
-    let native = report.machine.as_ref().is_some_and(|machine| machine.native_bf16);
+fn dtype(
+    set: Option<Precision>,
+    machine: Option<&MachineFacts>,
+    decisions: &mut Decisions,
+) -> Dtype {
+    let native = machine.is_some_and(|machine| machine.native_bf16);
     let (dtype, reason) = match (set, native) {
         (Some(Precision::Bf16), true) => (Dtype::Bf16, "set in the manifest"),
         (Some(Precision::Bf16), false) => (
@@ -379,17 +431,29 @@ fn total_steps(
     steps
 }
 
-fn seconds(report: &PreflightReport, model: &ModelFacts, load: &Load, tokens: f64) -> Option<f64> {
-    let machine = report.machine.as_ref()?;
+fn seconds(
+    machine: Option<&MachineFacts>,
+    efficiency: f64,
+    model: &ModelFacts,
+    load: &Load,
+    tokens: f64,
+) -> Option<f64> {
+    let machine = machine?;
     let gflops = match load.dtype {
         Dtype::Bf16 => machine.bf16_gflops,
         Dtype::Fp32 => machine.fp32_gflops,
     }?;
-    let speed = gflops * 1e9 * sizing::CPU_EFFICIENCY;
+    let speed = gflops * 1e9 * efficiency;
     (speed > 0.0).then(|| sizing::flops_per_token(model, load) * tokens / speed)
 }
 
-fn too_little_memory(memory: &Memory, load: &Load, limit: u64, usable: u64) -> Problem {
+fn too_little_memory(
+    memory: &Memory,
+    load: &Load,
+    limit: u64,
+    usable: u64,
+    place: &str,
+) -> Problem {
     let mut advice = Vec::new();
     if load.micro_batch > 1 {
         advice.push("lower training.trainBatchSizePerDevice".to_owned());
@@ -405,7 +469,7 @@ fn too_little_memory(memory: &Memory, load: &Load, limit: u64, usable: u64) -> P
     invalid(
         "memory",
         format!(
-            "the run needs {}, but only {} of this machine's {} may be used, {} too little: {}",
+            "the run needs {}, but only {} of the {} {place} may be used, {} too little: {}",
             render::bytes(memory.total()),
             render::bytes(usable),
             render::bytes(limit),
@@ -432,9 +496,14 @@ fn foreign_result(job: &FineTuneJob, report: &PreflightReport) -> Option<Problem
 }
 
 /// Adds what only the plan can know: weights that will not stay in memory while training.
-fn warnings(report: &PreflightReport, memory: &Memory, limit: Option<u64>) -> Vec<Problem> {
+fn warnings(
+    report: &PreflightReport,
+    memory: &Memory,
+    limit: Option<u64>,
+    load: &Load,
+) -> Vec<Problem> {
     let mut warnings = report.warnings.clone();
-    let room = limit.map(|limit| limit.saturating_sub(memory.total()));
+    let room = limit.filter(|_| !load.is_device).map(|limit| limit.saturating_sub(memory.total()));
     if let Some(room) = room.filter(|room| *room < memory.mapped_weights) {
         warnings.push(invalid(
             "memory",
@@ -468,7 +537,7 @@ fn recompute(set: Option<Recomputation>) -> Option<Recompute> {
 mod tests {
     use finetune_contract::ModelFacts;
 
-    use super::{accelerators::Accelerator, fixture, plan, render};
+    use super::{Place, accelerators::Accelerator, fixture, plan, render};
     use crate::manifest;
 
     const GB: u64 = 1_000_000_000;
@@ -478,15 +547,14 @@ mod tests {
         let job = manifest::parse(&text).unwrap();
         let accelerator = Accelerator {
             name: "Test 80GB".to_owned(),
-            resource_name: None,
-            gpus_per_node: None,
             memory_gi_b: 80.0,
             bf16_tflops: 300.0,
             fp32_tflops: 20.0,
             has_bf16: true,
             price_per_hour: Some(2.0),
+            ..Accelerator::default()
         };
-        match plan(&job, &fixture::report(model, memory_bytes), &[accelerator]) {
+        match plan(&job, &fixture::report(model, memory_bytes), Place::Here(&[accelerator])) {
             Ok(plan) => render::text(&plan),
             Err(problems) => {
                 problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
@@ -646,7 +714,7 @@ spec.training.earlyStoppingPatience: needs dataset.validation, which is not set:
             let text = format!("{minimal}{lora}  training: {{contextLength: {context}}}\n");
             let job = manifest::parse(&text).unwrap();
             let bytes = megabytes * 1_000_000;
-            match plan(&job, &fixture::report(fixture::smollm2(), bytes), &[]) {
+            match plan(&job, &fixture::report(fixture::smollm2(), bytes), Place::Here(&[])) {
                 Ok(plan) => {
                     let usable = (bytes as f64 * super::sizing::USABLE_MEMORY) as u64;
                     proptest::prop_assert!(plan.memory.total() <= usable);

@@ -23,18 +23,24 @@ pub fn text(plan: &RunPlan) -> String {
     for (name, size) in plan.memory.terms().into_iter().filter(|(_, size)| *size > 0) {
         line(format!("  {name:<27}{:>10}", bytes(size)));
     }
-    let limit =
-        plan.memory_limit.map(|limit| format!("  of {} here", bytes(limit))).unwrap_or_default();
+    let place = &plan.place;
+    let limit = plan
+        .memory_limit
+        .map(|limit| format!("  of {} {place}", bytes(limit)))
+        .unwrap_or_default();
     line(format!("  {:<27}{:>10}{limit}", "peak", bytes(plan.memory.total())));
-    line(format!(
-        "  {:<27}{:>10}  read in place, given back under pressure",
-        "weights, mapped",
-        bytes(plan.memory.mapped_weights)
-    ));
+    if plan.memory.mapped_weights > 0 {
+        line(format!(
+            "  {:<27}{:>10}  read in place, given back under pressure",
+            "weights, mapped",
+            bytes(plan.memory.mapped_weights)
+        ));
+    }
     if let Some(seconds) = plan.seconds {
         line(format!(
-            "\nTime  about {} here, at half of the measured matrix speed",
-            duration(seconds)
+            "\nTime  about {} {place}, at {:.0} % of its matrix speed",
+            duration(seconds),
+            plan.efficiency * 100.0
         ));
     }
     if !plan.accelerators.is_empty() {

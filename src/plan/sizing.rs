@@ -46,6 +46,8 @@ pub struct Load {
     pub micro_batch: u64,
     /// Positions of a sequence.
     pub context: u64,
+    /// Whether it runs on a device, to which frozen weights are copied: there is nothing to map.
+    pub is_device: bool,
 }
 
 /// Memory of a run by term, in bytes.
@@ -98,7 +100,7 @@ impl Memory {
 
 /// Predicts the memory of a run on `model`.
 pub fn memory(model: &ModelFacts, load: &Load) -> Memory {
-    let Load { trained, is_full, dtype, recompute, micro_batch, context } = *load;
+    let Load { trained, is_full, dtype, recompute, micro_batch, context, is_device } = *load;
     let [d, h, k, e, f, v, layers] = [
         model.hidden_size,
         model.num_attention_heads,
@@ -122,8 +124,8 @@ pub fn memory(model: &ModelFacts, load: &Load) -> Memory {
         Recompute::Block => t * layers * s * d + t * kept,
     };
     Memory {
-        mapped_weights: model.weight_bytes,
-        weights: if is_full || on_disk_is_compute { 0 } else { model.parameters * s },
+        mapped_weights: if is_device { 0 } else { model.weight_bytes },
+        weights: if is_full || (on_disk_is_compute && !is_device) { 0 } else { model.parameters * s },
         trained_state: trained * (STATE_BYTES + if dtype == Dtype::Bf16 { s } else { 0 }),
         activations,
         head: HEAD_ROWS.min(t) * v * (s + 4 + s),
@@ -152,7 +154,7 @@ mod tests {
     use crate::plan::fixture;
 
     fn load(trained: u64, is_full: bool, recompute: Recompute) -> Load {
-        Load { trained, is_full, dtype: Dtype::Bf16, recompute, micro_batch: 4, context: 256 }
+        Load { trained, is_full, dtype: Dtype::Bf16, recompute, micro_batch: 4, context: 256, is_device: false }
     }
 
     #[test]

@@ -22,6 +22,7 @@ pub mod progress;
 pub mod proof;
 pub mod recipe;
 pub mod seed;
+pub mod serve;
 pub mod store;
 pub mod tensor_file;
 pub mod train;

@@ -2,6 +2,7 @@
 
 use std::{
     io::{IsTerminal, Write},
+    net::SocketAddr,
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     process,
@@ -22,6 +23,7 @@ use finetune_trainer::{
     generate, import, preflight,
     progress::Teller,
     recipe::{self, Host},
+    serve::Board,
     store::Environment,
     verify,
 };
@@ -40,7 +42,7 @@ enum Command {
     /// Checks model, dataset and output cheaply, and reports what was found.
     Preflight(Documents),
     /// Trains, publishes and proves one run.
-    Train(Documents),
+    Train(Train),
     /// Reads a published result back and checks it.
     Verify(verify::Arguments),
     /// Continues a prompt with a model.
@@ -63,6 +65,15 @@ struct Documents {
     /// Scratch space; kept between attempts where it can be.
     #[arg(long)]
     work_dir: PathBuf,
+}
+
+#[derive(Debug, Args)]
+struct Train {
+    #[command(flatten)]
+    documents: Documents,
+    /// Where to serve /progress and /metrics; nowhere if absent.
+    #[arg(long, value_name = "ADDRESS")]
+    listen: Option<SocketAddr>,
 }
 
 fn main() -> process::ExitCode {
@@ -96,7 +107,7 @@ fn dispatch(command: &Command) -> Result<ExitCode, Failure> {
     let environment = Environment::from_process();
     match command {
         Command::Preflight(documents) => run_preflight(documents, &environment),
-        Command::Train(documents) => run_train(documents, &environment),
+        Command::Train(arguments) => run_train(arguments, &environment),
         Command::Verify(arguments) => {
             verify::run(arguments, &environment).map(|()| ExitCode::Success)
         }
@@ -122,11 +133,19 @@ fn run_preflight(documents: &Documents, environment: &Environment) -> Result<Exi
     Ok(code.unwrap_or(ExitCode::Success))
 }
 
-fn run_train(documents: &Documents, environment: &Environment) -> Result<ExitCode, Failure> {
+fn run_train(arguments: &Train, environment: &Environment) -> Result<ExitCode, Failure> {
+    let Train { documents, listen } = arguments;
     let config: RunConfig = read(&documents.config)?;
     let work_dir = make_work_dir(&documents.work_dir)?;
     let stop = stop_on_signal()?;
-    let mut line = print_line;
+    let board = Board::new(&config);
+    if let Some(address) = listen {
+        board.serve(*address)?;
+    }
+    let mut line = |line: &str| {
+        board.put(line);
+        print_line(line);
+    };
     let mut teller = Teller::new(&config, &work_dir, &mut line);
     let host = Host { environment, work_dir: &work_dir, stop: &stop };
     // The one place a panic ends: libtorch reports running out of memory as one.

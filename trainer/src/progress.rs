@@ -61,6 +61,7 @@ impl<'a> Teller<'a> {
             tokens_seen: 0,
             eta_seconds: None,
             peak_memory_bytes: 0,
+            checkpoint_step: None,
             resumed_from_step: None,
         };
         Self {
@@ -84,6 +85,7 @@ impl<'a> Teller<'a> {
     /// Takes over what a checkpoint knows, and cuts the history back to it.
     pub fn resume(&mut self, state: &TrainState) {
         self.last.resumed_from_step = (state.step > 0).then_some(state.step);
+        self.last.checkpoint_step = self.last.resumed_from_step;
         self.take(state, 0.0);
         self.cut_history(state.step);
     }
@@ -116,6 +118,11 @@ impl<'a> Teller<'a> {
         self.take(state, self.last.epoch);
         self.tell();
         self.append_history();
+    }
+
+    /// Notes that a checkpoint of the last step is complete; the next line tells it.
+    pub fn saved(&mut self) {
+        self.last.checkpoint_step = Some(self.last.step);
     }
 
     /// Returns the last snapshot.

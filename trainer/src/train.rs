@@ -73,6 +73,7 @@ impl Training<'_> {
             let is_stopped = stop.load(Ordering::Relaxed);
             if is_last || is_stopped || is_due(self.state.step, settings.checkpoint_steps) {
                 self.checkpoints.save(&self.state, self.model.trained(), &self.optimizer)?;
+                teller.saved();
             }
             if is_last {
                 break;

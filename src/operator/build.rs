@@ -1,0 +1,496 @@
+//! The objects of one try: a Job with one pod. Pure and infallible.
+//!
+//! What the trainer is told travels as an annotation of the pod and reaches it as a file: one
+//! object to create, which cannot disagree with itself.
+
+use std::collections::BTreeMap;
+
+use finetune_contract::{ObjectUri, Scheme};
+use k8s_openapi::{
+    api::{
+        batch::v1::{Job, JobSpec},
+        core::v1::{
+            Capabilities, ConfigMapKeySelector, Container, ContainerPort, DownwardAPIVolumeFile,
+            DownwardAPIVolumeSource, EmptyDirVolumeSource, EnvFromSource, EnvVar, EnvVarSource,
+            LocalObjectReference, ObjectFieldSelector, PersistentVolumeClaimVolumeSource, PodSpec,
+            PodTemplateSpec, ResourceRequirements, SeccompProfile, SecretEnvSource,
+            SecretKeySelector, SecurityContext, Toleration, Volume, VolumeMount,
+        },
+    },
+    apimachinery::pkg::{
+        api::resource::Quantity,
+        apis::meta::v1::{ObjectMeta, OwnerReference},
+    },
+};
+use kube::Resource;
+
+use super::settings::Settings;
+use crate::{
+    api::{self, FineTuneJob, Step},
+    plan::{accelerators::Accelerator, placement::PodSize},
+};
+
+/// The name of the one container that counts.
+pub const CONTAINER: &str = "trainer";
+/// The port of `/metrics` and `/progress`.
+pub const METRICS_PORT: i32 = 9464;
+/// The label that names the FineTuneJob.
+pub const JOB_LABEL: &str = "finetune.dev/job";
+/// The label that names the step.
+pub const STEP_LABEL: &str = "finetune.dev/step";
+/// The label all children carry.
+pub const MANAGED_BY: (&str, &str) = ("app.kubernetes.io/managed-by", "finetune-operator");
+/// The label by which Kueue knows the queue of a workload.
+pub const QUEUE_LABEL: &str = "kueue.x-k8s.io/queue-name";
+
+const CONFIG_ANNOTATION: &str = "finetune.dev/config";
+const CONFIG_DIRECTORY: &str = "/etc/finetune";
+const WORK_DIRECTORY: &str = "/work";
+/// The user of the image; any number but 0 does.
+const USER: i64 = 65532;
+const GIB: f64 = 1024.0 * 1024.0 * 1024.0;
+
+/// One try of one step.
+#[derive(Debug, Clone, Copy)]
+pub struct Attempt<'a> {
+    /// The step.
+    pub step: Step,
+    /// Which try, from 0.
+    pub number: i32,
+    /// What the program is told, as JSON.
+    pub config: &'a str,
+    /// Where it runs; absent for a preflight.
+    pub place: Option<(&'a Accelerator, PodSize)>,
+}
+
+/// Returns the name of a try's Job: at most 11 characters longer than the FineTuneJob's.
+pub fn job_name(name: &str, step: Step, number: i32) -> String {
+    match step {
+        Step::Preflight => format!("{name}-preflight-{number}"),
+        Step::Training => format!("{name}-{number}"),
+    }
+}
+
+/// Builds the Job of a try.
+pub fn job(job: &FineTuneJob, settings: &Settings, attempt: &Attempt<'_>) -> Job {
+    let name = job.metadata.name.clone().unwrap_or_default();
+    let mut labels = labels(job, &name, attempt.step);
+    let pod = pod_template(job, settings, attempt, labels.clone());
+    let queue = job.metadata.labels.as_ref().and_then(|labels| labels.get(QUEUE_LABEL));
+    let is_queued = queue.is_some() && attempt.step == Step::Training;
+    if let Some(queue) = queue.filter(|_| is_queued) {
+        labels.insert(QUEUE_LABEL.to_owned(), queue.clone());
+    }
+    Job {
+        metadata: ObjectMeta {
+            name: Some(job_name(&name, attempt.step, attempt.number)),
+            namespace: job.metadata.namespace.clone(),
+            labels: Some(labels),
+            owner_references: Some(owner(job).into_iter().collect()),
+            ..ObjectMeta::default()
+        },
+        spec: Some(JobSpec {
+            // The unit of repetition is the try, which has a Job of its own.
+            backoff_limit: Some(0),
+            pod_replacement_policy: Some("Failed".to_owned()),
+            // Set once, when it is made; after that it is the queue's.
+            suspend: is_queued.then_some(true),
+            template: pod,
+            ..JobSpec::default()
+        }),
+        status: None,
+    }
+}
+
+fn owner(job: &FineTuneJob) -> Option<OwnerReference> {
+    let mut owner = job.controller_owner_ref(&())?;
+    owner.block_owner_deletion = Some(true);
+    Some(owner)
+}
+
+fn labels(job: &FineTuneJob, name: &str, step: Step) -> BTreeMap<String, String> {
+    let template = job.spec.pod_template.as_ref();
+    let users = template.and_then(|template| template.labels.clone()).unwrap_or_default();
+    let own = [
+        ("app.kubernetes.io/name", "finetune-trainer"),
+        MANAGED_BY,
+        (JOB_LABEL, name),
+        (STEP_LABEL, step_word(step)),
+    ];
+    // Ours last: they are what children are found by.
+    users
+        .into_iter()
+        .chain(own.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())))
+        .collect()
+}
+
+fn step_word(step: Step) -> &'static str {
+    match step {
+        Step::Preflight => "preflight",
+        Step::Training => "training",
+    }
+}
+
+fn pod_template(
+    job: &FineTuneJob,
+    settings: &Settings,
+    attempt: &Attempt<'_>,
+    labels: BTreeMap<String, String>,
+) -> PodTemplateSpec {
+    let template = job.spec.pod_template.clone().unwrap_or_default();
+    let accelerator = attempt.place.map(|(accelerator, _)| accelerator);
+    let node_selector: BTreeMap<String, String> = accelerator
+        .map(|accelerator| accelerator.node_selector.clone())
+        .into_iter()
+        .chain(template.node_selector.clone())
+        .flatten()
+        .collect();
+    let tolerations: Vec<Toleration> = accelerator
+        .map(|accelerator| accelerator.tolerations.clone())
+        .into_iter()
+        .chain(template.tolerations.clone())
+        .flatten()
+        .map(toleration)
+        .collect();
+    let secrets = settings.image_pull_secrets.iter();
+    PodTemplateSpec {
+        metadata: Some(ObjectMeta {
+            labels: Some(labels),
+            annotations: Some(BTreeMap::from([(
+                CONFIG_ANNOTATION.to_owned(),
+                attempt.config.to_owned(),
+            )])),
+            ..ObjectMeta::default()
+        }),
+        spec: Some(PodSpec {
+            restart_policy: Some("Never".to_owned()),
+            termination_grace_period_seconds: Some(settings.termination_grace_period_seconds),
+            automount_service_account_token: Some(false),
+            enable_service_links: Some(false),
+            service_account_name: template.service_account_name.clone(),
+            priority_class_name: template.priority_class_name.clone(),
+            runtime_class_name: template.runtime_class_name.clone(),
+            image_pull_secrets: Some(
+                secrets.map(|name| LocalObjectReference { name: name.clone() }).collect(),
+            ),
+            node_selector: Some(node_selector),
+            tolerations: Some(tolerations),
+            security_context: Some(k8s_openapi::api::core::v1::PodSecurityContext {
+                run_as_non_root: Some(true),
+                run_as_user: Some(USER),
+                run_as_group: Some(USER),
+                fs_group: Some(USER),
+                fs_group_change_policy: Some("OnRootMismatch".to_owned()),
+                seccomp_profile: Some(SeccompProfile {
+                    type_: "RuntimeDefault".to_owned(),
+                    ..SeccompProfile::default()
+                }),
+                ..Default::default()
+            }),
+            containers: vec![container(job, settings, attempt, &template)],
+            volumes: Some(volumes(job, settings, attempt)),
+            ..PodSpec::default()
+        }),
+    }
+}
+
+fn toleration(toleration: api::Toleration) -> Toleration {
+    let api::Toleration { key, operator, value, effect, toleration_seconds } = toleration;
+    Toleration {
+        key,
+        operator: operator.map(|operator| format!("{operator:?}")),
+        value,
+        effect: effect.map(|effect| format!("{effect:?}")),
+        toleration_seconds,
+    }
+}
+
+fn container(
+    job: &FineTuneJob,
+    settings: &Settings,
+    attempt: &Attempt<'_>,
+    template: &api::PodTemplate,
+) -> Container {
+    let words = match attempt.step {
+        Step::Preflight => vec!["preflight".to_owned()],
+        Step::Training => vec!["train".to_owned(), format!("--listen=0.0.0.0:{METRICS_PORT}")],
+    };
+    let arguments = [
+        format!("--config={CONFIG_DIRECTORY}/config.json"),
+        // The kubelet keeps what is written there as the termination message.
+        "--report=/dev/termination-log".to_owned(),
+        format!("--work-dir={WORK_DIRECTORY}"),
+    ];
+    let port = ContainerPort {
+        name: Some("metrics".to_owned()),
+        container_port: METRICS_PORT,
+        ..ContainerPort::default()
+    };
+    let mount = |name: &str, path: String, read_only: bool| VolumeMount {
+        name: name.to_owned(),
+        mount_path: path,
+        read_only: read_only.then_some(true),
+        ..VolumeMount::default()
+    };
+    let mut mounts = vec![
+        mount("config", CONFIG_DIRECTORY.to_owned(), true),
+        mount("work", WORK_DIRECTORY.to_owned(), false),
+        mount("tmp", "/tmp".to_owned(), false),
+    ];
+    if shared_memory(attempt) > 0 {
+        mounts.push(mount("shm", "/dev/shm".to_owned(), false));
+    }
+    for claim in claims(job) {
+        mounts.push(mount(&format!("pvc-{claim}"), format!("/mnt/pvc/{claim}"), false));
+    }
+    Container {
+        name: CONTAINER.to_owned(),
+        image: Some(settings.trainer_image.clone()),
+        image_pull_policy: settings.image_pull_policy.clone(),
+        args: Some(words.into_iter().chain(arguments).collect()),
+        env: Some(variables(settings, attempt, template)),
+        env_from: Some(secrets(job)),
+        ports: (attempt.step == Step::Training).then(|| vec![port]),
+        resources: Some(resources(job, settings, attempt)),
+        security_context: Some(SecurityContext {
+            allow_privilege_escalation: Some(false),
+            read_only_root_filesystem: Some(true),
+            capabilities: Some(Capabilities {
+                drop: Some(vec!["ALL".to_owned()]),
+                ..Capabilities::default()
+            }),
+            ..SecurityContext::default()
+        }),
+        volume_mounts: Some(mounts),
+        ..Container::default()
+    }
+}
+
+/// The environment: the administrator's, then the user's, then what must be as it is.
+fn variables(
+    settings: &Settings,
+    attempt: &Attempt<'_>,
+    template: &api::PodTemplate,
+) -> Vec<EnvVar> {
+    let plain = |name: &str, value: &str| EnvVar {
+        name: name.to_owned(),
+        value: Some(value.to_owned()),
+        value_from: None,
+    };
+    let cores = match attempt.place {
+        Some((_, size)) => (size.cpu_millis as u64).div_ceil(1000),
+        None => settings.preflight.cpu.ceil() as u64,
+    };
+    let own = [
+        plain("HOME", WORK_DIRECTORY),
+        plain("OMP_NUM_THREADS", &cores.to_string()),
+        // A quota of processor time must not be spent waiting.
+        plain("OMP_WAIT_POLICY", "PASSIVE"),
+    ];
+    let administrators =
+        settings.environment.iter().map(|(name, value)| plain(name, value)).collect::<Vec<_>>();
+    let users = template.env.iter().flatten().map(|variable| EnvVar {
+        name: variable.name.clone(),
+        value: variable.value.clone(),
+        value_from: (variable.value.is_none()).then(|| EnvVarSource {
+            secret_key_ref: variable.secret_key_ref.as_ref().map(|key| SecretKeySelector {
+                name: key.name.clone(),
+                key: key.key.clone(),
+                optional: None,
+            }),
+            config_map_key_ref: variable.config_map_key_ref.as_ref().map(|key| {
+                ConfigMapKeySelector { name: key.name.clone(), key: key.key.clone(), optional: None }
+            }),
+            ..EnvVarSource::default()
+        }),
+    });
+    // One value a name: what comes later wins.
+    let mut variables: Vec<EnvVar> = Vec::new();
+    for variable in administrators.into_iter().chain(users).chain(own) {
+        variables.retain(|other| other.name != variable.name);
+        variables.push(variable);
+    }
+    variables
+}
+
+/// Each Secret's keys, under the prefix of what they are for.
+fn secrets(job: &FineTuneJob) -> Vec<EnvFromSource> {
+    let spec = &job.spec;
+    [
+        ("FINETUNE_MODEL_", &spec.model.secret_ref),
+        ("FINETUNE_DATASET_", &spec.dataset.secret_ref),
+        ("FINETUNE_OUTPUT_", &spec.output.secret_ref),
+    ]
+    .into_iter()
+    .filter_map(|(prefix, secret)| {
+        Some(EnvFromSource {
+            prefix: Some(prefix.to_owned()),
+            secret_ref: Some(SecretEnvSource {
+                name: secret.as_ref()?.name.clone(),
+                optional: None,
+            }),
+            config_map_ref: None,
+        })
+    })
+    .collect()
+}
+
+fn shared_memory(attempt: &Attempt<'_>) -> u64 {
+    attempt.place.map_or(0, |(_, size)| size.shared_memory_bytes)
+}
+
+fn resources(
+    job: &FineTuneJob,
+    settings: &Settings,
+    attempt: &Attempt<'_>,
+) -> ResourceRequirements {
+    let (cpu_millis, memory, device) = match attempt.place {
+        Some((accelerator, size)) => {
+            (size.cpu_millis, size.memory_bytes, accelerator.resource_name.clone())
+        }
+        None => {
+            let size = &settings.preflight;
+            ((size.cpu * 1000.0) as i64, (size.memory_gi_b * GIB) as u64, None)
+        }
+    };
+    let mebibytes = |bytes: u64| Quantity(format!("{}Mi", bytes.div_ceil(1 << 20)));
+    let mut requests = BTreeMap::from([
+        ("cpu".to_owned(), Quantity(format!("{cpu_millis}m"))),
+        ("memory".to_owned(), mebibytes(memory)),
+        ("ephemeral-storage".to_owned(), mebibytes(storage(settings, attempt))),
+    ]);
+    let mut limits = BTreeMap::from([("memory".to_owned(), mebibytes(memory))]);
+    if let Some(device) = device {
+        requests.insert(device.clone(), Quantity("1".to_owned()));
+        limits.insert(device, Quantity("1".to_owned()));
+    }
+    if attempt.step == Step::Training
+        && let Some(users) = &job.spec.resources
+    {
+        let quantities = |map: &Option<BTreeMap<String, String>>| {
+            map.iter().flatten().map(|(name, value)| (name.clone(), Quantity(value.clone()))).collect::<Vec<_>>()
+        };
+        requests.extend(quantities(&users.requests));
+        limits.extend(quantities(&users.limits));
+    }
+    ResourceRequirements { requests: Some(requests), limits: Some(limits), claims: None }
+}
+
+fn storage(settings: &Settings, attempt: &Attempt<'_>) -> u64 {
+    match attempt.place {
+        Some((_, size)) => size.storage_bytes,
+        None => (settings.preflight.storage_gi_b * GIB) as u64,
+    }
+}
+
+fn volumes(job: &FineTuneJob, settings: &Settings, attempt: &Attempt<'_>) -> Vec<Volume> {
+    let mebibytes = |bytes: u64| Quantity(format!("{}Mi", bytes.div_ceil(1 << 20)));
+    let empty = |name: &str, medium: Option<&str>, bytes: u64| Volume {
+        name: name.to_owned(),
+        empty_dir: Some(EmptyDirVolumeSource {
+            medium: medium.map(str::to_owned),
+            size_limit: Some(mebibytes(bytes)),
+        }),
+        ..Volume::default()
+    };
+    let config = DownwardAPIVolumeFile {
+        path: "config.json".to_owned(),
+        field_ref: Some(ObjectFieldSelector {
+            field_path: format!("metadata.annotations['{CONFIG_ANNOTATION}']"),
+            api_version: None,
+        }),
+        ..DownwardAPIVolumeFile::default()
+    };
+    let mut volumes = vec![
+        Volume {
+            name: "config".to_owned(),
+            downward_api: Some(DownwardAPIVolumeSource {
+                items: Some(vec![config]),
+                default_mode: None,
+            }),
+            ..Volume::default()
+        },
+        empty("work", None, storage(settings, attempt)),
+        empty("tmp", None, 64 << 20),
+    ];
+    if shared_memory(attempt) > 0 {
+        volumes.push(empty("shm", Some("Memory"), shared_memory(attempt)));
+    }
+    for claim in claims(job) {
+        volumes.push(Volume {
+            name: format!("pvc-{claim}"),
+            persistent_volume_claim: Some(PersistentVolumeClaimVolumeSource {
+                claim_name: claim,
+                read_only: None,
+            }),
+            ..Volume::default()
+        });
+    }
+    volumes
+}
+
+/// The volume claims that URIs of the job name, each once.
+fn claims(job: &FineTuneJob) -> Vec<String> {
+    let spec = &job.spec;
+    let uris = [Some(&spec.model.uri), Some(&spec.dataset.train), spec.dataset.validation.as_ref(), Some(&spec.output.uri)];
+    let mut claims: Vec<String> = uris
+        .into_iter()
+        .flatten()
+        .filter_map(|uri| ObjectUri::parse(uri).ok())
+        .filter(|uri| uri.scheme == Scheme::Pvc)
+        .map(|uri| uri.authority)
+        .collect();
+    claims.sort();
+    claims.dedup();
+    claims
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Attempt, job, job_name};
+    use crate::{
+        api::{NAME_LIMIT, Step},
+        manifest,
+        operator::settings::Settings,
+        plan::placement::PodSize,
+    };
+
+    const SETTINGS: &str = "trainerImage: trainer:1\naccelerators:\n- {name: a100, resourceName: nvidia.com/gpu, memoryGiB: 80, bf16Tflops: 312, fp32Tflops: 19, hasBf16: true, nodeSelector: {gpu: a100}, tolerations: [{key: gpu, operator: Exists, effect: NoSchedule}]}\nenvironment: {AWS_REGION: eu-1, LOG: x}\n";
+
+    fn build(lines: &str, step: Step) -> String {
+        let text = format!("{}{lines}", include_str!("../../examples/minimal.yaml"));
+        let mut manifest = manifest::parse(&text).unwrap();
+        manifest.metadata.namespace = Some("team".to_owned());
+        manifest.metadata.uid = Some("u-1".to_owned());
+        let settings = Settings::parse(SETTINGS).unwrap();
+        let size = PodSize {
+            cpu_millis: 4000,
+            memory_bytes: 6 << 30,
+            shared_memory_bytes: 1 << 30,
+            storage_bytes: 10 << 30,
+        };
+        let place = (step == Step::Training).then(|| (&settings.accelerators[0], size));
+        let attempt = Attempt { step, number: 2, config: "{\"version\":1}", place };
+        serde_saphyr::to_string(&job(&manifest, &settings, &attempt)).unwrap()
+    }
+
+    #[test]
+    fn a_preflight_is_a_small_pod_without_a_device() {
+        insta::assert_snapshot!(build("  loraConfig: {}\n", Step::Preflight));
+    }
+
+    #[test]
+    fn a_training_pod_has_its_accelerator_and_the_users_words() {
+        insta::assert_snapshot!(build(
+            "  podTemplate:\n    labels: {team: search, finetune.dev/job: other}\n    priorityClassName: low\n    env: [{name: LOG, value: debug}, {name: KEY, secretKeyRef: {name: s, key: k}}]\n  resources: {limits: {memory: 8Gi}}\n",
+            Step::Training
+        ));
+    }
+
+    #[test]
+    fn names_fit_a_label() {
+        let longest = "a".repeat(NAME_LIMIT);
+        assert!(job_name(&longest, Step::Preflight, 9).len() <= 63);
+        assert!(job_name(&longest, Step::Training, 1000).len() <= 63);
+    }
+}

@@ -1,0 +1,213 @@
+//! The children of all jobs as two watches tell of them: what `observe` reads, kept by parent.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use k8s_openapi::api::{batch::v1::Job, core::v1::Pod};
+use kube::{
+    Resource, ResourceExt,
+    runtime::{reflector::ObjectRef, watcher::Event},
+};
+use tokio::sync::watch;
+
+use super::{
+    build::JOB_LABEL,
+    observe::{Observed, ObservedJob, ObservedPod, observe_job, observe_pod},
+};
+use crate::api::FineTuneJob;
+
+/// Namespace and name of a FineTuneJob.
+type Parent = (String, String);
+
+/// A cache of Jobs and pods.
+pub struct Children {
+    jobs: Mutex<Kept<ObservedJob>>,
+    pods: Mutex<Kept<ObservedPod>>,
+    ready: watch::Sender<(bool, bool)>,
+}
+
+/// One kind of child.
+struct Kept<T> {
+    by_parent: HashMap<Parent, BTreeMap<String, T>>,
+    /// What a list under way has brought so far.
+    incoming: HashMap<Parent, BTreeMap<String, T>>,
+}
+
+impl<T> Default for Kept<T> {
+    fn default() -> Self {
+        Self { by_parent: HashMap::new(), incoming: HashMap::new() }
+    }
+}
+
+impl<T> Kept<T> {
+    /// Takes an event; returns the parents that should look again, and whether a list is complete.
+    fn take<K: Resource>(&mut self, event: Event<K>, read: fn(&K) -> T) -> (Vec<Parent>, bool) {
+        match event {
+            Event::Init => {
+                self.incoming.clear();
+                (Vec::new(), false)
+            }
+            Event::InitApply(child) => {
+                if let Some(parent) = parent(&child) {
+                    let name = child.name_any();
+                    self.incoming.entry(parent).or_default().insert(name, read(&child));
+                }
+                (Vec::new(), false)
+            }
+            Event::InitDone => {
+                let before = std::mem::take(&mut self.by_parent);
+                self.by_parent = std::mem::take(&mut self.incoming);
+                let gone = before.into_keys().filter(|key| !self.by_parent.contains_key(key));
+                (gone.chain(self.by_parent.keys().cloned()).collect(), true)
+            }
+            Event::Apply(child) => {
+                let Some(parent) = parent(&child) else { return (Vec::new(), false) };
+                let children = self.by_parent.entry(parent.clone()).or_default();
+                children.insert(child.name_any(), read(&child));
+                (vec![parent], false)
+            }
+            Event::Delete(child) => {
+                let Some(parent) = parent(&child) else { return (Vec::new(), false) };
+                if let Some(children) = self.by_parent.get_mut(&parent) {
+                    children.remove(&child.name_any());
+                    if children.is_empty() {
+                        self.by_parent.remove(&parent);
+                    }
+                }
+                (vec![parent], false)
+            }
+        }
+    }
+
+    fn of(&self, parent: &Parent) -> Vec<T>
+    where
+        T: Clone,
+    {
+        let children = self.by_parent.get(parent);
+        children.map(|children| children.values().cloned().collect()).unwrap_or_default()
+    }
+}
+
+fn parent<K: Resource>(child: &K) -> Option<Parent> {
+    let name = child.meta().labels.as_ref()?.get(JOB_LABEL)?.clone();
+    Some((child.namespace()?, name))
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A cache is whole between statements: a panic elsewhere leaves nothing half done in it.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn refer(parents: Vec<Parent>) -> Vec<ObjectRef<FineTuneJob>> {
+    parents
+        .into_iter()
+        .map(|(namespace, name)| ObjectRef::new(&name).within(&namespace))
+        .collect()
+}
+
+impl Default for Children {
+    fn default() -> Self {
+        Self {
+            jobs: Mutex::default(),
+            pods: Mutex::default(),
+            ready: watch::Sender::new((false, false)),
+        }
+    }
+}
+
+impl Children {
+    /// Takes an event of the Jobs' watch; returns who should look again.
+    pub fn take_job(&self, event: Event<Job>) -> Vec<ObjectRef<FineTuneJob>> {
+        let (parents, is_complete) = lock(&self.jobs).take(event, observe_job);
+        if is_complete {
+            self.ready.send_modify(|ready| ready.0 = true);
+        }
+        refer(parents)
+    }
+
+    /// Takes an event of the pods' watch; returns who should look again.
+    pub fn take_pod(&self, event: Event<Pod>) -> Vec<ObjectRef<FineTuneJob>> {
+        let (parents, is_complete) = lock(&self.pods).take(event, observe_pod);
+        if is_complete {
+            self.ready.send_modify(|ready| ready.1 = true);
+        }
+        refer(parents)
+    }
+
+    /// Waits until both kinds have been listed once: what is not here then is not there.
+    pub async fn ready(&self) {
+        // The sender lives as long as this does.
+        let _ = self.ready.subscribe().wait_for(|ready| *ready == (true, true)).await;
+    }
+
+    /// Returns what is seen of the job with `uid`.
+    pub fn of(&self, namespace: &str, name: &str, uid: &str) -> Observed {
+        let parent = (namespace.to_owned(), name.to_owned());
+        let mut jobs = lock(&self.jobs).of(&parent);
+        jobs.retain(|job| job.owner_uid.as_deref() == Some(uid));
+        Observed { jobs, pods: lock(&self.pods).of(&parent), progress: None }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use k8s_openapi::{
+        api::batch::v1::Job,
+        apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference},
+    };
+    use kube::runtime::watcher::Event;
+
+    use super::{Children, JOB_LABEL};
+
+    fn job(name: &str, parent: &str) -> Job {
+        let owner = OwnerReference {
+            uid: format!("{parent}-uid"),
+            controller: Some(true),
+            ..OwnerReference::default()
+        };
+        Job {
+            metadata: ObjectMeta {
+                name: Some(name.to_owned()),
+                namespace: Some("team".to_owned()),
+                labels: Some(BTreeMap::from([(JOB_LABEL.to_owned(), parent.to_owned())])),
+                owner_references: Some(vec![owner]),
+                ..ObjectMeta::default()
+            },
+            ..Job::default()
+        }
+    }
+
+    fn names(children: &Children, parent: &str) -> Vec<String> {
+        let observed = children.of("team", parent, &format!("{parent}-uid"));
+        observed.jobs.into_iter().map(|job| job.name).collect()
+    }
+
+    #[test]
+    fn a_new_list_replaces_what_was_known_and_tells_those_who_lost_a_child() {
+        let children = Children::default();
+        children.take_job(Event::Apply(job("a-0", "a")));
+        children.take_job(Event::Apply(job("b-0", "b")));
+        children.take_job(Event::Init);
+        children.take_job(Event::InitApply(job("b-1", "b")));
+        assert_eq!(names(&children, "a"), ["a-0"], "an unfinished list changes nothing");
+        let mut told: Vec<String> =
+            children.take_job(Event::InitDone).into_iter().map(|parent| parent.name).collect();
+        told.sort();
+        assert_eq!(told, ["a", "b"]);
+        assert_eq!(names(&children, "a"), Vec::<String>::new());
+        assert_eq!(names(&children, "b"), ["b-1"]);
+    }
+
+    #[test]
+    fn children_of_a_namesake_that_is_gone_are_not_ours() {
+        let children = Children::default();
+        children.take_job(Event::Apply(job("a-0", "a")));
+        assert!(children.of("team", "a", "another-uid").jobs.is_empty());
+        children.take_job(Event::Delete(job("a-0", "a")));
+        assert!(names(&children, "a").is_empty());
+    }
+}

@@ -1,0 +1,96 @@
+//! The conditions of a FineTuneJob's status.
+
+use k8s_openapi::{
+    apimachinery::pkg::apis::meta::v1::{Condition, Time},
+    jiff::Timestamp,
+};
+
+use crate::api::FineTuneJobStatus;
+
+/// The longest message kept; the CRD allows as much.
+const MESSAGE_LIMIT: usize = 4096;
+
+/// The types of condition.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// The summary: the run has succeeded, has failed, or goes on.
+    Succeeded,
+    /// The preflight found nothing that makes the run impossible.
+    Accepted,
+    /// A plan was made and a place found.
+    Planned,
+    /// The result is in the bucket.
+    Published,
+    /// The run is stopped by `spec.suspend`.
+    Suspended,
+}
+
+impl Kind {
+    /// All of them, in the order they are shown.
+    pub const ALL: [Self; 5] =
+        [Self::Succeeded, Self::Accepted, Self::Planned, Self::Published, Self::Suspended];
+}
+
+/// Whether a condition holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "Kubernetes' words")]
+pub enum Truth {
+    True,
+    False,
+    Unknown,
+}
+
+/// Finds a condition.
+pub fn find(status: &FineTuneJobStatus, kind: Kind) -> Option<&Condition> {
+    let name = format!("{kind:?}");
+    status.conditions.iter().find(|condition| condition.type_ == name)
+}
+
+/// Tells whether the run has succeeded or failed for good.
+pub fn is_finished(status: &FineTuneJobStatus) -> bool {
+    find(status, Kind::Succeeded).is_some_and(|condition| condition.status != "Unknown")
+}
+
+/// Sets a condition; the time of its last transition is kept while its truth stays.
+pub fn set(
+    status: &mut FineTuneJobStatus,
+    now: Timestamp,
+    kind: Kind,
+    truth: Truth,
+    reason: &str,
+    message: &str,
+) {
+    let truth = format!("{truth:?}");
+    let same = find(status, kind).filter(|condition| condition.status == truth);
+    let since = same.map_or(Time(now), |condition| condition.last_transition_time.clone());
+    let condition = Condition {
+        type_: format!("{kind:?}"),
+        status: truth,
+        reason: reason.to_owned(),
+        message: shorten(message),
+        last_transition_time: since,
+        observed_generation: status.observed_generation,
+    };
+    match status.conditions.iter_mut().find(|other| other.type_ == condition.type_) {
+        Some(other) => *other = condition,
+        None => status.conditions.push(condition),
+    }
+}
+
+/// Sets every condition that is not there to Unknown.
+pub fn complete(status: &mut FineTuneJobStatus, now: Timestamp) {
+    for kind in Kind::ALL {
+        if find(status, kind).is_none() {
+            let truth = if kind == Kind::Suspended { Truth::False } else { Truth::Unknown };
+            set(status, now, kind, truth, "Pending", "nothing is known yet");
+        }
+    }
+}
+
+fn shorten(message: &str) -> String {
+    if message.len() <= MESSAGE_LIMIT {
+        return message.to_owned();
+    }
+    let end = (0..=MESSAGE_LIMIT - 4).rev().find(|&end| message.is_char_boundary(end));
+    format!("{}…", &message[..end.unwrap_or(0)])
+}

@@ -1,0 +1,745 @@
+//! Decides what happens next to a job, from what is seen of it. Pure: no I/O, no clock.
+//!
+//! The whole of what is remembered is the job's status. Whoever reads a job, its children and the
+//! settings comes to the same decision, whatever happened before; killing the operator at any line
+//! loses nothing.
+
+use std::time::Duration;
+
+use finetune_contract::{
+    ExitCode, FailureReason, Outcome, PreflightReport, Progress, RunConfig, RunReport, Stage,
+};
+use k8s_openapi::{
+    api::batch::v1::Job,
+    apimachinery::pkg::apis::meta::v1::Time,
+    jiff::{SignedDuration, Timestamp},
+};
+
+use super::{
+    build::{self, Attempt, QUEUE_LABEL, job_name},
+    conditions::{self, Kind, Truth},
+    observe::{Observed, ObservedJob, ObservedPod, PodState},
+    settings::Settings,
+};
+use crate::{
+    api::{
+        Approval, AttemptStatus, FineTuneJob, FineTuneJobStatus, PlanStatus, PodStatus,
+        ProgressStatus, ResultStatus, Step,
+    },
+    plan::{
+        placement::{self, Placement, PodSize, Unplaced},
+        render, settings as wishes,
+    },
+};
+
+/// How often a running trainer is asked for its progress, at most.
+pub const PROGRESS_INTERVAL: Duration = Duration::from_secs(15);
+/// How soon a job is looked at again though nothing was heard of it.
+const SAFETY_INTERVAL: Duration = Duration::from_mins(5);
+/// The first wait after a failure; it doubles.
+const FIRST_WAIT: SignedDuration = SignedDuration::from_secs(10);
+/// The longest wait after a failure.
+const LONGEST_WAIT: SignedDuration = SignedDuration::from_mins(5);
+/// The wait after a disruption.
+const DISRUPTION_WAIT: SignedDuration = SignedDuration::from_secs(2);
+/// The most tries of a preflight: its number is one digit of the Job's name.
+const PREFLIGHT_TRIES: i32 = 10;
+
+/// What is to be done.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Decision {
+    /// What the job's status shall be; written first.
+    pub status: FineTuneJobStatus,
+    /// What else, in this order.
+    pub actions: Vec<Action>,
+    /// What people are told.
+    pub notes: Vec<Note>,
+    /// When to look again at the latest; none if only a change can matter.
+    pub look_again: Option<Duration>,
+}
+
+/// One change in the cluster.
+#[derive(Debug, Clone, PartialEq)]
+#[expect(missing_docs, reason = "the names say it")]
+pub enum Action {
+    CreateJob(Box<Job>),
+    DeleteJob { name: String, uid: String },
+    DeletePod { name: String, uid: String },
+    DeleteSelf,
+}
+
+/// One event.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Note {
+    /// Whether something went wrong.
+    pub is_warning: bool,
+    /// One CamelCase word.
+    pub reason: String,
+    /// For people.
+    pub message: String,
+}
+
+/// How a try ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Ending {
+    /// The program ended with a status, and perhaps a report.
+    Exited { code: i32, message: String },
+    /// The kernel ended it for want of memory.
+    OutOfMemory,
+    /// The cluster ended it, or it is gone without a trace.
+    Disrupted(String),
+}
+
+/// Decides.
+pub fn decide(
+    job: &FineTuneJob,
+    observed: &Observed,
+    settings: &Settings,
+    now: Timestamp,
+) -> Decision {
+    let mut visit = Visit::new(job, observed, settings, now);
+    if conditions::is_finished(&visit.decision.status) {
+        visit.after_the_end();
+    } else if visit.is_overdue() {
+        let seconds = job.spec.active_deadline_seconds.unwrap_or_default();
+        visit.finish(
+            Truth::False,
+            "DeadlineExceeded",
+            &format!("the run took longer than activeDeadlineSeconds: {seconds}; its last checkpoint stays"),
+        );
+    } else if let Some(problem) = unreachable_uri(job) {
+        visit.set(Kind::Accepted, Truth::False, "InvalidSpec", &problem);
+        visit.finish(Truth::False, "InvalidSpec", &problem);
+    } else {
+        visit.go_on();
+    }
+    visit.decision
+}
+
+/// Returns what is wrong with a `file://` URI, which means nothing in a cluster.
+fn unreachable_uri(job: &FineTuneJob) -> Option<String> {
+    let spec = &job.spec;
+    [
+        ("spec.model.uri", Some(&spec.model.uri)),
+        ("spec.dataset.train", Some(&spec.dataset.train)),
+        ("spec.dataset.validation", spec.dataset.validation.as_ref()),
+        ("spec.output.uri", Some(&spec.output.uri)),
+    ]
+    .into_iter()
+    .find(|(_, uri)| uri.is_some_and(|uri| uri.starts_with("file://")))
+    .map(|(path, uri)| {
+        format!(
+            "{path} is {:?}: a pod does not see files of your machine; use s3://, gs://, az://, hf:// or pvc://, or run it here with `finetune run`",
+            uri.map_or("", String::as_str)
+        )
+    })
+}
+
+struct Visit<'a> {
+    job: &'a FineTuneJob,
+    observed: &'a Observed,
+    settings: &'a Settings,
+    now: Timestamp,
+    decision: Decision,
+}
+
+impl<'a> Visit<'a> {
+    fn new(
+        job: &'a FineTuneJob,
+        observed: &'a Observed,
+        settings: &'a Settings,
+        now: Timestamp,
+    ) -> Self {
+        let mut status = job.status.clone().unwrap_or_default();
+        status.observed_generation = job.metadata.generation;
+        conditions::complete(&mut status, now);
+        let decision = Decision {
+            status,
+            actions: Vec::new(),
+            notes: Vec::new(),
+            look_again: Some(SAFETY_INTERVAL),
+        };
+        Self { job, observed, settings, now, decision }
+    }
+
+    fn set(&mut self, kind: Kind, truth: Truth, reason: &str, message: &str) {
+        conditions::set(&mut self.decision.status, self.now, kind, truth, reason, message);
+    }
+
+    /// Says where the run is.
+    fn say(&mut self, reason: &str, message: &str) {
+        self.set(Kind::Succeeded, Truth::Unknown, reason, message);
+    }
+
+    fn note(&mut self, is_warning: bool, reason: &str, message: impl Into<String>) {
+        let message = message.into();
+        self.decision.notes.push(Note { is_warning, reason: reason.to_owned(), message });
+    }
+
+    fn look_again_in(&mut self, wait: Duration) {
+        let soonest = self.decision.look_again.map_or(wait, |other| other.min(wait));
+        self.decision.look_again = Some(soonest);
+    }
+
+    fn look_again_at(&mut self, time: Timestamp) {
+        let wait = self.now.duration_until(time);
+        self.look_again_in(Duration::try_from(wait).unwrap_or_default());
+    }
+
+    fn is_suspended(&self) -> bool {
+        self.job.spec.suspend == Some(true)
+    }
+
+    fn name(&self) -> &'a str {
+        self.job.metadata.name.as_deref().unwrap_or_default()
+    }
+
+    fn is_overdue(&mut self) -> bool {
+        let start = self.decision.status.start_time.clone();
+        let (Some(seconds), Some(start)) = (self.job.spec.active_deadline_seconds, start) else {
+            return false;
+        };
+        let end = start.0 + SignedDuration::from_secs(seconds);
+        if self.now < end {
+            self.look_again_at(end);
+        }
+        self.now >= end
+    }
+
+    /// Ends the run for good.
+    fn finish(&mut self, truth: Truth, reason: &str, message: &str) {
+        self.set(Kind::Succeeded, truth, reason, message);
+        self.decision.status.completion_time = Some(Time(self.now));
+        if let Some(progress) = &mut self.decision.status.progress {
+            progress.eta = None;
+            progress.eta_seconds = None;
+        }
+        self.note(truth != Truth::True, reason, message);
+        self.after_the_end();
+    }
+
+    /// Leaves nothing running, and deletes the job when its time has come.
+    fn after_the_end(&mut self) {
+        self.stop_all();
+        self.decision.look_again = None;
+        let status = &self.decision.status;
+        let (Some(ttl), Some(end)) =
+            (self.job.spec.ttl_seconds_after_finished, status.completion_time.clone())
+        else {
+            return;
+        };
+        let due = end.0 + SignedDuration::from_secs(ttl);
+        if self.now >= due {
+            self.decision.actions.push(Action::DeleteSelf);
+        } else {
+            self.look_again_at(due);
+        }
+    }
+
+    /// Deletes every Job that has not ended, and pods without one.
+    fn stop_all(&mut self) {
+        let live = self.observed.jobs.iter().filter(|job| job.ended.is_none() && !job.is_deleting);
+        let jobs = live.map(|job| Action::DeleteJob { name: job.name.clone(), uid: job.uid.clone() });
+        let actions: Vec<Action> = jobs.chain(self.stray_deletions()).collect();
+        self.decision.actions.extend(actions);
+    }
+
+    fn stray_deletions(&self) -> Vec<Action> {
+        self.observed
+            .strays()
+            .filter(|pod| !pod.is_deleting)
+            .map(|pod| Action::DeletePod { name: pod.name.clone(), uid: pod.uid.clone() })
+            .collect()
+    }
+
+    /// Takes the run one step further.
+    fn go_on(&mut self) {
+        if !self.is_suspended() {
+            self.set(Kind::Suspended, Truth::False, "NotSuspended", "spec.suspend is not set");
+        }
+        if self.decision.status.plan.is_none() {
+            self.preflight();
+        }
+        if let Some(plan) = self.decision.status.plan.clone()
+            && !conditions::is_finished(&self.decision.status)
+        {
+            self.training(&plan);
+        }
+    }
+
+    fn preflight(&mut self) {
+        let config = finetune_contract::render(&wishes::preflight_config(self.job, false));
+        let Some(ending) = self.pursue(Step::Preflight, &config, None) else { return };
+        let (code, message) = match ending {
+            Ending::Exited { code, message } => (code, message),
+            Ending::OutOfMemory => {
+                return self.finish(
+                    Truth::False,
+                    "OutOfMemory",
+                    "the preflight's pod has too little memory for this dataset: an administrator must raise preflight.memoryGiB of the operator's settings",
+                );
+            }
+            Ending::Disrupted(why) => return self.try_again_after_disruption(&why),
+        };
+        let report = match finetune_contract::parse::<PreflightReport>(&message) {
+            Ok(report) => report,
+            Err(error) => return self.without_report(code, &message, &error.to_string()),
+        };
+        let retryable = |problem: &finetune_contract::Problem| {
+            problem.reason.exit_code().is_retryable()
+        };
+        if !report.problems.is_empty() && report.problems.iter().all(retryable) {
+            return self.try_again_after_failure("StoreUnavailable", &listed(&report));
+        }
+        match placement::place(self.job, &report, &self.settings.accelerators) {
+            Ok(placement) => self.take_plan(&placement),
+            Err(unplaced) => self.refuse(&unplaced, &report),
+        }
+    }
+
+    fn take_plan(&mut self, placement: &Placement) {
+        let Placement { plan, accelerator, pod } = placement;
+        let summary = format!(
+            "On {accelerator}: {}\n\n{}",
+            placement::describe(pod),
+            render::text(plan)
+        );
+        let bytes = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
+        let method = if plan.run_config.lora.is_some() { "LoRA" } else { "Full" };
+        self.decision.status.plan = Some(PlanStatus {
+            run_id: plan.run_config.run_id.0.clone(),
+            method: method.to_owned(),
+            accelerator: accelerator.clone(),
+            summary: cut(&summary, 16_000),
+            predicted_peak_bytes: bytes(plan.memory.total()),
+            estimated_seconds: plan.seconds.map(|seconds| seconds.ceil() as i64),
+            pod: PodStatus {
+                cpu_millis: pod.cpu_millis,
+                memory_bytes: bytes(pod.memory_bytes),
+                shared_memory_bytes: bytes(pod.shared_memory_bytes),
+                storage_bytes: bytes(pod.storage_bytes),
+            },
+            run_config: finetune_contract::render(&plan.run_config),
+        });
+        self.decision.status.attempt = Some(first_try(Step::Training));
+        self.set(Kind::Accepted, Truth::True, "PreflightPassed", "model, dataset and output can be used");
+        let time = plan.seconds.map_or(String::new(), |seconds| format!(", about {}", render::duration(seconds)));
+        let message = format!(
+            "{method} on one {accelerator}, {}{time}; see status.plan.summary",
+            render::bytes(plan.memory.total())
+        );
+        self.set(Kind::Planned, Truth::True, "Planned", &message);
+        self.note(false, "Planned", message);
+    }
+
+    fn refuse(&mut self, unplaced: &Unplaced, report: &PreflightReport) {
+        let hidden = report.problems_total.saturating_sub(report.problems.len() as u64);
+        let more = if hidden > 0 { format!("\nand {hidden} more") } else { String::new() };
+        let message = format!("{unplaced}{more}");
+        match unplaced {
+            Unplaced::Problems(_) => {
+                let reason = unplaced
+                    .reason()
+                    .map_or_else(|| "InvalidSpec".to_owned(), |reason| format!("{reason:?}"));
+                self.set(Kind::Accepted, Truth::False, &reason, &message);
+                self.finish(Truth::False, &reason, &message);
+            }
+            Unplaced::TooLarge(_) => {
+                self.set(Kind::Accepted, Truth::True, "PreflightPassed", "model, dataset and output can be used");
+                self.set(Kind::Planned, Truth::False, "NoAcceleratorFits", &message);
+                self.finish(Truth::False, "NoAcceleratorFits", &message);
+            }
+            Unplaced::SeveralRanks { .. } => {
+                // Held, not failed: it can be planned once the settings have changed.
+                self.set(Kind::Accepted, Truth::True, "PreflightPassed", "model, dataset and output can be used");
+                self.set(Kind::Planned, Truth::False, "SeveralRanksNeeded", &message);
+                self.say("SeveralRanksNeeded", &message);
+            }
+        }
+    }
+
+    fn training(&mut self, plan: &PlanStatus) {
+        let config = match finetune_contract::parse::<RunConfig>(&plan.run_config) {
+            Ok(config) => config,
+            Err(error) => {
+                return self.finish(
+                    Truth::False,
+                    "PlanUnreadable",
+                    &format!("the plan in status.plan was made by another release: {error}; create the job again"),
+                );
+            }
+        };
+        let number = self.attempt(Step::Training).number;
+        let config = RunConfig { attempt: number.unsigned_abs(), ..config };
+        let text = finetune_contract::render(&config);
+        let Some(ending) = self.pursue(Step::Training, &text, Some(plan)) else { return };
+        let (code, message) = match ending {
+            Ending::Exited { code, message } => (code, message),
+            Ending::OutOfMemory => return self.out_of_memory(plan),
+            Ending::Disrupted(why) => return self.try_again_after_disruption(&why),
+        };
+        let report = match finetune_contract::parse::<RunReport>(&message) {
+            Ok(report) => report,
+            Err(error) => return self.without_report(code, &message, &error.to_string()),
+        };
+        self.take_report(&report);
+    }
+
+    fn take_report(&mut self, report: &RunReport) {
+        match &report.outcome {
+            Outcome::Succeeded { kind, uri, manifest_sha256, .. } => {
+                self.decision.status.result = Some(ResultStatus {
+                    uri: uri.clone(),
+                    kind: format!("{kind:?}"),
+                    manifest_sha256: manifest_sha256.clone(),
+                    eval_loss: report.eval_loss.map(|[_, after]| after),
+                    steps: i64::try_from(report.steps).unwrap_or(i64::MAX),
+                    measured_peak_bytes: i64::try_from(report.measured_peak_bytes).unwrap_or(i64::MAX),
+                });
+                if let Some(progress) = &mut self.decision.status.progress {
+                    progress.step = i64::try_from(report.steps).unwrap_or(i64::MAX);
+                    progress.loss = report.train_loss.map(|[_, last]| last).or(progress.loss);
+                    progress.eval_loss = report.eval_loss.map(|[_, after]| after).or(progress.eval_loss);
+                }
+                let message = format!("{kind:?} at {uri}, read back and proven");
+                self.set(Kind::Published, Truth::True, "Proven", &message);
+                self.finish(Truth::True, "Succeeded", &message);
+            }
+            Outcome::Interrupted { checkpoint_step } => self.try_again_after_disruption(&format!(
+                "the trainer was told to stop and saved step {checkpoint_step}"
+            )),
+            Outcome::Failed { reason, message } => {
+                let word = format!("{reason:?}");
+                if reason.exit_code().is_retryable() {
+                    self.try_again_after_failure(&word, message);
+                } else if *reason == FailureReason::OutOfMemory {
+                    self.finish(Truth::False, "OutOfMemory", message);
+                } else {
+                    self.finish(Truth::False, &word, message);
+                }
+            }
+        }
+    }
+
+    fn out_of_memory(&mut self, plan: &PlanStatus) {
+        let limit = render::bytes(plan.pod.memory_bytes.unsigned_abs());
+        let message = format!(
+            "the kernel ended the trainer at its limit of {limit} (predicted: {}): lower training.trainBatchSizePerDevice or training.contextLength, set training.recompute: block, or set resources.limits.memory",
+            render::bytes(plan.predicted_peak_bytes.unsigned_abs())
+        );
+        self.finish(Truth::False, "OutOfMemory", &message);
+    }
+
+    /// The program ended, and what it left is no report.
+    fn without_report(&mut self, code: i32, message: &str, error: &str) {
+        let left = if message.trim().is_empty() { "no report".to_owned() } else { error.to_owned() };
+        let what = format!("the trainer ended with status {code} and left {left}");
+        match ExitCode::from_code(code) {
+            // A report that cannot be read, or a refusal of its own input: the same again.
+            Some(exit) if !exit.is_retryable() => {
+                let hint = "are the operator and the trainer's image of the same release?";
+                self.finish(Truth::False, "TrainerFailed", &format!("{what}: {hint}"));
+            }
+            // Killed, crashed, or a store that did not answer.
+            _ => self.try_again_after_failure("TrainerFailed", &what),
+        }
+    }
+
+    fn attempt(&self, step: Step) -> AttemptStatus {
+        self.decision.status.attempt.clone().filter(|attempt| attempt.step == step).unwrap_or_else(|| first_try(step))
+    }
+
+    fn try_again_after_disruption(&mut self, why: &str) {
+        let Some(attempt) = self.decision.status.attempt.clone() else { return };
+        let disruptions = attempt.disruptions + 1;
+        if disruptions > self.settings.disruptions || is_last(&attempt) {
+            return self.finish(
+                Truth::False,
+                "TooManyDisruptions",
+                &format!("the cluster ended {disruptions} tries, the last one: {why}"),
+            );
+        }
+        let next = AttemptStatus { disruptions, ..next_try(attempt, self.now + DISRUPTION_WAIT) };
+        self.wait_for(next, "Retrying", why);
+    }
+
+    fn try_again_after_failure(&mut self, reason: &str, why: &str) {
+        let Some(attempt) = self.decision.status.attempt.clone() else { return };
+        let failures = attempt.failures + 1;
+        if failures > self.settings.retries || is_last(&attempt) {
+            return self.finish(
+                Truth::False,
+                reason,
+                &format!("{why}\nThis was try {failures} of {failures}."),
+            );
+        }
+        let doublings = u32::try_from(failures - 1).unwrap_or(0).min(16);
+        let wait = (FIRST_WAIT * 2_i32.saturating_pow(doublings)).min(LONGEST_WAIT);
+        let next = AttemptStatus { failures, ..next_try(attempt, self.now + wait) };
+        self.wait_for(next, "Retrying", why);
+    }
+
+    fn wait_for(&mut self, next: AttemptStatus, reason: &str, why: &str) {
+        if let Some(time) = &next.retry_time {
+            self.look_again_at(time.0);
+        }
+        let message = format!("try {} follows, because: {why}", next.number + 1);
+        self.say(reason, &message);
+        self.note(true, reason, message);
+        self.decision.status.attempt = Some(next);
+    }
+
+    /// Sees to it that the current try of a step runs; returns how it ended once it has.
+    fn pursue(&mut self, step: Step, config: &str, plan: Option<&PlanStatus>) -> Option<Ending> {
+        let attempt = self.attempt(step);
+        self.decision.status.attempt = Some(attempt.clone());
+        let name = job_name(self.name(), step, attempt.number);
+        let Some(job) = self.observed.job(&name) else {
+            return self.without_job(step, &attempt, config, plan);
+        };
+        if let Some(attempt) = &mut self.decision.status.attempt {
+            attempt.job_uid = Some(job.uid.clone());
+        }
+        let pod = self.observed.pod_of(job);
+        if job.is_deleting {
+            self.say("Stopping", "the pods of this try are ending");
+            return None;
+        }
+        if let Some(is_success) = job.ended {
+            return Some(ending(pod, is_success));
+        }
+        if self.is_suspended() {
+            self.decision
+                .actions
+                .push(Action::DeleteJob { name: job.name.clone(), uid: job.uid.clone() });
+            self.say("Stopping", "spec.suspend is set: the pods of this try save a checkpoint and end");
+            return None;
+        }
+        self.watch(step, job, pod);
+        None
+    }
+
+    /// There is no Job: it is to be made, or somebody deleted it.
+    fn without_job(
+        &mut self,
+        step: Step,
+        attempt: &AttemptStatus,
+        config: &str,
+        plan: Option<&PlanStatus>,
+    ) -> Option<Ending> {
+        if attempt.job_uid.is_some() {
+            if !self.is_suspended() {
+                return Some(Ending::Disrupted("its Job was deleted".to_owned()));
+            }
+            let retry_time = None;
+            self.decision.status.attempt =
+                Some(AttemptStatus { retry_time, ..next_try(attempt.clone(), self.now) });
+        }
+        if self.is_suspended() {
+            let message = "spec.suspend is set; set it to false to go on from the last checkpoint";
+            self.set(Kind::Suspended, Truth::True, "Suspended", message);
+            self.say("Suspended", message);
+            return None;
+        }
+        // A pod without a Job would work on the same run.
+        let strays = self.observed.strays().count();
+        if strays > 0 {
+            let deletions = self.stray_deletions();
+            self.decision.actions.extend(deletions);
+            self.say("Stopping", &format!("{strays} pods of an earlier try are ending"));
+            return None;
+        }
+        if let Some(time) = attempt.retry_time.as_ref().filter(|time| time.0 > self.now) {
+            self.look_again_at(time.0);
+            return None;
+        }
+        if step == Step::Training && self.job.spec.approval == Some(Approval::Manual) {
+            let message = "read status.plan.summary, then set spec.approval to Auto";
+            self.say("AwaitingApproval", message);
+            return None;
+        }
+        self.start(step, attempt.number, config, plan);
+        None
+    }
+
+    fn start(&mut self, step: Step, number: i32, config: &str, plan: Option<&PlanStatus>) {
+        let place = match plan {
+            None => None,
+            Some(plan) => {
+                let Some(accelerator) = self.settings.accelerator(&plan.accelerator) else {
+                    let message = format!(
+                        "the operator's settings no longer list the accelerator {:?} of the plan: an administrator must add it again, or create the job again",
+                        plan.accelerator
+                    );
+                    return self.say("AcceleratorMissing", &message);
+                };
+                Some((accelerator, pod_size(&plan.pod)))
+            }
+        };
+        let attempt = Attempt { step, number, config, place };
+        let job = build::job(self.job, self.settings, &attempt);
+        self.decision.actions.push(Action::CreateJob(Box::new(job)));
+        match step {
+            Step::Preflight => self.say("Preflight", "model, dataset and output are being checked"),
+            Step::Training if self.job.metadata.labels.as_ref().is_some_and(|labels| labels.contains_key(QUEUE_LABEL)) => {
+                self.say("Queued", "the queue decides when the pod starts");
+            }
+            Step::Training => self.say("Starting", "the training pod is being started"),
+        }
+        if step == Step::Training && self.decision.status.start_time.is_none() {
+            self.decision.status.start_time = Some(Time(self.now));
+        }
+    }
+
+    /// The Job is there and has not ended: say how it is.
+    fn watch(&mut self, step: Step, job: &ObservedJob, pod: Option<&ObservedPod>) {
+        if job.is_suspended {
+            return self.say("Queued", "the queue decides when the pod starts");
+        }
+        let starting = match step {
+            Step::Preflight => "Preflight",
+            Step::Training => "Starting",
+        };
+        match pod.map(|pod| &pod.state) {
+            None => self.say(starting, "the pod is being made"),
+            Some(PodState::Unschedulable(message)) => self.say("Unschedulable", message),
+            Some(PodState::Waiting { reason, message }) => {
+                self.wait_for_start(starting, job, reason, message);
+            }
+            Some(PodState::Running) if step == Step::Preflight => {
+                self.say("Preflight", "model, dataset and output are being checked");
+            }
+            Some(PodState::Running) => self.take_progress(),
+            Some(PodState::Ended { .. }) => self.say("Finishing", "the pod has ended"),
+        }
+    }
+
+    /// The container has not started: it is early, or the kubelet cannot start it.
+    fn wait_for_start(&mut self, starting: &str, job: &ObservedJob, reason: &str, message: &str) {
+        let word = match reason {
+            "ErrImagePull" | "ImagePullBackOff" | "InvalidImageName" | "ErrImageNeverPull" => "ImagePullFailed",
+            "CreateContainerConfigError" => "SecretOrConfigMapMissing",
+            "CreateContainerError" | "RunContainerError" => "ContainerCannotStart",
+            _ => return self.say(starting, "the pod is being started"),
+        };
+        let deadline = job.created.map(|created| {
+            created + SignedDuration::from_secs(self.settings.startup_deadline_seconds)
+        });
+        match deadline {
+            Some(deadline) if self.now >= deadline => self.finish(
+                Truth::False,
+                word,
+                &format!("{message}\nIt did not start within {} s.", self.settings.startup_deadline_seconds),
+            ),
+            Some(deadline) => {
+                self.say(word, message);
+                self.look_again_at(deadline);
+            }
+            None => self.say(word, message),
+        }
+    }
+
+    fn take_progress(&mut self) {
+        self.look_again_in(PROGRESS_INTERVAL);
+        let Some(progress) = &self.observed.progress else {
+            // Not asked just now, or it does not answer: what was known stays.
+            if self.decision.status.progress.is_none() {
+                self.say("Starting", "the trainer is loading the model and the rows");
+            }
+            return;
+        };
+        self.decision.status.progress = Some(progress_status(progress, self.now));
+        match progress.stage {
+            Stage::Fetching | Stage::Loading => {
+                self.say("Starting", "the trainer is loading the model and the rows");
+            }
+            Stage::Training | Stage::Evaluating => self.say("Training", "see status.progress"),
+            Stage::Exporting | Stage::Publishing | Stage::Verifying => {
+                self.say("Publishing", "the result is being written, read back and proven");
+            }
+        }
+    }
+}
+
+fn progress_status(progress: &Progress, now: Timestamp) -> ProgressStatus {
+    let whole = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+    // A loss that is not a number is said by the trainer's end, not here: JSON has no word for it.
+    let finite = |value: Option<f64>| value.filter(|value| value.is_finite());
+    ProgressStatus {
+        stage: format!("{:?}", progress.stage),
+        step: whole(progress.step),
+        total_steps: whole(progress.total_steps),
+        loss: finite(progress.loss),
+        eval_loss: finite(progress.eval_loss),
+        tokens_per_second: finite(progress.tokens_per_second),
+        eta_seconds: progress.eta_seconds.map(whole),
+        eta: progress.eta_seconds.map(|seconds| render::duration(seconds as f64)),
+        last_updated_time: Some(Time(now)),
+    }
+}
+
+fn pod_size(pod: &PodStatus) -> PodSize {
+    PodSize {
+        cpu_millis: pod.cpu_millis,
+        memory_bytes: pod.memory_bytes.unsigned_abs(),
+        shared_memory_bytes: pod.shared_memory_bytes.unsigned_abs(),
+        storage_bytes: pod.storage_bytes.unsigned_abs(),
+    }
+}
+
+fn ending(pod: Option<&ObservedPod>, is_success: bool) -> Ending {
+    let Some(pod) = pod else {
+        return Ending::Disrupted("its pod is gone".to_owned());
+    };
+    match &pod.state {
+        PodState::Ended { code: Some(0), message, .. } if is_success => {
+            Ending::Exited { code: 0, message: message.clone() }
+        }
+        // The trainer's own word on a stop it was asked for counts as the disruption it is.
+        _ if pod.is_disrupted => Ending::Disrupted("the cluster ended its pod".to_owned()),
+        PodState::Ended { is_out_of_memory: true, .. } => Ending::OutOfMemory,
+        PodState::Ended { code: Some(code), message, .. } => {
+            Ending::Exited { code: *code, message: message.clone() }
+        }
+        PodState::Ended { code: None, message, .. } => {
+            Ending::Disrupted(format!("its pod ended before it ran: {message}"))
+        }
+        PodState::Unschedulable(_) | PodState::Waiting { .. } | PodState::Running => {
+            Ending::Disrupted("its pod was lost".to_owned())
+        }
+    }
+}
+
+fn first_try(step: Step) -> AttemptStatus {
+    AttemptStatus { step, number: 0, failures: 0, disruptions: 0, job_uid: None, retry_time: None }
+}
+
+fn next_try(attempt: AttemptStatus, at: Timestamp) -> AttemptStatus {
+    AttemptStatus {
+        number: attempt.number + 1,
+        job_uid: None,
+        retry_time: Some(Time(at)),
+        ..attempt
+    }
+}
+
+fn is_last(attempt: &AttemptStatus) -> bool {
+    match attempt.step {
+        Step::Preflight => attempt.number + 1 >= PREFLIGHT_TRIES,
+        Step::Training => attempt.number >= 1000,
+    }
+}
+
+fn listed(report: &PreflightReport) -> String {
+    let lines: Vec<String> = report.problems.iter().map(ToString::to_string).collect();
+    lines.join("\n")
+}
+
+fn cut(text: &str, limit: usize) -> String {
+    let end = (0..=limit.min(text.len())).rev().find(|&end| text.is_char_boundary(end));
+    text[..end.unwrap_or(0)].to_owned()
+}
+
+#[cfg(test)]
+#[path = "lifecycle_tests.rs"]
+mod tests;

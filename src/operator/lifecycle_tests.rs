@@ -1,0 +1,466 @@
+//! A job's life, told by a small world that does what is decided.
+
+use finetune_contract::{
+    ArtifactKind, CONTRACT_VERSION, FailureReason, Outcome, PreflightReport, Problem,
+    ProblemReason, Progress, Proof, RunConfig, RunId, RunReport, Stage, parse, render,
+};
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use kube::ResourceExt;
+
+use super::{
+    Action, Decision,
+    super::{
+        conditions::{Kind, find},
+        observe::{Observed, ObservedJob, ObservedPod, PodState},
+        settings::Settings,
+    },
+    decide,
+};
+use crate::{api::FineTuneJob, manifest, plan::fixture};
+
+const SETTINGS: &str = "trainerImage: trainer:1\naccelerators:\n- {name: cpu, cpu: 2, memoryGiB: 4, bf16Tflops: 0.5, fp32Tflops: 0.2, hasBf16: true}\n- {name: a100, resourceName: nvidia.com/gpu, memoryGiB: 80, bf16Tflops: 312, fp32Tflops: 19, hasBf16: true}\nretries: 2\ndisruptions: 2\n";
+
+/// A cluster of one job: actions take effect at once, pods end when a test says so.
+struct World {
+    job: FineTuneJob,
+    observed: Observed,
+    settings: Settings,
+    now: Timestamp,
+    next_uid: u32,
+    writes: u32,
+}
+
+impl World {
+    fn new(lines: &str) -> Self {
+        let text = include_str!("../../examples/minimal.yaml").replace("file:///", "s3://");
+        let mut job = manifest::parse(&format!("{text}{lines}")).unwrap();
+        job.metadata.namespace = Some("team".to_owned());
+        job.metadata.uid = Some("job-uid".to_owned());
+        job.metadata.generation = Some(1);
+        Self {
+            job,
+            observed: Observed::default(),
+            settings: Settings::parse(SETTINGS).unwrap(),
+            now: "2026-01-01T00:00:00Z".parse().unwrap(),
+            next_uid: 0,
+            writes: 0,
+        }
+    }
+
+    /// Visits until nothing changes, as watches would make it.
+    fn settle(&mut self) -> Decision {
+        for _ in 0..20 {
+            let decision = decide(&self.job, &self.observed, &self.settings, self.now);
+            let is_quiet =
+                self.job.status.as_ref() == Some(&decision.status) && decision.actions.is_empty();
+            if is_quiet {
+                return decision;
+            }
+            self.writes += u32::from(self.job.status.as_ref() != Some(&decision.status));
+            self.job.status = Some(decision.status.clone());
+            for action in &decision.actions {
+                self.writes += 1;
+                self.act(action);
+            }
+        }
+        panic!("it does not come to rest: {:?}", self.job.status);
+    }
+
+    fn act(&mut self, action: &Action) {
+        match action {
+            Action::CreateJob(job) => {
+                self.next_uid += 1;
+                assert!(self.observed.job(&job.name_any()).is_none(), "made twice");
+                let uid = format!("uid-{}", self.next_uid);
+                self.observed.jobs.push(ObservedJob {
+                    name: job.name_any(),
+                    uid: uid.clone(),
+                    owner_uid: Some("job-uid".to_owned()),
+                    created: Some(self.now),
+                    is_suspended: job.spec.as_ref().and_then(|spec| spec.suspend).unwrap_or(false),
+                    is_deleting: false,
+                    ended: None,
+                });
+                self.observed.pods.push(ObservedPod {
+                    name: format!("{}-abcde", job.name_any()),
+                    uid: format!("pod-{uid}"),
+                    job_uid: Some(uid),
+                    created: Some(self.now),
+                    ip: Some("10.0.0.1".to_owned()),
+                    is_deleting: false,
+                    is_disrupted: false,
+                    state: PodState::Running,
+                });
+            }
+            Action::DeleteJob { uid, .. } => {
+                self.observed.jobs.retain(|job| job.uid != *uid);
+                self.observed.pods.retain(|pod| pod.job_uid.as_ref() != Some(uid));
+            }
+            Action::DeletePod { uid, .. } => self.observed.pods.retain(|pod| pod.uid != *uid),
+            Action::DeleteSelf => {}
+        }
+    }
+
+    /// Ends the newest pod and its Job.
+    fn end(&mut self, code: Option<i32>, message: &str) {
+        let job = self.observed.jobs.last_mut().unwrap();
+        job.ended = Some(code == Some(0));
+        let pod = self.observed.pods.last_mut().unwrap();
+        pod.state = PodState::Ended {
+            code,
+            is_out_of_memory: code == Some(137),
+            message: message.to_owned(),
+        };
+    }
+
+    fn pass_preflight(&mut self) {
+        self.settle();
+        let report = fixture::report(fixture::smollm2(), 1_000_000_000);
+        self.end(Some(0), &render(&report));
+    }
+
+    fn wait(&mut self, seconds: i64) {
+        self.now += SignedDuration::from_secs(seconds);
+    }
+
+    fn report(&self, outcome: Outcome) -> String {
+        render(&RunReport {
+            version: CONTRACT_VERSION,
+            run_id: RunId("r".to_owned()),
+            attempt: 0,
+            outcome,
+            steps: 10,
+            tokens_seen: 100,
+            resumed_from_step: None,
+            train_loss: Some([3.0, 1.0]),
+            eval_loss: None,
+            best_step: None,
+            tokens_per_second: None,
+            duration_seconds: 1.0,
+            predicted_peak_bytes: 2,
+            measured_peak_bytes: 1,
+        })
+    }
+
+    fn succeed(&mut self) {
+        let proof = Proof { files: 3, bytes: 10, max_logit_change: 1.0, loss_trained_and_reloaded: None };
+        let report = self.report(Outcome::Succeeded {
+            kind: ArtifactKind::Adapter,
+            uri: "s3://bucket/out".to_owned(),
+            manifest_sha256: "0".repeat(64),
+            proof,
+        });
+        self.end(Some(0), &report);
+    }
+
+    fn condition(&self, kind: Kind) -> String {
+        let status = self.job.status.clone().unwrap_or_default();
+        let condition = find(&status, kind).unwrap();
+        format!("{} {}", condition.status, condition.reason)
+    }
+
+    fn summary(&self) -> String {
+        self.condition(Kind::Succeeded)
+    }
+
+    fn message(&self) -> String {
+        let status = self.job.status.clone().unwrap_or_default();
+        find(&status, Kind::Succeeded).unwrap().message.clone()
+    }
+
+    fn tries(&self) -> (i32, i32, i32) {
+        let attempt = self.job.status.as_ref().unwrap().attempt.clone().unwrap();
+        (attempt.number, attempt.failures, attempt.disruptions)
+    }
+}
+
+#[test]
+fn a_life_without_trouble_takes_few_writes() {
+    let mut world = World::new("  loraConfig: {}\n");
+    world.settle();
+    assert_eq!(world.summary(), "Unknown Preflight");
+    world.pass_preflight();
+    world.settle();
+    assert_eq!(world.condition(Kind::Planned), "True Planned");
+    assert_eq!(world.summary(), "Unknown Starting");
+    let plan = world.job.status.as_ref().unwrap().plan.clone().unwrap();
+    assert_eq!((plan.method.as_str(), plan.accelerator.as_str()), ("LoRA", "cpu"));
+    let told: RunConfig = parse(&plan.run_config).unwrap();
+    world.observed.progress = Some(Progress {
+        version: CONTRACT_VERSION,
+        run_id: told.run_id,
+        stage: Stage::Training,
+        step: 5,
+        total_steps: 10,
+        epoch: 0.5,
+        loss: Some(2.0),
+        eval_loss: None,
+        learning_rate: None,
+        grad_norm: None,
+        tokens_per_second: Some(100.0),
+        tokens_seen: 50,
+        eta_seconds: Some(120),
+        peak_memory_bytes: 1,
+        checkpoint_step: None,
+        resumed_from_step: None,
+    });
+    let decision = world.settle();
+    assert_eq!(decision.look_again, Some(super::PROGRESS_INTERVAL));
+    assert_eq!(world.summary(), "Unknown Training");
+    world.observed.progress = None;
+    world.settle();
+    let progress = world.job.status.as_ref().unwrap().progress.clone().unwrap();
+    assert_eq!((progress.step, progress.eta.as_deref()), (5, Some("2 min")));
+    world.succeed();
+    let decision = world.settle();
+    assert_eq!(decision.look_again, None, "a finished job is left alone");
+    assert_eq!(world.summary(), "True Succeeded");
+    assert_eq!(world.condition(Kind::Published), "True Proven");
+    assert_eq!(world.observed.jobs.len(), 2);
+    // Events are two more: the plan and the end.
+    assert!(world.writes <= 10, "{} writes", world.writes);
+}
+
+#[test]
+fn problems_of_the_preflight_end_it_and_no_training_pod_is_made() {
+    let mut world = World::new("");
+    world.settle();
+    let mut report = fixture::report(fixture::smollm2(), 1);
+    report.problems = vec![Problem {
+        reason: ProblemReason::InvalidDataset,
+        location: "train.jsonl:3".to_owned(),
+        message: "is not JSON".to_owned(),
+    }];
+    report.problems_total = 7;
+    world.end(Some(65), &render(&report));
+    world.settle();
+    assert_eq!(world.summary(), "False InvalidDataset");
+    assert_eq!(world.condition(Kind::Accepted), "False InvalidDataset");
+    assert_eq!(world.message(), "train.jsonl:3: is not JSON\nand 6 more");
+    assert_eq!(world.observed.jobs.len(), 1);
+}
+
+#[test]
+fn a_store_that_does_not_answer_is_asked_again_later() {
+    let mut world = World::new("");
+    world.settle();
+    let mut report = fixture::report(fixture::smollm2(), 1);
+    report.problems = vec![Problem {
+        reason: ProblemReason::Unavailable,
+        location: "s3://b".to_owned(),
+        message: "timed out".to_owned(),
+    }];
+    for (tries, wait) in [(1, 10), (2, 20)] {
+        world.end(Some(69), &render(&report));
+        let decision = world.settle();
+        assert_eq!(world.summary(), "Unknown Retrying");
+        assert_eq!(world.tries(), (tries, tries, 0));
+        assert_eq!(decision.look_again.map(|wait| wait.as_secs()), Some(wait));
+        world.wait(wait as i64);
+        world.settle();
+        assert_eq!(world.summary(), "Unknown Preflight");
+    }
+    world.end(Some(69), &render(&report));
+    world.settle();
+    assert_eq!(world.summary(), "False StoreUnavailable");
+    assert!(world.message().contains("try 3 of 3"), "{}", world.message());
+}
+
+#[test]
+fn what_the_cluster_ends_goes_on_and_has_a_budget_of_its_own() {
+    let mut world = World::new("  loraConfig: {}\n");
+    world.pass_preflight();
+    world.settle();
+    // Evicted: the pod says so.
+    world.observed.pods.last_mut().unwrap().is_disrupted = true;
+    world.end(Some(75), "");
+    world.settle();
+    assert_eq!(world.tries(), (1, 0, 1));
+    world.wait(2);
+    world.settle();
+    // Deleted by hand, Job and pod.
+    world.observed.jobs.pop();
+    world.observed.pods.pop();
+    world.settle();
+    assert_eq!(world.tries(), (2, 0, 2));
+    assert!(world.message().contains("its Job was deleted"), "{}", world.message());
+    world.wait(2);
+    world.settle();
+    // Drained: the pod is gone without a trace.
+    world.observed.jobs.last_mut().unwrap().ended = Some(false);
+    world.observed.pods.pop();
+    world.settle();
+    assert_eq!(world.summary(), "False TooManyDisruptions");
+}
+
+#[test]
+fn a_pod_that_outlived_its_job_is_ended_before_another_starts() {
+    let mut world = World::new("  loraConfig: {}\n");
+    world.pass_preflight();
+    world.settle();
+    world.observed.jobs.pop();
+    let decision = decide(&world.job, &world.observed, &world.settings, world.now);
+    world.job.status = Some(decision.status);
+    world.wait(2);
+    let decision = decide(&world.job, &world.observed, &world.settings, world.now);
+    assert!(
+        matches!(decision.actions.as_slice(), [Action::DeletePod { .. }]),
+        "{:?}",
+        decision.actions
+    );
+    world.settle();
+    assert_eq!(world.observed.pods.len(), 2, "the preflight's and the new one");
+}
+
+#[test]
+fn failures_are_repeated_or_not_by_their_kind() {
+    let failed = |reason, message: &str| Outcome::Failed { reason, message: message.to_owned() };
+    for (reason, code, expected) in [
+        (FailureReason::StoreUnavailable, 69, "Unknown Retrying"),
+        (FailureReason::Diverged, 65, "False Diverged"),
+        (FailureReason::OutputExists, 78, "False OutputExists"),
+        (FailureReason::OutOfMemory, 71, "False OutOfMemory"),
+    ] {
+        let mut world = World::new("");
+        world.pass_preflight();
+        world.settle();
+        let report = world.report(failed(reason, "why"));
+        world.end(Some(code), &report);
+        world.settle();
+        assert_eq!(world.summary(), expected, "{reason:?}");
+    }
+    for (code, expected) in [(139, "Unknown Retrying"), (137, "False OutOfMemory")] {
+        let mut world = World::new("");
+        world.pass_preflight();
+        world.settle();
+        world.end(Some(code), "");
+        world.settle();
+        assert_eq!(world.summary(), expected, "{code}");
+    }
+}
+
+#[test]
+fn a_plan_waits_for_approval_and_does_not_change_meanwhile() {
+    let mut world = World::new("  loraConfig: {}\n  approval: Manual\n");
+    world.pass_preflight();
+    world.settle();
+    assert_eq!(world.summary(), "Unknown AwaitingApproval");
+    let plan = world.job.status.as_ref().unwrap().plan.clone();
+    world.settings.accelerators[0].memory_gi_b = 2.0;
+    world.job.spec.approval = Some(crate::api::Approval::Auto);
+    world.settle();
+    assert_eq!(world.summary(), "Unknown Starting");
+    assert_eq!(world.job.status.as_ref().unwrap().plan, plan);
+}
+
+#[test]
+fn suspended_it_gives_its_pod_back_and_goes_on_later() {
+    let mut world = World::new("  loraConfig: {}\n");
+    world.pass_preflight();
+    world.settle();
+    world.job.spec.suspend = Some(true);
+    world.settle();
+    assert_eq!(world.summary(), "Unknown Suspended");
+    assert_eq!(world.condition(Kind::Suspended), "True Suspended");
+    assert_eq!(world.observed.jobs.len(), 1, "the preflight's stays to be read");
+    world.job.spec.suspend = Some(false);
+    world.settle();
+    assert_eq!(world.tries(), (1, 0, 0), "a wish is neither failure nor disruption");
+    assert_eq!(world.summary(), "Unknown Starting");
+}
+
+#[test]
+fn a_deadline_ends_it() {
+    let mut world = World::new("  loraConfig: {}\n  activeDeadlineSeconds: 60\n");
+    world.pass_preflight();
+    let decision = world.settle();
+    assert!(decision.look_again.is_some_and(|wait| wait.as_secs() <= 60));
+    world.wait(60);
+    world.settle();
+    assert_eq!(world.summary(), "False DeadlineExceeded");
+    assert!(world.observed.jobs.iter().all(|job| job.ended.is_some()), "nothing runs on");
+}
+
+#[test]
+fn a_finished_job_is_deleted_when_its_time_is_over() {
+    let mut world = World::new("  loraConfig: {}\n  ttlSecondsAfterFinished: 30\n");
+    world.pass_preflight();
+    world.settle();
+    world.succeed();
+    let decision = world.settle();
+    assert_eq!(decision.look_again.map(|wait| wait.as_secs()), Some(30));
+    world.wait(30);
+    let decision = decide(&world.job, &world.observed, &world.settings, world.now);
+    assert_eq!(decision.actions, [Action::DeleteSelf]);
+}
+
+#[test]
+fn too_large_a_run_is_held_or_ended_by_what_would_help() {
+    let large = |lines: &str, accelerators: usize| {
+        let mut world = World::new(lines);
+        world.settings.accelerators.truncate(accelerators);
+        world.settle();
+        let report = fixture::report(fixture::llama_8b(), 1);
+        world.end(Some(0), &render(&report));
+        world.settle();
+        world.summary()
+    };
+    assert_eq!(large("", 2), "Unknown SeveralRanksNeeded");
+    assert_eq!(large("", 1), "False NoAcceleratorFits");
+    assert_eq!(large("  loraConfig: {}\n", 2), "Unknown Starting");
+}
+
+#[test]
+fn a_queue_decides_when_the_pod_starts() {
+    let mut world = World::new("  loraConfig: {}\n");
+    world.job.metadata.labels =
+        Some([(super::QUEUE_LABEL.to_owned(), "research".to_owned())].into());
+    world.pass_preflight();
+    world.settle();
+    assert_eq!(world.summary(), "Unknown Queued");
+    world.observed.jobs.last_mut().unwrap().is_suspended = false;
+    world.settle();
+    assert_eq!(world.summary(), "Unknown Starting");
+}
+
+#[test]
+fn an_image_that_is_not_there_is_said_at_once_and_given_up_later() {
+    let mut world = World::new("  loraConfig: {}\n");
+    world.settle();
+    world.observed.pods.last_mut().unwrap().state = PodState::Waiting {
+        reason: "ImagePullBackOff".to_owned(),
+        message: "not found".to_owned(),
+    };
+    world.settle();
+    assert_eq!(world.summary(), "Unknown ImagePullFailed");
+    world.wait(600);
+    world.settle();
+    assert_eq!(world.summary(), "False ImagePullFailed");
+    assert!(world.observed.jobs.is_empty());
+}
+
+#[test]
+fn a_report_of_another_release_says_so() {
+    let mut world = World::new("");
+    world.settle();
+    world.end(Some(0), "{\"version\": 2}");
+    world.settle();
+    assert_eq!(world.summary(), "False TrainerFailed");
+    assert!(world.message().contains("same release"), "{}", world.message());
+}
+
+#[test]
+fn files_of_ones_own_machine_are_refused_before_any_pod() {
+    let mut world = World::new("");
+    world.job.spec.dataset.train = "file:///data/train.jsonl".to_owned();
+    world.settle();
+    assert_eq!(world.summary(), "False InvalidSpec");
+    assert!(world.message().contains("spec.dataset.train"), "{}", world.message());
+    assert!(world.observed.jobs.is_empty());
+}
+
+#[test]
+fn the_report_fits_what_a_preflight_really_writes() {
+    let report: PreflightReport = fixture::report(fixture::llama_8b(), 1);
+    assert!(render(&report.fit()).len() <= finetune_contract::TERMINATION_MESSAGE_LIMIT);
+}

@@ -1,0 +1,161 @@
+//! What Prometheus reads of the operator. Names follow controller-runtime's where there is one.
+
+use std::time::Instant;
+
+use prometheus::{
+    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounterVec, IntGauge,
+    IntGaugeVec, Opts, Registry, TextEncoder,
+};
+
+/// All metrics of the operator.
+#[derive(Clone)]
+pub struct Metrics {
+    registry: Registry,
+    /// Visits by result: `success`, `error` or `conflict`.
+    pub reconciles: IntCounterVec,
+    /// Visits that failed.
+    pub reconcile_errors: prometheus::IntCounter,
+    /// Seconds of a visit.
+    pub reconcile_seconds: Histogram,
+    /// Visits under way.
+    pub active_workers: IntGauge,
+    /// 1 in the replica that acts.
+    pub leader: Gauge,
+    /// Calls of the apiserver by method, resource and status.
+    pub api_requests: IntCounterVec,
+    /// Errors of watches by resource.
+    pub watch_errors: IntCounterVec,
+    /// Jobs by namespace and the reason of their condition `Succeeded`.
+    pub jobs: IntGaugeVec,
+    /// Jobs that ended, by namespace, method, result and reason.
+    pub completions: IntCounterVec,
+    /// Seconds from the first training pod to the end, by method.
+    pub job_seconds: HistogramVec,
+    /// Tries that were repeated, by namespace and cause.
+    pub retries: IntCounterVec,
+    /// Predicted memory of jobs that ended, in bytes.
+    pub predicted_bytes: GaugeVec,
+    /// Measured memory of jobs that ended, in bytes.
+    pub measured_bytes: GaugeVec,
+}
+
+impl Metrics {
+    /// Makes and registers them.
+    ///
+    /// # Errors
+    /// The registry's, if two had one name.
+    pub fn new() -> prometheus::Result<Self> {
+        let registry = Registry::new();
+        let counters = |name: &str, help: &str, labels: &[&str]| {
+            let counters = IntCounterVec::new(Opts::new(name, help), labels)?;
+            registry.register(Box::new(counters.clone()))?;
+            Ok::<_, prometheus::Error>(counters)
+        };
+        let gauges = |name: &str, help: &str, labels: &[&str]| {
+            let gauges = GaugeVec::new(Opts::new(name, help), labels)?;
+            registry.register(Box::new(gauges.clone()))?;
+            Ok::<_, prometheus::Error>(gauges)
+        };
+        let reconcile_errors = prometheus::IntCounter::new(
+            "finetune_operator_reconcile_errors_total",
+            "Visits of a job that failed and are repeated",
+        )?;
+        let reconcile_seconds = Histogram::with_opts(
+            HistogramOpts::new("finetune_operator_reconcile_time_seconds", "Seconds of a visit of a job")
+                .buckets(vec![0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0]),
+        )?;
+        let active_workers =
+            IntGauge::new("finetune_operator_active_workers", "Visits under way")?;
+        let leader =
+            Gauge::new("finetune_operator_leader", "1 in the replica that acts, 0 in the others")?;
+        let jobs = IntGaugeVec::new(
+            Opts::new("finetune_jobs", "Jobs by the reason of their condition Succeeded"),
+            &["namespace", "reason"],
+        )?;
+        let job_seconds = HistogramVec::new(
+            HistogramOpts::new(
+                "finetune_job_duration_seconds",
+                "Seconds from the first training pod to the end",
+            )
+            .buckets(vec![30.0, 60.0, 300.0, 900.0, 1800.0, 3600.0, 10_800.0, 43_200.0, 172_800.0]),
+            &["method"],
+        )?;
+        registry.register(Box::new(reconcile_errors.clone()))?;
+        registry.register(Box::new(reconcile_seconds.clone()))?;
+        registry.register(Box::new(active_workers.clone()))?;
+        registry.register(Box::new(leader.clone()))?;
+        registry.register(Box::new(jobs.clone()))?;
+        registry.register(Box::new(job_seconds.clone()))?;
+        Ok(Self {
+            reconciles: counters(
+                "finetune_operator_reconcile_total",
+                "Visits of a job by result",
+                &["result"],
+            )?,
+            api_requests: counters(
+                "finetune_operator_api_requests_total",
+                "Calls of the apiserver",
+                &["method", "resource", "code"],
+            )?,
+            watch_errors: counters(
+                "finetune_operator_watch_errors_total",
+                "Errors of watches; they are opened again",
+                &["resource"],
+            )?,
+            completions: counters(
+                "finetune_job_completions_total",
+                "Jobs that ended",
+                &["namespace", "method", "result", "reason"],
+            )?,
+            retries: counters(
+                "finetune_job_retries_total",
+                "Tries that were repeated",
+                &["namespace", "cause"],
+            )?,
+            predicted_bytes: gauges(
+                "finetune_job_predicted_peak_bytes",
+                "Predicted memory of a job that succeeded",
+                &["namespace", "name"],
+            )?,
+            measured_bytes: gauges(
+                "finetune_job_measured_peak_bytes",
+                "Measured memory of a job that succeeded",
+                &["namespace", "name"],
+            )?,
+            reconcile_errors,
+            reconcile_seconds,
+            active_workers,
+            leader,
+            jobs,
+            job_seconds,
+            registry,
+        })
+    }
+
+    /// Starts timing a visit; the visit ends when the result is dropped.
+    pub fn visit(&self) -> Visit<'_> {
+        self.active_workers.inc();
+        Visit { metrics: self, started: Instant::now() }
+    }
+
+    /// Returns all of them in Prometheus' text format.
+    pub fn render(&self) -> String {
+        let mut text = Vec::new();
+        // Writing to memory does not fail.
+        let _ = TextEncoder::new().encode(&self.registry.gather(), &mut text);
+        String::from_utf8_lossy(&text).into_owned()
+    }
+}
+
+/// A visit under way.
+pub struct Visit<'a> {
+    metrics: &'a Metrics,
+    started: Instant,
+}
+
+impl Drop for Visit<'_> {
+    fn drop(&mut self) {
+        self.metrics.active_workers.dec();
+        self.metrics.reconcile_seconds.observe(self.started.elapsed().as_secs_f64());
+    }
+}

@@ -1,0 +1,106 @@
+//! The operator: FineTuneJobs of a cluster, from a manifest to a published result.
+//!
+//! In reading order: `observe` says what is seen of a job's children and `children` keeps it;
+//! `lifecycle` decides what happens next, without I/O, and `build` makes the objects of one try;
+//! `controller` drives and acts. `settings` are the administrator's; `leader`, `metrics`, `server`
+//! and `client` are what every operator has.
+
+pub mod build;
+pub mod children;
+pub mod client;
+pub mod conditions;
+pub mod controller;
+pub mod leader;
+pub mod lifecycle;
+pub mod metrics;
+pub mod observe;
+pub mod server;
+pub mod settings;
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use anyhow::{Context, Result, bail};
+use tokio::{signal::unix::SignalKind, sync::watch};
+use tracing::info;
+
+use controller::Operator;
+use leader::Candidate;
+use metrics::Metrics;
+use settings::Settings;
+
+/// Who and where this process is.
+#[derive(Debug, Clone)]
+pub struct Host {
+    /// Where `/metrics` and the probes are served.
+    pub listen: SocketAddr,
+    /// The namespace of the Lease.
+    pub namespace: String,
+    /// What tells this replica from others.
+    pub identity: String,
+}
+
+/// Runs the operator until it is told to stop, or loses the Lease.
+///
+/// # Errors
+/// If the apiserver's address is not known, the port is taken, or the Lease was lost: the process
+/// must end, and start again as one that waits.
+pub async fn run(settings: Settings, host: Host) -> Result<()> {
+    let metrics = Metrics::new()?;
+    let client = client::connect(metrics.clone()).await.context("cannot find a cluster")?;
+    let is_ready = Arc::new(AtomicBool::new(false));
+    let ready = Arc::clone(&is_ready);
+    let server = server::serve(host.listen, metrics.clone(), move || ready.load(Ordering::Relaxed));
+    let server = tokio::spawn(server);
+    let (stop, stopped) = watch::channel(false);
+    let mut signals = [SignalKind::terminate(), SignalKind::interrupt()]
+        .map(tokio::signal::unix::signal)
+        .into_iter()
+        .collect::<std::io::Result<Vec<_>>>()?;
+    let [terminate, interrupt] = signals.as_mut_slice() else { bail!("two signals were asked for") };
+
+    // Ready means able to reach the apiserver: a replica that waits is ready to take over.
+    client.apiserver_version().await.context("cannot reach the apiserver")?;
+    is_ready.store(true, Ordering::Relaxed);
+    let candidate = Candidate::new(client.clone(), &host.namespace, host.identity.clone());
+    tokio::select! {
+        () = candidate.acquire() => {}
+        _ = terminate.recv() => return Ok(()),
+        _ = interrupt.recv() => return Ok(()),
+        ended = server => bail!("cannot serve on {}: {}", host.listen, describe(ended)),
+    }
+    metrics.leader.set(1.0);
+    let operator = Arc::new(Operator::new(client, settings, metrics, host.identity)?);
+    let until_stopped = async move {
+        let mut stopped = stopped;
+        let _ = stopped.wait_for(|stop| *stop).await;
+    };
+    let visits = tokio::spawn(operator.run(until_stopped));
+    let is_lost = tokio::select! {
+        () = candidate.keep() => true,
+        _ = terminate.recv() => false,
+        _ = interrupt.recv() => false,
+    };
+    if is_lost {
+        // Another may act already: not one more write.
+        bail!("the lease was lost");
+    }
+    info!("stopping: visits under way are finished first");
+    stop.send_replace(true);
+    visits.await?;
+    candidate.release().await;
+    Ok(())
+}
+
+fn describe(ended: Result<std::io::Result<()>, tokio::task::JoinError>) -> String {
+    match ended {
+        Ok(Ok(())) => "the server ended".to_owned(),
+        Ok(Err(error)) => error.to_string(),
+        Err(error) => error.to_string(),
+    }
+}

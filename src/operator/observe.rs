@@ -1,0 +1,206 @@
+//! What is seen of a job's children, in the operator's own words.
+//!
+//! Kubernetes' objects are read once, when a watch tells of them, and only this is kept: a cache of
+//! thousands stays small.
+
+use finetune_contract::Progress;
+use k8s_openapi::{
+    api::{
+        batch::v1::Job,
+        core::v1::{ContainerState, ContainerStateTerminated, Pod},
+    },
+    apimachinery::pkg::apis::meta::v1::OwnerReference,
+    jiff::Timestamp,
+};
+use kube::ResourceExt;
+
+use super::build::CONTAINER;
+
+/// What is seen of one FineTuneJob.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Observed {
+    /// Its Jobs.
+    pub jobs: Vec<ObservedJob>,
+    /// Its pods, those of Jobs that are gone too.
+    pub pods: Vec<ObservedPod>,
+    /// What the trainer answered, if it was asked.
+    pub progress: Option<Progress>,
+}
+
+/// A Job.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ObservedJob {
+    /// Its name.
+    pub name: String,
+    /// Its UID.
+    pub uid: String,
+    /// The UID of what made it.
+    pub owner_uid: Option<String>,
+    /// When it was made.
+    pub created: Option<Timestamp>,
+    /// Whether it waits for a queue.
+    pub is_suspended: bool,
+    /// Whether it is on its way out.
+    pub is_deleting: bool,
+    /// Whether it succeeded, once it has ended.
+    pub ended: Option<bool>,
+}
+
+/// A pod.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ObservedPod {
+    /// Its name.
+    pub name: String,
+    /// Its UID.
+    pub uid: String,
+    /// The UID of the Job it belongs to.
+    pub job_uid: Option<String>,
+    /// When it was made.
+    pub created: Option<Timestamp>,
+    /// Where it can be asked.
+    pub ip: Option<String>,
+    /// Whether it is on its way out.
+    pub is_deleting: bool,
+    /// Whether the cluster, not the program, ended or ends it.
+    pub is_disrupted: bool,
+    /// How it is.
+    pub state: PodState,
+}
+
+/// How a pod is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PodState {
+    /// No node has room for it; the scheduler's words.
+    Unschedulable(String),
+    /// Its container cannot start; the kubelet's word and words, if it has any.
+    Waiting {
+        /// Such as `ImagePullBackOff`; empty if the kubelet has not said one.
+        reason: String,
+        /// The kubelet's words.
+        message: String,
+    },
+    /// Its container runs.
+    Running,
+    /// Its container has ended.
+    Ended {
+        /// The exit status; none if the pod ended without its container having run.
+        code: Option<i32>,
+        /// Whether the kernel ended it for want of memory.
+        is_out_of_memory: bool,
+        /// The termination message: what the trainer reported.
+        message: String,
+    },
+}
+
+impl Observed {
+    /// Finds a Job by name.
+    pub fn job(&self, name: &str) -> Option<&ObservedJob> {
+        self.jobs.iter().find(|job| job.name == name)
+    }
+
+    /// Finds the newest pod of a Job.
+    pub fn pod_of(&self, job: &ObservedJob) -> Option<&ObservedPod> {
+        let is_of_job = |pod: &&ObservedPod| pod.job_uid.as_ref() == Some(&job.uid);
+        self.pods.iter().filter(is_of_job).max_by_key(|pod| pod.created)
+    }
+
+    /// Lists pods that live though their Job is gone.
+    pub fn strays(&self) -> impl Iterator<Item = &ObservedPod> {
+        let has_job = |pod: &&ObservedPod| {
+            self.jobs.iter().any(|job| Some(&job.uid) == pod.job_uid.as_ref())
+        };
+        self.pods
+            .iter()
+            .filter(move |pod| !matches!(pod.state, PodState::Ended { .. }) && !has_job(pod))
+    }
+}
+
+fn controller(owners: &[OwnerReference]) -> Option<&OwnerReference> {
+    owners.iter().find(|owner| owner.controller == Some(true))
+}
+
+/// Reads a Job.
+pub fn observe_job(job: &Job) -> ObservedJob {
+    let conditions = job.status.as_ref().and_then(|status| status.conditions.as_deref());
+    let holds = |kind: &str| {
+        conditions
+            .unwrap_or_default()
+            .iter()
+            .any(|condition| condition.type_ == kind && condition.status == "True")
+    };
+    ObservedJob {
+        name: job.name_any(),
+        uid: job.uid().unwrap_or_default(),
+        owner_uid: controller(job.owner_references()).map(|owner| owner.uid.clone()),
+        created: job.metadata.creation_timestamp.as_ref().map(|time| time.0),
+        is_suspended: job.spec.as_ref().and_then(|spec| spec.suspend).unwrap_or(false),
+        is_deleting: job.metadata.deletion_timestamp.is_some(),
+        ended: match (holds("Complete"), holds("Failed")) {
+            (true, _) => Some(true),
+            (false, true) => Some(false),
+            (false, false) => None,
+        },
+    }
+}
+
+/// Reads a pod.
+pub fn observe_pod(pod: &Pod) -> ObservedPod {
+    let status = pod.status.as_ref();
+    let conditions = status.and_then(|status| status.conditions.as_deref()).unwrap_or_default();
+    let condition = |kind: &str| conditions.iter().find(|condition| condition.type_ == kind);
+    ObservedPod {
+        name: pod.name_any(),
+        uid: pod.uid().unwrap_or_default(),
+        job_uid: controller(pod.owner_references()).map(|owner| owner.uid.clone()),
+        created: pod.metadata.creation_timestamp.as_ref().map(|time| time.0),
+        ip: status.and_then(|status| status.pod_ip.clone()),
+        is_deleting: pod.metadata.deletion_timestamp.is_some(),
+        is_disrupted: condition("DisruptionTarget")
+            .is_some_and(|condition| condition.status == "True"),
+        state: observe_state(pod),
+    }
+}
+
+fn observe_state(pod: &Pod) -> PodState {
+    let status = pod.status.as_ref();
+    let phase = status.and_then(|status| status.phase.as_deref()).unwrap_or_default();
+    let container: Option<&ContainerState> = status
+        .and_then(|status| status.container_statuses.as_ref())
+        .and_then(|containers| containers.iter().find(|container| container.name == CONTAINER))
+        .and_then(|container| container.state.as_ref());
+    if let Some(ended) = container.and_then(|state| state.terminated.as_ref()) {
+        return ended_state(ended);
+    }
+    if phase == "Failed" || phase == "Succeeded" {
+        // The kubelet refused the pod or evicted it before its container ran.
+        let message = status.and_then(|status| status.message.clone()).unwrap_or_default();
+        return PodState::Ended { code: None, is_out_of_memory: false, message };
+    }
+    if container.is_some_and(|state| state.running.is_some()) {
+        return PodState::Running;
+    }
+    if let Some(waiting) = container.and_then(|state| state.waiting.as_ref()) {
+        return PodState::Waiting {
+            reason: waiting.reason.clone().unwrap_or_default(),
+            message: waiting.message.clone().unwrap_or_default(),
+        };
+    }
+    let conditions = status.and_then(|status| status.conditions.as_deref()).unwrap_or_default();
+    let unscheduled = conditions
+        .iter()
+        .find(|condition| condition.type_ == "PodScheduled" && condition.status == "False");
+    match unscheduled {
+        Some(condition) => {
+            PodState::Unschedulable(condition.message.clone().unwrap_or_default())
+        }
+        None => PodState::Waiting { reason: String::new(), message: String::new() },
+    }
+}
+
+fn ended_state(ended: &ContainerStateTerminated) -> PodState {
+    PodState::Ended {
+        code: Some(ended.exit_code),
+        is_out_of_memory: ended.reason.as_deref() == Some("OOMKilled"),
+        message: ended.message.clone().unwrap_or_default(),
+    }
+}

@@ -1,0 +1,265 @@
+//! Chooses the accelerator of a run in a cluster, and the size of its pod.
+
+use finetune_contract::{PreflightReport, Problem, ProblemReason};
+
+use super::{Place, RunPlan, accelerators::{Accelerator, ranks}, invalid, plan, render};
+use crate::api::FineTuneJob;
+
+/// What a pod needs over what its tensors do, as a factor: the allocator's slack and the error of
+/// the prediction.
+const MEMORY_SLACK: f64 = 1.25;
+/// What the container runtime and small files take of a pod's memory.
+const POD_BYTES: u64 = 192 << 20;
+/// Host memory of a pod whose tensors are on a device: runtime, staging buffers, the tokenizer.
+const DEVICE_HOST_BYTES: u64 = 4 << 30;
+/// Shared memory of a pod with a device.
+const DEVICE_SHARED_BYTES: u64 = 1 << 30;
+/// Scratch space for tokens, documents and small files.
+const SCRATCH_BYTES: u64 = 1 << 30;
+/// Processor cores of a pod for which the accelerator says none.
+const DEFAULT_CPU: f64 = 2.0;
+
+/// A run with its place.
+#[derive(Debug, Clone)]
+pub struct Placement {
+    /// The run.
+    pub plan: RunPlan,
+    /// The accelerator's name.
+    pub accelerator: String,
+    /// What its pod asks for.
+    pub pod: PodSize,
+}
+
+/// What one training pod asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PodSize {
+    /// Processor, in thousandths of a core.
+    pub cpu_millis: i64,
+    /// Memory, in bytes.
+    pub memory_bytes: u64,
+    /// Shared memory, in bytes, part of the memory.
+    pub shared_memory_bytes: u64,
+    /// Ephemeral storage, in bytes.
+    pub storage_bytes: u64,
+}
+
+/// Why no place was found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Unplaced {
+    /// The run is impossible wherever it runs; every reason.
+    Problems(Vec<Problem>),
+    /// No accelerator is large enough; what each lacks.
+    TooLarge(Vec<Problem>),
+    /// Only several ranks would hold it, which cannot be run yet.
+    SeveralRanks {
+        /// The accelerator.
+        accelerator: String,
+        /// How many would hold it.
+        ranks: u64,
+    },
+}
+
+/// Plans `job` for the first of `accelerators` that it fits.
+///
+/// # Errors
+/// [`Unplaced`] if it fits none.
+pub fn place(
+    job: &FineTuneJob,
+    report: &PreflightReport,
+    accelerators: &[Accelerator],
+) -> Result<Placement, Unplaced> {
+    let mut lacking = Vec::new();
+    for accelerator in accelerators {
+        match plan(job, report, Place::On(accelerator)) {
+            Ok(plan) => {
+                let pod = pod_size(&plan, accelerator, report);
+                let mut plan = plan;
+                plan.rejected.extend(lacking.iter().map(|problem: &Problem| super::Decision {
+                    field: "accelerator",
+                    value: problem.location.clone(),
+                    reason: problem.message.clone(),
+                }));
+                return Ok(Placement { plan, accelerator: accelerator.name.clone(), pod });
+            }
+            Err(problems) if problems.iter().all(|problem| problem.location == "memory") => {
+                lacking.extend(problems.into_iter().map(|problem| Problem {
+                    location: accelerator.name.clone(),
+                    ..problem
+                }));
+            }
+            Err(problems) => return Err(Unplaced::Problems(problems)),
+        }
+    }
+    if lacking.is_empty() {
+        lacking.push(invalid(
+            "accelerators",
+            "the operator's settings list none: an administrator must add one",
+        ));
+    }
+    Err(several_ranks(job, report, accelerators).unwrap_or(Unplaced::TooLarge(lacking)))
+}
+
+/// Finds the accelerator that holds the run in the fewest ranks.
+fn several_ranks(
+    job: &FineTuneJob,
+    report: &PreflightReport,
+    accelerators: &[Accelerator],
+) -> Option<Unplaced> {
+    let boundless = Accelerator {
+        name: "boundless".to_owned(),
+        resource_name: Some("none".to_owned()),
+        memory_gi_b: 1e9,
+        bf16_tflops: 1.0,
+        fp32_tflops: 1.0,
+        has_bf16: true,
+        ..Accelerator::default()
+    };
+    // The smallest micro-batch, since it is the state that is too large.
+    let mut smallest = job.clone();
+    let training = smallest.spec.training.get_or_insert_default();
+    training.train_batch_size_per_device.get_or_insert(1);
+    let plan = plan(&smallest, report, Place::On(&boundless)).ok()?;
+    accelerators
+        .iter()
+        .filter(|accelerator| accelerator.is_device() && plan.run_config.lora.is_none())
+        .filter_map(|accelerator| {
+            let available = accelerator.memory_bytes() as f64 * super::sizing::USABLE_MEMORY;
+            Some((ranks(&plan.memory, available as u64)?, accelerator))
+        })
+        .min_by_key(|(ranks, _)| *ranks)
+        .map(|(ranks, accelerator)| Unplaced::SeveralRanks {
+            accelerator: accelerator.name.clone(),
+            ranks,
+        })
+}
+
+fn pod_size(plan: &RunPlan, accelerator: &Accelerator, report: &PreflightReport) -> PodSize {
+    let model = report.model.as_ref();
+    let on_disk = model.map_or(0, |model| model.weight_bytes);
+    let shared_memory_bytes = if accelerator.is_device() { DEVICE_SHARED_BYTES } else { 0 };
+    let memory_bytes = if accelerator.is_device() {
+        DEVICE_HOST_BYTES + DEVICE_SHARED_BYTES + on_disk
+    } else {
+        let anonymous = plan.memory.total() as f64 * MEMORY_SLACK;
+        anonymous as u64 + plan.memory.mapped_weights + POD_BYTES
+    };
+    // The model as fetched, and twice what is trained: a checkpoint's copy and the files on their
+    // way out.
+    let storage_bytes = SCRATCH_BYTES + 2 * on_disk + 2 * plan.memory.trained_state;
+    PodSize {
+        cpu_millis: (accelerator.cpu.unwrap_or(DEFAULT_CPU) * 1000.0).round() as i64,
+        memory_bytes,
+        shared_memory_bytes,
+        storage_bytes,
+    }
+}
+
+impl std::fmt::Display for Unplaced {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Problems(problems) | Self::TooLarge(problems) => {
+                let lines: Vec<String> = problems.iter().map(ToString::to_string).collect();
+                formatter.write_str(&lines.join("\n"))
+            }
+            Self::SeveralRanks { accelerator, ranks } => write!(
+                formatter,
+                "the run needs {ranks} {accelerator}, which cannot work on one run yet: set loraConfig: {{}}, or have an administrator list an accelerator with more memory"
+            ),
+        }
+    }
+}
+
+impl Unplaced {
+    /// Returns the kind of the first problem.
+    pub fn reason(&self) -> Option<ProblemReason> {
+        match self {
+            Self::Problems(problems) => problems.first().map(|problem| problem.reason),
+            Self::TooLarge(_) | Self::SeveralRanks { .. } => None,
+        }
+    }
+}
+
+/// Says what a pod asks for, in one line.
+pub fn describe(pod: &PodSize) -> String {
+    format!(
+        "{} cores, {} memory, {} storage",
+        pod.cpu_millis as f64 / 1000.0,
+        render::bytes(pod.memory_bytes),
+        render::bytes(pod.storage_bytes)
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use finetune_contract::ModelFacts;
+
+    use super::{Unplaced, describe, place};
+    use crate::{
+        api::FineTuneJob,
+        manifest,
+        plan::{accelerators::Accelerator, fixture},
+    };
+
+    fn job(lines: &str) -> FineTuneJob {
+        let text = format!("{}{lines}", include_str!("../../examples/minimal.yaml"));
+        manifest::parse(&text).unwrap()
+    }
+
+    fn accelerators() -> Vec<Accelerator> {
+        let cpu = Accelerator {
+            name: "cpu".to_owned(),
+            cpu: Some(2.0),
+            memory_gi_b: 4.0,
+            bf16_tflops: 0.5,
+            fp32_tflops: 0.15,
+            has_bf16: true,
+            ..Accelerator::default()
+        };
+        let gpu = Accelerator {
+            name: "A100-80GB".to_owned(),
+            resource_name: Some("nvidia.com/gpu".to_owned()),
+            cpu: Some(8.0),
+            memory_gi_b: 80.0,
+            bf16_tflops: 312.0,
+            fp32_tflops: 19.5,
+            ..cpu.clone()
+        };
+        vec![cpu, gpu]
+    }
+
+    fn check(model: ModelFacts, lines: &str) -> String {
+        let report = fixture::report(model, 1_000_000_000);
+        match place(&job(lines), &report, &accelerators()) {
+            Ok(placement) => format!("{}: {}", placement.accelerator, describe(&placement.pod)),
+            Err(unplaced) => unplaced.to_string(),
+        }
+    }
+
+    #[test]
+    fn takes_the_first_that_fits() {
+        insta::assert_snapshot!(check(fixture::smollm2(), "  loraConfig: {}\n"), @"");
+        insta::assert_snapshot!(check(fixture::llama_8b(), "  loraConfig: {}\n"), @"");
+    }
+
+    #[test]
+    fn says_how_many_ranks_a_full_run_needs() {
+        insta::assert_snapshot!(check(fixture::llama_8b(), ""), @"");
+    }
+
+    #[test]
+    fn says_a_wrong_manifest_once_and_not_for_each_place() {
+        let report = fixture::report(fixture::smollm2(), 1_000_000_000);
+        let wrong = job("  loraConfig: {r: 1024}\n");
+        let Err(Unplaced::Problems(problems)) = place(&wrong, &report, &accelerators()) else {
+            panic!("a rank above the layers' width was planned");
+        };
+        assert_eq!(problems.len(), 1, "{problems:?}");
+    }
+
+    #[test]
+    fn needs_an_accelerator() {
+        let report = fixture::report(fixture::smollm2(), 1_000_000_000);
+        let unplaced = place(&job(""), &report, &[]).unwrap_err();
+        assert!(unplaced.to_string().contains("administrator"), "{unplaced}");
+    }
+}
