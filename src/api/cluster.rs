@@ -22,11 +22,11 @@ pub enum Approval {
 pub struct Resources {
     /// Quantities the pod is sure to get, by resource name. Example: `{memory: 4Gi}`.
     #[schemars(schema_with = "schema::short_strings")]
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub requests: Option<BTreeMap<String, String>>,
     /// Quantities the pod cannot exceed, by resource name. Example: `{memory: 4Gi}`.
     #[schemars(schema_with = "schema::short_strings")]
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limits: Option<BTreeMap<String, String>>,
 }
 
@@ -36,11 +36,11 @@ pub struct Resources {
 pub struct PodTemplate {
     /// Labels added to the pods. Example: `{team: search}`.
     #[schemars(schema_with = "schema::short_strings")]
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub labels: Option<BTreeMap<String, String>>,
     /// Labels a node must have. Example: `{kubernetes.io/arch: amd64}`.
     #[schemars(schema_with = "schema::short_strings")]
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node_selector: Option<BTreeMap<String, String>>,
     /// Taints the pods tolerate.
     #[schemars(length(max = 32), extend("x-kubernetes-list-type" = "atomic"))]

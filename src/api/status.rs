@@ -20,11 +20,11 @@ pub struct FineTuneJobStatus {
     pub conditions: Vec<Condition>,
     /// When the first training pod was asked for.
     #[schemars(schema_with = "schema::time")]
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start_time: Option<Time>,
     /// When the run succeeded or failed for good.
     #[schemars(schema_with = "schema::time")]
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub completion_time: Option<Time>,
     /// Which try of which step is under way.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -61,7 +61,7 @@ pub struct AttemptStatus {
     pub job_uid: Option<String>,
     /// When this try may start.
     #[schemars(schema_with = "schema::time")]
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry_time: Option<Time>,
 }
 
@@ -156,7 +156,7 @@ pub struct ProgressStatus {
     pub eta: Option<String>,
     /// When this was asked of the trainer.
     #[schemars(schema_with = "schema::time")]
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_updated_time: Option<Time>,
 }
 

@@ -66,7 +66,7 @@ pub struct Attempt<'a> {
 /// Returns the name of a try's Job: at most 11 characters longer than the FineTuneJob's.
 pub fn job_name(name: &str, step: Step, number: i32) -> String {
     match step {
-        Step::Preflight => format!("{name}-preflight-{number}"),
+        Step::Preflight => format!("{name}-check-{number}"),
         Step::Training => format!("{name}-{number}"),
     }
 }
@@ -102,9 +102,11 @@ pub fn job(job: &FineTuneJob, settings: &Settings, attempt: &Attempt<'_>) -> Job
     }
 }
 
+/// Its children go when it goes. They do not keep it from going: that would need a right over its
+/// finalizers where clusters check it.
 fn owner(job: &FineTuneJob) -> Option<OwnerReference> {
     let mut owner = job.controller_owner_ref(&())?;
-    owner.block_owner_deletion = Some(true);
+    owner.block_owner_deletion = None;
     Some(owner)
 }
 
@@ -490,7 +492,8 @@ mod tests {
     #[test]
     fn names_fit_a_label() {
         let longest = "a".repeat(NAME_LIMIT);
-        assert!(job_name(&longest, Step::Preflight, 9).len() <= 63);
-        assert!(job_name(&longest, Step::Training, 1000).len() <= 63);
+        for step in [Step::Preflight, Step::Training] {
+            assert!(job_name(&longest, step, 999).len() <= 63);
+        }
     }
 }

@@ -42,8 +42,8 @@ const FIRST_WAIT: SignedDuration = SignedDuration::from_secs(10);
 const LONGEST_WAIT: SignedDuration = SignedDuration::from_mins(5);
 /// The wait after a disruption.
 const DISRUPTION_WAIT: SignedDuration = SignedDuration::from_secs(2);
-/// The most tries of a preflight: its number is one digit of the Job's name.
-const PREFLIGHT_TRIES: i32 = 10;
+/// The most tries of a step: the number is three digits of the Job's name.
+const MOST_TRIES: i32 = 1000;
 
 /// What is to be done.
 #[derive(Debug, Clone, PartialEq)]
@@ -724,10 +724,7 @@ fn next_try(attempt: AttemptStatus, at: Timestamp) -> AttemptStatus {
 }
 
 fn is_last(attempt: &AttemptStatus) -> bool {
-    match attempt.step {
-        Step::Preflight => attempt.number + 1 >= PREFLIGHT_TRIES,
-        Step::Training => attempt.number >= 1000,
-    }
+    attempt.number + 1 >= MOST_TRIES
 }
 
 fn listed(report: &PreflightReport) -> String {

@@ -22,11 +22,10 @@ pub(super) fn decide(
     model: &ModelFacts,
     load: Load,
     sequences: u64,
-    limit: Option<u64>,
+    usable: u64,
     decisions: &mut Decisions,
     rejected: &mut Decisions,
 ) -> Batch {
-    let usable = limit.map_or(u64::MAX, |limit| (limit as f64 * sizing::USABLE_MEMORY) as u64);
     let needs = |load: &Load| sizing::memory(model, load).total();
     let asked = training.train_batch_size_per_device.map(|size| u64::from(size.unsigned_abs()));
     let smallest = Load { micro_batch: asked.unwrap_or(1), ..load };

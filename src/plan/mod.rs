@@ -88,6 +88,17 @@ impl Place<'_> {
         }
     }
 
+    /// Returns how many of `limit` bytes tensors may take. A pod's limit holds the mapped weights and
+    /// all else too; what is free of this machine does not.
+    fn usable(self, limit: u64, model: &ModelFacts) -> u64 {
+        match self {
+            Self::On(accelerator) if !accelerator.is_device() => {
+                placement::tensor_bytes(limit, model.weight_bytes)
+            }
+            Self::Here(_) | Self::On(_) => (limit as f64 * sizing::USABLE_MEMORY) as u64,
+        }
+    }
+
     fn is_device(self) -> bool {
         matches!(self, Self::On(accelerator) if accelerator.is_device())
     }
@@ -183,6 +194,7 @@ pub fn plan(
     check_patience(&training, source.validation.is_some(), &mut problems);
     let Some(data) = data else { return Err(problems) };
     let limit = machine.as_ref().map(|machine| machine.memory_bytes);
+    let usable = limit.map_or(u64::MAX, |limit| place.usable(limit, model));
     let load = Load {
         trained,
         is_full: lora.is_none(),
@@ -193,14 +205,11 @@ pub fn plan(
         is_device: place.is_device(),
     };
     let batch =
-        batch::decide(&training, model, load, data.sequences, limit, &mut decisions, &mut rejected);
+        batch::decide(&training, model, load, data.sequences, usable, &mut decisions, &mut rejected);
     let load = batch.load;
     let memory = sizing::memory(model, &load);
-    if let Some(limit) = limit {
-        let usable = (limit as f64 * sizing::USABLE_MEMORY) as u64;
-        if memory.total() > usable {
-            problems.push(too_little_memory(&memory, &load, limit, usable, &place.name()));
-        }
+    if let Some(limit) = limit.filter(|_| memory.total() > usable) {
+        problems.push(too_little_memory(&memory, &load, limit, usable, &place.name()));
     }
     if !problems.is_empty() {
         return Err(problems);
@@ -594,7 +603,7 @@ Memory
   peak                          1.06 GB  of 8.00 GB here
   weights, mapped                269 MB  read in place, given back under pressure
 
-Time  about 20 min here, at half of the measured matrix speed
+Time  about 20 min here, at 50 % of its matrix speed
 
 Elsewhere (assuming 35 % of the stated speed; several ranks are not runnable yet)
   Test 80GB                     1.33 GB  fits, about 2 s, costs 0.00
@@ -638,7 +647,7 @@ Memory
   peak                           449 MB  of 500 MB here
   weights, mapped                269 MB  read in place, given back under pressure
 
-Time  about 1.7 h here, at half of the measured matrix speed
+Time  about 1.7 h here, at 50 % of its matrix speed
 
 Elsewhere (assuming 35 % of the stated speed; several ranks are not runnable yet)
   Test 80GB                      718 MB  fits, about 12 s, costs 0.01
@@ -650,7 +659,7 @@ Warnings
 
     #[test]
     fn says_by_how_much_a_large_model_does_not_fit() {
-        insta::assert_snapshot!(check(fixture::llama_8b(), 64 * GB, ""), @r#"memory: the run needs 145.01 GB, but only 57.60 GB of this machine's 64.00 GB may be used, 87.41 GB too little: set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory"#);
+        insta::assert_snapshot!(check(fixture::llama_8b(), 64 * GB, ""), @"memory: the run needs 145.01 GB, but only 57.60 GB of the 64.00 GB here may be used, 87.41 GB too little: set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory");
     }
 
     #[test]
@@ -685,7 +694,7 @@ Memory
   peak                          7.87 GB  of 64.00 GB here
   weights, mapped              16.06 GB  read in place, given back under pressure
 
-Time  about 19.8 h here, at half of the measured matrix speed
+Time  about 19.8 h here, at 50 % of its matrix speed
 
 Elsewhere (assuming 35 % of the stated speed; several ranks are not runnable yet)
   Test 80GB                    23.93 GB  fits, about 2 min, costs 0.08

@@ -87,7 +87,11 @@ pub fn place(
                     ..problem
                 }));
             }
-            Err(problems) => return Err(Unplaced::Problems(problems)),
+            Err(mut problems) => {
+                // What this place lacks says nothing about the next.
+                problems.retain(|problem| problem.location != "memory");
+                return Err(Unplaced::Problems(problems));
+            }
         }
     }
     if lacking.is_empty() {
@@ -133,6 +137,17 @@ fn several_ranks(
         })
 }
 
+/// Returns the memory of a pod without a device whose tensors take `tensors`. The mapped weights
+/// count, though they can be given back: without them they would be read again at every step.
+fn pod_bytes(tensors: u64, mapped_weights: u64) -> u64 {
+    (tensors as f64 * MEMORY_SLACK) as u64 + mapped_weights + POD_BYTES
+}
+
+/// Returns what tensors may take of a pod without a device: the inverse of its size.
+pub(super) fn tensor_bytes(pod: u64, mapped_weights: u64) -> u64 {
+    (pod.saturating_sub(mapped_weights + POD_BYTES) as f64 / MEMORY_SLACK) as u64
+}
+
 fn pod_size(plan: &RunPlan, accelerator: &Accelerator, report: &PreflightReport) -> PodSize {
     let model = report.model.as_ref();
     let on_disk = model.map_or(0, |model| model.weight_bytes);
@@ -140,8 +155,7 @@ fn pod_size(plan: &RunPlan, accelerator: &Accelerator, report: &PreflightReport)
     let memory_bytes = if accelerator.is_device() {
         DEVICE_HOST_BYTES + DEVICE_SHARED_BYTES + on_disk
     } else {
-        let anonymous = plan.memory.total() as f64 * MEMORY_SLACK;
-        anonymous as u64 + plan.memory.mapped_weights + POD_BYTES
+        pod_bytes(plan.memory.total(), plan.memory.mapped_weights)
     };
     // The model as fetched, and twice what is trained: a checkpoint's copy and the files on their
     // way out.
@@ -237,13 +251,13 @@ mod tests {
 
     #[test]
     fn takes_the_first_that_fits() {
-        insta::assert_snapshot!(check(fixture::smollm2(), "  loraConfig: {}\n"), @"");
-        insta::assert_snapshot!(check(fixture::llama_8b(), "  loraConfig: {}\n"), @"");
+        insta::assert_snapshot!(check(fixture::smollm2(), "  loraConfig: {}\n"), @"cpu: 2 cores, 1.80 GB memory, 1.70 GB storage");
+        insta::assert_snapshot!(check(fixture::llama_8b(), "  loraConfig: {}\n"), @"A100-80GB: 8 cores, 21.43 GB memory, 33.95 GB storage");
     }
 
     #[test]
     fn says_how_many_ranks_a_full_run_needs() {
-        insta::assert_snapshot!(check(fixture::llama_8b(), ""), @"");
+        insta::assert_snapshot!(check(fixture::llama_8b(), ""), @"the run needs 2 A100-80GB, which cannot work on one run yet: set loraConfig: {}, or have an administrator list an accelerator with more memory");
     }
 
     #[test]
@@ -254,6 +268,20 @@ mod tests {
             panic!("a rank above the layers' width was planned");
         };
         assert_eq!(problems.len(), 1, "{problems:?}");
+    }
+
+    #[test]
+    fn a_pod_is_never_larger_than_its_accelerator_allows() {
+        for gib in [0.7, 1.0, 1.5, 4.0, 16.0] {
+            let mut accelerators = accelerators();
+            accelerators.truncate(1);
+            accelerators[0].memory_gi_b = gib;
+            let report = fixture::report(fixture::smollm2(), 1_000_000_000);
+            match place(&job("  loraConfig: {}\n"), &report, &accelerators) {
+                Ok(placement) => assert!(placement.pod.memory_bytes <= accelerators[0].memory_bytes()),
+                Err(unplaced) => assert!(gib < 1.0, "{gib} GiB: {unplaced}"),
+            }
+        }
     }
 
     #[test]
