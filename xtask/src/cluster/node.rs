@@ -125,6 +125,10 @@ state = {state:?}
   address = {socket:?}
 [ttrpc]
   address = {ttrpc:?}
+[plugins."io.containerd.internal.v1.opt"]
+  path = {opt:?}
+[plugins."io.containerd.nri.v1.nri"]
+  disable = true
 [plugins."io.containerd.cri.v1.images".pinned_images]
   sandbox = "{PAUSE_IMAGE}"
 [plugins."io.containerd.cri.v1.runtime"]
@@ -136,6 +140,8 @@ state = {state:?}
   conf_dir = {cni:?}
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
   runtime_type = "io.containerd.runc.v2"
+  # By name, the system's own would be found first.
+  runtime_path = {shim:?}
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc.options]
   BinaryName = {runc:?}
   Root = {runc_root:?}
@@ -144,6 +150,8 @@ state = {state:?}
         state = path("run/containerd"),
         socket = path("run/containerd.sock"),
         ttrpc = path("run/containerd.sock.ttrpc"),
+        opt = path("data/opt"),
+        shim = cluster.binaries.containerd().join("containerd-shim-runc-v2"),
         plugins = debian::CNI_PLUGINS,
         cni = path("etc/cni"),
         runc_root = path("run/runc"),
