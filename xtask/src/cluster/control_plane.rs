@@ -33,9 +33,9 @@ pub(crate) fn start(cluster: &Cluster) -> Result<()> {
     // No pod is accepted before its account is there.
     let account = ["get", "serviceaccount", "--namespace=default", "default"];
     processes.wait(CONTROLLER_MANAGER, || succeeds(cluster, &account))?;
-    let healthy = ["get", "--raw=/healthz", "--server=https://127.0.0.1:10259"];
-    let healthy = [&healthy[..], &["--insecure-skip-tls-verify", "--kubeconfig=/dev/null"]];
-    processes.wait(SCHEDULER, || succeeds(cluster, &healthy.concat()))
+    let server = "--server=https://127.0.0.1:10259";
+    let healthy = ["get", "--raw=/healthz", server, "--insecure-skip-tls-verify"];
+    processes.wait(SCHEDULER, || succeeds(cluster, &healthy))
 }
 
 /// Tells whether the apiserver is ready.
@@ -45,7 +45,7 @@ pub(crate) fn is_ready(cluster: &Cluster) -> bool {
 
 fn succeeds(cluster: &Cluster, arguments: &[&str]) -> bool {
     let mut command = cluster.kubectl();
-    command.args(arguments).stdout(Stdio::null()).stderr(Stdio::null());
+    command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     command.status().is_ok_and(|status| status.success())
 }
 
