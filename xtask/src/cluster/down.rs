@@ -21,7 +21,7 @@ use super::{
 
 /// Where the kubelet links the logs of containers, whatever its configuration says.
 const LOG_LINKS: &str = "/var/log/containers";
-/// Where the network plugins keep their results, whatever theirs says.
+/// Where containerd keeps the answers of network plugins, whatever its own says.
 const CNI_RESULTS: &str = "/var/lib/cni/results";
 const CGROUPS: &str = "/sys/fs/cgroup";
 
@@ -47,7 +47,7 @@ pub(crate) fn run(cluster: &Cluster) -> Result<()> {
     cluster.namespace.remove()?;
     remove_links(state_dir);
     for result in children(Path::new(CNI_RESULTS)) {
-        if result.starts_with(&format!("{}-", cluster.namespace.name)) {
+        if containers.iter().any(|id| result.contains(id)) {
             let _ = remove_file(Path::new(CNI_RESULTS).join(result));
         }
     }

@@ -245,8 +245,7 @@ impl Cluster {
     pub(crate) fn load_image(&self, archive: &Path) -> Result<()> {
         let mut command = node::ctr(self);
         command.args(["images", "import"]).arg(archive);
-        shell::output(&mut command)
-            .map(drop)
+        shell::quietly(&mut command)
             .with_context(|| format!("cannot load the image {}", archive.display()))
     }
 
