@@ -4,7 +4,7 @@
 
 use std::{
     collections::BTreeSet,
-    fs::{read_dir, read_link, read_to_string, remove_dir, remove_file},
+    fs::{read_dir, read_link, read_to_string, remove_file},
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
 };
@@ -15,7 +15,7 @@ use rustix::mount::{UnmountFlags, unmount};
 use crate::cache;
 
 use super::{
-    Cluster, Extent, names, network,
+    Cluster, Extent, cgroups, names, network,
     processes::{self, Process},
 };
 
@@ -23,7 +23,6 @@ use super::{
 const LOG_LINKS: &str = "/var/log/containers";
 /// Where containerd keeps the answers of network plugins, whatever its own says.
 const CNI_RESULTS: &str = "/var/lib/cni/results";
-const CGROUPS: &str = "/sys/fs/cgroup";
 
 /// Ends and removes everything.
 pub(crate) fn run(cluster: &Cluster) -> Result<()> {
@@ -37,13 +36,12 @@ pub(crate) fn run(cluster: &Cluster) -> Result<()> {
     let containers = children(&bundles);
     let sockets: Vec<PathBuf> =
         containers.iter().filter_map(|id| shim_socket(&bundles.join(id))).collect();
-    let pods = children(&state_dir.join("data/kubelet/pods"));
-    processes::kill(&of_cluster(cluster, &containers));
+    processes::kill(&of_cluster(cluster));
     for socket in sockets {
         let _ = remove_file(socket);
     }
     unmount_below(state_dir)?;
-    remove_cgroups(&pods);
+    cgroups::remove(&cluster.namespace.name);
     cluster.namespace.remove()?;
     remove_links(state_dir);
     for result in children(Path::new(CNI_RESULTS)) {
@@ -58,25 +56,23 @@ pub(crate) fn run(cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
-/// Finds what runs in the namespace, in a container's cgroup, or, should the namespace be gone,
-/// from the cache with the state directory on its command line.
-fn of_cluster(cluster: &Cluster, containers: &BTreeSet<String>) -> Vec<Process> {
+/// Finds what runs in the namespace, in the cgroup of pods, or, should the namespace be gone, from
+/// the cache with the state directory on its command line.
+fn of_cluster(cluster: &Cluster) -> Vec<Process> {
     let state_dir = [cluster.state_dir.as_os_str().as_bytes(), b"/"].concat();
+    let cgroup = format!("/{}/", cluster.namespace.name).into_bytes();
     let programs = cache::directory();
     let namespace = cluster.namespace.identity();
     let is_ours = |&pid: &u32| {
         let file = |name: &str| Path::new("/proc").join(pid.to_string()).join(name);
         let read = |name: &str| std::fs::read(file(name)).unwrap_or_default();
         let is_inside = || namespace.is_some() && network::identity(&file("ns/net")) == namespace;
-        let is_container = || {
-            let cgroups = String::from_utf8_lossy(&read("cgroup")).into_owned();
-            cgroups.split(['/', '\n']).any(|part| containers.contains(part))
-        };
+        let is_pod = || contains(&read("cgroup"), &cgroup);
         let is_program = || {
             read_link(file("exe")).is_ok_and(|program| program.starts_with(&programs))
                 && contains(&read("cmdline"), &state_dir)
         };
-        pid != std::process::id() && (is_inside() || is_container() || is_program())
+        pid != std::process::id() && (is_inside() || is_pod() || is_program())
     };
     let pids = children(Path::new("/proc")).into_iter().filter_map(|name| name.parse().ok());
     pids.filter(is_ours).filter_map(Process::of).collect()
@@ -110,33 +106,6 @@ fn unmount_below(state_dir: &Path) -> Result<()> {
 /// The kernel writes blanks and backslashes of paths as octal numbers.
 fn unescape(path: &str) -> String {
     path.replace("\\040", " ").replace("\\011", "\t").replace("\\134", "\\")
-}
-
-/// Removes the cgroups of pods, and those above them that have become empty.
-fn remove_cgroups(pods: &BTreeSet<String>) {
-    let hierarchies =
-        children(Path::new(CGROUPS)).into_iter().map(|name| format!("{CGROUPS}/{name}"));
-    for root in std::iter::once(CGROUPS.to_owned()).chain(hierarchies) {
-        let kubepods = Path::new(&root).join("kubepods");
-        for class in ["", "besteffort", "burstable"] {
-            let class = kubepods.join(class);
-            for pod in pods {
-                remove_cgroup(&class.join(format!("pod{pod}")));
-            }
-        }
-        for directory in ["besteffort", "burstable", ""] {
-            // Another kubelet's pods keep it.
-            let _ = remove_dir(kubepods.join(directory));
-        }
-    }
-}
-
-fn remove_cgroup(directory: &Path) {
-    let entries = read_dir(directory).into_iter().flatten().filter_map(Result::ok);
-    for entry in entries.filter(|entry| entry.path().is_dir()) {
-        remove_cgroup(&entry.path());
-    }
-    let _ = remove_dir(directory);
 }
 
 fn remove_links(state_dir: &Path) {

@@ -4,6 +4,7 @@
 //! programs run on after this process; `up` starts those that do not run, `down` leaves nothing.
 
 mod binaries;
+mod cgroups;
 mod control_plane;
 mod debian;
 mod down;

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use crate::{s3, shell};
 
-use super::{Cluster, debian, image, network};
+use super::{Cluster, cgroups, debian, image, network};
 
 /// The node's name.
 pub(crate) const NODE_NAME: &str = "node0";
@@ -54,6 +54,7 @@ pub(crate) fn start(cluster: &Cluster) -> Result<()> {
     })?;
     load_pause(cluster)?;
 
+    cgroups::make(&cluster.namespace.name)?;
     let config = cluster.path("etc/kubelet.json");
     std::fs::write(&config, kubelet(cluster).to_string())?;
     let arguments = [
@@ -66,10 +67,7 @@ pub(crate) fn start(cluster: &Cluster) -> Result<()> {
     processes.start(KUBELET, &cluster.binaries.kubernetes(KUBELET), &arguments)?;
     processes.start(PROXY, &cluster.binaries.kubernetes(PROXY), &proxy(cluster))?;
     processes.wait(KUBELET, || is_ready(cluster))?;
-    processes.wait(PROXY, || {
-        let asked = cluster.namespace.visit(|| s3::status("127.0.0.1", 10256, "GET", "/healthz"));
-        matches!(asked, Ok(Some(200)))
-    })
+    processes.wait(PROXY, || is_healthy(cluster, 10256))
 }
 
 /// Makes a command of containerd's client for the kubelet's images and containers.
@@ -79,11 +77,16 @@ pub(crate) fn ctr(cluster: &Cluster) -> Command {
     command
 }
 
+/// The node stays marked as ready for a while without its kubelet, so this one is asked first.
 fn is_ready(cluster: &Cluster) -> bool {
-    let mut command = cluster.kubectl();
     let status = r#"-o=jsonpath={.status.conditions[?(@.type=="Ready")].status}"#;
-    let asked = command.args(["get", "node", NODE_NAME, status]).output();
-    asked.is_ok_and(|output| output.stdout == b"True")
+    let marked = || cluster.kubectl().args(["get", "node", NODE_NAME, status]).output();
+    is_healthy(cluster, 10248) && marked().is_ok_and(|output| output.stdout == b"True")
+}
+
+fn is_healthy(cluster: &Cluster, port: u16) -> bool {
+    let asked = cluster.namespace.visit(|| s3::status("127.0.0.1", port, "GET", "/healthz"));
+    matches!(asked, Ok(Some(200)))
 }
 
 fn load_pause(cluster: &Cluster) -> Result<()> {
@@ -165,6 +168,7 @@ fn kubelet(cluster: &Cluster) -> serde_json::Value {
         "kind": "KubeletConfiguration",
         "failCgroupV1": false,
         "cgroupDriver": "cgroupfs",
+        "cgroupRoot": format!("/{}", cluster.namespace.name),
         "containerRuntimeEndpoint": unix(&path("run/containerd.sock")),
         "authentication": {
             "anonymous": {"enabled": false},
