@@ -21,7 +21,7 @@ use super::{
 
 /// Where the kubelet links the logs of containers, whatever its configuration says.
 const LOG_LINKS: &str = "/var/log/containers";
-/// Where containerd keeps the answers of network plugins, whatever its own says.
+/// Where containerd keeps the answers of network plugins, whatever its configuration says.
 const CNI_RESULTS: &str = "/var/lib/cni/results";
 
 /// Ends and removes everything.

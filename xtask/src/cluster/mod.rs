@@ -8,7 +8,7 @@ mod cgroups;
 mod control_plane;
 mod debian;
 mod down;
-mod image;
+pub(crate) mod image;
 mod network;
 mod node;
 mod pki;
@@ -30,6 +30,8 @@ use crate::{cache, s3, shell};
 
 use self::{binaries::Binaries, network::Namespace, processes::Processes};
 
+/// The file by which a directory is known to be a cluster's, to be removed with all it has.
+const MARKER: &str = "finetune-cluster";
 /// Paths of sockets below the state directory must fit into 108 bytes.
 const STATE_PATH_MAX_BYTES: usize = 70;
 
@@ -128,6 +130,9 @@ pub(crate) fn up(extent: Extent) -> Result<Cluster> {
         println!("the cluster in {} is up", cluster.state_dir.display());
         return Ok(cluster);
     }
+    cluster.refuse_other_directory()?;
+    std::fs::create_dir_all(&cluster.state_dir)?;
+    std::fs::write(cluster.path(MARKER), "")?;
     for directory in ["data", "etc", "log", "run"] {
         std::fs::create_dir_all(cluster.state_dir.join(directory))?;
     }
@@ -154,6 +159,7 @@ pub(crate) fn up(extent: Extent) -> Result<Cluster> {
 pub(crate) fn down() -> Result<()> {
     let cluster = Cluster::of_environment()?;
     let _lock = cluster.lock()?;
+    cluster.refuse_other_directory()?;
     down::run(&cluster)?;
     println!("the cluster in {} is gone", cluster.state_dir.display());
     Ok(())
@@ -197,7 +203,7 @@ impl Cluster {
         }
         let set = std::env::var_os("FINETUNE_CLUSTER").filter(|value| !value.is_empty());
         let chosen = set.map_or_else(|| cache::directory().join("cluster"), PathBuf::from);
-        let state_dir = std::path::absolute(chosen)?;
+        let state_dir = real_path(&std::path::absolute(chosen)?)?;
         if state_dir.as_os_str().len() > STATE_PATH_MAX_BYTES {
             bail!(
                 "{} is too long a path for sockets below it, of {STATE_PATH_MAX_BYTES} bytes at \
@@ -250,6 +256,15 @@ impl Cluster {
             .with_context(|| format!("cannot load the image {}", archive.display()))
     }
 
+    /// Fails if the state directory has files and is not a cluster's.
+    fn refuse_other_directory(&self) -> Result<()> {
+        let mut entries = std::fs::read_dir(&self.state_dir).into_iter().flatten();
+        if entries.next().is_some() && !self.path(MARKER).exists() {
+            bail!("{} has files and is no cluster's directory", self.state_dir.display());
+        }
+        Ok(())
+    }
+
     fn path(&self, below: &str) -> PathBuf {
         self.state_dir.join(below)
     }
@@ -266,4 +281,14 @@ impl Cluster {
         file.lock().with_context(|| format!("cannot lock {}", path.display()))?;
         Ok(file)
     }
+}
+
+/// Follows links, as the kernel does in its list of mounts; the path need not be there yet.
+fn real_path(path: &Path) -> Result<PathBuf> {
+    if path.exists() {
+        return Ok(path.canonicalize()?);
+    }
+    let parent = path.parent().context("the root is no directory for a cluster")?;
+    std::fs::create_dir_all(parent)?;
+    Ok(parent.canonicalize()?.join(path.file_name().context("the path has no last part")?))
 }
