@@ -27,10 +27,11 @@ const CNI_RESULTS: &str = "/var/lib/cni/results";
 /// Ends and removes everything.
 pub(crate) fn run(cluster: &Cluster) -> Result<()> {
     let state_dir = &cluster.state_dir;
-    let mut recorded: Vec<Process> =
-        names(Extent::Whole).iter().filter_map(|name| cluster.processes().find(name)).collect();
-    recorded.reverse();
-    processes::stop(&recorded);
+    // First what would start others.
+    let recorded = names(Extent::Whole).into_iter();
+    let recorded: Vec<Process> =
+        recorded.filter_map(|name| cluster.processes().find(name)).collect();
+    processes::kill(&recorded);
 
     let bundles = state_dir.join("run/containerd/io.containerd.runtime.v2.task/k8s.io");
     let containers = children(&bundles);

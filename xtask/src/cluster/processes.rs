@@ -14,8 +14,8 @@ use super::network::Namespace;
 
 /// How long a program may take until it is ready.
 const READY_TIMEOUT: Duration = Duration::from_mins(1);
-/// How long it may take to end by itself.
-const STOP_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long the kernel may take to end it.
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often to look.
 const INTERVAL: Duration = Duration::from_millis(100);
 /// How many lines of a log are shown on failure.
@@ -47,12 +47,11 @@ impl Process {
         Self::of(self.pid) == Some(self)
     }
 
-    /// Sends a signal, unless the process has ended.
-    pub(crate) fn signal(self, signal: Signal) {
+    fn kill(self) {
         let pid = i32::try_from(self.pid).ok().and_then(Pid::from_raw);
         if let Some(pid) = pid.filter(|_| self.is_running()) {
             // It may end before the signal comes.
-            let _ = kill_process(pid, signal);
+            let _ = kill_process(pid, Signal::KILL);
         }
     }
 }
@@ -134,33 +133,20 @@ impl Processes<'_> {
     }
 }
 
-/// Asks processes to end, and ends those that do not.
-pub(crate) fn stop(processes: &[Process]) {
-    for process in processes {
-        process.signal(Signal::TERM);
-    }
-    wait_for_end(processes);
-    kill(processes);
-}
-
-/// Ends processes at once.
+/// Ends processes at once: what they would save is removed next.
 pub(crate) fn kill(processes: &[Process]) {
     for process in processes {
-        process.signal(Signal::KILL);
+        process.kill();
     }
-    wait_for_end(processes);
-}
-
-fn wait_for_end(processes: &[Process]) {
     let asked = Instant::now();
-    while asked.elapsed() < STOP_TIMEOUT && processes.iter().any(|process| process.is_running()) {
+    while asked.elapsed() < KILL_TIMEOUT && processes.iter().any(|process| process.is_running()) {
         std::thread::sleep(INTERVAL);
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Process, stop};
+    use super::{Process, kill};
 
     #[test]
     fn tells_a_process_from_one_that_ended() {
@@ -169,9 +155,9 @@ mod tests {
         assert!(process.is_running());
         let earlier = Process { start_ticks: process.start_ticks - 1, ..process };
         assert!(!earlier.is_running());
-        stop(&[earlier]);
+        kill(&[earlier]);
         assert!(process.is_running());
-        stop(&[process]);
+        kill(&[process]);
         assert!(!process.is_running());
         child.wait().unwrap();
     }
