@@ -5,6 +5,7 @@ mod bench;
 mod build;
 mod cache;
 mod check;
+mod cluster;
 mod dataset;
 mod demo;
 mod generate;
@@ -49,6 +50,9 @@ enum Command {
     },
     /// Compares exports with transformers and PEFT, in an environment of its own.
     Parity,
+    /// A real Kubernetes on this machine, built from source; needs root and Go.
+    #[command(subcommand)]
+    Cluster(cluster::Action),
     /// Measures.
     Bench(bench::Arguments),
 }
@@ -61,6 +65,7 @@ fn main() -> ExitCode {
         Command::Check => check::run().map(|()| ExitCode::SUCCESS),
         Command::Generate { check } => generate::run(check).map(|()| ExitCode::SUCCESS),
         Command::Parity => parity::run().map(|()| ExitCode::SUCCESS),
+        Command::Cluster(action) => cluster::run(action),
         Command::Bench(arguments) => bench::run(&arguments).map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| {
