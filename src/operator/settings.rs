@@ -38,6 +38,9 @@ pub struct Settings {
     /// Seconds a pod may be unable to start for want of its image, a Secret or a ConfigMap.
     #[serde(default = "default_start")]
     pub startup_deadline_seconds: i64,
+    /// Hosts, or host:port, that an endpoint of a Secret may name; empty: any.
+    #[serde(default)]
+    pub allowed_endpoints: Vec<String>,
     /// Environment variables of every pod, such as an endpoint; no secrets.
     #[serde(default)]
     pub environment: BTreeMap<String, String>,

@@ -9,9 +9,11 @@ mod cluster;
 mod dataset;
 mod demo;
 mod generate;
+mod images;
 mod libtorch;
 mod limit;
 mod model;
+mod oci;
 mod parity;
 mod plot;
 mod python;
@@ -38,6 +40,8 @@ enum Command {
     Demo(demo::Arguments),
     /// Builds both binaries into target/release.
     Build,
+    /// Builds the images of operator and trainer as OCI archives in target/images.
+    Images,
     /// Runs everything that proves the product.
     Test,
     /// Formatting, lints, documentation, licences, generated files.
@@ -61,6 +65,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Demo(arguments) => demo::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Build => build::run().map(|_| ExitCode::SUCCESS),
+        Command::Images => images::run().map(|_| ExitCode::SUCCESS),
         Command::Test => test::run(),
         Command::Check => check::run().map(|()| ExitCode::SUCCESS),
         Command::Generate { check } => generate::run(check).map(|()| ExitCode::SUCCESS),

@@ -8,7 +8,6 @@ mod cgroups;
 mod control_plane;
 mod debian;
 mod down;
-pub(crate) mod image;
 mod network;
 mod node;
 mod pki;

@@ -5,9 +5,12 @@ use std::{path::Path, process::Command};
 use anyhow::{Context, Result};
 use serde_json::json;
 
-use crate::{s3, shell};
+use crate::{
+    oci::{self, Image},
+    s3, shell,
+};
 
-use super::{Cluster, cgroups, debian, image, network};
+use super::{Cluster, cgroups, debian, network};
 
 /// The node's name.
 pub(crate) const NODE_NAME: &str = "node0";
@@ -91,13 +94,16 @@ fn is_healthy(cluster: &Cluster, port: u16) -> bool {
 
 fn load_pause(cluster: &Cluster) -> Result<()> {
     let source = cluster.path("etc/pause.c");
-    let program = cluster.path("etc/pause");
+    let root = cluster.path("etc/pause");
+    std::fs::create_dir_all(&root)?;
     let archive = cluster.path("etc/pause.tar");
     std::fs::write(&source, PAUSE_C)?;
     let mut compiler = Command::new("cc");
-    compiler.args(["-Os", "-static", "-s", "-o"]).arg(&program).arg(&source);
+    compiler.args(["-Os", "-static", "-s", "-o"]).arg(root.join("pause")).arg(&source);
     shell::run(&mut compiler).context("a C compiler with a static libc is needed")?;
-    image::write(PAUSE_IMAGE, &program, &archive)?;
+    let config = json!({"Entrypoint": ["/pause"]});
+    let image = Image { name: PAUSE_IMAGE, root: &root, config, is_compressed: false };
+    oci::write(&image, &archive)?;
     cluster.load_image(&archive)
 }
 

@@ -1,0 +1,115 @@
+//! The two images: each binary with its library closure, CA certificates and an ordinary user.
+//!
+//! `images/*/Containerfile` says the same for people with a container tool: the directories made
+//! here are their build contexts.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+
+use crate::{
+    build::{self, Binaries},
+    libtorch,
+    oci::{self, Image},
+    shell,
+};
+
+/// Where images are named when no registry is meant.
+pub(crate) const OPERATOR: &str = "localhost/finetune-operator:dev";
+/// The trainer's name.
+pub(crate) const TRAINER: &str = "localhost/finetune-trainer:dev";
+/// The largest operator image, compressed.
+const OPERATOR_BYTES_MAX: usize = 30_000_000;
+const USER: u32 = 65532;
+/// Where distributions keep the certificates of authorities.
+const CERTIFICATES: [&str; 2] =
+    ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt"];
+
+/// The archives.
+pub(crate) struct Archives {
+    /// The operator's.
+    pub(crate) operator: PathBuf,
+    /// The trainer's.
+    pub(crate) trainer: PathBuf,
+}
+
+/// Builds both images.
+pub(crate) fn run() -> Result<Archives> {
+    let binaries = build::run()?;
+    let archives = write(&binaries)?;
+    for archive in [&archives.operator, &archives.trainer] {
+        let size = std::fs::metadata(archive)?.len() as f64;
+        println!("{}: {:.1} MB", archive.display(), size / 1e6);
+    }
+    Ok(archives)
+}
+
+/// Writes the images of built binaries.
+pub(crate) fn write(binaries: &Binaries) -> Result<Archives> {
+    let (operator, size) = image("operator", OPERATOR, &binaries.finetune, true)?;
+    ensure!(
+        size <= OPERATOR_BYTES_MAX,
+        "the operator's image has {size} bytes, more than {OPERATOR_BYTES_MAX}"
+    );
+    let (trainer, _) = image("trainer", TRAINER, &binaries.trainer, false)?;
+    Ok(Archives { operator, trainer })
+}
+
+fn image(what: &str, name: &str, binary: &Path, is_compressed: bool) -> Result<(PathBuf, usize)> {
+    let context = shell::root().join("target/images").join(what);
+    let root = context.join("rootfs");
+    let _ = std::fs::remove_dir_all(&root);
+    for directory in ["bin", "etc/ssl/certs", "lib64", "tmp"] {
+        std::fs::create_dir_all(root.join(directory))?;
+    }
+    std::fs::copy(
+        shell::root().join("images").join(what).join("Containerfile"),
+        context.join("Containerfile"),
+    )?;
+    let file = binary.file_name().context("a binary has a name")?;
+    let installed = root.join("bin").join(file);
+    shell::run(Command::new("strip").arg("-o").arg(&installed).arg(binary))?;
+    // Beside the binary, where its search path begins; the loader where the binary names it.
+    std::fs::create_dir_all(root.join("bin/lib"))?;
+    for library in closure(binary)? {
+        let name = library.file_name().context("a library has a name")?;
+        let is_loader = name.to_string_lossy().starts_with("ld-linux");
+        std::fs::copy(&library, root.join(if is_loader { "lib64" } else { "bin/lib" }).join(name))?;
+    }
+    let certificates = CERTIFICATES.iter().find(|path| Path::new(path).exists());
+    let certificates = certificates.context("this machine has no CA certificates to put in")?;
+    std::fs::copy(certificates, root.join("etc/ssl/certs/ca-certificates.crt"))?;
+    std::fs::write(
+        root.join("etc/passwd"),
+        format!("finetune:x:{USER}:{USER}::/tmp:/bin/false\n"),
+    )?;
+    std::fs::write(root.join("etc/group"), format!("finetune:x:{USER}:\n"))?;
+    std::fs::write(root.join("etc/nsswitch.conf"), "hosts: files dns\n")?;
+
+    let archive = context.with_extension("tar");
+    let config = json!({
+        "User": format!("{USER}:{USER}"),
+        "Env": ["PATH=/bin", "LD_LIBRARY_PATH=/bin/lib"],
+        "Entrypoint": [format!("/bin/{}", file.to_string_lossy())],
+    });
+    let size = oci::write(&Image { name, root: &root, config, is_compressed }, &archive)?;
+    Ok((archive, size))
+}
+
+/// Returns every library a binary loads, by asking the loader.
+fn closure(binary: &Path) -> Result<Vec<PathBuf>> {
+    let libraries = libtorch::directory()?.join("lib");
+    let said = shell::output(Command::new("ldd").arg(binary).env("LD_LIBRARY_PATH", libraries))?;
+    let mut found = Vec::new();
+    for line in said.lines() {
+        ensure!(!line.contains("not found"), "a library is missing: {}", line.trim());
+        // `libm.so.6 => /lib/… (0x…)`, `/lib64/ld-linux-x86-64.so.2 (0x…)` or `linux-vdso.so.1 (0x…)`.
+        let path = line.split("=>").last().and_then(|rest| rest.split_whitespace().next());
+        found.extend(path.filter(|path| path.starts_with('/')).map(PathBuf::from));
+    }
+    Ok(found)
+}
