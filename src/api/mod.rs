@@ -13,9 +13,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-pub use cluster::{
-    Approval, Effect, EnvVar, KeyRef, Operator, PodTemplate, Resources, Toleration,
-};
+pub use cluster::{Approval, Effect, EnvVar, KeyRef, Operator, PodTemplate, Resources, Toleration};
 pub use status::{
     AttemptStatus, FineTuneJobStatus, PlanStatus, PodStatus, ProgressStatus, ResultStatus, Step,
 };

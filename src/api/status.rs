@@ -66,7 +66,9 @@ pub struct AttemptStatus {
 }
 
 /// A step of a run that is a Job.
-#[derive(JsonSchema, Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    JsonSchema, Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 #[expect(missing_docs, reason = "the words are described at the field")]
 pub enum Step {
     Preflight,

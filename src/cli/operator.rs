@@ -31,20 +31,20 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), Failure> {
     let text = std::fs::read_to_string(settings).map_err(|error| {
         Failure::configuration(format!("cannot read {}: {error}", settings.display()))
     })?;
-    let settings = Settings::parse(&text).map_err(|error| {
-        Failure::configuration(format!("{}: {error}", settings.display()))
-    })?;
+    let settings = Settings::parse(&text)
+        .map_err(|error| Failure::configuration(format!("{}: {error}", settings.display())))?;
     tracing_subscriber::fmt()
         .json()
         .flatten_event(true)
+        .with_current_span(false)
+        .with_span_list(false)
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_env("FINETUNE_LOG")
                 .unwrap_or_else(|_| "info".into()),
         )
         .with_writer(std::io::stderr)
         .init();
-    let host =
-        Host { listen: *listen, namespace: namespace.clone(), identity: identity.clone() };
+    let host = Host { listen: *listen, namespace: namespace.clone(), identity: identity.clone() };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(THREADS)
         .enable_all()

@@ -301,7 +301,11 @@ fn variables(
                 optional: None,
             }),
             config_map_key_ref: variable.config_map_key_ref.as_ref().map(|key| {
-                ConfigMapKeySelector { name: key.name.clone(), key: key.key.clone(), optional: None }
+                ConfigMapKeySelector {
+                    name: key.name.clone(),
+                    key: key.key.clone(),
+                    optional: None,
+                }
             }),
             ..EnvVarSource::default()
         }),
@@ -370,7 +374,10 @@ fn resources(
         && let Some(users) = &job.spec.resources
     {
         let quantities = |map: &Option<BTreeMap<String, String>>| {
-            map.iter().flatten().map(|(name, value)| (name.clone(), Quantity(value.clone()))).collect::<Vec<_>>()
+            map.iter()
+                .flatten()
+                .map(|(name, value)| (name.clone(), Quantity(value.clone())))
+                .collect::<Vec<_>>()
         };
         requests.extend(quantities(&users.requests));
         limits.extend(quantities(&users.limits));
@@ -434,7 +441,12 @@ fn volumes(job: &FineTuneJob, settings: &Settings, attempt: &Attempt<'_>) -> Vec
 /// The volume claims that URIs of the job name, each once.
 fn claims(job: &FineTuneJob) -> Vec<String> {
     let spec = &job.spec;
-    let uris = [Some(&spec.model.uri), Some(&spec.dataset.train), spec.dataset.validation.as_ref(), Some(&spec.output.uri)];
+    let uris = [
+        Some(&spec.model.uri),
+        Some(&spec.dataset.train),
+        spec.dataset.validation.as_ref(),
+        Some(&spec.output.uri),
+    ];
     let mut claims: Vec<String> = uris
         .into_iter()
         .flatten()

@@ -101,10 +101,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 fn refer(parents: Vec<Parent>) -> Vec<ObjectRef<FineTuneJob>> {
-    parents
-        .into_iter()
-        .map(|(namespace, name)| ObjectRef::new(&name).within(&namespace))
-        .collect()
+    parents.into_iter().map(|(namespace, name)| ObjectRef::new(&name).within(&namespace)).collect()
 }
 
 impl Default for Children {

@@ -62,7 +62,9 @@ pub enum VisitError {
         source: kube::Error,
     },
     /// A Job of that name is there and is not ours.
-    #[error("a Job named {0:?} is there already and belongs to something else: delete it, or create the FineTuneJob under another name")]
+    #[error(
+        "a Job named {0:?} is there already and belongs to something else: delete it, or create the FineTuneJob under another name"
+    )]
     NameTaken(String),
     /// It took too long.
     #[error("the visit took longer than {} s", VISIT_TIMEOUT.as_secs())]
@@ -309,7 +311,8 @@ impl Operator {
                     made => made,
                 };
                 let made = made.map_err(VisitError::api("create a Job"))?;
-                let owner = made.owner_references().iter().find(|owner| owner.controller == Some(true));
+                let owner =
+                    made.owner_references().iter().find(|owner| owner.controller == Some(true));
                 if owner.map(|owner| &owner.uid) != parent.metadata.uid.as_ref() {
                     return Err(VisitError::NameTaken(name));
                 }
@@ -348,7 +351,8 @@ impl Operator {
     /// Tells people; that it could not be told is no reason to stop.
     async fn tell(&self, job: &FineTuneJob, note: Note) {
         let Note { is_warning, reason, mut message } = note;
-        let end = (0..=NOTE_LIMIT.min(message.len())).rev().find(|&end| message.is_char_boundary(end));
+        let end =
+            (0..=NOTE_LIMIT.min(message.len())).rev().find(|&end| message.is_char_boundary(end));
         message.truncate(end.unwrap_or(0));
         let event = Event {
             type_: if is_warning { EventType::Warning } else { EventType::Normal },
@@ -408,9 +412,13 @@ impl Operator {
         let namespace = job.namespace().unwrap_or_default();
         let before = job.status.clone().unwrap_or_default();
         let tries = |status: &FineTuneJobStatus| {
-            status.attempt.as_ref().map_or((0, 0), |attempt| (attempt.failures, attempt.disruptions))
+            status
+                .attempt
+                .as_ref()
+                .map_or((0, 0), |attempt| (attempt.failures, attempt.disruptions))
         };
-        let [(failures, disruptions), (more_failures, more_disruptions)] = [tries(&before), tries(status)];
+        let [(failures, disruptions), (more_failures, more_disruptions)] =
+            [tries(&before), tries(status)];
         for (cause, is_more) in
             [("failure", more_failures > failures), ("disruption", more_disruptions > disruptions)]
         {
@@ -435,8 +443,14 @@ impl Operator {
         if let (Some(plan), Some(result)) = (&status.plan, &status.result) {
             let name = job.name_any();
             let labels = [namespace.as_str(), name.as_str()];
-            self.metrics.predicted_bytes.with_label_values(&labels).set(plan.predicted_peak_bytes as f64);
-            self.metrics.measured_bytes.with_label_values(&labels).set(result.measured_peak_bytes as f64);
+            self.metrics
+                .predicted_bytes
+                .with_label_values(&labels)
+                .set(plan.predicted_peak_bytes as f64);
+            self.metrics
+                .measured_bytes
+                .with_label_values(&labels)
+                .set(result.measured_peak_bytes as f64);
         }
     }
 
@@ -473,4 +487,3 @@ fn ignore_gone<T>(deleted: kube::Result<T>) -> kube::Result<()> {
         Err(error) => Err(error),
     }
 }
-

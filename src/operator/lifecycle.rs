@@ -239,7 +239,8 @@ impl<'a> Visit<'a> {
     /// Deletes every Job that has not ended, and pods without one.
     fn stop_all(&mut self) {
         let live = self.observed.jobs.iter().filter(|job| job.ended.is_none() && !job.is_deleting);
-        let jobs = live.map(|job| Action::DeleteJob { name: job.name.clone(), uid: job.uid.clone() });
+        let jobs =
+            live.map(|job| Action::DeleteJob { name: job.name.clone(), uid: job.uid.clone() });
         let actions: Vec<Action> = jobs.chain(self.stray_deletions()).collect();
         self.decision.actions.extend(actions);
     }
@@ -285,9 +286,8 @@ impl<'a> Visit<'a> {
             Ok(report) => report,
             Err(error) => return self.without_report(code, &message, &error.to_string()),
         };
-        let retryable = |problem: &finetune_contract::Problem| {
-            problem.reason.exit_code().is_retryable()
-        };
+        let retryable =
+            |problem: &finetune_contract::Problem| problem.reason.exit_code().is_retryable();
         if !report.problems.is_empty() && report.problems.iter().all(retryable) {
             return self.try_again_after_failure("StoreUnavailable", &listed(&report));
         }
@@ -299,11 +299,8 @@ impl<'a> Visit<'a> {
 
     fn take_plan(&mut self, placement: &Placement) {
         let Placement { plan, accelerator, pod } = placement;
-        let summary = format!(
-            "On {accelerator}: {}\n\n{}",
-            placement::describe(pod),
-            render::text(plan)
-        );
+        let summary =
+            format!("On {accelerator}: {}\n\n{}", placement::describe(pod), render::text(plan));
         let bytes = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
         let method = if plan.run_config.lora.is_some() { "LoRA" } else { "Full" };
         self.decision.status.plan = Some(PlanStatus {
@@ -322,8 +319,15 @@ impl<'a> Visit<'a> {
             run_config: finetune_contract::render(&plan.run_config),
         });
         self.decision.status.attempt = Some(first_try(Step::Training));
-        self.set(Kind::Accepted, Truth::True, "PreflightPassed", "model, dataset and output can be used");
-        let time = plan.seconds.map_or(String::new(), |seconds| format!(", about {}", render::duration(seconds)));
+        self.set(
+            Kind::Accepted,
+            Truth::True,
+            "PreflightPassed",
+            "model, dataset and output can be used",
+        );
+        let time = plan
+            .seconds
+            .map_or(String::new(), |seconds| format!(", about {}", render::duration(seconds)));
         let message = format!(
             "{method} on one {accelerator}, {}{time}; see status.plan.summary",
             render::bytes(plan.memory.total())
@@ -345,13 +349,23 @@ impl<'a> Visit<'a> {
                 self.finish(Truth::False, &reason, &message);
             }
             Unplaced::TooLarge(_) => {
-                self.set(Kind::Accepted, Truth::True, "PreflightPassed", "model, dataset and output can be used");
+                self.set(
+                    Kind::Accepted,
+                    Truth::True,
+                    "PreflightPassed",
+                    "model, dataset and output can be used",
+                );
                 self.set(Kind::Planned, Truth::False, "NoAcceleratorFits", &message);
                 self.finish(Truth::False, "NoAcceleratorFits", &message);
             }
             Unplaced::SeveralRanks { .. } => {
                 // Held, not failed: it can be planned once the settings have changed.
-                self.set(Kind::Accepted, Truth::True, "PreflightPassed", "model, dataset and output can be used");
+                self.set(
+                    Kind::Accepted,
+                    Truth::True,
+                    "PreflightPassed",
+                    "model, dataset and output can be used",
+                );
                 self.set(Kind::Planned, Truth::False, "SeveralRanksNeeded", &message);
                 self.say("SeveralRanksNeeded", &message);
             }
@@ -394,12 +408,14 @@ impl<'a> Visit<'a> {
                     manifest_sha256: manifest_sha256.clone(),
                     eval_loss: report.eval_loss.map(|[_, after]| after),
                     steps: i64::try_from(report.steps).unwrap_or(i64::MAX),
-                    measured_peak_bytes: i64::try_from(report.measured_peak_bytes).unwrap_or(i64::MAX),
+                    measured_peak_bytes: i64::try_from(report.measured_peak_bytes)
+                        .unwrap_or(i64::MAX),
                 });
                 if let Some(progress) = &mut self.decision.status.progress {
                     progress.step = i64::try_from(report.steps).unwrap_or(i64::MAX);
                     progress.loss = report.train_loss.map(|[_, last]| last).or(progress.loss);
-                    progress.eval_loss = report.eval_loss.map(|[_, after]| after).or(progress.eval_loss);
+                    progress.eval_loss =
+                        report.eval_loss.map(|[_, after]| after).or(progress.eval_loss);
                 }
                 let message = format!("{kind:?} at {uri}, read back and proven");
                 self.set(Kind::Published, Truth::True, "Proven", &message);
@@ -432,7 +448,8 @@ impl<'a> Visit<'a> {
 
     /// The program ended, and what it left is no report.
     fn without_report(&mut self, code: i32, message: &str, error: &str) {
-        let left = if message.trim().is_empty() { "no report".to_owned() } else { error.to_owned() };
+        let left =
+            if message.trim().is_empty() { "no report".to_owned() } else { error.to_owned() };
         let what = format!("the trainer ended with status {code} and left {left}");
         match ExitCode::from_code(code) {
             // A report that cannot be read, or a refusal of its own input: the same again.
@@ -446,7 +463,12 @@ impl<'a> Visit<'a> {
     }
 
     fn attempt(&self, step: Step) -> AttemptStatus {
-        self.decision.status.attempt.clone().filter(|attempt| attempt.step == step).unwrap_or_else(|| first_try(step))
+        self.decision
+            .status
+            .attempt
+            .clone()
+            .filter(|attempt| attempt.step == step)
+            .unwrap_or_else(|| first_try(step))
     }
 
     fn try_again_after_disruption(&mut self, why: &str) {
@@ -512,7 +534,10 @@ impl<'a> Visit<'a> {
             self.decision
                 .actions
                 .push(Action::DeleteJob { name: job.name.clone(), uid: job.uid.clone() });
-            self.say("Stopping", "spec.suspend is set: the pods of this try save a checkpoint and end");
+            self.say(
+                "Stopping",
+                "spec.suspend is set: the pods of this try save a checkpoint and end",
+            );
             return None;
         }
         self.watch(step, job, pod);
@@ -581,7 +606,14 @@ impl<'a> Visit<'a> {
         self.decision.actions.push(Action::CreateJob(Box::new(job)));
         match step {
             Step::Preflight => self.say("Preflight", "model, dataset and output are being checked"),
-            Step::Training if self.job.metadata.labels.as_ref().is_some_and(|labels| labels.contains_key(QUEUE_LABEL)) => {
+            Step::Training
+                if self
+                    .job
+                    .metadata
+                    .labels
+                    .as_ref()
+                    .is_some_and(|labels| labels.contains_key(QUEUE_LABEL)) =>
+            {
                 self.say("Queued", "the queue decides when the pod starts");
             }
             Step::Training => self.say("Starting", "the training pod is being started"),
@@ -617,7 +649,9 @@ impl<'a> Visit<'a> {
     /// The container has not started: it is early, or the kubelet cannot start it.
     fn wait_for_start(&mut self, starting: &str, job: &ObservedJob, reason: &str, message: &str) {
         let word = match reason {
-            "ErrImagePull" | "ImagePullBackOff" | "InvalidImageName" | "ErrImageNeverPull" => "ImagePullFailed",
+            "ErrImagePull" | "ImagePullBackOff" | "InvalidImageName" | "ErrImageNeverPull" => {
+                "ImagePullFailed"
+            }
             "CreateContainerConfigError" => "SecretOrConfigMapMissing",
             "CreateContainerError" | "RunContainerError" => "ContainerCannotStart",
             _ => return self.say(starting, "the pod is being started"),
@@ -629,7 +663,10 @@ impl<'a> Visit<'a> {
             Some(deadline) if self.now >= deadline => self.finish(
                 Truth::False,
                 word,
-                &format!("{message}\nIt did not start within {} s.", self.settings.startup_deadline_seconds),
+                &format!(
+                    "{message}\nIt did not start within {} s.",
+                    self.settings.startup_deadline_seconds
+                ),
             ),
             Some(deadline) => {
                 self.say(word, message);

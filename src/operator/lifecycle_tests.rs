@@ -8,13 +8,12 @@ use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt;
 
 use super::{
-    Action, Decision,
     super::{
         conditions::{Kind, find},
         observe::{Observed, ObservedJob, ObservedPod, PodState},
         settings::Settings,
     },
-    decide,
+    Action, Decision, decide,
 };
 use crate::{api::FineTuneJob, manifest, plan::fixture};
 
@@ -143,7 +142,8 @@ impl World {
     }
 
     fn succeed(&mut self) {
-        let proof = Proof { files: 3, bytes: 10, max_logit_change: 1.0, loss_trained_and_reloaded: None };
+        let proof =
+            Proof { files: 3, bytes: 10, max_logit_change: 1.0, loss_trained_and_reloaded: None };
         let report = self.report(Outcome::Succeeded {
             kind: ArtifactKind::Adapter,
             uri: "s3://bucket/out".to_owned(),

@@ -61,11 +61,13 @@ impl Metrics {
             "Visits of a job that failed and are repeated",
         )?;
         let reconcile_seconds = Histogram::with_opts(
-            HistogramOpts::new("finetune_operator_reconcile_time_seconds", "Seconds of a visit of a job")
-                .buckets(vec![0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0]),
+            HistogramOpts::new(
+                "finetune_operator_reconcile_time_seconds",
+                "Seconds of a visit of a job",
+            )
+            .buckets(vec![0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0]),
         )?;
-        let active_workers =
-            IntGauge::new("finetune_operator_active_workers", "Visits under way")?;
+        let active_workers = IntGauge::new("finetune_operator_active_workers", "Visits under way")?;
         let leader =
             Gauge::new("finetune_operator_leader", "1 in the replica that acts, 0 in the others")?;
         let jobs = IntGaugeVec::new(

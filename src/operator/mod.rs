@@ -62,7 +62,9 @@ pub async fn run(settings: Settings, host: Host) -> Result<()> {
         .map(tokio::signal::unix::signal)
         .into_iter()
         .collect::<std::io::Result<Vec<_>>>()?;
-    let [terminate, interrupt] = signals.as_mut_slice() else { bail!("two signals were asked for") };
+    let [terminate, interrupt] = signals.as_mut_slice() else {
+        bail!("two signals were asked for")
+    };
 
     // Ready means able to reach the apiserver: a replica that waits is ready to take over.
     client.apiserver_version().await.context("cannot reach the apiserver")?;

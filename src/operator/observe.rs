@@ -106,9 +106,8 @@ impl Observed {
 
     /// Lists pods that live though their Job is gone.
     pub fn strays(&self) -> impl Iterator<Item = &ObservedPod> {
-        let has_job = |pod: &&ObservedPod| {
-            self.jobs.iter().any(|job| Some(&job.uid) == pod.job_uid.as_ref())
-        };
+        let has_job =
+            |pod: &&ObservedPod| self.jobs.iter().any(|job| Some(&job.uid) == pod.job_uid.as_ref());
         self.pods
             .iter()
             .filter(move |pod| !matches!(pod.state, PodState::Ended { .. }) && !has_job(pod))
@@ -190,9 +189,7 @@ fn observe_state(pod: &Pod) -> PodState {
         .iter()
         .find(|condition| condition.type_ == "PodScheduled" && condition.status == "False");
     match unscheduled {
-        Some(condition) => {
-            PodState::Unschedulable(condition.message.clone().unwrap_or_default())
-        }
+        Some(condition) => PodState::Unschedulable(condition.message.clone().unwrap_or_default()),
         None => PodState::Waiting { reason: String::new(), message: String::new() },
     }
 }

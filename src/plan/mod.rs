@@ -15,8 +15,8 @@ pub mod settings;
 pub mod sizing;
 
 use finetune_contract::{
-    CONTRACT_VERSION, Dtype, ExpectedData, LrScheduler, MachineFacts, ModelFacts, OutputState, PreflightReport,
-    Problem, ProblemReason, Recompute, RunConfig, TrainingSettings,
+    CONTRACT_VERSION, Dtype, ExpectedData, LrScheduler, MachineFacts, ModelFacts, OutputState,
+    PreflightReport, Problem, ProblemReason, Recompute, RunConfig, TrainingSettings,
 };
 use serde::Serialize;
 
@@ -204,8 +204,15 @@ pub fn plan(
         context: u64::from(data.context),
         is_device: place.is_device(),
     };
-    let batch =
-        batch::decide(&training, model, load, data.sequences, usable, &mut decisions, &mut rejected);
+    let batch = batch::decide(
+        &training,
+        model,
+        load,
+        data.sequences,
+        usable,
+        &mut decisions,
+        &mut rejected,
+    );
     let load = batch.load;
     let memory = sizing::memory(model, &load);
     if let Some(limit) = limit.filter(|_| memory.total() > usable) {
@@ -257,10 +264,9 @@ pub fn plan(
     Ok(RunPlan {
         seconds: seconds(machine.as_ref(), place.efficiency(), model, &load, tokens),
         accelerators: match place {
-            Place::Here(kinds) => kinds
-                .iter()
-                .map(|kind| accelerators::offer(kind, model, &load, tokens))
-                .collect(),
+            Place::Here(kinds) => {
+                kinds.iter().map(|kind| accelerators::offer(kind, model, &load, tokens)).collect()
+            }
             Place::On(_) => Vec::new(),
         },
         efficiency: place.efficiency(),

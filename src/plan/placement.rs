@@ -2,7 +2,11 @@
 
 use finetune_contract::{PreflightReport, Problem, ProblemReason};
 
-use super::{Place, RunPlan, accelerators::{Accelerator, ranks}, invalid, plan, render};
+use super::{
+    Place, RunPlan,
+    accelerators::{Accelerator, ranks},
+    invalid, plan, render,
+};
 use crate::api::FineTuneJob;
 
 /// What a pod needs over what its tensors do, as a factor: the allocator's slack and the error of
@@ -82,10 +86,11 @@ pub fn place(
                 return Ok(Placement { plan, accelerator: accelerator.name.clone(), pod });
             }
             Err(problems) if problems.iter().all(|problem| problem.location == "memory") => {
-                lacking.extend(problems.into_iter().map(|problem| Problem {
-                    location: accelerator.name.clone(),
-                    ..problem
-                }));
+                lacking.extend(
+                    problems
+                        .into_iter()
+                        .map(|problem| Problem { location: accelerator.name.clone(), ..problem }),
+                );
             }
             Err(mut problems) => {
                 // What this place lacks says nothing about the next.
@@ -278,7 +283,9 @@ mod tests {
             accelerators[0].memory_gi_b = gib;
             let report = fixture::report(fixture::smollm2(), 1_000_000_000);
             match place(&job("  loraConfig: {}\n"), &report, &accelerators) {
-                Ok(placement) => assert!(placement.pod.memory_bytes <= accelerators[0].memory_bytes()),
+                Ok(placement) => {
+                    assert!(placement.pod.memory_bytes <= accelerators[0].memory_bytes())
+                }
                 Err(unplaced) => assert!(gib < 1.0, "{gib} GiB: {unplaced}"),
             }
         }

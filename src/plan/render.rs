@@ -24,10 +24,8 @@ pub fn text(plan: &RunPlan) -> String {
         line(format!("  {name:<27}{:>10}", bytes(size)));
     }
     let place = &plan.place;
-    let limit = plan
-        .memory_limit
-        .map(|limit| format!("  of {} {place}", bytes(limit)))
-        .unwrap_or_default();
+    let limit =
+        plan.memory_limit.map(|limit| format!("  of {} {place}", bytes(limit))).unwrap_or_default();
     line(format!("  {:<27}{:>10}{limit}", "peak", bytes(plan.memory.total())));
     if plan.memory.mapped_weights > 0 {
         line(format!(

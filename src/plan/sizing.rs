@@ -125,7 +125,11 @@ pub fn memory(model: &ModelFacts, load: &Load) -> Memory {
     };
     Memory {
         mapped_weights: if is_device { 0 } else { model.weight_bytes },
-        weights: if is_full || (on_disk_is_compute && !is_device) { 0 } else { model.parameters * s },
+        weights: if is_full || (on_disk_is_compute && !is_device) {
+            0
+        } else {
+            model.parameters * s
+        },
         trained_state: trained * (STATE_BYTES + if dtype == Dtype::Bf16 { s } else { 0 }),
         activations,
         head: HEAD_ROWS.min(t) * v * (s + 4 + s),
@@ -154,7 +158,15 @@ mod tests {
     use crate::plan::fixture;
 
     fn load(trained: u64, is_full: bool, recompute: Recompute) -> Load {
-        Load { trained, is_full, dtype: Dtype::Bf16, recompute, micro_batch: 4, context: 256, is_device: false }
+        Load {
+            trained,
+            is_full,
+            dtype: Dtype::Bf16,
+            recompute,
+            micro_batch: 4,
+            context: 256,
+            is_device: false,
+        }
     }
 
     #[test]

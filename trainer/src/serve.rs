@@ -46,7 +46,9 @@ impl Board {
         let cannot = |error: &std::io::Error| {
             Failure::new(
                 FailureReason::InvalidConfiguration,
-                format!("cannot listen on {address}: {error}: choose another address with --listen"),
+                format!(
+                    "cannot listen on {address}: {error}: choose another address with --listen"
+                ),
             )
         };
         let listener = TcpListener::bind(address).map_err(|error| cannot(&error))?;

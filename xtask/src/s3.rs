@@ -142,7 +142,7 @@ pub(crate) fn arguments(
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
         "-master.telemetry=false",
-        "-volume.max=8",
+        "-volume.max=40",
         "-master.volumeSizeLimitMB=256",
         "-volume.preStopSeconds=0",
     ];
