@@ -212,8 +212,8 @@ pub struct Training {
     #[schemars(range(min = 1, max = 10_000_000))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_steps: Option<i64>,
-    /// The peak learning rate of AdamW, from 1e-9 to 1. Default: 1e-4 with LoRA, 1e-5 without.
-    #[schemars(range(min = 1e-9, max = 1.0))]
+    /// The peak learning rate of AdamW, from 1e-8 to 1. Default: 1e-4 with LoRA, 1e-5 without.
+    #[schemars(range(min = 1e-8, max = 1.0))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub learning_rate: Option<f64>,
     /// How the learning rate falls after the warm-up. Default: `cosine`.

@@ -127,7 +127,7 @@ pub struct PodStatus {
 #[derive(JsonSchema, Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ProgressStatus {
-    /// What the trainer is doing.
+    /// What the trainer is doing; `Done` at the end.
     #[schemars(length(max = 32))]
     pub stage: String,
     /// Optimizer steps done.

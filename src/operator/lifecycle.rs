@@ -45,6 +45,8 @@ const DISRUPTION_WAIT: SignedDuration = SignedDuration::from_secs(2);
 /// The most tries of a step: the number is three digits of the Job's name.
 const MOST_TRIES: i32 = 1000;
 
+const QUEUED: &str = "the queue decides when the pod starts";
+
 /// What is to be done.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Decision {
@@ -406,7 +408,7 @@ impl<'a> Visit<'a> {
                     uri: uri.clone(),
                     kind: format!("{kind:?}"),
                     manifest_sha256: manifest_sha256.clone(),
-                    eval_loss: report.eval_loss.map(|[_, after]| after),
+                    eval_loss: report.eval_loss.map(|[_, after]| rounded(after)),
                     steps: i64::try_from(report.steps).unwrap_or(i64::MAX),
                     measured_peak_bytes: i64::try_from(report.measured_peak_bytes)
                         .unwrap_or(i64::MAX),
@@ -604,57 +606,52 @@ impl<'a> Visit<'a> {
         let attempt = Attempt { step, number, config, place };
         let job = build::job(self.job, self.settings, &attempt);
         self.decision.actions.push(Action::CreateJob(Box::new(job)));
-        match step {
-            Step::Preflight => self.say("Preflight", "model, dataset and output are being checked"),
-            Step::Training
-                if self
-                    .job
-                    .metadata
-                    .labels
-                    .as_ref()
-                    .is_some_and(|labels| labels.contains_key(QUEUE_LABEL)) =>
-            {
-                self.say("Queued", "the queue decides when the pod starts");
-            }
-            Step::Training => self.say("Starting", "the training pod is being started"),
+        let labels = self.job.metadata.labels.as_ref();
+        if step == Step::Training && labels.is_some_and(|labels| labels.contains_key(QUEUE_LABEL)) {
+            self.say("Queued", QUEUED);
+        } else {
+            self.say_started(step);
         }
         if step == Step::Training && self.decision.status.start_time.is_none() {
             self.decision.status.start_time = Some(Time(self.now));
         }
     }
 
-    /// The Job is there and has not ended: say how it is.
+    /// The Job is there and has not ended: say how it is. Ordinary states of a starting or ending pod
+    /// share one message, for each message is a write.
     fn watch(&mut self, step: Step, job: &ObservedJob, pod: Option<&ObservedPod>) {
         if job.is_suspended {
-            return self.say("Queued", "the queue decides when the pod starts");
+            return self.say("Queued", QUEUED);
         }
-        let starting = match step {
-            Step::Preflight => "Preflight",
-            Step::Training => "Starting",
-        };
         match pod.map(|pod| &pod.state) {
-            None => self.say(starting, "the pod is being made"),
+            None => self.say_started(step),
             Some(PodState::Unschedulable(message)) => self.say("Unschedulable", message),
             Some(PodState::Waiting { reason, message }) => {
-                self.wait_for_start(starting, job, reason, message);
+                self.wait_for_start(step, job, reason, message);
             }
-            Some(PodState::Running) if step == Step::Preflight => {
-                self.say("Preflight", "model, dataset and output are being checked");
-            }
+            Some(PodState::Running) if step == Step::Preflight => self.say_started(step),
             Some(PodState::Running) => self.take_progress(),
-            Some(PodState::Ended { .. }) => self.say("Finishing", "the pod has ended"),
+            // The Job will say so in a moment.
+            Some(PodState::Ended { .. }) => {}
+        }
+    }
+
+    fn say_started(&mut self, step: Step) {
+        match step {
+            Step::Preflight => self.say("Preflight", "model, dataset and output are being checked"),
+            Step::Training => self.say("Starting", "the training pod starts and loads the model"),
         }
     }
 
     /// The container has not started: it is early, or the kubelet cannot start it.
-    fn wait_for_start(&mut self, starting: &str, job: &ObservedJob, reason: &str, message: &str) {
+    fn wait_for_start(&mut self, step: Step, job: &ObservedJob, reason: &str, message: &str) {
         let word = match reason {
             "ErrImagePull" | "ImagePullBackOff" | "InvalidImageName" | "ErrImageNeverPull" => {
                 "ImagePullFailed"
             }
             "CreateContainerConfigError" => "SecretOrConfigMapMissing",
             "CreateContainerError" | "RunContainerError" => "ContainerCannotStart",
-            _ => return self.say(starting, "the pod is being started"),
+            _ => return self.say_started(step),
         };
         let deadline = job.created.map(|created| {
             created + SignedDuration::from_secs(self.settings.startup_deadline_seconds)
@@ -681,14 +678,14 @@ impl<'a> Visit<'a> {
         let Some(progress) = &self.observed.progress else {
             // Not asked just now, or it does not answer: what was known stays.
             if self.decision.status.progress.is_none() {
-                self.say("Starting", "the trainer is loading the model and the rows");
+                self.say_started(Step::Training);
             }
             return;
         };
         self.decision.status.progress = Some(progress_status(progress, self.now));
         match progress.stage {
             Stage::Fetching | Stage::Loading => {
-                self.say("Starting", "the trainer is loading the model and the rows");
+                self.say_started(Step::Training);
             }
             Stage::Training | Stage::Evaluating => self.say("Training", "see status.progress"),
             Stage::Exporting | Stage::Publishing | Stage::Verifying => {
@@ -700,8 +697,8 @@ impl<'a> Visit<'a> {
 
 fn progress_status(progress: &Progress, now: Timestamp) -> ProgressStatus {
     let whole = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
-    // A loss that is not a number is said by the trainer's end, not here: JSON has no word for it.
-    let finite = |value: Option<f64>| value.filter(|value| value.is_finite());
+    // JSON has no word for what is not finite; four digits are what a table has room for.
+    let finite = |value: Option<f64>| value.filter(|value| value.is_finite()).map(rounded);
     ProgressStatus {
         stage: format!("{:?}", progress.stage),
         step: whole(progress.step),
@@ -713,6 +710,10 @@ fn progress_status(progress: &Progress, now: Timestamp) -> ProgressStatus {
         eta: progress.eta_seconds.map(|seconds| render::duration(seconds as f64)),
         last_updated_time: Some(Time(now)),
     }
+}
+
+fn rounded(number: f64) -> f64 {
+    (number * 1e4).round() / 1e4
 }
 
 fn pod_size(pod: &PodStatus) -> PodSize {

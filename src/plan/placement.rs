@@ -201,7 +201,7 @@ impl Unplaced {
 /// Says what a pod asks for, in one line.
 pub fn describe(pod: &PodSize) -> String {
     format!(
-        "{} cores, {} memory, {} storage",
+        "{} CPU, {} memory, {} storage",
         pod.cpu_millis as f64 / 1000.0,
         render::bytes(pod.memory_bytes),
         render::bytes(pod.storage_bytes)
@@ -256,8 +256,8 @@ mod tests {
 
     #[test]
     fn takes_the_first_that_fits() {
-        insta::assert_snapshot!(check(fixture::smollm2(), "  loraConfig: {}\n"), @"cpu: 2 cores, 1.80 GB memory, 1.70 GB storage");
-        insta::assert_snapshot!(check(fixture::llama_8b(), "  loraConfig: {}\n"), @"A100-80GB: 8 cores, 21.43 GB memory, 33.95 GB storage");
+        insta::assert_snapshot!(check(fixture::smollm2(), "  loraConfig: {}\n"), @"cpu: 2 CPU, 1.80 GB memory, 1.70 GB storage");
+        insta::assert_snapshot!(check(fixture::llama_8b(), "  loraConfig: {}\n"), @"A100-80GB: 8 CPU, 21.43 GB memory, 33.95 GB storage");
     }
 
     #[test]

@@ -8,6 +8,7 @@ mod check;
 mod cluster;
 mod dataset;
 mod demo;
+mod e2e;
 mod generate;
 mod images;
 mod libtorch;
@@ -44,6 +45,8 @@ enum Command {
     Images,
     /// Runs everything that proves the product.
     Test,
+    /// Runs the tests that need a cluster, on a cluster of their own.
+    E2e,
     /// Formatting, lints, documentation, licences, generated files.
     Check,
     /// Writes the files that are generated from the code.
@@ -67,6 +70,7 @@ fn main() -> ExitCode {
         Command::Build => build::run().map(|_| ExitCode::SUCCESS),
         Command::Images => images::run().map(|_| ExitCode::SUCCESS),
         Command::Test => test::run(),
+        Command::E2e => e2e::run(),
         Command::Check => check::run().map(|()| ExitCode::SUCCESS),
         Command::Generate { check } => generate::run(check).map(|()| ExitCode::SUCCESS),
         Command::Parity => parity::run().map(|()| ExitCode::SUCCESS),

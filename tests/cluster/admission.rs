@@ -1,0 +1,74 @@
+//! What the apiserver itself accepts and refuses, by schema and CEL.
+
+use finetune_operator::api::FineTuneJob;
+use kube::{
+    Api,
+    api::{DynamicObject, PostParams},
+    core::ApiResource,
+};
+use serde_json::{Value, json};
+
+use crate::bed::Bed;
+
+#[tokio::test]
+async fn a_real_apiserver_accepts_and_refuses_by_the_schema() {
+    let Some(bed) = Bed::new("admission").await else { return };
+    let resource = ApiResource::erase::<FineTuneJob>(&());
+    let api: Api<DynamicObject> =
+        Api::namespaced_with(bed.client.clone(), &bed.namespace, &resource);
+    let dry = PostParams { dry_run: true, ..PostParams::default() };
+    let whole = json!({"name": "bucket"});
+    let accepted = [
+        ("/spec/loraConfig", json!({})),
+        ("/spec/loraConfig/targetModules", json!(["q_proj", "v_proj"])),
+        ("/spec/training/learningRate", json!(1e-4)),
+        ("/spec/output/secretRef", whole),
+        (
+            "/spec/podTemplate",
+            json!({"env": [{"name": "A", "secretKeyRef": {"name": "s", "key": "k"}}]}),
+        ),
+        ("/spec/resources", json!({"limits": {"memory": "1Gi"}})),
+        ("/spec/approval", json!("Manual")),
+    ];
+    let refused = [
+        ("/spec/model/uri", json!("ftp://a/b"), "must be an object URI"),
+        ("/spec/model/revision", json!("main"), "revision names a hub's branch"),
+        ("/spec/loraConfig/r", json!(0), "greater than or equal to 1"),
+        ("/spec/loraConfig/r", json!("8"), "must be of type integer"),
+        ("/spec/loraConfig/loraDropout", json!(1.0), "less than or equal to 0.9"),
+        ("/spec/loraConfig/targetModules", json!(["all-linear", "q_proj"]), "name it alone"),
+        ("/spec/training/numEpochs", json!(2), "both set the length"),
+        ("/spec/training/learningRate", json!(0), "greater than or equal to"),
+        ("/spec/training/dtype", json!("fp8"), "Unsupported value"),
+        ("/spec/output", json!({}), "spec.output.uri: Required"),
+        ("/spec/approval", json!("auto"), "Unsupported value"),
+        ("/spec/activeDeadlineSeconds", json!(0), "greater than or equal to 1"),
+        (
+            "/spec/podTemplate",
+            json!({"env": [{"name": "LD_PRELOAD", "value": "x"}]}),
+            "which are the operator's",
+        ),
+        ("/spec/podTemplate", json!({"env": [{"name": "A"}]}), "exactly one of"),
+        ("/metadata/name", json!("a".repeat(53)), "at most 52 characters"),
+    ];
+    for (place, value) in accepted {
+        let job = changed(&bed.job("good"), place, &value);
+        let object = serde_json::from_value(job).unwrap();
+        if let Err(error) = api.create(&dry, &object).await {
+            panic!("{place}: {value} was refused: {error}");
+        }
+    }
+    for (place, value, words) in refused {
+        let job = changed(&bed.job("bad"), place, &value);
+        let object = serde_json::from_value(job).unwrap();
+        let error = api.create(&dry, &object).await.expect_err(place).to_string();
+        assert!(error.contains(words), "{place}: {value}: {error}");
+    }
+}
+
+fn changed(job: &Value, place: &str, value: &Value) -> Value {
+    let mut job = job.clone();
+    let (parent, field) = place.rsplit_once('/').unwrap();
+    job.pointer_mut(parent).unwrap()[field] = value.clone();
+    job
+}

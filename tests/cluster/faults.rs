@@ -1,0 +1,112 @@
+//! What happens to jobs at night: each ends as the design says, nothing is left, nothing is
+//! published twice.
+
+use k8s_openapi::api::{batch::v1::Job, core::v1::Pod};
+use kube::{
+    Api, ResourceExt,
+    api::{DeleteParams, EvictParams, ListParams},
+};
+use serde_json::json;
+
+use crate::bed::Bed;
+
+/// Waits for success after one disruption, and proves what was published.
+async fn goes_on(bed: &Bed, name: &str) {
+    bed.wait(name, "True Succeeded").await;
+    let attempt = bed.status(name).await.attempt.unwrap();
+    assert_eq!((attempt.failures, attempt.disruptions), (0, 1), "{attempt:?}");
+    assert_eq!(bed.status(name).await.result.unwrap().steps, 1500);
+    bed.verify(name);
+}
+
+#[tokio::test]
+async fn an_evicted_pod_goes_on_from_its_checkpoint() {
+    let Some(bed) = Bed::new("evicted").await else { return };
+    bed.apply(&bed.long_job("evicted")).await;
+    let pod = bed.wait_for_training("evicted").await;
+    bed.pods.evict(&pod.name_any(), &EvictParams::default()).await.unwrap();
+    goes_on(&bed, "evicted").await;
+}
+
+#[tokio::test]
+async fn a_pod_killed_without_a_word_goes_on_from_its_checkpoint() {
+    let Some(bed) = Bed::new("killed").await else { return };
+    bed.apply(&bed.long_job("killed")).await;
+    let pod = bed.wait_for_training("killed").await;
+    let at_once = DeleteParams::default().grace_period(0);
+    bed.pods.delete(&pod.name_any(), &at_once).await.unwrap();
+    goes_on(&bed, "killed").await;
+}
+
+#[tokio::test]
+async fn a_job_deleted_by_hand_is_made_again() {
+    let Some(bed) = Bed::new("by-hand").await else { return };
+    bed.apply(&bed.long_job("by-hand")).await;
+    bed.wait_for_training("by-hand").await;
+    // As `kubectl delete job --cascade=orphan` would: the pod lives on.
+    let orphan = DeleteParams {
+        propagation_policy: Some(kube::api::PropagationPolicy::Orphan),
+        ..DeleteParams::default()
+    };
+    bed.children.delete("by-hand-0", &orphan).await.unwrap();
+    goes_on(&bed, "by-hand").await;
+}
+
+#[tokio::test]
+async fn the_operator_may_be_killed_at_any_time() {
+    let Some(bed) = Bed::new("operator").await else { return };
+    bed.apply(&bed.long_job("operator")).await;
+    bed.wait_for_training("operator").await;
+    let operators: Api<Pod> = Api::namespaced(bed.client.clone(), "finetune-system");
+    let label = ListParams::default().labels("app.kubernetes.io/name=finetune-operator");
+    for pod in operators.list(&label).await.unwrap() {
+        let at_once = DeleteParams::default().grace_period(0);
+        operators.delete(&pod.name_any(), &at_once).await.unwrap();
+    }
+    bed.wait("operator", "True Succeeded").await;
+    let attempt = bed.status("operator").await.attempt.unwrap();
+    assert_eq!((attempt.number, attempt.disruptions), (0, 0), "its pod was not touched");
+    bed.verify("operator");
+}
+
+#[tokio::test]
+async fn a_limit_that_is_too_low_is_said_with_what_to_change() {
+    let Some(bed) = Bed::new("memory").await else { return };
+    let mut job = bed.long_job("memory");
+    let little = json!({"memory": "24Mi"});
+    job["spec"]["resources"] = json!({"requests": little, "limits": little});
+    bed.apply(&job).await;
+    bed.wait("memory", "False OutOfMemory").await;
+    let message = bed.message("memory", "Succeeded").await;
+    assert!(message.contains("resources.limits.memory"), "{message}");
+    assert_eq!(bed.training_pods("memory").await.len(), 1, "it is not tried again blindly");
+}
+
+#[tokio::test]
+async fn a_deleted_job_leaves_nothing_running() {
+    let Some(bed) = Bed::new("deleted").await else { return };
+    bed.apply(&bed.long_job("deleted")).await;
+    bed.wait_for_training("deleted").await;
+    bed.jobs.delete("deleted", &DeleteParams::default()).await.unwrap();
+    bed.until("everything is gone", || async {
+        let all = ListParams::default();
+        let jobs = bed.children.list(&all).await.unwrap().items;
+        let pods = bed.pods.list(&all).await.unwrap().items;
+        (jobs.is_empty() && pods.is_empty()).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_finished_job_goes_when_its_time_is_over_and_its_result_stays() {
+    let Some(bed) = Bed::new("ttl").await else { return };
+    let mut job = bed.job("ttl");
+    job["spec"]["ttlSecondsAfterFinished"] = json!(2);
+    bed.apply(&job).await;
+    bed.until("the job and its children are gone", || async {
+        let jobs: Vec<Job> = bed.children.list(&ListParams::default()).await.unwrap().items;
+        (bed.jobs.get_opt("ttl").await.unwrap().is_none() && jobs.is_empty()).then_some(())
+    })
+    .await;
+    bed.verify("ttl");
+}

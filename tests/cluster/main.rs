@@ -1,0 +1,21 @@
+//! Jobs on a real Kubernetes, with a real kubelet, real pods and a real S3 server.
+//!
+//! `cargo xtask e2e` brings up the cluster, installs the chart and runs these inside its network.
+//! Without it (`FINETUNE_TEST_CLUSTER` is not set) each says `SKIPPED`.
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test that cannot go on has failed"
+)]
+#![allow(clippy::print_stderr, reason = "what is skipped is said")]
+#![allow(unreachable_pub, reason = "modules of a test binary share items by `pub`")]
+
+mod admission;
+mod bed;
+mod crashes;
+mod faults;
+#[path = "../e2e/model.rs"]
+mod model;
+mod refusals;
+mod runs;

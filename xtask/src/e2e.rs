@@ -1,0 +1,153 @@
+//! The tests on a real Kubernetes: images, cluster, chart, and `tests/cluster` inside its network.
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, ExitCode},
+};
+
+use anyhow::{Context, Result};
+use serde_json::json;
+
+use crate::{
+    build::{self, Binaries},
+    cluster::{self, Cluster, Extent},
+    images, model, shell,
+};
+
+const NAMESPACE: &str = "finetune-system";
+const RELEASE: &str = "finetune";
+/// Tests of an operator inside the test's process: they must not meet an installed one.
+const WITHOUT_CHART: &str = "crashes::";
+/// Tests at once: more would wait for the node's two processors.
+const AT_ONCE: u32 = 4;
+
+/// A cluster with the product's images; it is ended when this is dropped, unless it was there before.
+pub(crate) struct Prepared {
+    cluster: Cluster,
+    model: PathBuf,
+    was_up: bool,
+}
+
+/// Brings up the cluster and runs the tests on it, with the runner's own words.
+pub(crate) fn run() -> Result<ExitCode> {
+    let binaries = build::run()?;
+    let model = model::directory(&binaries)?;
+    let prepared = prepare(&binaries, &model)?;
+    let mut code = ExitCode::SUCCESS;
+    for phase in [Phase::WithoutChart, Phase::WithChart] {
+        if !prepared.command(phase)?.status()?.success() {
+            code = ExitCode::FAILURE;
+        }
+    }
+    Ok(code)
+}
+
+/// Which half of the tests.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// Only the CRD is there.
+    WithoutChart,
+    /// The chart is installed.
+    WithChart,
+}
+
+/// Brings up the cluster with the images in it.
+pub(crate) fn prepare(binaries: &Binaries, model: &Path) -> Result<Prepared> {
+    let archives = images::write(binaries)?;
+    let was_up = Cluster::existing().is_ok();
+    let cluster = cluster::up(Extent::Whole)?;
+    let prepared = Prepared { cluster, model: model.to_owned(), was_up };
+    for archive in [&archives.operator, &archives.trainer] {
+        prepared.cluster.load_image(archive)?;
+    }
+    Ok(prepared)
+}
+
+impl Prepared {
+    /// Returns the command that runs one half of the tests inside the cluster's network.
+    pub(crate) fn command(&self, phase: Phase) -> Result<Command> {
+        match phase {
+            Phase::WithoutChart => {
+                let crd = shell::root().join("crds/finetunejobs.finetune.dev.yaml");
+                let mut apply = self.cluster.kubectl();
+                apply.args(["apply", "--server-side", "--force-conflicts", "-f"]).arg(crd);
+                shell::run(&mut apply)?;
+            }
+            Phase::WithChart => self.install()?,
+        }
+        let mut command = self.cluster.inside(env!("CARGO"));
+        command.args(["test", "--release", "--workspace", "--test", "cluster", "--no-fail-fast"]);
+        command.args(["--", "--show-output", &format!("--test-threads={AT_ONCE}")]);
+        match phase {
+            Phase::WithoutChart => command.arg(WITHOUT_CHART),
+            Phase::WithChart => command.args(["--skip", WITHOUT_CHART]),
+        };
+        command.current_dir(shell::root());
+        command.env("LIBTORCH", crate::libtorch::directory()?);
+        command.env("KUBECONFIG", self.cluster.kubeconfig());
+        command.env("FINETUNE_TEST_CLUSTER", "1");
+        command.env("FINETUNE_TEST_MODEL", &self.model);
+        command.env("FINETUNE_TEST_TRAINER_IMAGE", images::TRAINER);
+        command.envs(cluster::s3_environment());
+        Ok(command)
+    }
+
+    /// Installs the chart as an administrator would, with values for this cluster.
+    fn install(&self) -> Result<()> {
+        // The CRD was applied by hand for the other half: the chart may have it.
+        let mut label = self.cluster.kubectl();
+        label.args(["annotate", "--overwrite", "crd", "finetunejobs.finetune.dev"]);
+        label.arg(format!("meta.helm.sh/release-name={RELEASE}"));
+        label.arg(format!("meta.helm.sh/release-namespace={NAMESPACE}"));
+        shell::quietly(&mut label)?;
+        let mut label = self.cluster.kubectl();
+        label.args(["label", "--overwrite", "crd", "finetunejobs.finetune.dev"]);
+        label.arg("app.kubernetes.io/managed-by=Helm");
+        shell::quietly(&mut label)?;
+
+        let values = shell::root().join("target/e2e-values.json");
+        std::fs::write(&values, chart_values()?.to_string())?;
+        let mut helm = self.cluster.helm();
+        helm.args(["upgrade", "--install", RELEASE]);
+        helm.arg(shell::root().join("charts/finetune-operator"));
+        helm.args(["--namespace", NAMESPACE, "--create-namespace", "--wait", "--timeout=2m"]);
+        helm.arg("--values").arg(values);
+        shell::quietly(&mut helm).context("the chart cannot be installed")
+    }
+}
+
+impl Drop for Prepared {
+    fn drop(&mut self) {
+        if !self.was_up
+            && let Err(error) = cluster::down()
+        {
+            eprintln!("the cluster could not be ended: {error:#}");
+        }
+    }
+}
+
+fn chart_values() -> Result<serde_json::Value> {
+    let image = |name: &str| {
+        let (repository, tag) = name.rsplit_once(':').context("an image has a tag")?;
+        Ok::<_, anyhow::Error>(json!({"repository": repository, "tag": tag, "pullPolicy": "Never"}))
+    };
+    let endpoint = cluster::s3_environment()
+        .into_iter()
+        .find_map(|(name, value)| (name == "AWS_ENDPOINT_URL").then_some(value))
+        .context("the S3 server has an endpoint")?;
+    Ok(json!({
+        "image": {"operator": image(images::OPERATOR)?, "trainer": image(images::TRAINER)?},
+        "settings": {
+            "accelerators": [{
+                // Small shares, so that several pods have room on two processors.
+                "name": "cpu", "cpu": 0.3, "memoryGiB": 8, "bf16Tflops": 0.4, "fp32Tflops": 0.2,
+                "hasBf16": true,
+            }],
+            "preflight": {"cpu": 0.1, "memoryGiB": 0.5, "storageGiB": 2},
+            "terminationGracePeriodSeconds": 20,
+            "environment": {
+                "AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1",
+            },
+        },
+    }))
+}
