@@ -47,6 +47,8 @@ const PROGRESS_TIMEOUT: Duration = Duration::from_secs(3);
 const FIRST_WAIT: Duration = Duration::from_secs(1);
 /// The longest wait after a failed visit.
 const LONGEST_WAIT: Duration = Duration::from_mins(5);
+/// How often jobs are counted.
+const COUNT_INTERVAL: Duration = Duration::from_secs(10);
 /// The longest text of an event.
 const NOTE_LIMIT: usize = 1000;
 
@@ -454,10 +456,12 @@ impl Operator {
         }
     }
 
-    /// Keeps the gauge of jobs by reason, and forgets jobs that are gone.
+    /// Keeps the gauge of jobs by reason.
     async fn count_jobs(self: Arc<Self>, reader: Store<FineTuneJob>) {
+        // Other namespaces have gauges of their own: only what was set here may be taken away.
+        let mut counted: Vec<(String, String)> = Vec::new();
         loop {
-            tokio::time::sleep(Duration::from_secs(10)).await;
+            tokio::time::sleep(COUNT_INTERVAL).await;
             let jobs = reader.state();
             let mut counts: HashMap<(String, String), i64> = HashMap::new();
             for job in &jobs {
@@ -469,9 +473,15 @@ impl Operator {
                 let namespace = job.namespace().unwrap_or_default();
                 *counts.entry((namespace, reason.to_owned())).or_default() += 1;
             }
-            self.metrics.jobs.reset();
+            for (namespace, reason) in counted.drain(..) {
+                if !counts.contains_key(&(namespace.clone(), reason.clone())) {
+                    // It was set here, so it is there.
+                    let _ = self.metrics.jobs.remove_label_values(&[&namespace, &reason]);
+                }
+            }
             for ((namespace, reason), count) in counts {
                 self.metrics.jobs.with_label_values(&[&namespace, &reason]).set(count);
+                counted.push((namespace, reason));
             }
         }
     }

@@ -1,7 +1,7 @@
 //! The README's second command: everything that proves the product.
 //!
 //! One run of the test runner over the workspace, with what the tests need prepared before: libtorch,
-//! a real model, a real S3 server. A need that is missing is said by name; in CI it is a failure.
+//! a real model, a real S3 server; then the tests on a real Kubernetes. A need that is missing is said by name; in CI it is a failure.
 
 use std::{
     io::{BufRead, BufReader},
@@ -12,7 +12,9 @@ use std::{
 use anyhow::{Context, Result};
 
 use crate::{
-    build, libtorch, model,
+    build,
+    e2e::{self, Phase},
+    libtorch, model,
     runner::{Part, Reader},
     s3::Server,
     shell,
@@ -48,6 +50,7 @@ pub(crate) fn run() -> Result<ExitCode> {
     let libtorch = preparation.step("libtorch", libtorch::directory)?;
     let binaries = preparation.step("both binaries", build::run)?;
     let model = preparation.need("a real model", || model::directory(&binaries));
+    let cluster_model = model.clone();
     let server = preparation.need("a real S3 server", Server::start);
     for line in &preparation.missing {
         println!("{line}");
@@ -61,20 +64,35 @@ pub(crate) fn run() -> Result<ExitCode> {
     }
     command.envs(model.map(|model| ("FINETUNE_TEST_MODEL", model)));
     command.envs(server.iter().flat_map(Server::environment));
-    let (tests, is_success) = run_tests(command)?;
+    let mut tests = Reader::default();
+    let mut is_success = run_tests(command, &mut tests)?;
     drop(server);
+    let cluster = cluster_model.and_then(|model| {
+        preparation.need("a real Kubernetes", || e2e::prepare(&binaries, &model))
+    });
+    if let Some(line) = preparation.missing.last().filter(|_| cluster.is_none()) {
+        println!("{line}");
+    }
+    for phase in [Phase::WithoutChart, Phase::WithChart] {
+        if let Some(cluster) = &cluster {
+            is_success &= run_tests(cluster.command(phase)?, &mut tests)?;
+        }
+    }
+    preparation.step("the cluster's end", || {
+        drop(cluster);
+        Ok(())
+    })?;
     Ok(report(&preparation, &tests, is_success, started.elapsed()))
 }
 
-/// Runs the tests and returns what they came to, and whether the runner was content.
-fn run_tests(mut command: Command) -> Result<(Reader, bool)> {
+/// Runs tests, adds what they came to, and returns whether the runner was content.
+fn run_tests(mut command: Command, reader: &mut Reader) -> Result<bool> {
     // One pipe for both, so that cargo's lines stay between those of the tests it names.
     let (lines, to_lines) = std::io::pipe()?;
     command.stdout(to_lines.try_clone()?).stderr(to_lines);
     let mut child = command.spawn().context("cannot start cargo")?;
     // The command holds the pipe's other end, which must be closed for the lines to end.
     drop(command);
-    let mut reader = Reader::default();
     for line in BufReader::new(lines).split(b'\n') {
         let line = String::from_utf8_lossy(&line?).into_owned();
         if reader.read(&line) {
@@ -82,7 +100,7 @@ fn run_tests(mut command: Command) -> Result<(Reader, bool)> {
         }
     }
     reader.finish();
-    Ok((reader, child.wait()?.success()))
+    Ok(child.wait()?.success())
 }
 
 /// Prints the tables and, last and alone on its line, the sum.
