@@ -16,6 +16,7 @@ mod model;
 mod oci;
 mod parity;
 mod plot;
+mod promtool;
 mod python;
 mod runner;
 mod s3;

@@ -3,7 +3,7 @@
 //! Everything it has is below one directory: `$FINETUNE_CLUSTER`, or `cluster` in the cache. Its
 //! programs run on after this process; `up` starts those that do not run, `down` leaves nothing.
 
-mod binaries;
+pub(crate) mod binaries;
 mod cgroups;
 mod control_plane;
 mod debian;
