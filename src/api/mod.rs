@@ -168,6 +168,8 @@ pub struct LoraConfig {
     pub r: Option<i32>,
     /// The scale's numerator, from 0.01 to 10000: updates are scaled by `loraAlpha / r`. Default: 16.
     #[schemars(range(min = 0.01, max = 10_000.0))]
+    // An apiserver compares whole numbers with the bound's whole part: 0 would pass.
+    #[x_kube(validation = Rule::new("self > 0.0").message("must be above 0"))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lora_alpha: Option<f64>,
     /// The probability of zeroing an input of the adapter while training, from 0 to 0.9. Default: 0.05.
@@ -212,8 +214,10 @@ pub struct Training {
     #[schemars(range(min = 1, max = 10_000_000))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_steps: Option<i64>,
-    /// The peak learning rate of AdamW, from 1e-8 to 1. Default: 1e-4 with LoRA, 1e-5 without.
-    #[schemars(range(min = 1e-8, max = 1.0))]
+    /// The peak learning rate of AdamW, from 1e-9 to 1. Default: 1e-4 with LoRA, 1e-5 without.
+    #[schemars(range(min = 1e-9, max = 1.0))]
+    // An apiserver compares whole numbers with the bound's whole part: 0 would pass.
+    #[x_kube(validation = Rule::new("self > 0.0").message("must be above 0"))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub learning_rate: Option<f64>,
     /// How the learning rate falls after the warm-up. Default: `cosine`.

@@ -1,5 +1,10 @@
-//! The `finetune` command and the manifest reader, seen from outside.
-#![allow(missing_docs, clippy::unwrap_used, reason = "a test")]
+//! The `finetune` command, the manifest reader, the chart, alerts and documents, seen from outside.
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::print_stderr, reason = "a test")]
 
+mod alerts;
+mod chart;
 mod command;
 mod manifest;
+mod needs;
+mod operations;
+mod promql;

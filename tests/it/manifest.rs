@@ -62,8 +62,8 @@ spec.training: numEpochs and maxSteps both set the length of the run: keep one
 
 #[test]
 fn reports_numbers_out_of_range() {
-    insta::assert_snapshot!(with("  training: {learningRate: 0}\n"), @r#"spec.training.learningRate: is 0, must be from 1e-8 to 1"#);
-    insta::assert_snapshot!(with("  training: {learningRate: -1}\n"), @r#"spec.training.learningRate: is -1, must be from 1e-8 to 1"#);
+    insta::assert_snapshot!(with("  training: {learningRate: 0}\n"), @r#"spec.training.learningRate: is 0, must be from 1e-9 to 1"#);
+    insta::assert_snapshot!(with("  training: {learningRate: -1}\n"), @r#"spec.training.learningRate: is -1, must be from 1e-9 to 1"#);
     insta::assert_snapshot!(with("  training: {learningRate: .nan}\n"), @r#"
 the manifest is not valid YAML or JSON: error: line 10 column 28: non-finite float `.nan` rejected by the configured policy
   --> <input>:10:28

@@ -11,6 +11,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use serde::Deserialize;
 
 use crate::{
+    bench_operator,
     build::{self, Binaries},
     dataset,
     limit::{self, Limit},
@@ -28,6 +29,12 @@ pub(crate) struct Arguments {
 enum What {
     /// Training steps on SmolLM2-135M.
     Trainer(Settings),
+    /// Jobs of the operator, on a real apiserver whose pods never run.
+    Operator {
+        /// FineTuneJobs there are when it starts.
+        #[arg(long, default_value_t = 1000)]
+        jobs: usize,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -106,7 +113,10 @@ impl Figures {
 
 /// Measures.
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
-    let What::Trainer(settings) = &arguments.what;
+    let settings = match &arguments.what {
+        What::Trainer(settings) => settings,
+        What::Operator { jobs } => return bench_operator::run(*jobs),
+    };
     ensure!(settings.rounds > 0, "--rounds is 0, must be at least 1");
     let binaries = build::run()?;
     let model = model::directory(&binaries)?;

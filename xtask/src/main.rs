@@ -2,6 +2,7 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is a command people read")]
 
 mod bench;
+mod bench_operator;
 mod build;
 mod cache;
 mod check;
@@ -17,6 +18,7 @@ mod model;
 mod oci;
 mod parity;
 mod plot;
+mod promtool;
 mod python;
 mod runner;
 mod s3;

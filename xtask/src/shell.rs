@@ -70,6 +70,11 @@ pub(crate) fn is_ci() -> bool {
     std::env::var("CI").is_ok_and(|value| value == "true")
 }
 
+/// Tells whether packages of the system may be fetched.
+pub(crate) fn may_install() -> bool {
+    is_ci() || std::env::var("FINETUNE_INSTALL").is_ok_and(|value| value == "1")
+}
+
 fn name(command: &Command) -> String {
     let program =
         Path::new(command.get_program()).file_name().unwrap_or_default().to_string_lossy();

@@ -1,7 +1,8 @@
 //! The README's second command: everything that proves the product.
 //!
 //! One run of the test runner over the workspace, with what the tests need prepared before: libtorch,
-//! a real model, a real S3 server; then the tests on a real Kubernetes. A need that is missing is said by name; in CI it is a failure.
+//! a real model, a real S3 server, helm and promtool; then the tests on a real Kubernetes. A need that
+//! is missing is said by name; in CI it is a failure.
 
 use std::{
     io::{BufRead, BufReader},
@@ -12,9 +13,9 @@ use std::{
 use anyhow::{Context, Result};
 
 use crate::{
-    build,
+    build, cluster,
     e2e::{self, Phase},
-    libtorch, model,
+    libtorch, model, promtool,
     runner::{Part, Reader},
     s3::Server,
     shell,
@@ -52,6 +53,8 @@ pub(crate) fn run() -> Result<ExitCode> {
     let model = preparation.need("a real model", || model::directory(&binaries));
     let cluster_model = model.clone();
     let server = preparation.need("a real S3 server", Server::start);
+    let helm = preparation.need("helm", cluster::binaries::helm);
+    let promtool = preparation.need("promtool", promtool::find);
     for line in &preparation.missing {
         println!("{line}");
     }
@@ -59,10 +62,18 @@ pub(crate) fn run() -> Result<ExitCode> {
     let mut command = shell::cargo(&["test", "--release", "--workspace", "--no-fail-fast"]);
     command.args(["--", "--show-output"]).env("LIBTORCH", libtorch).env("INSTA_UPDATE", "no");
     // What the user's own shell says of these is about something else.
-    for name in ["FINETUNE_TEST_S3_ENDPOINT", "FINETUNE_TEST_S3_BUCKET", "FINETUNE_TEST_MODEL"] {
+    for name in [
+        "FINETUNE_TEST_S3_ENDPOINT",
+        "FINETUNE_TEST_S3_BUCKET",
+        "FINETUNE_TEST_MODEL",
+        "FINETUNE_TEST_HELM",
+        "FINETUNE_TEST_PROMTOOL",
+    ] {
         command.env_remove(name);
     }
     command.envs(model.map(|model| ("FINETUNE_TEST_MODEL", model)));
+    command.envs(helm.map(|helm| ("FINETUNE_TEST_HELM", helm)));
+    command.envs(promtool.map(|promtool| ("FINETUNE_TEST_PROMTOOL", promtool)));
     command.envs(server.iter().flat_map(Server::environment));
     let mut tests = Reader::default();
     let mut is_success = run_tests(command, &mut tests)?;

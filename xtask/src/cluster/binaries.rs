@@ -83,6 +83,11 @@ struct Module {
     replaced: Option<&'static str>,
 }
 
+/// Builds helm if it is not in the cache, and nothing else.
+pub(crate) fn helm() -> Result<PathBuf> {
+    Ok(HELM.build()?.join("helm"))
+}
+
 /// Directories of built programs.
 pub(crate) struct Binaries {
     kubernetes: PathBuf,

@@ -3,7 +3,7 @@
 //! Everything it has is below one directory: `$FINETUNE_CLUSTER`, or `cluster` in the cache. Its
 //! programs run on after this process; `up` starts those that do not run, `down` leaves nothing.
 
-mod binaries;
+pub(crate) mod binaries;
 mod cgroups;
 mod control_plane;
 mod debian;
@@ -119,7 +119,15 @@ pub(crate) fn run(action: Action) -> Result<ExitCode> {
 
 /// Starts what does not run yet of a cluster, and waits until it can be used.
 pub(crate) fn up(extent: Extent) -> Result<Cluster> {
-    let mut cluster = Cluster::of_environment()?;
+    start(Cluster::of_environment()?, extent)
+}
+
+/// Starts a cluster of another directory beside the usual one.
+pub(crate) fn up_beside(name: &str, extent: Extent) -> Result<Cluster> {
+    start(Cluster::at(cache::directory().join(name))?, extent)
+}
+
+fn start(mut cluster: Cluster, extent: Extent) -> Result<Cluster> {
     let _lock = cluster.lock()?;
     debian::ensure()?;
     cluster.binaries = Binaries::build()?;
@@ -156,12 +164,7 @@ pub(crate) fn up(extent: Extent) -> Result<Cluster> {
 
 /// Ends the cluster and removes all it has, whatever of it still runs.
 pub(crate) fn down() -> Result<()> {
-    let cluster = Cluster::of_environment()?;
-    let _lock = cluster.lock()?;
-    cluster.refuse_other_directory()?;
-    down::run(&cluster)?;
-    println!("the cluster in {} is gone", cluster.state_dir.display());
-    Ok(())
+    Cluster::of_environment()?.end()
 }
 
 /// Returns where a cluster's S3 server is, for clients in the namespace and in pods.
@@ -197,12 +200,15 @@ fn names(extent: Extent) -> Vec<&'static str> {
 
 impl Cluster {
     fn of_environment() -> Result<Self> {
+        let set = std::env::var_os("FINETUNE_CLUSTER").filter(|value| !value.is_empty());
+        Self::at(set.map_or_else(|| cache::directory().join("cluster"), PathBuf::from))
+    }
+
+    fn at(directory: PathBuf) -> Result<Self> {
         if !rustix::process::geteuid().is_root() {
             bail!("a cluster needs root: it makes a network namespace, mounts and cgroups");
         }
-        let set = std::env::var_os("FINETUNE_CLUSTER").filter(|value| !value.is_empty());
-        let chosen = set.map_or_else(|| cache::directory().join("cluster"), PathBuf::from);
-        let state_dir = real_path(&std::path::absolute(chosen)?)?;
+        let state_dir = real_path(&std::path::absolute(directory)?)?;
         if state_dir.as_os_str().len() > STATE_PATH_MAX_BYTES {
             bail!(
                 "{} is too long a path for sockets below it, of {STATE_PATH_MAX_BYTES} bytes at \
@@ -221,6 +227,15 @@ impl Cluster {
             bail!("there is no cluster; `cargo xtask cluster up` makes one");
         }
         Ok(cluster)
+    }
+
+    /// Ends it and removes all it has, whatever of it still runs.
+    pub(crate) fn end(&self) -> Result<()> {
+        let _lock = self.lock()?;
+        self.refuse_other_directory()?;
+        down::run(self)?;
+        println!("the cluster in {} is gone", self.state_dir.display());
+        Ok(())
     }
 
     /// Returns the administrator's kubeconfig; its server answers inside the namespace only.
