@@ -373,14 +373,11 @@ fn resources(
     if attempt.step == Step::Training
         && let Some(users) = &job.spec.resources
     {
-        let quantities = |map: &Option<BTreeMap<String, String>>| {
-            map.iter()
-                .flatten()
-                .map(|(name, value)| (name.clone(), Quantity(value.clone())))
-                .collect::<Vec<_>>()
-        };
-        requests.extend(quantities(&users.requests));
-        limits.extend(quantities(&users.limits));
+        let quantity = |(name, value): (&String, &String)| (name.clone(), Quantity(value.clone()));
+        // A limit alone is a request too: a request above it would be refused.
+        requests.extend(users.limits.iter().flatten().map(quantity));
+        requests.extend(users.requests.iter().flatten().map(quantity));
+        limits.extend(users.limits.iter().flatten().map(quantity));
     }
     ResourceRequirements { requests: Some(requests), limits: Some(limits), claims: None }
 }

@@ -32,40 +32,46 @@ pub struct Children {
 struct Kept<T> {
     by_parent: HashMap<Parent, BTreeMap<String, T>>,
     /// What a list under way has brought so far.
-    incoming: HashMap<Parent, BTreeMap<String, T>>,
+    incoming: Option<HashMap<Parent, BTreeMap<String, T>>>,
 }
 
 impl<T> Default for Kept<T> {
     fn default() -> Self {
-        Self { by_parent: HashMap::new(), incoming: HashMap::new() }
+        Self { by_parent: HashMap::new(), incoming: None }
     }
 }
 
-impl<T> Kept<T> {
+impl<T: Clone> Kept<T> {
     /// Takes an event; returns the parents that should look again, and whether a list is complete.
     fn take<K: Resource>(&mut self, event: Event<K>, read: fn(&K) -> T) -> (Vec<Parent>, bool) {
         match event {
             Event::Init => {
-                self.incoming.clear();
+                self.incoming = Some(HashMap::new());
                 (Vec::new(), false)
             }
             Event::InitApply(child) => {
                 if let Some(parent) = parent(&child) {
                     let name = child.name_any();
-                    self.incoming.entry(parent).or_default().insert(name, read(&child));
+                    let incoming = self.incoming.get_or_insert_default();
+                    incoming.entry(parent).or_default().insert(name, read(&child));
                 }
                 (Vec::new(), false)
             }
             Event::InitDone => {
                 let before = std::mem::take(&mut self.by_parent);
-                self.by_parent = std::mem::take(&mut self.incoming);
+                self.by_parent = self.incoming.take().unwrap_or_default();
                 let gone = before.into_keys().filter(|key| !self.by_parent.contains_key(key));
                 (gone.chain(self.by_parent.keys().cloned()).collect(), true)
             }
             Event::Apply(child) => {
                 let Some(parent) = parent(&child) else { return (Vec::new(), false) };
-                let children = self.by_parent.entry(parent.clone()).or_default();
-                children.insert(child.name_any(), read(&child));
+                let (name, child) = (child.name_any(), read(&child));
+                // Made here while a list is under way: that list may be older.
+                if let Some(incoming) = &mut self.incoming {
+                    let children = incoming.entry(parent.clone()).or_default();
+                    children.insert(name.clone(), child.clone());
+                }
+                self.by_parent.entry(parent.clone()).or_default().insert(name, child);
                 (vec![parent], false)
             }
             Event::Delete(child) => {
@@ -81,10 +87,7 @@ impl<T> Kept<T> {
         }
     }
 
-    fn of(&self, parent: &Parent) -> Vec<T>
-    where
-        T: Clone,
-    {
+    fn of(&self, parent: &Parent) -> Vec<T> {
         let children = self.by_parent.get(parent);
         children.map(|children| children.values().cloned().collect()).unwrap_or_default()
     }
@@ -144,7 +147,7 @@ impl Children {
         let parent = (namespace.to_owned(), name.to_owned());
         let mut jobs = lock(&self.jobs).of(&parent);
         jobs.retain(|job| job.owner_uid.as_deref() == Some(uid));
-        Observed { jobs, pods: lock(&self.pods).of(&parent), progress: None }
+        Observed { jobs, pods: lock(&self.pods).of(&parent), ..Observed::default() }
     }
 }
 
@@ -197,6 +200,15 @@ mod tests {
         assert_eq!(told, ["a", "b"]);
         assert_eq!(names(&children, "a"), Vec::<String>::new());
         assert_eq!(names(&children, "b"), ["b-1"]);
+    }
+
+    #[test]
+    fn what_was_made_during_a_list_outlives_it() {
+        let children = Children::default();
+        children.take_job(Event::Init);
+        children.take_job(Event::Apply(job("a-0", "a")));
+        children.take_job(Event::InitDone);
+        assert_eq!(names(&children, "a"), ["a-0"]);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The driver: watches tell that something changed, a visit looks at one job and acts.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     future::Future,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
@@ -47,6 +47,8 @@ const PROGRESS_TIMEOUT: Duration = Duration::from_secs(3);
 const FIRST_WAIT: Duration = Duration::from_secs(1);
 /// The longest wait after a failed visit.
 const LONGEST_WAIT: Duration = Duration::from_mins(5);
+/// Answers by which the apiserver says that a Job may not be.
+const REFUSALS: [u16; 3] = [400, 403, 422];
 /// How often jobs are counted.
 const COUNT_INTERVAL: Duration = Duration::from_secs(10);
 /// The longest text of an event.
@@ -88,6 +90,7 @@ impl VisitError {
 pub struct Operator {
     client: Client,
     settings: Settings,
+    namespace: Option<String>,
     metrics: Metrics,
     children: Children,
     recorder: Recorder,
@@ -104,10 +107,12 @@ struct Memory {
     asked: Option<Instant>,
     /// Visits that failed in a row.
     failures: u32,
+    /// Why the apiserver refused the Job of the current try.
+    refusal: Option<String>,
 }
 
 impl Operator {
-    /// Makes an operator that has not started.
+    /// Makes an operator of one namespace, or of all, that has not started.
     ///
     /// # Errors
     /// If no HTTP client can be made.
@@ -115,10 +120,11 @@ impl Operator {
         client: Client,
         settings: Settings,
         metrics: Metrics,
-        instance: String,
+        instance: &str,
+        namespace: Option<String>,
     ) -> anyhow::Result<Self> {
-        let reporter =
-            Reporter { controller: "finetune-operator".to_owned(), instance: Some(instance) };
+        let instance = Some(instance.to_owned());
+        let reporter = Reporter { controller: "finetune-operator".to_owned(), instance };
         Ok(Self {
             recorder: Recorder::new(client.clone(), reporter),
             http: reqwest::Client::builder().timeout(PROGRESS_TIMEOUT).no_proxy().build()?,
@@ -126,33 +132,19 @@ impl Operator {
             memory: Mutex::default(),
             client,
             settings,
+            namespace,
             metrics,
         })
     }
 
     /// Runs until `stop` resolves; visits under way are finished first.
-    pub async fn run(self: Arc<Self>, stop: impl Future<Output = ()> + Send + 'static) {
-        let stop = futures::FutureExt::shared(stop);
-        let scopes: Vec<Option<String>> = match self.settings.namespaces.as_slice() {
-            [] => vec![None],
-            namespaces => namespaces.iter().cloned().map(Some).collect(),
-        };
-        let controllers =
-            scopes.into_iter().map(|scope| Arc::clone(&self).run_in(scope, stop.clone()));
-        futures::future::join_all(controllers).await;
-    }
-
-    async fn run_in(
-        self: Arc<Self>,
-        namespace: Option<String>,
-        stop: impl Future<Output = ()> + Send + Sync + 'static,
-    ) {
+    pub async fn run(self: Arc<Self>, stop: impl Future<Output = ()> + Send + Sync + 'static) {
         let (reader, writer) = reflector::store();
-        let jobs = self.watch::<FineTuneJob>(namespace.as_deref(), false);
+        let jobs = self.watch::<FineTuneJob>(false);
         let jobs = reflector::reflector(writer, jobs).touched_objects();
         let counter = Arc::clone(&self).count_jobs(reader.clone());
-        let children = self.watch::<Job>(namespace.as_deref(), true);
-        let pods = self.watch::<Pod>(namespace.as_deref(), true);
+        let children = self.watch::<Job>(true);
+        let pods = self.watch::<Pod>(true);
         let [of_jobs, of_pods] = [Arc::clone(&self), Arc::clone(&self)];
         let job_parents = children.flat_map(move |event| {
             stream::iter(event.map(|event| of_jobs.children.take_job(event)).unwrap_or_default())
@@ -180,7 +172,6 @@ impl Operator {
     /// Opens a watch that opens itself again, more and more slowly, when it fails.
     fn watch<K>(
         &self,
-        namespace: Option<&str>,
         only_ours: bool,
     ) -> impl futures::Stream<Item = Result<watcher::Event<K>, watcher::Error>> + Send + use<K>
     where
@@ -191,7 +182,7 @@ impl Operator {
             + Send
             + 'static,
     {
-        let api: Api<K> = match namespace {
+        let api: Api<K> = match &self.namespace {
             Some(namespace) => Api::namespaced(self.client.clone(), namespace),
             None => Api::all(self.client.clone()),
         };
@@ -251,7 +242,6 @@ impl Operator {
     async fn look_and_act(&self, job: &FineTuneJob) -> Result<Next, VisitError> {
         if job.metadata.deletion_timestamp.is_some() {
             // Its Jobs and their pods go with it: they are owned.
-            self.forget(job);
             return Ok(Next::await_change());
         }
         let version = job.resource_version();
@@ -262,6 +252,7 @@ impl Operator {
         let mut observed =
             self.children.of(&namespace, &name, job.metadata.uid.as_deref().unwrap_or_default());
         observed.progress = self.ask(job, &observed).await;
+        observed.refusal = self.remember(job, |memory| memory.refusal.clone());
         let decision = lifecycle::decide(job, &observed, &self.settings, Timestamp::now());
         self.carry_out(job, &namespace, &name, decision).await
     }
@@ -277,7 +268,6 @@ impl Operator {
         let Decision { status, actions, notes, look_again } = decision;
         if job.status.as_ref() != Some(&status) {
             let mut next = job.clone();
-            self.count_end(job, &status);
             next.status = Some(status);
             let api: Api<FineTuneJob> = Api::namespaced(self.client.clone(), namespace);
             // The object carries the version that was read: a newer one makes this fail.
@@ -285,12 +275,13 @@ impl Operator {
                 .await
                 .map_err(VisitError::api("write the status"))?;
             self.remember(job, |memory| memory.replaced = job.resource_version());
+            self.count(job, &next.status.unwrap_or_default());
+            for note in notes {
+                self.tell(job, note).await;
+            }
         }
         for action in actions {
             self.act(namespace, name, job, action).await?;
-        }
-        for note in notes {
-            self.tell(job, note).await;
         }
         Ok(look_again.map_or_else(Next::await_change, Next::requeue))
     }
@@ -312,12 +303,23 @@ impl Operator {
                     }
                     made => made,
                 };
-                let made = made.map_err(VisitError::api("create a Job"))?;
-                let owner =
-                    made.owner_references().iter().find(|owner| owner.controller == Some(true));
-                if owner.map(|owner| &owner.uid) != parent.metadata.uid.as_ref() {
-                    return Err(VisitError::NameTaken(name));
+                if let Err(kube::Error::Api(status)) = &made
+                    && REFUSALS.contains(&status.code)
+                {
+                    // Seen by the next visit, which tells the user.
+                    let refusal = Some(status.message.clone());
+                    self.remember(parent, |memory| memory.refusal = refusal);
                 }
+                let made = made.map_err(VisitError::api("create a Job"))?;
+                let owners = made.owner_references();
+                let owner = owners.iter().find(|owner| owner.controller == Some(true));
+                if owner.map(|owner| &owner.uid) != parent.metadata.uid.as_ref() {
+                    let error = VisitError::NameTaken(name);
+                    let refusal = Some(error.to_string());
+                    self.remember(parent, |memory| memory.refusal = refusal);
+                    return Err(error);
+                }
+                self.remember(parent, |memory| memory.refusal = None);
                 info!(namespace, name, "the Job of a try is there");
                 self.children.take_job(watcher::Event::Apply(made));
             }
@@ -404,13 +406,16 @@ impl Operator {
         change(memory.entry(uid).or_default())
     }
 
-    fn forget(&self, job: &FineTuneJob) {
-        let uid = job.metadata.uid.clone().unwrap_or_default();
-        self.memory.lock().unwrap_or_else(PoisonError::into_inner).remove(&uid);
+    /// Forgets all but these jobs.
+    fn forget_others(&self, jobs: &[Arc<FineTuneJob>]) {
+        let uids: HashSet<&str> =
+            jobs.iter().filter_map(|job| job.metadata.uid.as_deref()).collect();
+        let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        memory.retain(|uid, _| uids.contains(uid.as_str()));
     }
 
-    /// Counts a run's end, once: when the status that says so is first written.
-    fn count_end(&self, job: &FineTuneJob, status: &FineTuneJobStatus) {
+    /// Counts repeated tries and a run's end, once: when the status that says so was written.
+    fn count(&self, job: &FineTuneJob, status: &FineTuneJobStatus) {
         let namespace = job.namespace().unwrap_or_default();
         let before = job.status.clone().unwrap_or_default();
         let tries = |status: &FineTuneJobStatus| {
@@ -456,13 +461,26 @@ impl Operator {
         }
     }
 
-    /// Keeps the gauge of jobs by reason.
+    /// Keeps the gauge of jobs by reason, and forgets jobs that are gone.
     async fn count_jobs(self: Arc<Self>, reader: Store<FineTuneJob>) {
         // Other namespaces have gauges of their own: only what was set here may be taken away.
         let mut counted: Vec<(String, String)> = Vec::new();
+        let mut known = HashSet::new();
         loop {
             tokio::time::sleep(COUNT_INTERVAL).await;
             let jobs = reader.state();
+            self.forget_others(&jobs);
+            let names: HashSet<(String, String)> = jobs
+                .iter()
+                .map(|job| (job.namespace().unwrap_or_default(), job.name_any()))
+                .collect();
+            for (namespace, name) in known.difference(&names) {
+                for gauges in [&self.metrics.predicted_bytes, &self.metrics.measured_bytes] {
+                    // A job that did not succeed has none.
+                    let _ = gauges.remove_label_values(&[namespace, name]);
+                }
+            }
+            known = names;
             let mut counts: HashMap<(String, String), i64> = HashMap::new();
             for job in &jobs {
                 let reason = job

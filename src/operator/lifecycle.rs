@@ -454,6 +454,7 @@ impl<'a> Visit<'a> {
             if message.trim().is_empty() { "no report".to_owned() } else { error.to_owned() };
         let what = format!("the trainer ended with status {code} and left {left}");
         match ExitCode::from_code(code) {
+            Some(ExitCode::Interrupted) => self.try_again_after_disruption(&what),
             // A report that cannot be read, or a refusal of its own input: the same again.
             Some(exit) if !exit.is_retryable() => {
                 let hint = "are the operator and the trainer's image of the same release?";
@@ -607,7 +608,11 @@ impl<'a> Visit<'a> {
         let job = build::job(self.job, self.settings, &attempt);
         self.decision.actions.push(Action::CreateJob(Box::new(job)));
         let labels = self.job.metadata.labels.as_ref();
-        if step == Step::Training && labels.is_some_and(|labels| labels.contains_key(QUEUE_LABEL)) {
+        if let Some(refusal) = &self.observed.refusal {
+            self.say("JobRefused", refusal);
+        } else if step == Step::Training
+            && labels.is_some_and(|labels| labels.contains_key(QUEUE_LABEL))
+        {
             self.say("Queued", QUEUED);
         } else {
             self.say_started(step);
@@ -627,7 +632,7 @@ impl<'a> Visit<'a> {
             None => self.say_started(step),
             Some(PodState::Unschedulable(message)) => self.say("Unschedulable", message),
             Some(PodState::Waiting { reason, message }) => {
-                self.wait_for_start(step, job, reason, message);
+                self.wait_for_start(step, pod.and_then(|pod| pod.scheduled), reason, message);
             }
             Some(PodState::Running) if step == Step::Preflight => self.say_started(step),
             Some(PodState::Running) => self.take_progress(),
@@ -644,7 +649,13 @@ impl<'a> Visit<'a> {
     }
 
     /// The container has not started: it is early, or the kubelet cannot start it.
-    fn wait_for_start(&mut self, step: Step, job: &ObservedJob, reason: &str, message: &str) {
+    fn wait_for_start(
+        &mut self,
+        step: Step,
+        scheduled: Option<Timestamp>,
+        reason: &str,
+        message: &str,
+    ) {
         let word = match reason {
             "ErrImagePull" | "ImagePullBackOff" | "InvalidImageName" | "ErrImageNeverPull" => {
                 "ImagePullFailed"
@@ -653,8 +664,8 @@ impl<'a> Visit<'a> {
             "CreateContainerError" | "RunContainerError" => "ContainerCannotStart",
             _ => return self.say_started(step),
         };
-        let deadline = job.created.map(|created| {
-            created + SignedDuration::from_secs(self.settings.startup_deadline_seconds)
+        let deadline = scheduled.map(|scheduled| {
+            scheduled + SignedDuration::from_secs(self.settings.startup_deadline_seconds)
         });
         match deadline {
             Some(deadline) if self.now >= deadline => self.finish(
@@ -682,7 +693,16 @@ impl<'a> Visit<'a> {
             }
             return;
         };
-        self.decision.status.progress = Some(progress_status(progress, self.now));
+        let next = progress_status(progress, self.now);
+        let is_news = self
+            .decision
+            .status
+            .progress
+            .as_ref()
+            .is_none_or(|last| (last.step, &last.stage) != (next.step, &next.stage));
+        if is_news {
+            self.decision.status.progress = Some(next);
+        }
         match progress.stage {
             Stage::Fetching | Stage::Loading => {
                 self.say_started(Step::Training);

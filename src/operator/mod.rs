@@ -26,7 +26,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use tokio::{signal::unix::SignalKind, sync::watch};
+use tokio::{signal::unix::SignalKind, sync::watch, task::JoinSet};
 use tracing::info;
 
 use controller::Operator;
@@ -67,7 +67,13 @@ pub async fn run(settings: Settings, host: Host) -> Result<()> {
     };
 
     // Ready means able to reach the apiserver: a replica that waits is ready to take over.
-    client.apiserver_version().await.context("cannot reach the apiserver")?;
+    tokio::select! {
+        version = client.apiserver_version() => {
+            version.context("cannot reach the apiserver")?;
+        }
+        _ = terminate.recv() => return Ok(()),
+        _ = interrupt.recv() => return Ok(()),
+    }
     is_ready.store(true, Ordering::Relaxed);
     let candidate = Candidate::new(client.clone(), &host.namespace, host.identity.clone());
     tokio::select! {
@@ -77,12 +83,19 @@ pub async fn run(settings: Settings, host: Host) -> Result<()> {
         ended = server => bail!("cannot serve on {}: {}", host.listen, describe(ended)),
     }
     metrics.leader.set(1.0);
-    let operator = Arc::new(Operator::new(client, settings, metrics, host.identity)?);
-    let until_stopped = async move {
-        let mut stopped = stopped;
-        let _ = stopped.wait_for(|stop| *stop).await;
+    let namespaces: Vec<Option<String>> = match settings.namespaces.as_slice() {
+        [] => vec![None],
+        names => names.iter().cloned().map(Some).collect(),
     };
-    let visits = tokio::spawn(operator.run(until_stopped));
+    let mut visits = JoinSet::new();
+    for namespace in namespaces {
+        let (client, settings, metrics) = (client.clone(), settings.clone(), metrics.clone());
+        let operator = Operator::new(client, settings, metrics, &host.identity, namespace)?;
+        let mut stopped = stopped.clone();
+        visits.spawn(Arc::new(operator).run(async move {
+            let _ = stopped.wait_for(|stop| *stop).await;
+        }));
+    }
     let is_lost = tokio::select! {
         () = candidate.keep() => true,
         _ = terminate.recv() => false,
@@ -94,7 +107,11 @@ pub async fn run(settings: Settings, host: Host) -> Result<()> {
     }
     info!("stopping: visits under way are finished first");
     stop.send_replace(true);
-    visits.await?;
+    tokio::select! {
+        _ = visits.join_all() => {}
+        // The Lease is kept until the last write.
+        () = candidate.keep() => bail!("the lease was lost"),
+    }
     candidate.release().await;
     Ok(())
 }

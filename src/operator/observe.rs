@@ -25,6 +25,8 @@ pub struct Observed {
     pub pods: Vec<ObservedPod>,
     /// What the trainer answered, if it was asked.
     pub progress: Option<Progress>,
+    /// Why the apiserver refused the Job of the current try, if it did.
+    pub refusal: Option<String>,
 }
 
 /// A Job.
@@ -57,6 +59,8 @@ pub struct ObservedPod {
     pub job_uid: Option<String>,
     /// When it was made.
     pub created: Option<Timestamp>,
+    /// When a node was found for it.
+    pub scheduled: Option<Timestamp>,
     /// Where it can be asked.
     pub ip: Option<String>,
     /// Whether it is on its way out.
@@ -152,6 +156,10 @@ pub fn observe_pod(pod: &Pod) -> ObservedPod {
         uid: pod.uid().unwrap_or_default(),
         job_uid: controller(pod.owner_references()).map(|owner| owner.uid.clone()),
         created: pod.metadata.creation_timestamp.as_ref().map(|time| time.0),
+        scheduled: condition("PodScheduled")
+            .filter(|condition| condition.status == "True")
+            .and_then(|condition| condition.last_transition_time.as_ref())
+            .map(|time| time.0),
         ip: status.and_then(|status| status.pod_ip.clone()),
         is_deleting: pod.metadata.deletion_timestamp.is_some(),
         is_disrupted: condition("DisruptionTarget")

@@ -60,7 +60,7 @@ pub struct PreflightSize {
 
 impl Default for PreflightSize {
     fn default() -> Self {
-        Self { cpu: 1.0, memory_gi_b: 1.0, storage_gi_b: 8.0 }
+        Self { cpu: 1.0, memory_gi_b: 2.0, storage_gi_b: 8.0 }
     }
 }
 
@@ -137,7 +137,12 @@ impl Settings {
                 return refuse(field, value.to_string(), "a number above 0");
             }
         }
-        for accelerator in &self.accelerators {
+        for (index, accelerator) in self.accelerators.iter().enumerate() {
+            let is_second =
+                self.accelerators[..index].iter().any(|other| other.name == accelerator.name);
+            if is_second {
+                return refuse("name of an accelerator", accelerator.name.clone(), "used once");
+            }
             if let Some((field, value)) = accelerator.fault() {
                 let field = format!("{field} of accelerator {:?}", accelerator.name);
                 return refuse(&field, value.to_string(), "a number above 0");
@@ -175,6 +180,8 @@ mod tests {
         insta::assert_snapshot!(check(&MINIMAL.replace("trainer:1", "''")), @"trainerImage of the settings is empty, must be an image reference");
         insta::assert_snapshot!(check(&format!("{MINIMAL}retries: -1\n")), @"retries of the settings is -1, must be in the bounds of values.schema.json");
         insta::assert_snapshot!(check(&MINIMAL.replace("GiB: 8", "GiB: 0")), @r#"memoryGiB of accelerator "cpu" of the settings is 0, must be a number above 0"#);
+        let cpu = MINIMAL.lines().last().unwrap_or_default();
+        insta::assert_snapshot!(check(&format!("{MINIMAL}{cpu}\n")), @"name of an accelerator of the settings is cpu, must be used once");
         insta::assert_snapshot!(check(&format!("{MINIMAL}preflight: {{cpu: 0}}\n")), @"preflight.cpu of the settings is 0, must be a number above 0");
         assert!(check(&format!("{MINIMAL}retry: 1\n")).contains("retry"));
     }

@@ -116,7 +116,8 @@ async fn start(namespace: &str, faults: &Faults) -> tokio::task::JoinHandle<()> 
     let config = Config::infer().await.unwrap();
     let client: Client = ClientBuilder::try_from(config).unwrap().with_layer(faults).build();
     let metrics = Metrics::new().unwrap();
-    let operator = Operator::new(client, settings(namespace), metrics, "test".to_owned()).unwrap();
+    let scope = Some(namespace.to_owned());
+    let operator = Operator::new(client, settings(namespace), metrics, "test", scope).unwrap();
     tokio::spawn(Arc::new(operator).run(std::future::pending()))
 }
 

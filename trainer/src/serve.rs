@@ -101,7 +101,11 @@ impl Board {
             "Positions per second over the last steps",
             progress.tokens_per_second,
         )?;
-        gauge("tokens_total", "Positions trained on so far", whole(progress.tokens_seen))?;
+        let tokens = Opts::new("finetune_trainer_tokens_total", "Positions trained on so far");
+        let tokens =
+            prometheus::Counter::with_opts(tokens.const_label("run_id", self.run_id.clone()))?;
+        tokens.inc_by(progress.tokens_seen as f64);
+        registry.register(Box::new(tokens))?;
         gauge(
             "eta_seconds",
             "Seconds until the last step, estimated",

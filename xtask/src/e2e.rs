@@ -54,7 +54,7 @@ pub(crate) enum Phase {
 /// Brings up the cluster with the images in it.
 pub(crate) fn prepare(binaries: &Binaries, model: &Path) -> Result<Prepared> {
     let archives = images::write(binaries)?;
-    let was_up = Cluster::existing().is_ok();
+    let was_up = Cluster::existing().is_ok_and(|cluster| cluster.is_running());
     let cluster = cluster::up(Extent::Whole)?;
     let prepared = Prepared { cluster, model: model.to_owned(), was_up };
     for archive in [&archives.operator, &archives.trainer] {

@@ -18,9 +18,9 @@ use crate::{
     shell,
 };
 
-/// Where images are named when no registry is meant.
+/// The operator image's name, where no registry is meant.
 pub(crate) const OPERATOR: &str = "localhost/finetune-operator:dev";
-/// The trainer's name.
+/// The trainer image's name.
 pub(crate) const TRAINER: &str = "localhost/finetune-trainer:dev";
 /// The largest operator image, compressed.
 const OPERATOR_BYTES_MAX: usize = 30_000_000;

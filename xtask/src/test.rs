@@ -85,8 +85,13 @@ pub(crate) fn run() -> Result<ExitCode> {
         println!("{line}");
     }
     for phase in [Phase::WithoutChart, Phase::WithChart] {
-        if let Some(cluster) = &cluster {
-            is_success &= run_tests(cluster.command(phase)?, &mut tests)?;
+        let Some(cluster) = &cluster else { continue };
+        match cluster.command(phase) {
+            Ok(command) => is_success &= run_tests(command, &mut tests)?,
+            Err(error) => {
+                println!("FAILED: the cluster could not be made ready: {error:#}");
+                is_success = false;
+            }
         }
     }
     preparation.step("the cluster's end", || {

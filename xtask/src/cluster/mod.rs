@@ -229,6 +229,11 @@ impl Cluster {
         Ok(cluster)
     }
 
+    /// Tells whether every program of a whole cluster runs.
+    pub(crate) fn is_running(&self) -> bool {
+        self.processes().are_running(&names(Extent::Whole))
+    }
+
     /// Ends it and removes all it has, whatever of it still runs.
     pub(crate) fn end(&self) -> Result<()> {
         let _lock = self.lock()?;
