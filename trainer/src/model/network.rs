@@ -22,6 +22,12 @@ use super::{
 };
 use crate::{data::Batch, failure::Failure, seed::Counter};
 
+/// Positions of a micro-batch are filled up to a multiple of this.
+///
+/// oneDNN compiles and keeps its kernels by shape. Micro-batches without padding have ever other
+/// numbers of positions, so every step added some 20 MB to what it keeps (`docs/LOG.md`).
+const POSITIONS: usize = 64;
+
 /// A model with what is trained of it.
 #[derive(Debug)]
 pub struct Model {
@@ -191,7 +197,7 @@ impl Model {
             predicting: Vec::new(),
             labels: Vec::new(),
         };
-        let hidden = self.hidden(&Flow::new(self, &batch, None));
+        let hidden = self.hidden(&Flow::new(self, &batch, None)).narrow(0, 0, tokens.len() as i64);
         self.lm_head.forward(&Input::new(self.norm.forward(&hidden), None, 0)).to_kind(Kind::Float)
     }
 
@@ -235,14 +241,22 @@ struct Flow<'a> {
 impl<'a> Flow<'a> {
     fn new(model: &Model, batch: &Batch, dropout: Option<&'a Dropout>) -> Self {
         let on_device = |numbers: &[i64]| Tensor::from_slice(numbers).to_device(model.device);
+        // The filling is a segment of its own that predicts nothing: no other position sees it, and
+        // its gradients are zero.
+        let length = batch.tokens.len();
+        let filling = length.next_multiple_of(POSITIONS) - length;
+        let mut tokens = batch.tokens.clone();
+        tokens.resize(length + filling, 0);
+        let mut segment_lengths = batch.segment_lengths.clone();
+        segment_lengths.extend((filling > 0).then_some(filling));
         let positions: Vec<i64> =
-            batch.segment_lengths.iter().flat_map(|&length| 0..length as i64).collect();
+            segment_lengths.iter().flat_map(|&length| 0..length as i64).collect();
         Self {
-            tokens: on_device(&batch.tokens),
+            tokens: on_device(&tokens),
             predicting: on_device(&batch.predicting),
             labels: on_device(&batch.labels),
             rotary: model.rotary(&positions),
-            segments: Segments::new(&batch.segment_lengths),
+            segments: Segments::new(&segment_lengths),
             dropout,
         }
     }
