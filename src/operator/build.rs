@@ -350,15 +350,12 @@ fn resources(
     settings: &Settings,
     attempt: &Attempt<'_>,
 ) -> ResourceRequirements {
-    let (cpu_millis, memory, device) = match attempt.place {
-        Some((accelerator, size)) => {
-            (size.cpu_millis, size.memory_bytes, accelerator.resource_name.clone())
-        }
-        None => {
-            let size = &settings.preflight;
-            ((size.cpu * 1000.0) as i64, (size.memory_gi_b * GIB) as u64, None)
-        }
-    };
+    let preflight = &settings.preflight;
+    let (cpu_millis, memory) = attempt.place.map_or_else(
+        || ((preflight.cpu * 1000.0) as i64, (preflight.memory_gi_b * GIB) as u64),
+        |(_, size)| (size.cpu_millis, size.memory_bytes),
+    );
+    let device = attempt.place.and_then(|(accelerator, _)| accelerator.resource_name.clone());
     let mebibytes = |bytes: u64| Quantity(format!("{}Mi", bytes.div_ceil(1 << 20)));
     let mut requests = BTreeMap::from([
         ("cpu".to_owned(), Quantity(format!("{cpu_millis}m"))),

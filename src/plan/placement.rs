@@ -284,7 +284,7 @@ mod tests {
             let report = fixture::report(fixture::smollm2(), 1_000_000_000);
             match place(&job("  loraConfig: {}\n"), &report, &accelerators) {
                 Ok(placement) => {
-                    assert!(placement.pod.memory_bytes <= accelerators[0].memory_bytes())
+                    assert!(placement.pod.memory_bytes <= accelerators[0].memory_bytes());
                 }
                 Err(unplaced) => assert!(gib < 1.0, "{gib} GiB: {unplaced}"),
             }
