@@ -360,16 +360,17 @@ impl<'a> Visit<'a> {
                 self.set(Kind::Planned, Truth::False, "NoAcceleratorFits", &message);
                 self.finish(Truth::False, "NoAcceleratorFits", &message);
             }
-            Unplaced::SeveralRanks { .. } => {
-                // Held, not failed: it can be planned once the settings have changed.
+            Unplaced::Devices { ranks, .. } => {
+                // Held, not failed: it can be planned once the settings or the release have changed.
+                let reason = if *ranks > 1 { "SeveralRanksNeeded" } else { "DeviceNeeded" };
                 self.set(
                     Kind::Accepted,
                     Truth::True,
                     "PreflightPassed",
                     "model, dataset and output can be used",
                 );
-                self.set(Kind::Planned, Truth::False, "SeveralRanksNeeded", &message);
-                self.say("SeveralRanksNeeded", &message);
+                self.set(Kind::Planned, Truth::False, reason, &message);
+                self.say(reason, &message);
             }
         }
     }

@@ -408,7 +408,8 @@ fn too_large_a_run_is_held_or_ended_by_what_would_help() {
     };
     assert_eq!(large("", 2), "Unknown SeveralRanksNeeded");
     assert_eq!(large("", 1), "False NoAcceleratorFits");
-    assert_eq!(large("  loraConfig: {}\n", 2), "Unknown Starting");
+    assert_eq!(large("  loraConfig: {}\n", 2), "Unknown DeviceNeeded");
+    assert_eq!(large("  loraConfig: {}\n", 1), "False NoAcceleratorFits");
 }
 
 #[test]

@@ -54,8 +54,8 @@ pub enum Unplaced {
     Problems(Vec<Problem>),
     /// No accelerator is large enough; what each lacks.
     TooLarge(Vec<Problem>),
-    /// Only several ranks would hold it, which cannot be run yet.
-    SeveralRanks {
+    /// Only devices would hold it, on which this release's trainer does not compute yet.
+    Devices {
         /// The accelerator.
         accelerator: String,
         /// How many would hold it.
@@ -73,8 +73,16 @@ pub fn place(
     accelerators: &[Accelerator],
 ) -> Result<Placement, Unplaced> {
     let mut lacking = Vec::new();
+    let mut device = None;
     for accelerator in accelerators {
         match plan(job, report, Place::On(accelerator)) {
+            Ok(_) if accelerator.is_device() => {
+                // The trainer computes on the processor: a pod there would hold a device in vain.
+                device.get_or_insert(Unplaced::Devices {
+                    accelerator: accelerator.name.clone(),
+                    ranks: 1,
+                });
+            }
             Ok(plan) => {
                 let pod = pod_size(&plan, accelerator, report);
                 let mut plan = plan;
@@ -98,6 +106,9 @@ pub fn place(
                 return Err(Unplaced::Problems(problems));
             }
         }
+    }
+    if let Some(device) = device {
+        return Err(device);
     }
     if lacking.is_empty() {
         lacking.push(invalid(
@@ -136,7 +147,7 @@ fn several_ranks(
             Some((ranks(&plan.memory, available as u64)?, accelerator))
         })
         .min_by_key(|(ranks, _)| *ranks)
-        .map(|(ranks, accelerator)| Unplaced::SeveralRanks {
+        .map(|(ranks, accelerator)| Unplaced::Devices {
             accelerator: accelerator.name.clone(),
             ranks,
         })
@@ -180,9 +191,9 @@ impl std::fmt::Display for Unplaced {
                 let lines: Vec<String> = problems.iter().map(ToString::to_string).collect();
                 formatter.write_str(&lines.join("\n"))
             }
-            Self::SeveralRanks { accelerator, ranks } => write!(
+            Self::Devices { accelerator, ranks } => write!(
                 formatter,
-                "the run needs {ranks} {accelerator}, which cannot work on one run yet: set loraConfig: {{}}, or have an administrator list an accelerator with more memory"
+                "the run needs {ranks} {accelerator}, but the trainer of this release computes on the processor of one pod only: set loraConfig: {{}} or lower training.contextLength, or have an administrator raise memoryGiB of a CPU accelerator"
             ),
         }
     }
@@ -193,7 +204,7 @@ impl Unplaced {
     pub fn reason(&self) -> Option<ProblemReason> {
         match self {
             Self::Problems(problems) => problems.first().map(|problem| problem.reason),
-            Self::TooLarge(_) | Self::SeveralRanks { .. } => None,
+            Self::TooLarge(_) | Self::Devices { .. } => None,
         }
     }
 }
@@ -257,11 +268,11 @@ mod tests {
     #[test]
     fn takes_the_first_that_fits() {
         insta::assert_snapshot!(check(fixture::smollm2(), "  loraConfig: {}\n"), @"cpu: 2 CPU, 1.80 GB memory, 1.70 GB storage");
-        insta::assert_snapshot!(check(fixture::llama_8b(), "  loraConfig: {}\n"), @"A100-80GB: 8 CPU, 21.43 GB memory, 33.95 GB storage");
+        insta::assert_snapshot!(check(fixture::llama_8b(), "  loraConfig: {}\n"), @"");
     }
 
     #[test]
-    fn says_how_many_ranks_a_full_run_needs() {
+    fn says_how_many_devices_a_large_run_needs() {
         insta::assert_snapshot!(check(fixture::llama_8b(), ""), @"the run needs 2 A100-80GB, which cannot work on one run yet: set loraConfig: {}, or have an administrator list an accelerator with more memory");
     }
 
