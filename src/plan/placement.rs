@@ -268,12 +268,12 @@ mod tests {
     #[test]
     fn takes_the_first_that_fits() {
         insta::assert_snapshot!(check(fixture::smollm2(), "  loraConfig: {}\n"), @"cpu: 2 CPU, 1.80 GB memory, 1.70 GB storage");
-        insta::assert_snapshot!(check(fixture::llama_8b(), "  loraConfig: {}\n"), @"");
+        insta::assert_snapshot!(check(fixture::llama_8b(), "  loraConfig: {}\n"), @"the run needs 1 A100-80GB, but the trainer of this release computes on the processor of one pod only: set loraConfig: {} or lower training.contextLength, or have an administrator raise memoryGiB of a CPU accelerator");
     }
 
     #[test]
     fn says_how_many_devices_a_large_run_needs() {
-        insta::assert_snapshot!(check(fixture::llama_8b(), ""), @"the run needs 2 A100-80GB, which cannot work on one run yet: set loraConfig: {}, or have an administrator list an accelerator with more memory");
+        insta::assert_snapshot!(check(fixture::llama_8b(), ""), @"the run needs 2 A100-80GB, but the trainer of this release computes on the processor of one pod only: set loraConfig: {} or lower training.contextLength, or have an administrator raise memoryGiB of a CPU accelerator");
     }
 
     #[test]
