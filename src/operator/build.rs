@@ -283,12 +283,15 @@ fn variables(
         Some((_, size)) => (size.cpu_millis as u64).div_ceil(1000),
         None => settings.preflight.cpu.ceil() as u64,
     };
-    let own = [
+    let mut own = vec![
         plain("HOME", WORK_DIRECTORY),
         plain("OMP_NUM_THREADS", &cores.to_string()),
         // A quota of processor time must not be spent waiting.
         plain("OMP_WAIT_POLICY", "PASSIVE"),
     ];
+    if !settings.allowed_endpoints.is_empty() {
+        own.push(plain("FINETUNE_ALLOWED_ENDPOINTS", &settings.allowed_endpoints.join(",")));
+    }
     let administrators =
         settings.environment.iter().map(|(name, value)| plain(name, value)).collect::<Vec<_>>();
     let users = template.env.iter().flatten().map(|variable| EnvVar {
@@ -463,7 +466,7 @@ mod tests {
         plan::placement::PodSize,
     };
 
-    const SETTINGS: &str = "trainerImage: trainer:1\naccelerators:\n- {name: a100, resourceName: nvidia.com/gpu, memoryGiB: 80, bf16Tflops: 312, fp32Tflops: 19, hasBf16: true, nodeSelector: {gpu: a100}, tolerations: [{key: gpu, operator: Exists, effect: NoSchedule}]}\nenvironment: {AWS_REGION: eu-1, LOG: x}\n";
+    const SETTINGS: &str = "trainerImage: trainer:1\naccelerators:\n- {name: a100, resourceName: nvidia.com/gpu, memoryGiB: 80, bf16Tflops: 312, fp32Tflops: 19, hasBf16: true, nodeSelector: {gpu: a100}, tolerations: [{key: gpu, operator: Exists, effect: NoSchedule}]}\nenvironment: {AWS_REGION: eu-1, LOG: x}\nallowedEndpoints: [s3.acme.com]\n";
 
     fn build(lines: &str, step: Step) -> String {
         let text = format!("{}{lines}", include_str!("../../examples/minimal.yaml"));

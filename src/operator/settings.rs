@@ -38,7 +38,8 @@ pub struct Settings {
     /// Seconds a pod may be unable to start for want of its image, a Secret or a ConfigMap.
     #[serde(default = "default_start")]
     pub startup_deadline_seconds: i64,
-    /// Hosts, or host:port, that an endpoint of a Secret may name; empty: any.
+    /// Hosts, or host:port, that variables of a store may name, the administrator's own included; the
+    /// trainer refuses others. Empty: any.
     #[serde(default)]
     pub allowed_endpoints: Vec<String>,
     /// Environment variables of every pod, such as an endpoint; no secrets.

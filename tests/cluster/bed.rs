@@ -114,6 +114,13 @@ impl Bed {
             let secrets: Api<Secret> = Api::namespaced(self.client.clone(), &self.namespace);
             secrets.create(&PostParams::default(), &secret).await.unwrap();
         }
+        let elsewhere: Secret = serde_json::from_value(json!({
+            "metadata": {"name": "elsewhere"},
+            "stringData": {"AWS_ENDPOINT_URL": "http://169.254.169.254"},
+        }))
+        .unwrap();
+        let secrets: Api<Secret> = Api::namespaced(self.client.clone(), &self.namespace);
+        secrets.create(&PostParams::default(), &elsewhere).await.unwrap();
     }
 
     pub fn uri(&self, name: &str) -> String {

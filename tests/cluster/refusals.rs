@@ -10,7 +10,8 @@ async fn what_cannot_work_says_why_and_takes_no_training_pod() {
     bed.put_text("bad.jsonl", "{\"messages\": []}\nnot json\n");
     let wrong = json!({"name": "wrong-keys"});
     let real = bed.real_model();
-    let cases: [(&str, &str, Value, &str, &str); 8] = [
+    let elsewhere = json!({"name": "elsewhere"});
+    let cases: [(&str, &str, Value, &str, &str); 9] = [
         ("rows", "/dataset/train", json!(bed.uri("bad.jsonl")), "InvalidDataset", "bad.jsonl:2"),
         ("model", "/model/uri", json!(bed.uri("no-model/")), "NotFound", "no-model"),
         (
@@ -21,6 +22,7 @@ async fn what_cannot_work_says_why_and_takes_no_training_pod() {
             "no-such-bucket",
         ),
         ("keys", "/output/secretRef", wrong, "PermissionDenied", "check the credentials"),
+        ("server", "/output/secretRef", elsewhere, "InvalidSpec", "does not allow"),
         ("rank", "/loraConfig/r", json!(512), "InvalidSpec", "spec.loraConfig.r"),
         ("module", "/loraConfig/targetModules", json!(["q_prj"]), "InvalidSpec", "q_prj"),
         ("file", "/dataset/train", json!("file:///home/me/a.jsonl"), "InvalidSpec", "finetune run"),

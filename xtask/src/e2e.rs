@@ -145,6 +145,8 @@ fn chart_values() -> Result<serde_json::Value> {
             }],
             "preflight": {"cpu": 0.1, "memoryGiB": 0.5, "storageGiB": 2},
             "terminationGracePeriodSeconds": 20,
+            // Only the cluster's own: a Secret that names another is refused.
+            "allowedEndpoints": [endpoint.trim_start_matches("http://")],
             "environment": {
                 "AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1",
             },

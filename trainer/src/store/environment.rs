@@ -2,6 +2,14 @@
 
 use std::collections::BTreeMap;
 
+use reqwest::Url;
+
+/// Hosts, or host:port, separated by commas: the only servers a store's variables may name. Set by
+/// an administrator; absent or empty for any.
+const ALLOWED_ENDPOINTS: &str = "FINETUNE_ALLOWED_ENDPOINTS";
+/// How variables begin that the stores read.
+const STORES: [&str; 4] = ["AWS_", "AZURE_", "GOOGLE_", "HF_"];
+
 /// Which secret's variables apply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
@@ -66,6 +74,25 @@ impl Environment {
         self.named(role, key).map(|(_, value)| value)
     }
 
+    /// Finds a variable of a store that names a server which the administrator does not allow;
+    /// returns its name, the server, and what is allowed. Proxies and token servers count too.
+    pub fn forbidden_server(&self) -> Option<(&str, String, &str)> {
+        let allowed = self.plain(ALLOWED_ENDPOINTS)?;
+        let is_allowed = |server: &str, host: &str| {
+            allowed.split(',').map(str::trim).any(|entry| entry == server || entry == host)
+        };
+        let roles = [Role::Model, Role::Dataset, Role::Output];
+        self.0.iter().find_map(|(name, value)| {
+            let key =
+                roles.iter().find_map(|role| name.strip_prefix(role.prefix())).unwrap_or(name);
+            let is_a_stores = STORES.iter().any(|store| key.starts_with(store));
+            let url = Url::parse(value).ok().filter(|_| is_a_stores)?;
+            let host = url.host_str()?;
+            let server = format!("{host}:{}", url.port_or_known_default()?);
+            (!is_allowed(&server, host)).then(|| (name.as_str(), server.clone(), allowed))
+        })
+    }
+
     /// Lists the variables of a role that start with `start`, with that role's prefix removed.
     ///
     /// # Guarantees
@@ -101,5 +128,42 @@ impl std::fmt::Debug for Environment {
     /// Shows the names only: values may be secrets.
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter.debug_set().entries(self.0.keys()).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Environment;
+
+    fn forbidden(allowed: &str, name: &str, value: &str) -> Option<String> {
+        let environment =
+            Environment::from_pairs([("FINETUNE_ALLOWED_ENDPOINTS", allowed), (name, value)]);
+        environment.forbidden_server().map(|(name, server, _)| format!("{name} {server}"))
+    }
+
+    #[test]
+    fn only_servers_an_administrator_allows_may_be_named() {
+        let s3 = "FINETUNE_OUTPUT_AWS_ENDPOINT_URL";
+        assert_eq!(forbidden("", s3, "http://10.0.0.1"), None, "no list, no limit");
+        assert_eq!(forbidden("s3.acme.com", s3, "https://s3.acme.com/x"), None);
+        assert_eq!(forbidden("s3.acme.com:9000", s3, "http://s3.acme.com:9000"), None);
+        assert_eq!(forbidden("a, s3.acme.com", s3, "https://s3.acme.com"), None);
+        let other = Some(format!("{s3} 169.254.169.254:80"));
+        assert_eq!(forbidden("s3.acme.com", s3, "http://169.254.169.254/"), other);
+        assert_eq!(
+            forbidden("s3.acme.com:443", s3, "http://s3.acme.com"),
+            Some(format!("{s3} s3.acme.com:80")),
+            "a port is part of what is allowed"
+        );
+        assert_eq!(
+            forbidden("a", "AWS_PROXY_URL", "http://b"),
+            Some("AWS_PROXY_URL b:80".to_owned())
+        );
+        assert_eq!(
+            forbidden("a", "HF_ENDPOINT", "https://b"),
+            Some("HF_ENDPOINT b:443".to_owned())
+        );
+        assert_eq!(forbidden("a", "MY_URL", "https://b"), None, "no store reads it");
+        assert_eq!(forbidden("a", "AWS_REGION", "us-east-1"), None);
     }
 }

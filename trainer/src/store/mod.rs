@@ -93,6 +93,15 @@ impl Store {
         role: Role,
         environment: &Environment,
     ) -> Result<Self, Error> {
+        if let Some((variable, server, allowed)) = environment.forbidden_server() {
+            return Err(Error::Misconfigured {
+                action: "open",
+                uri: uri.to_string(),
+                detail: format!(
+                    "{variable} names the server {server}, which the administrator does not allow; allowed are {allowed}"
+                ),
+            });
+        }
         let backend = match uri.scheme {
             Scheme::Hf => {
                 let repository = hub::Repository::open(uri, revision, role, environment)?;
