@@ -67,10 +67,7 @@ impl PreflightReport {
             } else if let Some(problem) =
                 self.problems.first_mut().filter(|problem| problem.message.len() > 200)
             {
-                let end = (0..=problem.message.len() / 2)
-                    .rev()
-                    .find(|&end| problem.message.is_char_boundary(end))
-                    .unwrap_or(0);
+                let end = problem.message.floor_char_boundary(problem.message.len() / 2);
                 problem.message.truncate(end);
                 problem.message.push('…');
             } else {

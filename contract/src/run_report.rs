@@ -58,10 +58,7 @@ impl RunReport {
     pub fn fit(mut self) -> Self {
         while render(&self).len() > TERMINATION_MESSAGE_LIMIT {
             let Outcome::Failed { message, .. } = &mut self.outcome else { break };
-            let end = (0..=message.len() * 3 / 4)
-                .rev()
-                .find(|&end| message.is_char_boundary(end))
-                .unwrap_or(0);
+            let end = message.floor_char_boundary(message.len() * 3 / 4);
             message.truncate(end);
             message.push('…');
         }

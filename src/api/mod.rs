@@ -108,6 +108,20 @@ pub struct FineTuneJobSpec {
     pub pod_template: Option<PodTemplate>,
 }
 
+impl FineTuneJobSpec {
+    /// Returns every URI of the spec with its field's path.
+    pub fn uris(&self) -> impl Iterator<Item = (&'static str, &str)> {
+        [
+            ("spec.model.uri", Some(&self.model.uri)),
+            ("spec.dataset.train", Some(&self.dataset.train)),
+            ("spec.dataset.validation", self.dataset.validation.as_ref()),
+            ("spec.output.uri", Some(&self.output.uri)),
+        ]
+        .into_iter()
+        .filter_map(|(path, uri)| Some((path, uri?.as_str())))
+    }
+}
+
 /// The base model.
 #[derive(KubeSchema, Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[x_kube(validation = Rule::new("!has(self.revision) || self.uri.startsWith('hf://')").message("revision names a hub's branch, tag or commit, but uri is not hf://: remove revision"))]

@@ -202,16 +202,9 @@ fn without_report(step: &str, ended: &trainer::Ended) -> Failure {
 
 /// Refuses volume claims, which only a cluster has.
 fn refuse_claims(job: &FineTuneJob) -> Result<(), Failure> {
-    let spec = &job.spec;
-    let uris = [
-        ("spec.model.uri", Some(&spec.model.uri)),
-        ("spec.dataset.train", Some(&spec.dataset.train)),
-        ("spec.dataset.validation", spec.dataset.validation.as_ref()),
-        ("spec.output.uri", Some(&spec.output.uri)),
-    ];
-    let claims: Vec<String> = uris
-        .into_iter()
-        .filter_map(|(path, uri)| Some((path, uri?)))
+    let claims: Vec<String> = job
+        .spec
+        .uris()
         .filter(|(_, uri)| ObjectUri::parse(uri).is_ok_and(|uri| uri.scheme == Scheme::Pvc))
         .map(|(path, uri)| format!("\n  {path} is {uri:?}: there are no volume claims without a cluster; write the file:// URI of where the data is here"))
         .collect();

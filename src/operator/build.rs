@@ -359,7 +359,6 @@ fn resources(
         |(_, size)| (size.cpu_millis, size.memory_bytes),
     );
     let device = attempt.place.and_then(|(accelerator, _)| accelerator.resource_name.clone());
-    let mebibytes = |bytes: u64| Quantity(format!("{}Mi", bytes.div_ceil(1 << 20)));
     let mut requests = BTreeMap::from([
         ("cpu".to_owned(), Quantity(format!("{cpu_millis}m"))),
         ("memory".to_owned(), mebibytes(memory)),
@@ -382,6 +381,10 @@ fn resources(
     ResourceRequirements { requests: Some(requests), limits: Some(limits), claims: None }
 }
 
+fn mebibytes(bytes: u64) -> Quantity {
+    Quantity(format!("{}Mi", bytes.div_ceil(1 << 20)))
+}
+
 fn storage(settings: &Settings, attempt: &Attempt<'_>) -> u64 {
     match attempt.place {
         Some((_, size)) => size.storage_bytes,
@@ -390,7 +393,6 @@ fn storage(settings: &Settings, attempt: &Attempt<'_>) -> u64 {
 }
 
 fn volumes(job: &FineTuneJob, settings: &Settings, attempt: &Attempt<'_>) -> Vec<Volume> {
-    let mebibytes = |bytes: u64| Quantity(format!("{}Mi", bytes.div_ceil(1 << 20)));
     let empty = |name: &str, medium: Option<&str>, bytes: u64| Volume {
         name: name.to_owned(),
         empty_dir: Some(EmptyDirVolumeSource {
@@ -437,17 +439,10 @@ fn volumes(job: &FineTuneJob, settings: &Settings, attempt: &Attempt<'_>) -> Vec
 
 /// The volume claims that URIs of the job name, each once.
 fn claims(job: &FineTuneJob) -> Vec<String> {
-    let spec = &job.spec;
-    let uris = [
-        Some(&spec.model.uri),
-        Some(&spec.dataset.train),
-        spec.dataset.validation.as_ref(),
-        Some(&spec.output.uri),
-    ];
-    let mut claims: Vec<String> = uris
-        .into_iter()
-        .flatten()
-        .filter_map(|uri| ObjectUri::parse(uri).ok())
+    let mut claims: Vec<String> = job
+        .spec
+        .uris()
+        .filter_map(|(_, uri)| ObjectUri::parse(uri).ok())
         .filter(|uri| uri.scheme == Scheme::Pvc)
         .map(|uri| uri.authority)
         .collect();

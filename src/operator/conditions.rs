@@ -91,6 +91,5 @@ fn shorten(message: &str) -> String {
     if message.len() <= MESSAGE_LIMIT {
         return message.to_owned();
     }
-    let end = (0..=MESSAGE_LIMIT - 4).rev().find(|&end| message.is_char_boundary(end));
-    format!("{}…", &message[..end.unwrap_or(0)])
+    format!("{}…", &message[..message.floor_char_boundary(MESSAGE_LIMIT - 4)])
 }

@@ -32,7 +32,7 @@ use super::{
     conditions::{self, Kind},
     lifecycle::{self, Action, Decision, Note, PROGRESS_INTERVAL},
     metrics::Metrics,
-    observe::{Observed, PodState},
+    observe::{Observed, ObservedPod, PodState, observe_job},
     settings::Settings,
 };
 use crate::api::{FineTuneJob, FineTuneJobStatus, Step};
@@ -311,9 +311,7 @@ impl Operator {
                     self.remember(parent, |memory| memory.refusal = refusal);
                 }
                 let made = made.map_err(VisitError::api("create a Job"))?;
-                let owners = made.owner_references();
-                let owner = owners.iter().find(|owner| owner.controller == Some(true));
-                if owner.map(|owner| &owner.uid) != parent.metadata.uid.as_ref() {
+                if observe_job(&made).owner_uid != parent.metadata.uid {
                     let error = VisitError::NameTaken(name);
                     let refusal = Some(error.to_string());
                     self.remember(parent, |memory| memory.refusal = refusal);
@@ -355,9 +353,7 @@ impl Operator {
     /// Tells people; that it could not be told is no reason to stop.
     async fn tell(&self, job: &FineTuneJob, note: Note) {
         let Note { is_warning, reason, mut message } = note;
-        let end =
-            (0..=NOTE_LIMIT.min(message.len())).rev().find(|&end| message.is_char_boundary(end));
-        message.truncate(end.unwrap_or(0));
+        message.truncate(message.floor_char_boundary(NOTE_LIMIT));
         let event = Event {
             type_: if is_warning { EventType::Warning } else { EventType::Normal },
             action: reason.clone(),
@@ -377,7 +373,7 @@ impl Operator {
             return None;
         }
         let uid = attempt.job_uid.as_ref()?;
-        let is_asked = |pod: &&super::observe::ObservedPod| {
+        let is_asked = |pod: &&ObservedPod| {
             pod.job_uid.as_ref() == Some(uid) && pod.state == PodState::Running && !pod.is_deleting
         };
         let ip = observed.pods.iter().find(is_asked)?.ip.as_ref()?;

@@ -45,6 +45,9 @@ const DISRUPTION_WAIT: SignedDuration = SignedDuration::from_secs(2);
 /// The most tries of a step: the number is three digits of the Job's name.
 const MOST_TRIES: i32 = 1000;
 
+/// The longest summary of a plan; the CRD allows a little more.
+const SUMMARY_LIMIT: usize = 16_000;
+
 const QUEUED: &str = "the queue decides when the pod starts";
 
 /// What is to be done.
@@ -120,21 +123,10 @@ pub fn decide(
 
 /// Returns what is wrong with a `file://` URI, which means nothing in a cluster.
 fn unreachable_uri(job: &FineTuneJob) -> Option<String> {
-    let spec = &job.spec;
-    [
-        ("spec.model.uri", Some(&spec.model.uri)),
-        ("spec.dataset.train", Some(&spec.dataset.train)),
-        ("spec.dataset.validation", spec.dataset.validation.as_ref()),
-        ("spec.output.uri", Some(&spec.output.uri)),
-    ]
-    .into_iter()
-    .find(|(_, uri)| uri.is_some_and(|uri| uri.starts_with("file://")))
-    .map(|(path, uri)| {
-        format!(
-            "{path} is {:?}: a pod does not see files of your machine; use s3://, gs://, az://, hf:// or pvc://, or run it here with `finetune run`",
-            uri.map_or("", String::as_str)
-        )
-    })
+    let (path, uri) = job.spec.uris().find(|(_, uri)| uri.starts_with("file://"))?;
+    Some(format!(
+        "{path} is {uri:?}: a pod does not see files of your machine; use s3://, gs://, az://, hf:// or pvc://, or run it here with `finetune run`"
+    ))
 }
 
 struct Visit<'a> {
@@ -166,6 +158,12 @@ impl<'a> Visit<'a> {
 
     fn set(&mut self, kind: Kind, truth: Truth, reason: &str, message: &str) {
         conditions::set(&mut self.decision.status, self.now, kind, truth, reason, message);
+    }
+
+    /// Says that the preflight found nothing in the way.
+    fn accept(&mut self) {
+        let message = "model, dataset and output can be used";
+        self.set(Kind::Accepted, Truth::True, "PreflightPassed", message);
     }
 
     /// Says where the run is.
@@ -271,7 +269,8 @@ impl<'a> Visit<'a> {
     }
 
     fn preflight(&mut self) {
-        let config = finetune_contract::render(&wishes::preflight_config(self.job, false));
+        let job = self.job;
+        let config = || finetune_contract::render(&wishes::preflight_config(job, false));
         let Some(ending) = self.pursue(Step::Preflight, &config, None) else { return };
         let (code, message) = match ending {
             Ending::Exited { code, message } => (code, message),
@@ -309,7 +308,7 @@ impl<'a> Visit<'a> {
             run_id: plan.run_config.run_id.0.clone(),
             method: method.to_owned(),
             accelerator: accelerator.clone(),
-            summary: cut(&summary, 16_000),
+            summary: summary[..summary.floor_char_boundary(SUMMARY_LIMIT)].to_owned(),
             predicted_peak_bytes: bytes(plan.memory.total()),
             estimated_seconds: plan.seconds.map(|seconds| seconds.ceil() as i64),
             pod: PodStatus {
@@ -321,12 +320,7 @@ impl<'a> Visit<'a> {
             run_config: finetune_contract::render(&plan.run_config),
         });
         self.decision.status.attempt = Some(first_try(Step::Training));
-        self.set(
-            Kind::Accepted,
-            Truth::True,
-            "PreflightPassed",
-            "model, dataset and output can be used",
-        );
+        self.accept();
         let time = plan
             .seconds
             .map_or(String::new(), |seconds| format!(", about {}", render::duration(seconds)));
@@ -351,24 +345,14 @@ impl<'a> Visit<'a> {
                 self.finish(Truth::False, &reason, &message);
             }
             Unplaced::TooLarge(_) => {
-                self.set(
-                    Kind::Accepted,
-                    Truth::True,
-                    "PreflightPassed",
-                    "model, dataset and output can be used",
-                );
+                self.accept();
                 self.set(Kind::Planned, Truth::False, "NoAcceleratorFits", &message);
                 self.finish(Truth::False, "NoAcceleratorFits", &message);
             }
             Unplaced::Devices { ranks, .. } => {
                 // Held, not failed: it can be planned once the settings or the release have changed.
                 let reason = if *ranks > 1 { "SeveralRanksNeeded" } else { "DeviceNeeded" };
-                self.set(
-                    Kind::Accepted,
-                    Truth::True,
-                    "PreflightPassed",
-                    "model, dataset and output can be used",
-                );
+                self.accept();
                 self.set(Kind::Planned, Truth::False, reason, &message);
                 self.say(reason, &message);
             }
@@ -388,8 +372,8 @@ impl<'a> Visit<'a> {
         };
         let number = self.attempt(Step::Training).number;
         let config = RunConfig { attempt: number.unsigned_abs(), ..config };
-        let text = finetune_contract::render(&config);
-        let Some(ending) = self.pursue(Step::Training, &text, Some(plan)) else { return };
+        let config = || finetune_contract::render(&config);
+        let Some(ending) = self.pursue(Step::Training, &config, Some(plan)) else { return };
         let (code, message) = match ending {
             Ending::Exited { code, message } => (code, message),
             Ending::OutOfMemory => return self.out_of_memory(plan),
@@ -516,7 +500,12 @@ impl<'a> Visit<'a> {
     }
 
     /// Sees to it that the current try of a step runs; returns how it ended once it has.
-    fn pursue(&mut self, step: Step, config: &str, plan: Option<&PlanStatus>) -> Option<Ending> {
+    fn pursue(
+        &mut self,
+        step: Step,
+        config: &dyn Fn() -> String,
+        plan: Option<&PlanStatus>,
+    ) -> Option<Ending> {
         let attempt = self.attempt(step);
         self.decision.status.attempt = Some(attempt.clone());
         let name = job_name(self.name(), step, attempt.number);
@@ -553,7 +542,7 @@ impl<'a> Visit<'a> {
         &mut self,
         step: Step,
         attempt: &AttemptStatus,
-        config: &str,
+        config: &dyn Fn() -> String,
         plan: Option<&PlanStatus>,
     ) -> Option<Ending> {
         if attempt.job_uid.is_some() {
@@ -591,7 +580,13 @@ impl<'a> Visit<'a> {
         None
     }
 
-    fn start(&mut self, step: Step, number: i32, config: &str, plan: Option<&PlanStatus>) {
+    fn start(
+        &mut self,
+        step: Step,
+        number: i32,
+        config: &dyn Fn() -> String,
+        plan: Option<&PlanStatus>,
+    ) {
         let place = match plan {
             None => None,
             Some(plan) => {
@@ -605,7 +600,7 @@ impl<'a> Visit<'a> {
                 Some((accelerator, pod_size(&plan.pod)))
             }
         };
-        let attempt = Attempt { step, number, config, place };
+        let attempt = Attempt { step, number, config: &config(), place };
         let job = build::job(self.job, self.settings, &attempt);
         self.decision.actions.push(Action::CreateJob(Box::new(job)));
         let labels = self.job.metadata.labels.as_ref();
@@ -789,11 +784,6 @@ fn is_last(attempt: &AttemptStatus) -> bool {
 fn listed(report: &PreflightReport) -> String {
     let lines: Vec<String> = report.problems.iter().map(ToString::to_string).collect();
     lines.join("\n")
-}
-
-fn cut(text: &str, limit: usize) -> String {
-    let end = (0..=limit.min(text.len())).rev().find(|&end| text.is_char_boundary(end));
-    text[..end.unwrap_or(0)].to_owned()
 }
 
 #[cfg(test)]

@@ -75,7 +75,6 @@ impl World {
                     name: job.name_any(),
                     uid: uid.clone(),
                     owner_uid: Some("job-uid".to_owned()),
-                    created: Some(self.now),
                     is_suspended: job.spec.as_ref().and_then(|spec| spec.suspend).unwrap_or(false),
                     is_deleting: false,
                     ended: None,

@@ -38,8 +38,6 @@ pub struct ObservedJob {
     pub uid: String,
     /// The UID of what made it.
     pub owner_uid: Option<String>,
-    /// When it was made.
-    pub created: Option<Timestamp>,
     /// Whether it waits for a queue.
     pub is_suspended: bool,
     /// Whether it is on its way out.
@@ -135,7 +133,6 @@ pub fn observe_job(job: &Job) -> ObservedJob {
         name: job.name_any(),
         uid: job.uid().unwrap_or_default(),
         owner_uid: controller(job.owner_references()).map(|owner| owner.uid.clone()),
-        created: job.metadata.creation_timestamp.as_ref().map(|time| time.0),
         is_suspended: job.spec.as_ref().and_then(|spec| spec.suspend).unwrap_or(false),
         is_deleting: job.metadata.deletion_timestamp.is_some(),
         ended: match (holds("Complete"), holds("Failed")) {

@@ -115,7 +115,7 @@ pub fn offer(accelerator: &Accelerator, model: &ModelFacts, load: &Load, tokens:
     let load = Load { dtype, is_device: true, ..*load };
     let memory: Memory = sizing::memory(model, &load);
     let needed = memory.total();
-    let available = (accelerator.memory_bytes() as f64 * sizing::USABLE_MEMORY) as u64;
+    let available = sizing::usable(accelerator.memory_bytes());
     let shortfall = needed.saturating_sub(available);
     let ranks = if load.is_full && shortfall > 0 { ranks(&memory, available) } else { None };
     let speed = tflops * 1e12 * sizing::ACCELERATOR_EFFICIENCY;

@@ -95,7 +95,7 @@ impl Place<'_> {
             Self::On(accelerator) if !accelerator.is_device() => {
                 placement::tensor_bytes(limit, model.weight_bytes)
             }
-            Self::Here(_) | Self::On(_) => (limit as f64 * sizing::USABLE_MEMORY) as u64,
+            Self::Here(_) | Self::On(_) => sizing::usable(limit),
         }
     }
 

@@ -5,7 +5,7 @@ use finetune_contract::{PreflightReport, Problem, ProblemReason};
 use super::{
     Place, RunPlan,
     accelerators::{Accelerator, ranks},
-    invalid, plan, render,
+    invalid, plan, render, sizing,
 };
 use crate::api::FineTuneJob;
 
@@ -143,8 +143,8 @@ fn several_ranks(
         .iter()
         .filter(|accelerator| accelerator.is_device() && plan.run_config.lora.is_none())
         .filter_map(|accelerator| {
-            let available = accelerator.memory_bytes() as f64 * super::sizing::USABLE_MEMORY;
-            Some((ranks(&plan.memory, available as u64)?, accelerator))
+            let available = sizing::usable(accelerator.memory_bytes());
+            Some((ranks(&plan.memory, available)?, accelerator))
         })
         .min_by_key(|(ranks, _)| *ranks)
         .map(|(ranks, accelerator)| Unplaced::Devices {

@@ -31,6 +31,11 @@ pub const CPU_EFFICIENCY: f64 = 0.5;
 /// The share of an accelerator's stated peak that whole steps reach. An assumption.
 pub const ACCELERATOR_EFFICIENCY: f64 = 0.35;
 
+/// Returns how many of a machine's or device's bytes a plan may take.
+pub fn usable(bytes: u64) -> u64 {
+    (bytes as f64 * USABLE_MEMORY) as u64
+}
+
 /// All that memory depends on.
 #[derive(Debug, Clone, Copy)]
 pub struct Load {
