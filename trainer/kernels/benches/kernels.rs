@@ -1,0 +1,98 @@
+//! Milliseconds of each kernel on one thread, at the shapes of SmolLM2-135M and 1,024 positions.
+#![expect(clippy::print_stdout, reason = "a benchmark prints")]
+
+use std::{hint::black_box, time::Instant};
+
+use finetune_kernels::{
+    adamw, attention, cross_entropy,
+    dropout::{self, Noise},
+    pool::Serial,
+    rms_norm, rope, swiglu,
+};
+use half::bf16;
+
+const POSITIONS: usize = 1024;
+const WIDTH: usize = 576;
+const FEED_FORWARD: usize = 1536;
+const VOCABULARY: usize = 49152;
+
+fn main() {
+    let values = |length: usize| -> Vec<bf16> {
+        (0..length)
+            .map(|index| bf16::from_f32((dropout::mix(index as u64) % 2048) as f32 / 1024.0 - 1.0))
+            .collect()
+    };
+    let (x, weight) = (values(POSITIONS * WIDTH), values(WIDTH));
+    let mut y = x.clone();
+    time("rms_norm::forward", || rms_norm::forward(&x, &weight, 1e-5, &mut y));
+    time("rms_norm::backward", || {
+        rms_norm::backward(&x, &weight, 1e-5, &mut y, Some(&x), &mut []);
+    });
+    let (d_product, up) = (values(POSITIONS * FEED_FORWARD), values(POSITIONS * FEED_FORWARD));
+    let (mut gate, mut product) = (up.clone(), up.clone());
+    time("swiglu::forward", || swiglu::forward(&gate, &up, &mut product));
+    time("swiglu::backward", || swiglu::backward(&d_product, &mut gate, &mut product));
+    let angles = values(POSITIONS * 32);
+    time("rope::rotate, queries", || {
+        rope::rotate(&mut y, &angles, &angles, WIDTH, 32, 1.0);
+    });
+    let noise = Noise { key: 1, threshold: 3277 };
+    time("dropout::apply", || dropout::apply(noise, 0, &x, &mut y));
+    let labels = vec![1_i64; 64];
+    let mut logits = values(64 * VOCABULARY);
+    time("cross_entropy::backward, 64 rows", || {
+        black_box(cross_entropy::backward(&mut logits, &labels));
+    });
+    let mut state = [const { Vec::new() }; 3].map(|_: Vec<f32>| vec![1.0_f32; 1 << 20]);
+    let (grad, mut compute) = (vec![1.0_f32; 1 << 20], vec![bf16::ZERO; 1 << 20]);
+    let step = adamw::Step {
+        grad_scale: 1.0,
+        beta1: 0.9,
+        beta2: 0.999,
+        epsilon: 1e-8,
+        shrink: 1.0,
+        step_size: 1e-3,
+        second_root: 1.0,
+    };
+    time("adamw::step, a million parameters", || {
+        let [master, exp_avg, exp_avg_sq] = &mut state;
+        adamw::step(step, &grad, master, exp_avg, exp_avg_sq, &mut compute);
+    });
+    for (segments, length) in [(4, 256), (2, 1024), (16, 64)] {
+        attention(segments, length, &values);
+    }
+}
+
+fn attention(segments: usize, length: usize, values: &dyn Fn(usize) -> Vec<bf16>) {
+    let shape = attention::Shape { heads: 9, kv_heads: 3, width: 64, window: usize::MAX };
+    if !attention::is_supported(shape.width) {
+        println!("attention: skipped, this processor has no AVX512-BF16");
+        return;
+    }
+    let positions = segments * length;
+    let lengths = vec![length; segments];
+    let (q, k) = (values(positions * 576), values(positions * 192));
+    let (mut out, mut lse) = (q.clone(), vec![0.0; positions * 9]);
+    time(&format!("attention::forward, {segments}x{length}"), || {
+        attention::forward(&Serial, shape, &lengths, [&q, &k, &k], &mut out, &mut lse);
+    });
+    let (mut dq, mut dk, mut dv) = (q.clone(), k.clone(), k.clone());
+    let attended = attention::Attended { out: &out, logsumexp: &lse, d_out: &q };
+    time(&format!("attention::backward, {segments}x{length}"), || {
+        let grads = [&mut dq[..], &mut dk, &mut dv];
+        attention::backward(&Serial, shape, &lengths, [&q, &k, &k], attended, grads);
+    });
+}
+
+/// Prints the best and the middle of some runs.
+fn time(what: &str, mut run: impl FnMut()) {
+    let mut times: Vec<f64> = (0..30)
+        .map(|_| {
+            let start = Instant::now();
+            run();
+            start.elapsed().as_secs_f64() * 1e3
+        })
+        .collect();
+    times.sort_by(f64::total_cmp);
+    println!("{what:<40} best {:8.3} ms, median {:8.3} ms", times[0], times[times.len() / 2]);
+}

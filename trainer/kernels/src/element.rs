@@ -1,0 +1,58 @@
+//! The element types computed with.
+
+use half::bf16;
+
+/// A number that is stored in its own type and computed with in fp32.
+pub trait Element: Copy + Default + Send + Sync + 'static {
+    /// Widens, exactly.
+    fn to_f32(self) -> f32;
+    /// Rounds to nearest, ties to even.
+    fn from_f32(value: f32) -> Self;
+}
+
+#[expect(clippy::inline_always, reason = "called in every version of every kernel")]
+impl Element for f32 {
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self
+    }
+
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        value
+    }
+}
+
+#[expect(clippy::inline_always, reason = "called in every version of every kernel")]
+impl Element for bf16 {
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        // `half`'s own conversion branches, and a branch keeps a loop from being vectorised.
+        let bits = value.to_bits();
+        let rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+        Self::from_bits(if value.is_nan() { 0x7FC0 } else { rounded as u16 })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+    use proptest::prelude::{prop_assert, proptest};
+
+    use super::Element;
+
+    proptest! {
+        #[test]
+        fn rounds_as_half_does(bits: u32) {
+            let value = f32::from_bits(bits);
+            let (ours, theirs) = (<bf16 as Element>::from_f32(value), bf16::from_f32(value));
+            prop_assert!(ours == theirs || (ours.is_nan() && theirs.is_nan()));
+            prop_assert!(ours.is_nan() == value.is_nan());
+        }
+    }
+}

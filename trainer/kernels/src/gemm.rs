@@ -1,0 +1,179 @@
+//! Small matrix products in bf16 with fp32 sums, out of registers and the first caches.
+//!
+//! # Source
+//! The blocking is the usual one for outer products in registers (Goto, van de Geijn: Anatomy of
+//! High-Performance Matrix Multiplication, 2008); VDPBF16PS multiplies pairs of neighbours.
+
+use std::arch::x86_64::{
+    __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32,
+    _mm512_setzero_ps, _mm512_storeu_ps,
+};
+
+/// Columns of one register tile: two registers of 16.
+pub(crate) const COLUMNS: usize = 32;
+/// Rows of one register tile: with two columns each, sums fill half of the registers.
+const ROWS: usize = 8;
+
+/// A matrix whose elements are pairs of bf16, the first in the low half.
+#[derive(Clone, Copy)]
+pub(crate) struct Pairs<'a> {
+    /// Its first element starts the slice.
+    pub data: &'a [u32],
+    /// From one row to the next.
+    pub stride: usize,
+}
+
+/// Writes `left · right` to `c`, or adds it.
+///
+/// # Shapes
+/// `left` is `[rows, pairs]`: neighbours along a row are a pair. `right` is `[pairs, columns]`:
+/// each element is a pair of one column. `c` is `[rows, columns]` with rows `columns` apart, which
+/// is a multiple of [`COLUMNS`].
+///
+/// # Panics
+/// If a matrix is too small.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+pub(crate) fn product<const ADD: bool>(
+    [rows, pairs, columns]: [usize; 3],
+    left: Pairs<'_>,
+    right: Pairs<'_>,
+    c: &mut [f32],
+) {
+    assert!(columns.is_multiple_of(COLUMNS) && c.len() >= rows * columns);
+    if rows == 0 || pairs == 0 || columns == 0 {
+        return;
+    }
+    assert!(left.data.len() >= (rows - 1) * left.stride + pairs);
+    assert!(right.data.len() >= (pairs - 1) * right.stride + columns);
+    for column in (0..columns).step_by(COLUMNS) {
+        let mut row = 0;
+        while row < rows {
+            let from = Tile {
+                pairs,
+                left: left.data[row * left.stride..].as_ptr(),
+                left_stride: left.stride,
+                right: right.data[column..].as_ptr(),
+                right_stride: right.stride,
+                c: c[row * columns + column..].as_mut_ptr(),
+                columns,
+            };
+            #[expect(unsafe_code, reason = "the inner loop reads through pointers")]
+            // SAFETY: the sizes were checked above.
+            unsafe {
+                match rows - row {
+                    ROWS.. => row += from.compute::<ROWS, ADD>(),
+                    4.. => row += from.compute::<4, ADD>(),
+                    2.. => row += from.compute::<2, ADD>(),
+                    _ => row += from.compute::<1, ADD>(),
+                }
+            }
+        }
+    }
+}
+
+/// Where a register tile reads and writes.
+struct Tile {
+    pairs: usize,
+    left: *const u32,
+    left_stride: usize,
+    right: *const u32,
+    right_stride: usize,
+    c: *mut f32,
+    columns: usize,
+}
+
+impl Tile {
+    /// Computes `M` rows and returns `M`.
+    ///
+    /// # Safety
+    /// All of the tile's places must exist.
+    #[expect(unsafe_code, reason = "the inner loop reads through pointers")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[inline]
+    unsafe fn compute<const M: usize, const ADD: bool>(&self) -> usize {
+        let bf16s = |bits: __m512i| {
+            // SAFETY: the same 512 bits under another name.
+            unsafe { std::mem::transmute::<__m512i, __m512bh>(bits) }
+        };
+        // SAFETY: the caller's.
+        unsafe {
+            let mut sums = [[_mm512_setzero_ps(); 2]; M];
+            if ADD {
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    for (half, sum) in sums.iter_mut().enumerate() {
+                        *sum = _mm512_loadu_ps(self.c.add(row * self.columns + 16 * half));
+                    }
+                }
+            }
+            for pair in 0..self.pairs {
+                let right = self.right.add(pair * self.right_stride);
+                let right = [right, right.add(16)].map(|at| bf16s(_mm512_loadu_si512(at.cast())));
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    let left = *self.left.add(row * self.left_stride + pair);
+                    let left = bf16s(_mm512_set1_epi32(left.cast_signed()));
+                    sums[0] = _mm512_dpbf16_ps(sums[0], left, right[0]);
+                    sums[1] = _mm512_dpbf16_ps(sums[1], left, right[1]);
+                }
+            }
+            for (row, sums) in sums.iter().enumerate() {
+                for (half, sum) in sums.iter().enumerate() {
+                    _mm512_storeu_ps(self.c.add(row * self.columns + 16 * half), *sum);
+                }
+            }
+        }
+        M
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Pairs, product};
+    use crate::{
+        attention::is_supported,
+        testing::{assert_close, numbers, rounded},
+    };
+
+    #[test]
+    fn equals_the_sum_of_products_for_every_remainder_of_rows() {
+        if !is_supported(64) {
+            eprintln!("skipped: this processor has no AVX512-BF16");
+            return;
+        }
+        let (pairs, columns) = (5, 64);
+        for rows in 1..20 {
+            let a = rounded(&numbers(rows * 2 * pairs, 1));
+            let b = rounded(&numbers(2 * pairs * columns, 2));
+            let left: Vec<u32> = a
+                .chunks(2)
+                .map(|pair| u32::from(pair[0].to_bits()) | u32::from(pair[1].to_bits()) << 16)
+                .collect();
+            let at = |k: usize, column: usize| u32::from(b[k * columns + column].to_bits());
+            let right: Vec<u32> = (0..pairs * columns)
+                .map(|index| {
+                    let (pair, column) = (index / columns, index % columns);
+                    at(2 * pair, column) | at(2 * pair + 1, column) << 16
+                })
+                .collect();
+            let exact: Vec<f64> = (0..rows * columns)
+                .map(|index| {
+                    let (row, column) = (index / columns, index % columns);
+                    (0..2 * pairs)
+                        .map(|k| a[row * 2 * pairs + k].to_f64() * b[k * columns + column].to_f64())
+                        .sum()
+                })
+                .collect();
+            let mut c = vec![0.0; rows * columns];
+            let (left, right) =
+                (Pairs { data: &left, stride: pairs }, Pairs { data: &right, stride: columns });
+            for times in [1.0, 2.0] {
+                #[expect(unsafe_code, reason = "for certain processors")]
+                // SAFETY: the processor was asked.
+                unsafe {
+                    product::<true>([rows, pairs, columns], left, right, &mut c);
+                }
+                let exact: Vec<f64> = exact.iter().map(|value| times * value).collect();
+                assert_close(&c, &exact, 1e-6);
+            }
+        }
+    }
+}

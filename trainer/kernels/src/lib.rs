@@ -1,0 +1,32 @@
+//! The trainer's own CPU kernels: what libtorch does slowly, on plain slices.
+//!
+//! Each function works on some rows and knows nothing of tensors or threads; the caller divides
+//! the rows. Arithmetic is fp32 whatever the element type. A row's result depends on that row
+//! alone, so results do not change with the number of threads.
+//!
+//! One plain text is compiled for AVX-512, for AVX2 and for any processor (`versions`); attention
+//! alone is written with instructions of its own, because its matrix products need AVX512-BF16.
+
+mod versions;
+
+pub mod adamw;
+#[cfg(target_arch = "x86_64")]
+pub mod attention;
+pub mod cross_entropy;
+pub mod dropout;
+mod element;
+mod exp;
+#[cfg(target_arch = "x86_64")]
+mod gemm;
+pub mod pool;
+pub mod rms_norm;
+pub mod rope;
+pub mod sum;
+pub mod swiglu;
+#[cfg(target_arch = "x86_64")]
+mod transpose;
+
+pub use element::Element;
+
+#[cfg(test)]
+mod testing;

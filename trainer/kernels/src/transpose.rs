@@ -1,0 +1,123 @@
+//! Transposition of 32-bit elements, a block of registers at a time.
+
+use std::arch::x86_64::{
+    __m512i, _mm512_loadu_si512, _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_storeu_si512,
+    _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+};
+
+/// Rows and columns of a block.
+pub(crate) const SIDE: usize = 16;
+
+/// Writes the transpose of `[rows, columns]`, both multiples of [`SIDE`].
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+pub(crate) fn transpose(from: &[u32], [rows, columns]: [usize; 2], to: &mut Vec<u32>) {
+    to.clear();
+    to.resize(rows * columns, 0);
+    for row in (0..rows).step_by(SIDE) {
+        for column in (0..columns).step_by(SIDE) {
+            let from = &from[row * columns + column..];
+            transpose_block(from, columns, SIDE, &mut to[column * rows + row..], rows);
+        }
+    }
+}
+
+/// Writes the transpose of a block whose rows are `stride` apart; rows from `count` on are zero.
+///
+/// # Panics
+/// If a block does not fit.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+#[inline]
+pub(crate) fn transpose_block(
+    from: &[u32],
+    stride: usize,
+    count: usize,
+    to: &mut [u32],
+    to_stride: usize,
+) {
+    assert!((1..=SIDE).contains(&count) && from.len() >= (count - 1) * stride + SIDE);
+    assert!(to.len() >= (SIDE - 1) * to_stride + SIDE);
+    let mut rows = [_mm512_setzero_si512(); SIDE];
+    for (index, row) in rows.iter_mut().enumerate().take(count) {
+        #[expect(unsafe_code, reason = "reads a register")]
+        // SAFETY: inside `from`, as asserted.
+        unsafe {
+            *row = _mm512_loadu_si512(from.as_ptr().add(index * stride).cast());
+        }
+    }
+    // Columns of four rows gather in each quarter of a register …
+    let mut quarters = [_mm512_setzero_si512(); SIDE];
+    for group in 0..4 {
+        let [a, b, c, d] = [0, 1, 2, 3].map(|row| rows[4 * group + row]);
+        let (low, high) = (_mm512_unpacklo_epi32(a, b), _mm512_unpacklo_epi32(c, d));
+        quarters[4 * group] = _mm512_unpacklo_epi64(low, high);
+        quarters[4 * group + 1] = _mm512_unpackhi_epi64(low, high);
+        let (low, high) = (_mm512_unpackhi_epi32(a, b), _mm512_unpackhi_epi32(c, d));
+        quarters[4 * group + 2] = _mm512_unpacklo_epi64(low, high);
+        quarters[4 * group + 3] = _mm512_unpackhi_epi64(low, high);
+    }
+    // … and the quarters of four groups in a register.
+    let mut columns = [_mm512_setzero_si512(); SIDE];
+    for column in 0..4 {
+        let [a, b, c, d] = [0, 1, 2, 3].map(|group| quarters[4 * group + column]);
+        let even = [even_quarters(a, b), even_quarters(c, d)];
+        let odd = [odd_quarters(a, b), odd_quarters(c, d)];
+        columns[column] = even_quarters(even[0], even[1]);
+        columns[4 + column] = even_quarters(odd[0], odd[1]);
+        columns[8 + column] = odd_quarters(even[0], even[1]);
+        columns[12 + column] = odd_quarters(odd[0], odd[1]);
+    }
+    for (index, column) in columns.iter().enumerate() {
+        #[expect(unsafe_code, reason = "writes a register")]
+        // SAFETY: inside `to`, as asserted.
+        unsafe {
+            _mm512_storeu_si512(to.as_mut_ptr().add(index * to_stride).cast(), *column);
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn even_quarters(a: __m512i, b: __m512i) -> __m512i {
+    _mm512_shuffle_i32x4::<0x88>(a, b)
+}
+
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn odd_quarters(a: __m512i, b: __m512i) -> __m512i {
+    _mm512_shuffle_i32x4::<0xDD>(a, b)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{SIDE, transpose, transpose_block};
+    use crate::attention::is_supported;
+
+    #[test]
+    fn swaps_rows_and_columns_and_fills_with_zeros() {
+        if !is_supported(64) {
+            eprintln!("skipped: this processor has no AVX512-BF16");
+            return;
+        }
+        let (rows, columns) = (32, 48);
+        let from: Vec<u32> = (0..rows * columns).map(|index| index as u32 + 1).collect();
+        let mut to = Vec::new();
+        #[expect(unsafe_code, reason = "for certain processors")]
+        // SAFETY: the processor was asked.
+        unsafe {
+            transpose(&from, [rows, columns], &mut to);
+        }
+        for (index, value) in to.iter().enumerate() {
+            assert_eq!(*value, from[index % rows * columns + index / rows]);
+        }
+        let mut block = [7; SIDE * SIDE];
+        #[expect(unsafe_code, reason = "for certain processors")]
+        // SAFETY: the processor was asked.
+        unsafe {
+            transpose_block(&from, columns, 3, &mut block, SIDE);
+        }
+        for (index, value) in block.iter().enumerate() {
+            let (row, column) = (index % SIDE, index / SIDE);
+            assert_eq!(*value, if row < 3 { from[row * columns + column] } else { 0 });
+        }
+    }
+}

@@ -1,0 +1,66 @@
+//! Compiles one plain text for several instruction sets and picks the widest at run time.
+
+/// The instruction sets compiled for.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Level {
+    Avx512,
+    Avx2,
+    Portable,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Level {
+    /// Returns the widest this processor has; the standard library remembers what it asked.
+    #[inline]
+    pub(crate) fn here() -> Self {
+        let has_avx512 = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl");
+        if has_avx512 {
+            Self::Avx512
+        } else if is_x86_feature_detected!("avx2") {
+            Self::Avx2
+        } else {
+            Self::Portable
+        }
+    }
+}
+
+/// Defines a function over [`Element`](crate::Element)s whose body is compiled once a [`Level`].
+///
+/// What the body calls must be `#[inline(always)]`, or it is compiled for the baseline only.
+macro_rules! versions {
+    ($(#[$meta:meta])* pub fn $name:ident<$($generic:ident),*>($($argument:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block) => {
+        $(#[$meta])*
+        #[expect(clippy::inline_always, reason = "each version must contain the whole text")]
+        #[allow(clippy::too_many_arguments, reason = "rows, their factors and their places are what a kernel takes")]
+        pub fn $name<$($generic: crate::Element),*>($($argument: $type),*) $(-> $result)? {
+            #[inline(always)]
+            fn plain<$($generic: crate::Element),*>($($argument: $type),*) $(-> $result)? $body
+
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+                fn avx512<$($generic: crate::Element),*>($($argument: $type),*) $(-> $result)? {
+                    plain($($argument),*)
+                }
+                #[target_feature(enable = "avx2")]
+                fn avx2<$($generic: crate::Element),*>($($argument: $type),*) $(-> $result)? {
+                    plain($($argument),*)
+                }
+                #[expect(unsafe_code, reason = "a function for certain processors is unsafe to call elsewhere")]
+                // SAFETY: the processor was asked for these instructions.
+                match crate::versions::Level::here() {
+                    crate::versions::Level::Avx512 => return unsafe { avx512($($argument),*) },
+                    crate::versions::Level::Avx2 => return unsafe { avx2($($argument),*) },
+                    crate::versions::Level::Portable => {}
+                }
+            }
+            plain($($argument),*)
+        }
+    };
+}
+
+pub(crate) use versions;
