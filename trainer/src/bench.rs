@@ -17,6 +17,7 @@ use crate::{
     memory::PeakMemory,
     model::{Model, attach::Attachment, dropout::Dropout, read_config},
     optimizer::{self, AdamW},
+    profile,
     seed::Counter,
 };
 
@@ -59,6 +60,9 @@ pub struct Arguments {
     /// Steps before those.
     #[arg(long, default_value_t = 2)]
     warmup: usize,
+    /// Also tell where the timed steps' time goes, by operator.
+    #[arg(long)]
+    profile: bool,
     /// Learning rate, constant.
     #[arg(long, default_value_t = 1e-4)]
     learning_rate: f64,
@@ -84,6 +88,9 @@ struct Figures {
     losses: Vec<f64>,
     peak_anonymous_bytes: u64,
     seconds_to_first_step: f64,
+    /// Seconds a step and calls a step, by operator; an operator may contain others.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    profile: Vec<(&'static str, f64, f64)>,
 }
 
 /// Runs the steps and returns the figures as JSON.
@@ -126,6 +133,7 @@ pub fn run(arguments: &Arguments) -> Result<String, Failure> {
         losses: Vec::new(),
         peak_anonymous_bytes: 0,
         seconds_to_first_step: 0.0,
+        profile: Vec::new(),
     };
     let (mut tokens, mut targets) = (0, 0);
     for step in 0..arguments.warmup + arguments.steps {
@@ -133,6 +141,9 @@ pub fn run(arguments: &Arguments) -> Result<String, Failure> {
             .map(|index| &rows[(step * arguments.batch + index) % rows.len()])
             .collect();
         let batch = flat(&chosen);
+        if step == arguments.warmup && arguments.profile {
+            profile::start();
+        }
         let step_started = clock::now();
         let dropout = Dropout::new(arguments.dropout, seed.fold(step as u64));
         optimizer::zero_gradient(model.trained());
@@ -149,6 +160,13 @@ pub fn run(arguments: &Arguments) -> Result<String, Failure> {
             targets += batch.labels.len();
         }
     }
+    let steps = arguments.steps as f64;
+    let mut times: Vec<_> = profile::stop()
+        .into_iter()
+        .map(|(name, (time, calls))| (name, time.as_secs_f64() / steps, calls as f64 / steps))
+        .collect();
+    times.sort_by(|one, other| other.1.total_cmp(&one.1));
+    figures.profile = times;
     let seconds: f64 = figures.step_seconds.iter().sum();
     figures.tokens_per_second = tokens as f64 / seconds;
     figures.target_tokens_per_second = targets as f64 / seconds;

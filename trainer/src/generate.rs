@@ -207,7 +207,7 @@ fn step(
     if let Some((q_norm, k_norm)) = &block.qk_norm {
         (q, k) = (q_norm.forward(&q), k_norm.forward(&k));
     }
-    (q, k) = (rotary.rotate(&q), rotary.rotate(&k));
+    (q, k) = (rotary.rotate(q), rotary.rotate(k));
     if let Some((keys, values)) = cache.take() {
         (k, v) = (Tensor::cat(&[keys, k], 0), Tensor::cat(&[values, v], 0));
     }
@@ -221,7 +221,7 @@ fn step(
 
 /// Attention of the last `t` positions over all `S`: `q` is `[t, H, E]`, `k` and `v` are `[S, K, E]`.
 fn attend(block: &Block, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
-    let (new, all, groups) = (q.size()[0], k.size()[0], block.attention.query_groups);
+    let (new, all, groups) = (q.size()[0], k.size()[0], q.size()[1] / k.size()[1]);
     let repeat = |x: &Tensor| x.repeat_interleave_self_int(groups, 1, None).transpose(0, 1); // [H, S, E]
     let scores =
         q.transpose(0, 1).matmul(&repeat(k).transpose(1, 2)) / (block.head_dim as f64).sqrt();

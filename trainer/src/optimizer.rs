@@ -3,7 +3,7 @@
 use finetune_contract::{LrScheduler, TrainingSettings};
 use tch::Tensor;
 
-use crate::model::params::FlatParams;
+use crate::{model::params::FlatParams, ops};
 
 /// AdamW's decay rate of the first moment; the default everywhere.
 const BETA1: f64 = 0.9;
@@ -11,10 +11,6 @@ const BETA1: f64 = 0.9;
 const BETA2: f64 = 0.999;
 /// AdamW's guard against division by zero.
 const EPSILON: f64 = 1e-8;
-/// Elements updated at once: few enough for the intermediate results to stay in the L2 cache,
-/// which makes a chain of plain operators as good as one fused kernel.
-const CHUNK: i64 = 1 << 16;
-
 /// AdamW with decoupled weight decay.
 ///
 /// # Source
@@ -51,25 +47,21 @@ impl AdamW {
     /// Updates the masters from the gradients; `step` counts from 1.
     pub fn step(&mut self, params: &mut FlatParams, learning_rate: f64, step: u64) {
         let correction = |beta: f64| 1.0 - beta.powi(i32::try_from(step).unwrap_or(i32::MAX));
-        let step_size = learning_rate / correction(BETA1);
-        let second_root = correction(BETA2).sqrt();
         for &(first, length, decays) in &self.spans {
-            for start in (0..length).step_by(CHUNK as usize) {
-                let chunk =
-                    |flat: &Tensor| flat.narrow(0, first + start, CHUNK.min(length - start));
-                let (mut value, grad) = (chunk(params.master()), chunk(params.grad()));
-                let (mut exp_avg, mut exp_avg_sq) = (chunk(&self.exp_avg), chunk(&self.exp_avg_sq));
-                if decays && self.weight_decay != 0.0 {
-                    let _ = value.g_mul_scalar_(1.0 - learning_rate * self.weight_decay);
-                }
-                let _ = exp_avg.lerp_(&grad, 1.0 - BETA1);
-                let _ = exp_avg_sq.g_mul_scalar_(BETA2);
-                let _ = exp_avg_sq.addcmul_(&grad, &(grad.shallow_clone() * (1.0 - BETA2)));
-                let denominator = exp_avg_sq.sqrt() / second_root + EPSILON;
-                let _ = value.addcdiv_(&exp_avg, &(denominator * (-1.0 / step_size)));
-            }
+            let weight_decay = if decays { self.weight_decay } else { 0.0 };
+            let numbers = ops::Step {
+                grad_scale: 1.0,
+                beta1: BETA1 as f32,
+                beta2: BETA2 as f32,
+                epsilon: EPSILON as f32,
+                shrink: (1.0 - learning_rate * weight_decay) as f32,
+                step_size: (learning_rate / correction(BETA1)) as f32,
+                second_root: correction(BETA2).sqrt() as f32,
+            };
+            let part = |flat: &Tensor| flat.narrow(0, first, length);
+            let state = [params.master(), &self.exp_avg, &self.exp_avg_sq].map(part);
+            ops::adamw(numbers, &part(params.grad()), state, part(params.compute()));
         }
-        params.refresh_compute();
     }
 }
 
@@ -82,7 +74,7 @@ impl AdamW {
 pub fn normalize_and_clip(params: &FlatParams, target_tokens: u64, max_grad_norm: f64) -> f64 {
     let mut grad = params.grad().shallow_clone();
     let _ = grad.g_div_scalar_(target_tokens as f64);
-    let norm = grad.norm().double_value(&[]);
+    let norm = ops::sum_of_squares(&grad).sqrt();
     if max_grad_norm > 0.0 && norm > max_grad_norm {
         let _ = grad.g_mul_scalar_(max_grad_norm / (norm + 1e-6));
     }

@@ -3,6 +3,7 @@
 //! There is no generator state to save: any number can be computed again from where it was used,
 //! which is what makes resuming exact and lets the backward pass replay dropout.
 
+use finetune_kernels::dropout::mix;
 use tch::{Device, Kind, Tensor};
 
 /// A point in the tree of random numbers.
@@ -26,6 +27,11 @@ impl Counter {
     pub fn fold_name(self, name: &str) -> Self {
         name.bytes()
             .fold(self.fold(name.len() as u64), |counter, byte| counter.fold(u64::from(byte)))
+    }
+
+    /// Returns the number that stands for this point in kernels that draw on their own.
+    pub const fn key(self) -> u64 {
+        self.0
     }
 
     /// Returns the `index`-th number of this point, uniform over 64 bits.
@@ -57,18 +63,6 @@ fn tensor(shape: &[i64], device: Device, value: impl Fn(u64) -> f64) -> Tensor {
     let length = shape.iter().product::<i64>() as u64;
     let values: Vec<f32> = (0..length).map(|index| value(index) as f32).collect();
     Tensor::from_slice(&values).view(shape).to_device(device).to_kind(Kind::Float)
-}
-
-/// Mixes 64 bits so that each output bit depends on every input bit.
-///
-/// # Source
-/// The finaliser of SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators,
-/// OOPSLA 2014), variant 13 of David Stafford.
-#[inline]
-const fn mix(mut bits: u64) -> u64 {
-    bits = (bits ^ (bits >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    bits = (bits ^ (bits >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    bits ^ (bits >> 31)
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use super::{
     norm::RmsNorm,
     rope::Rotary,
 };
+use crate::ops;
 
 /// `x + attention(norm(x))`, then `x + feed_forward(norm(x))`.
 #[derive(Debug)]
@@ -121,21 +122,22 @@ impl Block {
             inner.unwrap_or_else(|| self.compute(&x, around).1);
 
         // Feed-forward half.
-        let silu = gate.silu();
-        let product = self.input(&silu * &up, around, Site::Down);
+        let product = self.input(ops::swiglu(&gate, &up), around, Site::Down);
         let mut d_product = InputGrad::default();
         self.down_proj.backward(&product, dy, Some(&mut d_product));
         let d_product = d_product.finish(&product); // [T, F]
         drop(product);
-        let d_up = &d_product * silu;
-        let d_gate = gate.silu_backward(&(d_product * up));
+        let (d_gate, d_up) = ops::swiglu_backward(&d_product, gate, up);
+        drop(d_product);
         let normed =
             self.input(self.post_attention_layernorm.forward(&x_mid), around, Site::GateUp);
         let mut d_normed = InputGrad::default();
         self.gate_proj.backward(&normed, &d_gate, Some(&mut d_normed));
+        drop(d_gate);
         self.up_proj.backward(&normed, &d_up, Some(&mut d_normed));
+        drop(d_up);
         let d_normed = d_normed.finish(&normed); // [T, D]
-        let d_mid = self.post_attention_layernorm.backward(&x_mid, &d_normed) + dy;
+        let d_mid = self.post_attention_layernorm.backward(&x_mid, d_normed, Some(dy));
 
         // Attention half.
         let heads = self.input(flatten_heads(&attended.out), around, Site::O);
@@ -144,10 +146,10 @@ impl Block {
         let d_heads = self.split_heads(&d_heads.finish(&heads)); // [T, H, E]
         let [dq, dk, dv] =
             self.attention.backward(&d_heads, [&q, &k, &v], &attended, around.segments);
-        let (mut dq, mut dk) = (around.rotary.rotate_back(&dq), around.rotary.rotate_back(&dk));
+        let (mut dq, mut dk) = (around.rotary.rotate_back(dq), around.rotary.rotate_back(dk));
         if let (Some((q_norm, k_norm)), Some((q_raw, k_raw))) = (&self.qk_norm, &qk_raw) {
-            dq = q_norm.backward(q_raw, &dq);
-            dk = k_norm.backward(k_raw, &dk);
+            dq = q_norm.backward(q_raw, dq, None);
+            dk = k_norm.backward(k_raw, dk, None);
         }
         let normed = self.input(self.input_layernorm.forward(&x), around, Site::Qkv);
         let wants_norm_grad = wants_input_grad || self.input_layernorm.weight.is_trained();
@@ -156,7 +158,7 @@ impl Block {
             layer.backward(&normed, &flatten_heads(&grad), d_normed.as_mut());
         }
         let d_normed = d_normed?.finish(&normed);
-        let dx = self.input_layernorm.backward(&x, &d_normed) + d_mid;
+        let dx = self.input_layernorm.backward(&x, d_normed, Some(&d_mid));
         wants_input_grad.then_some(dx)
     }
 
@@ -191,7 +193,7 @@ impl Block {
             qk_raw = Some((q, k));
             (q, k) = normed;
         }
-        let (q, k) = (around.rotary.rotate(&q), around.rotary.rotate(&k));
+        let (q, k) = (around.rotary.rotate(q), around.rotary.rotate(k));
         let attended = self.attention.forward(&q, &k, &v, around.segments);
         let heads = self.input(flatten_heads(&attended.out), around, Site::O);
         let x_mid = self.o_proj.forward(&heads) + x; // [T, D]
@@ -202,7 +204,7 @@ impl Block {
         let gate = self.gate_proj.forward(&normed); // [T, F]
         let up = self.up_proj.forward(&normed); // [T, F]
         drop(normed);
-        let product = self.input(gate.silu() * &up, around, Site::Down);
+        let product = self.input(ops::swiglu(&gate, &up), around, Site::Down);
         let y = self.down_proj.forward(&product) + &x_mid; // [T, D]
         (y, Inner { qk_raw, q, k, v, attended, x_mid, gate, up })
     }

@@ -1,11 +1,12 @@
 //! The output head and the loss, fused and in chunks: no tensor of all logits ever exists.
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use super::{
     dropout::Dropout,
     linear::{Input, InputGrad, Linear},
 };
+use crate::{ops, profile};
 
 /// Rows of logits that exist at once. GEMMs reach their full speed from about this size on.
 pub const CHUNK_ROWS: i64 = 512;
@@ -27,17 +28,14 @@ pub fn loss_and_gradient(
     let mut loss = 0.0;
     for_each_chunk(rows, labels, |chunk, start, rows, labels| {
         let input = Input::new(rows, dropout, FIRST_SITE + chunk);
-        let mut probabilities = lm_head.forward(&input).to_kind(Kind::Float); // [C, V]
-        let kind = d_rows.kind();
-        loss += sum_of_losses(&mut probabilities, &labels);
-        // d(sum of −log p[label]) / d logits = p − 1[label].
-        let ones = Tensor::full([labels.size()[0], 1], -1.0, (Kind::Float, labels.device()));
-        let _ = probabilities.scatter_add_(1, &labels.unsqueeze(1), &ones);
-        let d_logits = probabilities.to_kind(kind);
+        let logits = profile::time("head", || lm_head.forward(&input)); // [C, V]
+        let (chunk_loss, d_logits) = ops::cross_entropy_backward(logits, &labels);
+        loss += chunk_loss;
         let mut d_input = InputGrad::default();
-        lm_head.backward(&input, &d_logits, Some(&mut d_input));
-        let size = labels.size()[0];
-        d_rows.narrow(0, start, size).copy_(&d_input.finish(&input));
+        profile::time("head, backward", || {
+            lm_head.backward(&input, &d_logits, Some(&mut d_input));
+        });
+        d_rows.narrow(0, start, labels.size()[0]).copy_(&d_input.finish(&input));
     });
     (loss, d_rows)
 }
@@ -46,8 +44,8 @@ pub fn loss_and_gradient(
 pub fn loss(lm_head: &Linear, rows: &Tensor, labels: &Tensor) -> f64 {
     let mut loss = 0.0;
     for_each_chunk(rows, labels, |_, _, rows, labels| {
-        let mut logits = lm_head.forward(&Input::new(rows, None, 0)).to_kind(Kind::Float);
-        loss += sum_of_losses(&mut logits, &labels);
+        let logits = lm_head.forward(&Input::new(rows, None, 0));
+        loss += ops::cross_entropy(&logits, &labels);
     });
     loss
 }
@@ -58,14 +56,4 @@ fn for_each_chunk(rows: &Tensor, labels: &Tensor, mut visit: impl FnMut(u64, i64
         let size = CHUNK_ROWS.min(count - start);
         visit(chunk as u64, start, rows.narrow(0, start, size), labels.narrow(0, start, size));
     }
-}
-
-/// Turns fp32 logits `[C, V]` into probabilities, in place, and returns the sum of `−log p[label]`.
-fn sum_of_losses(logits: &mut Tensor, labels: &Tensor) -> f64 {
-    let _ = logits.g_sub_(&logits.amax([1], true));
-    let picked = logits.gather(1, &labels.unsqueeze(1), false); // [C, 1]
-    let _ = logits.exp_();
-    let denominator = logits.sum_dim_intlist(1, true, Kind::Float); // [C, 1]
-    let _ = logits.g_div_(&denominator);
-    (denominator.log() - picked).sum(Kind::Double).double_value(&[])
 }

@@ -1,8 +1,10 @@
 //! A linear layer, frozen or trained, with or without a LoRA adapter.
 
+use finetune_kernels::dropout::Noise;
 use tch::{Kind, Tensor};
 
 use super::{dropout::Dropout, params::Param};
+use crate::{ops, profile};
 
 /// `y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ`.
 ///
@@ -33,16 +35,16 @@ pub struct Adapter {
 /// The input of one or several layers, with what dropout makes of it.
 pub struct Input {
     x: Tensor,
-    /// `(x ∘ mask, mask)`.
-    dropped: Option<(Tensor, Tensor)>,
+    /// `x ∘ mask`, and the noise that makes the mask.
+    dropped: Option<(Tensor, Noise)>,
 }
 
 impl Input {
     /// Prepares an input `[T, in]`; dropout acts only on adapters.
     pub fn new(x: Tensor, dropout: Option<&Dropout>, site: u64) -> Self {
         let dropped = dropout.map(|dropout| {
-            let mask = dropout.mask(site, &x.size(), x.kind(), x.device());
-            (&x * &mask, mask)
+            let noise = dropout.noise(site);
+            (ops::dropout(&x, noise), noise)
         });
         Self { x, dropped }
     }
@@ -64,8 +66,8 @@ impl InputGrad {
     /// Returns the gradient of the input, `[T, in]`.
     pub fn finish(self, input: &Input) -> Tensor {
         let mut direct = self.direct.expect("every layer adds its direct part");
-        if let (Some(dropped), Some((_, mask))) = (self.dropped, &input.dropped) {
-            let _ = direct.addcmul_(&dropped, mask);
+        if let (Some(dropped), &Some((_, noise))) = (self.dropped, &input.dropped) {
+            ops::add_masked(&mut direct, &dropped, noise);
         }
         direct
     }
@@ -87,7 +89,7 @@ fn add_weight_grad(grad: &Tensor, left: &Tensor, right: &Tensor) {
     if left.kind() == Kind::Float {
         let _ = grad.addmm_(&left.tr(), right);
     } else {
-        let _ = grad.g_add_(&left.tr().mm(right));
+        ops::accumulate(&grad, &left.tr().mm(right));
     }
 }
 
@@ -109,13 +111,15 @@ impl Linear {
     /// # Shapes
     /// Input `[T, in]`, result `[T, out]`.
     pub fn forward(&self, input: &Input) -> Tensor {
-        let mut y = match &self.bias {
+        let mut y = profile::time("linear", || match &self.bias {
             Some(bias) => bias.value.addmm(&input.x, &self.weight.value.tr()),
             None => input.x.mm(&self.weight.value.tr()),
-        };
+        });
         if let Some(adapter) = &self.adapter {
-            let u = adapter.down(input);
-            let _ = y.addmm_(&u, &adapter.b.value.tr());
+            profile::time("adapter", || {
+                let u = adapter.down(input);
+                let _ = y.addmm_(&u, &adapter.b.value.tr());
+            });
         }
         y
     }
@@ -126,30 +130,34 @@ impl Linear {
     /// `dy` is `[T, out]`.
     pub fn backward(&self, input: &Input, dy: &Tensor, input_grad: Option<&mut InputGrad>) {
         if let Some(grad) = &self.weight.grad {
-            add_weight_grad(grad, dy, &input.x);
+            profile::time("linear, weight gradient", || add_weight_grad(grad, dy, &input.x));
         }
         if let Some(grad) = self.bias.as_ref().and_then(|bias| bias.grad.as_ref()) {
             let _ = grad.shallow_clone().g_add_(&dy.sum_dim_intlist(0, false, Kind::Float));
         }
         let through_adapter = self.adapter.as_ref().map(|adapter| {
-            let v = dy.mm(&adapter.b.value) * adapter.scaling; // [T, R]
-            if let Some(grad) = &adapter.b.grad {
-                add_weight_grad(grad, dy, &adapter.down(input));
-            }
-            if let Some(grad) = &adapter.a.grad {
-                add_weight_grad(grad, &v, input.for_adapter());
-            }
-            (v, &adapter.a.value)
+            profile::time("adapter, backward", || {
+                let v = dy.mm(&adapter.b.value) * adapter.scaling; // [T, R]
+                if let Some(grad) = &adapter.b.grad {
+                    add_weight_grad(grad, dy, &adapter.down(input));
+                }
+                if let Some(grad) = &adapter.a.grad {
+                    add_weight_grad(grad, &v, input.for_adapter());
+                }
+                (v, &adapter.a.value)
+            })
         });
         let Some(input_grad) = input_grad else { return };
-        add_product(&mut input_grad.direct, dy, &self.weight.value);
+        profile::time("linear, input gradient", || {
+            add_product(&mut input_grad.direct, dy, &self.weight.value);
+        });
         if let Some((v, a)) = through_adapter {
             let sum = if input.dropped.is_some() {
                 &mut input_grad.dropped
             } else {
                 &mut input_grad.direct
             };
-            add_product(sum, &v, a);
+            profile::time("adapter, backward", || add_product(sum, &v, a));
         }
     }
 }

@@ -164,7 +164,7 @@ impl Model {
             &flow.labels,
             dropout,
         );
-        let d_rows = self.norm.backward(&rows, &d_normed);
+        let d_rows = self.norm.backward(&rows, d_normed, None);
         let mut dx = x.zeros_like();
         let _ = dx.index_copy_(0, &flow.predicting, &d_rows);
         drop(x);
@@ -296,10 +296,7 @@ impl Parts<'_> {
         Ok(Block {
             layer: layer as u64,
             head_dim: config.head_dim as i64,
-            attention: Attention {
-                query_groups: config.query_groups() as i64,
-                window: config.sliding_window[layer],
-            },
+            attention: Attention { window: config.sliding_window[layer] },
             input_layernorm: norm("input_layernorm", config.hidden_size)?,
             post_attention_layernorm: norm("post_attention_layernorm", config.hidden_size)?,
             q_proj: q_proj?,

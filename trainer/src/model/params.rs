@@ -90,6 +90,11 @@ impl FlatParams {
         &self.grad
     }
 
+    /// Returns what modules compute with, flat; in fp32 the masters themselves.
+    pub fn compute(&self) -> &Tensor {
+        &self.compute
+    }
+
     /// Returns the fp32 master of one parameter, as a view.
     pub fn master_of(&self, name: &str) -> Option<Tensor> {
         self.view(&self.master, name)

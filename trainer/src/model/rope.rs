@@ -3,6 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use super::config::{Rope, RopeScaling};
+use crate::ops;
 
 /// Angles for some positions, ready to multiply.
 #[derive(Debug)]
@@ -56,21 +57,17 @@ impl Rotary {
         let frequencies = Tensor::from_slice(frequencies);
         let positions = Tensor::from_slice(positions).to_kind(Kind::Double);
         let angles = positions.unsqueeze(1) * frequencies.unsqueeze(0); // [T, E/2]
-        let ready = |table: Tensor| table.unsqueeze(1).to_kind(kind).to_device(device);
+        let ready = |table: Tensor| table.unsqueeze(1).to_kind(kind).to_device(device).contiguous();
         Self { cos: ready(angles.cos()), sin: ready(angles.sin()) }
     }
 
-    /// Rotates `[T, heads, E]`.
-    pub fn rotate(&self, x: &Tensor) -> Tensor {
-        let half = x.size()[2] / 2;
-        let (x1, x2) = (x.narrow(2, 0, half), x.narrow(2, half, half));
-        Tensor::cat(&[&x1 * &self.cos - &x2 * &self.sin, &x2 * &self.cos + &x1 * &self.sin], 2)
+    /// Rotates `[T, heads, E]`, in its own memory.
+    pub fn rotate(&self, x: Tensor) -> Tensor {
+        ops::rotate(x, &self.cos, &self.sin, 1.0)
     }
 
     /// Rotates a gradient `[T, heads, E]` back: the inverse of a rotation is its transpose.
-    pub fn rotate_back(&self, dy: &Tensor) -> Tensor {
-        let half = dy.size()[2] / 2;
-        let (dy1, dy2) = (dy.narrow(2, 0, half), dy.narrow(2, half, half));
-        Tensor::cat(&[&dy1 * &self.cos + &dy2 * &self.sin, &dy2 * &self.cos - &dy1 * &self.sin], 2)
+    pub fn rotate_back(&self, dy: Tensor) -> Tensor {
+        ops::rotate(dy, &self.cos, &self.sin, -1.0)
     }
 }

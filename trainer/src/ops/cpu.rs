@@ -1,0 +1,241 @@
+//! The operators in one pass over memory, on our kernels.
+
+use std::ops::Range;
+
+use finetune_kernels::{
+    adamw, cross_entropy as entropy,
+    dropout::{self as noise, Noise},
+    pool::Shared,
+    rms_norm as norm, rope, sum, swiglu as gated,
+};
+use half::bf16;
+use tch::{Kind, Tensor};
+
+use super::{
+    pool::rows,
+    view::{elements, elements_mut},
+};
+
+/// Elements of one unit of work: they and their results stay in the second cache.
+const AT_ONCE: usize = 1 << 15;
+
+/// Calls with `$E` as the type of a kind's elements.
+macro_rules! by_kind {
+    ($kind:expr, $E:ident => $call:expr) => {
+        match $kind {
+            Kind::Float => {
+                type $E = f32;
+                $call
+            }
+            Kind::BFloat16 => {
+                type $E = bf16;
+                $call
+            }
+            kind => unreachable!("models are computed in fp32 or bf16, not {kind:?}"),
+        }
+    };
+}
+
+pub(super) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
+    let mut y = x.empty_like();
+    by_kind!(x.kind(), E => {
+        let (x, weight) = (elements::<E>(x), elements::<E>(weight));
+        write_rows(elements_mut(&mut y), weight.len(), |range, y| {
+            norm::forward(&x[range], weight, eps as f32, y);
+        });
+    });
+    y
+}
+
+pub(super) fn rms_norm_backward(
+    x: &Tensor,
+    weight: &Tensor,
+    eps: f64,
+    mut dy: Tensor,
+    residual: Option<&Tensor>,
+    weight_grad: Option<&Tensor>,
+) -> Tensor {
+    by_kind!(x.kind(), E => {
+        let (x, weight) = (elements::<E>(x), elements::<E>(weight));
+        let residual = residual.map(elements::<E>);
+        let width = weight.len();
+        // Each unit sums on its own, so that the sum does not depend on the number of threads.
+        let partial_width = if weight_grad.is_some() { width } else { 0 };
+        let unit = width * (AT_ONCE / width).max(1);
+        let mut partial = vec![0.0; x.len().div_ceil(unit) * partial_width];
+        let partials = Shared::new(&mut partial);
+        write_rows(elements_mut(&mut dy), width, |range, dy| {
+            let index = range.start / unit * partial_width;
+            #[expect(unsafe_code, reason = "units write side by side")]
+            // SAFETY: these elements belong to this unit.
+            let weight_grad = unsafe { partials.range(index..index + partial_width) };
+            let residual = residual.map(|residual| &residual[range.clone()]);
+            norm::backward(&x[range], weight, eps as f32, dy, residual, weight_grad);
+        });
+        if let Some(grad) = weight_grad {
+            let mut grad = grad.shallow_clone();
+            let grad = elements_mut::<f32>(&mut grad);
+            partial.chunks(width).for_each(|partial| sum::add(grad, partial));
+        }
+    });
+    dy
+}
+
+pub(super) fn swiglu(gate: &Tensor, up: &Tensor) -> Tensor {
+    let mut product = gate.empty_like();
+    by_kind!(gate.kind(), E => {
+        let (gate, up) = (elements::<E>(gate), elements::<E>(up));
+        write_rows(elements_mut(&mut product), 1, |range, product| {
+            gated::forward(&gate[range.clone()], &up[range], product);
+        });
+    });
+    product
+}
+
+pub(super) fn swiglu_backward(
+    d_product: &Tensor,
+    mut gate: Tensor,
+    mut up: Tensor,
+) -> (Tensor, Tensor) {
+    by_kind!(d_product.kind(), E => {
+        let d_product = elements::<E>(d_product);
+        let up = Shared::new(elements_mut::<E>(&mut up));
+        write_rows(elements_mut(&mut gate), 1, |range, gate| {
+            #[expect(unsafe_code, reason = "units write side by side")]
+            // SAFETY: these elements belong to this unit.
+            let up = unsafe { up.range(range.clone()) };
+            gated::backward(&d_product[range], gate, up);
+        });
+    });
+    (gate, up)
+}
+
+pub(super) fn rotate(mut x: Tensor, cos: &Tensor, sin: &Tensor, direction: f64) -> Tensor {
+    let width = (x.size()[1] * x.size()[2]) as usize;
+    let half = cos.size()[2] as usize;
+    by_kind!(x.kind(), E => {
+        let (cos, sin) = (elements::<E>(cos), elements::<E>(sin));
+        write_rows(elements_mut(&mut x), width, |range, x| {
+            let angles = range.start / width * half..range.end / width * half;
+            rope::rotate(x, &cos[angles.clone()], &sin[angles], width, half, direction as f32);
+        });
+    });
+    x
+}
+
+pub(super) fn cross_entropy_backward(mut logits: Tensor, labels: &Tensor) -> (f64, Tensor) {
+    let labels = elements::<i64>(labels);
+    let loss = by_kind!(logits.kind(), E => {
+        let logits = elements_mut::<E>(&mut logits);
+        let vocabulary = logits.len() / labels.len().max(1);
+        let logits = Shared::new(logits);
+        sum_by_row(labels.len(), |row| {
+            #[expect(unsafe_code, reason = "units write side by side")]
+            // SAFETY: this row belongs to this unit.
+            let logits = unsafe { logits.range(row * vocabulary..(row + 1) * vocabulary) };
+            entropy::backward(logits, &labels[row..=row])
+        })
+    });
+    (loss, logits)
+}
+
+pub(super) fn cross_entropy(logits: &Tensor, labels: &Tensor) -> f64 {
+    let labels = elements::<i64>(labels);
+    by_kind!(logits.kind(), E => {
+        let logits = elements::<E>(logits);
+        let vocabulary = logits.len() / labels.len().max(1);
+        sum_by_row(labels.len(), |row| {
+            entropy::loss(&logits[row * vocabulary..(row + 1) * vocabulary], &labels[row..=row])
+        })
+    })
+}
+
+pub(super) fn dropout(x: &Tensor, how: Noise) -> Tensor {
+    let mut y = x.empty_like();
+    by_kind!(x.kind(), E => {
+        let x = elements::<E>(x);
+        write_rows(elements_mut(&mut y), 4, |range, y| {
+            noise::apply(how, range.start, &x[range], y);
+        });
+    });
+    y
+}
+
+pub(super) fn add_masked(sum: &mut Tensor, grad: &Tensor, how: Noise) {
+    by_kind!(sum.kind(), E => {
+        let grad = elements::<E>(grad);
+        write_rows(elements_mut(sum), 4, |range, sum| {
+            noise::add_masked(how, range.start, &grad[range], sum);
+        });
+    });
+}
+
+pub(super) fn accumulate(to: &Tensor, more: &Tensor) {
+    let mut to = to.shallow_clone();
+    by_kind!(more.kind(), E => {
+        let more = elements::<E>(more);
+        write_rows(elements_mut::<f32>(&mut to), 1, |range, to| sum::add(to, &more[range]));
+    });
+}
+
+pub(super) fn adamw(
+    step: adamw::Step,
+    grad: &Tensor,
+    [mut master, mut exp_avg, mut exp_avg_sq]: [Tensor; 3],
+    mut compute: Tensor,
+) {
+    let grad = elements::<f32>(grad);
+    let is_master = compute.data_ptr() == master.data_ptr();
+    let exp_avg = Shared::new(elements_mut::<f32>(&mut exp_avg));
+    let exp_avg_sq = Shared::new(elements_mut::<f32>(&mut exp_avg_sq));
+    by_kind!(compute.kind(), E => {
+        // Masters that are computed with need no copy.
+        let none: &mut [E] = &mut [];
+        let compute = Shared::new(if is_master { none } else { elements_mut::<E>(&mut compute) });
+        write_rows(elements_mut(&mut master), 1, |range, master| {
+            let copied = if is_master { 0..0 } else { range.clone() };
+            #[expect(unsafe_code, reason = "units write side by side")]
+            // SAFETY: these elements belong to this unit.
+            let [exp_avg, exp_avg_sq] =
+                unsafe { [exp_avg.range(range.clone()), exp_avg_sq.range(range.clone())] };
+            #[expect(unsafe_code, reason = "units write side by side")]
+            // SAFETY: as above.
+            let compute = unsafe { compute.range(copied) };
+            adamw::step(step, &grad[range], master, exp_avg, exp_avg_sq, compute);
+        });
+    });
+}
+
+pub(super) fn sum_of_squares(values: &Tensor) -> f64 {
+    let values = elements::<f32>(values);
+    let mut sums = vec![0.0; values.len().div_ceil(AT_ONCE)];
+    write_rows(&mut sums, AT_ONCE, |range, sums| {
+        for (unit, sum) in range.zip(sums) {
+            *sum = sum::squares(&values[unit * AT_ONCE..values.len().min((unit + 1) * AT_ONCE)]);
+        }
+    });
+    sums.iter().sum()
+}
+
+/// Calls `task` with runs of whole rows of `out`, and where in `out` they are.
+fn write_rows<T: Send>(out: &mut [T], width: usize, task: impl Fn(Range<usize>, &mut [T]) + Sync) {
+    let length = out.len();
+    let out = Shared::new(out);
+    rows(length.div_ceil(width), AT_ONCE / width, &|some| {
+        let range = some.start * width..length.min(some.end * width);
+        #[expect(unsafe_code, reason = "units write side by side")]
+        // SAFETY: runs of rows do not overlap.
+        task(range.clone(), unsafe { out.range(range) });
+    });
+}
+
+/// Sums what rows give, in their order.
+fn sum_by_row(count: usize, task: impl Fn(usize) -> f64 + Sync) -> f64 {
+    let mut sums = vec![0.0; count];
+    write_rows(&mut sums, AT_ONCE / 4, |range, sums| {
+        for (row, sum) in range.zip(sums) {
+            *sum = task(row);
+        }
+    });
+    sums.iter().sum()
+}

@@ -1,0 +1,183 @@
+//! The operators between matrix products.
+//!
+//! Each exists twice: as one pass of our own on CPU tensors (`cpu`), and as a chain of libtorch's
+//! operators (`plain`), which is what other devices run and what tests compare the former with.
+
+mod cpu;
+pub mod plain;
+mod pool;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
+mod view;
+
+use finetune_kernels::dropout::Noise;
+use tch::{Device, Kind, Tensor};
+
+pub use finetune_kernels::adamw::Step;
+
+use crate::profile;
+
+pub use plain::Run;
+
+/// Writes `x / rms(x) · weight` over the last axis.
+pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
+    profile::time("rms norm", || {
+        if is_ours(x) { cpu::rms_norm(x, weight, eps) } else { plain::rms_norm(x, weight, eps) }
+    })
+}
+
+/// Returns the gradient of `x` in the memory of `dy`, with `residual` added.
+///
+/// Adds the weight's gradient to `weight_grad`, fp32, where there is one.
+pub fn rms_norm_backward(
+    x: &Tensor,
+    weight: &Tensor,
+    eps: f64,
+    dy: Tensor,
+    residual: Option<&Tensor>,
+    weight_grad: Option<&Tensor>,
+) -> Tensor {
+    profile::time("rms norm, backward", || {
+        let backward = if is_ours(x) { cpu::rms_norm_backward } else { plain::rms_norm_backward };
+        backward(x, weight, eps, dy, residual, weight_grad)
+    })
+}
+
+/// Returns `silu(gate) ∘ up`.
+pub fn swiglu(gate: &Tensor, up: &Tensor) -> Tensor {
+    profile::time("swiglu", || {
+        if is_ours(gate) { cpu::swiglu(gate, up) } else { plain::swiglu(gate, up) }
+    })
+}
+
+/// Returns the gradients of `gate` and `up`, in their memory, given that of their product.
+pub fn swiglu_backward(d_product: &Tensor, gate: Tensor, up: Tensor) -> (Tensor, Tensor) {
+    profile::time("swiglu, backward", || {
+        let backward = if is_ours(&gate) { cpu::swiglu_backward } else { plain::swiglu_backward };
+        backward(d_product, gate, up)
+    })
+}
+
+/// Rotates `[T, heads, E]` in place by angles whose `cos` and `sin` are `[T, 1, E/2]`.
+///
+/// `direction` is 1, or −1 to rotate a gradient back.
+pub fn rotate(x: Tensor, cos: &Tensor, sin: &Tensor, direction: f64) -> Tensor {
+    profile::time("rope", || {
+        if is_ours(&x) {
+            cpu::rotate(x, cos, sin, direction)
+        } else {
+            plain::rotate(&x, cos, sin, direction)
+        }
+    })
+}
+
+/// Replaces logits `[N, V]` by the gradient of the summed cross-entropy, and returns that sum.
+pub fn cross_entropy_backward(logits: Tensor, labels: &Tensor) -> (f64, Tensor) {
+    profile::time("cross-entropy", || {
+        if is_ours(&logits) {
+            cpu::cross_entropy_backward(logits, labels)
+        } else {
+            plain::cross_entropy_backward(&logits, labels)
+        }
+    })
+}
+
+/// Returns the summed cross-entropy of logits `[N, V]`.
+pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> f64 {
+    if is_ours(logits) {
+        cpu::cross_entropy(logits, labels)
+    } else {
+        plain::cross_entropy(logits, labels)
+    }
+}
+
+/// Returns `x ∘ mask`.
+pub fn dropout(x: &Tensor, noise: Noise) -> Tensor {
+    profile::time("dropout", || {
+        if is_ours(x) { cpu::dropout(x, noise) } else { plain::dropout(x, noise) }
+    })
+}
+
+/// Adds `grad ∘ mask` to `sum`, with the mask of [`dropout`].
+pub fn add_masked(sum: &mut Tensor, grad: &Tensor, noise: Noise) {
+    profile::time("dropout, backward", || {
+        let add = if is_ours(sum) { cpu::add_masked } else { plain::add_masked };
+        add(sum, grad, noise);
+    })
+}
+
+/// Adds `more`, of any float type, to `sum` in fp32.
+pub fn accumulate(sum: &Tensor, more: &Tensor) {
+    profile::time("accumulate", || {
+        let add = if is_ours(sum) { cpu::accumulate } else { plain::accumulate };
+        add(sum, more);
+    })
+}
+
+/// Updates masters and moments, `[master, exp_avg, exp_avg_sq]` in fp32, and copies the masters to
+/// what is computed with, which may be the masters themselves. All are flat and of one length.
+pub fn adamw(step: Step, grad: &Tensor, state: [Tensor; 3], compute: Tensor) {
+    profile::time("adamw", || {
+        let update = if is_ours(grad) { cpu::adamw } else { plain::adamw };
+        update(step, grad, state, compute);
+    })
+}
+
+/// Sums the squares of an fp32 tensor.
+pub fn sum_of_squares(values: &Tensor) -> f64 {
+    profile::time("gradient norm", || {
+        if is_ours(values) {
+            cpu::sum_of_squares(values)
+        } else {
+            values.square().sum(Kind::Double).double_value(&[])
+        }
+    })
+}
+
+/// Segments of a flat micro-batch, with what attention needs to know of the heads.
+#[derive(Debug, Clone, Copy)]
+pub struct Attention<'a> {
+    /// Runs of segments of equal length, in order, without gaps.
+    pub runs: &'a [Run],
+    /// How many positions back a query may look, itself included; `None` means all.
+    pub window: Option<usize>,
+}
+
+/// Computes causal attention inside each segment: the result, and the logarithms of its
+/// denominators in a form of its own.
+///
+/// # Shapes
+/// `q` and the result are `[T, H, E]`, `k` and `v` are `[T, K, E]`.
+pub fn attention([q, k, v]: [&Tensor; 3], how: Attention<'_>) -> (Tensor, Vec<Tensor>) {
+    profile::time("attention", || {
+        #[cfg(target_arch = "x86_64")]
+        if tiles::can(q) {
+            return tiles::attention([q, k, v], how);
+        }
+        plain::attention([q, k, v], how)
+    })
+}
+
+/// Returns the gradients of `q`, `k` and `v`.
+///
+/// # Shapes
+/// Those of the inputs; `d_out` is `[T, H, E]`.
+pub fn attention_backward(
+    inputs: [&Tensor; 3],
+    out: &Tensor,
+    logsumexp: &[Tensor],
+    d_out: &Tensor,
+    how: Attention<'_>,
+) -> [Tensor; 3] {
+    profile::time("attention, backward", || {
+        #[cfg(target_arch = "x86_64")]
+        if tiles::can(inputs[0]) {
+            return tiles::attention_backward(inputs, out, logsumexp, d_out, how);
+        }
+        plain::attention_backward(inputs, out, logsumexp, d_out, how)
+    })
+}
+
+fn is_ours(x: &Tensor) -> bool {
+    x.device() == Device::Cpu
+}

@@ -1,0 +1,255 @@
+//! The operators as chains of libtorch's own: for every device, and the reference of our kernels.
+
+use finetune_kernels::{
+    adamw,
+    dropout::{self, Noise},
+};
+use tch::{Kind, Tensor};
+
+use super::Attention;
+
+/// Some segments of equal length, one after another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run {
+    /// The first position.
+    pub start: i64,
+    /// How many segments.
+    pub count: i64,
+    /// Positions of each.
+    pub length: i64,
+}
+
+/// As [`super::rms_norm`].
+pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
+    let (x_hat, _) = normalized(x, eps);
+    x_hat.to_kind(x.kind()) * weight
+}
+
+/// As [`super::rms_norm_backward`].
+///
+/// With `x̂ = x / rms(x)` and `g = dy ∘ weight`: `dx = (g − x̂ · mean(g ∘ x̂)) / rms(x)`.
+pub fn rms_norm_backward(
+    x: &Tensor,
+    weight: &Tensor,
+    eps: f64,
+    dy: Tensor,
+    residual: Option<&Tensor>,
+    weight_grad: Option<&Tensor>,
+) -> Tensor {
+    let (x_hat, rstd) = normalized(x, eps);
+    let dy = dy.to_kind(Kind::Float);
+    if let Some(grad) = weight_grad {
+        let by_row = (&dy * &x_hat).view([-1, grad.size()[0]]);
+        accumulate(grad, &by_row.sum_dim_intlist(0, false, Kind::Float));
+    }
+    let g = dy * weight.to_kind(Kind::Float);
+    let mean = (&g * &x_hat).mean_dim(-1, true, Kind::Float);
+    let dx = (g - x_hat * mean) * rstd;
+    match residual {
+        None => dx.to_kind(x.kind()),
+        Some(residual) => (dx + residual).to_kind(x.kind()),
+    }
+}
+
+/// Returns `x / rms(x)` and `1 / rms(x)`, in fp32.
+fn normalized(x: &Tensor, eps: f64) -> (Tensor, Tensor) {
+    let x = x.to_kind(Kind::Float);
+    let rstd = (x.square().mean_dim(-1, true, Kind::Float) + eps).rsqrt();
+    (x * &rstd, rstd)
+}
+
+/// As [`super::swiglu`].
+pub fn swiglu(gate: &Tensor, up: &Tensor) -> Tensor {
+    gate.silu() * up
+}
+
+/// As [`super::swiglu_backward`].
+pub fn swiglu_backward(d_product: &Tensor, gate: Tensor, up: Tensor) -> (Tensor, Tensor) {
+    let d_up = d_product * gate.silu();
+    (gate.silu_backward(&(d_product * up)), d_up)
+}
+
+/// As [`super::rotate`], but not in place.
+pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor, direction: f64) -> Tensor {
+    let half = x.size()[2] / 2;
+    let (x1, x2) = (x.narrow(2, 0, half), x.narrow(2, half, half));
+    let sin = sin * direction;
+    Tensor::cat(&[&x1 * cos - &x2 * &sin, &x2 * cos + &x1 * &sin], 2)
+}
+
+/// As [`super::cross_entropy_backward`].
+pub fn cross_entropy_backward(logits: &Tensor, labels: &Tensor) -> (f64, Tensor) {
+    let mut probabilities = logits.to_kind(Kind::Float);
+    let loss = sum_of_losses(&mut probabilities, labels);
+    let ones = Tensor::full([labels.size()[0], 1], -1.0, (Kind::Float, labels.device()));
+    let _ = probabilities.scatter_add_(1, &labels.unsqueeze(1), &ones);
+    (loss, probabilities.to_kind(logits.kind()))
+}
+
+/// As [`super::cross_entropy`].
+pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> f64 {
+    sum_of_losses(&mut logits.to_dtype(Kind::Float, false, true), labels)
+}
+
+/// Turns fp32 logits into probabilities, in place, and returns the sum of `−log p[label]`.
+fn sum_of_losses(logits: &mut Tensor, labels: &Tensor) -> f64 {
+    let _ = logits.g_sub_(&logits.amax([1], true));
+    let picked = logits.gather(1, &labels.unsqueeze(1), false); // [C, 1]
+    let _ = logits.exp_();
+    let denominator = logits.sum_dim_intlist(1, true, Kind::Float); // [C, 1]
+    let _ = logits.g_div_(&denominator);
+    (denominator.log() - picked).sum(Kind::Double).double_value(&[])
+}
+
+/// As [`super::dropout`].
+pub fn dropout(x: &Tensor, noise: Noise) -> Tensor {
+    x * mask(x, noise)
+}
+
+/// As [`super::add_masked`].
+pub fn add_masked(sum: &mut Tensor, grad: &Tensor, noise: Noise) {
+    let _ = sum.addcmul_(grad, &mask(grad, noise));
+}
+
+fn mask(like: &Tensor, noise: Noise) -> Tensor {
+    let mut mask = vec![0.0; like.numel()];
+    dropout::apply::<f32>(noise, 0, &vec![1.0; mask.len()], &mut mask);
+    Tensor::from_slice(&mask)
+        .view(like.size().as_slice())
+        .to_kind(like.kind())
+        .to_device(like.device())
+}
+
+/// As [`super::accumulate`].
+pub fn accumulate(sum: &Tensor, more: &Tensor) {
+    let _ = sum.shallow_clone().g_add_(more);
+}
+
+/// As [`super::adamw`].
+pub fn adamw(
+    step: adamw::Step,
+    grad: &Tensor,
+    [mut master, mut exp_avg, mut exp_avg_sq]: [Tensor; 3],
+    mut compute: Tensor,
+) {
+    let grad = grad * f64::from(step.grad_scale);
+    let _ = master.g_mul_scalar_(f64::from(step.shrink));
+    let _ = exp_avg.lerp_(&grad, 1.0 - f64::from(step.beta1));
+    let _ = exp_avg_sq.g_mul_scalar_(f64::from(step.beta2));
+    let _ = exp_avg_sq.addcmul_(&grad, &(&grad * (1.0 - f64::from(step.beta2))));
+    let denominator = exp_avg_sq.sqrt() / f64::from(step.second_root) + f64::from(step.epsilon);
+    let _ = master.addcdiv_(&exp_avg, &(denominator * (-1.0 / f64::from(step.step_size))));
+    if compute.data_ptr() != master.data_ptr() {
+        compute.copy_(&master);
+    }
+}
+
+/// As [`super::attention`]; segments of equal length are one batch.
+pub fn attention([q, k, v]: [&Tensor; 3], how: Attention<'_>) -> (Tensor, Vec<Tensor>) {
+    let out = q.empty_like();
+    let groups = q.size()[1] / k.size()[1];
+    let logsumexp = how
+        .runs
+        .iter()
+        .map(|&run| {
+            let [q, k, v] =
+                [batch(q, run), repeat(&batch(k, run), groups), repeat(&batch(v, run), groups)];
+            let mask = mask_of(how.window, run.length, &q);
+            let (attended, lse) = Tensor::internal_scaled_dot_product_flash_attention_for_cpu(
+                &q,
+                &k,
+                &v,
+                0.0,
+                mask.is_none(),
+                mask.as_ref(),
+                None,
+            );
+            batch(&out, run).copy_(&attended);
+            lse
+        })
+        .collect();
+    (out, logsumexp)
+}
+
+/// As [`super::attention_backward`].
+pub fn attention_backward(
+    [q, k, v]: [&Tensor; 3],
+    out: &Tensor,
+    logsumexp: &[Tensor],
+    d_out: &Tensor,
+    how: Attention<'_>,
+) -> [Tensor; 3] {
+    let grads = [q.empty_like(), k.empty_like(), v.empty_like()];
+    let groups = q.size()[1] / k.size()[1];
+    for (&run, lse) in how.runs.iter().zip(logsumexp) {
+        let [q, k, v] =
+            [batch(q, run), repeat(&batch(k, run), groups), repeat(&batch(v, run), groups)];
+        let mask = mask_of(how.window, run.length, &q);
+        let (dq, dk, dv) = Tensor::internal_scaled_dot_product_flash_attention_for_cpu_backward(
+            &batch(d_out, run),
+            &q,
+            &k,
+            &v,
+            &batch(out, run),
+            lse,
+            0.0,
+            mask.is_none(),
+            mask.as_ref(),
+            None,
+        );
+        batch(&grads[0], run).copy_(&dq);
+        batch(&grads[1], run).copy_(&sum_groups(&dk, groups));
+        batch(&grads[2], run).copy_(&sum_groups(&dv, groups));
+    }
+    grads
+}
+
+/// Views a run of `[T, heads, E]` as `[S, heads, t, E]`.
+fn batch(x: &Tensor, Run { start, count, length }: Run) -> Tensor {
+    let (heads, width) = (x.size()[1], x.size()[2]);
+    x.narrow(0, start, count * length).view([count, length, heads, width]).transpose(1, 2)
+}
+
+/// Repeats each key/value head for its query heads: `[S, K, t, E]` to `[S, H, t, E]`.
+fn repeat(x: &Tensor, groups: i64) -> Tensor {
+    if groups == 1 {
+        return x.shallow_clone();
+    }
+    let [segments, heads, length, width] = sizes(x);
+    x.unsqueeze(2).expand([segments, heads, groups, length, width], false).reshape([
+        segments,
+        heads * groups,
+        length,
+        width,
+    ])
+}
+
+/// Sums the gradients of repeated heads: `[S, H, t, E]` to `[S, K, t, E]`.
+fn sum_groups(grad: &Tensor, groups: i64) -> Tensor {
+    if groups == 1 {
+        return grad.shallow_clone();
+    }
+    let [segments, heads, length, width] = sizes(grad);
+    grad.reshape([segments, heads / groups, groups, length, width]).sum_dim_intlist(
+        2,
+        false,
+        grad.kind(),
+    )
+}
+
+/// Returns what is added to the scores when the window is shorter than the segment, `[t, t]`.
+fn mask_of(window: Option<usize>, length: i64, like: &Tensor) -> Option<Tensor> {
+    let window = window? as i64;
+    if window >= length {
+        return None;
+    }
+    let visible =
+        Tensor::ones([length, length], (Kind::Bool, like.device())).tril(0).triu(1 - window);
+    let mask = Tensor::zeros([length, length], (like.kind(), like.device()));
+    Some(mask.masked_fill(&visible.logical_not(), f64::NEG_INFINITY))
+}
+
+fn sizes(x: &Tensor) -> [i64; 4] {
+    let size = x.size();
+    [size[0], size[1], size[2], size[3]]
+}
