@@ -15,6 +15,7 @@ use crate::{
     data::{Tokenizer, format::Message},
     failure::Failure,
     model::{Model, block::Block, linear::Input, read_config},
+    ops,
     proof::load_frozen,
     seed::Counter,
     store::Environment,
@@ -163,7 +164,8 @@ impl<'a> Continuation<'a> {
         self.position += tokens.len() as i64;
         let (norm, lm_head) = self.model.head();
         let last = x.narrow(0, tokens.len() as i64 - 1, 1);
-        lm_head.forward(&Input::new(norm.forward(&last), None, 0)).to_kind(Kind::Float).view(-1)
+        let [logits] = lm_head.forward(&Input::plain(norm.forward(&last)));
+        logits.to_kind(Kind::Float).view(-1)
     }
 
     fn choose(&self, logits: &Tensor) -> u32 {
@@ -196,14 +198,9 @@ fn step(
     rotary: &crate::model::rope::Rotary,
     cache: &mut Option<(Tensor, Tensor)>,
 ) -> Tensor {
-    let plain = |x: Tensor| Input::new(x, None, 0);
     let split = |x: &Tensor| x.view([x.size()[0], -1, block.head_dim]);
-    let normed = plain(block.input_layernorm.forward(x));
-    let (mut q, mut k, mut v) = (
-        split(&block.q_proj.forward(&normed)),
-        split(&block.k_proj.forward(&normed)),
-        split(&block.v_proj.forward(&normed)),
-    );
+    let qkv = block.qkv_proj.forward(&Input::plain(block.input_layernorm.forward(x)));
+    let [mut q, mut k, mut v] = qkv.each_ref().map(split);
     if let Some((q_norm, k_norm)) = &block.qk_norm {
         (q, k) = (q_norm.forward(&q), k_norm.forward(&k));
     }
@@ -213,10 +210,12 @@ fn step(
     }
     let attended = attend(block, &q, &k, &v);
     *cache = Some((k, v));
-    let x = block.o_proj.forward(&plain(attended)) + x;
-    let normed = plain(block.post_attention_layernorm.forward(&x));
-    let product = block.gate_proj.forward(&normed).silu() * block.up_proj.forward(&normed);
-    block.down_proj.forward(&plain(product)) + x
+    let [o] = block.o_proj.forward(&Input::plain(attended));
+    let x = o + x;
+    let normed = Input::plain(block.post_attention_layernorm.forward(&x));
+    let [gate, up] = block.gate_up_proj.forward(&normed);
+    let [down] = block.down_proj.forward(&Input::plain(ops::swiglu(&gate, &up)));
+    down + x
 }
 
 /// Attention of the last `t` positions over all `S`: `q` is `[t, H, E]`, `k` and `v` are `[S, K, E]`.

@@ -28,10 +28,10 @@ fn main() {
     time("rms_norm::backward", || {
         rms_norm::backward(&x, &weight, 1e-5, &mut y, Some(&x), &mut []);
     });
-    let (d_product, up) = (values(POSITIONS * FEED_FORWARD), values(POSITIONS * FEED_FORWARD));
+    let (mut d_product, up) = (values(POSITIONS * FEED_FORWARD), values(POSITIONS * FEED_FORWARD));
     let (mut gate, mut product) = (up.clone(), up.clone());
     time("swiglu::forward", || swiglu::forward(&gate, &up, &mut product));
-    time("swiglu::backward", || swiglu::backward(&d_product, &mut gate, &mut product));
+    time("swiglu::backward", || swiglu::backward(&mut d_product, &mut gate, &mut product));
     let angles = values(POSITIONS * 32);
     time("rope::rotate, queries", || {
         rope::rotate(&mut y, &angles, &angles, WIDTH, 32, 1.0);

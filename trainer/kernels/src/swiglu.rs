@@ -16,14 +16,15 @@ versions! {
 }
 
 versions! {
-    /// Replaces `gate` and `up` by their gradients, given that of the product.
-    pub fn backward<E>(d_product: &[E], gate: &mut [E], up: &mut [E]) {
-        for ((gate, up), &d_product) in gate.iter_mut().zip(up).zip(d_product) {
-            let (x, d_product) = (gate.to_f32(), d_product.to_f32());
+    /// Replaces `gate` and `up` by their gradients, and the product's gradient by the product.
+    pub fn backward<E>(product: &mut [E], gate: &mut [E], up: &mut [E]) {
+        for ((gate, up), product) in gate.iter_mut().zip(up).zip(product) {
+            let (x, y, d_product) = (gate.to_f32(), up.to_f32(), product.to_f32());
             let sigmoid = sigmoid(x);
             let silu = x * sigmoid;
             let slope = sigmoid + silu * (1.0 - sigmoid);
-            *gate = E::from_f32(d_product * up.to_f32() * slope);
+            *product = E::from_f32(silu * y);
+            *gate = E::from_f32(d_product * y * slope);
             *up = E::from_f32(d_product * silu);
         }
     }
@@ -59,7 +60,9 @@ mod tests {
                 d_up.push(dy * (value(g, u + h) - value(g, u - h)) / (2.0 * h));
             }
             let (mut gate, mut up) = (gate, up);
-            super::backward(&dy, &mut gate, &mut up);
+            let mut product = dy;
+            super::backward(&mut product, &mut gate, &mut up);
+            assert_close(&product, &exact, 1e-6);
             assert_close(&gate, &d_gate, 1e-5);
             assert_close(&up, &d_up, 1e-5);
         }

@@ -151,21 +151,29 @@ impl Attachment {
                 let spec =
                     |name: String, shape: [usize; 2]| TensorSpec { name, shape: shape.to_vec() };
                 let mut tensors = Vec::new();
-                for module in modules(config) {
-                    if let Some(&(out, width)) = lora.targets.get(&module.path) {
-                        let [a, b] = adapter_names(&module.path);
-                        tensors.extend([spec(a, [lora.r, width]), spec(b, [out, lora.r])]);
-                    } else if lora.saved.contains(&module.path) {
+                let modules = modules(config);
+                for readers in
+                    modules.chunk_by(|one, other| names::share_input(&one.path, &other.path))
+                {
+                    let adapted = || {
+                        readers.iter().filter_map(|module| {
+                            let sizes = lora.targets.get(&module.path)?;
+                            Some((adapter_names(&module.path), *sizes))
+                        })
+                    };
+                    // `A` of layers with one input lie together: one product serves them all.
+                    tensors.extend(adapted().map(|([a, _], (_, width))| spec(a, [lora.r, width])));
+                    tensors.extend(adapted().map(|([_, b], (out, _))| spec(b, [out, lora.r])));
+                    for module in readers.iter().filter(|module| lora.saved.contains(&module.path))
+                    {
                         tensors.push(TensorSpec {
                             name: format!("{}.weight", module.path),
-                            shape: module.shape,
+                            shape: module.shape.clone(),
                         });
-                        if let Some(width) = module.bias {
-                            tensors.push(TensorSpec {
-                                name: format!("{}.bias", module.path),
-                                shape: vec![width],
-                            });
-                        }
+                        tensors.extend(module.bias.map(|width| TensorSpec {
+                            name: format!("{}.bias", module.path),
+                            shape: vec![width],
+                        }));
                     }
                 }
                 tensors

@@ -1,12 +1,13 @@
 //! One block of the decoder: attention and feed-forward, each on a normalised residual stream.
 
 use finetune_contract::Recompute;
+use finetune_kernels::dropout::Noise;
 use tch::Tensor;
 
 use super::{
     attention::{Attended, Attention, Segments},
     dropout::Dropout,
-    linear::{Input, InputGrad, Linear},
+    linear::{Input, Projections},
     norm::RmsNorm,
     rope::Rotary,
 };
@@ -23,24 +24,18 @@ pub struct Block {
     pub attention: Attention,
     /// Norm before attention.
     pub input_layernorm: RmsNorm,
-    /// Queries.
-    pub q_proj: Linear,
-    /// Keys.
-    pub k_proj: Linear,
-    /// Values.
-    pub v_proj: Linear,
+    /// Queries, keys and values: `q_proj`, `k_proj`, `v_proj`.
+    pub qkv_proj: Projections<3>,
     /// Output of attention.
-    pub o_proj: Linear,
+    pub o_proj: Projections<1>,
     /// Norms of queries and keys per head (Qwen3).
     pub qk_norm: Option<(RmsNorm, RmsNorm)>,
     /// Norm before the feed-forward layers.
     pub post_attention_layernorm: RmsNorm,
-    /// The gate of SwiGLU.
-    pub gate_proj: Linear,
-    /// What is gated.
-    pub up_proj: Linear,
+    /// The gate of SwiGLU and what is gated: `gate_proj`, `up_proj`.
+    pub gate_up_proj: Projections<2>,
     /// Back to the model's width.
-    pub down_proj: Linear,
+    pub down_proj: Projections<1>,
 }
 
 /// What one micro-batch means to every block.
@@ -122,71 +117,63 @@ impl Block {
             inner.unwrap_or_else(|| self.compute(&x, around).1);
 
         // Feed-forward half.
-        let product = self.input(ops::swiglu(&gate, &up), around, Site::Down);
-        let mut d_product = InputGrad::default();
-        self.down_proj.backward(&product, dy, Some(&mut d_product));
-        let d_product = d_product.finish(&product); // [T, F]
-        drop(product);
-        let (d_gate, d_up) = ops::swiglu_backward(&d_product, gate, up);
-        drop(d_product);
+        let noise = self.noise(around, Site::Down);
+        let mut passed = self.down_proj.pass_back([dy], noise, true);
+        let d_product = passed.take_input_grad().expect("it was wanted"); // [T, F]
+        let (product, d_gate, d_up) = ops::swiglu_backward(d_product, gate, up);
+        self.down_proj.add_gradients(&self.input(product, around, Site::Down), [dy], &passed);
+        let grads = [&d_gate, &d_up];
+        let noise = self.noise(around, Site::GateUp);
+        let mut passed = self.gate_up_proj.pass_back(grads, noise, true);
         let normed =
             self.input(self.post_attention_layernorm.forward(&x_mid), around, Site::GateUp);
-        let mut d_normed = InputGrad::default();
-        self.gate_proj.backward(&normed, &d_gate, Some(&mut d_normed));
-        drop(d_gate);
-        self.up_proj.backward(&normed, &d_up, Some(&mut d_normed));
-        drop(d_up);
-        let d_normed = d_normed.finish(&normed); // [T, D]
+        self.gate_up_proj.add_gradients(&normed, grads, &passed);
+        drop((normed, d_gate, d_up));
+        let d_normed = passed.take_input_grad().expect("it was wanted"); // [T, D]
         let d_mid = self.post_attention_layernorm.backward(&x_mid, d_normed, Some(dy));
 
         // Attention half.
+        let mut passed = self.o_proj.pass_back([&d_mid], self.noise(around, Site::O), true);
         let heads = self.input(flatten_heads(&attended.out), around, Site::O);
-        let mut d_heads = InputGrad::default();
-        self.o_proj.backward(&heads, &d_mid, Some(&mut d_heads));
-        let d_heads = self.split_heads(&d_heads.finish(&heads)); // [T, H, E]
+        self.o_proj.add_gradients(&heads, [&d_mid], &passed);
+        let d_heads = self.split_heads(&passed.take_input_grad().expect("it was wanted")); // [T, H, E]
         let [dq, dk, dv] =
             self.attention.backward(&d_heads, [&q, &k, &v], &attended, around.segments);
+        drop((d_heads, heads, q, k, v, attended));
         let (mut dq, mut dk) = (around.rotary.rotate_back(dq), around.rotary.rotate_back(dk));
         if let (Some((q_norm, k_norm)), Some((q_raw, k_raw))) = (&self.qk_norm, &qk_raw) {
             dq = q_norm.backward(q_raw, dq, None);
             dk = k_norm.backward(k_raw, dk, None);
         }
-        let normed = self.input(self.input_layernorm.forward(&x), around, Site::Qkv);
+        let [dq, dk, dv] = [dq, dk, dv].map(|grad| flatten_heads(&grad));
+        let grads = [&dq, &dk, &dv];
         let wants_norm_grad = wants_input_grad || self.input_layernorm.weight.is_trained();
-        let mut d_normed = wants_norm_grad.then(InputGrad::default);
-        for (layer, grad) in [(&self.q_proj, dq), (&self.k_proj, dk), (&self.v_proj, dv)] {
-            layer.backward(&normed, &flatten_heads(&grad), d_normed.as_mut());
-        }
-        let d_normed = d_normed?.finish(&normed);
-        let dx = self.input_layernorm.backward(&x, d_normed, Some(&d_mid));
+        let noise = self.noise(around, Site::Qkv);
+        let mut passed = self.qkv_proj.pass_back(grads, noise, wants_norm_grad);
+        let normed = self.input(self.input_layernorm.forward(&x), around, Site::Qkv);
+        self.qkv_proj.add_gradients(&normed, grads, &passed);
+        let dx = self.input_layernorm.backward(&x, passed.take_input_grad()?, Some(&d_mid));
         wants_input_grad.then_some(dx)
     }
 
     /// Tells whether anything in the block is trained.
     pub fn is_trained(&self) -> bool {
-        let linears = [
-            &self.q_proj,
-            &self.k_proj,
-            &self.v_proj,
-            &self.o_proj,
-            &self.gate_proj,
-            &self.up_proj,
-            &self.down_proj,
-        ];
         let qk_norms = self.qk_norm.iter().flat_map(|(q_norm, k_norm)| [q_norm, k_norm]);
-        linears.into_iter().any(Linear::is_trained)
-            || [&self.input_layernorm, &self.post_attention_layernorm]
-                .into_iter()
-                .chain(qk_norms)
-                .any(|norm| norm.weight.is_trained())
+        let mut norms =
+            [&self.input_layernorm, &self.post_attention_layernorm].into_iter().chain(qk_norms);
+        self.qkv_proj.is_trained()
+            || self.o_proj.is_trained()
+            || self.gate_up_proj.is_trained()
+            || self.down_proj.is_trained()
+            || norms.any(|norm| norm.weight.is_trained())
     }
 
     fn compute(&self, x: &Tensor, around: &Surroundings<'_>) -> (Tensor, Inner) {
         let normed = self.input(self.input_layernorm.forward(x), around, Site::Qkv);
-        let mut q = self.split_heads(&self.q_proj.forward(&normed)); // [T, H, E]
-        let mut k = self.split_heads(&self.k_proj.forward(&normed)); // [T, K, E]
-        let v = self.split_heads(&self.v_proj.forward(&normed)); // [T, K, E]
+        let qkv = self.qkv_proj.forward(&normed);
         drop(normed);
+        let [mut q, mut k, v] = qkv.each_ref().map(|x| self.split_heads(x)); // [T, H or K, E]
+        drop(qkv);
         let mut qk_raw = None;
         if let Some((q_norm, k_norm)) = &self.qk_norm {
             let normed = (q_norm.forward(&q), k_norm.forward(&k));
@@ -196,21 +183,30 @@ impl Block {
         let (q, k) = (around.rotary.rotate(q), around.rotary.rotate(k));
         let attended = self.attention.forward(&q, &k, &v, around.segments);
         let heads = self.input(flatten_heads(&attended.out), around, Site::O);
-        let x_mid = self.o_proj.forward(&heads) + x; // [T, D]
+        let [o] = self.o_proj.forward(&heads);
+        let x_mid = o + x; // [T, D]
         drop(heads);
 
         let normed =
             self.input(self.post_attention_layernorm.forward(&x_mid), around, Site::GateUp);
-        let gate = self.gate_proj.forward(&normed); // [T, F]
-        let up = self.up_proj.forward(&normed); // [T, F]
+        let [gate, up] = self.gate_up_proj.forward(&normed); // [T, F] each
         drop(normed);
         let product = self.input(ops::swiglu(&gate, &up), around, Site::Down);
-        let y = self.down_proj.forward(&product) + &x_mid; // [T, D]
+        let [down] = self.down_proj.forward(&product);
+        let y = down + &x_mid; // [T, D]
         (y, Inner { qk_raw, q, k, v, attended, x_mid, gate, up })
     }
 
+    fn noise(&self, around: &Surroundings<'_>, site: Site) -> Option<Noise> {
+        around.dropout.map(|dropout| dropout.noise(self.site(site)))
+    }
+
+    fn site(&self, site: Site) -> u64 {
+        self.layer * 4 + site as u64
+    }
+
     fn input(&self, x: Tensor, around: &Surroundings<'_>, site: Site) -> Input {
-        Input::new(x, around.dropout, self.layer * 4 + site as u64)
+        Input::new(x, around.dropout, self.site(site))
     }
 
     fn split_heads(&self, x: &Tensor) -> Tensor {

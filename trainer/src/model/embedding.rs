@@ -2,7 +2,6 @@
 
 use tch::{Kind, Tensor};
 
-use super::linear::Adapter;
 use super::params::Param;
 
 /// A row of `weight` per token, plus `scaling · B A[:, token]`.
@@ -13,8 +12,19 @@ use super::params::Param;
 pub struct Embedding {
     /// `[V, D]`.
     pub weight: Param,
-    /// `a` is `[R, V]`, `b` is `[D, R]`.
+    /// The adapter.
     pub adapter: Option<Adapter>,
+}
+
+/// A low-rank update of the table.
+#[derive(Debug)]
+pub struct Adapter {
+    /// `[R, V]`.
+    pub a: Param,
+    /// `[D, R]`.
+    pub b: Param,
+    /// The factor on the product.
+    pub scaling: f64,
 }
 
 impl Embedding {

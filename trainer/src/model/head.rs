@@ -4,9 +4,9 @@ use tch::Tensor;
 
 use super::{
     dropout::Dropout,
-    linear::{Input, InputGrad, Linear},
+    linear::{Input, Projections},
 };
-use crate::{ops, profile};
+use crate::ops;
 
 /// Rows of logits that exist at once. GEMMs reach their full speed from about this size on.
 pub const CHUNK_ROWS: i64 = 512;
@@ -19,7 +19,7 @@ const FIRST_SITE: u64 = 1 << 32;
 /// Adds the gradients of trained parameters and returns the gradient of the rows, `[N, D]`, both
 /// of the *sum*: the caller divides once by the count of the whole window.
 pub fn loss_and_gradient(
-    lm_head: &Linear,
+    lm_head: &Projections<1>,
     rows: &Tensor,
     labels: &Tensor,
     dropout: Option<&Dropout>,
@@ -27,24 +27,26 @@ pub fn loss_and_gradient(
     let d_rows = rows.empty_like();
     let mut loss = 0.0;
     for_each_chunk(rows, labels, |chunk, start, rows, labels| {
-        let input = Input::new(rows, dropout, FIRST_SITE + chunk);
-        let logits = profile::time("head", || lm_head.forward(&input)); // [C, V]
+        let site = FIRST_SITE + chunk;
+        let input = Input::new(rows, dropout, site);
+        let [logits] = lm_head.forward(&input); // [C, V]
         let (chunk_loss, d_logits) = ops::cross_entropy_backward(logits, &labels);
         loss += chunk_loss;
-        let mut d_input = InputGrad::default();
-        profile::time("head, backward", || {
-            lm_head.backward(&input, &d_logits, Some(&mut d_input));
-        });
-        d_rows.narrow(0, start, labels.size()[0]).copy_(&d_input.finish(&input));
+        let noise = dropout.map(|dropout| dropout.noise(site));
+        let mut passed = lm_head.pass_back([&d_logits], noise, true);
+        lm_head.add_gradients(&input, [&d_logits], &passed);
+        if let Some(dx) = passed.take_input_grad() {
+            d_rows.narrow(0, start, labels.size()[0]).copy_(&dx);
+        }
     });
     (loss, d_rows)
 }
 
 /// Computes the summed cross-entropy of rows `[N, D]` against labels `[N]`, without gradients.
-pub fn loss(lm_head: &Linear, rows: &Tensor, labels: &Tensor) -> f64 {
+pub fn loss(lm_head: &Projections<1>, rows: &Tensor, labels: &Tensor) -> f64 {
     let mut loss = 0.0;
     for_each_chunk(rows, labels, |_, _, rows, labels| {
-        let logits = lm_head.forward(&Input::new(rows, None, 0));
+        let [logits] = lm_head.forward(&Input::plain(rows));
         loss += ops::cross_entropy(&logits, &labels);
     });
     loss

@@ -1,4 +1,4 @@
-//! A linear layer, frozen or trained, with or without a LoRA adapter.
+//! Linear layers, frozen or trained, with or without LoRA adapters.
 
 use finetune_kernels::dropout::Noise;
 use tch::{Kind, Tensor};
@@ -6,165 +6,214 @@ use tch::{Kind, Tensor};
 use super::{dropout::Dropout, params::Param};
 use crate::{ops, profile};
 
-/// `y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ`.
+/// Layers that read one input, each `y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ`.
+///
+/// Their adapters' `A` lie one below the other and are multiplied as one: products with few rows
+/// or columns cost as much as the memory they pass over.
 ///
 /// # Source
 /// LoRA, arXiv 2106.09685, equation 3; dropout on the adapter's input only, as in
 /// `peft/tuners/lora/layer.py`, 0.21.2.
+#[derive(Debug)]
+pub struct Projections<const N: usize> {
+    /// The layers.
+    pub layers: [Linear; N],
+    /// What their adapters share.
+    pub down: Option<Down>,
+}
+
+/// One of the layers.
 #[derive(Debug)]
 pub struct Linear {
     /// `[out, in]`.
     pub weight: Param,
     /// `[out]`.
     pub bias: Option<Param>,
-    /// The adapter.
-    pub adapter: Option<Adapter>,
+    /// Its part of an adapter.
+    pub up: Option<Up>,
 }
 
-/// A low-rank update of a linear layer.
+/// The first half of the adapters of layers with one input.
 #[derive(Debug)]
-pub struct Adapter {
-    /// `[R, in]`.
+pub struct Down {
+    /// Each adapter's `A`, `[ΣR, in]`.
     pub a: Param,
-    /// `[out, R]`.
-    pub b: Param,
-    /// The factor on the product.
+    /// The factor on the products.
     pub scaling: f64,
 }
 
-/// The input of one or several layers, with what dropout makes of it.
+/// The second half of an adapter.
+#[derive(Debug)]
+pub struct Up {
+    /// `[out, R]`.
+    pub b: Param,
+    /// The first of its rows in [`Down::a`].
+    pub first: i64,
+}
+
+/// The input of some layers, with what dropout makes of it.
 pub struct Input {
     x: Tensor,
-    /// `x ∘ mask`, and the noise that makes the mask.
-    dropped: Option<(Tensor, Noise)>,
+    dropped: Option<Tensor>,
+}
+
+/// Gradients on their way through some layers.
+pub struct Passed {
+    /// That of the input, `[T, in]`.
+    dx: Option<Tensor>,
+    /// Those of what adapters' first halves give, `[T, ΣR]`.
+    d_low: Option<Tensor>,
+}
+
+impl Passed {
+    /// Takes the gradient of the input, `[T, in]`, where it was wanted.
+    pub fn take_input_grad(&mut self) -> Option<Tensor> {
+        self.dx.take()
+    }
 }
 
 impl Input {
     /// Prepares an input `[T, in]`; dropout acts only on adapters.
     pub fn new(x: Tensor, dropout: Option<&Dropout>, site: u64) -> Self {
-        let dropped = dropout.map(|dropout| {
-            let noise = dropout.noise(site);
-            (ops::dropout(&x, noise), noise)
-        });
+        let dropped = dropout.map(|dropout| ops::dropout(&x, dropout.noise(site)));
         Self { x, dropped }
     }
 
+    /// Prepares an input without noise.
+    pub fn plain(x: Tensor) -> Self {
+        Self { x, dropped: None }
+    }
+
     fn for_adapter(&self) -> &Tensor {
-        self.dropped.as_ref().map_or(&self.x, |(dropped, _)| dropped)
+        self.dropped.as_ref().unwrap_or(&self.x)
     }
 }
 
-/// Sums the gradients that several layers give their common input.
-#[derive(Default)]
-pub struct InputGrad {
-    direct: Option<Tensor>,
-    /// What came through adapters, before the dropout mask.
-    dropped: Option<Tensor>,
-}
+impl<const N: usize> Projections<N> {
+    /// Tells whether anything in the layers is trained.
+    pub fn is_trained(&self) -> bool {
+        self.down.is_some()
+            || self.layers.iter().any(|layer| {
+                layer.weight.is_trained() || layer.bias.as_ref().is_some_and(Param::is_trained)
+            })
+    }
 
-impl InputGrad {
-    /// Returns the gradient of the input, `[T, in]`.
-    pub fn finish(self, input: &Input) -> Tensor {
-        let mut direct = self.direct.expect("every layer adds its direct part");
-        if let (Some(dropped), &Some((_, noise))) = (self.dropped, &input.dropped) {
-            ops::add_masked(&mut direct, &dropped, noise);
+    /// Computes the layers.
+    ///
+    /// # Shapes
+    /// Results are `[T, out]`.
+    pub fn forward(&self, input: &Input) -> [Tensor; N] {
+        let low = self.down.as_ref().map(|down| down.forward(input));
+        self.layers.each_ref().map(|layer| {
+            let mut y = profile::time("linear", || layer.forward(&input.x));
+            if let (Some(up), Some(low)) = (&layer.up, &low) {
+                profile::time("adapter", || {
+                    let _ = y.addmm_(&up.rows(low), &up.b.value.tr());
+                });
+            }
+            y
+        })
+    }
+
+    /// Takes gradients `[T, out]` to the layers' input, `noise` being that of its dropout.
+    pub fn pass_back(
+        &self,
+        dy: [&Tensor; N],
+        noise: Option<Noise>,
+        wants_input_grad: bool,
+    ) -> Passed {
+        let d_low = self.down.as_ref().map(|down| {
+            profile::time("adapter, backward", || {
+                let shape = [dy[0].size()[0], down.a.value.size()[0]];
+                let d_low = Tensor::empty(shape, (dy[0].kind(), dy[0].device()));
+                for (layer, dy) in self.layers.iter().zip(dy) {
+                    if let Some(up) = &layer.up {
+                        up.rows(&d_low).copy_(&(dy.mm(&up.b.value) * down.scaling));
+                    }
+                }
+                d_low
+            })
+        });
+        let dx = wants_input_grad.then(|| {
+            let mut dx = profile::time("linear, input gradient", || {
+                let [first, rest @ ..] = &self.layers[..] else { unreachable!("N is at least 1") };
+                let mut dx = dy[0].mm(&first.weight.value);
+                for (layer, dy) in rest.iter().zip(&dy[1..]) {
+                    let _ = dx.addmm_(dy, &layer.weight.value);
+                }
+                dx
+            });
+            if let (Some(down), Some(d_low)) = (&self.down, &d_low) {
+                profile::time("adapter, backward", || match noise {
+                    None => {
+                        let _ = dx.addmm_(d_low, &down.a.value);
+                    }
+                    Some(noise) => ops::add_masked(&mut dx, &d_low.mm(&down.a.value), noise),
+                });
+            }
+            dx
+        });
+        Passed { dx, d_low }
+    }
+
+    /// Adds the gradients of trained parameters.
+    ///
+    /// # Shapes
+    /// `dy` are `[T, out]`.
+    pub fn add_gradients(&self, input: &Input, dy: [&Tensor; N], passed: &Passed) {
+        for (layer, dy) in self.layers.iter().zip(dy) {
+            if let Some(grad) = &layer.weight.grad {
+                profile::time("linear, weight gradient", || add_product(grad, dy, &input.x));
+            }
+            if let Some(grad) = layer.bias.as_ref().and_then(|bias| bias.grad.as_ref()) {
+                ops::accumulate(grad, &dy.sum_dim_intlist(0, false, Kind::Float));
+            }
         }
-        direct
-    }
-}
-
-/// Adds `left · right` to an optional matrix.
-fn add_product(sum: &mut Option<Tensor>, left: &Tensor, right: &Tensor) {
-    match sum {
-        Some(sum) => {
-            let _ = sum.addmm_(left, right);
-        }
-        None => *sum = Some(left.mm(right)),
-    }
-}
-
-/// Adds `leftᵀ · right` to a gradient in fp32.
-fn add_weight_grad(grad: &Tensor, left: &Tensor, right: &Tensor) {
-    let mut grad = grad.shallow_clone();
-    if left.kind() == Kind::Float {
-        let _ = grad.addmm_(&left.tr(), right);
-    } else {
-        ops::accumulate(&grad, &left.tr().mm(right));
+        let (Some(down), Some(d_low)) = (&self.down, &passed.d_low) else { return };
+        let low = down.forward(input); // cheap enough to compute again
+        profile::time("adapter, backward", || {
+            for (layer, dy) in self.layers.iter().zip(dy) {
+                if let Some(up) = &layer.up
+                    && let Some(grad) = &up.b.grad
+                {
+                    add_product(grad, dy, &up.rows(&low));
+                }
+            }
+            if let Some(grad) = &down.a.grad {
+                add_product(grad, d_low, input.for_adapter());
+            }
+        });
     }
 }
 
 impl Linear {
-    /// Makes a plain layer.
-    pub fn new(weight: Param, bias: Option<Param>, adapter: Option<Adapter>) -> Self {
-        Self { weight, bias, adapter }
-    }
-
-    /// Tells whether anything in the layer is trained.
-    pub fn is_trained(&self) -> bool {
-        self.adapter.is_some()
-            || self.weight.is_trained()
-            || self.bias.as_ref().is_some_and(Param::is_trained)
-    }
-
-    /// Computes the layer.
-    ///
-    /// # Shapes
-    /// Input `[T, in]`, result `[T, out]`.
-    pub fn forward(&self, input: &Input) -> Tensor {
-        let mut y = profile::time("linear", || match &self.bias {
-            Some(bias) => bias.value.addmm(&input.x, &self.weight.value.tr()),
-            None => input.x.mm(&self.weight.value.tr()),
-        });
-        if let Some(adapter) = &self.adapter {
-            profile::time("adapter", || {
-                let u = adapter.down(input);
-                let _ = y.addmm_(&u, &adapter.b.value.tr());
-            });
-        }
-        y
-    }
-
-    /// Adds the gradients of trained parameters, and of the input where it is wanted.
-    ///
-    /// # Shapes
-    /// `dy` is `[T, out]`.
-    pub fn backward(&self, input: &Input, dy: &Tensor, input_grad: Option<&mut InputGrad>) {
-        if let Some(grad) = &self.weight.grad {
-            profile::time("linear, weight gradient", || add_weight_grad(grad, dy, &input.x));
-        }
-        if let Some(grad) = self.bias.as_ref().and_then(|bias| bias.grad.as_ref()) {
-            let _ = grad.shallow_clone().g_add_(&dy.sum_dim_intlist(0, false, Kind::Float));
-        }
-        let through_adapter = self.adapter.as_ref().map(|adapter| {
-            profile::time("adapter, backward", || {
-                let v = dy.mm(&adapter.b.value) * adapter.scaling; // [T, R]
-                if let Some(grad) = &adapter.b.grad {
-                    add_weight_grad(grad, dy, &adapter.down(input));
-                }
-                if let Some(grad) = &adapter.a.grad {
-                    add_weight_grad(grad, &v, input.for_adapter());
-                }
-                (v, &adapter.a.value)
-            })
-        });
-        let Some(input_grad) = input_grad else { return };
-        profile::time("linear, input gradient", || {
-            add_product(&mut input_grad.direct, dy, &self.weight.value);
-        });
-        if let Some((v, a)) = through_adapter {
-            let sum = if input.dropped.is_some() {
-                &mut input_grad.dropped
-            } else {
-                &mut input_grad.direct
-            };
-            profile::time("adapter, backward", || add_product(sum, &v, a));
+    fn forward(&self, x: &Tensor) -> Tensor {
+        match &self.bias {
+            Some(bias) => bias.value.addmm(x, &self.weight.value.tr()),
+            None => x.mm(&self.weight.value.tr()),
         }
     }
 }
 
-impl Adapter {
-    /// Computes `scaling · dropout(x) Aᵀ`, `[T, R]`; cheap enough to compute again in backward.
-    fn down(&self, input: &Input) -> Tensor {
-        input.for_adapter().mm(&self.a.value.tr()) * self.scaling
+impl Down {
+    /// Computes `scaling · dropout(x) Aᵀ` for all adapters, `[T, ΣR]`.
+    fn forward(&self, input: &Input) -> Tensor {
+        profile::time("adapter", || input.for_adapter().mm(&self.a.value.tr()) * self.scaling)
+    }
+}
+
+impl Up {
+    /// Returns this adapter's part of `[T, ΣR]`.
+    fn rows(&self, low: &Tensor) -> Tensor {
+        low.narrow(1, self.first, self.b.value.size()[1])
+    }
+}
+
+/// Adds `leftᵀ · right` to a gradient in fp32.
+fn add_product(grad: &Tensor, left: &Tensor, right: &Tensor) {
+    if left.kind() == Kind::Float {
+        let _ = grad.shallow_clone().addmm_(&left.tr(), right);
+    } else {
+        ops::accumulate(grad, &left.tr().mm(right));
     }
 }

@@ -25,9 +25,23 @@ pub fn matches(target: &str, path: &str) -> bool {
     path.strip_suffix(target).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
 }
 
+/// Tells whether two linear layers of a block read the same input.
+pub fn share_input(one: &str, other: &str) -> bool {
+    const READERS: [&[&str]; 2] = [
+        &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        &["mlp.gate_proj", "mlp.up_proj"],
+    ];
+    READERS.iter().any(|readers| {
+        let block = |path: &str| {
+            readers.iter().find_map(|reader| path.strip_suffix(reader).map(str::to_owned))
+        };
+        block(one).is_some_and(|found| block(other) == Some(found))
+    })
+}
+
 #[cfg(test)]
 mod tests {
-    use super::matches;
+    use super::{matches, share_input};
 
     #[test]
     fn matches_whole_words_at_the_end_only() {
@@ -36,5 +50,16 @@ mod tests {
         assert!(matches("lm_head", "lm_head"));
         assert!(!matches("proj", "model.layers.0.self_attn.q_proj"));
         assert!(!matches("norm", "model.layers.0.input_layernorm"));
+    }
+
+    #[test]
+    fn layers_with_one_input_are_of_one_block() {
+        let path = |layer, name: &str| super::in_block(layer, name);
+        assert!(share_input(&path(1, "self_attn.q_proj"), &path(1, "self_attn.v_proj")));
+        assert!(share_input(&path(1, "mlp.gate_proj"), &path(1, "mlp.up_proj")));
+        assert!(!share_input(&path(1, "self_attn.v_proj"), &path(2, "self_attn.q_proj")));
+        assert!(!share_input(&path(1, "self_attn.v_proj"), &path(1, "self_attn.o_proj")));
+        assert!(!share_input(&path(1, "mlp.up_proj"), &path(1, "mlp.down_proj")));
+        assert!(!share_input("lm_head", "lm_head"));
     }
 }

@@ -11,9 +11,9 @@ use super::{
     block::{Block, Kept, Surroundings},
     config::ModelConfig,
     dropout::Dropout,
-    embedding::Embedding,
+    embedding::{Adapter, Embedding},
     head,
-    linear::{Adapter, Input, Linear},
+    linear::{Down, Input, Linear, Projections, Up},
     names,
     norm::RmsNorm,
     params::{FlatParams, Param},
@@ -39,7 +39,7 @@ pub struct Model {
     embed_tokens: Embedding,
     blocks: Vec<Block>,
     norm: RmsNorm,
-    lm_head: Linear,
+    lm_head: Projections<1>,
     trained: FlatParams,
 }
 
@@ -130,7 +130,7 @@ impl Model {
     }
 
     /// Returns the last norm and the output head.
-    pub fn head(&self) -> (&RmsNorm, &Linear) {
+    pub fn head(&self) -> (&RmsNorm, &Projections<1>) {
         (&self.norm, &self.lm_head)
     }
 
@@ -198,7 +198,8 @@ impl Model {
             labels: Vec::new(),
         };
         let hidden = self.hidden(&Flow::new(self, &batch, None)).narrow(0, 0, tokens.len() as i64);
-        self.lm_head.forward(&Input::new(self.norm.forward(&hidden), None, 0)).to_kind(Kind::Float)
+        let [logits] = self.lm_head.forward(&Input::plain(self.norm.forward(&hidden)));
+        logits.to_kind(Kind::Float)
     }
 
     fn hidden(&self, flow: &Flow<'_>) -> Tensor {
@@ -281,9 +282,11 @@ impl Parts<'_> {
     fn block(&self, layer: usize) -> Result<Block, Failure> {
         let config = self.config;
         let path = |name: &str| names::in_block(layer, name);
-        let [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj] = config
-            .block_linears()
-            .map(|(name, out, width, bias)| self.linear(&path(name), [out, width], bias));
+        let [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj] =
+            config.block_linears().map(|(name, out, width, bias)| {
+                let path = path(name);
+                self.linear(&path, [out, width], bias).map(|linear| (path, linear))
+            });
         let norm = |name: &str, width| self.norm(&path(name), width);
         let qk_norm = if config.qk_norm {
             Some((
@@ -299,13 +302,10 @@ impl Parts<'_> {
             attention: Attention { window: config.sliding_window[layer] },
             input_layernorm: norm("input_layernorm", config.hidden_size)?,
             post_attention_layernorm: norm("post_attention_layernorm", config.hidden_size)?,
-            q_proj: q_proj?,
-            k_proj: k_proj?,
-            v_proj: v_proj?,
-            o_proj: o_proj?,
-            gate_proj: gate_proj?,
-            up_proj: up_proj?,
-            down_proj: down_proj?,
+            qkv_proj: self.projections([q_proj?, k_proj?, v_proj?]),
+            o_proj: self.projections([o_proj?]),
+            gate_up_proj: self.projections([gate_proj?, up_proj?]),
+            down_proj: self.projections([down_proj?]),
             qk_norm,
         })
     }
@@ -314,7 +314,25 @@ impl Parts<'_> {
         let weight = self.param(&format!("{path}.weight"), &shape)?;
         let bias =
             if bias { Some(self.param(&format!("{path}.bias"), &shape[..1])?) } else { None };
-        Ok(Linear::new(weight, bias, self.adapter(path)))
+        Ok(Linear { weight, bias, up: None })
+    }
+
+    /// Puts layers with one input together and gives them their adapters.
+    fn projections<const N: usize>(&self, parts: [(String, Linear); N]) -> Projections<N> {
+        let mut stacked = Vec::new();
+        let mut first = 0;
+        let layers = parts.map(|(path, mut linear)| {
+            if let Some([a, b]) = self.started_adapter(&path) {
+                let up = self.trained.param(&b).expect("adapters are trained");
+                let rank = up.value.size()[1];
+                linear.up = Some(Up { b: up, first });
+                first += rank;
+                stacked.push(a);
+            }
+            linear
+        });
+        let down = self.trained.stacked(&stacked).map(|a| Down { a, scaling: self.scaling() });
+        Projections { layers, down }
     }
 
     fn norm(&self, path: &str, width: usize) -> Result<RmsNorm, Failure> {
@@ -327,10 +345,14 @@ impl Parts<'_> {
     fn embedding(&self) -> Result<Embedding, Failure> {
         let shape = [self.config.vocab_size, self.config.hidden_size];
         let weight = self.param(&format!("{}.weight", names::EMBED_TOKENS), &shape)?;
-        Ok(Embedding { weight, adapter: self.adapter(names::EMBED_TOKENS) })
+        let adapter = self.started_adapter(names::EMBED_TOKENS).and_then(|[a, b]| {
+            let (a, b) = (self.trained.param(&a)?, self.trained.param(&b)?);
+            Some(Adapter { a, b, scaling: self.scaling() })
+        });
+        Ok(Embedding { weight, adapter })
     }
 
-    fn lm_head(&self, embed_tokens: &Embedding) -> Result<Linear, Failure> {
+    fn lm_head(&self, embed_tokens: &Embedding) -> Result<Projections<1>, Failure> {
         let name = format!("{}.weight", names::LM_HEAD);
         let shape = [self.config.vocab_size, self.config.hidden_size];
         let weight = if !self.config.tie_word_embeddings {
@@ -346,11 +368,20 @@ impl Parts<'_> {
         } else {
             embed_tokens.weight.share()
         };
-        Ok(Linear::new(weight, None, self.adapter(names::LM_HEAD)))
+        let linear = Linear { weight, bias: None, up: None };
+        Ok(self.projections([(names::LM_HEAD.to_owned(), linear)]))
     }
 
-    fn adapter(&self, path: &str) -> Option<Adapter> {
-        let Attachment::Lora(LoraAttachment { scaling, targets, .. }) = self.attachment else {
+    fn scaling(&self) -> f64 {
+        match self.attachment {
+            Attachment::Lora(lora) => lora.scaling,
+            Attachment::Frozen | Attachment::Full => 1.0,
+        }
+    }
+
+    /// Gives an adapted module's two tensors their first values and returns their names.
+    fn started_adapter(&self, path: &str) -> Option<[String; 2]> {
+        let Attachment::Lora(LoraAttachment { targets, .. }) = self.attachment else {
             return None;
         };
         targets.get(path)?;
@@ -366,7 +397,7 @@ impl Parts<'_> {
             let bound = 1.0 / (shape[1] as f64).sqrt();
             self.set_master(&a, &seed.uniform_tensor(&shape, bound, self.device));
         }
-        Some(Adapter { a: self.trained.param(&a)?, b: self.trained.param(&b)?, scaling: *scaling })
+        Some([a, b])
     }
 
     fn is_saved(&self, path: &str) -> bool {

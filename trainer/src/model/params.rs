@@ -10,9 +10,6 @@ use tch::{Device, Kind, Tensor};
 
 use super::config::TensorSpec;
 
-/// Elements every parameter's offset is a multiple of: 64 bytes in fp32, what GEMM kernels like.
-const ALIGNMENT: usize = 16;
-
 /// One parameter as a module sees it.
 #[derive(Debug)]
 pub struct Param {
@@ -63,7 +60,7 @@ impl FlatParams {
                 spec.name.clone(),
                 (length, spec.shape.iter().map(|&size| size as i64).collect()),
             );
-            length += spec.shape.iter().product::<usize>().next_multiple_of(ALIGNMENT);
+            length += spec.shape.iter().product::<usize>();
         }
         let zeros = |kind| Tensor::zeros([length as i64], (kind, device));
         let master = zeros(Kind::Float);
@@ -108,6 +105,26 @@ impl FlatParams {
     /// Returns one parameter as a module uses it; `None` if it is not trained.
     pub fn param(&self, name: &str) -> Option<Param> {
         Some(Param { value: self.view(&self.compute, name)?, grad: self.view(&self.grad, name) })
+    }
+
+    /// Returns matrices that lie one after another as one, `[Σ rows, columns]`; `None` if there are
+    /// none.
+    ///
+    /// # Panics
+    /// If they lie apart or one is not trained.
+    pub fn stacked(&self, names: &[String]) -> Option<Param> {
+        let places: Vec<_> = names.iter().map(|name| &self.places[name]).collect();
+        let &(first, ref shape) = *places.first()?;
+        let (mut end, mut rows) = (first, 0);
+        for (offset, shape) in places {
+            assert_eq!(*offset, end, "{names:?} lie apart");
+            end += shape.iter().product::<i64>() as usize;
+            rows += shape[0];
+        }
+        let view = |flat: &Tensor| {
+            flat.narrow(0, first as i64, (end - first) as i64).view([rows, shape[1]])
+        };
+        Some(Param { value: view(&self.compute), grad: Some(view(&self.grad)) })
     }
 
     /// Lists each parameter's first element and length in the flat tensors, with whether it decays.

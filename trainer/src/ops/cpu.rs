@@ -93,21 +93,21 @@ pub(super) fn swiglu(gate: &Tensor, up: &Tensor) -> Tensor {
 }
 
 pub(super) fn swiglu_backward(
-    d_product: &Tensor,
+    mut d_product: Tensor,
     mut gate: Tensor,
     mut up: Tensor,
-) -> (Tensor, Tensor) {
-    by_kind!(d_product.kind(), E => {
-        let d_product = elements::<E>(d_product);
+) -> (Tensor, Tensor, Tensor) {
+    by_kind!(gate.kind(), E => {
         let up = Shared::new(elements_mut::<E>(&mut up));
+        let d_product = Shared::new(elements_mut::<E>(&mut d_product));
         write_rows(elements_mut(&mut gate), 1, |range, gate| {
             #[expect(unsafe_code, reason = "units write side by side")]
             // SAFETY: these elements belong to this unit.
-            let up = unsafe { up.range(range.clone()) };
-            gated::backward(&d_product[range], gate, up);
+            let [d_product, up] = unsafe { [d_product.range(range.clone()), up.range(range)] };
+            gated::backward(d_product, gate, up);
         });
     });
-    (gate, up)
+    (d_product, gate, up)
 }
 
 pub(super) fn rotate(mut x: Tensor, cos: &Tensor, sin: &Tensor, direction: f64) -> Tensor {

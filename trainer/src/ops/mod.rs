@@ -50,8 +50,9 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Tensor {
     })
 }
 
-/// Returns the gradients of `gate` and `up`, in their memory, given that of their product.
-pub fn swiglu_backward(d_product: &Tensor, gate: Tensor, up: Tensor) -> (Tensor, Tensor) {
+/// Returns the product once more and the gradients of `gate` and `up`, given that of the product,
+/// each in the memory of an argument.
+pub fn swiglu_backward(d_product: Tensor, gate: Tensor, up: Tensor) -> (Tensor, Tensor, Tensor) {
     profile::time("swiglu, backward", || {
         let backward = if is_ours(&gate) { cpu::swiglu_backward } else { plain::swiglu_backward };
         backward(d_product, gate, up)

@@ -64,9 +64,10 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Tensor {
 }
 
 /// As [`super::swiglu_backward`].
-pub fn swiglu_backward(d_product: &Tensor, gate: Tensor, up: Tensor) -> (Tensor, Tensor) {
-    let d_up = d_product * gate.silu();
-    (gate.silu_backward(&(d_product * up)), d_up)
+pub fn swiglu_backward(d_product: Tensor, gate: Tensor, up: Tensor) -> (Tensor, Tensor, Tensor) {
+    let silu = gate.silu();
+    let (product, d_up) = (&silu * &up, &d_product * silu);
+    (product, gate.silu_backward(&(d_product * up)), d_up)
 }
 
 /// As [`super::rotate`], but not in place.
