@@ -6,6 +6,11 @@
 //! sum; scores are computed transposed, keys by queries, so that whatever belongs to a query is a
 //! lane of a register and nothing is summed across lanes.
 
+use std::arch::x86_64::{
+    __m256bh, __m256i, _mm256_storeu_si256, _mm512_cvtepu16_epi32, _mm512_cvtneps_pbh,
+    _mm512_loadu_ps, _mm512_or_si512, _mm512_slli_epi32, _mm512_storeu_si512,
+};
+
 use half::bf16;
 
 use crate::{
@@ -388,16 +393,15 @@ struct OnlineSoftmax {
     total: [f32; TILE],
 }
 
-#[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
 impl OnlineSoftmax {
-    #[inline(always)]
     fn new(scale: f32) -> Self {
         Self { scale, largest: [f32::NEG_INFINITY; TILE], total: [0.0; TILE] }
     }
 
     /// Takes a tile of scores `[keys, queries]`: writes its probabilities in pairs of keys and
     /// brings `sums`, `[E, queries]`, to their scale.
-    #[inline(always)]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    #[inline]
     fn add(
         &mut self,
         scores: &[f32; TILE * TILE],
@@ -416,7 +420,7 @@ impl OnlineSoftmax {
             let new = new * self.scale;
             // A query that has seen nothing yet keeps its sums, which are zero.
             if new > *old {
-                *correction = exp(*old - new);
+                *correction = exp::<true>(*old - new);
                 *old = new;
                 changed = true;
             }
@@ -429,20 +433,26 @@ impl OnlineSoftmax {
         }
         // Hidden scores are -∞; a query that sees nothing subtracts 0, not -∞, from them.
         let subtract = self.largest.map(|largest| if largest < f32::MIN { 0.0 } else { largest });
+        let (scale, total) = (self.scale, &mut self.total);
         for (rows, pairs) in scores.chunks_exact(2 * TILE).zip(pairs.chunks_exact_mut(TILE)) {
             let (low, high) = rows.split_at(TILE);
-            let places = pairs.iter_mut().zip(&mut self.total).zip(&subtract);
-            for (((pair, total), &largest), (&low, &high)) in places.zip(low.iter().zip(high)) {
-                let low = exp(low * self.scale - largest);
-                let high = exp(high * self.scale - largest);
-                *total += low + high;
-                *pair = pair_of(Element::from_f32(low), Element::from_f32(high));
+            for lane in (0..TILE).step_by(LANES) {
+                let (low, high) = (lanes(low, lane), lanes(high, lane));
+                let subtract = lanes(&subtract, lane);
+                let (mut p_low, mut p_high) = ([0.0; LANES], [0.0; LANES]);
+                for query in 0..LANES {
+                    p_low[query] = exp::<true>(low[query] * scale - subtract[query]);
+                    p_high[query] = exp::<true>(high[query] * scale - subtract[query]);
+                }
+                for (total, (low, high)) in total[lane..].iter_mut().zip(p_low.iter().zip(p_high)) {
+                    *total += low + high;
+                }
+                store_pairs(rounded(&p_low), rounded(&p_high), &mut pairs[lane..]);
             }
         }
     }
 
     /// Returns the logarithm of the denominators.
-    #[inline(always)]
     fn logsumexp(&self) -> [f32; TILE] {
         std::array::from_fn(|query| self.largest[query] + self.total[query].ln())
     }
@@ -460,8 +470,8 @@ fn scale_columns(matrix: &mut [f32], factors: &[f32; TILE]) {
 }
 
 /// For two keys: probabilities `p`, `ds = p ∘ (dp − delta)`, and the latter once more as pairs.
-#[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
-#[inline(always)]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+#[inline]
 fn gradients_of_scores(
     [scores, d_scores]: [&[f32]; 2],
     scale: f32,
@@ -470,20 +480,69 @@ fn gradients_of_scores(
     [p, ds]: [&mut [bf16]; 2],
     pairs: &mut [u32],
 ) {
-    for key in 0..2 {
-        let row = key * TILE..(key + 1) * TILE;
-        let from =
-            scores[row.clone()].iter().zip(&d_scores[row.clone()]).zip(lse.iter().zip(delta));
-        let to = p[row.clone()].iter_mut().zip(&mut ds[row]);
-        for (((&score, &d_score), (&lse, &delta)), (p, ds)) in from.zip(to) {
-            let probability = exp(score * scale - lse);
-            *p = Element::from_f32(probability);
-            *ds = Element::from_f32(probability * (d_score - delta));
-        }
+    for lane in (0..TILE).step_by(LANES) {
+        let (lse, delta) = (lanes(lse, lane), lanes(delta, lane));
+        let both = [0, TILE].map(|key| {
+            let (score, d_score) = (lanes(scores, key + lane), lanes(d_scores, key + lane));
+            let (mut probability, mut d) = ([0.0; LANES], [0.0; LANES]);
+            for query in 0..LANES {
+                probability[query] = exp::<true>(score[query] * scale - lse[query]);
+                d[query] = probability[query] * (d_score[query] - delta[query]);
+            }
+            let d = rounded(&d);
+            store(rounded(&probability), &mut p[key + lane..]);
+            store(d, &mut ds[key + lane..]);
+            d
+        });
+        store_pairs(both[0], both[1], &mut pairs[lane..]);
     }
-    let (low, high) = ds.split_at(TILE);
-    for ((pair, low), high) in pairs.iter_mut().zip(low).zip(high) {
-        *pair = u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16;
+}
+
+/// Elements of one register.
+const LANES: usize = 16;
+
+#[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
+#[inline(always)]
+fn lanes(values: &[f32], first: usize) -> &[f32; LANES] {
+    values[first..].first_chunk().expect("tiles are whole registers")
+}
+
+/// Rounds to nearest, ties to even.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+#[inline]
+fn rounded(values: &[f32; LANES]) -> __m256i {
+    #[expect(unsafe_code, reason = "reads a register; the same 256 bits under another name")]
+    // SAFETY: there are 16 values.
+    unsafe {
+        let rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(values.as_ptr()));
+        std::mem::transmute::<__m256bh, __m256i>(rounded)
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+#[inline]
+fn store(values: __m256i, to: &mut [bf16]) {
+    let to = &mut to[..LANES];
+    #[expect(unsafe_code, reason = "writes a register")]
+    // SAFETY: there is room for 16 values.
+    unsafe {
+        _mm256_storeu_si256(to.as_mut_ptr().cast(), values);
+    }
+}
+
+/// Stores pairs of two rows' neighbours, the first in the low half.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+#[inline]
+fn store_pairs(low: __m256i, high: __m256i, to: &mut [u32]) {
+    let to = &mut to[..LANES];
+    let high = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(high));
+    #[expect(unsafe_code, reason = "writes a register")]
+    // SAFETY: there is room for 16 pairs.
+    unsafe {
+        _mm512_storeu_si512(
+            to.as_mut_ptr().cast(),
+            _mm512_or_si512(_mm512_cvtepu16_epi32(low), high),
+        );
     }
 }
 

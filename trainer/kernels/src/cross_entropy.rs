@@ -14,14 +14,14 @@ versions! {
         let mut loss = 0.0;
         for (row, &label) in logits.chunks_exact_mut(vocabulary.max(1)).zip(labels) {
             let label = label as usize;
-            let (largest, denominator) = normalizer(row);
+            let (largest, denominator) = normalizer::<_, FUSED>(row);
             loss += loss_of(row[label], largest, denominator);
             let label_value = row[label].to_f32();
             let scale = 1.0 / denominator;
             for value in row.iter_mut() {
-                *value = E::from_f32(exp(value.to_f32() - largest) * scale);
+                *value = E::from_f32(exp::<FUSED>(value.to_f32() - largest) * scale);
             }
-            row[label] = E::from_f32(exp(label_value - largest) * scale - 1.0);
+            row[label] = E::from_f32(exp::<FUSED>(label_value - largest) * scale - 1.0);
         }
         loss
     }
@@ -36,7 +36,7 @@ versions! {
         let vocabulary = logits.len().checked_div(labels.len()).unwrap_or_default();
         let mut loss = 0.0;
         for (row, &label) in logits.chunks_exact(vocabulary.max(1)).zip(labels) {
-            let (largest, denominator) = normalizer(row);
+            let (largest, denominator) = normalizer::<_, FUSED>(row);
             loss += loss_of(row[label as usize], largest, denominator);
         }
         loss
@@ -46,7 +46,7 @@ versions! {
 /// Returns the largest logit and `Σ e^(logit − largest)`.
 #[expect(clippy::inline_always, reason = "called in every version of a kernel")]
 #[inline(always)]
-fn normalizer<E: Element>(row: &[E]) -> (f32, f32) {
+fn normalizer<E: Element, const FUSED: bool>(row: &[E]) -> (f32, f32) {
     let (runs, rest) = row.as_chunks::<32>();
     let mut lanes = [f32::NEG_INFINITY; 32];
     for run in runs {
@@ -57,7 +57,7 @@ fn normalizer<E: Element>(row: &[E]) -> (f32, f32) {
     }
     let rest = rest.iter().map(|value| value.to_f32());
     let largest = lanes.into_iter().chain(rest).fold(f32::NEG_INFINITY, f32::max);
-    (largest, sum::of(row, |x| exp(x - largest)))
+    (largest, sum::of(row, |x| exp::<FUSED>(x - largest)))
 }
 
 #[expect(clippy::inline_always, reason = "called in every version of a kernel")]

@@ -10,7 +10,7 @@ versions! {
     pub fn forward<E>(gate: &[E], up: &[E], product: &mut [E]) {
         for ((product, &gate), &up) in product.iter_mut().zip(gate).zip(up) {
             let gate = gate.to_f32();
-            *product = E::from_f32(gate * sigmoid(gate) * up.to_f32());
+            *product = E::from_f32(gate * sigmoid::<FUSED>(gate) * up.to_f32());
         }
     }
 }
@@ -20,7 +20,7 @@ versions! {
     pub fn backward<E>(product: &mut [E], gate: &mut [E], up: &mut [E]) {
         for ((gate, up), product) in gate.iter_mut().zip(up).zip(product) {
             let (x, y, d_product) = (gate.to_f32(), up.to_f32(), product.to_f32());
-            let sigmoid = sigmoid(x);
+            let sigmoid = sigmoid::<FUSED>(x);
             let silu = x * sigmoid;
             let slope = sigmoid + silu * (1.0 - sigmoid);
             *product = E::from_f32(silu * y);
@@ -32,8 +32,8 @@ versions! {
 
 #[expect(clippy::inline_always, reason = "called in every version of a kernel")]
 #[inline(always)]
-fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + exp(-x))
+fn sigmoid<const FUSED: bool>(x: f32) -> f32 {
+    1.0 / (1.0 + exp::<FUSED>(-x))
 }
 
 #[cfg(test)]

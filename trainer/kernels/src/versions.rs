@@ -20,7 +20,7 @@ impl Level {
             && is_x86_feature_detected!("avx512vl");
         if has_avx512 {
             Self::Avx512
-        } else if is_x86_feature_detected!("avx2") {
+        } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
             Self::Avx2
         } else {
             Self::Portable
@@ -30,25 +30,28 @@ impl Level {
 
 /// Defines a function over [`Element`](crate::Element)s whose body is compiled once a [`Level`].
 ///
-/// What the body calls must be `#[inline(always)]`, or it is compiled for the baseline only.
+/// In the body `FUSED` tells whether the processor multiplies and adds in one instruction. What it
+/// calls must be `#[inline(always)]`, or it is compiled for the baseline only.
 macro_rules! versions {
     ($(#[$meta:meta])* pub fn $name:ident<$($generic:ident),*>($($argument:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block) => {
         $(#[$meta])*
         #[expect(clippy::inline_always, reason = "each version must contain the whole text")]
         #[allow(clippy::too_many_arguments, reason = "rows, their factors and their places are what a kernel takes")]
         pub fn $name<$($generic: crate::Element),*>($($argument: $type),*) $(-> $result)? {
+            // Bodies that multiply and add may use it; not all do.
+            #[allow(clippy::extra_unused_type_parameters, reason = "see above")]
             #[inline(always)]
-            fn plain<$($generic: crate::Element),*>($($argument: $type),*) $(-> $result)? $body
+            fn plain<$($generic: crate::Element,)* const FUSED: bool>($($argument: $type),*) $(-> $result)? $body
 
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
                 fn avx512<$($generic: crate::Element),*>($($argument: $type),*) $(-> $result)? {
-                    plain($($argument),*)
+                    plain::<$($generic,)* true>($($argument),*)
                 }
-                #[target_feature(enable = "avx2")]
+                #[target_feature(enable = "avx2,fma")]
                 fn avx2<$($generic: crate::Element),*>($($argument: $type),*) $(-> $result)? {
-                    plain($($argument),*)
+                    plain::<$($generic,)* true>($($argument),*)
                 }
                 #[expect(unsafe_code, reason = "a function for certain processors is unsafe to call elsewhere")]
                 // SAFETY: the processor was asked for these instructions.
@@ -58,7 +61,7 @@ macro_rules! versions {
                     crate::versions::Level::Portable => {}
                 }
             }
-            plain($($argument),*)
+            plain::<$($generic,)* false>($($argument),*)
         }
     };
 }

@@ -42,6 +42,11 @@ impl Segments {
         }
         Self { runs }
     }
+
+    /// Returns the runs, in order and without gaps.
+    pub fn runs(&self) -> &[Run] {
+        &self.runs
+    }
 }
 
 impl Attention {

@@ -8,4 +8,5 @@
 mod fixture;
 mod gradients;
 mod invariance;
+mod operators;
 mod reference;
