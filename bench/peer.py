@@ -42,6 +42,7 @@ def main():
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--narrow-adapters", action="store_true", help="adapters in the weights' type, not PEFT's fp32")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=2)
@@ -63,17 +64,20 @@ def main():
         config = LoraConfig(r=8, lora_alpha=16, lora_dropout=arguments.dropout, target_modules=targets, task_type="CAUSAL_LM")
         model = get_peft_model(model, config, autocast_adapter_dtype=not arguments.narrow_adapters)
     model.train()
+    if arguments.compile:
+        # Rows of other lengths must not each compile the model again.
+        torch._dynamo.config.cache_size_limit = 64
+        model = torch.compile(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=arguments.learning_rate, weight_decay=0.0, fused=True)
 
     rows = json.load(open(arguments.rows))
-    step_seconds, losses, tokens = [], [], 0
+    step_seconds, step_tokens, losses = [], [], []
     for step in range(arguments.warmup + arguments.steps):
         chosen = [rows[(step * arguments.batch + index) % len(rows)] for index in range(arguments.batch)]
-        input_ids = torch.tensor([row["input_ids"] for row in chosen])
-        labels = torch.tensor([row["labels"] for row in chosen])
+        inputs = padded(chosen)
         started = time.perf_counter()
-        loss = model(input_ids=input_ids, labels=labels).loss
+        loss = model(**inputs).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -81,13 +85,24 @@ def main():
         losses.append(loss.item())
         if step >= arguments.warmup:
             step_seconds.append(time.perf_counter() - started)
-            tokens += input_ids.numel()
+            step_tokens.append(sum(len(row["input_ids"]) for row in chosen))
     print(json.dumps({
-        "tokens_per_second": tokens / sum(step_seconds),
         "step_seconds": step_seconds,
+        "step_tokens": step_tokens,
         "losses": losses,
         "peak_anonymous_bytes": memory.peak,
     }))
+
+
+def padded(rows):
+    """A batch as the usual collator makes it: filled up to its longest row, on the right."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    fill = lambda name, value: torch.tensor([row[name] + [value] * (longest - len(row[name])) for row in rows])
+    inputs = {"input_ids": fill("input_ids", 0), "labels": fill("labels", -100)}
+    if any(len(row["input_ids"]) != longest for row in rows):
+        ones = [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows]
+        inputs["attention_mask"] = torch.tensor(ones)
+    return inputs
 
 
 if __name__ == "__main__":

@@ -36,6 +36,9 @@ pub struct Arguments {
     /// Tokens of a row made from a text.
     #[arg(long, default_value_t = 256)]
     length: usize,
+    /// Make rows of all lengths from this one to `length` instead.
+    #[arg(long)]
+    shortest: Option<usize>,
     /// Train everything instead of adapters.
     #[arg(long)]
     full: bool,
@@ -82,9 +85,9 @@ struct Row {
 
 #[derive(Debug, Serialize)]
 struct Figures {
-    tokens_per_second: f64,
-    target_tokens_per_second: f64,
     step_seconds: Vec<f64>,
+    /// Tokens of each timed step, without what micro-batches are filled up with.
+    step_tokens: Vec<usize>,
     losses: Vec<f64>,
     peak_anonymous_bytes: u64,
     seconds_to_first_step: f64,
@@ -127,15 +130,13 @@ pub fn run(arguments: &Arguments) -> Result<String, Failure> {
     let mut model = Model::load(&arguments.model, config, attachment, dtype, Device::Cpu, seed)?;
     let mut adamw = AdamW::new(model.trained(), 0.0);
     let mut figures = Figures {
-        tokens_per_second: 0.0,
-        target_tokens_per_second: 0.0,
         step_seconds: Vec::new(),
+        step_tokens: Vec::new(),
         losses: Vec::new(),
         peak_anonymous_bytes: 0,
         seconds_to_first_step: 0.0,
         profile: Vec::new(),
     };
-    let (mut tokens, mut targets) = (0, 0);
     for step in 0..arguments.warmup + arguments.steps {
         let chosen: Vec<&Row> = (0..arguments.batch)
             .map(|index| &rows[(step * arguments.batch + index) % rows.len()])
@@ -156,8 +157,7 @@ pub fn run(arguments: &Arguments) -> Result<String, Failure> {
         }
         if step >= arguments.warmup {
             figures.step_seconds.push(step_started.elapsed().as_secs_f64());
-            tokens += batch.tokens.len();
-            targets += batch.labels.len();
+            figures.step_tokens.push(batch.tokens.len());
         }
     }
     let steps = arguments.steps as f64;
@@ -167,23 +167,30 @@ pub fn run(arguments: &Arguments) -> Result<String, Failure> {
         .collect();
     times.sort_by(|one, other| other.1.total_cmp(&one.1));
     figures.profile = times;
-    let seconds: f64 = figures.step_seconds.iter().sum();
-    figures.tokens_per_second = tokens as f64 / seconds;
-    figures.target_tokens_per_second = targets as f64 / seconds;
     figures.peak_anonymous_bytes = memory.bytes();
     serde_json::to_string(&figures).map_err(|error| invalid(error.to_string()))
 }
 
-/// Cuts the tokens of a text into rows of equal length, every token a target.
+/// Cuts the tokens of a text into rows, every token a target.
 fn write_rows(arguments: &Arguments, text: &Path) -> Result<(), String> {
     let text = std::fs::read_to_string(text)
         .map_err(|error| format!("cannot read {}: {error}", text.display()))?;
     let tokenizer = Tokenizer::load(&arguments.model).map_err(|failure| failure.message)?;
     let tokens: Vec<i64> = tokenizer.encode(&text, false)?.into_iter().map(i64::from).collect();
-    let rows: Vec<Row> = tokens
-        .chunks_exact(arguments.length)
-        .map(|row| Row { input_ids: row.to_vec(), labels: row.to_vec() })
-        .collect();
+    let (shortest, numbers) =
+        (arguments.shortest.unwrap_or(arguments.length), Counter::from_seed(0));
+    if shortest < 2 || shortest > arguments.length {
+        return Err(format!("--shortest is {shortest}, must be 2 to {}", arguments.length));
+    }
+    let mut rows: Vec<Row> = Vec::new();
+    let mut rest = &tokens[..];
+    while rest.len() >= arguments.length {
+        let choices = (arguments.length - shortest + 1) as u64;
+        let length = shortest + (numbers.draw(rows.len() as u64) % choices) as usize;
+        let (row, others) = rest.split_at(length);
+        rows.push(Row { input_ids: row.to_vec(), labels: row.to_vec() });
+        rest = others;
+    }
     let json = serde_json::to_string(&rows).map_err(|error| error.to_string())?;
     std::fs::write(&arguments.rows, json).map_err(|error| error.to_string())
 }

@@ -1,6 +1,7 @@
 //! Our trainer beside transformers + PEFT: the same weights, tokens and settings, in turn.
 
 use std::{
+    fmt,
     path::{Path, PathBuf},
     process::Command,
     str::FromStr,
@@ -48,7 +49,7 @@ struct Settings {
     /// What is trained; each with each shape.
     #[arg(long, value_enum, value_delimiter = ',', default_value = "lora")]
     method: Vec<Method>,
-    /// Rows and tokens of a step, such as 4x256,2x1024.
+    /// Rows and tokens of a step, such as 4x256,2x1024,4x50-1000 (rows of 50 to 1,000 tokens).
     #[arg(long, value_delimiter = ',', default_value = "4x256")]
     shape: Vec<Shape>,
     /// Dropout on the adapters' inputs.
@@ -64,6 +65,12 @@ struct Settings {
     /// so are ours.
     #[arg(long)]
     peer_narrow_adapters: bool,
+    /// Compile the peer's model with torch.compile.
+    #[arg(long)]
+    peer_compile: bool,
+    /// Tell where our steps' time goes, by operator.
+    #[arg(long)]
+    profile: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -82,6 +89,7 @@ enum Dtype {
 #[derive(Debug, Clone, Copy)]
 struct Shape {
     rows: usize,
+    shortest: usize,
     length: usize,
 }
 
@@ -89,10 +97,26 @@ impl FromStr for Shape {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let parsed = text.split_once('x').and_then(|(rows, length)| {
-            Some(Self { rows: rows.parse().ok()?, length: length.parse().ok()? })
+        let parsed = text.split_once('x').and_then(|(rows, lengths)| {
+            let (shortest, length) = lengths.split_once('-').unwrap_or((lengths, lengths));
+            Some(Self {
+                rows: rows.parse().ok()?,
+                shortest: shortest.parse().ok()?,
+                length: length.parse().ok()?,
+            })
         });
-        parsed.ok_or_else(|| "must be rows x tokens, such as 4x256".to_owned())
+        parsed.ok_or_else(|| "must be rows x tokens, such as 4x256 or 4x50-1000".to_owned())
+    }
+}
+
+impl fmt::Display for Shape {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { rows, shortest, length } = self;
+        if shortest == length {
+            write!(formatter, "{rows}x{length}")
+        } else {
+            write!(formatter, "{rows}x{shortest}-{length}")
+        }
     }
 }
 
@@ -100,14 +124,20 @@ impl FromStr for Shape {
 #[derive(Debug, Deserialize)]
 struct Figures {
     step_seconds: Vec<f64>,
+    step_tokens: Vec<f64>,
     losses: Vec<f64>,
     peak_anonymous_bytes: f64,
+    #[serde(default)]
+    profile: Vec<(String, f64, f64)>,
 }
 
 impl Figures {
-    /// Returns positions per second of the median step, which one disturbed step does not move.
-    fn tokens_per_second(&self, shape: Shape) -> f64 {
-        (shape.rows * shape.length) as f64 / median(&self.step_seconds)
+    /// Returns tokens per second of the median step, which one disturbed step does not move.
+    ///
+    /// Padding does not count.
+    fn tokens_per_second(&self) -> f64 {
+        let speeds = self.step_tokens.iter().zip(&self.step_seconds);
+        median(&speeds.map(|(tokens, seconds)| tokens / seconds).collect::<Vec<_>>())
     }
 }
 
@@ -145,7 +175,7 @@ impl Bench<'_> {
     /// Measures one method on one shape, all rounds of it.
     fn measure(&self, method: Method, shape: Shape) -> Result<()> {
         let Self { settings, binaries, model, python, limit } = self;
-        let rows = rows(binaries, model, shape.length)?;
+        let rows = rows(binaries, model, shape)?;
         let mut flags = vec![
             format!("--model={}", model.display()),
             format!("--rows={}", rows.display()),
@@ -155,24 +185,33 @@ impl Bench<'_> {
         ];
         flags.extend((method == Method::Full).then(|| "--full".to_owned()));
         flags.extend(settings.recompute.then(|| "--recompute".to_owned()));
-        let name =
-            format!("{}-{}-{}x{}", word(method), word(settings.dtype), shape.rows, shape.length);
+        let mut name = format!("{}-{}-{shape}", word(method), word(settings.dtype));
+        for (is_on, suffix) in [
+            (settings.dropout > 0.0, "dropout"),
+            (settings.recompute, "recompute"),
+            (settings.peer_compile, "compiled"),
+        ] {
+            name += &if is_on { format!("-{suffix}") } else { String::new() };
+        }
         println!("\n── {name}, dropout {}", settings.dropout);
 
         let mut csv = "round,trainer,step,seconds,loss,peak_anonymous_bytes\n".to_owned();
         let (mut ours_speeds, mut speeds, mut memories) = (Vec::new(), Vec::new(), Vec::new());
         for round in 1..=settings.rounds {
-            let ours = figures(Command::new(&binaries.trainer).arg("bench").args(&flags))?;
-            record(&mut csv, round, "ours", shape, &ours);
-            ours_speeds.push(ours.tokens_per_second(shape));
+            let mut command = Command::new(&binaries.trainer);
+            command.arg("bench").args(&flags).args(settings.profile.then_some("--profile"));
+            let ours = figures(&mut command)?;
+            record(&mut csv, round, "ours", &ours);
+            ours_speeds.push(ours.tokens_per_second());
             if let Some(python) = python {
                 let mut command = Command::new(python);
                 command.arg(shell::root().join("bench/peer.py")).args(&flags);
                 command.args(settings.peer_narrow_adapters.then_some("--narrow-adapters"));
+                command.args(settings.peer_compile.then_some("--compile"));
                 let peer = figures(&mut command)?;
-                record(&mut csv, round, "peer", shape, &peer);
+                record(&mut csv, round, "peer", &peer);
                 require_same_work(&ours, &peer, settings.dtype)?;
-                speeds.push(ours.tokens_per_second(shape) / peer.tokens_per_second(shape));
+                speeds.push(ours.tokens_per_second() / peer.tokens_per_second());
                 memories.push(peer.peak_anonymous_bytes / ours.peak_anonymous_bytes);
             }
         }
@@ -197,7 +236,7 @@ impl Bench<'_> {
 }
 
 /// Prints the figures of one process and adds them to the table.
-fn record(csv: &mut String, round: usize, trainer: &str, shape: Shape, figures: &Figures) {
+fn record(csv: &mut String, round: usize, trainer: &str, figures: &Figures) {
     let first_timed = figures.losses.len().saturating_sub(figures.step_seconds.len());
     for (step, seconds) in figures.step_seconds.iter().enumerate() {
         let loss = figures.losses.get(first_timed + step).copied().unwrap_or(f64::NAN);
@@ -210,9 +249,17 @@ fn record(csv: &mut String, round: usize, trainer: &str, shape: Shape, figures: 
         .map(|loss| loss.copied().unwrap_or(f64::NAN));
     println!(
         "round {round}, {trainer} {:>7.0} tok/s  {:>6.0} MB anonymous  loss {first:.4} → {last:.4}",
-        figures.tokens_per_second(shape),
+        figures.tokens_per_second(),
         figures.peak_anonymous_bytes / 1e6
     );
+    let whole: f64 = figures.step_seconds.iter().sum::<f64>() / figures.step_seconds.len() as f64;
+    for (operator, seconds, calls) in &figures.profile {
+        println!(
+            "  {:>5.1} %  {:>8.1} ms  {calls:>5} calls  {operator}",
+            100.0 * seconds / whole,
+            1e3 * seconds
+        );
+    }
 }
 
 /// Fails if the first losses differ: then the weights, tokens or labels were not the same.
@@ -233,13 +280,15 @@ fn require_same_work(ours: &Figures, peer: &Figures, dtype: Dtype) -> Result<()>
 }
 
 /// Makes rows of real tokens; every token is a target.
-fn rows(binaries: &Binaries, model: &Path, length: usize) -> Result<PathBuf> {
-    let rows = shell::root().join(format!("target/bench-rows-{length}.json"));
+fn rows(binaries: &Binaries, model: &Path, shape: Shape) -> Result<PathBuf> {
+    let Shape { shortest, length, .. } = shape;
+    let rows = shell::root().join(format!("target/bench-rows-{shortest}-{length}.json"));
     let text = dataset::files()?.train;
     shell::run(
         Command::new(&binaries.trainer)
             .args(["bench", "--steps=0", "--warmup=0"])
             .arg(format!("--length={length}"))
+            .arg(format!("--shortest={shortest}"))
             .arg("--text")
             .arg(text)
             .arg("--model")
