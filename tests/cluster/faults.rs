@@ -11,7 +11,7 @@ use serde_json::json;
 use crate::bed::Bed;
 
 /// Waits for success after one disruption, and proves what was published.
-async fn goes_on(bed: &Bed, name: &str) {
+pub async fn goes_on(bed: &Bed, name: &str) {
     bed.wait(name, "True Succeeded").await;
     let attempt = bed.status(name).await.attempt.unwrap();
     assert_eq!((attempt.failures, attempt.disruptions), (0, 1), "{attempt:?}");

@@ -14,8 +14,19 @@
 mod admission;
 mod bed;
 mod crashes;
+mod disruptions;
 mod faults;
+mod helm;
 #[path = "../e2e/model.rs"]
 mod model;
+mod monitoring;
+mod names;
+mod namespaces;
+mod policies;
+mod prometheus;
+#[path = "../it/promql.rs"]
+#[expect(dead_code, reason = "only what is selected is asked for here")]
+mod promql;
 mod refusals;
 mod runs;
+mod sockets;

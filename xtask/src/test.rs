@@ -15,7 +15,7 @@ use anyhow::{Context, Result};
 use crate::{
     build, cluster,
     e2e::{self, Phase},
-    libtorch, model, promtool,
+    libtorch, model, prometheus,
     runner::{Part, Reader},
     s3::Server,
     shell,
@@ -54,7 +54,7 @@ pub(crate) fn run() -> Result<ExitCode> {
     let cluster_model = model.clone();
     let server = preparation.need("a real S3 server", Server::start);
     let helm = preparation.need("helm", cluster::binaries::helm);
-    let promtool = preparation.need("promtool", promtool::find);
+    let promtool = preparation.need("promtool", prometheus::promtool);
     for line in &preparation.missing {
         println!("{line}");
     }

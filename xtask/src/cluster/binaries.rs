@@ -69,6 +69,16 @@ const HELM: Module = Module {
     replaced: None,
 };
 
+const COREDNS: Module = Module {
+    entry: "coredns-1.14.7",
+    path: "github.com/coredns/coredns",
+    version: "v1.14.7",
+    packages: &[""],
+    tags: "",
+    variables: &[],
+    replaced: None,
+};
+
 /// A Go module and what is built of it.
 struct Module {
     entry: &'static str,
@@ -93,6 +103,7 @@ pub(crate) struct Binaries {
     kubernetes: PathBuf,
     etcd: PathBuf,
     containerd: PathBuf,
+    coredns: PathBuf,
     helm: PathBuf,
 }
 
@@ -104,6 +115,7 @@ impl Binaries {
             kubernetes: directory(&KUBERNETES),
             etcd: directory(&ETCD),
             containerd: directory(&CONTAINERD),
+            coredns: directory(&COREDNS),
             helm: directory(&HELM),
         }
     }
@@ -115,6 +127,7 @@ impl Binaries {
             kubernetes: KUBERNETES.build()?,
             etcd: ETCD.build()?,
             containerd: CONTAINERD.build()?,
+            coredns: COREDNS.build()?,
             helm: HELM.build()?,
         })
     }
@@ -133,6 +146,11 @@ impl Binaries {
     /// Returns the directory of containerd, its shim and its client.
     pub(crate) fn containerd(&self) -> &Path {
         &self.containerd
+    }
+
+    /// Returns the server of names.
+    pub(crate) fn coredns(&self) -> PathBuf {
+        self.coredns.join("coredns")
     }
 
     /// Returns helm.
