@@ -25,7 +25,6 @@ mod namespaces;
 mod policies;
 mod prometheus;
 #[path = "../it/promql.rs"]
-#[expect(dead_code, reason = "only what is selected is asked for here")]
 mod promql;
 mod refusals;
 mod runs;

@@ -36,26 +36,18 @@ async fn an_operator_of_two_namespaces_leaves_a_third_alone() {
     assert_eq!(after.resource_version(), untouched.resource_version(), "nobody has written it");
 
     let account = format!("--as=system:serviceaccount:{ITS_NAMESPACE}:{RELEASE}-finetune-operator");
-    for (verb, resource) in [
-        ("watch", "finetunejobs.finetune.dev"),
-        ("update", "finetunejobs.finetune.dev/status"),
-        ("create", "jobs.batch"),
-        ("delete", "pods"),
+    for right in [
+        &["watch", "finetunejobs.finetune.dev"][..],
+        &["update", "finetunejobs.finetune.dev", "--subresource=status"],
+        &["create", "jobs.batch"],
+        &["delete", "pods"],
     ] {
         for (bed, expected) in [(&first, "yes"), (&second, "yes"), (&third, "no")] {
             let mut kubectl = Command::new(variable("FINETUNE_TEST_KUBECTL"));
-            kubectl.args([
-                "auth",
-                "can-i",
-                verb,
-                resource,
-                "--namespace",
-                &bed.namespace,
-                &account,
-            ]);
+            kubectl.args(["auth", "can-i", "--namespace", &bed.namespace, &account]).args(right);
             let answer = kubectl.output().unwrap();
             let said = String::from_utf8_lossy(&answer.stdout);
-            assert_eq!(said.trim(), expected, "{verb} {resource} in {}", bed.namespace);
+            assert_eq!(said.trim(), expected, "{right:?} in {}", bed.namespace);
         }
     }
     helm::run(&["uninstall", RELEASE, "--namespace", ITS_NAMESPACE, "--wait"]);

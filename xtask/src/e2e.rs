@@ -11,7 +11,7 @@ use serde_json::json;
 use crate::{
     build::{self, Binaries},
     cluster::{self, Cluster, Extent},
-    images, model, prometheus, shell,
+    images, model, shell,
 };
 
 const NAMESPACE: &str = "finetune-system";
@@ -95,7 +95,7 @@ impl Prepared {
         command.env("FINETUNE_TEST_VALUES", values_file());
         command.env("FINETUNE_TEST_KUBECTL", self.cluster.kubectl_program());
         command.env("FINETUNE_TEST_HELM", cluster::binaries::helm()?);
-        command.env("FINETUNE_TEST_PROMETHEUS", prometheus::server()?);
+        command.env("FINETUNE_TEST_PROMETHEUS", cluster::binaries::prometheus()?);
         command.envs(cluster::s3_environment());
         Ok(command)
     }

@@ -18,7 +18,7 @@ mod model;
 mod oci;
 mod parity;
 mod plot;
-mod prometheus;
+mod promtool;
 mod python;
 mod runner;
 mod s3;

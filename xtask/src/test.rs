@@ -15,7 +15,7 @@ use anyhow::{Context, Result};
 use crate::{
     build, cluster,
     e2e::{self, Phase},
-    libtorch, model, prometheus,
+    libtorch, model, promtool,
     runner::{Part, Reader},
     s3::Server,
     shell,
@@ -54,7 +54,7 @@ pub(crate) fn run() -> Result<ExitCode> {
     let cluster_model = model.clone();
     let server = preparation.need("a real S3 server", Server::start);
     let helm = preparation.need("helm", cluster::binaries::helm);
-    let promtool = preparation.need("promtool", prometheus::promtool);
+    let promtool = preparation.need("promtool", promtool::find);
     for line in &preparation.missing {
         println!("{line}");
     }

@@ -79,6 +79,18 @@ const COREDNS: Module = Module {
     replaced: None,
 };
 
+// Debian's has no service discovery of Kubernetes.
+const PROMETHEUS: Module = Module {
+    entry: "prometheus-3.5.0",
+    path: "github.com/prometheus/prometheus",
+    // Its third major version, under the number that Go's modules allow it.
+    version: "v0.305.0",
+    packages: &["cmd/prometheus"],
+    tags: "",
+    variables: &[],
+    replaced: None,
+};
+
 /// A Go module and what is built of it.
 struct Module {
     entry: &'static str,
@@ -96,6 +108,11 @@ struct Module {
 /// Builds helm if it is not in the cache, and nothing else.
 pub(crate) fn helm() -> Result<PathBuf> {
     Ok(HELM.build()?.join("helm"))
+}
+
+/// Builds Prometheus if it is not in the cache.
+pub(crate) fn prometheus() -> Result<PathBuf> {
+    Ok(PROMETHEUS.build()?.join("prometheus"))
 }
 
 /// Directories of built programs.
