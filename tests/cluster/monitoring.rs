@@ -162,11 +162,18 @@ async fn every_query_of_dashboards_and_alerts_returns_data() {
     let mut watched = bed.long_job(WATCHED);
     bed.put_text("validation.jsonl", &rows(12..16));
     watched["spec"]["dataset"]["validation"] = json!(bed.uri("validation.jsonl"));
+    watched["spec"]["training"]["maxSteps"] = json!(4000);
     watched["spec"]["training"]["evaluationSteps"] = json!(100);
     for job in [&watched, &failing, &waiting, &large] {
         bed.apply(job).await;
     }
     let pod = bed.wait_for_training(WATCHED).await;
+    // Jobs are counted every ten seconds.
+    bed.until("a job is counted that trains", || async {
+        let counted = r#"finetune_jobs{reason="Training"}"#;
+        (!servers[1].numbers(counted).await.is_empty()).then_some(())
+    })
+    .await;
     bed.pods.evict(&pod.name_any(), &EvictParams::default()).await.unwrap();
     bed.wait("failing", "False InvalidDataset").await;
     bed.wait("waiting", "Unknown AwaitingApproval").await;
