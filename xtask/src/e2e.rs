@@ -69,6 +69,10 @@ impl Prepared {
     pub(crate) fn command(&self, phase: Phase) -> Result<Command> {
         match phase {
             Phase::WithoutChart => {
+                // Left by an earlier run on the same cluster, its operator would act too.
+                let mut helm = self.cluster.helm();
+                helm.args(["uninstall", RELEASE, "--namespace", NAMESPACE]);
+                shell::quietly(helm.args(["--ignore-not-found", "--wait"]))?;
                 let crd = shell::root().join("crds/finetunejobs.finetune.dev.yaml");
                 let mut apply = self.cluster.kubectl();
                 apply.args(["apply", "--server-side", "--force-conflicts", "-f"]).arg(crd);
