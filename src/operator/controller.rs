@@ -8,7 +8,7 @@ use std::{
 };
 
 use finetune_contract::Progress;
-use futures::{StreamExt, stream};
+use futures::{StreamExt, future, stream};
 use k8s_openapi::{
     api::{batch::v1::Job, core::v1::Pod},
     jiff::Timestamp,
@@ -16,6 +16,7 @@ use k8s_openapi::{
 use kube::{
     Api, Client, Resource, ResourceExt,
     api::{DeleteParams, PostParams, Preconditions},
+    core::DeserializeGuard,
     runtime::{
         Controller, WatchStreamExt,
         controller::{Action as Next, Config},
@@ -33,6 +34,7 @@ use super::{
     lifecycle::{self, Action, Decision, Note, PROGRESS_INTERVAL},
     metrics::Metrics,
     observe::{Observed, ObservedPod, PodState, observe_job},
+    readable::readable,
     settings::Settings,
 };
 use crate::api::{FineTuneJob, FineTuneJobStatus, Step};
@@ -140,7 +142,8 @@ impl Operator {
     /// Runs until `stop` resolves; visits under way are finished first.
     pub async fn run(self: Arc<Self>, stop: impl Future<Output = ()> + Send + Sync + 'static) {
         let (reader, writer) = reflector::store();
-        let jobs = self.watch::<FineTuneJob>(false);
+        let jobs = self.watch::<DeserializeGuard<FineTuneJob>>(false);
+        let jobs = jobs.filter_map(|event| future::ready(event.map(readable).transpose()));
         let jobs = reflector::reflector(writer, jobs).touched_objects();
         let counter = Arc::clone(&self).count_jobs(reader.clone());
         let children = self.watch::<Job>(true);

@@ -82,6 +82,10 @@ impl Metrics {
             .buckets(vec![30.0, 60.0, 300.0, 900.0, 1800.0, 3600.0, 10_800.0, 43_200.0, 172_800.0]),
             &["method"],
         )?;
+        for method in ["lora", "full"] {
+            // From the start: the first end would have nothing to be an increase of.
+            job_seconds.with_label_values(&[method]);
+        }
         registry.register(Box::new(reconcile_errors.clone()))?;
         registry.register(Box::new(reconcile_seconds.clone()))?;
         registry.register(Box::new(active_workers.clone()))?;

@@ -14,6 +14,7 @@ pub mod leader;
 pub mod lifecycle;
 pub mod metrics;
 pub mod observe;
+pub mod readable;
 pub mod server;
 pub mod settings;
 

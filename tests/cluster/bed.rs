@@ -35,12 +35,12 @@ pub struct Bed {
     directory: TempDir,
 }
 
-fn variable(name: &str) -> String {
+pub fn variable(name: &str) -> String {
     std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set; run `cargo xtask e2e`"))
 }
 
 /// Returns what CI and `cargo xtask e2e` set, or says that the test is skipped.
-fn is_there() -> bool {
+pub fn is_there() -> bool {
     let is_there = std::env::var_os("FINETUNE_TEST_CLUSTER").is_some();
     if !is_there {
         let test = std::thread::current().name().unwrap_or_default().to_owned();
@@ -78,7 +78,7 @@ impl Bed {
             let path = entry.unwrap().path();
             bed.put(&format!("model/{}", path.file_name().unwrap().to_string_lossy()), &path);
         }
-        bed.put_text("train.jsonl", &rows());
+        bed.put_text("train.jsonl", &rows(0..12));
         Some(bed)
     }
 
@@ -262,9 +262,9 @@ impl Bed {
     }
 }
 
-/// Twelve short rows.
-fn rows() -> String {
-    (0..12)
+/// Short rows, each of its own number.
+pub fn rows(numbers: std::ops::Range<u32>) -> String {
+    numbers
         .map(|number| {
             let row = json!({"messages": [
                 {"role": "user", "content": format!("What is {number} and {number}?")},

@@ -1,17 +1,22 @@
 //! What happens to jobs at night: each ends as the design says, nothing is left, nothing is
 //! published twice.
 
-use k8s_openapi::api::{batch::v1::Job, core::v1::Pod};
-use kube::{
-    Api, ResourceExt,
-    api::{DeleteParams, EvictParams, ListParams},
+use finetune_operator::api::FineTuneJob;
+use k8s_openapi::{
+    api::{batch::v1::Job, core::v1::Pod},
+    apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,
 };
-use serde_json::json;
+use kube::{
+    Api, Client, ResourceExt,
+    api::{DeleteParams, DynamicObject, EvictParams, ListParams, PostParams},
+    core::ApiResource,
+};
+use serde_json::{Value, json};
 
 use crate::bed::Bed;
 
 /// Waits for success after one disruption, and proves what was published.
-async fn goes_on(bed: &Bed, name: &str) {
+pub async fn goes_on(bed: &Bed, name: &str) {
     bed.wait(name, "True Succeeded").await;
     let attempt = bed.status(name).await.attempt.unwrap();
     assert_eq!((attempt.failures, attempt.disruptions), (0, 1), "{attempt:?}");
@@ -109,4 +114,40 @@ async fn a_finished_job_goes_when_its_time_is_over_and_its_result_stays() {
     })
     .await;
     bed.verify("ttl");
+}
+
+/// Replaces what the apiserver demands of a rank; returns what it demanded.
+async fn demand_of_rank(client: &Client, schema: Value) -> Value {
+    let crds: Api<CustomResourceDefinition> = Api::all(client.clone());
+    let crd = crds.get("finetunejobs.finetune.dev").await.unwrap();
+    let mut crd = serde_json::to_value(crd).unwrap();
+    let place = "/spec/versions/0/schema/openAPIV3Schema/properties/spec/properties/loraConfig/properties/r";
+    let before = std::mem::replace(crd.pointer_mut(place).unwrap(), schema);
+    let crd = serde_json::from_value(crd).unwrap();
+    crds.replace("finetunejobs.finetune.dev", &PostParams::default(), &crd).await.unwrap();
+    before
+}
+
+#[tokio::test]
+async fn a_job_that_cannot_be_read_stops_no_other() {
+    let Some(bed) = Bed::new("unreadable").await else { return };
+    let resource = ApiResource::erase::<FineTuneJob>(&());
+    let objects: Api<DynamicObject> =
+        Api::namespaced_with(bed.client.clone(), &bed.namespace, &resource);
+    let lax = json!({"description": "Any.", "x-kubernetes-int-or-string": true});
+    let strict = demand_of_rank(&bed.client, lax).await;
+    let mut job = bed.job("unreadable");
+    job["spec"]["loraConfig"]["r"] = json!("four");
+    let unreadable: DynamicObject = serde_json::from_value(job).unwrap();
+    bed.until("the apiserver takes it", || async {
+        objects.create(&PostParams::default(), &unreadable).await.ok()
+    })
+    .await;
+    // What is stored stays as it is.
+    demand_of_rank(&bed.client, strict).await;
+    bed.apply(&bed.job("readable")).await;
+    bed.wait("readable", "True Succeeded").await;
+    let unreadable = objects.get("unreadable").await.unwrap();
+    assert!(unreadable.data.get("status").is_none(), "nobody guesses what it means");
+    objects.delete("unreadable", &DeleteParams::default()).await.unwrap();
 }

@@ -14,8 +14,18 @@
 mod admission;
 mod bed;
 mod crashes;
+mod disruptions;
 mod faults;
+mod helm;
 #[path = "../e2e/model.rs"]
 mod model;
+mod monitoring;
+mod names;
+mod namespaces;
+mod policies;
+mod prometheus;
+#[path = "../it/promql.rs"]
+mod promql;
 mod refusals;
 mod runs;
+mod sockets;

@@ -136,7 +136,7 @@ fn check(
             continue;
         }
         let Some(labels) = exported.get(name) else {
-            faults.push(format!("{place}: the metric {name} does not exist"));
+            faults.push(format!("{place}: the metric of {} does not exist", selector.text));
             continue;
         };
         let mut own: BTreeSet<&str> = SCRAPE_LABELS.into();

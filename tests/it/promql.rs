@@ -16,6 +16,8 @@ pub(crate) struct Expression {
 pub(crate) struct Selector {
     /// The metric.
     pub(crate) metric: String,
+    /// Metric and matchers as they are written.
+    pub(crate) text: String,
     /// Labels and the text they are compared with.
     pub(crate) matchers: Vec<(String, String)>,
 }
@@ -39,10 +41,12 @@ pub(crate) fn read(text: &str) -> Expression {
             '"' => after(&rest[1..], '"'),
             '[' => after(rest, ']'),
             '{' => {
+                let next = after_matchers(rest);
                 if let Some(selector) = expression.selectors.last_mut() {
                     selector.matchers = matchers(&rest[1..]);
+                    selector.text.push_str(&rest[..rest.len() - next.len()]);
                 }
-                after_matchers(rest)
+                next
             }
             first if first.is_alphanumeric() || "_:$".contains(first) => {
                 let (word, next) = word(rest);
@@ -58,8 +62,8 @@ pub(crate) fn read(text: &str) -> Expression {
                         || first == '$'
                         || is_call(next));
                     if is_metric {
-                        let selector = Selector { metric: word.to_owned(), matchers: Vec::new() };
-                        expression.selectors.push(selector);
+                        let (metric, text) = (word.to_owned(), word.to_owned());
+                        expression.selectors.push(Selector { metric, text, matchers: Vec::new() });
                     }
                     next
                 }
@@ -120,6 +124,7 @@ fn names_are_read_where_they_stand_for_metrics_and_labels() {
     assert_eq!(metrics, ["x_total", "y", "z", "y"]);
     let pair = |label: &str, value: &str| (label.to_owned(), value.to_owned());
     assert_eq!(expression.selectors[0].matchers, [pair("code", "4..|{5}"), pair("b", "c")]);
+    assert_eq!(expression.selectors[0].text, r#"x_total{code=~"4..|{5}", b!="c"}"#);
     assert_eq!(expression.groupings, ["a", "le"].map(str::to_owned).into());
     let variable = read(r#"label_values(x{a="$b"}, c)"#);
     assert_eq!(variable.groupings, ["c".to_owned()].into());

@@ -16,8 +16,8 @@ use crate::{
 
 const NAMESPACE: &str = "finetune-system";
 const RELEASE: &str = "finetune";
-/// Tests of an operator inside the test's process: they must not meet an installed one.
-const WITHOUT_CHART: &str = "crashes::";
+/// Tests with operators of their own, of some namespaces: they must not meet one of all.
+const WITHOUT_CHART: [&str; 2] = ["crashes::", "namespaces::"];
 /// Tests at once: more would wait for the node's two processors.
 const AT_ONCE: u32 = 4;
 
@@ -57,9 +57,10 @@ pub(crate) fn prepare(binaries: &Binaries, model: &Path) -> Result<Prepared> {
     let was_up = Cluster::existing().is_ok_and(|cluster| cluster.is_running());
     let cluster = cluster::up(Extent::Whole)?;
     let prepared = Prepared { cluster, model: model.to_owned(), was_up };
-    for archive in [&archives.operator, &archives.trainer] {
+    for archive in [&archives.operator, &archives.trainer, &images::write_probe()?] {
         prepared.cluster.load_image(archive)?;
     }
+    std::fs::write(values_file(), chart_values()?.to_string())?;
     Ok(prepared)
 }
 
@@ -68,6 +69,10 @@ impl Prepared {
     pub(crate) fn command(&self, phase: Phase) -> Result<Command> {
         match phase {
             Phase::WithoutChart => {
+                // Left by an earlier run on the same cluster, its operator would act too.
+                let mut helm = self.cluster.helm();
+                helm.args(["uninstall", RELEASE, "--namespace", NAMESPACE]);
+                shell::quietly(helm.args(["--ignore-not-found", "--wait"]))?;
                 let crd = shell::root().join("crds/finetunejobs.finetune.dev.yaml");
                 let mut apply = self.cluster.kubectl();
                 apply.args(["apply", "--server-side", "--force-conflicts", "-f"]).arg(crd);
@@ -79,8 +84,10 @@ impl Prepared {
         command.args(["test", "--release", "--workspace", "--test", "cluster", "--no-fail-fast"]);
         command.args(["--", "--show-output", &format!("--test-threads={AT_ONCE}")]);
         match phase {
-            Phase::WithoutChart => command.arg(WITHOUT_CHART),
-            Phase::WithChart => command.args(["--skip", WITHOUT_CHART]),
+            Phase::WithoutChart => command.args(WITHOUT_CHART),
+            Phase::WithChart => {
+                command.args(WITHOUT_CHART.iter().flat_map(|test| ["--skip", test]))
+            }
         };
         command.current_dir(shell::root());
         command.env("LIBTORCH", crate::libtorch::directory()?);
@@ -88,6 +95,11 @@ impl Prepared {
         command.env("FINETUNE_TEST_CLUSTER", "1");
         command.env("FINETUNE_TEST_MODEL", &self.model);
         command.env("FINETUNE_TEST_TRAINER_IMAGE", images::TRAINER);
+        command.env("FINETUNE_TEST_PROBE_IMAGE", images::PROBE);
+        command.env("FINETUNE_TEST_VALUES", values_file());
+        command.env("FINETUNE_TEST_KUBECTL", self.cluster.kubectl_program());
+        command.env("FINETUNE_TEST_HELM", cluster::binaries::helm()?);
+        command.env("FINETUNE_TEST_PROMETHEUS", cluster::binaries::prometheus()?);
         command.envs(cluster::s3_environment());
         Ok(command)
     }
@@ -105,13 +117,11 @@ impl Prepared {
         label.arg("app.kubernetes.io/managed-by=Helm");
         shell::quietly(&mut label)?;
 
-        let values = shell::root().join("target/e2e-values.json");
-        std::fs::write(&values, chart_values()?.to_string())?;
         let mut helm = self.cluster.helm();
         helm.args(["upgrade", "--install", RELEASE]);
         helm.arg(shell::root().join("charts/finetune-operator"));
         helm.args(["--namespace", NAMESPACE, "--create-namespace", "--wait", "--timeout=2m"]);
-        helm.arg("--values").arg(values);
+        helm.arg("--values").arg(values_file());
         shell::quietly(&mut helm).context("the chart cannot be installed")
     }
 }
@@ -126,15 +136,18 @@ impl Drop for Prepared {
     }
 }
 
+/// What the chart is installed with here.
+fn values_file() -> PathBuf {
+    shell::root().join("target/e2e-values.json")
+}
+
 fn chart_values() -> Result<serde_json::Value> {
     let image = |name: &str| {
         let (repository, tag) = name.rsplit_once(':').context("an image has a tag")?;
         Ok::<_, anyhow::Error>(json!({"repository": repository, "tag": tag, "pullPolicy": "Never"}))
     };
-    let endpoint = cluster::s3_environment()
-        .into_iter()
-        .find_map(|(name, value)| (name == "AWS_ENDPOINT_URL").then_some(value))
-        .context("the S3 server has an endpoint")?;
+    // By name: every pod of a job asks CoreDNS for it.
+    let endpoint = cluster::s3_endpoint_of_pods();
     Ok(json!({
         "image": {"operator": image(images::OPERATOR)?, "trainer": image(images::TRAINER)?},
         "settings": {

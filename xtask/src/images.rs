@@ -22,6 +22,9 @@ use crate::{
 pub(crate) const OPERATOR: &str = "localhost/finetune-operator:dev";
 /// The trainer image's name.
 pub(crate) const TRAINER: &str = "localhost/finetune-trainer:dev";
+/// An image of a few of this machine's programs, for tests that look at a cluster from inside.
+pub(crate) const PROBE: &str = "localhost/finetune-probe:dev";
+const PROBE_PROGRAMS: [&str; 3] = ["bash", "getent", "sleep"];
 /// The largest operator image, compressed.
 const OPERATOR_BYTES_MAX: usize = 30_000_000;
 const USER: u32 = 65532;
@@ -59,6 +62,30 @@ pub(crate) fn write(binaries: &Binaries) -> Result<Archives> {
     Ok(Archives { operator, trainer })
 }
 
+/// Writes the image for tests: a shell, and what asks for names as every program does.
+pub(crate) fn write_probe() -> Result<PathBuf> {
+    let context = shell::root().join("target/images/probe");
+    let root = context.join("rootfs");
+    let _ = std::fs::remove_dir_all(&root);
+    for directory in ["bin/lib", "etc", "lib64", "tmp"] {
+        std::fs::create_dir_all(root.join(directory))?;
+    }
+    for name in PROBE_PROGRAMS {
+        let program = Path::new("/usr/bin").join(name);
+        std::fs::copy(&program, root.join("bin").join(name))
+            .with_context(|| format!("{} is needed", program.display()))?;
+        copy_libraries(&program, &root)?;
+    }
+    write_etc(&root)?;
+    let archive = context.with_extension("tar");
+    let config = json!({
+        "User": format!("{USER}:{USER}"),
+        "Env": ["PATH=/bin", "LD_LIBRARY_PATH=/bin/lib"],
+    });
+    oci::write(&Image { name: PROBE, root: &root, config, is_compressed: false }, &archive)?;
+    Ok(archive)
+}
+
 fn image(what: &str, name: &str, binary: &Path, is_compressed: bool) -> Result<(PathBuf, usize)> {
     let context = shell::root().join("target/images").join(what);
     let root = context.join("rootfs");
@@ -73,22 +100,12 @@ fn image(what: &str, name: &str, binary: &Path, is_compressed: bool) -> Result<(
     let file = binary.file_name().context("a binary has a name")?;
     let installed = root.join("bin").join(file);
     shell::run(Command::new("strip").arg("-o").arg(&installed).arg(binary))?;
-    // Beside the binary, where its search path begins; the loader where the binary names it.
     std::fs::create_dir_all(root.join("bin/lib"))?;
-    for library in closure(binary)? {
-        let name = library.file_name().context("a library has a name")?;
-        let is_loader = name.to_string_lossy().starts_with("ld-linux");
-        std::fs::copy(&library, root.join(if is_loader { "lib64" } else { "bin/lib" }).join(name))?;
-    }
+    copy_libraries(binary, &root)?;
     let certificates = CERTIFICATES.iter().find(|path| Path::new(path).exists());
     let certificates = certificates.context("this machine has no CA certificates to put in")?;
     std::fs::copy(certificates, root.join("etc/ssl/certs/ca-certificates.crt"))?;
-    std::fs::write(
-        root.join("etc/passwd"),
-        format!("finetune:x:{USER}:{USER}::/tmp:/bin/false\n"),
-    )?;
-    std::fs::write(root.join("etc/group"), format!("finetune:x:{USER}:\n"))?;
-    std::fs::write(root.join("etc/nsswitch.conf"), "hosts: files dns\n")?;
+    write_etc(&root)?;
 
     let archive = context.with_extension("tar");
     let config = json!({
@@ -98,6 +115,24 @@ fn image(what: &str, name: &str, binary: &Path, is_compressed: bool) -> Result<(
     });
     let size = oci::write(&Image { name, root: &root, config, is_compressed }, &archive)?;
     Ok((archive, size))
+}
+
+/// Copies libraries beside the binary, where its search path begins; the loader where the binary
+/// names it.
+fn copy_libraries(binary: &Path, root: &Path) -> Result<()> {
+    for library in closure(binary)? {
+        let name = library.file_name().context("a library has a name")?;
+        let is_loader = name.to_string_lossy().starts_with("ld-linux");
+        std::fs::copy(&library, root.join(if is_loader { "lib64" } else { "bin/lib" }).join(name))?;
+    }
+    Ok(())
+}
+
+fn write_etc(root: &Path) -> Result<()> {
+    let passwd = format!("finetune:x:{USER}:{USER}::/tmp:/bin/false\n");
+    std::fs::write(root.join("etc/passwd"), passwd)?;
+    std::fs::write(root.join("etc/group"), format!("finetune:x:{USER}:\n"))?;
+    Ok(std::fs::write(root.join("etc/nsswitch.conf"), "hosts: files dns\n")?)
 }
 
 /// Returns every library a binary loads, by asking the loader.

@@ -69,6 +69,28 @@ const HELM: Module = Module {
     replaced: None,
 };
 
+const COREDNS: Module = Module {
+    entry: "coredns-1.14.7",
+    path: "github.com/coredns/coredns",
+    version: "v1.14.7",
+    packages: &[""],
+    tags: "",
+    variables: &[],
+    replaced: None,
+};
+
+// Debian's has no service discovery of Kubernetes.
+const PROMETHEUS: Module = Module {
+    entry: "prometheus-3.5.0",
+    path: "github.com/prometheus/prometheus",
+    // Its third major version, under the number that Go's modules allow it.
+    version: "v0.305.0",
+    packages: &["cmd/prometheus"],
+    tags: "",
+    variables: &[],
+    replaced: None,
+};
+
 /// A Go module and what is built of it.
 struct Module {
     entry: &'static str,
@@ -88,11 +110,17 @@ pub(crate) fn helm() -> Result<PathBuf> {
     Ok(HELM.build()?.join("helm"))
 }
 
+/// Builds Prometheus if it is not in the cache.
+pub(crate) fn prometheus() -> Result<PathBuf> {
+    Ok(PROMETHEUS.build()?.join("prometheus"))
+}
+
 /// Directories of built programs.
 pub(crate) struct Binaries {
     kubernetes: PathBuf,
     etcd: PathBuf,
     containerd: PathBuf,
+    coredns: PathBuf,
     helm: PathBuf,
 }
 
@@ -104,6 +132,7 @@ impl Binaries {
             kubernetes: directory(&KUBERNETES),
             etcd: directory(&ETCD),
             containerd: directory(&CONTAINERD),
+            coredns: directory(&COREDNS),
             helm: directory(&HELM),
         }
     }
@@ -115,6 +144,7 @@ impl Binaries {
             kubernetes: KUBERNETES.build()?,
             etcd: ETCD.build()?,
             containerd: CONTAINERD.build()?,
+            coredns: COREDNS.build()?,
             helm: HELM.build()?,
         })
     }
@@ -133,6 +163,11 @@ impl Binaries {
     /// Returns the directory of containerd, its shim and its client.
     pub(crate) fn containerd(&self) -> &Path {
         &self.containerd
+    }
+
+    /// Returns the server of names.
+    pub(crate) fn coredns(&self) -> PathBuf {
+        self.coredns.join("coredns")
     }
 
     /// Returns helm.

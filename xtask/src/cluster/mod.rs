@@ -7,6 +7,7 @@ pub(crate) mod binaries;
 mod cgroups;
 mod control_plane;
 mod debian;
+mod dns;
 mod down;
 mod network;
 mod node;
@@ -151,7 +152,9 @@ fn start(mut cluster: Cluster, extent: Extent) -> Result<Cluster> {
     }
     control_plane::start(&cluster)?;
     if extent == Extent::Whole {
+        dns::start(&cluster)?;
         node::start(&cluster)?;
+        dns::wait(&cluster)?;
     }
     storage::wait(&cluster)?;
     println!(
@@ -170,6 +173,11 @@ pub(crate) fn down() -> Result<()> {
 /// Returns where a cluster's S3 server is, for clients in the namespace and in pods.
 pub(crate) fn s3_environment() -> [(&'static str, String); 6] {
     s3::environment(storage::ENDPOINT)
+}
+
+/// Returns the S3 server's address by name, which only pods resolve.
+pub(crate) fn s3_endpoint_of_pods() -> String {
+    dns::s3_endpoint()
 }
 
 /// Prints which programs run; the exit code tells whether all do that were started.
@@ -194,8 +202,11 @@ fn status() -> Result<ExitCode> {
 
 /// Returns the names of all components in the order of their start.
 fn names(extent: Extent) -> Vec<&'static str> {
-    let node: &[&str] = if extent == Extent::Whole { &node::NAMES } else { &[] };
-    [&[storage::NAME], &control_plane::NAMES[..], node].concat()
+    let control_plane = [&[storage::NAME], &control_plane::NAMES[..]].concat();
+    match extent {
+        Extent::ControlPlane => control_plane,
+        Extent::Whole => [&control_plane[..], &[dns::NAME], &node::NAMES].concat(),
+    }
 }
 
 impl Cluster {
@@ -253,9 +264,14 @@ impl Cluster {
         self.namespace.command(program)
     }
 
+    /// Returns the program kubectl.
+    pub(crate) fn kubectl_program(&self) -> PathBuf {
+        self.binaries.kubernetes("kubectl")
+    }
+
     /// Makes a kubectl command of the administrator.
     pub(crate) fn kubectl(&self) -> Command {
-        let mut command = self.inside(self.binaries.kubernetes("kubectl"));
+        let mut command = self.inside(self.kubectl_program());
         command.env("KUBECONFIG", self.kubeconfig());
         command
     }

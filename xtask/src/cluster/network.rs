@@ -27,7 +27,7 @@ pub(crate) const PODS: &str = "10.88.0.0/24";
 pub(crate) const SERVICES: &str = "10.96.0.0/16";
 /// The address of the apiserver's Service.
 pub(crate) const FIRST_SERVICE: &str = "10.96.0.1";
-/// The address of the Service of names, if there is one.
+/// The address of the Service of names.
 pub(crate) const NAME_SERVICE: &str = "10.96.0.10";
 /// The bridge that pods are plugged into.
 pub(crate) const BRIDGE: &str = "cni0";

@@ -10,8 +10,10 @@ use super::{Cluster, network};
 pub(crate) const NAME: &str = "s3";
 /// Where the server is.
 pub(crate) const ENDPOINT: &str = "http://10.88.0.1:8333";
+/// Its port.
+pub(crate) const PORT: u16 = 8333;
 /// S3, master, volume and filer; 10000 more of each are taken too, clear of Kubernetes' own.
-const PORTS: [u16; 4] = [8333, 9333, 8080, 8888];
+const PORTS: [u16; 4] = [PORT, 9333, 8080, 8888];
 
 /// Starts the server.
 pub(crate) fn start(cluster: &Cluster) -> Result<()> {

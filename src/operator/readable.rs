@@ -1,0 +1,84 @@
+//! FineTuneJobs that cannot be read: stored by another release's schema, or by hand. One of them
+//! must not keep the watch from the others.
+
+use kube::{
+    Resource,
+    core::{DeserializeGuard, error_boundary::InvalidObject},
+    runtime::watcher::Event,
+};
+use serde_json::json;
+use tracing::error;
+
+use crate::api::FineTuneJob;
+
+/// Passes on what can be read; what can no longer be read is as good as gone.
+pub fn readable(event: Event<DeserializeGuard<FineTuneJob>>) -> Option<Event<FineTuneJob>> {
+    Some(match event {
+        Event::Init => Event::Init,
+        Event::InitDone => Event::InitDone,
+        Event::InitApply(DeserializeGuard(Ok(job))) => Event::InitApply(job),
+        Event::InitApply(DeserializeGuard(Err(invalid))) => {
+            complain(&invalid);
+            return None;
+        }
+        Event::Apply(DeserializeGuard(Ok(job))) => Event::Apply(job),
+        Event::Apply(DeserializeGuard(Err(invalid))) => {
+            complain(&invalid);
+            Event::Delete(nameplate(invalid)?)
+        }
+        Event::Delete(DeserializeGuard(Ok(job))) => Event::Delete(job),
+        Event::Delete(DeserializeGuard(Err(invalid))) => Event::Delete(nameplate(invalid)?),
+    })
+}
+
+fn complain(invalid: &InvalidObject) {
+    let metadata = &invalid.metadata;
+    error!(
+        error = %invalid.error,
+        namespace = metadata.namespace.as_deref().unwrap_or_default(),
+        name = metadata.name.as_deref().unwrap_or_default(),
+        "a FineTuneJob cannot be read and is left alone: delete it, or write it again"
+    );
+}
+
+/// A job that says no more than which one it is.
+fn nameplate(invalid: InvalidObject) -> Option<FineTuneJob> {
+    let empty = json!({
+        "metadata": {}, "spec": {"model": {"uri": ""}, "dataset": {"train": ""}, "output": {"uri": ""}},
+    });
+    let mut job: FineTuneJob = serde_json::from_value(empty).ok()?;
+    *job.meta_mut() = invalid.metadata;
+    Some(job)
+}
+
+#[cfg(test)]
+mod tests {
+    use kube::{ResourceExt, core::DeserializeGuard, runtime::watcher::Event};
+    use serde_json::json;
+
+    use super::readable;
+    use crate::api::FineTuneJob;
+
+    fn job(rank: &serde_json::Value) -> DeserializeGuard<FineTuneJob> {
+        serde_json::from_value(json!({
+            "apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob",
+            "metadata": {"name": "a", "namespace": "team"},
+            "spec": {
+                "model": {"uri": "hf://a/b"}, "dataset": {"train": "s3://a/b.jsonl"},
+                "output": {"uri": "s3://a/out"}, "loraConfig": {"r": rank},
+            },
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn a_job_that_cannot_be_read_is_not_listed_and_goes_when_it_becomes_one() {
+        assert!(matches!(readable(Event::InitApply(job(&json!(8)))), Some(Event::InitApply(_))));
+        assert!(readable(Event::InitApply(job(&json!("8")))).is_none());
+        let Some(Event::Delete(gone)) = readable(Event::Apply(job(&json!("8")))) else {
+            panic!("it would be acted on as it was")
+        };
+        assert_eq!((gone.name_any(), gone.namespace()), ("a".to_owned(), Some("team".to_owned())));
+        assert!(matches!(readable(Event::Delete(job(&json!("8")))), Some(Event::Delete(_))));
+    }
+}
