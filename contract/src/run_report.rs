@@ -136,6 +136,8 @@ pub enum FailureReason {
     NotProven,
     /// A checkpoint belongs to other data or settings.
     CheckpointMismatch,
+    /// Another rank is gone, failed, or never came.
+    PeerLost,
     /// A defect of the trainer.
     Internal,
 }
@@ -151,6 +153,7 @@ impl FailureReason {
             Self::StoreUnavailable => ExitCode::StoreUnavailable,
             Self::PermissionDenied => ExitCode::PermissionDenied,
             Self::OutOfMemory => ExitCode::OutOfMemory,
+            Self::PeerLost => ExitCode::PeerLost,
             Self::DiskFull | Self::NotProven | Self::Internal => ExitCode::Internal,
         }
     }

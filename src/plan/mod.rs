@@ -16,7 +16,7 @@ pub mod sizing;
 
 use finetune_contract::{
     CONTRACT_VERSION, Dtype, ExpectedData, LrScheduler, MachineFacts, ModelFacts, OutputState,
-    PreflightReport, Problem, ProblemReason, Recompute, RunConfig, TrainingSettings,
+    Parallelism, PreflightReport, Problem, ProblemReason, Recompute, RunConfig, TrainingSettings,
 };
 use serde::Serialize;
 
@@ -252,6 +252,7 @@ pub fn plan(
         dataset: source,
         lora,
         training: settings,
+        parallelism: Parallelism::SINGLE,
         output,
         expected: ExpectedData {
             train_sha256: census.sha256.clone(),
