@@ -111,6 +111,8 @@ pub struct Ranks(Option<Rc<Joined>>);
 struct Joined {
     rank: u32,
     world_size: u32,
+    /// What the group is called in the store.
+    name: String,
     store: Store,
     group: RefCell<Option<Group>>,
     lifeline: Lifeline,
@@ -197,6 +199,7 @@ impl Ranks {
         Ok(Self(Some(Rc::new(Joined {
             rank,
             world_size,
+            name: name.to_owned(),
             store,
             group: RefCell::new(Some(group)),
             lifeline,
@@ -329,7 +332,8 @@ impl Ranks {
     /// [`Error`] if another rank is lost.
     pub fn wait_for_all(&self, place: &str) -> Result<(), Error> {
         let Some(joined) = &self.0 else { return Ok(()) };
-        let Joined { rank, store, world_size, lifeline, .. } = &**joined;
+        let Joined { rank, name, store, world_size, lifeline, .. } = &**joined;
+        let place = &format!("{name}/{place}");
         let lost = |reason: String| {
             let why = lifeline.verdict(joined.patience.grace).unwrap_or(reason);
             joined.broken(Error::Lost { rank: *rank, why })

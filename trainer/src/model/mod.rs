@@ -19,6 +19,7 @@ pub mod head;
 pub mod header;
 pub mod layout;
 pub mod linear;
+pub mod masters;
 pub mod names;
 pub mod network;
 pub mod norm;

@@ -267,10 +267,7 @@ impl Model {
         for (index, (block, block_kept)) in self.blocks.iter().zip(kept).enumerate().rev() {
             let Some(block_kept) = block_kept else { break };
             let wants_input_grad = index > lowest || self.embed_tokens.is_trained();
-            self.gather(
-                unit_of_block(index),
-                (index > lowest).then(|| unit_of_block(index - 1)),
-            );
+            self.gather(unit_of_block(index), (index > lowest).then(|| unit_of_block(index - 1)));
             self.begin_gradients();
             let below = block.backward(block_kept, &dx, &around, wants_input_grad);
             self.give_gradients(index);

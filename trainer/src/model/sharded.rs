@@ -15,7 +15,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::{
     layout::{Layout, OUTER},
-    params::{FlatParams, Param},
+    params::{FlatParams, Param, aligned},
 };
 use crate::dist::{Error, Pending, Ranks};
 
@@ -175,6 +175,38 @@ impl Sharded {
         let pending = self.ranks.start_all_gather(&whole, &self.part(flat, unit))?;
         self.ranks.wait(pending)?;
         Ok(whole)
+    }
+
+    /// Gathers one of the flat tensors piece by piece, in the order of an undivided one.
+    ///
+    /// # Errors
+    /// What `visit` gives, or an [`Error`] made into one if another rank is lost.
+    pub fn for_each_piece<E: From<Error>>(
+        &self,
+        flat: &Tensor,
+        mut visit: impl FnMut(&Tensor) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut gathered: Option<(usize, Tensor)> = None;
+        for name in self.layout.names() {
+            let Some(place) = self.layout.place(name) else { continue };
+            let whole = match gathered.take() {
+                Some((unit, whole)) if unit == place.unit => whole,
+                _ => self.whole(place.unit, flat)?,
+            };
+            // What fills a tensor up is zero in every flat tensor.
+            visit(&whole.narrow(0, place.offset as i64, aligned(place.length()) as i64))?;
+            gathered = Some((place.unit, whole));
+        }
+        Ok(())
+    }
+
+    /// Copies this rank's parts out of an undivided flat tensor.
+    pub fn keep_all(&self, undivided: &Tensor, flat: &Tensor) {
+        for name in self.layout.names() {
+            let Some(place) = self.layout.place(name) else { continue };
+            let value = undivided.narrow(0, place.undivided as i64, place.length() as i64);
+            self.keep(name, &value, flat);
+        }
     }
 
     fn part(&self, flat: &Tensor, unit: usize) -> Tensor {
