@@ -44,6 +44,9 @@ pub struct RunConfig {
     pub expected: ExpectedData,
     /// The plan's prediction of a rank's peak memory, in bytes; reported beside the measured peak.
     pub predicted_peak_bytes: u64,
+    /// The plan's prediction of what a rank sends in one step, in bytes; absent for one rank.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub predicted_sent_bytes: Option<u64>,
 }
 
 impl RunConfig {

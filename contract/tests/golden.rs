@@ -37,6 +37,7 @@ fn every_document_is_read_and_written_as_it_was() {
     check::<RunConfig>(include_str!("golden/run_config_ranks.json"));
     check::<Progress>(include_str!("golden/progress.json"));
     check::<RunReport>(include_str!("golden/run_report_succeeded.json"));
+    check::<RunReport>(include_str!("golden/run_report_succeeded_ranks.json"));
     check::<RunReport>(include_str!("golden/run_report_failed.json"));
     check::<RunReport>(include_str!("golden/run_report_interrupted.json"));
     check::<Manifest>(include_str!("golden/manifest.json"));

@@ -16,7 +16,8 @@ pub mod sizing;
 
 use finetune_contract::{
     CONTRACT_VERSION, Dtype, ExpectedData, LrScheduler, MachineFacts, ModelFacts, OutputState,
-    Parallelism, PreflightReport, Problem, ProblemReason, Recompute, RunConfig, TrainingSettings,
+    Parallelism, PreflightReport, Problem, ProblemReason, Recompute, RunConfig, Strategy,
+    TrainingSettings,
 };
 use serde::Serialize;
 
@@ -103,6 +104,14 @@ impl Place<'_> {
         matches!(self, Self::On(accelerator) if accelerator.is_device())
     }
 
+    /// Says how ranks share the place.
+    fn sharing(self, ranks: u32) -> String {
+        match self {
+            Self::Here(_) => format!("as asked; each has a {ranks}th of this machine"),
+            Self::On(accelerator) => format!("each on one {}", accelerator.name),
+        }
+    }
+
     fn name(self) -> String {
         match self {
             Self::Here(_) => "here".to_owned(),
@@ -148,12 +157,26 @@ fn invalid(location: &str, message: impl Into<String>) -> Problem {
     }
 }
 
-/// Plans a run.
+/// Plans a run of one rank.
+///
+/// # Errors
+/// As [`plan_over`].
+pub fn plan(
+    job: &FineTuneJob,
+    report: &PreflightReport,
+    place: Place<'_>,
+) -> Result<RunPlan, Vec<Problem>> {
+    plan_over(1, job, report, place)
+}
+
+/// Plans a run of `ranks` ranks: on [`Place::Here`] they share the machine, elsewhere each has a
+/// place of its own.
 ///
 /// # Errors
 /// Every reason why it cannot run: the preflight's problems, and what the plan itself finds.
 #[expect(clippy::too_many_lines, reason = "one straight list of decisions")]
-pub fn plan(
+pub fn plan_over(
+    ranks: u32,
     job: &FineTuneJob,
     report: &PreflightReport,
     place: Place<'_>,
@@ -194,7 +217,11 @@ pub fn plan(
     check_patience(&training, source.validation.is_some(), &mut problems);
     let Some(data) = data else { return Err(problems) };
     let limit = machine.as_ref().map(|machine| machine.memory_bytes);
-    let usable = limit.map_or(u64::MAX, |limit| place.usable(limit, model));
+    let sharing = if matches!(place, Place::Here(_)) { u64::from(ranks) } else { 1 };
+    let usable = limit.map_or(u64::MAX, |limit| place.usable(limit, model) / sharing);
+    if ranks > 1 {
+        decisions.add("ranks", ranks, place.sharing(ranks));
+    }
     let load = Load {
         trained,
         is_full: lora.is_none(),
@@ -203,6 +230,8 @@ pub fn plan(
         micro_batch: 1,
         context: u64::from(data.context),
         is_device: place.is_device(),
+        ranks: u64::from(ranks),
+        strategy: Strategy::None,
     };
     let batch = batch::decide(
         &training,
@@ -222,7 +251,7 @@ pub fn plan(
         return Err(problems);
     }
 
-    let global = load.micro_batch * u64::from(batch.accumulation);
+    let global = load.ranks * load.micro_batch * u64::from(batch.accumulation);
     let total_steps = total_steps(&training, data.sequences, global, &mut decisions);
     let settings = training_settings(
         &training,
@@ -252,7 +281,7 @@ pub fn plan(
         dataset: source,
         lora,
         training: settings,
-        parallelism: Parallelism::SINGLE,
+        parallelism: Parallelism { world_size: ranks, strategy: load.strategy },
         output,
         expected: ExpectedData {
             train_sha256: census.sha256.clone(),
@@ -260,10 +289,13 @@ pub fn plan(
             sequences: data.sequences,
         },
         predicted_peak_bytes: memory.total(),
+        predicted_sent_bytes: (ranks > 1)
+            .then(|| sizing::sent_bytes(model, &load, u64::from(batch.accumulation))),
     };
     let tokens = total_steps as f64 * global as f64 * data.positions_per_sequence;
     Ok(RunPlan {
-        seconds: seconds(machine.as_ref(), place.efficiency(), model, &load, tokens),
+        seconds: seconds(machine.as_ref(), place.efficiency(), model, &load, tokens)
+            .map(|seconds| seconds * sharing as f64 / f64::from(ranks)),
         accelerators: match place {
             Place::Here(kinds) => {
                 kinds.iter().map(|kind| accelerators::offer(kind, model, &load, tokens)).collect()
@@ -553,7 +585,7 @@ fn recompute(set: Option<Recomputation>) -> Option<Recompute> {
 mod tests {
     use finetune_contract::ModelFacts;
 
-    use super::{Place, accelerators::Accelerator, fixture, plan, render};
+    use super::{Place, accelerators::Accelerator, fixture, plan, plan_over, render};
     use crate::manifest;
 
     const GB: u64 = 1_000_000_000;
@@ -706,6 +738,51 @@ Time  about 19.8 h here, at 50 % of its matrix speed
 Elsewhere (assuming 35 % of the stated speed; several ranks are not runnable yet)
   Test 80GB                    23.93 GB  fits, about 2 min, costs 0.08
     "#);
+    }
+
+    fn check_ranks(ranks: u32, memory_bytes: u64, lines: &str) -> String {
+        let text = format!("{}{lines}", include_str!("../../examples/minimal.yaml"));
+        let job = manifest::parse(&text).unwrap();
+        let report = fixture::report(fixture::smollm2(), memory_bytes);
+        match plan_over(ranks, &job, &report, Place::Here(&[])) {
+            Ok(plan) => render::text(&plan)
+                .lines()
+                .filter(|line| {
+                    let told = ["ranks", "strategy", "recompute", "trainBatch", "gradientAcc"];
+                    let told = told.iter().any(|field| line.trim_start().starts_with(field));
+                    told || ["trained state", "gathered", "peak", "sent"]
+                        .iter()
+                        .any(|term| line.contains(term))
+                })
+                .collect::<Vec<_>>()
+                .join("\n"),
+            Err(problems) => problems.iter().map(ToString::to_string).collect(),
+        }
+    }
+
+    #[test]
+    fn ranks_hold_everything_while_it_fits_each() {
+        insta::assert_snapshot!(check_ranks(2, 8 * GB, "  loraConfig: {}\n"), @"");
+    }
+
+    #[test]
+    fn ranks_divide_what_does_not_fit_each() {
+        insta::assert_snapshot!(check_ranks(2, 6 * GB, ""), @"");
+    }
+
+    #[test]
+    fn says_when_no_division_fits() {
+        insta::assert_snapshot!(check_ranks(4, 4 * GB, ""), @"");
+    }
+
+    #[test]
+    fn a_step_has_the_same_sequences_over_any_power_of_two_of_ranks() {
+        let job = manifest::parse(include_str!("../../examples/minimal.yaml")).unwrap();
+        let report = fixture::report(fixture::smollm2(), 64 * GB);
+        for ranks in [1, 2, 4, 8, 16] {
+            let plan = plan_over(ranks, &job, &report, Place::Here(&[])).unwrap();
+            assert_eq!(plan.run_config.global_batch_size(), 16, "{ranks} ranks");
+        }
     }
 
     #[test]

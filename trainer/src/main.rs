@@ -239,6 +239,8 @@ fn report(config: &RunConfig, teller: &Teller<'_>, outcome: Outcome) -> RunRepor
         duration_seconds: teller.elapsed_seconds(),
         predicted_peak_bytes: config.predicted_peak_bytes,
         measured_peak_bytes: teller.peak_memory(),
+        predicted_sent_bytes: config.predicted_sent_bytes,
+        measured_sent_bytes: config.predicted_sent_bytes.and(teller.sent_bytes()),
     }
 }
 

@@ -125,6 +125,7 @@ impl Training<'_> {
         let settings = &self.config.training;
         let step = self.state.step;
         let (mut loss, mut targets, mut tokens) = (0.0, 0, 0);
+        let sent_before = self.model.ranks().sent_bytes();
         optimizer::zero_gradient(self.model.trained());
         let ranks = self.model.ranks().clone();
         for round in 0..u64::from(settings.gradient_accumulation_steps) {
@@ -168,6 +169,7 @@ impl Training<'_> {
             grad_norm,
             tokens,
             seconds: started.elapsed().as_secs_f64(),
+            sent_bytes: ranks.sent_bytes() - sent_before,
         })
     }
 

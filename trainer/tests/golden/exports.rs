@@ -133,6 +133,7 @@ impl<'a> Case<'a> {
                     sequences: self.golden.facts.rows.len() as u64,
                 },
                 predicted_peak_bytes: 0,
+                predicted_sent_bytes: None,
             },
         );
         output
