@@ -364,6 +364,15 @@ mod tests {
     }
 
     #[test]
+    fn silence_is_noticed() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut silent = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        writeln!(silent, "rank 1").unwrap();
+        let host = Lifeline::host(&listener, 2, PATIENCE).unwrap();
+        insta::assert_snapshot!(hear(&host).unwrap(), @"rank 1 gave no sign of life for 3 s: its machine or network is down, or it was stopped");
+    }
+
+    #[test]
     fn who_does_not_end_is_ended() {
         let (host, callers) = join(2);
         let (tell, told) = std::sync::mpsc::channel();

@@ -1,6 +1,6 @@
 //! The mathematics does not depend on how many ranks there are.
 
-use std::path::Path;
+use std::{path::Path, time::Duration};
 
 use finetune_contract::Recompute;
 use finetune_trainer::{
@@ -77,15 +77,19 @@ fn join(rank: u32, world_size: u32, port: u16) -> Ranks {
     if world_size == 1 {
         return Ranks::alone();
     }
-    let place = Place {
+    let place = place(rank, world_size, port);
+    let on_lost = Box::new(|why: &str| eprintln!("{why}"));
+    Ranks::join(&place, "test", Device::Cpu, Patience::default(), on_lost).unwrap()
+}
+
+fn place(rank: u32, world_size: u32, port: u16) -> Place {
+    Place {
         rank,
         world_size,
         master_address: "127.0.0.1".to_owned(),
         master_port: port,
         interface: None,
-    };
-    let on_lost = Box::new(|why: &str| eprintln!("{why}"));
-    Ranks::join(&place, "test", Device::Cpu, Patience::default(), on_lost).unwrap()
+    }
 }
 
 fn run(
@@ -211,6 +215,26 @@ fn nor_do_modules_trained_whole_beside_adapters() {
         attachment
     };
     check(lora, Recompute::None);
+}
+
+#[test]
+fn who_does_not_come_is_named() {
+    let port = free_port();
+    let patience = Patience { rendezvous: Duration::from_secs(3), ..Patience::default() };
+    let joined = std::thread::scope(|scope| {
+        let coming = [0, 2].map(|rank| {
+            scope.spawn(move || {
+                let place = place(rank, 4, port);
+                let on_lost = Box::new(|_: &str| {});
+                Ranks::join(&place, "test", Device::Cpu, patience, on_lost).map(drop)
+            })
+        });
+        coming.map(|rank| rank.join().unwrap())
+    });
+    let said = joined[0].as_ref().unwrap_err().to_string();
+    let said = said.replace(&port.to_string(), "PORT");
+    insta::assert_snapshot!(said, @"ranks 1, 3 of 4 did not come to 127.0.0.1:PORT within 3 s: see why in their log");
+    assert!(joined[1].is_err());
 }
 
 /// The formulas of `src/plan/sizing.rs`, written out for the fixture.
