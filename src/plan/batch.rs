@@ -102,9 +102,9 @@ pub(super) fn decide(
 
 /// Decides what ranks divide beside the sequences: nothing while all of it fits each of them.
 ///
-/// Sharding sends up to half as much again and waits for it at every block; computing blocks again
-/// costs a third of the time, whatever the network. So the order is: neither, sharding, computing
-/// again, both.
+/// Sharding sends for every micro-batch what whole ranks send for a step, and waits for it at every
+/// block; computing blocks again costs a third of the time, whatever the network. So the order is:
+/// neither, sharding, computing again, both.
 fn strategy(
     training: &Training,
     model: &ModelFacts,

@@ -107,7 +107,7 @@ impl Place<'_> {
     /// Says how ranks share the place.
     fn sharing(self, ranks: u32) -> String {
         match self {
-            Self::Here(_) => format!("as asked; each has a {ranks}th of this machine"),
+            Self::Here(_) => format!("as asked; each has 1/{ranks} of this machine"),
             Self::On(accelerator) => format!("each on one {}", accelerator.name),
         }
     }
@@ -245,7 +245,7 @@ pub fn plan_over(
     let load = batch.load;
     let memory = sizing::memory(model, &load);
     if let Some(limit) = limit.filter(|_| memory.total() > usable) {
-        problems.push(too_little_memory(&memory, &load, limit, usable, &place.name()));
+        problems.push(too_little_memory(&memory, &load, limit, usable, place));
     }
     if !problems.is_empty() {
         return Err(problems);
@@ -500,14 +500,23 @@ fn too_little_memory(
     load: &Load,
     limit: u64,
     usable: u64,
-    place: &str,
+    place: Place<'_>,
 ) -> Problem {
+    let who = if load.ranks > 1 {
+        format!("each of {} ranks needs", load.ranks)
+    } else {
+        "the run needs".to_owned()
+    };
+    let where_ = place.name();
     let mut advice = Vec::new();
     if load.micro_batch > 1 {
         advice.push("lower training.trainBatchSizePerDevice".to_owned());
     }
     if load.recompute == Recompute::None {
         advice.push("set training.recompute: block".to_owned());
+    }
+    if load.ranks > 1 && matches!(place, Place::Here(_)) {
+        advice.push("use fewer ranks, which share this machine's memory".to_owned());
     }
     if load.is_full {
         advice.push("set loraConfig: {}".to_owned());
@@ -517,7 +526,7 @@ fn too_little_memory(
     invalid(
         "memory",
         format!(
-            "the run needs {}, but only {} of the {} {place} may be used, {} too little: {}",
+            "{who} {}, but only {} of the {} {where_} may be used, {} too little: {}",
             render::bytes(memory.total()),
             render::bytes(usable),
             render::bytes(limit),
@@ -762,17 +771,38 @@ Elsewhere (assuming 35 % of the stated speed; several ranks are not runnable yet
 
     #[test]
     fn ranks_hold_everything_while_it_fits_each() {
-        insta::assert_snapshot!(check_ranks(2, 8 * GB, "  loraConfig: {}\n"), @"");
+        insta::assert_snapshot!(check_ranks(2, 8 * GB, "  loraConfig: {}\n"), @r"
+  ranks                      2               as asked; each has 1/2 of this machine
+  strategy                   ddp             each rank holds everything, which fits, and sends only gradients
+  recompute                  none            fits the memory, and computes nothing twice
+  trainBatchSizePerDevice    8               as many as fit the memory, at most 8
+  gradientAccumulationSteps  1               16 sequences a step over 2 ranks
+  trained state                   44 MB
+  peak of each rank             1.06 GB  of 8.00 GB here
+  sent in a step                  10 MB  by each rank
+    ");
     }
 
     #[test]
     fn ranks_divide_what_does_not_fit_each() {
-        insta::assert_snapshot!(check_ranks(2, 6 * GB, ""), @"");
+        insta::assert_snapshot!(check_ranks(2, 5 * GB, ""), @r"
+  ranks                      2               as asked; each has 1/2 of this machine
+  strategy                   zero3           divides weights, gradients and moments, which do not fit each rank
+  recompute                  none            fits the memory, and computes nothing twice
+  trainBatchSizePerDevice    4               as many as fit the memory, at most 8
+  gradientAccumulationSteps  2               16 sequences a step over 2 ranks
+  strategy                   ddp             2.69 GB do not fit 2.25 GB
+  trainBatchSizePerDevice    8               2.54 GB do not fit 2.25 GB
+  trained state                 1.21 GB
+  gathered units                 311 MB
+  peak of each rank             2.17 GB  of 5.00 GB here
+  sent in a step                 913 MB  by each rank
+    ");
     }
 
     #[test]
     fn says_when_no_division_fits() {
-        insta::assert_snapshot!(check_ranks(4, 4 * GB, ""), @"");
+        insta::assert_snapshot!(check_ranks(4, 4 * GB, ""), @"memory: each of 4 ranks needs 1.10 GB, but only 900 MB of the 4.00 GB here may be used, 204 MB too little: use fewer ranks, which share this machine's memory, or set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory");
     }
 
     #[test]

@@ -253,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn sharding_divides_the_state_and_sends_half_as_much_again() {
+    fn sharding_divides_the_state_and_sends_for_each_micro_batch() {
         let model = fixture::smollm2();
         let whole = load(model.parameters, true, Recompute::None);
         let over = |ranks, strategy| Load { ranks, strategy, ..whole };
@@ -265,6 +265,8 @@ mod tests {
         // bytes a parameter, less what need not be gathered again.
         let ratio = sent_bytes(&model, &zero3, 1) as f64 / sent_bytes(&model, &ddp, 1) as f64;
         assert!((0.85..1.0).contains(&ratio), "{ratio}");
+        let ratio = sent_bytes(&model, &zero3, 2) as f64 / sent_bytes(&model, &zero3, 1) as f64;
+        assert!((1.6..2.0).contains(&ratio), "{ratio}");
     }
 
     proptest! {

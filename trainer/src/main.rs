@@ -124,7 +124,7 @@ fn dispatch(command: &Command) -> Result<ExitCode, Failure> {
         Command::Generate(arguments) => {
             generate::run(arguments, &environment).map(|()| ExitCode::Success)
         }
-        Command::Bench(arguments) => bench::run(arguments).map(|figures| {
+        Command::Bench(arguments) => bench::run(arguments, &environment).map(|figures| {
             print_line(&figures);
             ExitCode::Success
         }),
