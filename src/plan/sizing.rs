@@ -246,6 +246,14 @@ mod tests {
             // Measured with glibc's allocator, not since.
             (366e6, load(2_442_240, false, Recompute::Block)),
             (3290e6, load(model.parameters, true, Recompute::None)),
+            (
+                2205e6,
+                Load {
+                    ranks: 2,
+                    strategy: Strategy::Zero3,
+                    ..load(model.parameters, true, Recompute::None)
+                },
+            ),
         ] {
             let predicted = memory(&model, &load).total() as f64;
             assert!((predicted / measured - 1.0).abs() < 0.1, "{predicted} for {measured}");
@@ -265,6 +273,10 @@ mod tests {
         // bytes a parameter, less what need not be gathered again.
         let ratio = sent_bytes(&model, &zero3, 1) as f64 / sent_bytes(&model, &ddp, 1) as f64;
         assert!((0.85..1.0).contains(&ratio), "{ratio}");
+        // Measured over two ranks, less the 16 bytes of two numbers.
+        let two = |strategy| Load { ranks: 2, strategy, ..whole };
+        assert_eq!(sent_bytes(&model, &two(Strategy::Zero3), 1), 502_667_728 - 16);
+        assert_eq!(sent_bytes(&model, &two(Strategy::Ddp), 1), 538_060_040 - 8);
         let ratio = sent_bytes(&model, &zero3, 2) as f64 / sent_bytes(&model, &zero3, 1) as f64;
         assert!((1.6..2.0).contains(&ratio), "{ratio}");
     }
