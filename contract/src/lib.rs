@@ -2,7 +2,9 @@
 //!
 //! Pure data. This crate knows neither Kubernetes nor libtorch, does no I/O and reads no clock;
 //! both sides depend on it and on nothing of each other. Each document that crosses the waist
-//! starts with `version`; a reader refuses a version it does not know ([`parse`]).
+//! starts with `version`; a reader refuses a version it does not know ([`parse`]). Within a version a
+//! field may be added that is absent where it says nothing new: what was written before is still
+//! read and written as it was, and a reader that does not know the field refuses it by name.
 //!
 //! In reading order: [`uri`] and [`settings`] are the words shared by the documents;
 //! [`PreflightConfig`] goes out and [`PreflightReport`] comes back; then [`RunConfig`] goes out,
@@ -13,6 +15,7 @@
 pub mod artifact;
 mod document;
 mod exit_code;
+pub mod parallelism;
 mod preflight_config;
 mod preflight_report;
 mod progress;
@@ -26,6 +29,7 @@ pub use document::{
     CONTRACT_VERSION, Document, ParseDocumentError, TERMINATION_MESSAGE_LIMIT, parse, render,
 };
 pub use exit_code::ExitCode;
+pub use parallelism::{Parallelism, Strategy};
 pub use preflight_config::PreflightConfig;
 pub use preflight_report::{
     DatasetCensus, LengthPoint, MachineFacts, ModelFacts, ModuleShape, OutputState,

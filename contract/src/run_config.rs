@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     document::Document,
+    parallelism::Parallelism,
     settings::{
         DatasetSource, Dtype, LoraSettings, LrScheduler, ModelSource, OutputTarget, Recompute,
         RunId,
@@ -32,14 +33,30 @@ pub struct RunConfig {
     pub lora: Option<LoraSettings>,
     /// How to train.
     pub training: TrainingSettings,
+    /// Over how many processes; absent for one.
+    #[serde(default, skip_serializing_if = "Parallelism::is_single")]
+    pub parallelism: Parallelism,
     /// Where the result goes.
     pub output: OutputTarget,
     /// The prefix of this run's checkpoints.
     pub checkpoints_uri: String,
     /// What the preflight saw; training on anything else is refused.
     pub expected: ExpectedData,
-    /// The plan's prediction of peak memory, in bytes; reported beside the measured peak.
+    /// The plan's prediction of a rank's peak memory, in bytes; reported beside the measured peak.
     pub predicted_peak_bytes: u64,
+    /// The plan's prediction of what a rank sends in one step, in bytes; absent for one rank.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub predicted_sent_bytes: Option<u64>,
+}
+
+impl RunConfig {
+    /// Returns the sequences of one optimizer step, over all ranks.
+    pub fn global_batch_size(&self) -> u64 {
+        let TrainingSettings { micro_batch_size, gradient_accumulation_steps, .. } = self.training;
+        u64::from(self.parallelism.world_size)
+            * u64::from(micro_batch_size)
+            * u64::from(gradient_accumulation_steps)
+    }
 }
 
 impl Document for RunConfig {
@@ -64,9 +81,9 @@ pub struct TrainingSettings {
     pub weight_decay: f64,
     /// The gradient's 2-norm is scaled down to this; 0 means never.
     pub max_grad_norm: f64,
-    /// Sequences of one micro-batch.
+    /// Sequences of one micro-batch of one rank.
     pub micro_batch_size: u32,
-    /// Micro-batches of one optimizer step.
+    /// Micro-batches of one optimizer step on each rank.
     pub gradient_accumulation_steps: u32,
     /// Whether rows share sequences.
     pub packing: bool,

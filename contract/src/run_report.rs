@@ -46,6 +46,12 @@ pub struct RunReport {
     pub predicted_peak_bytes: u64,
     /// The largest anonymous memory of the process, in bytes.
     pub measured_peak_bytes: u64,
+    /// The plan's prediction of what this rank sends in one step, in bytes; absent for one rank.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub predicted_sent_bytes: Option<u64>,
+    /// What it sent in its last step, in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub measured_sent_bytes: Option<u64>,
 }
 
 impl Document for RunReport {
@@ -136,6 +142,8 @@ pub enum FailureReason {
     NotProven,
     /// A checkpoint belongs to other data or settings.
     CheckpointMismatch,
+    /// Another rank is gone, failed, or never came.
+    PeerLost,
     /// A defect of the trainer.
     Internal,
 }
@@ -151,6 +159,7 @@ impl FailureReason {
             Self::StoreUnavailable => ExitCode::StoreUnavailable,
             Self::PermissionDenied => ExitCode::PermissionDenied,
             Self::OutOfMemory => ExitCode::OutOfMemory,
+            Self::PeerLost => ExitCode::PeerLost,
             Self::DiskFull | Self::NotProven | Self::Internal => ExitCode::Internal,
         }
     }

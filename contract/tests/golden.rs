@@ -1,6 +1,7 @@
 //! One document of each kind, as it crosses between releases: read, written, and refused.
 //!
-//! A change of these files is a change of the contract: it needs another version.
+//! A change of these files is a change of the contract: it needs another version. A field that is
+//! absent where it says nothing new is no change; a file of its own shows it (`…_ranks.json`).
 #![allow(missing_docs, clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use finetune_contract::{
@@ -33,8 +34,10 @@ fn every_document_is_read_and_written_as_it_was() {
     check::<PreflightConfig>(include_str!("golden/preflight_config.json"));
     check::<PreflightReport>(include_str!("golden/preflight_report.json"));
     check::<RunConfig>(include_str!("golden/run_config.json"));
+    check::<RunConfig>(include_str!("golden/run_config_ranks.json"));
     check::<Progress>(include_str!("golden/progress.json"));
     check::<RunReport>(include_str!("golden/run_report_succeeded.json"));
+    check::<RunReport>(include_str!("golden/run_report_succeeded_ranks.json"));
     check::<RunReport>(include_str!("golden/run_report_failed.json"));
     check::<RunReport>(include_str!("golden/run_report_interrupted.json"));
     check::<Manifest>(include_str!("golden/manifest.json"));

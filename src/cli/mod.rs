@@ -4,6 +4,7 @@
 mod display;
 mod failure;
 mod operator;
+mod ranks;
 mod run;
 mod trainer;
 
@@ -36,6 +37,8 @@ enum Command {
     Plan {
         #[command(flatten)]
         job: Job,
+        #[command(flatten)]
+        ranks: Ranks,
         /// Accelerators to size the run for: a YAML list of name, memoryGiB, bf16Tflops,
         /// fp32Tflops, hasBf16, pricePerHour
         #[arg(long, value_name = "FILE")]
@@ -48,6 +51,8 @@ enum Command {
     Run {
         #[command(flatten)]
         job: Job,
+        #[command(flatten)]
+        ranks: Ranks,
     },
     /// Read a published result again and prove it
     #[command(disable_help_flag = true)]
@@ -81,6 +86,13 @@ struct Job {
 }
 
 #[derive(Debug, Args)]
+struct Ranks {
+    /// Trainers that share this machine and train one model together
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    ranks: u32,
+}
+
+#[derive(Debug, Args)]
 struct PassedOn {
     /// What the trainer is told; --help lists it
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENTS")]
@@ -109,10 +121,10 @@ pub fn main() -> Status {
 fn carry_out(arguments: Arguments) -> Result<(), Failure> {
     let Arguments { trainer, command } = arguments;
     match command {
-        Command::Plan { job, accelerators, output } => {
+        Command::Plan { job, ranks, accelerators, output } => {
             let accelerators = run::read_accelerators(accelerators.as_deref())?;
             let prepared = run::prepare(&job.file, job.work_dir, trainer)?;
-            let (_, plan) = run::plan(&prepared, &accelerators)?;
+            let (_, plan) = run::plan(&prepared, ranks.ranks, &accelerators)?;
             let text = match output {
                 Output::Text => render::text(&plan),
                 Output::Json => {
@@ -123,7 +135,9 @@ fn carry_out(arguments: Arguments) -> Result<(), Failure> {
             display::result(&text);
             Ok(())
         }
-        Command::Run { job } => run::run(&run::prepare(&job.file, job.work_dir, trainer)?),
+        Command::Run { job, ranks } => {
+            run::run(&run::prepare(&job.file, job.work_dir, trainer)?, ranks.ranks)
+        }
         Command::Verify(passed) => trainer::pass_on(trainer, "verify", &passed.arguments),
         Command::Generate(passed) => trainer::pass_on(trainer, "generate", &passed.arguments),
         Command::Import(passed) => trainer::pass_on(trainer, "import", &passed.arguments),

@@ -13,6 +13,7 @@ use finetune_contract::{
 use super::{
     display,
     failure::Failure,
+    ranks,
     trainer::{self, Trainer},
 };
 use crate::{
@@ -84,6 +85,7 @@ pub(super) fn read_accelerators(file: Option<&Path>) -> Result<Vec<Accelerator>,
 /// Runs the preflight and decides.
 pub(super) fn plan(
     prepared: &Prepared,
+    ranks: u32,
     accelerators: &[Accelerator],
 ) -> Result<(PreflightReport, RunPlan), Failure> {
     let Prepared { job, trainer } = prepared;
@@ -93,23 +95,28 @@ pub(super) fn plan(
     };
     let report: PreflightReport =
         finetune_contract::parse(&text).map_err(|error| unreadable(&error))?;
-    let plan = plan::plan(job, &report, Place::Here(accelerators)).map_err(|problems| {
-        let hidden = report.problems_total.saturating_sub(report.problems.len() as u64);
-        Failure::problems("the run cannot start:", &problems, problems.len() as u64 + hidden)
-    })?;
+    let plan =
+        plan::plan_over(ranks, job, &report, Place::Here(accelerators)).map_err(|problems| {
+            let hidden = report.problems_total.saturating_sub(report.problems.len() as u64);
+            Failure::problems("the run cannot start:", &problems, problems.len() as u64 + hidden)
+        })?;
     Ok((report, plan))
 }
 
-/// Carries a job out and says how it ended.
-pub(super) fn run(prepared: &Prepared) -> Result<(), Failure> {
-    let (report, plan) = plan(prepared, &[])?;
+/// Carries a job out, over so many ranks, and says how it ended.
+pub(super) fn run(prepared: &Prepared, ranks: u32) -> Result<(), Failure> {
+    let (report, plan) = plan(prepared, ranks, &[])?;
     let uri = &plan.run_config.output.uri;
     if report.output == Some(OutputState::PublishedByThisRun) {
         display::result(&format!("{uri} already holds this run's result; nothing to do\n"));
         return Ok(());
     }
     display::note(&render::text(&plan));
-    let (ended, text) = prepared.trainer.run("train", &plan.run_config)?;
+    let (ended, text) = if ranks > 1 {
+        ranks::train(&prepared.trainer, &plan.run_config)?
+    } else {
+        prepared.trainer.run("train", &plan.run_config)?
+    };
     let Some(text) = text else {
         return Err(without_report("train", &ended));
     };
@@ -165,6 +172,11 @@ fn summary(report: &RunReport) -> String {
             render::bytes(report.predicted_peak_bytes)
         ),
     );
+    if let (Some(sent), Some(predicted)) = (report.measured_sent_bytes, report.predicted_sent_bytes)
+    {
+        let (sent, predicted) = (render::bytes(sent), render::bytes(predicted));
+        line("network", format!("{sent} sent in a step by rank 0, {predicted} predicted"));
+    }
     lines.concat()
 }
 

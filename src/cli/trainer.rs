@@ -18,7 +18,7 @@ use signal_hook::{
 use super::{display::ProgressDisplay, failure::Failure};
 
 /// How often a waiting command looks at the child and at its own signals.
-const POLL: Duration = Duration::from_millis(50);
+pub(super) const POLL: Duration = Duration::from_millis(50);
 
 /// The trainer's program and the directory its documents go to.
 pub(super) struct Trainer {
@@ -71,7 +71,7 @@ pub(super) fn pass_on(
 
 /// Lets threads of libtorch sleep while they wait for each other. Spinning costs nothing on an idle
 /// machine, but on a shared or throttled one it takes the very time the other threads need.
-const PATIENCE: [(&str, &str); 1] = [("OMP_WAIT_POLICY", "PASSIVE")];
+pub(super) const PATIENCE: [(&str, &str); 1] = [("OMP_WAIT_POLICY", "PASSIVE")];
 
 impl Trainer {
     /// Runs one step with `config`; returns how it ended and the text of its report, if it left one.
@@ -80,27 +80,11 @@ impl Trainer {
         subcommand: &str,
         config: &D,
     ) -> Result<(Ended, Option<String>), Failure> {
-        let config_path = self.work_dir.join(format!("{subcommand}-config.json"));
-        let report_path = self.work_dir.join(format!("{subcommand}-report.json"));
-        std::fs::write(&config_path, finetune_contract::render(config))
-            .map_err(|error| cannot_write(&config_path, &error))?;
-        if let Err(error) = std::fs::remove_file(&report_path)
-            && error.kind() != std::io::ErrorKind::NotFound
-        {
-            return Err(cannot_write(&report_path, &error));
-        }
+        let documents = Documents::prepare(&self.work_dir, subcommand, config)?;
         // Listening replaces the default action, so that the child can save a checkpoint first.
         let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(Failure::internal)?;
-        let mut child = Command::new(&self.program)
-            .arg(subcommand)
-            .arg("--config")
-            .arg(&config_path)
-            .arg("--report")
-            .arg(&report_path)
-            .arg("--work-dir")
-            .arg(&self.work_dir)
-            .envs(PATIENCE)
-            .stdin(Stdio::null())
+        let mut child = self
+            .command(subcommand, &documents, &self.work_dir)
             .stdout(Stdio::piped())
             .spawn()
             .map_err(|error| cannot_start(&self.program, &error))?;
@@ -110,12 +94,64 @@ impl Trainer {
             let _ = reader.join();
         }
         let ended = Ended { code: status.code(), was_interrupted };
-        Ok((ended, std::fs::read_to_string(&report_path).ok()))
+        Ok((ended, documents.report()))
+    }
+
+    /// Makes the command of a trainer that works in `work_dir`.
+    pub(super) fn command(
+        &self,
+        subcommand: &str,
+        documents: &Documents,
+        work_dir: &Path,
+    ) -> Command {
+        let mut command = Command::new(&self.program);
+        command
+            .arg(subcommand)
+            .arg("--config")
+            .arg(&documents.config_path)
+            .arg("--report")
+            .arg(&documents.report_path)
+            .arg("--work-dir")
+            .arg(work_dir)
+            .envs(PATIENCE)
+            .stdin(Stdio::null());
+        command
+    }
+}
+
+/// The two files by which a trainer is told and answers.
+pub(super) struct Documents {
+    config_path: PathBuf,
+    report_path: PathBuf,
+}
+
+impl Documents {
+    /// Writes what to do, and removes an earlier answer.
+    pub(super) fn prepare<D: Document>(
+        directory: &Path,
+        subcommand: &str,
+        config: &D,
+    ) -> Result<Self, Failure> {
+        let config_path = directory.join(format!("{subcommand}-config.json"));
+        let report_path = directory.join(format!("{subcommand}-report.json"));
+        std::fs::write(&config_path, finetune_contract::render(config))
+            .map_err(|error| cannot_write(&config_path, &error))?;
+        if let Err(error) = std::fs::remove_file(&report_path)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            return Err(cannot_write(&report_path, &error));
+        }
+        Ok(Self { config_path, report_path })
+    }
+
+    /// Returns the answer's text, if there is one.
+    pub(super) fn report(&self) -> Option<String> {
+        std::fs::read_to_string(&self.report_path).ok()
     }
 }
 
 /// Shows the progress lines of a child until it closes its standard output.
-fn follow(stdout: impl std::io::Read) {
+pub(super) fn follow(stdout: impl std::io::Read) {
     let mut display = ProgressDisplay::new();
     for line in BufReader::new(stdout).lines().map_while(Result::ok) {
         match finetune_contract::parse::<Progress>(&line) {
@@ -151,11 +187,11 @@ fn wait(child: &mut Child, signals: &mut Signals) -> Result<(ExitStatus, bool), 
     }
 }
 
-fn cannot_start(program: &Path, error: &std::io::Error) -> Failure {
+pub(super) fn cannot_start(program: &Path, error: &std::io::Error) -> Failure {
     Failure::configuration(format!("cannot start the trainer {}: {error}", program.display()))
 }
 
-fn cannot_write(path: &Path, error: &std::io::Error) -> Failure {
+pub(super) fn cannot_write(path: &Path, error: &std::io::Error) -> Failure {
     Failure::new(
         ExitCode::BadConfiguration,
         format!(

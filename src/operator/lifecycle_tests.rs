@@ -138,6 +138,8 @@ impl World {
             duration_seconds: 1.0,
             predicted_peak_bytes: 2,
             measured_peak_bytes: 1,
+            predicted_sent_bytes: None,
+            measured_sent_bytes: None,
         })
     }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use finetune_contract::{Dtype, MachineFacts, ModelFacts};
+use finetune_contract::{Dtype, MachineFacts, ModelFacts, Strategy};
 use serde::{Deserialize, Serialize};
 
 use super::sizing::{self, Load, Memory};
@@ -112,7 +112,7 @@ pub fn offer(accelerator: &Accelerator, model: &ModelFacts, load: &Load, tokens:
     } else {
         (Dtype::Fp32, accelerator.fp32_tflops)
     };
-    let load = Load { dtype, is_device: true, ..*load };
+    let load = Load { dtype, is_device: true, ranks: 1, strategy: Strategy::None, ..*load };
     let memory: Memory = sizing::memory(model, &load);
     let needed = memory.total();
     let available = sizing::usable(accelerator.memory_bytes());

@@ -16,7 +16,8 @@ pub mod sizing;
 
 use finetune_contract::{
     CONTRACT_VERSION, Dtype, ExpectedData, LrScheduler, MachineFacts, ModelFacts, OutputState,
-    PreflightReport, Problem, ProblemReason, Recompute, RunConfig, TrainingSettings,
+    Parallelism, PreflightReport, Problem, ProblemReason, Recompute, RunConfig, Strategy,
+    TrainingSettings,
 };
 use serde::Serialize;
 
@@ -103,6 +104,14 @@ impl Place<'_> {
         matches!(self, Self::On(accelerator) if accelerator.is_device())
     }
 
+    /// Says how ranks share the place.
+    fn sharing(self, ranks: u32) -> String {
+        match self {
+            Self::Here(_) => format!("as asked; each has 1/{ranks} of this machine"),
+            Self::On(accelerator) => format!("each on one {}", accelerator.name),
+        }
+    }
+
     fn name(self) -> String {
         match self {
             Self::Here(_) => "here".to_owned(),
@@ -148,12 +157,26 @@ fn invalid(location: &str, message: impl Into<String>) -> Problem {
     }
 }
 
-/// Plans a run.
+/// Plans a run of one rank.
+///
+/// # Errors
+/// As [`plan_over`].
+pub fn plan(
+    job: &FineTuneJob,
+    report: &PreflightReport,
+    place: Place<'_>,
+) -> Result<RunPlan, Vec<Problem>> {
+    plan_over(1, job, report, place)
+}
+
+/// Plans a run of `ranks` ranks: on [`Place::Here`] they share the machine, elsewhere each has a
+/// place of its own.
 ///
 /// # Errors
 /// Every reason why it cannot run: the preflight's problems, and what the plan itself finds.
 #[expect(clippy::too_many_lines, reason = "one straight list of decisions")]
-pub fn plan(
+pub fn plan_over(
+    ranks: u32,
     job: &FineTuneJob,
     report: &PreflightReport,
     place: Place<'_>,
@@ -194,7 +217,11 @@ pub fn plan(
     check_patience(&training, source.validation.is_some(), &mut problems);
     let Some(data) = data else { return Err(problems) };
     let limit = machine.as_ref().map(|machine| machine.memory_bytes);
-    let usable = limit.map_or(u64::MAX, |limit| place.usable(limit, model));
+    let sharing = if matches!(place, Place::Here(_)) { u64::from(ranks) } else { 1 };
+    let usable = limit.map_or(u64::MAX, |limit| place.usable(limit, model) / sharing);
+    if ranks > 1 {
+        decisions.add("ranks", ranks, place.sharing(ranks));
+    }
     let load = Load {
         trained,
         is_full: lora.is_none(),
@@ -203,6 +230,8 @@ pub fn plan(
         micro_batch: 1,
         context: u64::from(data.context),
         is_device: place.is_device(),
+        ranks: u64::from(ranks),
+        strategy: Strategy::None,
     };
     let batch = batch::decide(
         &training,
@@ -216,13 +245,13 @@ pub fn plan(
     let load = batch.load;
     let memory = sizing::memory(model, &load);
     if let Some(limit) = limit.filter(|_| memory.total() > usable) {
-        problems.push(too_little_memory(&memory, &load, limit, usable, &place.name()));
+        problems.push(too_little_memory(&memory, &load, limit, usable, place));
     }
     if !problems.is_empty() {
         return Err(problems);
     }
 
-    let global = load.micro_batch * u64::from(batch.accumulation);
+    let global = load.ranks * load.micro_batch * u64::from(batch.accumulation);
     let total_steps = total_steps(&training, data.sequences, global, &mut decisions);
     let settings = training_settings(
         &training,
@@ -252,6 +281,7 @@ pub fn plan(
         dataset: source,
         lora,
         training: settings,
+        parallelism: Parallelism { world_size: ranks, strategy: load.strategy },
         output,
         expected: ExpectedData {
             train_sha256: census.sha256.clone(),
@@ -259,10 +289,13 @@ pub fn plan(
             sequences: data.sequences,
         },
         predicted_peak_bytes: memory.total(),
+        predicted_sent_bytes: (ranks > 1)
+            .then(|| sizing::sent_bytes(model, &load, u64::from(batch.accumulation))),
     };
     let tokens = total_steps as f64 * global as f64 * data.positions_per_sequence;
     Ok(RunPlan {
-        seconds: seconds(machine.as_ref(), place.efficiency(), model, &load, tokens),
+        seconds: seconds(machine.as_ref(), place.efficiency(), model, &load, tokens)
+            .map(|seconds| seconds * sharing as f64 / f64::from(ranks)),
         accelerators: match place {
             Place::Here(kinds) => {
                 kinds.iter().map(|kind| accelerators::offer(kind, model, &load, tokens)).collect()
@@ -467,14 +500,23 @@ fn too_little_memory(
     load: &Load,
     limit: u64,
     usable: u64,
-    place: &str,
+    place: Place<'_>,
 ) -> Problem {
+    let who = if load.ranks > 1 {
+        format!("each of {} ranks needs", load.ranks)
+    } else {
+        "the run needs".to_owned()
+    };
+    let where_ = place.name();
     let mut advice = Vec::new();
     if load.micro_batch > 1 {
         advice.push("lower training.trainBatchSizePerDevice".to_owned());
     }
     if load.recompute == Recompute::None {
         advice.push("set training.recompute: block".to_owned());
+    }
+    if load.ranks > 1 && matches!(place, Place::Here(_)) {
+        advice.push("use fewer ranks, which share this machine's memory".to_owned());
     }
     if load.is_full {
         advice.push("set loraConfig: {}".to_owned());
@@ -484,7 +526,7 @@ fn too_little_memory(
     invalid(
         "memory",
         format!(
-            "the run needs {}, but only {} of the {} {place} may be used, {} too little: {}",
+            "{who} {}, but only {} of the {} {where_} may be used, {} too little: {}",
             render::bytes(memory.total()),
             render::bytes(usable),
             render::bytes(limit),
@@ -552,7 +594,7 @@ fn recompute(set: Option<Recomputation>) -> Option<Recompute> {
 mod tests {
     use finetune_contract::ModelFacts;
 
-    use super::{Place, accelerators::Accelerator, fixture, plan, render};
+    use super::{Place, accelerators::Accelerator, fixture, plan, plan_over, render};
     use crate::manifest;
 
     const GB: u64 = 1_000_000_000;
@@ -705,6 +747,72 @@ Time  about 19.8 h here, at 50 % of its matrix speed
 Elsewhere (assuming 35 % of the stated speed; several ranks are not runnable yet)
   Test 80GB                    23.93 GB  fits, about 2 min, costs 0.08
     "#);
+    }
+
+    fn check_ranks(ranks: u32, memory_bytes: u64, lines: &str) -> String {
+        let text = format!("{}{lines}", include_str!("../../examples/minimal.yaml"));
+        let job = manifest::parse(&text).unwrap();
+        let report = fixture::report(fixture::smollm2(), memory_bytes);
+        match plan_over(ranks, &job, &report, Place::Here(&[])) {
+            Ok(plan) => render::text(&plan)
+                .lines()
+                .filter(|line| {
+                    let told = ["ranks", "strategy", "recompute", "trainBatch", "gradientAcc"];
+                    let told = told.iter().any(|field| line.trim_start().starts_with(field));
+                    told || ["trained state", "gathered", "peak", "sent"]
+                        .iter()
+                        .any(|term| line.contains(term))
+                })
+                .collect::<Vec<_>>()
+                .join("\n"),
+            Err(problems) => problems.iter().map(ToString::to_string).collect(),
+        }
+    }
+
+    #[test]
+    fn ranks_hold_everything_while_it_fits_each() {
+        insta::assert_snapshot!(check_ranks(2, 8 * GB, "  loraConfig: {}\n"), @r"
+  ranks                      2               as asked; each has 1/2 of this machine
+  strategy                   ddp             each rank holds everything, which fits, and sends only gradients
+  recompute                  none            fits the memory, and computes nothing twice
+  trainBatchSizePerDevice    8               as many as fit the memory, at most 8
+  gradientAccumulationSteps  1               16 sequences a step over 2 ranks
+  trained state                   44 MB
+  peak of each rank             1.06 GB  of 8.00 GB here
+  sent in a step                  10 MB  by each rank
+    ");
+    }
+
+    #[test]
+    fn ranks_divide_what_does_not_fit_each() {
+        insta::assert_snapshot!(check_ranks(2, 5 * GB, ""), @r"
+  ranks                      2               as asked; each has 1/2 of this machine
+  strategy                   zero3           divides weights, gradients and moments, which do not fit each rank
+  recompute                  none            fits the memory, and computes nothing twice
+  trainBatchSizePerDevice    4               as many as fit the memory, at most 8
+  gradientAccumulationSteps  2               16 sequences a step over 2 ranks
+  strategy                   ddp             2.69 GB do not fit 2.25 GB
+  trainBatchSizePerDevice    8               2.54 GB do not fit 2.25 GB
+  trained state                 1.21 GB
+  gathered units                 311 MB
+  peak of each rank             2.17 GB  of 5.00 GB here
+  sent in a step                 913 MB  by each rank
+    ");
+    }
+
+    #[test]
+    fn says_when_no_division_fits() {
+        insta::assert_snapshot!(check_ranks(4, 4 * GB, ""), @"memory: each of 4 ranks needs 1.10 GB, but only 900 MB of the 4.00 GB here may be used, 204 MB too little: use fewer ranks, which share this machine's memory, or set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory");
+    }
+
+    #[test]
+    fn a_step_has_the_same_sequences_over_any_power_of_two_of_ranks() {
+        let job = manifest::parse(include_str!("../../examples/minimal.yaml")).unwrap();
+        let report = fixture::report(fixture::smollm2(), 64 * GB);
+        for ranks in [1, 2, 4, 8, 16] {
+            let plan = plan_over(ranks, &job, &report, Place::Here(&[])).unwrap();
+            assert_eq!(plan.run_config.global_batch_size(), 16, "{ranks} ranks");
+        }
     }
 
     #[test]

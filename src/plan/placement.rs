@@ -5,7 +5,7 @@ use finetune_contract::{PreflightReport, Problem, ProblemReason};
 use super::{
     Place, RunPlan,
     accelerators::{Accelerator, ranks},
-    invalid, plan, render, sizing,
+    invalid, plan, plan_over, render, sizing,
 };
 use crate::api::FineTuneJob;
 
@@ -153,6 +153,28 @@ fn several_ranks(
         })
 }
 
+/// The most ranks a run is planned over: more than share a model of this trainer's kind sensibly.
+const MOST_RANKS: u32 = 64;
+
+/// Plans `job` over the fewest pods of a processor that hold it, for the first accelerator of that
+/// kind on which some number does; the pod's size is that of each.
+///
+/// What a run needs that [`place`] finds no place for.
+pub fn over_ranks(
+    job: &FineTuneJob,
+    report: &PreflightReport,
+    accelerators: &[Accelerator],
+) -> Option<Placement> {
+    accelerators.iter().filter(|accelerator| !accelerator.is_device()).find_map(|accelerator| {
+        let mut numbers = std::iter::successors(Some(2), |ranks| Some(ranks * 2));
+        numbers.by_ref().take_while(|ranks| *ranks <= MOST_RANKS).find_map(|ranks| {
+            let plan = plan_over(ranks, job, report, Place::On(accelerator)).ok()?;
+            let pod = pod_size(&plan, accelerator, report);
+            Some(Placement { plan, accelerator: accelerator.name.clone(), pod })
+        })
+    })
+}
+
 /// Returns the memory of a pod without a device whose tensors take `tensors`. The mapped weights
 /// count, though they can be given back: without them they would be read again at every step.
 fn pod_bytes(tensors: u64, mapped_weights: u64) -> u64 {
@@ -221,9 +243,9 @@ pub fn describe(pod: &PodSize) -> String {
 
 #[cfg(test)]
 mod tests {
-    use finetune_contract::ModelFacts;
+    use finetune_contract::{ModelFacts, Strategy};
 
-    use super::{Unplaced, describe, place};
+    use super::{Unplaced, describe, over_ranks, place};
     use crate::{
         api::FineTuneJob,
         manifest,
@@ -274,6 +296,32 @@ mod tests {
     #[test]
     fn says_how_many_devices_a_large_run_needs() {
         insta::assert_snapshot!(check(fixture::llama_8b(), ""), @"the run needs 2 A100-80GB, but the trainer of this release computes on the processor of one pod only: set loraConfig: {} or lower training.contextLength, or have an administrator raise memoryGiB of a CPU accelerator");
+    }
+
+    #[test]
+    fn divides_over_the_fewest_pods_that_hold_it() {
+        let report = fixture::report(fixture::smollm2(), 1_000_000_000);
+        let mut accelerators = accelerators();
+        accelerators[0].memory_gi_b = 2.5;
+        let full = job("  training: {contextLength: 256}\n");
+        assert!(place(&full, &report, &accelerators[..1]).is_err());
+        let placement = over_ranks(&full, &report, &accelerators).unwrap();
+        let said: Vec<String> = placement
+            .plan
+            .decisions
+            .iter()
+            .chain(&placement.plan.rejected)
+            .filter(|decision| ["ranks", "strategy"].contains(&decision.field))
+            .map(|decision| format!("{} {}: {}", decision.field, decision.value, decision.reason))
+            .collect();
+        insta::assert_snapshot!(said.join("\n"), @r"
+        ranks 2: each on one cpu
+        strategy zero3: divides weights, gradients and moments, which do not fit each rank
+        strategy ddp: 2.61 GB do not fit 1.77 GB
+        ");
+        let asked = placement.plan.run_config.parallelism;
+        assert_eq!((asked.world_size, asked.strategy), (2, Strategy::Zero3));
+        assert!(placement.pod.memory_bytes <= accelerators[0].memory_bytes());
     }
 
     #[test]

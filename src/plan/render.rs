@@ -26,13 +26,17 @@ pub fn text(plan: &RunPlan) -> String {
     let place = &plan.place;
     let limit =
         plan.memory_limit.map(|limit| format!("  of {} {place}", bytes(limit))).unwrap_or_default();
-    line(format!("  {:<27}{:>10}{limit}", "peak", bytes(plan.memory.total())));
+    let each = if plan.run_config.parallelism.world_size > 1 { " of each rank" } else { "" };
+    line(format!("  {:<27}{:>10}{limit}", format!("peak{each}"), bytes(plan.memory.total())));
     if plan.memory.mapped_weights > 0 {
         line(format!(
             "  {:<27}{:>10}  read in place, given back under pressure",
             "weights, mapped",
             bytes(plan.memory.mapped_weights)
         ));
+    }
+    if let Some(sent) = plan.run_config.predicted_sent_bytes {
+        line(format!("\nNetwork\n  {:<27}{:>10}  by each rank", "sent in a step", bytes(sent)));
     }
     if let Some(seconds) = plan.seconds {
         line(format!(

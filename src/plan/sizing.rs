@@ -5,7 +5,7 @@
 //! follow what the trainer's hand-written backward pass keeps; the constants below are the only
 //! numbers that are not derived from a shape.
 
-use finetune_contract::{Dtype, ModelFacts, Recompute};
+use finetune_contract::{Dtype, ModelFacts, Recompute, Strategy};
 use serde::Serialize;
 
 /// fp32 weight, gradient and the two moments of AdamW, per trained parameter.
@@ -53,6 +53,21 @@ pub struct Load {
     pub context: u64,
     /// Whether it runs on a device, to which frozen weights are copied: there is nothing to map.
     pub is_device: bool,
+    /// Processes that train together.
+    pub ranks: u64,
+    /// What is divided over them.
+    pub strategy: Strategy,
+}
+
+/// Modules outside the blocks; with `zero3` they are gathered together.
+const OUTER: [&str; 3] = ["embed_tokens", "norm", "lm_head"];
+
+/// Returns the parameters outside the blocks, and of one block.
+fn units(model: &ModelFacts) -> [u64; 2] {
+    let outer = model.modules.iter().filter(|module| OUTER.contains(&module.name.as_str()));
+    let outer = outer.map(finetune_contract::ModuleShape::parameters).sum();
+    let blocks = u64::from(model.num_hidden_layers).max(1);
+    [outer, model.parameters.saturating_sub(outer) / blocks]
 }
 
 /// Memory of a run by term, in bytes.
@@ -63,8 +78,10 @@ pub struct Memory {
     pub mapped_weights: u64,
     /// Base weights converted to the compute type.
     pub weights: u64,
-    /// Trained parameters: masters, gradients, moments, and the compute copy.
+    /// Trained parameters: masters, gradients, moments, and the compute copy; of a rank, its part.
     pub trained_state: u64,
+    /// Units gathered whole while they are used, and their gradients.
+    pub gathered: u64,
     /// What the forward pass keeps for the backward pass.
     pub activations: u64,
     /// Logits of one chunk and their gradient.
@@ -82,19 +99,21 @@ impl Memory {
             mapped_weights: _,
             weights,
             trained_state,
+            gathered,
             activations,
             head,
             temporaries,
             runtime,
         } = self;
-        weights + trained_state + activations + head + temporaries + runtime
+        weights + trained_state + gathered + activations + head + temporaries + runtime
     }
 
     /// Returns the terms with their names, in the order shown.
-    pub fn terms(&self) -> [(&'static str, u64); 6] {
+    pub fn terms(&self) -> [(&'static str, u64); 7] {
         [
             ("weights, converted", self.weights),
             ("trained state", self.trained_state),
+            ("gathered units", self.gathered),
             ("activations", self.activations),
             ("output head", self.head),
             ("temporaries", self.temporaries),
@@ -103,9 +122,9 @@ impl Memory {
     }
 }
 
-/// Predicts the memory of a run on `model`.
+/// Predicts the memory of a run on `model`, of each rank.
 pub fn memory(model: &ModelFacts, load: &Load) -> Memory {
-    let Load { trained, is_full, dtype, recompute, micro_batch, context, is_device } = *load;
+    let Load { trained, is_full, dtype, recompute, micro_batch, context, is_device, .. } = *load;
     let [d, h, k, e, f, v, layers] = [
         model.hidden_size,
         model.num_attention_heads,
@@ -128,19 +147,53 @@ pub fn memory(model: &ModelFacts, load: &Load) -> Memory {
         Recompute::None => t * layers * kept,
         Recompute::Block => t * layers * s * d + t * kept,
     };
+    let is_sharded = load.strategy == Strategy::Zero3;
+    let part = |bytes: u64| if is_sharded { bytes.div_ceil(load.ranks) } else { bytes };
+    // Room for the outer unit and two blocks; in full also for the gradients of the outer one and of
+    // one block, and for what the other ranks send of the larger.
+    let [outer, block] = units(model);
+    let gathered =
+        s * (outer + 2 * block) + if is_full { 4 * (outer + block + outer.max(block)) } else { 0 };
+    let state = trained * (STATE_BYTES + if dtype == Dtype::Bf16 { s } else { 0 });
     Memory {
-        mapped_weights: if is_device { 0 } else { model.weight_bytes },
-        weights: if is_full || (on_disk_is_compute && !is_device) {
+        mapped_weights: if is_device || is_sharded { 0 } else { model.weight_bytes },
+        weights: if is_full || (on_disk_is_compute && !is_device && !is_sharded) {
             0
         } else {
-            model.parameters * s
+            part(model.parameters * s)
         },
-        trained_state: trained * (STATE_BYTES + if dtype == Dtype::Bf16 { s } else { 0 }),
+        trained_state: if is_full { part(state) } else { state },
+        gathered: if is_sharded { gathered } else { 0 },
         activations,
         head: HEAD_ROWS.min(t) * v * (s + 4 + s),
         temporaries: t * s * (4 * f + 6 * d),
         runtime: RUNTIME_BYTES,
     }
+}
+
+/// Predicts the bytes a rank sends in one optimizer step of `accumulation` micro-batches.
+///
+/// # Source
+/// A ring all-reduce sends `2 n (W − 1) / W` of `n` bytes, an all-gather and a reduce-scatter half of
+/// that. With `zero3` a block is gathered forward and backward, but not the two last used, which are
+/// still there; the outer unit is gathered once a step, for its values change only then.
+pub fn sent_bytes(model: &ModelFacts, load: &Load, accumulation: u64) -> u64 {
+    let share = |bytes: u64| bytes * (load.ranks - 1) / load.ranks;
+    let summed = 2 * share(4 * load.trained);
+    if load.strategy != Strategy::Zero3 {
+        return summed;
+    }
+    let [outer, block] = units(model);
+    let (s, layers) = (load.dtype.bytes(), u64::from(model.num_hidden_layers));
+    let passes = 2 * accumulation * layers.saturating_sub(2);
+    if !load.is_full {
+        return summed + share(s * block) * passes;
+    }
+    let gathers = passes + layers.min(2);
+    share(s * outer)
+        + share(s * block) * gathers
+        + share(4 * outer)
+        + share(4 * block) * layers * accumulation
 }
 
 /// Returns the floating-point operations of one trained position.
@@ -156,10 +209,10 @@ pub fn flops_per_token(model: &ModelFacts, load: &Load) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use finetune_contract::{Dtype, Recompute};
+    use finetune_contract::{Dtype, Recompute, Strategy};
     use proptest::prelude::{prop_assert, proptest};
 
-    use super::{Load, memory};
+    use super::{Load, memory, sent_bytes};
     use crate::plan::fixture;
 
     fn load(trained: u64, is_full: bool, recompute: Recompute) -> Load {
@@ -171,6 +224,8 @@ mod tests {
             micro_batch: 4,
             context: 256,
             is_device: false,
+            ranks: 1,
+            strategy: Strategy::None,
         }
     }
 
@@ -191,10 +246,39 @@ mod tests {
             // Measured with glibc's allocator, not since.
             (366e6, load(2_442_240, false, Recompute::Block)),
             (3290e6, load(model.parameters, true, Recompute::None)),
+            (
+                2205e6,
+                Load {
+                    ranks: 2,
+                    strategy: Strategy::Zero3,
+                    ..load(model.parameters, true, Recompute::None)
+                },
+            ),
         ] {
             let predicted = memory(&model, &load).total() as f64;
             assert!((predicted / measured - 1.0).abs() < 0.1, "{predicted} for {measured}");
         }
+    }
+
+    #[test]
+    fn sharding_divides_the_state_and_sends_for_each_micro_batch() {
+        let model = fixture::smollm2();
+        let whole = load(model.parameters, true, Recompute::None);
+        let over = |ranks, strategy| Load { ranks, strategy, ..whole };
+        let (ddp, zero3) = (over(4, Strategy::Ddp), over(4, Strategy::Zero3));
+        assert_eq!(memory(&model, &ddp), memory(&model, &whole));
+        let state = |load| memory(&model, load).trained_state;
+        assert_eq!(state(&zero3), state(&whole) / 4);
+        // bf16 weights gathered twice and fp32 gradients once, over fp32 gradients twice: 8 to 8
+        // bytes a parameter, less what need not be gathered again.
+        let ratio = sent_bytes(&model, &zero3, 1) as f64 / sent_bytes(&model, &ddp, 1) as f64;
+        assert!((0.85..1.0).contains(&ratio), "{ratio}");
+        // Measured over two ranks, less the 16 bytes of two numbers.
+        let two = |strategy| Load { ranks: 2, strategy, ..whole };
+        assert_eq!(sent_bytes(&model, &two(Strategy::Zero3), 1), 502_667_728 - 16);
+        assert_eq!(sent_bytes(&model, &two(Strategy::Ddp), 1), 538_060_040 - 8);
+        let ratio = sent_bytes(&model, &zero3, 2) as f64 / sent_bytes(&model, &zero3, 1) as f64;
+        assert!((1.6..2.0).contains(&ratio), "{ratio}");
     }
 
     proptest! {

@@ -103,9 +103,20 @@ impl Bench {
 
     /// Starts `finetune run` on a job, as the leader of a process group.
     pub(crate) fn start(&self, job: &Value) -> Started {
-        let mut command = self.run_command(job);
+        self.start_with(&mut self.run_command(job), job)
+    }
+
+    /// Starts a command that runs a job, as the leader of a process group.
+    pub(crate) fn start_with(&self, command: &mut Command, job: &Value) -> Started {
         let child = command.process_group(0).stdout(Stdio::piped()).stderr(Stdio::piped());
         Started { child: child.spawn().unwrap(), history: self.work_dir(job).join("metrics.jsonl") }
+    }
+
+    /// Returns `finetune run --ranks` on a job.
+    pub(crate) fn ranks_command(&self, job: &Value, ranks: u32) -> Command {
+        let mut command = self.run_command(job);
+        command.args(["--ranks", &ranks.to_string()]);
+        command
     }
 
     fn run_command(&self, job: &Value) -> Command {
@@ -175,7 +186,7 @@ impl Bench {
 }
 
 impl Ran {
-    fn of(output: &Output) -> Self {
+    pub(crate) fn of(output: &Output) -> Self {
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         Self {
             code: output.status.code().unwrap_or(-1),
@@ -215,6 +226,11 @@ impl Started {
         let text = fs::read_to_string(&self.history).ok()?;
         // The last line may be half written.
         text.lines().rev().find_map(|line| parse::<Progress>(line).ok()).map(|last| last.step)
+    }
+
+    /// Waits until it ends by itself.
+    pub(crate) fn end(self) -> Ran {
+        Ran::of(&self.child.wait_with_output().unwrap())
     }
 
     /// Sends a signal to command and trainer, as a terminal does.

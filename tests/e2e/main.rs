@@ -15,6 +15,7 @@ mod bench;
 mod kills;
 mod model;
 mod objects;
+mod ranks;
 mod real_model;
 mod refusals;
 mod runs;

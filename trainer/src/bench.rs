@@ -6,19 +6,27 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
-use finetune_contract::{Dtype, FailureReason, LoraSettings, Recompute, TargetModules};
+use finetune_contract::{
+    Dtype, ExitCode, FailureReason, LoraSettings, Parallelism, Recompute, Strategy, TargetModules,
+};
 use serde::{Deserialize, Serialize};
 use tch::Device;
+use tracing::error;
 
 use crate::{
     clock,
     data::{Batch, Tokenizer},
+    dist::{
+        self, Ranks,
+        place::{Patience, Place},
+    },
     failure::Failure,
     memory::PeakMemory,
-    model::{Model, attach::Attachment, dropout::Dropout, read_config},
+    model::{Division, Model, attach::Attachment, dropout::Dropout, read_config},
     optimizer::{self, AdamW},
     profile,
     seed::Counter,
+    store::Environment,
 };
 
 /// What to measure.
@@ -69,6 +77,12 @@ pub struct Arguments {
     /// Learning rate, constant.
     #[arg(long, default_value_t = 1e-4)]
     learning_rate: f64,
+    /// Ranks that train together, each on rows of its own; torch's variables say which this is.
+    #[arg(long, default_value_t = 1)]
+    ranks: u32,
+    /// Divide weights and state over the ranks.
+    #[arg(long)]
+    zero3: bool,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -91,6 +105,7 @@ struct Figures {
     losses: Vec<f64>,
     peak_anonymous_bytes: u64,
     seconds_to_first_step: f64,
+    sent_bytes_per_step: u64,
     /// Seconds a step and calls a step, by operator; an operator may contain others.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     profile: Vec<(&'static str, f64, f64)>,
@@ -100,7 +115,8 @@ struct Figures {
 ///
 /// # Errors
 /// A [`Failure`] if the model or the rows cannot be used.
-pub fn run(arguments: &Arguments) -> Result<String, Failure> {
+pub fn run(arguments: &Arguments, environment: &Environment) -> Result<String, Failure> {
+    let ranks = join(arguments, environment)?;
     let started = clock::now();
     let memory = PeakMemory::watch();
     let invalid = |message: String| Failure::new(FailureReason::InvalidConfiguration, message);
@@ -127,7 +143,16 @@ pub fn run(arguments: &Arguments) -> Result<String, Failure> {
     };
     let recompute = if arguments.recompute { Recompute::Block } else { Recompute::None };
     let seed = Counter::from_seed(0);
-    let mut model = Model::load(&arguments.model, config, attachment, dtype, Device::Cpu, seed)?;
+    let division = Division { ranks: ranks.clone(), is_sharded: arguments.zero3 };
+    let mut model = Model::load_divided(
+        &arguments.model,
+        config,
+        attachment,
+        dtype,
+        Device::Cpu,
+        seed,
+        division,
+    )?;
     let mut adamw = AdamW::new(model.trained(), 0.0);
     let mut figures = Figures {
         step_seconds: Vec::new(),
@@ -135,23 +160,35 @@ pub fn run(arguments: &Arguments) -> Result<String, Failure> {
         losses: Vec::new(),
         peak_anonymous_bytes: 0,
         seconds_to_first_step: 0.0,
+        sent_bytes_per_step: 0,
         profile: Vec::new(),
     };
     for step in 0..arguments.warmup + arguments.steps {
         let chosen: Vec<&Row> = (0..arguments.batch)
-            .map(|index| &rows[(step * arguments.batch + index) % rows.len()])
+            .map(|index| {
+                let batch = step * arguments.ranks as usize + ranks.rank() as usize;
+                &rows[(batch * arguments.batch + index) % rows.len()]
+            })
             .collect();
         let batch = flat(&chosen);
         if step == arguments.warmup && arguments.profile {
             profile::start();
         }
-        let step_started = clock::now();
+        let (step_started, sent) = (clock::now(), ranks.sent_bytes());
         let dropout = Dropout::new(arguments.dropout, seed.fold(step as u64));
         optimizer::zero_gradient(model.trained());
         let loss = model.accumulate_gradients(&batch, recompute, dropout.as_ref());
-        optimizer::normalize_and_clip(model.trained(), batch.labels.len() as u64, 1.0);
+        model.reduce_gradients()?;
+        let [all_targets] = ranks.sum([batch.labels.len() as f64])?;
+        if model.sharded_training().is_some() {
+            let params = model.trained();
+            optimizer::normalize_and_clip_part(params, all_targets as u64, 1.0, &ranks)?;
+        } else {
+            optimizer::normalize_and_clip(model.trained(), all_targets as u64, 1.0);
+        }
         adamw.step(model.trained_mut(), arguments.learning_rate, step as u64 + 1);
         figures.losses.push(loss / batch.labels.len() as f64);
+        figures.sent_bytes_per_step = ranks.sent_bytes() - sent;
         if step == 0 {
             figures.seconds_to_first_step = started.elapsed().as_secs_f64();
         }
@@ -168,7 +205,24 @@ pub fn run(arguments: &Arguments) -> Result<String, Failure> {
     times.sort_by(|one, other| other.1.total_cmp(&one.1));
     figures.profile = times;
     figures.peak_anonymous_bytes = memory.bytes();
+    ranks.done();
     serde_json::to_string(&figures).map_err(|error| invalid(error.to_string()))
+}
+
+/// Meets the other ranks, if there are any.
+fn join(arguments: &Arguments, environment: &Environment) -> Result<Ranks, Failure> {
+    let strategy = match (arguments.zero3, arguments.ranks) {
+        (true, _) => Strategy::Zero3,
+        (false, 1) => Strategy::None,
+        (false, _) => Strategy::Ddp,
+    };
+    let parallelism = Parallelism { world_size: arguments.ranks, strategy };
+    let Some(place) = Place::read(parallelism, environment)? else { return Ok(Ranks::alone()) };
+    let on_lost = Box::new(|why: &str| {
+        error!("{why}");
+        dist::exit(ExitCode::PeerLost)
+    });
+    Ok(Ranks::join(&place, "bench", Device::Cpu, Patience::default(), on_lost)?)
 }
 
 /// Cuts the tokens of a text into rows, every token a target.

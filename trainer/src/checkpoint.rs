@@ -1,7 +1,8 @@
 //! Checkpoints: everything a run needs to go on as if it had never stopped.
 //!
 //! A checkpoint is one safetensors file of flat fp32 tensors and, written after it, a manifest with
-//! its digest: without the manifest it does not exist. There is no random state and no data cursor
+//! its digest: without the manifest it does not exist. Rank 0 writes it, undivided, whatever the
+//! number of ranks; parts are gathered a unit at a time. So any number of ranks reads it. There is no random state and no data cursor
 //! in it, for both are pure functions of the seed and the step.
 
 use std::path::{Path, PathBuf};
@@ -18,9 +19,10 @@ use tch::{Kind, Tensor};
 use tracing::warn;
 
 use crate::{
+    dist,
     failure::Failure,
     hex,
-    model::{params::FlatParams, weights::Checkpoint as Tensors},
+    model::{Model, weights::Checkpoint as Tensors},
     optimizer::AdamW,
     store::{self, Store, hash_file},
     tensor_file::{self, Declared},
@@ -112,10 +114,13 @@ impl Checkpoints {
     pub fn save(
         &self,
         state: &TrainState,
-        params: &FlatParams,
+        model: &Model,
         optimizer: &AdamW,
     ) -> Result<(), Failure> {
-        self.write(&checkpoint_name(state.step), state, params, &Content::Resumable(optimizer))?;
+        self.write(&checkpoint_name(state.step), state, model, &Content::Resumable(optimizer))?;
+        if !model.ranks().is_first() {
+            return Ok(());
+        }
         for name in self.complete("step-")?.iter().rev().skip(self.keep) {
             self.remove(name)?;
         }
@@ -126,48 +131,82 @@ impl Checkpoints {
     ///
     /// # Errors
     /// As [`Checkpoints::save`].
-    pub fn save_best(&self, state: &TrainState, params: &FlatParams) -> Result<(), Failure> {
+    pub fn save_best(&self, state: &TrainState, model: &Model) -> Result<(), Failure> {
         let name = best_name(state.step);
-        self.write(&name, state, params, &Content::WeightsOnly)?;
+        self.write(&name, state, model, &Content::WeightsOnly)?;
+        if !model.ranks().is_first() {
+            return Ok(());
+        }
         for other in self.complete("best-")?.iter().filter(|other| **other != name) {
             self.remove(other)?;
         }
         Ok(())
     }
 
-    /// Restores the newest complete and undamaged checkpoint; `None` if there is none.
+    /// Restores the newest complete and undamaged checkpoint; `None` if there is none. Rank 0
+    /// chooses, for all must go on from the same.
     ///
     /// # Errors
     /// A [`Failure`] of reason `CheckpointMismatch` if it belongs to other data or settings, or one
     /// of the store.
     pub fn restore_newest(
         &self,
-        params: &mut FlatParams,
+        model: &mut Model,
         optimizer: &AdamW,
     ) -> Result<Option<TrainState>, Failure> {
-        for name in self.complete("step-")?.iter().rev() {
-            let [exp_avg, exp_avg_sq] = optimizer.moments();
-            let into = [(MASTER, params.master()), (MOMENTS[0], exp_avg), (MOMENTS[1], exp_avg_sq)];
-            if let Some(state) = self.read(name, &into)? {
-                params.refresh_compute();
-                return Ok(Some(state));
+        let ranks = model.ranks().clone();
+        let mut restored = None;
+        if ranks.is_first() {
+            for name in self.complete("step-")?.iter().rev() {
+                restored = self.read_all(name, model, optimizer)?;
+                if restored.is_some() {
+                    break;
+                }
             }
         }
-        Ok(None)
+        let chosen = restored.as_ref().map_or(0, |state: &TrainState| state.step + 1);
+        let chosen = ranks.from_first(chosen)?;
+        if chosen > 0 && !ranks.is_first() {
+            let name = checkpoint_name(chosen - 1);
+            restored = self.read_all(&name, model, optimizer)?;
+            if restored.is_none() {
+                let message = format!(
+                    "rank 0 goes on from the checkpoint {}, but rank {} reads it damaged",
+                    self.store.uri().join(&name),
+                    ranks.rank(),
+                );
+                return Err(Failure::new(FailureReason::StoreUnavailable, message));
+            }
+        }
+        Ok(restored)
+    }
+
+    fn read_all(
+        &self,
+        name: &str,
+        model: &mut Model,
+        optimizer: &AdamW,
+    ) -> Result<Option<TrainState>, Failure> {
+        let [exp_avg, exp_avg_sq] = optimizer.moments();
+        let master = model.trained().master();
+        let into = [(MASTER, master), (MOMENTS[0], exp_avg), (MOMENTS[1], exp_avg_sq)];
+        let state = self.read(name, model, &into)?;
+        model.trained_mut().refresh_compute();
+        Ok(state)
     }
 
     /// Restores the weights of the best evaluation.
     ///
     /// # Errors
     /// A [`Failure`] if they are gone or damaged.
-    pub fn restore_best(&self, step: u64, params: &mut FlatParams) -> Result<(), Failure> {
+    pub fn restore_best(&self, step: u64, model: &mut Model) -> Result<(), Failure> {
         let name = best_name(step);
-        if self.read(&name, &[(MASTER, params.master())])?.is_none() {
+        if self.read(&name, model, &[(MASTER, model.trained().master())])?.is_none() {
             let message =
                 format!("the best weights at {} are gone or damaged", self.store.uri().join(&name));
             return Err(Failure::new(FailureReason::NotProven, message));
         }
-        params.refresh_compute();
+        model.trained_mut().refresh_compute();
         Ok(())
     }
 
@@ -206,16 +245,21 @@ impl Checkpoints {
         &self,
         name: &str,
         state: &TrainState,
-        params: &FlatParams,
+        model: &Model,
         content: &Content<'_>,
     ) -> Result<(), Failure> {
-        let mut tensors = vec![(MASTER, params.master())];
+        let mut tensors = vec![(MASTER, model.trained().master())];
         if let Content::Resumable(optimizer) = content {
             tensors.extend(MOMENTS.into_iter().zip(optimizer.moments()));
         }
         let path = self.scratch.join("checkpoint.tmp");
-        let (size, sha256) = write_flat(&path, &tensors)
-            .map_err(|error| Failure::from_io(&error, &format!("cannot write {path:?}")))?;
+        if !model.ranks().is_first() {
+            return follow_flat(model, &tensors).map_err(Failure::from);
+        }
+        let (size, sha256) = write_flat(&path, model, &tensors).map_err(|failed| match failed {
+            Failed::Write(error) => Failure::from_io(&error, &format!("cannot write {path:?}")),
+            Failed::Ranks(error) => error.into(),
+        })?;
         self.store.put_file(&format!("{name}/{STATE_FILE}"), &path)?;
         let _ = std::fs::remove_file(&path);
         let manifest = CheckpointManifest {
@@ -232,7 +276,12 @@ impl Checkpoints {
     }
 
     /// Reads a checkpoint into tensors; `None`, with a warning, if it is damaged.
-    fn read(&self, name: &str, into: &[(&str, &Tensor)]) -> Result<Option<TrainState>, Failure> {
+    fn read(
+        &self,
+        name: &str,
+        model: &Model,
+        into: &[(&str, &Tensor)],
+    ) -> Result<Option<TrainState>, Failure> {
         let damaged = |why: &str| warn!(checkpoint = name, why, "skipped a damaged checkpoint");
         let text = self.store.read(&format!("{name}/{CHECKPOINT_MANIFEST_NAME}"))?;
         let manifest: CheckpointManifest = match parse(&String::from_utf8_lossy(&text)) {
@@ -268,8 +317,16 @@ impl Checkpoints {
         let fill = || -> Result<(), crate::model::weights::Error> {
             let tensors = tensors?;
             for (tensor, target) in into {
-                let stored = tensors.tensor_of(tensor, &[target.numel()])?;
-                target.shallow_clone().copy_(&stored);
+                match model.sharded_training() {
+                    Some(sharded) => {
+                        let length = sharded.layout().undivided_length();
+                        sharded.keep_all(&tensors.tensor_of(tensor, &[length])?, target);
+                    }
+                    None => {
+                        let stored = tensors.tensor_of(tensor, &[target.numel()])?;
+                        target.shallow_clone().copy_(&stored);
+                    }
+                }
             }
             Ok(())
         };
@@ -284,7 +341,8 @@ fn best_name(step: u64) -> String {
 
 /// Returns a digest of all that decides the result: model, data, adapter and training settings.
 ///
-/// Not how it is computed: attempt, recomputation, how a global batch is divided, and how often to
+/// Not how it is computed: attempt, recomputation, how a global batch is divided and over how many
+/// ranks, and how often to
 /// evaluate or save may change between attempts.
 fn settings_sha256(config: &RunConfig) -> String {
     let training = &config.training;
@@ -299,7 +357,7 @@ fn settings_sha256(config: &RunConfig) -> String {
         "numWarmupSteps": training.num_warmup_steps,
         "weightDecay": training.weight_decay,
         "maxGradNorm": training.max_grad_norm,
-        "globalBatchSize": training.micro_batch_size * training.gradient_accumulation_steps,
+        "globalBatchSize": config.global_batch_size(),
         "packing": training.packing,
         "dtype": training.dtype,
         "seed": training.seed,
@@ -307,17 +365,52 @@ fn settings_sha256(config: &RunConfig) -> String {
     hex(&Sha256::digest(decisive.to_string()))
 }
 
-/// Writes flat fp32 tensors; returns the file's size and digest.
-fn write_flat(path: &Path, tensors: &[(&str, &Tensor)]) -> std::io::Result<(u64, String)> {
+/// Why flat tensors could not be written.
+enum Failed {
+    Write(std::io::Error),
+    Ranks(dist::Error),
+}
+
+impl From<std::io::Error> for Failed {
+    fn from(error: std::io::Error) -> Self {
+        Self::Write(error)
+    }
+}
+
+impl From<dist::Error> for Failed {
+    fn from(error: dist::Error) -> Self {
+        Self::Ranks(error)
+    }
+}
+
+/// Writes flat fp32 tensors, undivided; returns the file's size and digest.
+fn write_flat(
+    path: &Path,
+    model: &Model,
+    tensors: &[(&str, &Tensor)],
+) -> Result<(u64, String), Failed> {
+    let sharded = model.sharded_training();
     let declare = |(name, tensor): &(&str, &Tensor)| Declared {
         name: (*name).to_owned(),
         kind: Kind::Float,
-        shape: tensor.size(),
+        shape: sharded.map_or_else(
+            || tensor.size(),
+            |sharded| vec![sharded.layout().undivided_length() as i64],
+        ),
     };
     let declared: Vec<Declared> = tensors.iter().map(declare).collect();
     let mut next = tensors.iter();
-    tensor_file::write(path, &declared, |_| {
+    tensor_file::write_pieces(path, &declared, |_, put| {
         let (_, tensor) = next.next().expect("each declared tensor is asked for once, in order");
-        Ok(tensor.shallow_clone())
+        match sharded {
+            Some(sharded) => sharded.for_each_piece(tensor, |piece| put(piece)),
+            None => put(tensor),
+        }
     })
+}
+
+/// Takes part in what [`write_flat`] does on rank 0.
+fn follow_flat(model: &Model, tensors: &[(&str, &Tensor)]) -> Result<(), dist::Error> {
+    let Some(sharded) = model.sharded_training() else { return Ok(()) };
+    tensors.iter().try_for_each(|(_, tensor)| sharded.for_each_piece(tensor, |_| Ok(())))
 }

@@ -19,6 +19,10 @@ use finetune_contract::{
 };
 use finetune_trainer::{
     bench,
+    dist::{
+        self, OnLost, Ranks,
+        place::{Patience, Place},
+    },
     failure::Failure,
     generate, import, preflight,
     progress::Teller,
@@ -27,6 +31,7 @@ use finetune_trainer::{
     store::Environment,
     verify,
 };
+use tch::Device;
 use tracing::error;
 
 /// The allocator of this program and, by its C names, of libtorch: glibc's keeps buffers of ever
@@ -119,7 +124,7 @@ fn dispatch(command: &Command) -> Result<ExitCode, Failure> {
         Command::Generate(arguments) => {
             generate::run(arguments, &environment).map(|()| ExitCode::Success)
         }
-        Command::Bench(arguments) => bench::run(arguments).map(|figures| {
+        Command::Bench(arguments) => bench::run(arguments, &environment).map(|figures| {
             print_line(&figures);
             ExitCode::Success
         }),
@@ -143,30 +148,77 @@ fn run_train(arguments: &Train, environment: &Environment) -> Result<ExitCode, F
     let config: RunConfig = read(&documents.config)?;
     let work_dir = make_work_dir(&documents.work_dir)?;
     let stop = stop_on_signal()?;
+    let ranks = match Place::read(config.parallelism, environment)? {
+        None => Ranks::alone(),
+        Some(place) => {
+            let name = format!("{}/{}", config.run_id, config.attempt);
+            let on_lost = end_when_lost(&config, &documents.report);
+            Ranks::join(&place, &name, Device::Cpu, Patience::default(), on_lost)
+                .map_err(|error| report_early(&config, &documents.report, error.into()))?
+        }
+    };
     let board = Board::new(&config);
-    if let Some(address) = listen {
-        board.serve(*address)?;
+    if let Some(address) = listen.filter(|_| ranks.is_first()) {
+        board.serve(address)?;
     }
     let mut line = |line: &str| {
-        board.put(line);
-        print_line(line);
+        if ranks.is_first() {
+            board.put(line);
+            print_line(line);
+        }
     };
     let mut teller = Teller::new(&config, &work_dir, &mut line);
-    let host = Host { environment, work_dir: &work_dir, stop: &stop };
+    let host = Host { environment, work_dir: &work_dir, stop: &stop, ranks: ranks.clone() };
     // The one place a panic ends: libtorch reports running out of memory as one.
     let ended = catch_unwind(AssertUnwindSafe(|| recipe::run(&config, &host, &mut teller)))
         .unwrap_or_else(|panic| Err(failure_of_panic(&*panic)));
     let (outcome, code) = match ended {
-        Ok(outcome @ Outcome::Interrupted { .. }) => (outcome, ExitCode::Interrupted),
-        Ok(outcome) => (outcome, ExitCode::Success),
+        Ok(Some(outcome @ Outcome::Interrupted { .. })) => (outcome, ExitCode::Interrupted),
+        Ok(Some(outcome)) => (outcome, ExitCode::Success),
+        // Rank 0 has the last word of a run that went well.
+        Ok(None) => {
+            ranks.done();
+            return Ok(ExitCode::Success);
+        }
         Err(failure) => {
             error!("{failure}");
             let code = failure.exit_code();
-            (Outcome::Failed { reason: failure.reason, message: failure.message }, code)
+            ranks.fail(&failure.message);
+            write(&documents.report, &report(&config, &teller, failed(failure)).fit())?;
+            if ranks.world_size() > 1 {
+                dist::exit(code);
+            }
+            return Ok(code);
         }
     };
+    ranks.done();
     write(&documents.report, &report(&config, &teller, outcome).fit())?;
     Ok(code)
+}
+
+fn failed(failure: Failure) -> Outcome {
+    Outcome::Failed { reason: failure.reason, message: failure.message }
+}
+
+/// Makes what ends this process when another rank is lost and a collective waits for it.
+fn end_when_lost(config: &RunConfig, path: &Path) -> OnLost {
+    let (config, path) = (config.clone(), path.to_owned());
+    Box::new(move |why| {
+        let failure = Failure::new(FailureReason::PeerLost, why);
+        let failure = report_early(&config, &path, failure);
+        error!("{failure}");
+        dist::exit(failure.exit_code());
+    })
+}
+
+/// Reports a failure about which there is nothing else to say.
+fn report_early(config: &RunConfig, path: &Path, failure: Failure) -> Failure {
+    let mut nowhere = |_: &str| {};
+    let teller = Teller::new(config, Path::new(""), &mut nowhere);
+    if let Err(unwritten) = write(path, &report(config, &teller, failed(failure.clone())).fit()) {
+        error!("{unwritten}");
+    }
+    failure
 }
 
 fn report(config: &RunConfig, teller: &Teller<'_>, outcome: Outcome) -> RunReport {
@@ -187,6 +239,8 @@ fn report(config: &RunConfig, teller: &Teller<'_>, outcome: Outcome) -> RunRepor
         duration_seconds: teller.elapsed_seconds(),
         predicted_peak_bytes: config.predicted_peak_bytes,
         measured_peak_bytes: teller.peak_memory(),
+        predicted_sent_bytes: config.predicted_sent_bytes,
+        measured_sent_bytes: config.predicted_sent_bytes.and(teller.sent_bytes()),
     }
 }
 

@@ -3,7 +3,11 @@
 use finetune_contract::{LrScheduler, TrainingSettings};
 use tch::Tensor;
 
-use crate::{model::params::FlatParams, ops};
+use crate::{
+    dist::{self, Ranks},
+    model::params::FlatParams,
+    ops,
+};
 
 /// AdamW's decay rate of the first moment; the default everywhere.
 const BETA1: f64 = 0.9;
@@ -79,6 +83,26 @@ pub fn normalize_and_clip(params: &FlatParams, target_tokens: u64, max_grad_norm
         let _ = grad.g_mul_scalar_(max_grad_norm / (norm + 1e-6));
     }
     norm
+}
+
+/// Does the same to this rank's part of a gradient that is divided over ranks: the norm is that of
+/// the whole.
+///
+/// # Errors
+/// [`dist::Error`] if another rank is lost.
+pub fn normalize_and_clip_part(
+    params: &FlatParams,
+    target_tokens: u64,
+    max_grad_norm: f64,
+    ranks: &Ranks,
+) -> Result<f64, dist::Error> {
+    let own = normalize_and_clip(params, target_tokens, 0.0);
+    let [square] = ranks.sum([own * own])?;
+    let norm = square.sqrt();
+    if max_grad_norm > 0.0 && norm > max_grad_norm {
+        let _ = params.grad().shallow_clone().g_mul_scalar_(max_grad_norm / (norm + 1e-6));
+    }
+    Ok(norm)
 }
 
 /// Sets the summed gradient to zero.

@@ -29,6 +29,8 @@ pub struct StepFigures {
     pub tokens: u64,
     /// Seconds it took.
     pub seconds: f64,
+    /// Bytes this rank sent.
+    pub sent_bytes: u64,
 }
 
 /// Tells progress.
@@ -39,6 +41,7 @@ pub struct Teller<'a> {
     state: TrainState,
     recent: VecDeque<(u64, f64)>,
     speeds: Vec<f64>,
+    sent_bytes: Option<u64>,
     memory: PeakMemory,
     started: Instant,
 }
@@ -71,6 +74,7 @@ impl<'a> Teller<'a> {
             state: TrainState::default(),
             recent: VecDeque::new(),
             speeds: Vec::new(),
+            sent_bytes: None,
             memory: PeakMemory::watch(),
             started: crate::clock::now(),
         }
@@ -96,6 +100,7 @@ impl<'a> Teller<'a> {
         self.last.stage = Stage::Training;
         self.last.learning_rate = Some(figures.learning_rate);
         self.last.grad_norm = finite(figures.grad_norm);
+        self.sent_bytes = Some(figures.sent_bytes);
         self.recent.push_back((figures.tokens, figures.seconds));
         if self.recent.len() > SPEED_WINDOW {
             self.recent.pop_front();
@@ -140,6 +145,11 @@ impl<'a> Teller<'a> {
         let mut speeds = self.speeds.clone();
         speeds.sort_by(f64::total_cmp);
         speeds.get(speeds.len() / 2).copied()
+    }
+
+    /// Returns the bytes this rank sent in its last step.
+    pub fn sent_bytes(&self) -> Option<u64> {
+        self.sent_bytes
     }
 
     /// Returns the largest anonymous memory so far, in bytes.

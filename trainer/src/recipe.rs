@@ -10,7 +10,7 @@ use std::{
 
 use finetune_contract::{
     ArtifactKind, CONTRACT_VERSION, DatasetSource, FailureReason, Manifest, ModelSource, ObjectUri,
-    Outcome, OutputState, RunConfig, Stage, artifact::MANIFEST_NAME,
+    Outcome, OutputState, RunConfig, Stage, Strategy, artifact::MANIFEST_NAME,
 };
 use tch::Device;
 use tracing::{info, warn};
@@ -18,10 +18,11 @@ use tracing::{info, warn};
 use crate::{
     checkpoint::{Checkpoints, TrainState},
     data::{Dataset, Sequences, Tokenizer},
+    dist::Ranks,
     export::{self, Export},
     failure::Failure,
     import,
-    model::{Model, attach::Attachment, read_config},
+    model::{Division, Model, attach::Attachment, read_config},
     optimizer::AdamW,
     progress::Teller,
     proof::{self, Probe},
@@ -38,9 +39,11 @@ pub struct Host<'a> {
     pub work_dir: &'a Path,
     /// Set when the run is told to stop.
     pub stop: &'a AtomicBool,
+    /// The ranks that carry the run out.
+    pub ranks: Ranks,
 }
 
-/// Carries out a run.
+/// Carries out a run; `None` on a rank that has done its share and leaves the rest to rank 0.
 ///
 /// # Errors
 /// A [`Failure`] with its reason; what was saved before stays.
@@ -48,14 +51,18 @@ pub fn run(
     config: &RunConfig,
     host: &Host<'_>,
     teller: &mut Teller<'_>,
-) -> Result<Outcome, Failure> {
+) -> Result<Option<Outcome>, Failure> {
+    let ranks = &host.ranks;
     // A result that is already there is either this run's, and then the work is done, or another's.
     let output = open(&config.output.uri, Role::Output, host)?;
     let base = fetch_model(&config.model, host)?;
     match publish::output_state(&output, &config.run_id)? {
         OutputState::Vacant => {}
         OutputState::PublishedByThisRun => {
-            return proof::of_published(config, host, &output, &base);
+            return ranks
+                .is_first()
+                .then(|| proof::of_published(config, host, &output, &base))
+                .transpose();
         }
         OutputState::PublishedByAnotherRun if config.output.overwrite => {}
         OutputState::PublishedByAnotherRun => return Err(belongs_to_another(config)),
@@ -69,7 +76,8 @@ pub fn run(
     drop(tokenizer);
 
     // The model, with what is trained of it; then the thread of an earlier attempt, if there is one.
-    let model = load_model(config, &base)?;
+    let model = load_model(config, &base, ranks)?;
+    ranks.wait_for_all("loaded")?;
     let probe = Probe::of(&model, &train);
     let optimizer = AdamW::new(model.trained(), config.training.weight_decay);
     let store = open(&config.checkpoints_uri, Role::Output, host)?;
@@ -87,13 +95,18 @@ pub fn run(
 
     // Train.
     if training.run(host.stop, teller)? == Ended::Interrupted {
-        return Ok(Outcome::Interrupted { checkpoint_step: training.state.step });
+        return Ok(Some(Outcome::Interrupted { checkpoint_step: training.state.step }));
     }
     let step = take_best(&mut training)?;
 
     // Write the files and publish them.
     teller.stage(Stage::Exporting);
     let trained = probe.look_at(&training.model);
+    ranks.check()?;
+    if !ranks.is_first() {
+        export::follow(&training.model)?;
+        return Ok(None);
+    }
     let directory = fresh_directory(host, "export")?;
     let export = Export { config, base: &base, training: &training, step };
     let kind = export::write(&export, &directory)?;
@@ -110,12 +123,12 @@ pub fn run(
     if let Err(failure) = training.checkpoints.clear() {
         warn!(%failure, "the result is published, but its checkpoints could not be removed");
     }
-    Ok(Outcome::Succeeded {
+    Ok(Some(Outcome::Succeeded {
         kind,
         uri: config.output.uri.clone(),
         manifest_sha256: published.manifest_sha256,
         proof,
-    })
+    }))
 }
 
 /// Opens one of the run's URIs.
@@ -135,7 +148,7 @@ fn fetch_model(source: &ModelSource, host: &Host<'_>) -> Result<PathBuf, Failure
     import::local_directory(&store, &host.work_dir.join("models"))
 }
 
-fn load_model(config: &RunConfig, base: &Path) -> Result<Model, Failure> {
+fn load_model(config: &RunConfig, base: &Path, ranks: &Ranks) -> Result<Model, Failure> {
     let model_config = read_config(base)?;
     let attachment = match &config.lora {
         None => Attachment::Full,
@@ -143,7 +156,12 @@ fn load_model(config: &RunConfig, base: &Path) -> Result<Model, Failure> {
             .map_err(|error| Failure::from_chain(FailureReason::InvalidConfiguration, &error))?,
     };
     let seed = Counter::from_seed(config.training.seed).fold_name("init");
-    Model::load(base, model_config, attachment, config.training.dtype, Device::Cpu, seed)
+    let division = Division {
+        ranks: ranks.clone(),
+        is_sharded: config.parallelism.strategy == Strategy::Zero3,
+    };
+    let dtype = config.training.dtype;
+    Model::load_divided(base, model_config, attachment, dtype, Device::Cpu, seed, division)
 }
 
 fn prepare_train(
@@ -210,7 +228,7 @@ fn unchanged(uri: &str, expected: &str, found: &str) -> Result<(), Failure> {
 
 fn resume(training: &mut Training<'_>, teller: &mut Teller<'_>) -> Result<(), Failure> {
     let Training { checkpoints, model, optimizer, state, .. } = training;
-    if let Some(restored) = checkpoints.restore_newest(model.trained_mut(), optimizer)? {
+    if let Some(restored) = checkpoints.restore_newest(model, optimizer)? {
         info!(step = restored.step, "going on from a checkpoint");
         *state = restored;
     }
@@ -220,11 +238,13 @@ fn resume(training: &mut Training<'_>, teller: &mut Teller<'_>) -> Result<(), Fa
 
 /// Puts the best weights back if they are not the last; returns the step they belong to.
 fn take_best(training: &mut Training<'_>) -> Result<u64, Failure> {
+    // What rank 0 saved last is there for all only now.
+    training.model.ranks().any(false)?;
     let state = &training.state;
     match state.best {
         Some(best) if best.step != state.step => {
             info!(step = best.step, loss = best.loss, "publishing the best evaluation's weights");
-            training.checkpoints.restore_best(best.step, training.model.trained_mut())?;
+            training.checkpoints.restore_best(best.step, &mut training.model)?;
             Ok(best.step)
         }
         _ => Ok(state.step),

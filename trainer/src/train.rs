@@ -2,13 +2,14 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use finetune_contract::{FailureReason, RunConfig, Stage, TrainingSettings};
+use finetune_contract::{FailureReason, RunConfig, Stage};
 use tracing::info;
 
 use crate::{
     checkpoint::{Checkpoints, Evaluated, TrainState},
     clock,
     data::{Batch, Dataset, Sequences},
+    dist,
     failure::Failure,
     model::{Model, dropout::Dropout},
     optimizer::{self, AdamW},
@@ -55,11 +56,12 @@ impl Training<'_> {
     /// Runs the steps that are left.
     ///
     /// # Errors
-    /// A [`Failure`] if the loss is no longer finite or a checkpoint cannot be saved.
+    /// A [`Failure`] if the loss is no longer finite, a checkpoint cannot be saved, or another rank
+    /// is lost.
     pub fn run(&mut self, stop: &AtomicBool, teller: &mut Teller<'_>) -> Result<Ended, Failure> {
         let settings = &self.config.training;
         if self.state.step == 0 && self.state.base_eval_loss.is_none() {
-            self.state.base_eval_loss = self.evaluate(teller);
+            self.state.base_eval_loss = self.evaluate(teller)?;
             teller.evaluated(&self.state);
         }
         let mut order = Order::new(settings.seed);
@@ -70,9 +72,10 @@ impl Training<'_> {
             if is_last || is_due(self.state.step, settings.evaluation_steps) {
                 is_last |= self.evaluate_and_compare(teller)?;
             }
-            let is_stopped = stop.load(Ordering::Relaxed);
+            // One rank is told; all must stop after the same step.
+            let is_stopped = self.model.ranks().any(stop.load(Ordering::Relaxed))?;
             if is_last || is_stopped || is_due(self.state.step, settings.checkpoint_steps) {
-                self.checkpoints.save(&self.state, self.model.trained(), &self.optimizer)?;
+                self.checkpoints.save(&self.state, &self.model, &self.optimizer)?;
                 teller.saved();
             }
             if is_last {
@@ -85,24 +88,34 @@ impl Training<'_> {
         Ok(Ended::Complete)
     }
 
-    /// Computes the mean validation loss; `None` without a validation set.
-    pub fn evaluate(&self, teller: &mut Teller<'_>) -> Option<f64> {
-        let Split { dataset, sequences } = self.validation.as_ref()?;
+    /// Computes the mean validation loss, each rank a share of it; `None` without a validation set.
+    ///
+    /// # Errors
+    /// [`dist::Error`] if another rank is lost.
+    pub fn evaluate(&self, teller: &mut Teller<'_>) -> Result<Option<f64>, dist::Error> {
+        let Some(Split { dataset, sequences }) = &self.validation else { return Ok(None) };
         teller.stage(Stage::Evaluating);
+        let ranks = self.model.ranks();
         let all: Vec<usize> = (0..sequences.len()).collect();
+        let batches: Vec<_> = all.chunks(self.config.training.micro_batch_size as usize).collect();
         let (mut loss, mut targets) = (0.0, 0);
-        for some in all.chunks(self.config.training.micro_batch_size as usize) {
-            let batch = sequences.batch(dataset, some);
-            loss += self.model.loss(&batch);
-            targets += batch.labels.len();
+        for round in batches.chunks(ranks.world_size() as usize) {
+            if let Some(own) = round.get(ranks.rank() as usize) {
+                let batch = sequences.batch(dataset, own);
+                loss += self.model.loss(&batch);
+                targets += batch.labels.len();
+            } else if self.model.sharded().is_some() {
+                // The others need this rank's part of the weights: it goes the same way, for nothing.
+                let _ = self.model.loss(&sequences.batch(dataset, round[0]));
+            }
         }
-        Some(loss / targets as f64)
+        let [loss, targets] = ranks.sum([loss, targets as f64])?;
+        Ok(Some(loss / targets))
     }
 
     /// Returns the passes over the data done.
     fn epoch(&self) -> f64 {
-        let settings = &self.config.training;
-        let sequences = self.state.step * global_batch_size(settings);
+        let sequences = self.state.step * self.config.global_batch_size();
         sequences as f64 / self.train.sequences.len() as f64
     }
 
@@ -112,17 +125,29 @@ impl Training<'_> {
         let settings = &self.config.training;
         let step = self.state.step;
         let (mut loss, mut targets, mut tokens) = (0.0, 0, 0);
+        let sent_before = self.model.ranks().sent_bytes();
         optimizer::zero_gradient(self.model.trained());
-        for micro in 0..u64::from(settings.gradient_accumulation_steps) {
+        let ranks = self.model.ranks().clone();
+        for round in 0..u64::from(settings.gradient_accumulation_steps) {
+            // The step's micro-batches are dealt out like cards: which rank computes one changes
+            // neither its rows nor its noise.
+            let micro = round * u64::from(ranks.world_size()) + u64::from(ranks.rank());
             let batch = self.micro_batch(order, step, micro);
             let dropout = self.dropout(step, micro);
             loss += self.model.accumulate_gradients(&batch, settings.recompute, dropout.as_ref());
             targets += batch.labels.len() as u64;
             tokens += batch.tokens.len() as u64;
         }
-        let loss = loss / targets as f64;
-        let grad_norm =
-            optimizer::normalize_and_clip(self.model.trained(), targets, settings.max_grad_norm);
+        self.model.reduce_gradients()?;
+        let [loss, all_targets, all_tokens] = ranks.sum([loss, targets as f64, tokens as f64])?;
+        let (targets, tokens) = (all_targets as u64, all_tokens as u64);
+        let loss = loss / all_targets;
+        let (params, limit) = (self.model.trained(), settings.max_grad_norm);
+        let grad_norm = if self.model.sharded_training().is_some() {
+            optimizer::normalize_and_clip_part(params, targets, limit, &ranks)?
+        } else {
+            optimizer::normalize_and_clip(params, targets, limit)
+        };
         let learning_rate = optimizer::learning_rate(settings, step);
         if !loss.is_finite() || !grad_norm.is_finite() {
             let message = format!(
@@ -144,19 +169,20 @@ impl Training<'_> {
             grad_norm,
             tokens,
             seconds: started.elapsed().as_secs_f64(),
+            sent_bytes: ranks.sent_bytes() - sent_before,
         })
     }
 
     /// Evaluates, remembers the best, and tells whether patience has run out.
     fn evaluate_and_compare(&mut self, teller: &mut Teller<'_>) -> Result<bool, Failure> {
-        let Some(loss) = self.evaluate(teller) else { return Ok(false) };
+        let Some(loss) = self.evaluate(teller)? else { return Ok(false) };
         let evaluated = Evaluated { step: self.state.step, loss };
         self.state.last_eval = Some(evaluated);
         if self.state.best.is_none_or(|best| loss < best.loss) {
             self.state.best = Some(evaluated);
             self.state.evaluations_since_best = 0;
             teller.evaluated(&self.state);
-            self.checkpoints.save_best(&self.state, self.model.trained())?;
+            self.checkpoints.save_best(&self.state, &self.model)?;
             return Ok(false);
         }
         self.state.evaluations_since_best += 1;
@@ -175,7 +201,7 @@ impl Training<'_> {
     fn micro_batch(&self, order: &mut Order, step: u64, micro: u64) -> Batch {
         let settings = &self.config.training;
         let size = u64::from(settings.micro_batch_size);
-        let first = (step * u64::from(settings.gradient_accumulation_steps) + micro) * size;
+        let first = step * self.config.global_batch_size() + micro * size;
         let Split { dataset, sequences } = &self.train;
         let chosen: Vec<usize> =
             (first..first + size).map(|index| order.at(sequences, index)).collect();
@@ -187,11 +213,6 @@ impl Training<'_> {
         let noise = Counter::from_seed(self.config.training.seed).fold_name("dropout");
         Dropout::new(probability, noise.fold(step).fold(micro))
     }
-}
-
-/// Returns the sequences of one optimizer step.
-pub fn global_batch_size(settings: &TrainingSettings) -> u64 {
-    u64::from(settings.micro_batch_size) * u64::from(settings.gradient_accumulation_steps)
 }
 
 fn is_due(step: u64, every: u64) -> bool {

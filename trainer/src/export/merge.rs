@@ -6,23 +6,27 @@
 
 use tch::{Kind, Tensor};
 
+use super::Error;
 use crate::model::{
     Model,
     attach::{Attachment, LoraAttachment, adapter_names},
+    masters::Masters,
     names,
-    weights::{Checkpoint, Error},
+    weights::Checkpoint,
 };
 
 /// Returns a weight of the result, in fp32: as trained, with its adapter merged, or as it was.
 ///
 /// # Errors
-/// [`Error`] if the base model's weight cannot be read.
-pub fn merged(model: &Model, base: &Checkpoint, name: &str) -> Result<Tensor, Error> {
-    if let Some(master) = model.trained().master_of(name) {
+/// [`Error`] if the base model's weight cannot be read or another rank is lost.
+pub fn merged(masters: &mut Masters<'_>, base: &Checkpoint, name: &str) -> Result<Tensor, Error> {
+    let model = masters.model();
+    if let Some(master) = masters.get(name)? {
         return Ok(master);
     }
     let is_tied_head = name == head() && !base.contains(name);
-    let stored = base.tensor(if is_tied_head { embedding() } else { name })?.to_kind(Kind::Float);
+    let stored = base.tensor(if is_tied_head { embedding() } else { name }).map_err(Error::Base)?;
+    let stored = stored.to_kind(Kind::Float);
     let Attachment::Lora(LoraAttachment { scaling, targets, .. }) = model.attachment() else {
         return Ok(stored);
     };

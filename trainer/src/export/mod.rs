@@ -10,7 +10,12 @@ use std::path::{Path, PathBuf};
 
 use finetune_contract::{ArtifactKind, FailureReason, RunConfig};
 
-use crate::{failure::Failure, model::weights, train::Training};
+use crate::{
+    dist,
+    failure::Failure,
+    model::{Model, weights},
+    train::Training,
+};
 
 pub use adapter::adapter_config;
 pub use merge::merged;
@@ -30,6 +35,9 @@ pub enum Error {
     /// A base weight cannot be read any more.
     #[error("the base model's weights cannot be read")]
     Base(#[source] weights::Error),
+    /// Another rank, which has a part of the weights, is lost.
+    #[error(transparent)]
+    Ranks(#[from] dist::Error),
 }
 
 impl From<Error> for Failure {
@@ -39,6 +47,7 @@ impl From<Error> for Failure {
                 Self::from_io(source, &format!("cannot write {path:?}"))
             }
             Error::Base(_) => Self::from_chain(FailureReason::InvalidModel, &error),
+            Error::Ranks(lost) => lost.clone().into(),
         }
     }
 }
@@ -53,6 +62,14 @@ pub struct Export<'a> {
     pub training: &'a Training<'a>,
     /// The step of the weights.
     pub step: u64,
+}
+
+/// Takes part in what [`write`] does on rank 0, where that needs the parts of all ranks.
+///
+/// # Errors
+/// A [`Failure`] if another rank is lost.
+pub fn follow(model: &Model) -> Result<(), Failure> {
+    if model.sharded_training().is_some() { Ok(model::follow(model)?) } else { Ok(()) }
 }
 
 /// Writes the files of a result into an empty directory and returns what it is.

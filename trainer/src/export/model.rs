@@ -10,7 +10,9 @@ use super::{
 };
 use crate::{
     model::{
+        Model,
         config::TensorSpec,
+        masters::Masters,
         names,
         weights::{Checkpoint, INDEX_FILE, SINGLE_FILE},
     },
@@ -72,6 +74,7 @@ fn write_weights(
     let count = shards.len();
     let mut weight_map = Map::new();
     let (mut total_size, mut total_parameters) = (0, 0);
+    let mut masters = Masters::of(model);
     for (index, shard) in shards.iter().enumerate() {
         let file = if count == 1 {
             SINGLE_FILE.to_owned()
@@ -80,9 +83,12 @@ fn write_weights(
         };
         let path = directory.join(&file);
         tensor_file::write(&path, shard, |declared| {
-            merged(model, &base, &declared.name).map_err(std::io::Error::other)
+            merged(&mut masters, &base, &declared.name).map_err(Failed::Export)
         })
-        .map_err(|source| Error::Write { path: path.clone(), source })?;
+        .map_err(|failed| match failed {
+            Failed::Write(source) => Error::Write { path: path.clone(), source },
+            Failed::Export(error) => error,
+        })?;
         for tensor in shard {
             total_size += tensor.bytes();
             total_parameters += tensor.shape.iter().product::<i64>();
@@ -95,6 +101,27 @@ fn write_weights(
         files::write_json(&directory.join(INDEX_FILE), &index)?;
     }
     Ok(())
+}
+
+/// Takes part in what [`write`] does on rank 0, where that needs the parts of all ranks.
+pub(super) fn follow(model: &Model) -> Result<(), Error> {
+    let mut masters = Masters::of(model);
+    for spec in model.config().tensors() {
+        masters.get(&spec.name)?;
+    }
+    Ok(())
+}
+
+/// Why a shard could not be written.
+enum Failed {
+    Write(std::io::Error),
+    Export(Error),
+}
+
+impl From<std::io::Error> for Failed {
+    fn from(error: std::io::Error) -> Self {
+        Self::Write(error)
+    }
 }
 
 /// Fills shards in order; a tensor larger than a shard gets one of its own.

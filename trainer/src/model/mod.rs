@@ -17,12 +17,15 @@ pub mod dropout;
 pub mod embedding;
 pub mod head;
 pub mod header;
+pub mod layout;
 pub mod linear;
+pub mod masters;
 pub mod names;
 pub mod network;
 pub mod norm;
 pub mod params;
 pub mod rope;
+pub mod sharded;
 pub mod weights;
 
 use std::path::Path;
@@ -32,7 +35,7 @@ use finetune_contract::FailureReason;
 use self::config::ModelConfig;
 use crate::failure::Failure;
 
-pub use network::Model;
+pub use network::{Division, Model};
 
 /// Reads a model directory's config.
 ///

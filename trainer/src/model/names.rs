@@ -12,6 +12,11 @@ pub fn in_block(layer: usize, path: &str) -> String {
     format!("model.layers.{layer}.{path}")
 }
 
+/// Returns the block a path is in; `None` outside the blocks.
+pub fn layer(path: &str) -> Option<usize> {
+    path.strip_prefix("model.layers.")?.split('.').next()?.parse().ok()
+}
+
 /// Returns the last word of a path.
 pub fn leaf(path: &str) -> &str {
     path.rsplit('.').next().unwrap_or(path)

@@ -13,14 +13,21 @@ use super::{
     dropout::Dropout,
     embedding::{Adapter, Embedding},
     head,
+    layout::{Layout, OUTER, unit_of_block},
     linear::{Down, Input, Linear, Projections, Up},
     names,
     norm::RmsNorm,
     params::{FlatParams, Param},
     rope::{Rotary, frequencies},
+    sharded::Sharded,
     weights::{self, Checkpoint},
 };
-use crate::{data::Batch, failure::Failure, seed::Counter};
+use crate::{
+    data::Batch,
+    dist::{self, Ranks},
+    failure::Failure,
+    seed::Counter,
+};
 
 /// Positions of a micro-batch are filled up to a multiple of this.
 ///
@@ -41,6 +48,25 @@ pub struct Model {
     norm: RmsNorm,
     lm_head: Projections<1>,
     trained: FlatParams,
+    /// What is divided over ranks and gathered unit by unit.
+    sharded: Option<Sharded>,
+    ranks: Ranks,
+}
+
+/// Over which ranks a model is divided, and how.
+#[derive(Debug, Clone)]
+pub struct Division {
+    /// The ranks that train it together.
+    pub ranks: Ranks,
+    /// Whether each keeps only a part of the weights.
+    pub is_sharded: bool,
+}
+
+impl Division {
+    /// One rank that has everything.
+    pub fn none() -> Self {
+        Self { ranks: Ranks::alone(), is_sharded: false }
+    }
 }
 
 impl Model {
@@ -60,13 +86,49 @@ impl Model {
         device: Device,
         seed: Counter,
     ) -> Result<Self, Failure> {
+        Self::load_divided(directory, config, attachment, dtype, device, seed, Division::none())
+    }
+
+    /// Assembles one rank's share of a model, as [`Model::load`] does the whole.
+    ///
+    /// # Errors
+    /// As [`Model::load`].
+    pub fn load_divided(
+        directory: &Path,
+        config: ModelConfig,
+        attachment: Attachment,
+        dtype: Dtype,
+        device: Device,
+        seed: Counter,
+        division: Division,
+    ) -> Result<Self, Failure> {
         let checkpoint = Checkpoint::open(directory).map_err(invalid_model)?;
-        let trained = FlatParams::new(&attachment.trained(&config), dtype, device);
+        let Division { ranks, is_sharded } = division;
+        let specs = attachment.trained(&config);
+        let place = [ranks.rank(), ranks.world_size()];
+        let (trained, sharded) = match (&attachment, is_sharded) {
+            (_, false) => (FlatParams::new(&specs, dtype, device), None),
+            (Attachment::Full, true) => {
+                let layout = Layout::new(&specs, place);
+                let trained = FlatParams::parts(&layout, dtype, device);
+                let sharded = Sharded::trained(layout, ranks.clone(), &trained);
+                (trained, Some(sharded))
+            }
+            (Attachment::Lora(_) | Attachment::Frozen, true) => {
+                // Adapters are small and whole everywhere; what they adapt is divided.
+                let mut frozen = config.tensors();
+                frozen.retain(|spec| specs.iter().all(|trained| trained.name != spec.name));
+                let layout = Layout::new(&frozen, place);
+                let sharded = Sharded::frozen(layout, ranks.clone(), kind_of(dtype), device);
+                (FlatParams::new(&specs, dtype, device), Some(sharded))
+            }
+        };
         let parts = Parts {
             checkpoint: &checkpoint,
             config: &config,
             attachment: &attachment,
             trained: &trained,
+            sharded: sharded.as_ref(),
             dtype,
             device,
             seed,
@@ -88,6 +150,8 @@ impl Model {
             norm,
             lm_head,
             trained,
+            sharded,
+            ranks,
         };
         model.trained.refresh_compute();
         Ok(model)
@@ -111,7 +175,37 @@ impl Model {
     /// Returns the trained parameters, to be stepped or restored; call
     /// [`FlatParams::refresh_compute`] afterwards.
     pub fn trained_mut(&mut self) -> &mut FlatParams {
+        if let Some(sharded) = &self.sharded {
+            sharded.forget();
+        }
         &mut self.trained
+    }
+
+    /// Returns the ranks that train the model together.
+    pub fn ranks(&self) -> &Ranks {
+        &self.ranks
+    }
+
+    /// Returns what is divided over ranks, if anything is.
+    pub fn sharded(&self) -> Option<&Sharded> {
+        self.sharded.as_ref()
+    }
+
+    /// Returns the parameters that are trained and divided over ranks, if they are.
+    pub fn sharded_training(&self) -> Option<&Sharded> {
+        self.sharded.as_ref().filter(|sharded| sharded.is_trained())
+    }
+
+    /// Sums the gradients of a step over all ranks, once after its last micro-batch.
+    ///
+    /// # Errors
+    /// [`dist::Error`] if another rank was lost, now or during the micro-batches.
+    pub fn reduce_gradients(&self) -> Result<(), dist::Error> {
+        match self.sharded_training() {
+            Some(sharded) => sharded.give_outer_gradients()?,
+            None => self.ranks.all_reduce(self.trained.grad())?,
+        }
+        self.ranks.check()
     }
 
     /// Returns the device computed on.
@@ -149,9 +243,11 @@ impl Model {
         let flow = Flow::new(self, batch, dropout);
         let around = flow.surroundings();
         let lowest = self.lowest_trained_block();
+        self.gather(OUTER, None);
         let mut x = self.embed_tokens.forward(&flow.tokens); // [T, D]
         let mut kept: Vec<Option<Kept>> = Vec::with_capacity(self.blocks.len());
         for (index, block) in self.blocks.iter().enumerate() {
+            self.gather(unit_of_block(index), self.block_above(index));
             let recompute = (index >= lowest).then_some(recompute);
             let (y, block_kept) = block.forward(x, &around, recompute);
             kept.push(block_kept);
@@ -171,7 +267,11 @@ impl Model {
         for (index, (block, block_kept)) in self.blocks.iter().zip(kept).enumerate().rev() {
             let Some(block_kept) = block_kept else { break };
             let wants_input_grad = index > lowest || self.embed_tokens.is_trained();
-            match block.backward(block_kept, &dx, &around, wants_input_grad) {
+            self.gather(unit_of_block(index), (index > lowest).then(|| unit_of_block(index - 1)));
+            self.begin_gradients();
+            let below = block.backward(block_kept, &dx, &around, wants_input_grad);
+            self.give_gradients(index);
+            match below {
                 Some(below) => dx = below,
                 None => break,
             }
@@ -204,8 +304,38 @@ impl Model {
 
     fn hidden(&self, flow: &Flow<'_>) -> Tensor {
         let around = flow.surroundings();
+        self.gather(OUTER, None);
         let x = self.embed_tokens.forward(&flow.tokens);
-        self.blocks.iter().fold(x, |x, block| block.forward(x, &around, None).0)
+        self.blocks.iter().enumerate().fold(x, |x, (index, block)| {
+            self.gather(unit_of_block(index), self.block_above(index));
+            block.forward(x, &around, None).0
+        })
+    }
+
+    /// Makes a unit whole, and lets the next one come meanwhile.
+    fn gather(&self, unit: usize, next: Option<usize>) {
+        let Some(sharded) = &self.sharded else { return };
+        sharded.hold(unit);
+        if let Some(next) = next {
+            sharded.prefetch(next);
+        }
+    }
+
+    fn block_above(&self, index: usize) -> Option<usize> {
+        (index + 1 < self.blocks.len()).then(|| unit_of_block(index + 1))
+    }
+
+    fn begin_gradients(&self) {
+        if let Some(sharded) = &self.sharded {
+            sharded.begin_gradients();
+        }
+    }
+
+    /// Gives a block's gradients away; if that fails, [`Model::reduce_gradients`] says so.
+    fn give_gradients(&self, index: usize) {
+        if let Some(sharded) = &self.sharded {
+            let _ = sharded.give_gradients(unit_of_block(index));
+        }
     }
 
     /// Returns the first block whose backward pass anything needs.
@@ -273,6 +403,7 @@ struct Parts<'a> {
     config: &'a ModelConfig,
     attachment: &'a Attachment,
     trained: &'a FlatParams,
+    sharded: Option<&'a Sharded>,
     dtype: Dtype,
     device: Device,
     seed: Counter,
@@ -406,13 +537,22 @@ impl Parts<'_> {
 
     /// Returns a parameter: trained if it is among the trained ones, else frozen.
     fn param(&self, name: &str, shape: &[usize]) -> Result<Param, Failure> {
-        match self.trained.param(name) {
-            Some(param) => {
-                self.set_master(name, &self.stored(name, shape)?);
-                Ok(param)
-            }
-            None => Ok(Param::frozen(self.frozen(name, shape)?)),
+        if let Some(param) = self.trained.param(name) {
+            self.set_master(name, &self.stored(name, shape)?);
+            return Ok(param);
         }
+        let Some((sharded, param)) =
+            self.sharded.and_then(|sharded| Some((sharded, sharded.param(name)?)))
+        else {
+            return Ok(Param::frozen(self.frozen(name, shape)?));
+        };
+        let stored = self.stored(name, shape)?;
+        if sharded.is_trained() {
+            sharded.keep(name, &stored, self.trained.master());
+        } else {
+            sharded.keep_value(name, &stored);
+        }
+        Ok(param)
     }
 
     fn set_master(&self, name: &str, value: &Tensor) {

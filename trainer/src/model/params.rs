@@ -1,14 +1,15 @@
 //! Trained parameters as views of flat tensors.
 //!
 //! Masters, gradients and (elsewhere) moments are each one contiguous fp32 tensor, so that one call
-//! updates, reduces, clips or stores everything.
+//! updates, reduces, clips or stores everything. Of a model divided over ranks they hold this
+//! rank's parts, of which no parameter need be whole.
 
 use std::collections::BTreeMap;
 
 use finetune_contract::Dtype;
 use tch::{Device, Kind, Tensor};
 
-use super::config::TensorSpec;
+use super::{config::TensorSpec, layout::Layout};
 
 /// One parameter as a module sees it.
 #[derive(Debug)]
@@ -40,11 +41,16 @@ impl Param {
     }
 }
 
+/// Each parameter's first element and shape.
+type Places = BTreeMap<String, (usize, Vec<i64>)>;
+
 /// All trained parameters of a run.
 #[derive(Debug)]
 pub struct FlatParams {
-    places: BTreeMap<String, (usize, Vec<i64>)>,
+    places: Places,
     names: Vec<String>,
+    /// (first element, length, decays) of each parameter, or of this rank's part of it.
+    decay_spans: Vec<(usize, usize, bool)>,
     master: Tensor,
     grad: Tensor,
     compute: Tensor,
@@ -54,22 +60,50 @@ impl FlatParams {
     /// Makes zeroed parameters in the order of `specs`.
     pub fn new(specs: &[TensorSpec], dtype: Dtype, device: Device) -> Self {
         let mut places = BTreeMap::new();
+        let mut decay_spans = Vec::new();
         let mut length = 0;
         for spec in specs {
+            let elements: usize = spec.shape.iter().product();
+            decay_spans.push((length, elements, decays(spec.shape.len())));
             places.insert(
                 spec.name.clone(),
                 (length, spec.shape.iter().map(|&size| size as i64).collect()),
             );
-            length += spec.shape.iter().product::<usize>();
+            length += elements;
         }
+        let names = specs.iter().map(|spec| spec.name.clone()).collect();
+        Self::zeroed(length, dtype, device, (places, names, decay_spans))
+    }
+
+    /// Makes zeroed parts of parameters that are divided over ranks; none of them is whole here.
+    pub fn parts(layout: &Layout, dtype: Dtype, device: Device) -> Self {
+        let mut decay_spans: Vec<_> = layout
+            .names()
+            .iter()
+            .filter_map(|name| {
+                let place = layout.place(name)?;
+                let (range, start) = layout.kept(place)?;
+                Some((start, range.len(), decays(place.shape.len())))
+            })
+            .collect();
+        decay_spans.sort_unstable();
+        let nothing_whole = (BTreeMap::new(), Vec::new(), decay_spans);
+        Self::zeroed(layout.part_length(), dtype, device, nothing_whole)
+    }
+
+    fn zeroed(
+        length: usize,
+        dtype: Dtype,
+        device: Device,
+        (places, names, decay_spans): (Places, Vec<String>, Vec<(usize, usize, bool)>),
+    ) -> Self {
         let zeros = |kind| Tensor::zeros([length as i64], (kind, device));
         let master = zeros(Kind::Float);
         let compute = match dtype {
             Dtype::Fp32 => master.shallow_clone(),
             Dtype::Bf16 => zeros(Kind::BFloat16),
         };
-        let names = specs.iter().map(|spec| spec.name.clone()).collect();
-        Self { places, names, grad: zeros(Kind::Float), master, compute }
+        Self { places, names, decay_spans, grad: zeros(Kind::Float), master, compute }
     }
 
     /// Lists the names, in flat order.
@@ -128,17 +162,8 @@ impl FlatParams {
     }
 
     /// Lists each parameter's first element and length in the flat tensors, with whether it decays.
-    ///
-    /// Weight decay pulls matrices towards zero; vectors (norm weights, biases) set scales and
-    /// offsets, which zero is no sensible prior for.
     pub fn decay_spans(&self) -> Vec<(usize, usize, bool)> {
-        self.names
-            .iter()
-            .map(|name| {
-                let (offset, shape) = &self.places[name];
-                (*offset, shape.iter().product::<i64>() as usize, shape.len() >= 2)
-            })
-            .collect()
+        self.decay_spans.clone()
     }
 
     /// Copies the masters to what modules compute with, after they changed.
@@ -154,4 +179,12 @@ impl FlatParams {
         let length: i64 = shape.iter().product();
         Some(flat.narrow(0, *offset as i64, length).view(shape.as_slice()))
     }
+}
+
+/// Tells whether a parameter of so many dimensions decays.
+///
+/// Weight decay pulls matrices towards zero; vectors (norm weights, biases) set scales and offsets,
+/// which zero is no sensible prior for.
+const fn decays(dimensions: usize) -> bool {
+    dimensions >= 2
 }

@@ -10,8 +10,8 @@ use std::{
 
 use finetune_contract::{
     CONTRACT_VERSION, DatasetFormat, DatasetSource, Document, Dtype, ExpectedData, LoraSettings,
-    LrScheduler, ModelSource, OnOverflow, OutputTarget, PreflightConfig, PreflightReport,
-    Recompute, RunConfig, RunId, TrainingSettings, parse, render,
+    LrScheduler, ModelSource, OnOverflow, OutputTarget, Parallelism, PreflightConfig,
+    PreflightReport, Recompute, RunConfig, RunId, TrainingSettings, parse, render,
 };
 use finetune_trainer::{
     model::{Model, attach::Attachment, config::ModelConfig},
@@ -124,6 +124,7 @@ impl<'a> Case<'a> {
                 dataset,
                 lora: self.lora.clone(),
                 training: training(),
+                parallelism: Parallelism::SINGLE,
                 output: target,
                 checkpoints_uri: uri(&self.directory.join("checkpoints")),
                 expected: ExpectedData {
@@ -132,6 +133,7 @@ impl<'a> Case<'a> {
                     sequences: self.golden.facts.rows.len() as u64,
                 },
                 predicted_peak_bytes: 0,
+                predicted_sent_bytes: None,
             },
         );
         output

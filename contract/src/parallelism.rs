@@ -1,0 +1,56 @@
+//! How a run is divided over processes, and how each of them learns which one it is.
+
+use serde::{Deserialize, Serialize};
+
+/// How many ranks train one model, and what each of them holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Parallelism {
+    /// Processes that train together.
+    pub world_size: u32,
+    /// What is divided over them beside the sequences.
+    pub strategy: Strategy,
+}
+
+/// What is divided over the ranks beside the sequences of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Strategy {
+    /// Nothing: there is one rank.
+    None,
+    /// Nothing else: every rank holds the whole model and state (distributed data parallel).
+    Ddp,
+    /// Parameters, gradients, masters and moments; a block is gathered while it is used (ZeRO
+    /// stage 3, as in FSDP's full sharding).
+    Zero3,
+}
+
+impl Parallelism {
+    /// One process that holds everything.
+    pub const SINGLE: Self = Self { world_size: 1, strategy: Strategy::None };
+
+    /// Tells whether there is one process that holds everything.
+    pub fn is_single(&self) -> bool {
+        *self == Self::SINGLE
+    }
+}
+
+impl Default for Parallelism {
+    fn default() -> Self {
+        Self::SINGLE
+    }
+}
+
+/// Environment variables by which a rank is told its place: those of `torchrun`.
+pub mod environment {
+    /// This rank's number, from 0.
+    pub const RANK: &str = "RANK";
+    /// The same as an Indexed Job of Kubernetes says it; read where [`RANK`] is absent.
+    pub const JOB_COMPLETION_INDEX: &str = "JOB_COMPLETION_INDEX";
+    /// How many ranks there are; must be the run's.
+    pub const WORLD_SIZE: &str = "WORLD_SIZE";
+    /// A name or address of rank 0.
+    pub const MASTER_ADDR: &str = "MASTER_ADDR";
+    /// The port on which rank 0 brings the ranks together.
+    pub const MASTER_PORT: &str = "MASTER_PORT";
+}

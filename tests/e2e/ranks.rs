@@ -1,0 +1,95 @@
+//! `finetune run --ranks`: several trainers on this machine do what one does, and end together.
+
+use std::{
+    fs,
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use finetune_contract::Strategy;
+use serde_json::json;
+
+use crate::bench::{Bench, Ran};
+
+#[test]
+fn two_ranks_train_what_one_does() {
+    let Some(bench) = Bench::new() else { return };
+    bench.write_rows("validation.jsonl", 20..25);
+    for is_lora in [true, false] {
+        let job = |output: &str, accumulation: u32| {
+            let mut job = bench.job(output);
+            let spec = job["spec"].as_object_mut().unwrap();
+            spec["dataset"]["validation"] = json!(bench.uri("validation.jsonl"));
+            spec["training"]["gradientAccumulationSteps"] = json!(accumulation);
+            spec["training"]["learningRate"] = json!(1e-3);
+            if !is_lora {
+                spec.remove("loraConfig");
+            }
+            job
+        };
+        let (one, two) = (format!("one-{is_lora}"), format!("two-{is_lora}"));
+        let (one_job, two_job) = (job(&one, 4), job(&two, 2));
+        bench.run(&one_job).ok();
+        let ran = Ran::of(&bench.ranks_command(&two_job, 2).output().unwrap()).ok();
+        assert!(ran.stderr.contains("ranks                      2"), "{}", ran.stderr);
+        let (one_report, report) = (bench.report(&one_job), bench.report(&two_job));
+        let losses = |report: &finetune_contract::RunReport| {
+            [report.train_loss.unwrap(), report.eval_loss.unwrap()].concat()
+        };
+        for (one, two) in losses(&one_report).iter().zip(losses(&report)) {
+            assert!((one - two).abs() < 1e-6, "{one} {two}");
+        }
+        assert_eq!(report.tokens_seen, one_report.tokens_seen);
+        // The gradients, as planned, and three numbers in eight bytes each.
+        let predicted = report.predicted_sent_bytes.unwrap();
+        assert_eq!(report.measured_sent_bytes, Some(predicted + 3 * 8));
+        assert_eq!(bench.published(&one).files.len(), bench.published(&two).files.len());
+        bench.finetune(&["verify", &bench.uri(&two)]).ok();
+    }
+}
+
+#[test]
+fn the_plan_says_how_ranks_divide_the_run() {
+    let Some(bench) = Bench::new() else { return };
+    let job = bench.job("output");
+    fs::write(bench.path("job.json"), job.to_string()).unwrap();
+    let ran = bench.finetune(&["plan", "-f", "job.json", "--ranks", "4", "-o", "json"]).ok();
+    let plan: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    let parallelism = &plan["runConfig"]["parallelism"];
+    assert_eq!(parallelism, &json!({"worldSize": 4, "strategy": Strategy::Ddp}));
+}
+
+#[test]
+fn the_death_of_a_rank_ends_the_command_which_goes_on_when_run_again() {
+    let Some(bench) = Bench::new() else { return };
+    let mut job = bench.job("output");
+    job["spec"]["training"]["maxSteps"] = json!(400);
+    let mut started = bench.start_with(&mut bench.ranks_command(&job, 2), &job);
+    started.wait_for_step(5);
+    let victim = trainer_in(&bench.work_dir(&job).join("rank-1"));
+    let killed = Instant::now();
+    assert!(Command::new("kill").args(["-9", &victim]).status().unwrap().success());
+    let ran = started.end();
+    assert!(killed.elapsed() < Duration::from_secs(20), "{:?}", killed.elapsed());
+    insta::assert_snapshot!(bench.shown(&ran), @r"
+    exit 76
+    error: rank 1 was killed (signal 9), perhaps for want of memory; the other ranks ended with it. Run the same command again to go on from the last checkpoint
+    ");
+    Ran::of(&bench.ranks_command(&job, 2).output().unwrap()).ok();
+    assert!(bench.report(&job).resumed_from_step.is_some());
+}
+
+/// Finds the process that works in a directory.
+fn trainer_in(work_dir: &std::path::Path) -> String {
+    let named = work_dir.display().to_string();
+    let processes = fs::read_dir("/proc").unwrap();
+    let found = processes.filter_map(|entry| {
+        let entry = entry.unwrap();
+        let arguments = fs::read(entry.path().join("cmdline")).ok()?;
+        let is_it = arguments.split(|&byte| byte == 0).any(|word| word == named.as_bytes());
+        is_it.then(|| entry.file_name().to_string_lossy().into_owned())
+    });
+    let found: Vec<String> = found.collect();
+    assert_eq!(found.len(), 1, "{found:?}");
+    found[0].clone()
+}

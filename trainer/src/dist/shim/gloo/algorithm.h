@@ -1,0 +1,2 @@
+// Nothing that c10d/ProcessGroupGloo.hpp declares needs it.
+#pragma once

@@ -1,0 +1,11 @@
+#pragma once
+
+namespace gloo {
+namespace transport {
+// What SendWork and RecvWork own; we never make one.
+class UnboundBuffer {
+ public:
+  virtual ~UnboundBuffer();
+};
+} // namespace transport
+} // namespace gloo

@@ -1,0 +1,407 @@
+//! Ranks as processes: what they publish, how they end, and from where they go on.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use finetune_contract::{
+    CONTRACT_VERSION, DatasetFormat, DatasetSource, Document, Dtype, ExpectedData, FailureReason,
+    LrScheduler, ModelSource, OnOverflow, Outcome, OutputTarget, Parallelism, PreflightConfig,
+    PreflightReport, Progress, Recompute, RunConfig, RunId, RunReport, Strategy, TrainingSettings,
+    parse, render,
+};
+use serde_json::json;
+use tch::{Kind, Tensor};
+use tempfile::TempDir;
+
+use crate::{equality::free_port, fixture::lora};
+
+/// How long a rank may take to notice that another is gone; the default grace is 3 s.
+const SECONDS_TO_END: Duration = Duration::from_secs(10);
+/// How long anything else may take on a machine that is busy with other tests.
+const PATIENCE: Duration = Duration::from_mins(2);
+
+/// A directory with rows, and a run of the tiny model of the goldens on them.
+struct Case {
+    directory: TempDir,
+    config: RunConfig,
+}
+
+/// One rank of a run under way.
+struct Rank {
+    child: Child,
+    report: PathBuf,
+}
+
+/// How a rank ended.
+struct Ended {
+    code: Option<i32>,
+    said: String,
+    report: Option<RunReport>,
+}
+
+impl Case {
+    fn new(is_lora: bool, total_steps: u64) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let uri = |name: &str| format!("file://{}", directory.path().join(name).display());
+        // Rows of ever other lengths, so that no two ranks have as many tokens.
+        for (name, rows) in [("train", 0..13), ("validation", 20..25)] {
+            let rows = rows.map(|row: usize| {
+                let words: Vec<String> = (0..3 + row * 7 % 40)
+                    .map(|i| format!("t{}", 3 + (row * 31 + i * i) % 120))
+                    .collect();
+                format!("{}\n", json!({ "text": words.join(" ") }))
+            });
+            fs::write(
+                directory.path().join(name).with_extension("jsonl"),
+                rows.collect::<String>(),
+            )
+            .unwrap();
+        }
+        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/data/llama");
+        let config = RunConfig {
+            version: CONTRACT_VERSION,
+            run_id: RunId("tiny".to_owned()),
+            attempt: 0,
+            model: ModelSource { uri: format!("file://{}", model.display()), revision: None },
+            dataset: DatasetSource {
+                train: uri("train.jsonl"),
+                validation: Some(uri("validation.jsonl")),
+                format: DatasetFormat::Text,
+                on_overflow: OnOverflow::Error,
+            },
+            lora: is_lora.then(|| lora(&["all-linear"], &[])),
+            training: training(total_steps),
+            parallelism: Parallelism::SINGLE,
+            output: OutputTarget {
+                uri: uri("output"),
+                merge: false,
+                overwrite: true,
+                base_model_name: None,
+            },
+            checkpoints_uri: uri("checkpoints"),
+            expected: ExpectedData {
+                train_sha256: String::new(),
+                validation_sha256: None,
+                sequences: 13,
+            },
+            predicted_peak_bytes: 0,
+            predicted_sent_bytes: None,
+        };
+        let mut case = Self { directory, config };
+        case.expect();
+        case
+    }
+
+    /// Lets the preflight say which rows there are.
+    fn expect(&mut self) {
+        let config = &self.config;
+        let preflight = PreflightConfig {
+            version: CONTRACT_VERSION,
+            run_id: config.run_id.clone(),
+            model: config.model.clone(),
+            dataset: config.dataset.clone(),
+            lora: config.lora.clone(),
+            context_length: Some(config.training.context_length),
+            output: config.output.clone(),
+            measure_machine: false,
+        };
+        let rank = self.spawn("preflight", "preflight", &preflight, &[]);
+        let report = rank.report.clone();
+        let ended = rank.end(PATIENCE);
+        assert_eq!(ended.code, Some(0), "{}", ended.said);
+        let report: PreflightReport = parse(&fs::read_to_string(report).unwrap()).unwrap();
+        self.config.expected.train_sha256 = report.train.unwrap().sha256;
+        self.config.expected.validation_sha256 = Some(report.validation.unwrap().sha256);
+    }
+
+    /// Makes the same run over so many ranks: the same four sequences a step.
+    fn over(&self, world_size: u32, strategy: Strategy) -> RunConfig {
+        let mut config = self.config.clone();
+        config.parallelism = Parallelism { world_size, strategy };
+        config.training.gradient_accumulation_steps = 4 / world_size;
+        config.predicted_sent_bytes = (world_size > 1).then_some(0);
+        config
+    }
+
+    fn spawn<D: Document>(
+        &self,
+        command: &str,
+        name: &str,
+        config: &D,
+        environment: &[(&str, String)],
+    ) -> Rank {
+        let path = |suffix: &str| self.directory.path().join(format!("{name}.{suffix}"));
+        fs::write(path("json"), render(config)).unwrap();
+        let _ = fs::remove_file(path("report.json"));
+        let child = Command::new(env!("CARGO_BIN_EXE_finetune-trainer"))
+            .env("OMP_NUM_THREADS", "1")
+            .envs(environment.iter().map(|(key, value)| (key, value)))
+            .arg(command)
+            .arg("--config")
+            .arg(path("json"))
+            .arg("--report")
+            .arg(path("report.json"))
+            .arg("--work-dir")
+            .arg(path("work"))
+            .stdout(Stdio::piped())
+            .stderr(fs::File::create(path("log")).unwrap())
+            .spawn()
+            .unwrap();
+        Rank { child, report: path("report.json") }
+    }
+
+    /// Starts all ranks of a run; each may be told something of its own.
+    fn start(&self, config: &RunConfig, change: impl Fn(u32, &mut RunConfig)) -> Vec<Rank> {
+        let Parallelism { world_size, .. } = config.parallelism;
+        let port = free_port();
+        (0..world_size)
+            .map(|rank| {
+                let mut config = config.clone();
+                change(rank, &mut config);
+                let environment = [
+                    ("RANK", rank.to_string()),
+                    ("WORLD_SIZE", world_size.to_string()),
+                    ("MASTER_ADDR", "127.0.0.1".to_owned()),
+                    ("MASTER_PORT", port.to_string()),
+                ];
+                self.spawn("train", &format!("rank-{rank}"), &config, &environment)
+            })
+            .collect()
+    }
+
+    /// Runs to the end; returns rank 0's report and the published weights.
+    fn finish(&self, config: &RunConfig) -> (RunReport, Vec<(String, Tensor)>) {
+        let mut report = None;
+        for rank in self.start(config, |_, _| {}) {
+            let ended = rank.end(PATIENCE);
+            assert_eq!(ended.code, Some(0), "{}", ended.said);
+            report = report.or(ended.report);
+        }
+        let name = if config.lora.is_some() { "adapter_model" } else { "model" };
+        let file = self.directory.path().join("output").join(format!("{name}.safetensors"));
+        let mut weights = Tensor::read_safetensors(file).unwrap();
+        weights.sort_by(|left, right| left.0.cmp(&right.0));
+        (report.unwrap(), weights)
+    }
+
+    fn forget_output(&self) {
+        for name in ["output", "checkpoints"] {
+            let _ = fs::remove_dir_all(self.directory.path().join(name));
+        }
+    }
+}
+
+impl Rank {
+    /// Waits until the rank tells that a step is done.
+    fn wait_for_step(&mut self, step: u64) {
+        let stdout = self.child.stdout.take().unwrap();
+        let mut lines = BufReader::new(stdout).lines();
+        let reached = lines
+            .by_ref()
+            .map_while(Result::ok)
+            .any(|line| parse::<Progress>(&line).is_ok_and(|progress| progress.step >= step));
+        assert!(reached, "the rank ended before step {step}");
+        // The rest must be read, or the rank waits for room in the pipe.
+        std::thread::spawn(move || lines.for_each(drop));
+    }
+
+    fn signal(&self, name: &str) {
+        let pid = self.child.id().to_string();
+        assert!(Command::new("kill").args(["-s", name, &pid]).status().unwrap().success());
+    }
+
+    fn end(mut self, patience: Duration) -> Ended {
+        if let Some(stdout) = self.child.stdout.take() {
+            std::thread::spawn(move || BufReader::new(stdout).lines().for_each(drop));
+        }
+        let started = Instant::now();
+        let log = self.report.with_extension("").with_extension("log");
+        let said = || fs::read_to_string(&log).unwrap_or_default();
+        let status = loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
+            }
+            if started.elapsed() > patience {
+                self.child.kill().unwrap();
+                panic!("still running after {patience:?}: {}", said());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        };
+        let report = fs::read_to_string(&self.report).ok();
+        Ended {
+            code: status.code(),
+            said: said(),
+            report: report.and_then(|report| parse(&report).ok()),
+        }
+    }
+}
+
+fn training(total_steps: u64) -> TrainingSettings {
+    TrainingSettings {
+        context_length: 64,
+        total_steps,
+        learning_rate: 1e-3,
+        lr_scheduler_type: LrScheduler::Constant,
+        num_warmup_steps: 0,
+        weight_decay: 0.01,
+        max_grad_norm: 1.0,
+        micro_batch_size: 1,
+        gradient_accumulation_steps: 4,
+        packing: false,
+        dtype: Dtype::Fp32,
+        recompute: Recompute::None,
+        seed: 7,
+        evaluation_steps: 2,
+        early_stopping_patience: 0,
+        checkpoint_steps: 2,
+        num_checkpoints_to_keep: 2,
+    }
+}
+
+#[track_caller]
+fn assert_same(left: &[(String, Tensor)], right: &[(String, Tensor)], what: &str) {
+    assert_eq!(left.len(), right.len());
+    for ((name, left), (other, right)) in left.iter().zip(right) {
+        assert_eq!(name, other);
+        let difference = (left - right).abs().max().to_kind(Kind::Double).double_value(&[]);
+        assert!(difference < 1e-6, "{what}: {name} differs by {difference:e}");
+    }
+}
+
+#[track_caller]
+fn assert_same_losses(many: &RunReport, one: &RunReport) {
+    let losses = |report: &RunReport| {
+        let [first, last] = report.train_loss.unwrap();
+        let [before, after] = report.eval_loss.unwrap();
+        [first, last, before, after]
+    };
+    for (many, one) in losses(many).iter().zip(losses(one)) {
+        assert!((many - one).abs() < 1e-6, "{many} {one}");
+    }
+}
+
+/// Trains over other numbers of ranks what one rank trains, from preflight's rows to what is published.
+fn check(is_lora: bool) {
+    let case = Case::new(is_lora, 6);
+    let (one, weights) = case.finish(&case.over(1, Strategy::None));
+    assert_eq!(one.measured_sent_bytes, None);
+    for (world_size, strategy) in
+        [(2, Strategy::Ddp), (2, Strategy::Zero3), (4, Strategy::Ddp), (4, Strategy::Zero3)]
+    {
+        case.forget_output();
+        let (many, many_weights) = case.finish(&case.over(world_size, strategy));
+        assert_same_losses(&many, &one);
+        assert_eq!(many.tokens_seen, one.tokens_seen);
+        assert!(many.measured_sent_bytes.unwrap() > 0);
+        assert_same(&many_weights, &weights, &format!("{world_size} {strategy:?}"));
+    }
+}
+
+#[test]
+fn several_ranks_publish_the_model_that_one_does() {
+    check(false);
+}
+
+#[test]
+fn several_ranks_publish_the_adapter_that_one_does() {
+    check(true);
+}
+
+#[test]
+fn a_stop_of_one_stops_all_after_the_same_step_and_any_number_goes_on() {
+    let case = Case::new(false, 200);
+    let whole = case.over(1, Strategy::None);
+    let (_, expected) = case.finish(&whole);
+    case.forget_output();
+
+    let mut ranks = case.start(&case.over(2, Strategy::Zero3), |_, _| {});
+    ranks[0].wait_for_step(3);
+    ranks[1].signal("TERM");
+    let stopped: Vec<Ended> = ranks.into_iter().map(|rank| rank.end(PATIENCE)).collect();
+    let steps: Vec<u64> = stopped
+        .iter()
+        .map(|ended| {
+            assert_eq!(ended.code, Some(75), "{}", ended.said);
+            match ended.report.as_ref().unwrap().outcome {
+                Outcome::Interrupted { checkpoint_step } => checkpoint_step,
+                _ => panic!("{}", ended.said),
+            }
+        })
+        .collect();
+    assert_eq!(steps[0], steps[1]);
+    assert!(steps[0] < 200, "it was stopped too late to show anything");
+
+    // Four go on whole, and are stopped again; one finishes.
+    let mut ranks = case.start(&case.over(4, Strategy::Ddp), |_, _| {});
+    ranks[0].wait_for_step(steps[0] + 3);
+    ranks[2].signal("TERM");
+    for rank in ranks {
+        let ended = rank.end(PATIENCE);
+        assert_eq!(ended.code, Some(75), "{}", ended.said);
+        assert_eq!(ended.report.unwrap().resumed_from_step, Some(steps[0]));
+    }
+    let (report, weights) = case.finish(&whole);
+    assert!(report.resumed_from_step.unwrap() > steps[0]);
+    let largest = weights.iter().zip(&expected).map(|((_, left), (_, right))| {
+        (left - right).abs().max().to_kind(Kind::Double).double_value(&[])
+    });
+    // Two hundred steps add up more rounding than six.
+    let largest = largest.fold(0.0, f64::max);
+    assert!(largest < 1e-4, "{largest:e}");
+}
+
+fn kill_one(victim: usize, strategy: Strategy) {
+    let case = Case::new(false, 1_000_000);
+    let mut config = case.over(4, strategy);
+    config.training.evaluation_steps = 0;
+    let mut ranks = case.start(&config, |_, _| {});
+    ranks[0].wait_for_step(3);
+    ranks[victim].signal("KILL");
+    ranks.remove(victim).child.wait().unwrap();
+    for rank in ranks {
+        let ended = rank.end(SECONDS_TO_END);
+        assert_eq!(ended.code, Some(76), "{}", ended.said);
+        let Outcome::Failed { reason, message } = ended.report.unwrap().outcome else {
+            panic!("{}", ended.said)
+        };
+        assert_eq!(reason, FailureReason::PeerLost);
+        assert!(message.contains(&format!("rank {victim} is gone")), "{message}");
+    }
+}
+
+#[test]
+fn the_death_of_one_rank_ends_all_in_seconds() {
+    kill_one(2, Strategy::Ddp);
+    kill_one(3, Strategy::Zero3);
+}
+
+#[test]
+fn the_death_of_rank_0_ends_all_in_seconds() {
+    kill_one(0, Strategy::Ddp);
+}
+
+#[test]
+fn all_say_why_one_failed() {
+    let case = Case::new(true, 6);
+    let config = case.over(2, Strategy::Ddp);
+    let ranks = case.start(&config, |rank, config| {
+        if rank == 1 {
+            config.expected.train_sha256 = "of other rows".to_owned();
+        }
+    });
+    let [first, second]: [Ended; 2] = ranks
+        .into_iter()
+        .map(|rank| rank.end(PATIENCE))
+        .collect::<Vec<_>>()
+        .try_into()
+        .ok()
+        .unwrap();
+    assert_eq!((first.code, second.code), (Some(76), Some(65)), "{}{}", first.said, second.said);
+    let Outcome::Failed { message, .. } = first.report.unwrap().outcome else { panic!() };
+    assert!(message.contains("rank 1 failed: ") && message.contains("changed since"), "{message}");
+}
