@@ -317,15 +317,12 @@ impl Checkpoints {
         let fill = || -> Result<(), crate::model::weights::Error> {
             let tensors = tensors?;
             for (tensor, target) in into {
-                match model.sharded_training() {
-                    Some(sharded) => {
-                        let length = sharded.layout().undivided_length();
-                        sharded.keep_all(&tensors.tensor_of(tensor, &[length])?, target);
-                    }
-                    None => {
-                        let stored = tensors.tensor_of(tensor, &[target.numel()])?;
-                        target.shallow_clone().copy_(&stored);
-                    }
+                if let Some(sharded) = model.sharded_training() {
+                    let length = sharded.layout().undivided_length();
+                    sharded.keep_all(&tensors.tensor_of(tensor, &[length])?, target);
+                } else {
+                    let stored = tensors.tensor_of(tensor, &[target.numel()])?;
+                    target.shallow_clone().copy_(&stored);
                 }
             }
             Ok(())

@@ -12,7 +12,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use serde::Deserialize;
 
 use crate::{
-    bench_operator,
+    bench_memory, bench_operator,
     build::{self, Binaries},
     dataset,
     limit::{self, Limit},
@@ -30,6 +30,8 @@ pub(crate) struct Arguments {
 enum What {
     /// Training steps on SmolLM2-135M.
     Trainer(Settings),
+    /// The memory of training steps; writes docs/memory.csv.
+    Memory,
     /// Jobs of the operator, on a real apiserver whose pods never run.
     Operator {
         /// FineTuneJobs there are when it starts.
@@ -87,10 +89,13 @@ enum Dtype {
 
 /// Rows of one step and tokens of one row.
 #[derive(Debug, Clone, Copy)]
-struct Shape {
-    rows: usize,
-    shortest: usize,
-    length: usize,
+pub(crate) struct Shape {
+    /// Rows of one step.
+    pub rows: usize,
+    /// Tokens of the shortest row.
+    pub shortest: usize,
+    /// Tokens of the longest row.
+    pub length: usize,
 }
 
 impl FromStr for Shape {
@@ -122,11 +127,12 @@ impl fmt::Display for Shape {
 
 /// What one process printed.
 #[derive(Debug, Deserialize)]
-struct Figures {
+pub(crate) struct Figures {
     step_seconds: Vec<f64>,
     step_tokens: Vec<f64>,
     losses: Vec<f64>,
-    peak_anonymous_bytes: f64,
+    /// The largest anonymous memory, in bytes.
+    pub peak_anonymous_bytes: f64,
     #[serde(default)]
     profile: Vec<(String, f64, f64)>,
 }
@@ -145,6 +151,7 @@ impl Figures {
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let settings = match &arguments.what {
         What::Trainer(settings) => settings,
+        What::Memory => return bench_memory::run(),
         What::Operator { jobs } => return bench_operator::run(*jobs),
     };
     ensure!(settings.rounds > 0, "--rounds is 0, must be at least 1");
@@ -280,7 +287,7 @@ fn require_same_work(ours: &Figures, peer: &Figures, dtype: Dtype) -> Result<()>
 }
 
 /// Makes rows of real tokens; every token is a target.
-fn rows(binaries: &Binaries, model: &Path, shape: Shape) -> Result<PathBuf> {
+pub(crate) fn rows(binaries: &Binaries, model: &Path, shape: Shape) -> Result<PathBuf> {
     let Shape { shortest, length, .. } = shape;
     let rows = shell::root().join(format!("target/bench-rows-{shortest}-{length}.json"));
     let text = dataset::files()?.train;
@@ -301,7 +308,7 @@ fn rows(binaries: &Binaries, model: &Path, shape: Shape) -> Result<PathBuf> {
 }
 
 /// Runs one process with as many threads as there are processors, and reads its last line.
-fn figures(command: &mut Command) -> Result<Figures> {
+pub(crate) fn figures(command: &mut Command) -> Result<Figures> {
     let threads = std::thread::available_parallelism()?;
     let printed = shell::output(command.env("OMP_NUM_THREADS", threads.to_string()))?;
     let last = printed.lines().last().unwrap_or_default();

@@ -222,7 +222,7 @@ impl Group {
     /// Starts to sum `tensor` over all ranks, in place.
     pub(super) fn all_reduce(&self, tensor: &Tensor) -> Result<Work, String> {
         // SAFETY: the group is open until dropped; the tensor is alive, and `Work` keeps it so.
-        self.start([tensor, tensor], |[tensor, _], error| unsafe {
+        Self::start([tensor, tensor], |[tensor, _], error| unsafe {
             finetune_all_reduce(self.0.as_ptr(), tensor, error)
         })
     }
@@ -230,7 +230,7 @@ impl Group {
     /// Starts to fill `whole` with each rank's `part`, by rank.
     pub(super) fn all_gather(&self, whole: &Tensor, part: &Tensor) -> Result<Work, String> {
         // SAFETY: as in `all_reduce`.
-        self.start([whole, part], |[whole, part], error| unsafe {
+        Self::start([whole, part], |[whole, part], error| unsafe {
             finetune_all_gather(self.0.as_ptr(), whole, part, error)
         })
     }
@@ -238,13 +238,12 @@ impl Group {
     /// Starts to send the `r`-th part of `sent` to rank `r`, and to receive this rank's of each.
     pub(super) fn all_to_all(&self, received: &Tensor, sent: &Tensor) -> Result<Work, String> {
         // SAFETY: as in `all_reduce`.
-        self.start([received, sent], |[received, sent], error| unsafe {
+        Self::start([received, sent], |[received, sent], error| unsafe {
             finetune_all_to_all(self.0.as_ptr(), received, sent, error)
         })
     }
 
     fn start(
-        &self,
         tensors: [&Tensor; 2],
         start: impl FnOnce([*const C_tensor; 2], ErrorBuffer) -> *mut c_void,
     ) -> Result<Work, String> {

@@ -203,7 +203,7 @@ impl Shared {
             if left.is_zero() || (patience.is_none() && state.is_done) {
                 return None;
             }
-            let woken = self.changed.wait_timeout(state, left.min(Duration::from_secs(3600)));
+            let woken = self.changed.wait_timeout(state, left.min(Duration::from_hours(1)));
             state = woken.unwrap_or_else(PoisonError::into_inner).0;
         }
     }

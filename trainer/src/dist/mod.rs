@@ -175,12 +175,11 @@ impl Ranks {
             }
             std::thread::sleep(POLL);
         }
-        let lifeline = match &listener {
-            Some((listener, _)) => Lifeline::host(listener, world_size, patience),
-            None => {
-                let port = store.get(&lifeline_key).map_err(cannot_meet)?.unwrap_or_default();
-                Lifeline::call(rank, address, port.parse().unwrap_or_default(), patience)
-            }
+        let lifeline = if let Some((listener, _)) = &listener {
+            Lifeline::host(listener, world_size, patience)
+        } else {
+            let port = store.get(&lifeline_key).map_err(cannot_meet)?.unwrap_or_default();
+            Lifeline::call(rank, address, port.parse().unwrap_or_default(), patience)
         }
         .map_err(|error| cannot_meet(format!("no sign of life can be given: {error}")))?;
         lifeline.guard(patience.grace, on_lost);

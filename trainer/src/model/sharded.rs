@@ -146,6 +146,9 @@ impl Sharded {
     }
 
     /// Sums a unit's gradients over ranks and adds this rank's part to its flat gradient.
+    ///
+    /// # Errors
+    /// [`Error`] if another rank is lost.
     pub fn give_gradients(&self, unit: usize) -> Result<(), Error> {
         let Some(gradients) = &self.gradients else { return Ok(()) };
         let whole = gradients.room(unit).narrow(0, 0, self.layout.whole_length(unit) as i64);

@@ -2,7 +2,7 @@
 //!
 //! `equality` runs ranks as threads of this process, over real process groups; `processes` runs the
 //! trainer's binary, and kills it.
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on has failed")]
 #![allow(unreachable_pub, reason = "modules of a test binary share items by `pub`")]
 
 mod equality;
