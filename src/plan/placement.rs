@@ -63,7 +63,8 @@ pub enum Unplaced {
     },
 }
 
-/// Plans `job` for the first of `accelerators` that it fits.
+/// Plans `job` for the first of `accelerators` that it fits; if it fits none, over the fewest pods of
+/// a processor that hold it.
 ///
 /// # Errors
 /// [`Unplaced`] if it fits none.
@@ -86,11 +87,7 @@ pub fn place(
             Ok(plan) => {
                 let pod = pod_size(&plan, accelerator, report);
                 let mut plan = plan;
-                plan.rejected.extend(lacking.iter().map(|problem: &Problem| super::Decision {
-                    field: "accelerator",
-                    value: problem.location.clone(),
-                    reason: problem.message.clone(),
-                }));
+                plan.rejected.extend(rejected(&lacking));
                 return Ok(Placement { plan, accelerator: accelerator.name.clone(), pod });
             }
             Err(problems) if problems.iter().all(|problem| problem.location == "memory") => {
@@ -107,6 +104,10 @@ pub fn place(
             }
         }
     }
+    if let Some(mut placement) = over_ranks(job, report, accelerators) {
+        placement.plan.rejected.extend(rejected(&lacking));
+        return Ok(placement);
+    }
     if let Some(device) = device {
         return Err(device);
     }
@@ -116,11 +117,19 @@ pub fn place(
             "the operator's settings list none: an administrator must add one",
         ));
     }
-    Err(several_ranks(job, report, accelerators).unwrap_or(Unplaced::TooLarge(lacking)))
+    Err(several_devices(job, report, accelerators).unwrap_or(Unplaced::TooLarge(lacking)))
 }
 
-/// Finds the accelerator that holds the run in the fewest ranks.
-fn several_ranks(
+fn rejected(lacking: &[Problem]) -> impl Iterator<Item = super::Decision> {
+    lacking.iter().map(|problem| super::Decision {
+        field: "accelerator",
+        value: problem.location.clone(),
+        reason: problem.message.clone(),
+    })
+}
+
+/// Finds the device that holds the run in the fewest ranks.
+fn several_devices(
     job: &FineTuneJob,
     report: &PreflightReport,
     accelerators: &[Accelerator],
@@ -158,9 +167,7 @@ const MOST_RANKS: u32 = 64;
 
 /// Plans `job` over the fewest pods of a processor that hold it, for the first accelerator of that
 /// kind on which some number does; the pod's size is that of each.
-///
-/// What a run needs that [`place`] finds no place for.
-pub fn over_ranks(
+fn over_ranks(
     job: &FineTuneJob,
     report: &PreflightReport,
     accelerators: &[Accelerator],
@@ -215,7 +222,7 @@ impl std::fmt::Display for Unplaced {
             }
             Self::Devices { accelerator, ranks } => write!(
                 formatter,
-                "the run needs {ranks} {accelerator}, but the trainer of this release computes on the processor of one pod only: set loraConfig: {{}} or lower training.contextLength, or have an administrator raise memoryGiB of a CPU accelerator"
+                "the run needs {ranks} {accelerator}, but the trainer of this release computes on processors only, and {MOST_RANKS} pods of a CPU accelerator do not hold it either: set loraConfig: {{}} or lower training.contextLength, or have an administrator raise memoryGiB of a CPU accelerator"
             ),
         }
     }
@@ -245,7 +252,7 @@ pub fn describe(pod: &PodSize) -> String {
 mod tests {
     use finetune_contract::{ModelFacts, Strategy};
 
-    use super::{Unplaced, describe, over_ranks, place};
+    use super::{Unplaced, describe, place};
     use crate::{
         api::FineTuneJob,
         manifest,
@@ -304,14 +311,13 @@ mod tests {
         let mut accelerators = accelerators();
         accelerators[0].memory_gi_b = 2.5;
         let full = job("  training: {contextLength: 256}\n");
-        assert!(place(&full, &report, &accelerators[..1]).is_err());
-        let placement = over_ranks(&full, &report, &accelerators).unwrap();
+        let placement = place(&full, &report, &accelerators).unwrap();
         let said: Vec<String> = placement
             .plan
             .decisions
             .iter()
             .chain(&placement.plan.rejected)
-            .filter(|decision| ["ranks", "strategy"].contains(&decision.field))
+            .filter(|decision| ["ranks", "strategy", "accelerator"].contains(&decision.field))
             .map(|decision| format!("{} {}: {}", decision.field, decision.value, decision.reason))
             .collect();
         insta::assert_snapshot!(said.join("\n"), @r"
