@@ -306,7 +306,8 @@ impl Operator {
                 self.create(namespace, parent, &*service, "create the Service of ranks").await?;
             }
             Action::CreateNetworkPolicy(policy) => {
-                self.create(namespace, parent, &*policy, "create the NetworkPolicy of ranks").await?;
+                self.create(namespace, parent, &*policy, "create the NetworkPolicy of ranks")
+                    .await?;
             }
             Action::CreateJob(job) => {
                 let name = job.name_any();
@@ -330,7 +331,10 @@ impl Operator {
                     .preconditions(Preconditions { uid: Some(uid), resource_version: None });
                 ignore_gone(pods.delete(&name, &parameters).await)
                     .map_err(VisitError::api("delete a pod"))?;
-                info!(namespace, name, "a pod is being deleted: it has no Job, or waits for a rank that is lost");
+                info!(
+                    namespace,
+                    name, "a pod is being deleted: it has no Job, or waits for a rank that is lost"
+                );
             }
             Action::DeleteSelf => {
                 let api: Api<FineTuneJob> = Api::namespaced(self.client.clone(), namespace);
@@ -376,7 +380,8 @@ impl Operator {
             self.remember(parent, |memory| memory.refusal = refusal);
         }
         let made = made.map_err(VisitError::api(action))?;
-        if controller(made.owner_references()).map(|owner| &owner.uid) != parent.metadata.uid.as_ref()
+        if controller(made.owner_references()).map(|owner| &owner.uid)
+            != parent.metadata.uid.as_ref()
         {
             let error = VisitError::NameTaken { kind: K::kind(&()).into_owned(), name };
             let refusal = Some(error.to_string());

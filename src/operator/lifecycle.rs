@@ -389,7 +389,9 @@ impl<'a> Visit<'a> {
         let config = RunConfig { attempt: number.unsigned_abs(), ..config };
         let ranks = config.parallelism.world_size;
         let config = || finetune_contract::render(&config);
-        let Some(ending) = self.pursue(Step::Training, &config, Some((plan, ranks))) else { return };
+        let Some(ending) = self.pursue(Step::Training, &config, Some((plan, ranks))) else {
+            return;
+        };
         let (code, message) = match ending {
             Ending::Exited { code, message } => (code, message),
             Ending::OutOfMemory(who) => return self.out_of_memory(&who, plan),
@@ -678,9 +680,7 @@ impl<'a> Visit<'a> {
 
     /// Ends the ranks that wait for one that will not come any more; tells whether it did.
     fn end_what_waits(&mut self, job: &ObservedJob, pods: &[Option<&ObservedPod>]) -> bool {
-        let is_over = |pod: &&ObservedPod| {
-            matches!(&pod.state, PodState::Ended { code, .. } if *code != Some(0))
-        };
+        let is_over = |pod: &&ObservedPod| matches!(&pod.state, PodState::Ended { code, .. } if *code != Some(0));
         let failed = pods.iter().flatten().filter(|pod| is_over(pod));
         let first = failed.map(|pod| pod.ended.or(pod.created).unwrap_or(self.now)).min();
         // A pod that is gone leaves no time, and whoever waits for it has nothing to save.
@@ -703,8 +703,8 @@ impl<'a> Visit<'a> {
             return false;
         }
         let to_end = waiting.iter().filter(|pod| !pod.is_deleting);
-        let deletions = to_end
-            .map(|pod| Action::DeletePod { name: pod.name.clone(), uid: pod.uid.clone() });
+        let deletions =
+            to_end.map(|pod| Action::DeletePod { name: pod.name.clone(), uid: pod.uid.clone() });
         self.decision.actions.extend(deletions);
         let message = format!("a rank is lost; {} that wait for it are ended", waiting.len());
         self.say("Stopping", &message);

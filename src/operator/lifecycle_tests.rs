@@ -495,9 +495,7 @@ fn ranks_of_a_confined_namespace_get_a_way_to_each_other() {
 
 #[test]
 fn a_try_of_several_ranks_ends_by_its_cause() {
-    let failed = |reason| {
-        World::report(Outcome::Failed { reason, message: "why".to_owned() })
-    };
+    let failed = |reason| World::report(Outcome::Failed { reason, message: "why".to_owned() });
     let lost = failed(FailureReason::PeerLost);
     let store = failed(FailureReason::StoreUnavailable);
     let data = failed(FailureReason::InvalidDataset);
@@ -505,8 +503,20 @@ fn a_try_of_several_ranks_ends_by_its_cause() {
     // What each rank left, none if its pod is gone; what follows, and what is said of it.
     let (evicted, gone) = (Some((-1, "")), None);
     for (first, second, summary, tries, said) in [
-        (Some((76, &*lost)), Some((137, "")), "False OutOfMemory", (0, 0, 0), "the trainer of rank 1"),
-        (Some((137, "")), Some((76, &*lost)), "False OutOfMemory", (0, 0, 0), "the trainer of rank 0"),
+        (
+            Some((76, &*lost)),
+            Some((137, "")),
+            "False OutOfMemory",
+            (0, 0, 0),
+            "the trainer of rank 1",
+        ),
+        (
+            Some((137, "")),
+            Some((76, &*lost)),
+            "False OutOfMemory",
+            (0, 0, 0),
+            "the trainer of rank 0",
+        ),
         (Some((76, &*lost)), Some((65, &*data)), "False InvalidDataset", (0, 0, 0), "why"),
         (Some((69, &*store)), Some((76, &*lost)), "Unknown Retrying", (1, 1, 0), "why"),
         (Some((76, &*lost)), evicted, "Unknown Retrying", (1, 0, 1), "its pod of rank 1"),

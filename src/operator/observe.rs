@@ -174,7 +174,11 @@ pub fn observe_pod(pod: &Pod) -> ObservedPod {
         uid: pod.uid().unwrap_or_default(),
         job_uid: controller(pod.owner_references()).map(|owner| owner.uid.clone()),
         // A pod of a Job without indexes is its only one.
-        rank: pod.annotations().get(INDEX_ANNOTATION).and_then(|rank| rank.parse().ok()).unwrap_or(0),
+        rank: pod
+            .annotations()
+            .get(INDEX_ANNOTATION)
+            .and_then(|rank| rank.parse().ok())
+            .unwrap_or(0),
         created: pod.metadata.creation_timestamp.as_ref().map(|time| time.0),
         scheduled: condition("PodScheduled")
             .filter(|condition| condition.status == "True")

@@ -368,10 +368,9 @@ fn bound(rendered: &Rendered) -> Vec<(Option<String>, BTreeSet<Right>)> {
 fn grants_what_the_operator_uses_and_no_more() {
     let Some(helm) = Helm::find() else { return };
     let leases = (Some(RELEASE_NAMESPACE.to_owned()), rights(&LEASE_USES));
-    for (name, namespaces, is_confined) in [
-        ("minimal", vec![None], false),
-        ("namespaced", vec![Some("team-a"), Some("team-b")], true),
-    ] {
+    for (name, namespaces, is_confined) in
+        [("minimal", vec![None], false), ("namespaced", vec![Some("team-a"), Some("team-b")], true)]
+    {
         let confined = if is_confined { rights(&CONFINED_USES) } else { BTreeSet::new() };
         let uses: BTreeSet<Right> = rights(&USES).union(&confined).cloned().collect();
         let mut expected: Vec<_> = namespaces
