@@ -623,132 +623,131 @@ mod tests {
 
     #[test]
     fn plans_lora_on_a_small_model() {
-        insta::assert_snapshot!(check(fixture::smollm2(), 8 * GB, "  loraConfig: {}\n"), @r#"
-Plan of minimal-2598f87e
-  method                     LoRA            loraConfig is given: 2442240 trained parameters, 1.82 % of the model
-  r                          8               updates are scaled by 2
-  targetModules              all-linear      q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
-  dtype                      bf16            this processor multiplies bf16 natively
-  packing                    true            rows share sequences, so no position is padding
-  contextLength              256             holds 95 % of the rows; 40 of 1000 rows are longer (4000 of 150000 tokens)
-  recompute                  none            fits the memory, and computes nothing twice
-  trainBatchSizePerDevice    8               as many as fit the memory, at most 8
-  gradientAccumulationSteps  2               16 sequences a step
-  numEpochs                  3               as many as give about 100 steps, from 1 to 10
-  steps                      111             590 sequences × 3 epochs / 16 a step
-  learningRate               0.0001          usual for LoRA
-  lrSchedulerType            cosine          falls smoothly to zero
-  numWarmupSteps             10              10 % of the steps, at most 10
-  weightDecay                0               fine-tuning is short
-  maxGradNorm                1               keeps a rare row from throwing the weights
-  seed                       42              fixed, so that a run can be repeated
-  checkpointSteps            11              a tenth of the steps, at least 10
+        insta::assert_snapshot!(check(fixture::smollm2(), 8 * GB, "  loraConfig: {}\n"), @r"
+        Plan of minimal-2598f87e
+          method                     LoRA            loraConfig is given: 2442240 trained parameters, 1.82 % of the model
+          r                          8               updates are scaled by 2
+          targetModules              all-linear      q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
+          dtype                      bf16            this processor multiplies bf16 natively
+          packing                    true            rows share sequences, so no position is padding
+          contextLength              256             holds 95 % of the rows; 40 of 1000 rows are longer (4000 of 150000 tokens)
+          recompute                  none            fits the memory, and computes nothing twice
+          trainBatchSizePerDevice    8               as many as fit the memory, at most 8
+          gradientAccumulationSteps  2               16 sequences a step
+          numEpochs                  3               as many as give about 100 steps, from 1 to 10
+          steps                      111             590 sequences × 3 epochs / 16 a step
+          learningRate               0.0001          usual for LoRA
+          lrSchedulerType            cosine          falls smoothly to zero
+          numWarmupSteps             10              10 % of the steps, at most 10
+          weightDecay                0               fine-tuning is short
+          maxGradNorm                1               keeps a rare row from throwing the weights
+          seed                       42              fixed, so that a run can be repeated
+          checkpointSteps            11              a tenth of the steps, at least 10
 
-Memory
-  trained state                   44 MB
-  activations                    710 MB
-  output head                    201 MB
-  temporaries                     39 MB
-  runtime                         70 MB
-  peak                          1.06 GB  of 8.00 GB here
-  weights, mapped                269 MB  read in place, given back under pressure
+        Memory
+          trained state                   44 MB
+          activations                    710 MB
+          output head                     50 MB
+          temporaries                     39 MB
+          runtime                         87 MB
+          peak                           931 MB  of 8.00 GB here
+          weights, mapped                269 MB  read in place, given back under pressure
 
-Time  about 20 min here, at 50 % of its matrix speed
+        Time  about 20 min here, at 50 % of its matrix speed
 
-Elsewhere (assuming 35 % of the stated speed; several ranks are not runnable yet)
-  Test 80GB                     1.33 GB  fits, about 2 s, costs 0.00
-    "#);
+        Elsewhere (assuming 35 % of the stated speed; several ranks are not runnable yet)
+          Test 80GB                     1.20 GB  fits, about 2 s, costs 0.00
+        ");
     }
 
     #[test]
     fn computes_blocks_again_when_memory_is_short() {
-        insta::assert_snapshot!(check(fixture::smollm2(), GB / 2, "  loraConfig: {}\n  training: {contextLength: 1024}\n"), @r#"
-Plan of minimal-70ff94e5
-  method                     LoRA            loraConfig is given: 2442240 trained parameters, 1.82 % of the model
-  r                          8               updates are scaled by 2
-  targetModules              all-linear      q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
-  dtype                      bf16            this processor multiplies bf16 natively
-  packing                    true            rows share sequences, so no position is padding
-  contextLength              1024            set in the manifest; cuts nothing, the longest row has 700 tokens
-  recompute                  block           the only way to fit the memory; about a third slower
-  trainBatchSizePerDevice    2               as many as fit the memory, at most 8
-  gradientAccumulationSteps  8               16 sequences a step
-  numEpochs                  10              as many as give about 100 steps, from 1 to 10
-  steps                      94              150 sequences × 10 epochs / 16 a step
-  learningRate               0.0001          usual for LoRA
-  lrSchedulerType            cosine          falls smoothly to zero
-  numWarmupSteps             9               10 % of the steps, at most 10
-  weightDecay                0               fine-tuning is short
-  maxGradNorm                1               keeps a rare row from throwing the weights
-  seed                       42              fixed, so that a run can be repeated
-  checkpointSteps            10              a tenth of the steps, at least 10
+        insta::assert_snapshot!(check(fixture::smollm2(), GB / 2, "  loraConfig: {}\n  training: {contextLength: 1024}\n"), @r"
+        Plan of minimal-70ff94e5
+          method                     LoRA            loraConfig is given: 2442240 trained parameters, 1.82 % of the model
+          r                          8               updates are scaled by 2
+          targetModules              all-linear      q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
+          dtype                      bf16            this processor multiplies bf16 natively
+          packing                    true            rows share sequences, so no position is padding
+          contextLength              1024            set in the manifest; cuts nothing, the longest row has 700 tokens
+          recompute                  block           the only way to fit the memory; about a third slower
+          trainBatchSizePerDevice    4               as many as fit the memory, at most 8
+          gradientAccumulationSteps  4               16 sequences a step
+          numEpochs                  10              as many as give about 100 steps, from 1 to 10
+          steps                      94              150 sequences × 10 epochs / 16 a step
+          learningRate               0.0001          usual for LoRA
+          lrSchedulerType            cosine          falls smoothly to zero
+          numWarmupSteps             9               10 % of the steps, at most 10
+          weightDecay                0               fine-tuning is short
+          maxGradNorm                1               keeps a rare row from throwing the weights
+          seed                       42              fixed, so that a run can be repeated
+          checkpointSteps            10              a tenth of the steps, at least 10
 
-Not taken
-  recompute                  none            690 MB do not fit 450 MB
-  trainBatchSizePerDevice    8               850 MB do not fit 450 MB
-  trainBatchSizePerDevice    4               583 MB do not fit 450 MB
+        Not taken
+          recompute                  none            556 MB do not fit 450 MB
+          trainBatchSizePerDevice    8               622 MB do not fit 450 MB
 
-Memory
-  trained state                   44 MB
-  activations                     94 MB
-  output head                    201 MB
-  temporaries                     39 MB
-  runtime                         70 MB
-  peak                           449 MB  of 500 MB here
-  weights, mapped                269 MB  read in place, given back under pressure
+        Memory
+          trained state                   44 MB
+          activations                    142 MB
+          output head                     50 MB
+          temporaries                     79 MB
+          runtime                         87 MB
+          peak                           401 MB  of 500 MB here
+          weights, mapped                269 MB  read in place, given back under pressure
 
-Time  about 1.7 h here, at 50 % of its matrix speed
+        Time  about 1.7 h here, at 50 % of its matrix speed
 
-Elsewhere (assuming 35 % of the stated speed; several ranks are not runnable yet)
-  Test 80GB                      718 MB  fits, about 12 s, costs 0.01
+        Elsewhere (assuming 35 % of the stated speed; several ranks are not runnable yet)
+          Test 80GB                      671 MB  fits, about 12 s, costs 0.01
 
-Warnings
-  memory: 269 MB of weights are read in place, but only 51 MB of memory stay free for them: they will be read from disk again and again, and the run will be slow
-    "#);
+        Warnings
+          memory: 269 MB of weights are read in place, but only 99 MB of memory stay free for them: they will be read from disk again and again, and the run will be slow
+        ");
     }
 
     #[test]
     fn says_by_how_much_a_large_model_does_not_fit() {
-        insta::assert_snapshot!(check(fixture::llama_8b(), 64 * GB, ""), @"memory: the run needs 145.01 GB, but only 57.60 GB of the 64.00 GB here may be used, 87.41 GB too little: set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory");
+        insta::assert_snapshot!(check(fixture::llama_8b(), 64 * GB, ""), @"memory: the run needs 145.86 GB, but only 57.60 GB of the 64.00 GB here may be used, 88.26 GB too little: set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory");
     }
 
     #[test]
     fn plans_lora_on_a_large_model() {
-        insta::assert_snapshot!(check(fixture::llama_8b(), 64 * GB, "  loraConfig: {r: 16}\n"), @r#"
-Plan of minimal-813dde86
-  method                     LoRA            loraConfig is given: 41943040 trained parameters, 0.52 % of the model
-  r                          16              updates are scaled by 1
-  targetModules              all-linear      q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
-  dtype                      bf16            this processor multiplies bf16 natively
-  packing                    true            rows share sequences, so no position is padding
-  contextLength              256             holds 95 % of the rows; 40 of 1000 rows are longer (4000 of 150000 tokens)
-  recompute                  none            fits the memory, and computes nothing twice
-  trainBatchSizePerDevice    8               as many as fit the memory, at most 8
-  gradientAccumulationSteps  2               16 sequences a step
-  numEpochs                  3               as many as give about 100 steps, from 1 to 10
-  steps                      111             590 sequences × 3 epochs / 16 a step
-  learningRate               0.0001          usual for LoRA
-  lrSchedulerType            cosine          falls smoothly to zero
-  numWarmupSteps             10              10 % of the steps, at most 10
-  weightDecay                0               fine-tuning is short
-  maxGradNorm                1               keeps a rare row from throwing the weights
-  seed                       42              fixed, so that a run can be repeated
-  checkpointSteps            11              a tenth of the steps, at least 10
+        insta::assert_snapshot!(check(fixture::llama_8b(), 64 * GB, "  loraConfig: {r: 16}\n"), @r"
+        Plan of minimal-813dde86
+          method                     LoRA            loraConfig is given: 41943040 trained parameters, 0.52 % of the model
+          r                          16              updates are scaled by 1
+          targetModules              all-linear      q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
+          dtype                      bf16            this processor multiplies bf16 natively
+          packing                    true            rows share sequences, so no position is padding
+          contextLength              256             holds 95 % of the rows; 40 of 1000 rows are longer (4000 of 150000 tokens)
+          recompute                  none            fits the memory, and computes nothing twice
+          trainBatchSizePerDevice    8               as many as fit the memory, at most 8
+          gradientAccumulationSteps  2               16 sequences a step
+          numEpochs                  3               as many as give about 100 steps, from 1 to 10
+          steps                      111             590 sequences × 3 epochs / 16 a step
+          learningRate               0.0001          usual for LoRA
+          lrSchedulerType            cosine          falls smoothly to zero
+          numWarmupSteps             10              10 % of the steps, at most 10
+          weightDecay                0               fine-tuning is short
+          maxGradNorm                1               keeps a rare row from throwing the weights
+          seed                       42              fixed, so that a run can be repeated
+          checkpointSteps            11              a tenth of the steps, at least 10
 
-Memory
-  trained state                  755 MB
-  activations                   6.18 GB
-  output head                    525 MB
-  temporaries                    336 MB
-  runtime                         70 MB
-  peak                          7.87 GB  of 64.00 GB here
-  weights, mapped              16.06 GB  read in place, given back under pressure
+        Memory
+          trained state                  755 MB
+          activations                   6.18 GB
+          output head                    131 MB
+          temporaries                    336 MB
+          runtime                         87 MB
+          peak                          7.49 GB  of 64.00 GB here
+          weights, mapped              16.06 GB  read in place, given back under pressure
 
-Time  about 19.8 h here, at 50 % of its matrix speed
+        Time  about 19.8 h here, at 50 % of its matrix speed
 
-Elsewhere (assuming 35 % of the stated speed; several ranks are not runnable yet)
-  Test 80GB                    23.93 GB  fits, about 2 min, costs 0.08
-    "#);
+        Elsewhere (assuming 35 % of the stated speed; several ranks are not runnable yet)
+          Test 80GB                    23.55 GB  fits, about 2 min, costs 0.08
+        ");
     }
 
     fn check_ranks(ranks: u32, memory_bytes: u64, lines: &str) -> String {
@@ -774,37 +773,37 @@ Elsewhere (assuming 35 % of the stated speed; several ranks are not runnable yet
     #[test]
     fn ranks_hold_everything_while_it_fits_each() {
         insta::assert_snapshot!(check_ranks(2, 8 * GB, "  loraConfig: {}\n"), @r"
-  ranks                      2               as asked; each has 1/2 of this machine
-  strategy                   ddp             each rank holds everything, which fits, and sends only gradients
-  recompute                  none            fits the memory, and computes nothing twice
-  trainBatchSizePerDevice    8               as many as fit the memory, at most 8
-  gradientAccumulationSteps  1               16 sequences a step over 2 ranks
-  trained state                   44 MB
-  peak of each rank             1.06 GB  of 8.00 GB here
-  sent in a step                  10 MB  by each rank
-    ");
+        ranks                      2               as asked; each has 1/2 of this machine
+        strategy                   ddp             each rank holds everything, which fits, and sends only gradients
+        recompute                  none            fits the memory, and computes nothing twice
+        trainBatchSizePerDevice    8               as many as fit the memory, at most 8
+        gradientAccumulationSteps  1               16 sequences a step over 2 ranks
+        trained state                   44 MB
+        peak of each rank              931 MB  of 8.00 GB here
+        sent in a step                  10 MB  by each rank
+        ");
     }
 
     #[test]
     fn ranks_divide_what_does_not_fit_each() {
         insta::assert_snapshot!(check_ranks(2, 5 * GB, ""), @r"
-  ranks                      2               as asked; each has 1/2 of this machine
-  strategy                   zero3           divides weights, gradients and moments, which do not fit each rank
-  recompute                  none            fits the memory, and computes nothing twice
-  trainBatchSizePerDevice    4               as many as fit the memory, at most 8
-  gradientAccumulationSteps  2               16 sequences a step over 2 ranks
-  strategy                   ddp             2.69 GB do not fit 2.25 GB
-  trainBatchSizePerDevice    8               2.54 GB do not fit 2.25 GB
-  trained state                 1.21 GB
-  gathered units                 311 MB
-  peak of each rank             2.17 GB  of 5.00 GB here
-  sent in a step                 913 MB  by each rank
-    ");
+        ranks                      2               as asked; each has 1/2 of this machine
+        strategy                   zero3           divides weights, gradients and moments, which do not fit each rank
+        recompute                  none            fits the memory, and computes nothing twice
+        trainBatchSizePerDevice    4               as many as fit the memory, at most 8
+        gradientAccumulationSteps  2               16 sequences a step over 2 ranks
+        strategy                   ddp             2.68 GB do not fit 2.25 GB
+        trainBatchSizePerDevice    8               2.47 GB do not fit 2.25 GB
+        trained state                 1.21 GB
+        gathered units                 311 MB
+        peak of each rank             2.09 GB  of 5.00 GB here
+        sent in a step                 913 MB  by each rank
+        ");
     }
 
     #[test]
     fn says_when_no_division_fits() {
-        insta::assert_snapshot!(check_ranks(4, 4 * GB, ""), @"memory: each of 4 ranks needs 1.10 GB, but only 900 MB of the 4.00 GB here may be used, 204 MB too little: use fewer ranks, which share this machine's memory, or set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory");
+        insta::assert_snapshot!(check_ranks(4, 4 * GB, ""), @"memory: each of 4 ranks needs 1.10 GB, but only 900 MB of the 4.00 GB here may be used, 199 MB too little: use fewer ranks, which share this machine's memory, or set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory");
     }
 
     #[test]

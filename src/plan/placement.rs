@@ -296,7 +296,7 @@ mod tests {
 
     #[test]
     fn takes_the_first_that_fits() {
-        insta::assert_snapshot!(check(fixture::smollm2(), "  loraConfig: {}\n"), @"cpu: 2 CPU, 1.80 GB memory, 1.70 GB storage");
+        insta::assert_snapshot!(check(fixture::smollm2(), "  loraConfig: {}\n"), @"cpu: 2 CPU, 1.63 GB memory, 1.70 GB storage");
         insta::assert_snapshot!(check(fixture::llama_8b(), "  loraConfig: {}\n"), @"the run needs 1 A100-80GB, but the trainer of this release computes on the processor of one pod only: set loraConfig: {} or lower training.contextLength, or have an administrator raise memoryGiB of a CPU accelerator");
     }
 
@@ -323,7 +323,7 @@ mod tests {
         insta::assert_snapshot!(said.join("\n"), @r"
         ranks 2: each on one cpu
         strategy zero3: divides weights, gradients and moments, which do not fit each rank
-        strategy ddp: 2.61 GB do not fit 1.77 GB
+        strategy ddp: 2.60 GB do not fit 1.77 GB
         ");
         let asked = placement.plan.run_config.parallelism;
         assert_eq!((asked.world_size, asked.strategy), (2, Strategy::Zero3));

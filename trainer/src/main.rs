@@ -148,7 +148,9 @@ fn run_train(arguments: &Train, environment: &Environment) -> Result<ExitCode, F
     let config: RunConfig = read(&documents.config)?;
     let work_dir = make_work_dir(&documents.work_dir)?;
     let stop = stop_on_signal()?;
-    let ranks = match Place::read(config.parallelism, environment)? {
+    let place = Place::read(config.parallelism, environment)
+        .map_err(|failure| report_early(&config, &documents.report, failure))?;
+    let ranks = match place {
         None => Ranks::alone(),
         Some(place) => {
             let name = format!("{}/{}", config.run_id, config.attempt);

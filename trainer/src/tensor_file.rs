@@ -56,7 +56,7 @@ pub type Put<'a, E> = dyn FnMut(&Tensor) -> Result<(), E> + 'a;
 /// Writes a file of declared tensors, each given in pieces that together are all of its elements.
 ///
 /// # Errors
-/// As [`write`].
+/// As [`write()`].
 pub fn write_pieces<E: From<std::io::Error>>(
     path: &Path,
     declared: &[Declared],

@@ -64,7 +64,7 @@ pub struct Export<'a> {
     pub step: u64,
 }
 
-/// Takes part in what [`write`] does on rank 0, where that needs the parts of all ranks.
+/// Takes part in what [`write()`] does on rank 0, where that needs the parts of all ranks.
 ///
 /// # Errors
 /// A [`Failure`] if another rank is lost.
