@@ -604,10 +604,81 @@ mod tests {
         let added: Vec<&str> = several.lines().filter(is_new).collect();
         let is_gone = |line: &&str| !several.lines().any(|other| other == *line);
         let removed: Vec<&str> = one.lines().filter(is_gone).collect();
-        insta::assert_snapshot!(removed.join("\n"), @"");
-        insta::assert_snapshot!(added.join("\n"), @"");
-        insta::assert_snapshot!(service, @"");
-        insta::assert_snapshot!(policy, @"");
+        insta::assert_snapshot!(removed.join("\n"), @"  backoffLimit: 0");
+        insta::assert_snapshot!(added.join("\n"), @r#"
+        backoffLimitPerIndex: 0
+        completionMode: Indexed
+        completions: 2
+        parallelism: 2
+              - name: WORLD_SIZE
+                value: "2"
+              - name: MASTER_ADDR
+                value: minimal-2-0.ranks-minimal.team.svc
+              - name: MASTER_PORT
+                value: "29500"
+            subdomain: ranks-minimal
+        "#);
+        insta::assert_snapshot!(service, @r#"
+        apiVersion: v1
+        kind: Service
+        metadata:
+          labels:
+            app.kubernetes.io/managed-by: finetune-operator
+            app.kubernetes.io/name: finetune-trainer
+            finetune.dev/job: minimal
+            finetune.dev/step: training
+          name: ranks-minimal
+          namespace: team
+          ownerReferences:
+          - apiVersion: finetune.dev/v1alpha1
+            controller: true
+            kind: FineTuneJob
+            name: minimal
+            uid: u-1
+        spec:
+          clusterIP: None
+          publishNotReadyAddresses: true
+          selector:
+            app.kubernetes.io/managed-by: finetune-operator
+            app.kubernetes.io/name: finetune-trainer
+            finetune.dev/job: minimal
+            finetune.dev/step: training
+        "#);
+        insta::assert_snapshot!(policy, @r#"
+        apiVersion: networking.k8s.io/v1
+        kind: NetworkPolicy
+        metadata:
+          labels:
+            app.kubernetes.io/managed-by: finetune-operator
+            app.kubernetes.io/name: finetune-trainer
+            finetune.dev/job: minimal
+            finetune.dev/step: training
+          name: ranks-minimal
+          namespace: team
+          ownerReferences:
+          - apiVersion: finetune.dev/v1alpha1
+            controller: true
+            kind: FineTuneJob
+            name: minimal
+            uid: u-1
+        spec:
+          ingress:
+          - from:
+            - podSelector:
+                matchLabels:
+                  app.kubernetes.io/managed-by: finetune-operator
+                  app.kubernetes.io/name: finetune-trainer
+                  finetune.dev/job: minimal
+                  finetune.dev/step: training
+          podSelector:
+            matchLabels:
+              app.kubernetes.io/managed-by: finetune-operator
+              app.kubernetes.io/name: finetune-trainer
+              finetune.dev/job: minimal
+              finetune.dev/step: training
+          policyTypes:
+          - Ingress
+        "#);
     }
 
     #[test]
