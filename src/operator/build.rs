@@ -1,11 +1,15 @@
-//! The objects of one try: a Job with one pod. Pure and infallible.
+//! The objects of one try: a Job with one pod, or with one for each rank, which find each other
+//! through a headless Service. Pure and infallible.
 //!
 //! What the trainer is told travels as an annotation of the pod and reaches it as a file: one
 //! object to create, which cannot disagree with itself.
 
 use std::collections::BTreeMap;
 
-use finetune_contract::{ObjectUri, Scheme};
+use finetune_contract::{
+    ObjectUri, Scheme,
+    parallelism::environment::{MASTER_ADDR, MASTER_PORT, WORLD_SIZE},
+};
 use k8s_openapi::{
     api::{
         batch::v1::{Job, JobSpec},
@@ -14,12 +18,16 @@ use k8s_openapi::{
             DownwardAPIVolumeSource, EmptyDirVolumeSource, EnvFromSource, EnvVar, EnvVarSource,
             LocalObjectReference, ObjectFieldSelector, PersistentVolumeClaimVolumeSource, PodSpec,
             PodTemplateSpec, ResourceRequirements, SeccompProfile, SecretEnvSource,
-            SecretKeySelector, SecurityContext, Toleration, Volume, VolumeMount,
+            SecretKeySelector, SecurityContext, Service, ServiceSpec, Toleration, Volume,
+            VolumeMount,
+        },
+        networking::v1::{
+            NetworkPolicy, NetworkPolicyIngressRule, NetworkPolicyPeer, NetworkPolicySpec,
         },
     },
     apimachinery::pkg::{
         api::resource::Quantity,
-        apis::meta::v1::{ObjectMeta, OwnerReference},
+        apis::meta::v1::{LabelSelector, ObjectMeta, OwnerReference},
     },
 };
 use kube::Resource;
@@ -34,6 +42,8 @@ use crate::{
 pub const CONTAINER: &str = "trainer";
 /// The port of `/metrics` and `/progress`.
 pub const METRICS_PORT: i32 = 9464;
+/// Where rank 0 brings the ranks together; torch's own default.
+const RENDEZVOUS_PORT: u16 = 29500;
 /// The label that names the FineTuneJob.
 pub const JOB_LABEL: &str = "finetune.dev/job";
 /// The label that names the step.
@@ -61,6 +71,8 @@ pub struct Attempt<'a> {
     pub config: &'a str,
     /// Where it runs; absent for a preflight.
     pub place: Option<(&'a Accelerator, PodSize)>,
+    /// How many pods share the run.
+    pub ranks: u32,
 }
 
 /// Returns the name of a try's Job: at most 11 characters longer than the FineTuneJob's.
@@ -69,6 +81,61 @@ pub fn job_name(name: &str, step: Step, number: i32) -> String {
         Step::Preflight => format!("{name}-check-{number}"),
         Step::Training => format!("{name}-{number}"),
     }
+}
+
+/// Returns the name of what the ranks of a job share, in all its tries. A Service's name starts with
+/// a letter; a job's need not.
+fn ranks_name(name: &str) -> String {
+    format!("ranks-{name}")
+}
+
+/// Builds what gives the pods of a job's ranks names that can be resolved.
+pub fn ranks_service(job: &FineTuneJob) -> Service {
+    let metadata = ranks_metadata(job);
+    Service {
+        spec: Some(ServiceSpec {
+            cluster_ip: Some("None".to_owned()),
+            // Ranks meet before any is ready.
+            publish_not_ready_addresses: Some(true),
+            selector: Some(ranks_selector(job)),
+            ..ServiceSpec::default()
+        }),
+        metadata,
+        status: None,
+    }
+}
+
+/// Builds what lets the ranks of a job reach each other, on ports they choose, and nobody else them,
+/// where a policy of the namespace closes all ports of trainers but that of their progress.
+pub fn ranks_policy(job: &FineTuneJob) -> NetworkPolicy {
+    let ranks =
+        || LabelSelector { match_labels: Some(ranks_selector(job)), match_expressions: None };
+    let peer = NetworkPolicyPeer { pod_selector: Some(ranks()), ..NetworkPolicyPeer::default() };
+    NetworkPolicy {
+        metadata: ranks_metadata(job),
+        spec: Some(NetworkPolicySpec {
+            pod_selector: Some(ranks()),
+            policy_types: Some(vec!["Ingress".to_owned()]),
+            ingress: Some(vec![NetworkPolicyIngressRule { from: Some(vec![peer]), ports: None }]),
+            egress: None,
+        }),
+    }
+}
+
+fn ranks_metadata(job: &FineTuneJob) -> ObjectMeta {
+    let name = job.metadata.name.clone().unwrap_or_default();
+    ObjectMeta {
+        name: Some(ranks_name(&name)),
+        namespace: job.metadata.namespace.clone(),
+        labels: Some(ranks_selector(job)),
+        owner_references: Some(owner(job).into_iter().collect()),
+        ..ObjectMeta::default()
+    }
+}
+
+fn ranks_selector(job: &FineTuneJob) -> BTreeMap<String, String> {
+    let name = job.metadata.name.clone().unwrap_or_default();
+    own_labels(&name, Step::Training).into_iter().collect()
 }
 
 /// Builds the Job of a try.
@@ -81,6 +148,8 @@ pub fn job(job: &FineTuneJob, settings: &Settings, attempt: &Attempt<'_>) -> Job
     if let Some(queue) = queue.filter(|_| is_queued) {
         labels.insert(QUEUE_LABEL.to_owned(), queue.clone());
     }
+    let ranks = i32::try_from(attempt.ranks).unwrap_or(i32::MAX);
+    let has_ranks = ranks > 1;
     Job {
         metadata: ObjectMeta {
             name: Some(job_name(&name, attempt.step, attempt.number)),
@@ -91,7 +160,13 @@ pub fn job(job: &FineTuneJob, settings: &Settings, attempt: &Attempt<'_>) -> Job
         },
         spec: Some(JobSpec {
             // The unit of repetition is the try, which has a Job of its own.
-            backoff_limit: Some(0),
+            // Each rank ends by itself when another does, so all of them can be asked why: a Job that
+            // failed as a whole would delete the pods that still end.
+            backoff_limit: (!has_ranks).then_some(0),
+            backoff_limit_per_index: has_ranks.then_some(0),
+            completion_mode: has_ranks.then(|| "Indexed".to_owned()),
+            completions: has_ranks.then_some(ranks),
+            parallelism: has_ranks.then_some(ranks),
             pod_replacement_policy: Some("Failed".to_owned()),
             // Set once, when it is made; after that it is the queue's.
             suspend: is_queued.then_some(true),
@@ -113,17 +188,18 @@ fn owner(job: &FineTuneJob) -> Option<OwnerReference> {
 fn labels(job: &FineTuneJob, name: &str, step: Step) -> BTreeMap<String, String> {
     let template = job.spec.pod_template.as_ref();
     let users = template.and_then(|template| template.labels.clone()).unwrap_or_default();
-    let own = [
+    // Ours last: they are what children are found by.
+    users.into_iter().chain(own_labels(name, step)).collect()
+}
+
+fn own_labels(name: &str, step: Step) -> [(String, String); 4] {
+    [
         ("app.kubernetes.io/name", "finetune-trainer"),
         MANAGED_BY,
         (JOB_LABEL, name),
         (STEP_LABEL, step_word(step)),
-    ];
-    // Ours last: they are what children are found by.
-    users
-        .into_iter()
-        .chain(own.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())))
-        .collect()
+    ]
+    .map(|(key, value)| (key.to_owned(), value.to_owned()))
 }
 
 fn step_word(step: Step) -> &'static str {
@@ -166,6 +242,8 @@ fn pod_template(
         }),
         spec: Some(PodSpec {
             restart_policy: Some("Never".to_owned()),
+            subdomain: (attempt.ranks > 1)
+                .then(|| ranks_name(job.metadata.name.as_deref().unwrap_or_default())),
             termination_grace_period_seconds: Some(settings.termination_grace_period_seconds),
             automount_service_account_token: Some(false),
             enable_service_links: Some(false),
@@ -250,7 +328,7 @@ fn container(
         image: Some(settings.trainer_image.clone()),
         image_pull_policy: settings.image_pull_policy.clone(),
         args: Some(words.into_iter().chain(arguments).collect()),
-        env: Some(variables(settings, attempt, template)),
+        env: Some(variables(job, settings, attempt, template)),
         env_from: Some(secrets(job)),
         ports: (attempt.step == Step::Training).then(|| vec![port]),
         resources: Some(resources(job, settings, attempt)),
@@ -270,6 +348,7 @@ fn container(
 
 /// The environment: the administrator's, then the user's, then what must be as it is.
 fn variables(
+    job: &FineTuneJob,
     settings: &Settings,
     attempt: &Attempt<'_>,
     template: &api::PodTemplate,
@@ -289,6 +368,12 @@ fn variables(
         // A quota of processor time must not be spent waiting.
         plain("OMP_WAIT_POLICY", "PASSIVE"),
     ];
+    if attempt.ranks > 1 {
+        // Which rank it is, a pod of an Indexed Job is told by Kubernetes.
+        own.push(plain(WORLD_SIZE, &attempt.ranks.to_string()));
+        own.push(plain(MASTER_ADDR, &first_rank(job, attempt)));
+        own.push(plain(MASTER_PORT, &RENDEZVOUS_PORT.to_string()));
+    }
     if !settings.allowed_endpoints.is_empty() {
         own.push(plain("FINETUNE_ALLOWED_ENDPOINTS", &settings.allowed_endpoints.join(",")));
     }
@@ -320,6 +405,14 @@ fn variables(
         variables.push(variable);
     }
     variables
+}
+
+/// Returns the name in DNS of a try's rank 0.
+fn first_rank(job: &FineTuneJob, attempt: &Attempt<'_>) -> String {
+    let name = job.metadata.name.as_deref().unwrap_or_default();
+    let namespace = job.metadata.namespace.as_deref().unwrap_or_default();
+    let pod = job_name(name, attempt.step, attempt.number);
+    format!("{pod}-0.{}.{namespace}.svc", ranks_name(name))
 }
 
 /// Each Secret's keys, under the prefix of what they are for.
@@ -453,7 +546,7 @@ fn claims(job: &FineTuneJob) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Attempt, job, job_name};
+    use super::{Attempt, job, job_name, ranks_name, ranks_policy, ranks_service};
     use crate::{
         api::{NAME_LIMIT, Step},
         manifest,
@@ -464,6 +557,12 @@ mod tests {
     const SETTINGS: &str = "trainerImage: trainer:1\naccelerators:\n- {name: a100, resourceName: nvidia.com/gpu, memoryGiB: 80, bf16Tflops: 312, fp32Tflops: 19, hasBf16: true, nodeSelector: {gpu: a100}, tolerations: [{key: gpu, operator: Exists, effect: NoSchedule}]}\nenvironment: {AWS_REGION: eu-1, LOG: x}\nallowedEndpoints: [s3.acme.com]\n";
 
     fn build(lines: &str, step: Step) -> String {
+        let [job, ..] = build_over(1, lines, step);
+        job
+    }
+
+    /// The Job, and what its ranks share.
+    fn build_over(ranks: u32, lines: &str, step: Step) -> [String; 3] {
         let text = format!("{}{lines}", include_str!("../../examples/minimal.yaml"));
         let mut manifest = manifest::parse(&text).unwrap();
         manifest.metadata.namespace = Some("team".to_owned());
@@ -476,8 +575,12 @@ mod tests {
             storage_bytes: 10 << 30,
         };
         let place = (step == Step::Training).then(|| (&settings.accelerators[0], size));
-        let attempt = Attempt { step, number: 2, config: "{\"version\":1}", place };
-        serde_saphyr::to_string(&job(&manifest, &settings, &attempt)).unwrap()
+        let attempt = Attempt { step, number: 2, config: "{\"version\":1}", place, ranks };
+        [
+            serde_saphyr::to_string(&job(&manifest, &settings, &attempt)).unwrap(),
+            serde_saphyr::to_string(&ranks_service(&manifest)).unwrap(),
+            serde_saphyr::to_string(&ranks_policy(&manifest)).unwrap(),
+        ]
     }
 
     #[test]
@@ -494,10 +597,98 @@ mod tests {
     }
 
     #[test]
+    fn ranks_are_pods_of_one_job_with_names_and_a_way_to_each_other() {
+        let [one, ..] = build_over(1, "", Step::Training);
+        let [several, service, policy] = build_over(2, "", Step::Training);
+        let is_new = |line: &&str| !one.lines().any(|other| other == *line);
+        let added: Vec<&str> = several.lines().filter(is_new).collect();
+        let is_gone = |line: &&str| !several.lines().any(|other| other == *line);
+        let removed: Vec<&str> = one.lines().filter(is_gone).collect();
+        insta::assert_snapshot!(removed.join("\n"), @"  backoffLimit: 0");
+        insta::assert_snapshot!(added.join("\n"), @r#"
+        backoffLimitPerIndex: 0
+        completionMode: Indexed
+        completions: 2
+        parallelism: 2
+              - name: WORLD_SIZE
+                value: "2"
+              - name: MASTER_ADDR
+                value: minimal-2-0.ranks-minimal.team.svc
+              - name: MASTER_PORT
+                value: "29500"
+            subdomain: ranks-minimal
+        "#);
+        insta::assert_snapshot!(service, @r#"
+        apiVersion: v1
+        kind: Service
+        metadata:
+          labels:
+            app.kubernetes.io/managed-by: finetune-operator
+            app.kubernetes.io/name: finetune-trainer
+            finetune.dev/job: minimal
+            finetune.dev/step: training
+          name: ranks-minimal
+          namespace: team
+          ownerReferences:
+          - apiVersion: finetune.dev/v1alpha1
+            controller: true
+            kind: FineTuneJob
+            name: minimal
+            uid: u-1
+        spec:
+          clusterIP: None
+          publishNotReadyAddresses: true
+          selector:
+            app.kubernetes.io/managed-by: finetune-operator
+            app.kubernetes.io/name: finetune-trainer
+            finetune.dev/job: minimal
+            finetune.dev/step: training
+        "#);
+        insta::assert_snapshot!(policy, @r#"
+        apiVersion: networking.k8s.io/v1
+        kind: NetworkPolicy
+        metadata:
+          labels:
+            app.kubernetes.io/managed-by: finetune-operator
+            app.kubernetes.io/name: finetune-trainer
+            finetune.dev/job: minimal
+            finetune.dev/step: training
+          name: ranks-minimal
+          namespace: team
+          ownerReferences:
+          - apiVersion: finetune.dev/v1alpha1
+            controller: true
+            kind: FineTuneJob
+            name: minimal
+            uid: u-1
+        spec:
+          ingress:
+          - from:
+            - podSelector:
+                matchLabels:
+                  app.kubernetes.io/managed-by: finetune-operator
+                  app.kubernetes.io/name: finetune-trainer
+                  finetune.dev/job: minimal
+                  finetune.dev/step: training
+          podSelector:
+            matchLabels:
+              app.kubernetes.io/managed-by: finetune-operator
+              app.kubernetes.io/name: finetune-trainer
+              finetune.dev/job: minimal
+              finetune.dev/step: training
+          policyTypes:
+          - Ingress
+        "#);
+    }
+
+    #[test]
     fn names_fit_a_label() {
         let longest = "a".repeat(NAME_LIMIT);
         for step in [Step::Preflight, Step::Training] {
             assert!(job_name(&longest, step, 999).len() <= 63);
         }
+        // A pod of a rank has its number too.
+        assert!(format!("{}-63", job_name(&longest, Step::Training, 999)).len() <= 63);
+        assert!(ranks_name(&longest).len() <= 63);
     }
 }

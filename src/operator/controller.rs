@@ -33,7 +33,7 @@ use super::{
     conditions::{self, Kind},
     lifecycle::{self, Action, Decision, Note, PROGRESS_INTERVAL},
     metrics::Metrics,
-    observe::{Observed, ObservedPod, PodState, observe_job},
+    observe::{Observed, ObservedPod, PodState, controller},
     readable::readable,
     settings::Settings,
 };
@@ -67,11 +67,16 @@ pub enum VisitError {
         /// Why not.
         source: kube::Error,
     },
-    /// A Job of that name is there and is not ours.
+    /// An object of that name is there and is not ours.
     #[error(
-        "a Job named {0:?} is there already and belongs to something else: delete it, or create the FineTuneJob under another name"
+        "a {kind} named {name:?} is there already and belongs to something else: delete it, or create the FineTuneJob under another name"
     )]
-    NameTaken(String),
+    NameTaken {
+        /// Such as `Job`.
+        kind: String,
+        /// Its name.
+        name: String,
+    },
     /// It took too long.
     #[error("the visit took longer than {} s", VISIT_TIMEOUT.as_secs())]
     TimedOut,
@@ -109,7 +114,7 @@ struct Memory {
     asked: Option<Instant>,
     /// Visits that failed in a row.
     failures: u32,
-    /// Why the apiserver refused the Job of the current try.
+    /// Why the apiserver refused the Job of the current try, or what its ranks share.
     refusal: Option<String>,
 }
 
@@ -296,35 +301,23 @@ impl Operator {
         parent: &FineTuneJob,
         action: Action,
     ) -> Result<(), VisitError> {
-        let jobs: Api<Job> = Api::namespaced(self.client.clone(), namespace);
         match action {
+            Action::CreateService(service) => {
+                self.create(namespace, parent, &*service, "create the Service of ranks").await?;
+            }
+            Action::CreateNetworkPolicy(policy) => {
+                self.create(namespace, parent, &*policy, "create the NetworkPolicy of ranks")
+                    .await?;
+            }
             Action::CreateJob(job) => {
                 let name = job.name_any();
-                let made = match jobs.create(&PostParams::default(), &job).await {
-                    Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => {
-                        jobs.get(&name).await
-                    }
-                    made => made,
-                };
-                if let Err(kube::Error::Api(status)) = &made
-                    && REFUSALS.contains(&status.code)
-                {
-                    // Seen by the next visit, which tells the user.
-                    let refusal = Some(status.message.clone());
-                    self.remember(parent, |memory| memory.refusal = refusal);
-                }
-                let made = made.map_err(VisitError::api("create a Job"))?;
-                if observe_job(&made).owner_uid != parent.metadata.uid {
-                    let error = VisitError::NameTaken(name);
-                    let refusal = Some(error.to_string());
-                    self.remember(parent, |memory| memory.refusal = refusal);
-                    return Err(error);
-                }
+                let made = self.create(namespace, parent, &*job, "create a Job").await?;
                 self.remember(parent, |memory| memory.refusal = None);
                 info!(namespace, name, "the Job of a try is there");
                 self.children.take_job(watcher::Event::Apply(made));
             }
             Action::DeleteJob { name, uid } => {
+                let jobs: Api<Job> = Api::namespaced(self.client.clone(), namespace);
                 // In the foreground: the Job stays in sight until its pods are gone.
                 let parameters = DeleteParams::foreground()
                     .preconditions(Preconditions { uid: Some(uid), resource_version: None });
@@ -338,7 +331,10 @@ impl Operator {
                     .preconditions(Preconditions { uid: Some(uid), resource_version: None });
                 ignore_gone(pods.delete(&name, &parameters).await)
                     .map_err(VisitError::api("delete a pod"))?;
-                info!(namespace, name, "a pod without a Job is being deleted");
+                info!(
+                    namespace,
+                    name, "a pod is being deleted: it has no Job, or waits for a rank that is lost"
+                );
             }
             Action::DeleteSelf => {
                 let api: Api<FineTuneJob> = Api::namespaced(self.client.clone(), namespace);
@@ -351,6 +347,48 @@ impl Operator {
             }
         }
         Ok(())
+    }
+
+    /// Makes an object of a job, or finds the one made before.
+    async fn create<K>(
+        &self,
+        namespace: &str,
+        parent: &FineTuneJob,
+        object: &K,
+        action: &'static str,
+    ) -> Result<K, VisitError>
+    where
+        K: Resource<Scope = kube::core::NamespaceResourceScope, DynamicType = ()>
+            + serde::Serialize
+            + serde::de::DeserializeOwned
+            + Clone
+            + std::fmt::Debug,
+    {
+        let api: Api<K> = Api::namespaced(self.client.clone(), namespace);
+        let name = object.name_any();
+        let made = match api.create(&PostParams::default(), object).await {
+            Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => {
+                api.get(&name).await
+            }
+            made => made,
+        };
+        if let Err(kube::Error::Api(status)) = &made
+            && REFUSALS.contains(&status.code)
+        {
+            // Seen by the next visit, which tells the user.
+            let refusal = Some(status.message.clone());
+            self.remember(parent, |memory| memory.refusal = refusal);
+        }
+        let made = made.map_err(VisitError::api(action))?;
+        if controller(made.owner_references()).map(|owner| &owner.uid)
+            != parent.metadata.uid.as_ref()
+        {
+            let error = VisitError::NameTaken { kind: K::kind(&()).into_owned(), name };
+            let refusal = Some(error.to_string());
+            self.remember(parent, |memory| memory.refusal = refusal);
+            return Err(error);
+        }
+        Ok(made)
     }
 
     /// Tells people; that it could not be told is no reason to stop.
@@ -377,7 +415,11 @@ impl Operator {
         }
         let uid = attempt.job_uid.as_ref()?;
         let is_asked = |pod: &&ObservedPod| {
-            pod.job_uid.as_ref() == Some(uid) && pod.state == PodState::Running && !pod.is_deleting
+            // Rank 0 speaks for all.
+            pod.job_uid.as_ref() == Some(uid)
+                && pod.rank == 0
+                && pod.state == PodState::Running
+                && !pod.is_deleting
         };
         let ip = observed.pods.iter().find(is_asked)?.ip.as_ref()?;
         let is_early = self.remember(job, |memory| {

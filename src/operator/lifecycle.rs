@@ -10,7 +10,7 @@ use finetune_contract::{
     ExitCode, FailureReason, Outcome, PreflightReport, Progress, RunConfig, RunReport, Stage,
 };
 use k8s_openapi::{
-    api::batch::v1::Job,
+    api::{batch::v1::Job, core::v1::Service, networking::v1::NetworkPolicy},
     apimachinery::pkg::apis::meta::v1::Time,
     jiff::{SignedDuration, Timestamp},
 };
@@ -44,6 +44,9 @@ const LONGEST_WAIT: SignedDuration = SignedDuration::from_mins(5);
 const DISRUPTION_WAIT: SignedDuration = SignedDuration::from_secs(2);
 /// The most tries of a step: the number is three digits of the Job's name.
 const MOST_TRIES: i32 = 1000;
+/// How long ranks have to end by themselves after another has failed: they notice in seconds, half a
+/// minute if it fell silent, but wait for minutes for one that has not come yet.
+const RANKS_GRACE: SignedDuration = SignedDuration::from_secs(60);
 
 /// The longest summary of a plan; the CRD allows a little more.
 const SUMMARY_LIMIT: usize = 16_000;
@@ -67,6 +70,8 @@ pub struct Decision {
 #[derive(Debug, Clone, PartialEq)]
 #[expect(missing_docs, reason = "the names say it")]
 pub enum Action {
+    CreateService(Box<Service>),
+    CreateNetworkPolicy(Box<NetworkPolicy>),
     CreateJob(Box<Job>),
     DeleteJob { name: String, uid: String },
     DeletePod { name: String, uid: String },
@@ -89,8 +94,8 @@ pub struct Note {
 enum Ending {
     /// The program ended with a status, and perhaps a report.
     Exited { code: i32, message: String },
-    /// The kernel ended it for want of memory.
-    OutOfMemory,
+    /// The kernel ended it, or the rank that is named, for want of memory.
+    OutOfMemory(String),
     /// The cluster ended it, or it is gone without a trace.
     Disrupted(String),
 }
@@ -274,7 +279,7 @@ impl<'a> Visit<'a> {
         let Some(ending) = self.pursue(Step::Preflight, &config, None) else { return };
         let (code, message) = match ending {
             Ending::Exited { code, message } => (code, message),
-            Ending::OutOfMemory => {
+            Ending::OutOfMemory(_) => {
                 return self.finish(
                     Truth::False,
                     "OutOfMemory",
@@ -300,8 +305,13 @@ impl<'a> Visit<'a> {
 
     fn take_plan(&mut self, placement: &Placement) {
         let Placement { plan, accelerator, pod } = placement;
-        let summary =
-            format!("On {accelerator}: {}\n\n{}", placement::describe(pod), render::text(plan));
+        let ranks = plan.run_config.parallelism.world_size;
+        let place = if ranks > 1 {
+            format!("On {ranks} pods of {accelerator}, each")
+        } else {
+            format!("On {accelerator}:")
+        };
+        let summary = format!("{place} {}\n\n{}", placement::describe(pod), render::text(plan));
         let bytes = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
         let method = if plan.run_config.lora.is_some() { "LoRA" } else { "Full" };
         self.decision.status.plan = Some(PlanStatus {
@@ -324,8 +334,13 @@ impl<'a> Visit<'a> {
         let time = plan
             .seconds
             .map_or(String::new(), |seconds| format!(", about {}", render::duration(seconds)));
+        let place = if ranks > 1 {
+            format!("over {ranks} ranks, each on one {accelerator} with")
+        } else {
+            format!("on one {accelerator},")
+        };
         let message = format!(
-            "{method} on one {accelerator}, {}{time}; see status.plan.summary",
+            "{method} {place} {}{time}; see status.plan.summary",
             render::bytes(plan.memory.total())
         );
         self.set(Kind::Planned, Truth::True, "Planned", &message);
@@ -372,11 +387,14 @@ impl<'a> Visit<'a> {
         };
         let number = self.attempt(Step::Training).number;
         let config = RunConfig { attempt: number.unsigned_abs(), ..config };
+        let ranks = config.parallelism.world_size;
         let config = || finetune_contract::render(&config);
-        let Some(ending) = self.pursue(Step::Training, &config, Some(plan)) else { return };
+        let Some(ending) = self.pursue(Step::Training, &config, Some((plan, ranks))) else {
+            return;
+        };
         let (code, message) = match ending {
             Ending::Exited { code, message } => (code, message),
-            Ending::OutOfMemory => return self.out_of_memory(plan),
+            Ending::OutOfMemory(who) => return self.out_of_memory(&who, plan),
             Ending::Disrupted(why) => return self.try_again_after_disruption(&why),
         };
         let report = match finetune_contract::parse::<RunReport>(&message) {
@@ -424,10 +442,10 @@ impl<'a> Visit<'a> {
         }
     }
 
-    fn out_of_memory(&mut self, plan: &PlanStatus) {
+    fn out_of_memory(&mut self, who: &str, plan: &PlanStatus) {
         let limit = render::bytes(plan.pod.memory_bytes.unsigned_abs());
         let message = format!(
-            "the kernel ended the trainer at its limit of {limit} (predicted: {}): lower training.trainBatchSizePerDevice or training.contextLength, set training.recompute: block, or set resources.limits.memory",
+            "the kernel ended {who} at its limit of {limit} (predicted: {}): lower training.trainBatchSizePerDevice or training.contextLength, set training.recompute: block, or set resources.limits.memory",
             render::bytes(plan.predicted_peak_bytes.unsigned_abs())
         );
         self.finish(Truth::False, "OutOfMemory", &message);
@@ -504,7 +522,7 @@ impl<'a> Visit<'a> {
         &mut self,
         step: Step,
         config: &dyn Fn() -> String,
-        plan: Option<&PlanStatus>,
+        plan: Option<(&PlanStatus, u32)>,
     ) -> Option<Ending> {
         let attempt = self.attempt(step);
         self.decision.status.attempt = Some(attempt.clone());
@@ -515,13 +533,13 @@ impl<'a> Visit<'a> {
         if let Some(attempt) = &mut self.decision.status.attempt {
             attempt.job_uid = Some(job.uid.clone());
         }
-        let pod = self.observed.pod_of(job);
+        let pods = self.observed.pods_of(job);
         if job.is_deleting {
             self.say("Stopping", "the pods of this try are ending");
             return None;
         }
         if let Some(is_success) = job.ended {
-            return Some(ending(pod, is_success));
+            return Some(ending(&pods, is_success));
         }
         if self.is_suspended() {
             self.decision
@@ -533,7 +551,7 @@ impl<'a> Visit<'a> {
             );
             return None;
         }
-        self.watch(step, job, pod);
+        self.watch(step, job, &pods);
         None
     }
 
@@ -543,7 +561,7 @@ impl<'a> Visit<'a> {
         step: Step,
         attempt: &AttemptStatus,
         config: &dyn Fn() -> String,
-        plan: Option<&PlanStatus>,
+        plan: Option<(&PlanStatus, u32)>,
     ) -> Option<Ending> {
         if attempt.job_uid.is_some() {
             if !self.is_suspended() {
@@ -585,11 +603,12 @@ impl<'a> Visit<'a> {
         step: Step,
         number: i32,
         config: &dyn Fn() -> String,
-        plan: Option<&PlanStatus>,
+        plan: Option<(&PlanStatus, u32)>,
     ) {
+        let ranks = plan.map_or(1, |(_, ranks)| ranks);
         let place = match plan {
             None => None,
-            Some(plan) => {
+            Some((plan, _)) => {
                 let Some(accelerator) = self.settings.accelerator(&plan.accelerator) else {
                     let message = format!(
                         "the operator's settings no longer list the accelerator {:?} of the plan: an administrator must add it again, or create the job again",
@@ -600,7 +619,16 @@ impl<'a> Visit<'a> {
                 Some((accelerator, pod_size(&plan.pod)))
             }
         };
-        let attempt = Attempt { step, number, config: &config(), place };
+        let attempt = Attempt { step, number, config: &config(), place, ranks };
+        if ranks > 1 {
+            let namespace = self.job.metadata.namespace.as_ref();
+            if self.settings.confined_namespaces.iter().any(|name| Some(name) == namespace) {
+                let policy = Box::new(build::ranks_policy(self.job));
+                self.decision.actions.push(Action::CreateNetworkPolicy(policy));
+            }
+            let service = Box::new(build::ranks_service(self.job));
+            self.decision.actions.push(Action::CreateService(service));
+        }
         let job = build::job(self.job, self.settings, &attempt);
         self.decision.actions.push(Action::CreateJob(Box::new(job)));
         let labels = self.job.metadata.labels.as_ref();
@@ -620,21 +648,67 @@ impl<'a> Visit<'a> {
 
     /// The Job is there and has not ended: say how it is. Ordinary states of a starting or ending pod
     /// share one message, for each message is a write.
-    fn watch(&mut self, step: Step, job: &ObservedJob, pod: Option<&ObservedPod>) {
+    fn watch(&mut self, step: Step, job: &ObservedJob, pods: &[Option<&ObservedPod>]) {
         if job.is_suspended {
             return self.say("Queued", QUEUED);
         }
+        if self.end_what_waits(job, pods) {
+            return;
+        }
+        // The run is where its slowest rank is: the others wait for that one.
+        let slowest = pods.iter().enumerate().min_by_key(|(_, pod)| readiness(**pod));
+        let Some((rank, pod)) = slowest.map(|(rank, pod)| (rank, *pod)) else { return };
+        let who = match pods {
+            [_] => String::new(),
+            _ => format!("rank {rank} of {}, for which the others wait: ", pods.len()),
+        };
         match pod.map(|pod| &pod.state) {
             None => self.say_started(step),
-            Some(PodState::Unschedulable(message)) => self.say("Unschedulable", message),
+            Some(PodState::Unschedulable(message)) => {
+                self.say("Unschedulable", &format!("{who}{message}"));
+            }
             Some(PodState::Waiting { reason, message }) => {
-                self.wait_for_start(step, pod.and_then(|pod| pod.scheduled), reason, message);
+                let scheduled = pod.and_then(|pod| pod.scheduled);
+                self.wait_for_start(step, scheduled, reason, &format!("{who}{message}"));
             }
             Some(PodState::Running) if step == Step::Preflight => self.say_started(step),
             Some(PodState::Running) => self.take_progress(),
             // The Job will say so in a moment.
             Some(PodState::Ended { .. }) => {}
         }
+    }
+
+    /// Ends the ranks that wait for one that will not come any more; tells whether it did.
+    fn end_what_waits(&mut self, job: &ObservedJob, pods: &[Option<&ObservedPod>]) -> bool {
+        let is_over = |pod: &&ObservedPod| matches!(&pod.state, PodState::Ended { code, .. } if *code != Some(0));
+        let failed = pods.iter().flatten().filter(|pod| is_over(pod));
+        let first = failed.map(|pod| pod.ended.or(pod.created).unwrap_or(self.now)).min();
+        // A pod that is gone leaves no time, and whoever waits for it has nothing to save.
+        let is_gone = job.has_failed_rank && pods.iter().any(Option::is_none);
+        let due = first.map(|first| first + RANKS_GRACE);
+        if let Some(due) = due.filter(|due| !is_gone && self.now < *due) {
+            self.look_again_at(due);
+            return false;
+        }
+        if due.is_none() && !is_gone {
+            return false;
+        }
+        let waiting: Vec<&ObservedPod> = pods
+            .iter()
+            .flatten()
+            .filter(|pod| !matches!(pod.state, PodState::Ended { .. }))
+            .copied()
+            .collect();
+        if waiting.is_empty() {
+            return false;
+        }
+        let to_end = waiting.iter().filter(|pod| !pod.is_deleting);
+        let deletions =
+            to_end.map(|pod| Action::DeletePod { name: pod.name.clone(), uid: pod.uid.clone() });
+        self.decision.actions.extend(deletions);
+        let message = format!("a rank is lost; {} that wait for it are ended", waiting.len());
+        self.say("Stopping", &message);
+        true
     }
 
     fn say_started(&mut self, step: Step) {
@@ -741,25 +815,70 @@ fn pod_size(pod: &PodStatus) -> PodSize {
     }
 }
 
-fn ending(pod: Option<&ObservedPod>, is_success: bool) -> Ending {
+/// Orders ranks by how far they are: the first is what the others wait for.
+fn readiness(pod: Option<&ObservedPod>) -> u8 {
+    match pod.map(|pod| &pod.state) {
+        Some(PodState::Unschedulable(_)) => 0,
+        // What keeps a container from starting is said before that another is early.
+        Some(PodState::Waiting { reason, .. }) => 1 + u8::from(reason.is_empty()),
+        None => 3,
+        Some(PodState::Running) => 4,
+        Some(PodState::Ended { .. }) => 5,
+    }
+}
+
+/// Says how a try ended: with several ranks, by the cause. That a rank lost another, or was told to
+/// stop with it, is what the other's end did to it.
+fn ending(pods: &[Option<&ObservedPod>], is_success: bool) -> Ending {
+    let mut endings = pods.iter().enumerate().map(|(rank, pod)| {
+        let who = if pods.len() > 1 { format!(" of rank {rank}") } else { String::new() };
+        ending_of(*pod, &who, is_success)
+    });
+    // Rank 0 has the last word of a run that went well.
+    let first = if is_success { endings.next() } else { endings.min_by_key(consequence) };
+    first.unwrap_or_else(|| Ending::Disrupted("its pod is gone".to_owned()))
+}
+
+/// Orders endings from cause to consequence.
+fn consequence(ending: &Ending) -> u8 {
+    let exit = |code: i32| ExitCode::from_code(code);
+    match ending {
+        Ending::OutOfMemory(_) => 0,
+        Ending::Disrupted(_) => 2,
+        Ending::Exited { code, .. } => match exit(*code) {
+            Some(ExitCode::Interrupted) => 3,
+            Some(ExitCode::PeerLost) => 4,
+            Some(ExitCode::Success) => 5,
+            _ => 1,
+        },
+    }
+}
+
+/// Says how one pod ended; `who` is empty or ` of rank 1`.
+fn ending_of(pod: Option<&ObservedPod>, who: &str, is_success: bool) -> Ending {
     let Some(pod) = pod else {
-        return Ending::Disrupted("its pod is gone".to_owned());
+        return Ending::Disrupted(format!("its pod{who} is gone"));
     };
     match &pod.state {
         PodState::Ended { code: Some(0), message, .. } if is_success => {
             Ending::Exited { code: 0, message: message.clone() }
         }
         // The trainer's own word on a stop it was asked for counts as the disruption it is.
-        _ if pod.is_disrupted => Ending::Disrupted("the cluster ended its pod".to_owned()),
-        PodState::Ended { is_out_of_memory: true, .. } => Ending::OutOfMemory,
+        _ if pod.is_disrupted => Ending::Disrupted(format!("the cluster ended its pod{who}")),
+        PodState::Ended { is_out_of_memory: true, .. } => {
+            Ending::OutOfMemory(format!("the trainer{who}"))
+        }
+        PodState::Ended { .. } if pod.is_deleting => {
+            Ending::Disrupted(format!("its pod{who} was deleted"))
+        }
         PodState::Ended { code: Some(code), message, .. } => {
             Ending::Exited { code: *code, message: message.clone() }
         }
         PodState::Ended { code: None, message, .. } => {
-            Ending::Disrupted(format!("its pod ended before it ran: {message}"))
+            Ending::Disrupted(format!("its pod{who} ended before it ran: {message}"))
         }
         PodState::Unschedulable(_) | PodState::Waiting { .. } | PodState::Running => {
-            Ending::Disrupted("its pod was lost".to_owned())
+            Ending::Disrupted(format!("its pod{who} was lost"))
         }
     }
 }

@@ -1,5 +1,7 @@
 //! A job's life, told by a small world that does what is decided.
 
+use std::collections::BTreeSet;
+
 use finetune_contract::{
     ArtifactKind, CONTRACT_VERSION, FailureReason, Outcome, PreflightReport, Problem,
     ProblemReason, Progress, Proof, RunConfig, RunId, RunReport, Stage, parse, render,
@@ -27,6 +29,7 @@ struct World {
     now: Timestamp,
     next_uid: u32,
     writes: u32,
+    shared: BTreeSet<String>,
 }
 
 impl World {
@@ -43,6 +46,7 @@ impl World {
             now: "2026-01-01T00:00:00Z".parse().unwrap(),
             next_uid: 0,
             writes: 0,
+            shared: BTreeSet::new(),
         }
     }
 
@@ -67,10 +71,18 @@ impl World {
 
     fn act(&mut self, action: &Action) {
         match action {
+            Action::CreateService(service) => {
+                self.shared.insert(format!("Service {}", service.name_any()));
+            }
+            Action::CreateNetworkPolicy(policy) => {
+                self.shared.insert(format!("NetworkPolicy {}", policy.name_any()));
+            }
             Action::CreateJob(job) => {
                 self.next_uid += 1;
                 assert!(self.observed.job(&job.name_any()).is_none(), "made twice");
                 let uid = format!("uid-{}", self.next_uid);
+                let completions = job.spec.as_ref().and_then(|spec| spec.completions);
+                let ranks = completions.unwrap_or(1).unsigned_abs();
                 self.observed.jobs.push(ObservedJob {
                     name: job.name_any(),
                     uid: uid.clone(),
@@ -78,18 +90,23 @@ impl World {
                     is_suspended: job.spec.as_ref().and_then(|spec| spec.suspend).unwrap_or(false),
                     is_deleting: false,
                     ended: None,
+                    ranks,
+                    has_failed_rank: false,
                 });
-                self.observed.pods.push(ObservedPod {
-                    name: format!("{}-abcde", job.name_any()),
-                    uid: format!("pod-{uid}"),
-                    job_uid: Some(uid),
+                let pod = |rank| ObservedPod {
+                    name: format!("{}-{rank}-abcde", job.name_any()),
+                    uid: format!("pod-{uid}-{rank}"),
+                    job_uid: Some(uid.clone()),
+                    rank,
                     created: Some(self.now),
                     scheduled: Some(self.now),
                     ip: Some("10.0.0.1".to_owned()),
+                    ended: None,
                     is_deleting: false,
                     is_disrupted: false,
                     state: PodState::Running,
-                });
+                };
+                self.observed.pods.extend((0..ranks).map(pod));
             }
             Action::DeleteJob { uid, .. } => {
                 self.observed.jobs.retain(|job| job.uid != *uid);
@@ -110,6 +127,27 @@ impl World {
             is_out_of_memory: code == Some(137),
             message: message.to_owned(),
         };
+    }
+
+    /// Ends the pod of one rank of the newest Job; the Job goes on.
+    fn end_rank(&mut self, rank: u32, code: i32, message: &str) {
+        let ended = Some(self.now);
+        let pod = self.observed.pods.iter_mut().rfind(|pod| pod.rank == rank).unwrap();
+        pod.state = PodState::Ended {
+            code: Some(code),
+            is_out_of_memory: code == 137,
+            message: message.to_owned(),
+        };
+        pod.ended = ended;
+    }
+
+    /// A full-parameter run that two pods hold and one does not.
+    fn of_two_ranks() -> Self {
+        let mut world = Self::new("  training: {contextLength: 256}\n");
+        world.settings.accelerators[0].memory_gi_b = 2.5;
+        world.pass_preflight();
+        world.settle();
+        world
     }
 
     fn pass_preflight(&mut self) {
@@ -411,6 +449,130 @@ fn too_large_a_run_is_held_or_ended_by_what_would_help() {
     assert_eq!(large("", 1), "False NoAcceleratorFits");
     assert_eq!(large("  loraConfig: {}\n", 2), "Unknown DeviceNeeded");
     assert_eq!(large("  loraConfig: {}\n", 1), "False NoAcceleratorFits");
+}
+
+#[test]
+fn a_run_that_two_pods_hold_is_one_job_of_two() {
+    let mut world = World::of_two_ranks();
+    let status = world.job.status.clone().unwrap();
+    let planned = find(&status, Kind::Planned).unwrap();
+    insta::assert_snapshot!(planned.message, @"Full over 2 ranks, each on one cpu with 1.77 GB, about 16 min; see status.plan.summary");
+    let summary = status.plan.unwrap().summary;
+    insta::assert_snapshot!(summary.lines().next().unwrap(), @"On 2 pods of cpu, each 2 CPU, 2.42 GB memory, 4.03 GB storage");
+    assert_eq!(world.observed.jobs.last().unwrap().ranks, 2);
+    assert_eq!(world.shared, ["Service ranks-minimal".to_owned()].into());
+    let report = World::report(Outcome::Succeeded {
+        kind: ArtifactKind::FullModel,
+        uri: "s3://bucket/out".to_owned(),
+        manifest_sha256: "0".repeat(64),
+        proof: Proof {
+            files: 3,
+            bytes: 10,
+            max_logit_change: 1.0,
+            loss_trained_and_reloaded: None,
+        },
+    });
+    // The others end first, with nothing to say.
+    world.end_rank(1, 0, "");
+    world.settle();
+    assert_eq!(world.summary(), "Unknown Starting");
+    world.end_rank(0, 0, &report);
+    world.observed.jobs.last_mut().unwrap().ended = Some(true);
+    world.settle();
+    assert_eq!(world.summary(), "True Succeeded");
+    assert!(world.writes <= 8, "{} writes", world.writes);
+}
+
+#[test]
+fn ranks_of_a_confined_namespace_get_a_way_to_each_other() {
+    let mut world = World::new("  training: {contextLength: 256}\n");
+    world.settings.accelerators[0].memory_gi_b = 2.5;
+    world.settings.confined_namespaces = vec!["other".to_owned(), "team".to_owned()];
+    world.pass_preflight();
+    world.settle();
+    assert!(world.shared.contains("NetworkPolicy ranks-minimal"), "{:?}", world.shared);
+}
+
+#[test]
+fn a_try_of_several_ranks_ends_by_its_cause() {
+    let failed = |reason| World::report(Outcome::Failed { reason, message: "why".to_owned() });
+    let lost = failed(FailureReason::PeerLost);
+    let store = failed(FailureReason::StoreUnavailable);
+    let data = failed(FailureReason::InvalidDataset);
+    let stopped = World::report(Outcome::Interrupted { checkpoint_step: 3 });
+    // What each rank left, none if its pod is gone; what follows, and what is said of it.
+    let (evicted, gone) = (Some((-1, "")), None);
+    for (first, second, summary, tries, said) in [
+        (
+            Some((76, &*lost)),
+            Some((137, "")),
+            "False OutOfMemory",
+            (0, 0, 0),
+            "the trainer of rank 1",
+        ),
+        (
+            Some((137, "")),
+            Some((76, &*lost)),
+            "False OutOfMemory",
+            (0, 0, 0),
+            "the trainer of rank 0",
+        ),
+        (Some((76, &*lost)), Some((65, &*data)), "False InvalidDataset", (0, 0, 0), "why"),
+        (Some((69, &*store)), Some((76, &*lost)), "Unknown Retrying", (1, 1, 0), "why"),
+        (Some((76, &*lost)), evicted, "Unknown Retrying", (1, 0, 1), "its pod of rank 1"),
+        (Some((76, &*lost)), gone, "Unknown Retrying", (1, 0, 1), "its pod of rank 1 is gone"),
+        (Some((75, &*stopped)), gone, "Unknown Retrying", (1, 0, 1), "its pod of rank 1 is gone"),
+        (Some((75, &*stopped)), Some((75, &*stopped)), "Unknown Retrying", (1, 0, 1), "step 3"),
+        // Nobody died: what is between them did.
+        (Some((76, &*lost)), Some((76, &*lost)), "Unknown Retrying", (1, 1, 0), "why"),
+    ] {
+        let mut world = World::of_two_ranks();
+        for (rank, left) in [(0, first), (1, second)] {
+            match left {
+                Some((-1, _)) => {
+                    world.end_rank(rank, 143, "");
+                    world.observed.pods.last_mut().unwrap().is_disrupted = true;
+                }
+                Some((code, message)) => world.end_rank(rank, code, message),
+                None => drop(world.observed.pods.pop()),
+            }
+        }
+        world.observed.jobs.last_mut().unwrap().ended = Some(false);
+        world.settle();
+        assert_eq!((world.summary().as_str(), world.tries()), (summary, tries), "{said}");
+        assert!(world.message().contains(said), "{said}: {}", world.message());
+    }
+}
+
+#[test]
+fn ranks_that_wait_for_a_lost_one_are_ended() {
+    let mut world = World::of_two_ranks();
+    world.end_rank(1, 65, "");
+    let decision = world.settle();
+    assert_eq!(world.observed.pods.len(), 3, "it may still say what it saw");
+    assert!(decision.look_again.is_some_and(|wait| wait.as_secs() <= 60));
+    world.wait(60);
+    let decision = decide(&world.job, &world.observed, &world.settings, world.now);
+    let [Action::DeletePod { uid, .. }] = decision.actions.as_slice() else {
+        panic!("{:?}", decision.actions)
+    };
+    assert_eq!(uid, "pod-uid-2-0");
+    // Without a trace: at once.
+    let mut world = World::of_two_ranks();
+    world.observed.pods.pop();
+    world.observed.jobs.last_mut().unwrap().has_failed_rank = true;
+    let decision = decide(&world.job, &world.observed, &world.settings, world.now);
+    assert!(matches!(decision.actions.as_slice(), [Action::DeletePod { .. }]));
+}
+
+#[test]
+fn a_rank_without_a_place_is_named() {
+    let mut world = World::of_two_ranks();
+    let pod = world.observed.pods.last_mut().unwrap();
+    pod.state = PodState::Unschedulable("0/1 nodes are available".to_owned());
+    world.settle();
+    assert_eq!(world.summary(), "Unknown Unschedulable");
+    insta::assert_snapshot!(world.message(), @"rank 1 of 2, for which the others wait: 0/1 nodes are available");
 }
 
 #[test]

@@ -16,6 +16,9 @@ use kube::ResourceExt;
 
 use super::build::CONTAINER;
 
+/// Where a Job writes which rank a pod is.
+const INDEX_ANNOTATION: &str = "batch.kubernetes.io/job-completion-index";
+
 /// What is seen of one FineTuneJob.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Observed {
@@ -25,7 +28,7 @@ pub struct Observed {
     pub pods: Vec<ObservedPod>,
     /// What the trainer answered, if it was asked.
     pub progress: Option<Progress>,
-    /// Why the apiserver refused the Job of the current try, if it did.
+    /// Why the apiserver refused the Job of the current try, or what its ranks share, if it did.
     pub refusal: Option<String>,
 }
 
@@ -44,6 +47,10 @@ pub struct ObservedJob {
     pub is_deleting: bool,
     /// Whether it succeeded, once it has ended.
     pub ended: Option<bool>,
+    /// How many pods it has: the ranks of a run.
+    pub ranks: u32,
+    /// Whether it has given up the pod of one rank or more.
+    pub has_failed_rank: bool,
 }
 
 /// A pod.
@@ -55,12 +62,16 @@ pub struct ObservedPod {
     pub uid: String,
     /// The UID of the Job it belongs to.
     pub job_uid: Option<String>,
+    /// Which rank of its Job it is, from 0.
+    pub rank: u32,
     /// When it was made.
     pub created: Option<Timestamp>,
     /// When a node was found for it.
     pub scheduled: Option<Timestamp>,
     /// Where it can be asked.
     pub ip: Option<String>,
+    /// When its container ended.
+    pub ended: Option<Timestamp>,
     /// Whether it is on its way out.
     pub is_deleting: bool,
     /// Whether the cluster, not the program, ended or ends it.
@@ -100,10 +111,14 @@ impl Observed {
         self.jobs.iter().find(|job| job.name == name)
     }
 
-    /// Finds the newest pod of a Job.
-    pub fn pod_of(&self, job: &ObservedJob) -> Option<&ObservedPod> {
-        let is_of_job = |pod: &&ObservedPod| pod.job_uid.as_ref() == Some(&job.uid);
-        self.pods.iter().filter(is_of_job).max_by_key(|pod| pod.created)
+    /// Finds the newest pod of each rank of a Job, by rank.
+    pub fn pods_of(&self, job: &ObservedJob) -> Vec<Option<&ObservedPod>> {
+        let newest = |rank| {
+            let is_of_rank =
+                |pod: &&ObservedPod| pod.job_uid.as_ref() == Some(&job.uid) && pod.rank == rank;
+            self.pods.iter().filter(is_of_rank).max_by_key(|pod| pod.created)
+        };
+        (0..job.ranks).map(newest).collect()
     }
 
     /// Lists pods that live though their Job is gone.
@@ -116,7 +131,8 @@ impl Observed {
     }
 }
 
-fn controller(owners: &[OwnerReference]) -> Option<&OwnerReference> {
+/// Finds what made an object.
+pub fn controller(owners: &[OwnerReference]) -> Option<&OwnerReference> {
     owners.iter().find(|owner| owner.controller == Some(true))
 }
 
@@ -129,17 +145,22 @@ pub fn observe_job(job: &Job) -> ObservedJob {
             .iter()
             .any(|condition| condition.type_ == kind && condition.status == "True")
     };
+    let spec = job.spec.as_ref();
+    let completions = spec.and_then(|spec| spec.completions).unwrap_or(1);
+    let failed_ranks = job.status.as_ref().and_then(|status| status.failed_indexes.as_ref());
     ObservedJob {
         name: job.name_any(),
         uid: job.uid().unwrap_or_default(),
         owner_uid: controller(job.owner_references()).map(|owner| owner.uid.clone()),
-        is_suspended: job.spec.as_ref().and_then(|spec| spec.suspend).unwrap_or(false),
+        is_suspended: spec.and_then(|spec| spec.suspend).unwrap_or(false),
         is_deleting: job.metadata.deletion_timestamp.is_some(),
         ended: match (holds("Complete"), holds("Failed")) {
             (true, _) => Some(true),
             (false, true) => Some(false),
             (false, false) => None,
         },
+        ranks: u32::try_from(completions).unwrap_or(1),
+        has_failed_rank: failed_ranks.is_some_and(|indexes| !indexes.is_empty()),
     }
 }
 
@@ -152,12 +173,21 @@ pub fn observe_pod(pod: &Pod) -> ObservedPod {
         name: pod.name_any(),
         uid: pod.uid().unwrap_or_default(),
         job_uid: controller(pod.owner_references()).map(|owner| owner.uid.clone()),
+        // A pod of a Job without indexes is its only one.
+        rank: pod
+            .annotations()
+            .get(INDEX_ANNOTATION)
+            .and_then(|rank| rank.parse().ok())
+            .unwrap_or(0),
         created: pod.metadata.creation_timestamp.as_ref().map(|time| time.0),
         scheduled: condition("PodScheduled")
             .filter(|condition| condition.status == "True")
             .and_then(|condition| condition.last_transition_time.as_ref())
             .map(|time| time.0),
         ip: status.and_then(|status| status.pod_ip.clone()),
+        ended: container(pod)
+            .and_then(|state| state.terminated.as_ref()?.finished_at.as_ref())
+            .map(|time| time.0),
         is_deleting: pod.metadata.deletion_timestamp.is_some(),
         is_disrupted: condition("DisruptionTarget")
             .is_some_and(|condition| condition.status == "True"),
@@ -165,13 +195,15 @@ pub fn observe_pod(pod: &Pod) -> ObservedPod {
     }
 }
 
+fn container(pod: &Pod) -> Option<&ContainerState> {
+    let containers = pod.status.as_ref()?.container_statuses.as_ref()?;
+    containers.iter().find(|container| container.name == CONTAINER)?.state.as_ref()
+}
+
 fn observe_state(pod: &Pod) -> PodState {
     let status = pod.status.as_ref();
     let phase = status.and_then(|status| status.phase.as_deref()).unwrap_or_default();
-    let container: Option<&ContainerState> = status
-        .and_then(|status| status.container_statuses.as_ref())
-        .and_then(|containers| containers.iter().find(|container| container.name == CONTAINER))
-        .and_then(|container| container.state.as_ref());
+    let container = container(pod);
     if let Some(ended) = container.and_then(|state| state.terminated.as_ref()) {
         return ended_state(ended);
     }

@@ -21,6 +21,10 @@ pub struct Settings {
     /// The namespaces watched; empty for all.
     #[serde(default)]
     pub namespaces: Vec<String>,
+    /// The namespaces whose trainer pods are confined by a NetworkPolicy: there a run of several ranks
+    /// gets one of its own.
+    #[serde(default)]
+    pub confined_namespaces: Vec<String>,
     /// What a run may be placed on, in order of preference.
     pub accelerators: Vec<Accelerator>,
     /// What a preflight's pod asks for.

@@ -108,7 +108,9 @@ impl Place<'_> {
     fn sharing(self, ranks: u32) -> String {
         match self {
             Self::Here(_) => format!("as asked; each has 1/{ranks} of this machine"),
-            Self::On(accelerator) => format!("each on one {}", accelerator.name),
+            Self::On(accelerator) => {
+                format!("the fewest that hold it, each on one {}", accelerator.name)
+            }
         }
     }
 

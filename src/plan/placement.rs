@@ -63,7 +63,8 @@ pub enum Unplaced {
     },
 }
 
-/// Plans `job` for the first of `accelerators` that it fits.
+/// Plans `job` for the first of `accelerators` that it fits; if it fits none, over the fewest pods of
+/// a processor that hold it.
 ///
 /// # Errors
 /// [`Unplaced`] if it fits none.
@@ -86,11 +87,7 @@ pub fn place(
             Ok(plan) => {
                 let pod = pod_size(&plan, accelerator, report);
                 let mut plan = plan;
-                plan.rejected.extend(lacking.iter().map(|problem: &Problem| super::Decision {
-                    field: "accelerator",
-                    value: problem.location.clone(),
-                    reason: problem.message.clone(),
-                }));
+                plan.rejected.extend(rejected(&lacking));
                 return Ok(Placement { plan, accelerator: accelerator.name.clone(), pod });
             }
             Err(problems) if problems.iter().all(|problem| problem.location == "memory") => {
@@ -107,6 +104,10 @@ pub fn place(
             }
         }
     }
+    if let Some(mut placement) = over_ranks(job, report, accelerators) {
+        placement.plan.rejected.extend(rejected(&lacking));
+        return Ok(placement);
+    }
     if let Some(device) = device {
         return Err(device);
     }
@@ -116,11 +117,19 @@ pub fn place(
             "the operator's settings list none: an administrator must add one",
         ));
     }
-    Err(several_ranks(job, report, accelerators).unwrap_or(Unplaced::TooLarge(lacking)))
+    Err(several_devices(job, report, accelerators).unwrap_or(Unplaced::TooLarge(lacking)))
 }
 
-/// Finds the accelerator that holds the run in the fewest ranks.
-fn several_ranks(
+fn rejected(lacking: &[Problem]) -> impl Iterator<Item = super::Decision> {
+    lacking.iter().map(|problem| super::Decision {
+        field: "accelerator",
+        value: problem.location.clone(),
+        reason: problem.message.clone(),
+    })
+}
+
+/// Finds the device that holds the run in the fewest ranks.
+fn several_devices(
     job: &FineTuneJob,
     report: &PreflightReport,
     accelerators: &[Accelerator],
@@ -158,9 +167,7 @@ const MOST_RANKS: u32 = 64;
 
 /// Plans `job` over the fewest pods of a processor that hold it, for the first accelerator of that
 /// kind on which some number does; the pod's size is that of each.
-///
-/// What a run needs that [`place`] finds no place for.
-pub fn over_ranks(
+fn over_ranks(
     job: &FineTuneJob,
     report: &PreflightReport,
     accelerators: &[Accelerator],
@@ -215,7 +222,7 @@ impl std::fmt::Display for Unplaced {
             }
             Self::Devices { accelerator, ranks } => write!(
                 formatter,
-                "the run needs {ranks} {accelerator}, but the trainer of this release computes on the processor of one pod only: set loraConfig: {{}} or lower training.contextLength, or have an administrator raise memoryGiB of a CPU accelerator"
+                "the run needs {ranks} {accelerator}, but the trainer of this release computes on processors only, and {MOST_RANKS} pods of a CPU accelerator do not hold it either: set loraConfig: {{}} or lower training.contextLength, or have an administrator raise memoryGiB of a CPU accelerator"
             ),
         }
     }
@@ -245,7 +252,7 @@ pub fn describe(pod: &PodSize) -> String {
 mod tests {
     use finetune_contract::{ModelFacts, Strategy};
 
-    use super::{Unplaced, describe, over_ranks, place};
+    use super::{Unplaced, describe, place};
     use crate::{
         api::FineTuneJob,
         manifest,
@@ -290,12 +297,12 @@ mod tests {
     #[test]
     fn takes_the_first_that_fits() {
         insta::assert_snapshot!(check(fixture::smollm2(), "  loraConfig: {}\n"), @"cpu: 2 CPU, 1.63 GB memory, 1.70 GB storage");
-        insta::assert_snapshot!(check(fixture::llama_8b(), "  loraConfig: {}\n"), @"the run needs 1 A100-80GB, but the trainer of this release computes on the processor of one pod only: set loraConfig: {} or lower training.contextLength, or have an administrator raise memoryGiB of a CPU accelerator");
+        insta::assert_snapshot!(check(fixture::llama_8b(), "  loraConfig: {}\n"), @"the run needs 1 A100-80GB, but the trainer of this release computes on processors only, and 64 pods of a CPU accelerator do not hold it either: set loraConfig: {} or lower training.contextLength, or have an administrator raise memoryGiB of a CPU accelerator");
     }
 
     #[test]
     fn says_how_many_devices_a_large_run_needs() {
-        insta::assert_snapshot!(check(fixture::llama_8b(), ""), @"the run needs 2 A100-80GB, but the trainer of this release computes on the processor of one pod only: set loraConfig: {} or lower training.contextLength, or have an administrator raise memoryGiB of a CPU accelerator");
+        insta::assert_snapshot!(check(fixture::llama_8b(), ""), @"the run needs 2 A100-80GB, but the trainer of this release computes on processors only, and 64 pods of a CPU accelerator do not hold it either: set loraConfig: {} or lower training.contextLength, or have an administrator raise memoryGiB of a CPU accelerator");
     }
 
     #[test]
@@ -304,21 +311,21 @@ mod tests {
         let mut accelerators = accelerators();
         accelerators[0].memory_gi_b = 2.5;
         let full = job("  training: {contextLength: 256}\n");
-        assert!(place(&full, &report, &accelerators[..1]).is_err());
-        let placement = over_ranks(&full, &report, &accelerators).unwrap();
+        let placement = place(&full, &report, &accelerators).unwrap();
         let said: Vec<String> = placement
             .plan
             .decisions
             .iter()
             .chain(&placement.plan.rejected)
-            .filter(|decision| ["ranks", "strategy"].contains(&decision.field))
+            .filter(|decision| ["ranks", "strategy", "accelerator"].contains(&decision.field))
             .map(|decision| format!("{} {}: {}", decision.field, decision.value, decision.reason))
             .collect();
-        insta::assert_snapshot!(said.join("\n"), @r"
-        ranks 2: each on one cpu
+        insta::assert_snapshot!(said.join("\n"), @r#"
+        ranks 2: the fewest that hold it, each on one cpu
         strategy zero3: divides weights, gradients and moments, which do not fit each rank
         strategy ddp: 2.60 GB do not fit 1.77 GB
-        ");
+        accelerator cpu: the run needs 2.60 GB, but only 1.77 GB of the 2.68 GB on one cpu may be used, 833 MB too little: set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory
+        "#);
         let asked = placement.plan.run_config.parallelism;
         assert_eq!((asked.world_size, asked.strategy), (2, Strategy::Zero3));
         assert!(placement.pod.memory_bytes <= accelerators[0].memory_bytes());

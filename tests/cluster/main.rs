@@ -26,6 +26,7 @@ mod policies;
 mod prometheus;
 #[path = "../it/promql.rs"]
 mod promql;
+mod ranks;
 mod refusals;
 mod runs;
 mod sockets;

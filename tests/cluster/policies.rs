@@ -6,6 +6,7 @@ use std::{
     net::{IpAddr, Ipv4Addr},
 };
 
+use finetune_operator::operator::build;
 use k8s_openapi::{
     api::{
         core::v1::Pod,
@@ -30,8 +31,8 @@ const PODS: &str = "10.88.0.0/24";
 
 /// One end of a connection: an address, and the pod that has it, if one does.
 #[derive(Debug, Clone)]
-struct End {
-    address: IpAddr,
+pub struct End {
+    pub address: IpAddr,
     pod: Option<(String, std::collections::BTreeMap<String, String>)>,
 }
 
@@ -45,7 +46,7 @@ impl End {
         Self { pod: Some((namespace.to_owned(), labels.collect())), ..Self::at(address) }
     }
 
-    fn of(pod: &Pod) -> Option<Self> {
+    pub fn of(pod: &Pod) -> Option<Self> {
         let address = pod.status.as_ref()?.pod_ip.as_ref()?.parse().ok()?;
         let labels = pod.metadata.labels.clone().unwrap_or_default();
         Some(Self { address, pod: Some((pod.namespace()?, labels)) })
@@ -63,7 +64,13 @@ impl End {
 /// Tells whether policies let a connection through, as the API says they mean.
 ///
 /// Source: <https://kubernetes.io/docs/concepts/services-networking/network-policies/>
-fn is_allowed(policies: &[NetworkPolicy], from: &End, to: &End, protocol: &str, port: u16) -> bool {
+pub fn is_allowed(
+    policies: &[NetworkPolicy],
+    from: &End,
+    to: &End,
+    protocol: &str,
+    port: u16,
+) -> bool {
     leaves(policies, from, to, protocol, port) && enters(policies, from, to, protocol, port)
 }
 
@@ -174,7 +181,7 @@ fn policies(namespace: &str, more: &[&str]) -> Vec<NetworkPolicy> {
 }
 
 /// The strict one: the bucket, the apiserver and who scrapes are named by the administrator.
-fn strict(namespace: &str) -> Vec<NetworkPolicy> {
+pub fn strict(namespace: &str) -> Vec<NetworkPolicy> {
     let bucket = json!([{"cidr": "10.88.0.1/32", "ports": [8333]}]);
     let scraper = json!([{
         "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}},
@@ -321,6 +328,60 @@ fn what_nobody_has_asked_for_is_closed() {
     }
     check(&blocked, &trainer, &internet, 443, true);
     check(&blocked, &trainer, &apiserver, 53, true);
+}
+
+#[test]
+fn ranks_of_one_run_reach_each_other_and_nobody_else_reaches_them() {
+    if !crate::bed::is_there() {
+        return;
+    }
+    let rank = |namespace: &str, address: &str, job: &str, step: &str| {
+        let labels = [
+            ("app.kubernetes.io/name", "finetune-trainer"),
+            ("app.kubernetes.io/managed-by", "finetune-operator"),
+            ("finetune.dev/job", job),
+            ("finetune.dev/step", step),
+        ];
+        End::pod(namespace, address, &labels)
+    };
+    let of_run = |name: &str| {
+        let job = json!({
+            "apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob",
+            "metadata": {"name": name, "namespace": "team", "uid": "u"},
+            "spec": {
+                "model": {"uri": "s3://b/m"}, "dataset": {"train": "s3://b/t.jsonl"},
+                "output": {"uri": "s3://b/o"},
+            },
+        });
+        build::ranks_policy(&serde_json::from_value(job).unwrap())
+    };
+    let first = rank("team", "10.88.0.20", "a", "training");
+    let second = rank("team", "10.88.0.21", "a", "training");
+    let other = rank("team", "10.88.0.22", "b", "training");
+    let preflight = rank("team", "10.88.0.23", "a", "preflight");
+    let namesake = rank("elsewhere", "10.88.0.24", "a", "training");
+    let foreign = End::pod("team", "10.88.0.25", &[("finetune.dev/job", "a")]);
+    let blocked = r#"networkPolicies.trainers.blockedEgress=["10.88.0.0/16"]"#;
+    for mut policies in [strict("team"), policies("team", &["--set-json", blocked])] {
+        policies.extend([of_run("a"), of_run("b")]);
+        for (from, to, expected) in [
+            (&first, &second, true),
+            (&second, &first, true),
+            (&other, &first, false),
+            (&first, &other, false),
+            (&preflight, &first, false),
+            (&first, &preflight, false),
+            (&namesake, &first, false),
+            (&first, &namesake, false),
+            (&foreign, &first, false),
+            (&first, &foreign, false),
+        ] {
+            for port in [29500, 41234] {
+                let is_open = is_allowed(&policies, from, to, "TCP", port);
+                assert_eq!(is_open, expected, "{from:?} → {to:?} {port}");
+            }
+        }
+    }
 }
 
 #[test]

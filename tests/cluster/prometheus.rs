@@ -187,9 +187,15 @@ fn scrape(
     mut relabel: Vec<Value>,
 ) -> Value {
     for own in endpoint["relabelings"].as_array().into_iter().flatten() {
-        relabel.push(json!({
-            "source_labels": own["sourceLabels"], "target_label": own["targetLabel"],
-        }));
+        let mut rule = json!({"source_labels": own["sourceLabels"]});
+        for (ours, theirs) in
+            [("targetLabel", "target_label"), ("regex", "regex"), ("action", "action")]
+        {
+            if let Some(value) = own.get(ours) {
+                rule[theirs] = value.clone();
+            }
+        }
+        relabel.push(rule);
     }
     let (namespace, name) =
         (word(&monitor["metadata"]["namespace"]), word(&monitor["metadata"]["name"]));

@@ -32,7 +32,7 @@ const FOREIGN_GROUP: &str = "monitoring.coreos.com/";
 
 /// What the operator asks of the apiserver where jobs are: verb, group, resource. The apiserver's
 /// version, which it reads first, is everybody's to read.
-const USES: [(&str, &str, &str); 14] = [
+const USES: [(&str, &str, &str); 16] = [
     // `Operator::watch` of FineTuneJobs.
     ("list", "finetune.dev", "finetunejobs"),
     ("watch", "finetune.dev", "finetunejobs"),
@@ -51,11 +51,20 @@ const USES: [(&str, &str, &str); 14] = [
     // `Operator::watch` of pods.
     ("list", "", "pods"),
     ("watch", "", "pods"),
-    // `Action::DeletePod`: a pod without a Job.
+    // `Action::DeletePod`: a pod without a Job, or a rank that waits for a lost one.
     ("delete", "", "pods"),
+    // `Action::CreateService`, and whose it is if the name was taken.
+    ("create", "", "services"),
+    ("get", "", "services"),
     // `Operator::tell`: kube's Recorder creates an event, and patches it when it is repeated.
     ("create", "events.k8s.io", "events"),
     ("patch", "events.k8s.io", "events"),
+];
+
+/// What it asks besides where trainers are confined: `Action::CreateNetworkPolicy`.
+const CONFINED_USES: [(&str, &str, &str); 2] = [
+    ("create", "networking.k8s.io", "networkpolicies"),
+    ("get", "networking.k8s.io", "networkpolicies"),
 ];
 
 /// What it asks in its own namespace.
@@ -248,6 +257,7 @@ fn renders_settings_that_the_operator_accepts() {
         let settings = Settings::parse(written).unwrap_or_else(|error| panic!("{name}: {error}"));
         if name == "everything" {
             let is_kept = settings.namespaces == ["team-a"]
+                && settings.confined_namespaces == ["team-a"]
                 && settings.disruptions == 100
                 && settings.image_pull_secrets == ["trainer-pull"]
                 && settings.preflight.memory_gi_b.to_bits() == 4.0_f64.to_bits();
@@ -358,12 +368,14 @@ fn bound(rendered: &Rendered) -> Vec<(Option<String>, BTreeSet<Right>)> {
 fn grants_what_the_operator_uses_and_no_more() {
     let Some(helm) = Helm::find() else { return };
     let leases = (Some(RELEASE_NAMESPACE.to_owned()), rights(&LEASE_USES));
-    for (name, namespaces) in
-        [("minimal", vec![None]), ("namespaced", vec![Some("team-a"), Some("team-b")])]
+    for (name, namespaces, is_confined) in
+        [("minimal", vec![None], false), ("namespaced", vec![Some("team-a"), Some("team-b")], true)]
     {
+        let confined = if is_confined { rights(&CONFINED_USES) } else { BTreeSet::new() };
+        let uses: BTreeSet<Right> = rights(&USES).union(&confined).cloned().collect();
         let mut expected: Vec<_> = namespaces
             .into_iter()
-            .map(|namespace| (namespace.map(str::to_owned), rights(&USES)))
+            .map(|namespace| (namespace.map(str::to_owned), uses.clone()))
             .collect();
         expected.push(leases.clone());
         expected.sort();

@@ -56,5 +56,6 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 trainerImage: {{ include "finetune.image" (dict "image" .Values.image.trainer "version" .Chart.AppVersion) | quote }}
 imagePullPolicy: {{ .Values.image.trainer.pullPolicy }}
 imagePullSecrets: {{ toJson .Values.image.trainer.pullSecrets }}
+confinedNamespaces: {{ toJson .Values.networkPolicies.trainers.namespaces }}
 {{ toYaml .Values.settings }}
 {{- end }}
