@@ -39,14 +39,6 @@ use tracing::error;
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
-/// The allocator's settings: a step asks for the same buffers as the one before, so what is free
-/// stays ours. Giving it back costs a page fault for each page, and each thread's own arena memory.
-#[expect(unsafe_code, reason = "the allocator looks for this name")]
-// SAFETY: a text that ends in a zero byte, as jemalloc wants it.
-#[unsafe(export_name = "malloc_conf")]
-pub static ALLOCATOR_SETTINGS: Option<&'static std::ffi::c_char> =
-    Some(unsafe { &*c"narenas:1,dirty_decay_ms:-1".as_ptr() });
-
 /// Fine-tunes a language model from one run configuration.
 #[derive(Debug, Parser)]
 #[command(version)]
