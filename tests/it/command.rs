@@ -119,10 +119,10 @@ Plan of minimal-c475808c
 Memory
   trained state                  144 MB
   activations                     10 MB
-  output head                      6 MB
+  output head                      2 MB
   temporaries                      7 MB
-  runtime                         70 MB
-  peak                           237 MB
+  runtime                         87 MB
+  peak                           250 MB
   weights, mapped                 18 MB  read in place, given back under pressure
     "#);
 }
