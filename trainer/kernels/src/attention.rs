@@ -239,6 +239,7 @@ impl Unit {
         }
     }
 
+    #[expect(clippy::too_many_lines, reason = "one loop nest whose parts share a dozen buffers")]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
     fn backward(
         &self,
@@ -649,7 +650,7 @@ fn bits_of(values: &[f32]) -> &[u32] {
 
 /// Views bf16 as pairs.
 fn pairs_of(values: &[bf16]) -> &[u32] {
-    assert!(values.as_ptr().cast::<u32>().is_aligned());
+    assert!(values.as_ptr().addr().is_multiple_of(align_of::<u32>()));
     #[expect(unsafe_code, reason = "two numbers under one name")]
     // SAFETY: aligned as asserted, inside the slice, and any bits are a u32.
     unsafe {

@@ -10,22 +10,19 @@ use std::f32::consts::LOG2_E;
 /// # Source
 /// Range reduction of Cody and Waite with `ln 2` in two parts, and the polynomial of Cephes'
 /// `expf` (Moshier, 1992).
-#[expect(clippy::inline_always, reason = "called in every version of every kernel")]
 #[inline(always)]
 pub(crate) fn exp<const FUSED: bool>(x: f32) -> f32 {
-    let fused = |a: f32, b: f32, c: f32| if FUSED { a.mul_add(b, c) } else { a * b + c };
     /// Adding and subtracting it rounds to a whole number.
     const ROUND: f32 = 12_582_912.0;
     /// `ln 2` to few enough bits that `n` times it is exact, and the rest.
     const LN_2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
+    let fused = |a: f32, b: f32, c: f32| if FUSED { a.mul_add(b, c) } else { a * b + c };
     let clamped = x.clamp(-87.0, 88.0);
     let shifted = fused(clamped, LOG2_E, ROUND);
     let n = shifted - ROUND;
     let r = fused(n, -LN_2[1], fused(n, -LN_2[0], clamped));
     let mut p = 1.987_569_2e-4;
-    for coefficient in
-        [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_1e-1]
-    {
+    for coefficient in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
         p = fused(p, r, coefficient);
     }
     let y = fused(p * r, r, r) + 1.0;

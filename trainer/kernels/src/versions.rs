@@ -35,7 +35,6 @@ impl Level {
 macro_rules! versions {
     ($(#[$meta:meta])* pub fn $name:ident<$($generic:ident),*>($($argument:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block) => {
         $(#[$meta])*
-        #[expect(clippy::inline_always, reason = "each version must contain the whole text")]
         #[allow(clippy::too_many_arguments, reason = "rows, their factors and their places are what a kernel takes")]
         pub fn $name<$($generic: crate::Element),*>($($argument: $type),*) $(-> $result)? {
             // Bodies that multiply and add may use it; not all do.
