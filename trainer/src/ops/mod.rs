@@ -104,7 +104,7 @@ pub fn add_masked(sum: &mut Tensor, grad: &Tensor, noise: Noise) {
     profile::time("dropout, backward", || {
         let add = if is_ours(sum) { cpu::add_masked } else { plain::add_masked };
         add(sum, grad, noise);
-    })
+    });
 }
 
 /// Adds `more`, of any float type, to `sum` in fp32.
@@ -112,7 +112,7 @@ pub fn accumulate(sum: &Tensor, more: &Tensor) {
     profile::time("accumulate", || {
         let add = if is_ours(sum) { cpu::accumulate } else { plain::accumulate };
         add(sum, more);
-    })
+    });
 }
 
 /// Updates masters and moments, `[master, exp_avg, exp_avg_sq]` in fp32, and copies the masters to
@@ -121,7 +121,7 @@ pub fn adamw(step: Step, grad: &Tensor, state: [Tensor; 3], compute: Tensor) {
     profile::time("adamw", || {
         let update = if is_ours(grad) { cpu::adamw } else { plain::adamw };
         update(step, grad, state, compute);
-    })
+    });
 }
 
 /// Sums the squares of an fp32 tensor.

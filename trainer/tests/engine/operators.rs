@@ -48,13 +48,13 @@ fn compare(
 
 #[test]
 fn norms_equal_libtorch() {
+    type Backward = fn(&Tensor, &Tensor, f64, Tensor, Option<&Tensor>, Option<&Tensor>) -> Tensor;
     let inputs = [
         numbers(&[37, 96], 1),
         numbers(&[96], 2) + 1.0,
         numbers(&[37, 96], 3),
         numbers(&[37, 96], 4),
     ];
-    type Backward = fn(&Tensor, &Tensor, f64, Tensor, Option<&Tensor>, Option<&Tensor>) -> Tensor;
     let all = |forward: fn(&Tensor, &Tensor, f64) -> Tensor, backward: Backward| {
         move |inputs: &[Tensor]| {
             let [x, weight, dy, residual] = inputs else { unreachable!() };
@@ -77,8 +77,8 @@ fn norms_equal_libtorch() {
 
 #[test]
 fn gated_products_equal_libtorch() {
-    let inputs = [numbers(&[33, 50], 1) * 3.0, numbers(&[33, 50], 2), numbers(&[33, 50], 3)];
     type Backward = fn(Tensor, Tensor, Tensor) -> (Tensor, Tensor, Tensor);
+    let inputs = [numbers(&[33, 50], 1) * 3.0, numbers(&[33, 50], 2), numbers(&[33, 50], 3)];
     let all = |forward: fn(&Tensor, &Tensor) -> Tensor, backward: Backward| {
         move |inputs: &[Tensor]| {
             let [gate, up, dy] = inputs else { unreachable!() };
@@ -181,6 +181,9 @@ fn adamw_equals_libtorch() {
 
 #[test]
 fn attention_by_tiles_equals_libtorch() {
+    type Forward = fn([&Tensor; 3], ops::Attention<'_>) -> (Tensor, Vec<Tensor>);
+    type Backward =
+        fn([&Tensor; 3], &Tensor, &[Tensor], &Tensor, ops::Attention<'_>) -> [Tensor; 3];
     for (heads, kv_heads, width, window, lengths) in [
         (4, 2, 32, None, &[70, 1, 64, 129][..]),
         (3, 3, 64, None, &[200]),
@@ -195,9 +198,6 @@ fn attention_by_tiles_equals_libtorch() {
             numbers(&[positions, kv_heads, width], 3),
             numbers(&[positions, heads, width], 4),
         ];
-        type Forward = fn([&Tensor; 3], ops::Attention<'_>) -> (Tensor, Vec<Tensor>);
-        type Backward =
-            fn([&Tensor; 3], &Tensor, &[Tensor], &Tensor, ops::Attention<'_>) -> [Tensor; 3];
         let all = |forward: Forward, backward: Backward| {
             move |inputs: &[Tensor]| {
                 let [q, k, v, d_out] = inputs else { unreachable!() };
