@@ -79,9 +79,7 @@ pub fn normalize_and_clip(params: &FlatParams, target_tokens: u64, max_grad_norm
     let mut grad = params.grad().shallow_clone();
     let _ = grad.g_div_scalar_(target_tokens as f64);
     let norm = ops::sum_of_squares(&grad).sqrt();
-    if max_grad_norm > 0.0 && norm > max_grad_norm {
-        let _ = grad.g_mul_scalar_(max_grad_norm / (norm + 1e-6));
-    }
+    clip(params, norm, max_grad_norm);
     norm
 }
 
@@ -99,10 +97,15 @@ pub fn normalize_and_clip_part(
     let own = normalize_and_clip(params, target_tokens, 0.0);
     let [square] = ranks.sum([own * own])?;
     let norm = square.sqrt();
+    clip(params, norm, max_grad_norm);
+    Ok(norm)
+}
+
+/// Scales a gradient of 2-norm `norm` down to `max_grad_norm`, unless that is 0.
+fn clip(params: &FlatParams, norm: f64, max_grad_norm: f64) {
     if max_grad_norm > 0.0 && norm > max_grad_norm {
         let _ = params.grad().shallow_clone().g_mul_scalar_(max_grad_norm / (norm + 1e-6));
     }
-    Ok(norm)
 }
 
 /// Sets the summed gradient to zero.

@@ -34,7 +34,15 @@ pub fn load(directory: &Path, config: &ModelConfig, attachment: &Attachment) -> 
     let mut model =
         Model::load(directory, config.clone(), attachment.clone(), Dtype::Fp32, Device::Cpu, seed)
             .unwrap();
-    // A zero matrix would hide half of an adapter's gradients.
+    start_adapters(&mut model, seed);
+    model
+}
+
+/// Gives adapters numbers everywhere.
+///
+/// A zero matrix would hide half of an adapter's gradients, and leave the other half next to
+/// nothing, of whose rounding AdamW makes whole steps.
+pub fn start_adapters(model: &mut Model, seed: Counter) {
     for name in model.trained().names().to_vec() {
         if name.contains("lora_") {
             let mut master = model.trained().master_of(&name).unwrap();
@@ -43,7 +51,6 @@ pub fn load(directory: &Path, config: &ModelConfig, attachment: &Attachment) -> 
         }
     }
     model.trained_mut().refresh_compute();
-    model
 }
 
 pub fn lora(targets: &[&str], saved: &[&str]) -> LoraSettings {

@@ -21,7 +21,7 @@ use finetune_trainer::{
 };
 use tch::{Device, Kind, Tensor};
 
-use crate::fixture::{LLAMA, batch, checkpoint, lora};
+use crate::fixture::{LLAMA, batch, checkpoint, lora, start_adapters};
 
 const STEPS: u64 = 4;
 /// Micro-batches of one step, over all ranks; uneven in segments, tokens and targets.
@@ -112,16 +112,7 @@ fn run(
         division,
     )
     .unwrap();
-    // From a zero matrix the other's first gradients are next to nothing, and AdamW makes whole
-    // steps of their rounding.
-    for name in model.trained().names().to_vec() {
-        if name.contains("lora_") {
-            let mut master = model.trained().master_of(&name).unwrap();
-            let noise = seed.fold_name(&name).normal_tensor(&master.size(), Device::Cpu) * 0.1;
-            master.copy_(&noise);
-        }
-    }
-    model.trained_mut().refresh_compute();
+    start_adapters(&mut model, seed);
     let mut adamw = AdamW::new(model.trained(), 0.1);
     let (mut losses, mut norms, mut sent) = (Vec::new(), Vec::new(), 0);
     for step in 0..STEPS {
