@@ -172,9 +172,11 @@ impl Bed {
         })
     }
 
-    /// Returns the same with so many steps that there is time to disturb it.
+    /// Returns the same with so many steps, on so little of a processor, that there is time to
+    /// disturb it on any machine.
     pub fn long_job(&self, name: &str) -> Value {
         let mut job = self.job(name);
+        job["spec"]["resources"] = json!({"limits": {"cpu": "300m"}});
         job["spec"]["training"]["maxSteps"] = json!(1500);
         job["spec"]["training"]["checkpointSteps"] = json!(100);
         job

@@ -11,6 +11,7 @@ use kube::{
     api::{DeleteParams, Patch, PatchParams, PostParams},
 };
 use serde_json::json;
+use tokio::sync::Mutex;
 
 use crate::{
     bed::{Bed, variable},
@@ -20,6 +21,8 @@ use crate::{
 const NODE: &str = "node0";
 /// A resource that only the two pods of one test want, so that no other is preempted.
 const SEAT: &str = "e2e.finetune.dev/seat";
+/// Held by whoever decides about the node: a pod that may not be placed has not been preempted.
+static NODE_IS_OURS: Mutex<()> = Mutex::const_new(());
 
 fn kubectl(arguments: &[&str]) {
     let mut command = Command::new(variable("FINETUNE_TEST_KUBECTL"));
@@ -40,6 +43,7 @@ impl Drop for Cordon {
 #[tokio::test]
 async fn a_drained_node_ends_a_try_and_no_job() {
     let Some(bed) = Bed::new("drained").await else { return };
+    let _ours = NODE_IS_OURS.lock().await;
     bed.apply(&bed.long_job("drained")).await;
     bed.wait_for_training("drained").await;
     let cordon = Cordon;
@@ -56,6 +60,7 @@ async fn a_drained_node_ends_a_try_and_no_job() {
 #[tokio::test]
 async fn a_preempted_pod_goes_on_when_there_is_room_again() {
     let Some(bed) = Bed::new("preempted").await else { return };
+    let _ours = NODE_IS_OURS.lock().await;
     let nodes: Api<Node> = Api::all(bed.client.clone());
     let seat = json!({"status": {"capacity": {SEAT: "1"}, "allocatable": {SEAT: "1"}}});
     nodes.patch_status(NODE, &PatchParams::default(), &Patch::Merge(seat)).await.unwrap();
@@ -69,7 +74,7 @@ async fn a_preempted_pod_goes_on_when_there_is_room_again() {
     }
 
     let mut job = bed.long_job("preempted");
-    job["spec"]["resources"] = json!({"requests": {SEAT: "1"}, "limits": {SEAT: "1"}});
+    job["spec"]["resources"]["limits"][SEAT] = json!("1");
     bed.apply(&job).await;
     let victim = bed.wait_for_training("preempted").await;
     let urgent: Pod = serde_json::from_value(json!({

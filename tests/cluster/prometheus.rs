@@ -92,12 +92,21 @@ impl Prometheus {
 
     /// Returns the numbers an expression had since the start, as a panel would draw them.
     pub async fn numbers(&self, expression: &str) -> Vec<f64> {
-        let (start, end) = (self.started.to_string(), now().to_string());
-        let parameters = [("query", expression), ("start", &start), ("end", &end), ("step", "2")];
-        let data = self.ask("query_range", &parameters).await;
-        let series = data["result"].as_array().unwrap();
+        let series = self.series(expression).await;
         let values = series.iter().flat_map(|series| series["values"].as_array().unwrap());
         values.map(|value| value[1].as_str().unwrap().parse().unwrap()).collect()
+    }
+
+    /// Returns the labels of the series an expression had since the start.
+    pub async fn labels(&self, expression: &str) -> Vec<Value> {
+        self.series(expression).await.into_iter().map(|mut series| series["metric"].take()).collect()
+    }
+
+    async fn series(&self, expression: &str) -> Vec<Value> {
+        let (start, end) = (self.started.to_string(), now().to_string());
+        let parameters = [("query", expression), ("start", &start), ("end", &end), ("step", "2")];
+        let mut data = self.ask("query_range", &parameters).await;
+        serde_json::from_value(data["result"].take()).unwrap()
     }
 
     /// Returns the values of a label, as a dashboard's variable would list them.

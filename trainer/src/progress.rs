@@ -94,6 +94,12 @@ impl<'a> Teller<'a> {
         self.cut_history(state.step);
     }
 
+    /// Tells that an earlier attempt did all up to the step whose weights it published.
+    pub fn done_before(&mut self, step: u64) {
+        self.last.step = step;
+        self.last.resumed_from_step = Some(step);
+    }
+
     /// Tells a finished step.
     pub fn step(&mut self, state: &TrainState, epoch: f64, figures: &StepFigures) {
         self.take(state, epoch);

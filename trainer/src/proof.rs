@@ -144,7 +144,7 @@ pub fn of_published(
     host: &Host<'_>,
     output: &Store,
     base: &Path,
-) -> Result<Outcome, Failure> {
+) -> Result<(Outcome, u64), Failure> {
     let manifest = publish::read_manifest(output)?
         .ok_or_else(|| not_proven(config, "its manifest disappeared while it was read"))?;
     let directory = fresh_directory(host, "readback")?;
@@ -165,12 +165,13 @@ pub fn of_published(
         max_logit_change,
         loss_trained_and_reloaded: None,
     };
-    Ok(Outcome::Succeeded {
+    let outcome = Outcome::Succeeded {
         kind: manifest.kind,
         uri: config.output.uri.clone(),
         manifest_sha256,
         proof,
-    })
+    };
+    Ok((outcome, manifest.step))
 }
 
 /// Fetches a result; bytes that are not what its manifest says are no proof.

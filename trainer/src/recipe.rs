@@ -59,10 +59,12 @@ pub fn run(
     match publish::output_state(&output, &config.run_id)? {
         OutputState::Vacant => {}
         OutputState::PublishedByThisRun => {
-            return ranks
-                .is_first()
-                .then(|| proof::of_published(config, host, &output, &base))
-                .transpose();
+            if !ranks.is_first() {
+                return Ok(None);
+            }
+            let (outcome, step) = proof::of_published(config, host, &output, &base)?;
+            teller.done_before(step);
+            return Ok(Some(outcome));
         }
         OutputState::PublishedByAnotherRun if config.output.overwrite => {}
         OutputState::PublishedByAnotherRun => return Err(belongs_to_another(config)),
