@@ -99,7 +99,11 @@ impl Prometheus {
 
     /// Returns the labels of the series an expression had since the start.
     pub async fn labels(&self, expression: &str) -> Vec<Value> {
-        self.series(expression).await.into_iter().map(|mut series| series["metric"].take()).collect()
+        self.series(expression)
+            .await
+            .into_iter()
+            .map(|mut series| series["metric"].take())
+            .collect()
     }
 
     async fn series(&self, expression: &str) -> Vec<Value> {
