@@ -6,9 +6,12 @@
 //! sum; scores are computed transposed, keys by queries, so that whatever belongs to a query is a
 //! lane of a register and nothing is summed across lanes.
 
-use std::arch::x86_64::{
-    __m256bh, __m256i, _mm256_storeu_si256, _mm512_cvtepu16_epi32, _mm512_cvtneps_pbh,
-    _mm512_loadu_ps, _mm512_or_si512, _mm512_slli_epi32, _mm512_storeu_si512,
+use std::{
+    arch::x86_64::{
+        __m256bh, __m256i, _mm256_storeu_si256, _mm512_cvtepu16_epi32, _mm512_cvtneps_pbh,
+        _mm512_loadu_ps, _mm512_or_si512, _mm512_slli_epi32, _mm512_storeu_si512,
+    },
+    cell::RefCell,
 };
 
 use half::bf16;
@@ -16,7 +19,8 @@ use half::bf16;
 use crate::{
     Element,
     exp::exp,
-    gemm::{COLUMNS, Pairs, product},
+    gemm::{self, LANES, Pairs, product},
+    pairs::{bits_of, pair_of, pairs_of},
     pool::{Pool, Shared},
     transpose::{SIDE, transpose, transpose_block},
 };
@@ -44,13 +48,7 @@ pub struct Shape {
 
 /// Tells whether this processor can, for heads of a width.
 pub fn is_supported(width: usize) -> bool {
-    width.is_multiple_of(COLUMNS)
-        && width <= WIDEST
-        && is_x86_feature_detected!("avx512f")
-        && is_x86_feature_detected!("avx512bw")
-        && is_x86_feature_detected!("avx512dq")
-        && is_x86_feature_detected!("avx512vl")
-        && is_x86_feature_detected!("avx512bf16")
+    width.is_multiple_of(2 * LANES) && width <= WIDEST && gemm::is_supported()
 }
 
 /// Computes attention inside each segment.
@@ -86,9 +84,9 @@ pub fn forward(
     pool.run(units.len(), &|unit| {
         #[expect(unsafe_code, reason = "for certain processors")]
         // SAFETY: the processor was asked.
-        unsafe {
-            units[unit].forward(shape, positions, [q, k, v], &out, &logsumexp);
-        }
+        BUFFERS.with_borrow_mut(|buffers| unsafe {
+            units[unit].forward(shape, positions, [q, k, v], &out, &logsumexp, buffers);
+        });
     });
 }
 
@@ -136,9 +134,9 @@ pub fn backward(
     pool.run(units.len(), &|unit| {
         #[expect(unsafe_code, reason = "for certain processors")]
         // SAFETY: the processor was asked.
-        unsafe {
-            units[unit].backward(shape, positions, [q, k, v], attended, &grads);
-        }
+        BUFFERS.with_borrow_mut(|buffers| unsafe {
+            units[unit].backward(shape, positions, [q, k, v], attended, &grads, buffers);
+        });
     });
 }
 
@@ -149,6 +147,32 @@ fn starts(lengths: &[usize]) -> impl Iterator<Item = (usize, usize)> {
         *next += length;
         Some((start, length))
     })
+}
+
+/// What a unit works in.
+///
+/// Kept by each thread: fresh memory costs page faults, and freeing it stops the other threads.
+#[derive(Default)]
+struct Buffers {
+    row_pairs: Vec<u32>,
+    transposed: Vec<u32>,
+    q_columns: Vec<u32>,
+    q_pairs: Vec<u32>,
+    d_columns: Vec<u32>,
+    d_pairs: Vec<u32>,
+    q_sums: Vec<f32>,
+    k_sums: Vec<f32>,
+    v_sums: Vec<f32>,
+}
+
+thread_local! {
+    static BUFFERS: RefCell<Buffers> = RefCell::default();
+}
+
+/// Makes a buffer a number of zeros.
+fn set_zero(buffer: &mut Vec<f32>, length: usize) {
+    buffer.clear();
+    buffer.resize(length, 0.0);
 }
 
 /// Some queries of a segment, in all heads that share a key head.
@@ -170,6 +194,7 @@ impl Unit {
         [q, k, v]: [&[bf16]; 3],
         out: &Shared<'_, bf16>,
         logsumexp: &Shared<'_, f32>,
+        buffers: &mut Buffers,
     ) {
         let Shape { heads, kv_heads, width, window } = shape;
         let scale = 1.0 / (width as f32).sqrt();
@@ -184,13 +209,11 @@ impl Unit {
         };
         let k_pairs = pairs_of(&k[kv_rows.start * kv_rows.stride + kv_rows.column..]);
         let k_stride = kv_rows.stride / 2;
-        let (mut v_pairs, mut v_transposed) = (Vec::new(), Vec::new());
-        kv_rows.pack_pairs(v, end - lowest, keys, &mut v_pairs);
-        transpose(&v_pairs, [keys / 2, width], &mut v_transposed); // [E, keys/2]
+        let Buffers { row_pairs, transposed, q_sums: sums, q_columns, .. } = buffers;
+        kv_rows.pack_pairs(v, end - lowest, keys, row_pairs);
+        transpose(row_pairs, [keys / 2, width], transposed); // [E, keys/2]
         let mut scores = [0.0; TILE * TILE]; // [keys, queries]
         let mut p_pairs = [0_u32; TILE / 2 * TILE];
-        let mut sums = vec![0.0; width * TILE]; // [E, queries]
-        let mut q_columns = Vec::new();
         for head in self.kv_head * (heads / kv_heads)..(self.kv_head + 1) * (heads / kv_heads) {
             for first in (self.first..end).step_by(TILE) {
                 let count = TILE.min(end - first);
@@ -200,9 +223,9 @@ impl Unit {
                     column: head * width,
                     width,
                 };
-                rows.pack_columns(q, count, &mut q_columns);
+                rows.pack_columns(q, count, q_columns);
                 let mut softmax = OnlineSoftmax::new(scale);
-                sums.fill(0.0);
+                set_zero(sums, width * TILE); // [E, queries]
                 let mut tile = (first + 1).saturating_sub(window) / TILE * TILE;
                 while tile < first + count {
                     let keys_here = TILE.min(self.length - tile);
@@ -210,17 +233,17 @@ impl Unit {
                     product::<false>(
                         [keys_here, width / 2, TILE],
                         Pairs { data: left, stride: k_stride },
-                        Pairs { data: &q_columns, stride: TILE },
+                        Pairs { data: q_columns, stride: TILE },
                         &mut scores,
                     );
                     scores[keys_here * TILE..].fill(f32::NEG_INFINITY);
                     hide(&mut scores, [tile, keys_here], [first, count], window);
-                    softmax.add(&scores, &mut p_pairs, &mut sums);
+                    softmax.add(&scores, &mut p_pairs, sums);
                     product::<true>(
                         [width, TILE / 2, TILE],
-                        Pairs { data: &v_transposed[(tile - lowest) / 2..], stride: keys / 2 },
+                        Pairs { data: &transposed[(tile - lowest) / 2..], stride: keys / 2 },
                         Pairs { data: &p_pairs, stride: TILE },
-                        &mut sums,
+                        sums,
                     );
                     tile += TILE;
                 }
@@ -229,11 +252,11 @@ impl Unit {
                 // SAFETY: these queries of this head belong to this unit.
                 let lse = unsafe { logsumexp.range(at..at + count) };
                 lse.copy_from_slice(&softmax.logsumexp()[..count]);
-                scale_columns(&mut sums, &softmax.total.map(|total| 1.0 / total));
+                scale_columns(sums, &softmax.total.map(|total| 1.0 / total));
                 #[expect(unsafe_code, reason = "units write side by side")]
                 // SAFETY: as above.
                 unsafe {
-                    rows.write_transposed(&sums, count, out);
+                    rows.write_transposed(sums, count, out);
                 }
             }
         }
@@ -248,6 +271,7 @@ impl Unit {
         [q, k, v]: [&[bf16]; 3],
         attended: Attended<'_>,
         [dq, dk, dv]: &[Shared<'_, bf16>; 3],
+        buffers: &mut Buffers,
     ) {
         let Shape { heads, kv_heads, width, window } = shape;
         let scale = 1.0 / (width as f32).sqrt();
@@ -262,16 +286,15 @@ impl Unit {
         let k_at = self.start * kv_heads * width + self.kv_head * width;
         let k_stride = kv_heads * width / 2;
         let (k_pairs, v_pairs) = (pairs_of(&k[k_at..]), pairs_of(&v[k_at..]));
-        let (mut row_pairs, mut k_transposed) = (Vec::new(), Vec::new());
-        k_rows.pack_pairs(k, length, padded, &mut row_pairs);
-        transpose(&row_pairs, [padded / 2, width], &mut k_transposed); // [E, padded/2]
-        let mut k_sums = vec![0.0; padded * width];
-        let mut v_sums = vec![0.0; padded * width];
-        let mut q_sums = vec![0.0; width * TILE]; // transposed
+        let Buffers { row_pairs, transposed: k_transposed, k_sums, v_sums, q_sums, .. } = buffers;
+        let Buffers { q_columns, q_pairs, d_columns, d_pairs, .. } = buffers;
+        k_rows.pack_pairs(k, length, padded, row_pairs);
+        transpose(row_pairs, [padded / 2, width], k_transposed); // [E, padded/2]
+        set_zero(k_sums, padded * width);
+        set_zero(v_sums, padded * width);
         let (mut scores, mut d_scores) = ([0.0; TILE * TILE], [0.0; TILE * TILE]);
         let (mut p, mut ds) = ([bf16::ZERO; TILE * TILE], [bf16::ZERO; TILE * TILE]);
         let mut ds_pairs = [0_u32; TILE / 2 * TILE];
-        let [mut q_columns, mut q_pairs, mut d_columns, mut d_pairs] = [const { Vec::new() }; 4];
         for head in self.kv_head * (heads / kv_heads)..(self.kv_head + 1) * (heads / kv_heads) {
             for first in (0..length).step_by(TILE) {
                 let count = TILE.min(length - first);
@@ -281,10 +304,10 @@ impl Unit {
                     column: head * width,
                     width,
                 };
-                rows.pack_columns(q, count, &mut q_columns);
-                rows.pack_pairs(q, count, TILE, &mut q_pairs);
-                rows.pack_columns(attended.d_out, count, &mut d_columns);
-                rows.pack_pairs(attended.d_out, count, TILE, &mut d_pairs);
+                rows.pack_columns(q, count, q_columns);
+                rows.pack_pairs(q, count, TILE, q_pairs);
+                rows.pack_columns(attended.d_out, count, d_columns);
+                rows.pack_pairs(attended.d_out, count, TILE, d_pairs);
                 // Queries past the end get probability 0.
                 let (mut lse, mut delta) = ([f32::INFINITY; TILE], [0.0; TILE]);
                 let at = head * positions + self.start + first;
@@ -293,7 +316,7 @@ impl Unit {
                     let (d_out, out) = (rows.row(attended.d_out, row), rows.row(attended.out, row));
                     *delta = crate::sum::of_pairs(d_out, out, |d_out, out| d_out * out);
                 }
-                q_sums.fill(0.0);
+                set_zero(q_sums, width * TILE); // transposed
                 let mut tile = (first + 1).saturating_sub(window) / TILE * TILE;
                 while tile < first + count {
                     let keys = TILE.min(length - tile);
@@ -303,13 +326,13 @@ impl Unit {
                     product::<false>(
                         sizes,
                         Pairs { data: &k_pairs[of_tile.clone()], stride: k_stride },
-                        columns(&q_columns),
+                        columns(q_columns),
                         &mut scores,
                     );
                     product::<false>(
                         sizes,
                         Pairs { data: &v_pairs[of_tile], stride: k_stride },
-                        columns(&d_columns),
+                        columns(d_columns),
                         &mut d_scores,
                     );
                     scores[keys * TILE..].fill(f32::NEG_INFINITY);
@@ -331,18 +354,18 @@ impl Unit {
                     let right = |data| Pairs { data, stride: width };
                     let sizes = [keys, TILE / 2, width];
                     let sums = tile * width..(tile + keys) * width;
-                    product::<true>(sizes, left(&p), right(&d_pairs), &mut v_sums[sums.clone()]);
-                    product::<true>(sizes, left(&ds), right(&q_pairs), &mut k_sums[sums]);
+                    product::<true>(sizes, left(&p), right(d_pairs), &mut v_sums[sums.clone()]);
+                    product::<true>(sizes, left(&ds), right(q_pairs), &mut k_sums[sums]);
                     let left = Pairs { data: &k_transposed[tile / 2..], stride: padded / 2 };
                     let right = Pairs { data: &ds_pairs, stride: TILE };
-                    product::<true>([width, keys.div_ceil(2), TILE], left, right, &mut q_sums);
+                    product::<true>([width, keys.div_ceil(2), TILE], left, right, q_sums);
                     tile += TILE;
                 }
-                scale_columns(&mut q_sums, &[scale; TILE]);
+                scale_columns(q_sums, &[scale; TILE]);
                 #[expect(unsafe_code, reason = "units write side by side")]
                 // SAFETY: this head's queries belong to this unit.
                 unsafe {
-                    rows.write_transposed(&q_sums, count, dq);
+                    rows.write_transposed(q_sums, count, dq);
                 }
             }
         }
@@ -499,9 +522,6 @@ fn gradients_of_scores(
     }
 }
 
-/// Elements of one register.
-const LANES: usize = 16;
-
 #[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
 #[inline(always)]
 fn lanes(values: &[f32], first: usize) -> &[f32; LANES] {
@@ -630,31 +650,6 @@ impl Rows {
                 }
             }
         }
-    }
-}
-
-#[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
-#[inline(always)]
-fn pair_of(low: bf16, high: bf16) -> u32 {
-    u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16
-}
-
-/// Views fp32 as bits.
-fn bits_of(values: &[f32]) -> &[u32] {
-    #[expect(unsafe_code, reason = "a number under another name")]
-    // SAFETY: of the same size and alignment, and any bits are a u32.
-    unsafe {
-        std::slice::from_raw_parts(values.as_ptr().cast(), values.len())
-    }
-}
-
-/// Views bf16 as pairs.
-fn pairs_of(values: &[bf16]) -> &[u32] {
-    assert!(values.as_ptr().addr().is_multiple_of(align_of::<u32>()));
-    #[expect(unsafe_code, reason = "two numbers under one name")]
-    // SAFETY: aligned as asserted, inside the slice, and any bits are a u32.
-    unsafe {
-        std::slice::from_raw_parts(values.as_ptr().cast(), values.len() / 2)
     }
 }
 

@@ -9,10 +9,19 @@ use std::arch::x86_64::{
     _mm512_setzero_ps, _mm512_storeu_ps,
 };
 
-/// Columns of one register tile: two registers of 16.
-pub(crate) const COLUMNS: usize = 32;
-/// Rows of one register tile: with two columns each, sums fill half of the registers.
+/// Elements of one register.
+pub(crate) const LANES: usize = 16;
+/// Rows of one register tile: with two registers each, sums fill half of the registers.
 const ROWS: usize = 8;
+
+/// Tells whether this processor can.
+pub(crate) fn is_supported() -> bool {
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512bf16")
+}
 
 /// A matrix whose elements are pairs of bf16, the first in the low half.
 #[derive(Clone, Copy)]
@@ -28,7 +37,7 @@ pub(crate) struct Pairs<'a> {
 /// # Shapes
 /// `left` is `[rows, pairs]`: neighbours along a row are a pair. `right` is `[pairs, columns]`:
 /// each element is a pair of one column. `c` is `[rows, columns]` with rows `columns` apart, which
-/// is a multiple of [`COLUMNS`].
+/// is a multiple of [`LANES`].
 ///
 /// # Panics
 /// If a matrix is too small.
@@ -39,13 +48,14 @@ pub(crate) fn product<const ADD: bool>(
     right: Pairs<'_>,
     c: &mut [f32],
 ) {
-    assert!(columns.is_multiple_of(COLUMNS) && c.len() >= rows * columns);
+    assert!(columns.is_multiple_of(LANES) && c.len() >= rows * columns);
     if rows == 0 || pairs == 0 || columns == 0 {
         return;
     }
     assert!(left.data.len() >= (rows - 1) * left.stride + pairs);
     assert!(right.data.len() >= (pairs - 1) * right.stride + columns);
-    for column in (0..columns).step_by(COLUMNS) {
+    for column in (0..columns).step_by(2 * LANES) {
+        let is_wide = columns - column > LANES;
         let mut row = 0;
         while row < rows {
             let from = Tile {
@@ -60,12 +70,11 @@ pub(crate) fn product<const ADD: bool>(
             #[expect(unsafe_code, reason = "the inner loop reads through pointers")]
             // SAFETY: the sizes were checked above.
             unsafe {
-                match rows - row {
-                    ROWS.. => row += from.compute::<ROWS, ADD>(),
-                    4.. => row += from.compute::<4, ADD>(),
-                    2.. => row += from.compute::<2, ADD>(),
-                    _ => row += from.compute::<1, ADD>(),
-                }
+                row += if is_wide {
+                    from.compute_some::<2, ADD>(rows - row)
+                } else {
+                    from.compute_some::<1, ADD>(rows - row)
+                };
             }
         }
     }
@@ -83,41 +92,63 @@ struct Tile {
 }
 
 impl Tile {
-    /// Computes `M` rows and returns `M`.
+    /// Computes as many rows of `W` registers as there is a tile for, and returns how many.
     ///
     /// # Safety
     /// All of the tile's places must exist.
     #[expect(unsafe_code, reason = "the inner loop reads through pointers")]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
     #[inline]
-    unsafe fn compute<const M: usize, const ADD: bool>(&self) -> usize {
+    unsafe fn compute_some<const W: usize, const ADD: bool>(&self, rows: usize) -> usize {
+        // SAFETY: the caller's.
+        unsafe {
+            match rows {
+                ROWS.. => self.compute::<ROWS, W, ADD>(),
+                4.. => self.compute::<4, W, ADD>(),
+                2.. => self.compute::<2, W, ADD>(),
+                _ => self.compute::<1, W, ADD>(),
+            }
+        }
+    }
+
+    /// Computes `M` rows of `W` registers and returns `M`.
+    ///
+    /// # Safety
+    /// All of the tile's places must exist.
+    #[expect(unsafe_code, reason = "the inner loop reads through pointers")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[inline]
+    unsafe fn compute<const M: usize, const W: usize, const ADD: bool>(&self) -> usize {
         let bf16s = |bits: __m512i| {
             // SAFETY: the same 512 bits under another name.
             unsafe { std::mem::transmute::<__m512i, __m512bh>(bits) }
         };
         // SAFETY: the caller's.
         unsafe {
-            let mut sums = [[_mm512_setzero_ps(); 2]; M];
+            let mut sums = [[_mm512_setzero_ps(); W]; M];
             if ADD {
                 for (row, sums) in sums.iter_mut().enumerate() {
-                    for (half, sum) in sums.iter_mut().enumerate() {
-                        *sum = _mm512_loadu_ps(self.c.add(row * self.columns + 16 * half));
+                    for (part, sum) in sums.iter_mut().enumerate() {
+                        *sum = _mm512_loadu_ps(self.c.add(row * self.columns + LANES * part));
                     }
                 }
             }
             for pair in 0..self.pairs {
                 let right = self.right.add(pair * self.right_stride);
-                let right = [right, right.add(16)].map(|at| bf16s(_mm512_loadu_si512(at.cast())));
+                let right: [__m512bh; W] = std::array::from_fn(|part| {
+                    bf16s(_mm512_loadu_si512(right.add(LANES * part).cast()))
+                });
                 for (row, sums) in sums.iter_mut().enumerate() {
                     let left = *self.left.add(row * self.left_stride + pair);
                     let left = bf16s(_mm512_set1_epi32(left.cast_signed()));
-                    sums[0] = _mm512_dpbf16_ps(sums[0], left, right[0]);
-                    sums[1] = _mm512_dpbf16_ps(sums[1], left, right[1]);
+                    for (sum, right) in sums.iter_mut().zip(right) {
+                        *sum = _mm512_dpbf16_ps(*sum, left, right);
+                    }
                 }
             }
             for (row, sums) in sums.iter().enumerate() {
-                for (half, sum) in sums.iter().enumerate() {
-                    _mm512_storeu_ps(self.c.add(row * self.columns + 16 * half), *sum);
+                for (part, sum) in sums.iter().enumerate() {
+                    _mm512_storeu_ps(self.c.add(row * self.columns + LANES * part), *sum);
                 }
             }
         }
@@ -127,20 +158,17 @@ impl Tile {
 
 #[cfg(test)]
 mod tests {
-    use super::{Pairs, product};
-    use crate::{
-        attention::is_supported,
-        testing::{assert_close, numbers, rounded},
-    };
+    use super::{Pairs, is_supported, product};
+    use crate::testing::{assert_close, numbers, rounded};
 
     #[test]
     fn equals_the_sum_of_products_for_every_remainder_of_rows() {
-        if !is_supported(64) {
+        if !is_supported() {
             eprintln!("skipped: this processor has no AVX512-BF16");
             return;
         }
-        let (pairs, columns) = (5, 64);
-        for rows in 1..20 {
+        let pairs = 5;
+        for (rows, columns) in (1..20).flat_map(|rows| [(rows, 64), (rows, 48)]) {
             let a = rounded(&numbers(rows * 2 * pairs, 1));
             let b = rounded(&numbers(2 * pairs * columns, 2));
             let left: Vec<u32> = a

@@ -4,8 +4,9 @@
 //! the rows. Arithmetic is fp32 whatever the element type. A row's result depends on that row
 //! alone, so results do not change with the number of threads.
 //!
-//! One plain text is compiled for AVX-512, for AVX2 and for any processor (`versions`); attention
-//! alone is written with instructions of its own, because its matrix products need AVX512-BF16.
+//! One plain text is compiled for AVX-512, for AVX2 and for any processor (`versions`); only what
+//! multiplies matrices, `attention` and `low_rank`, is written with instructions of its own, because
+//! it needs AVX512-BF16.
 
 mod versions;
 
@@ -18,6 +19,10 @@ mod element;
 mod exp;
 #[cfg(target_arch = "x86_64")]
 mod gemm;
+#[cfg(target_arch = "x86_64")]
+pub mod low_rank;
+#[cfg(target_arch = "x86_64")]
+mod pairs;
 pub mod pool;
 pub mod rms_norm;
 pub mod rope;

@@ -4,7 +4,10 @@ use finetune_kernels::dropout::Noise;
 use tch::{Kind, Tensor};
 
 use super::{dropout::Dropout, params::Param};
-use crate::{ops, profile};
+use crate::{
+    ops::{self, Factor},
+    profile,
+};
 
 /// Layers that read one input, each `y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ`.
 ///
@@ -107,9 +110,7 @@ impl<const N: usize> Projections<N> {
         self.layers.each_ref().map(|layer| {
             let mut y = profile::time("linear", || layer.forward(&input.x));
             if let (Some(up), Some(low)) = (&layer.up, &low) {
-                profile::time("adapter", || {
-                    let _ = y.addmm_(&up.rows(low), &up.b.value.tr());
-                });
+                ops::add_product(&up.rows(low), Factor::Transposed(&up.b.value), &mut y);
             }
             y
         })
@@ -123,16 +124,14 @@ impl<const N: usize> Projections<N> {
         wants_input_grad: bool,
     ) -> Passed {
         let d_low = self.down.as_ref().map(|down| {
-            profile::time("adapter, backward", || {
-                let shape = [dy[0].size()[0], down.a.value.size()[0]];
-                let d_low = Tensor::empty(shape, (dy[0].kind(), dy[0].device()));
-                for (layer, dy) in self.layers.iter().zip(dy) {
-                    if let Some(up) = &layer.up {
-                        up.rows(&d_low).copy_(&(dy.mm(&up.b.value) * down.scaling));
-                    }
+            let d_low = down.empty_low(dy[0]);
+            for (layer, dy) in self.layers.iter().zip(dy) {
+                if let Some(up) = &layer.up {
+                    let factor = Factor::Plain(&up.b.value);
+                    ops::multiply(dy, factor, down.scaling, &mut up.rows(&d_low));
                 }
-                d_low
-            })
+            }
+            d_low
         });
         let dx = wants_input_grad.then(|| {
             let mut dx = profile::time("linear, input gradient", || {
@@ -144,12 +143,15 @@ impl<const N: usize> Projections<N> {
                 dx
             });
             if let (Some(down), Some(d_low)) = (&self.down, &d_low) {
-                profile::time("adapter, backward", || match noise {
-                    None => {
-                        let _ = dx.addmm_(d_low, &down.a.value);
+                let factor = Factor::Plain(&down.a.value);
+                match noise {
+                    None => ops::add_product(d_low, factor, &mut dx),
+                    Some(noise) => {
+                        let mut product = dx.empty_like();
+                        ops::multiply(d_low, factor, 1.0, &mut product);
+                        ops::add_masked(&mut dx, &product, noise);
                     }
-                    Some(noise) => ops::add_masked(&mut dx, &d_low.mm(&down.a.value), noise),
-                });
+                }
             }
             dx
         });
@@ -163,7 +165,7 @@ impl<const N: usize> Projections<N> {
     pub fn add_gradients(&self, input: &Input, dy: [&Tensor; N], passed: &Passed) {
         for (layer, dy) in self.layers.iter().zip(dy) {
             if let Some(grad) = &layer.weight.grad {
-                profile::time("linear, weight gradient", || add_product(grad, dy, &input.x));
+                ops::add_outer(dy, &input.x, grad);
             }
             if let Some(grad) = layer.bias.as_ref().and_then(|bias| bias.grad.as_ref()) {
                 ops::accumulate(grad, &dy.sum_dim_intlist(0, false, Kind::Float));
@@ -171,18 +173,16 @@ impl<const N: usize> Projections<N> {
         }
         let (Some(down), Some(d_low)) = (&self.down, &passed.d_low) else { return };
         let low = down.forward(input); // cheap enough to compute again
-        profile::time("adapter, backward", || {
-            for (layer, dy) in self.layers.iter().zip(dy) {
-                if let Some(up) = &layer.up
-                    && let Some(grad) = &up.b.grad
-                {
-                    add_product(grad, dy, &up.rows(&low));
-                }
+        for (layer, dy) in self.layers.iter().zip(dy) {
+            if let Some(up) = &layer.up
+                && let Some(grad) = &up.b.grad
+            {
+                ops::add_outer(dy, &up.rows(&low), grad);
             }
-            if let Some(grad) = &down.a.grad {
-                add_product(grad, d_low, input.for_adapter());
-            }
-        });
+        }
+        if let Some(grad) = &down.a.grad {
+            ops::add_outer(d_low, input.for_adapter(), grad);
+        }
     }
 }
 
@@ -198,7 +198,16 @@ impl Linear {
 impl Down {
     /// Computes `scaling · dropout(x) Aᵀ` for all adapters, `[T, ΣR]`.
     fn forward(&self, input: &Input) -> Tensor {
-        profile::time("adapter", || input.for_adapter().mm(&self.a.value.tr()) * self.scaling)
+        let x = input.for_adapter();
+        let mut low = self.empty_low(x);
+        ops::multiply(x, Factor::Transposed(&self.a.value), self.scaling, &mut low);
+        low
+    }
+
+    /// Makes room for `[T, ΣR]` beside `[T, …]`.
+    fn empty_low(&self, beside: &Tensor) -> Tensor {
+        let shape = [beside.size()[0], self.a.value.size()[0]];
+        Tensor::empty(shape, (beside.kind(), beside.device()))
     }
 }
 
@@ -206,14 +215,5 @@ impl Up {
     /// Returns this adapter's part of `[T, ΣR]`.
     fn rows(&self, low: &Tensor) -> Tensor {
         low.narrow(1, self.first, self.b.value.size()[1])
-    }
-}
-
-/// Adds `leftᵀ · right` to a gradient in fp32.
-fn add_product(grad: &Tensor, left: &Tensor, right: &Tensor) {
-    if left.kind() == Kind::Float {
-        let _ = grad.shallow_clone().addmm_(&left.tr(), right);
-    } else {
-        ops::accumulate(grad, &left.tr().mm(right));
     }
 }

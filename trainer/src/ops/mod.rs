@@ -4,6 +4,8 @@
 //! operators (`plain`), which is what other devices run and what tests compare the former with.
 
 mod cpu;
+#[cfg(target_arch = "x86_64")]
+mod low_rank;
 pub mod plain;
 mod pool;
 #[cfg(target_arch = "x86_64")]
@@ -113,6 +115,60 @@ pub fn accumulate(sum: &Tensor, more: &Tensor) {
         let add = if is_ours(sum) { cpu::accumulate } else { plain::accumulate };
         add(sum, more);
     });
+}
+
+/// The right side of a product.
+#[derive(Debug, Clone, Copy)]
+pub enum Factor<'a> {
+    /// `[K, N]`.
+    Plain(&'a Tensor),
+    /// `[N, K]`, to be transposed.
+    Transposed(&'a Tensor),
+}
+
+impl Factor<'_> {
+    fn tensor(&self) -> &Tensor {
+        match self {
+            Self::Plain(factor) | Self::Transposed(factor) => factor,
+        }
+    }
+}
+
+/// Writes `scale · left · factor` to `to`, where `K` or `N` is low.
+///
+/// # Shapes
+/// `left` is `[T, K]`, `to` is `[T, N]`; both may be some columns of a wider tensor.
+pub fn multiply(left: &Tensor, factor: Factor<'_>, scale: f64, to: &mut Tensor) {
+    profile::time("adapter", || {
+        #[cfg(target_arch = "x86_64")]
+        if low_rank::can_multiply(left, factor, to) {
+            return low_rank::multiply(left, factor, scale, to, false);
+        }
+        plain::multiply(left, factor, scale, to);
+    });
+}
+
+/// Adds `left · factor` to `to`, where `K` or `N` is low; shapes as in [`multiply`].
+pub fn add_product(left: &Tensor, factor: Factor<'_>, to: &mut Tensor) {
+    profile::time("adapter", || {
+        #[cfg(target_arch = "x86_64")]
+        if low_rank::can_multiply(left, factor, to) {
+            return low_rank::multiply(left, factor, 1.0, to, true);
+        }
+        plain::add_product(left, factor, to);
+    });
+}
+
+/// Adds `leftᵀ · right` to a gradient in fp32.
+///
+/// # Shapes
+/// `left` is `[T, M]`, `right` is `[T, N]`, `grad` is `[M, N]`.
+pub fn add_outer(left: &Tensor, right: &Tensor, grad: &Tensor) {
+    #[cfg(target_arch = "x86_64")]
+    if low_rank::can_add_outer(left, right, grad) {
+        return profile::time("adapter", || low_rank::add_outer(left, right, grad));
+    }
+    profile::time("weight gradient", || plain::add_outer(left, right, grad));
 }
 
 /// Updates masters and moments, `[master, exp_avg, exp_avg_sq]` in fp32, and copies the masters to

@@ -6,7 +6,7 @@ use finetune_kernels::{
 };
 use tch::{Kind, Tensor};
 
-use super::Attention;
+use super::{Attention, Factor};
 
 /// Some segments of equal length, one after another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,6 +124,32 @@ fn mask(like: &Tensor, noise: Noise) -> Tensor {
 /// As [`super::accumulate`].
 pub fn accumulate(sum: &Tensor, more: &Tensor) {
     let _ = sum.shallow_clone().g_add_(more);
+}
+
+/// As [`super::multiply`].
+pub fn multiply(left: &Tensor, factor: Factor<'_>, scale: f64, to: &mut Tensor) {
+    to.copy_(&(left.mm(&as_it_multiplies(factor)) * scale));
+}
+
+/// As [`super::add_product`].
+pub fn add_product(left: &Tensor, factor: Factor<'_>, to: &mut Tensor) {
+    let _ = to.addmm_(left, &as_it_multiplies(factor));
+}
+
+fn as_it_multiplies(factor: Factor<'_>) -> Tensor {
+    match factor {
+        Factor::Plain(factor) => factor.shallow_clone(),
+        Factor::Transposed(factor) => factor.tr(),
+    }
+}
+
+/// As [`super::add_outer`].
+pub fn add_outer(left: &Tensor, right: &Tensor, grad: &Tensor) {
+    if left.kind() == Kind::Float {
+        let _ = grad.shallow_clone().addmm_(&left.tr(), right);
+    } else {
+        super::accumulate(grad, &left.tr().mm(right));
+    }
 }
 
 /// As [`super::adamw`].

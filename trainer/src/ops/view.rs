@@ -54,6 +54,56 @@ pub(super) fn elements_mut<E: Native>(tensor: &mut Tensor) -> &mut [E] {
     }
 }
 
+/// Tells whether [`matrix`] has a matrix's elements, each two neighbours of a row aligned as one.
+pub(super) fn is_matrix_of_pairs(tensor: &Tensor) -> bool {
+    let (size, stride) = (tensor.size(), tensor.stride());
+    tensor.device() == Device::Cpu
+        && tensor.kind() == Kind::BFloat16
+        && size.len() == 2
+        && size[1] % 2 == 0
+        && stride[1] == 1
+        && stride[0] % 2 == 0
+        && tensor.data_ptr().addr().is_multiple_of(align_of::<u32>())
+}
+
+/// Returns the elements of a matrix of pairs, from the first to the last, with those between its
+/// rows if it is a part of a wider one.
+///
+/// # Panics
+/// If it is none.
+pub(super) fn matrix(tensor: &Tensor) -> &[bf16] {
+    assert!(is_matrix_of_pairs(tensor), "{:?} {:?}", tensor.size(), tensor.stride());
+    #[expect(unsafe_code, reason = "libtorch's memory")]
+    // SAFETY: it holds them for as long as the tensor lives.
+    unsafe {
+        match extent(tensor) {
+            0 => &[],
+            length => std::slice::from_raw_parts(tensor.data_ptr().cast(), length),
+        }
+    }
+}
+
+/// As [`matrix`], to be written to.
+///
+/// # Panics
+/// If it is none.
+pub(super) fn matrix_mut(tensor: &mut Tensor) -> &mut [bf16] {
+    assert!(is_matrix_of_pairs(tensor), "{:?} {:?}", tensor.size(), tensor.stride());
+    #[expect(unsafe_code, reason = "libtorch's memory")]
+    // SAFETY: as above; the trainer has one thread that touches tensors.
+    unsafe {
+        match extent(tensor) {
+            0 => &mut [],
+            length => std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), length),
+        }
+    }
+}
+
+fn extent(matrix: &Tensor) -> usize {
+    let (rows, columns) = matrix.size2().expect("a matrix has two axes");
+    if matrix.numel() == 0 { 0 } else { ((rows - 1) * matrix.stride()[0] + columns) as usize }
+}
+
 fn check<E: Native>(tensor: &Tensor) {
     assert!(
         tensor.kind() == E::KIND && tensor.device() == Device::Cpu && tensor.is_contiguous(),

@@ -3,7 +3,7 @@
 use finetune_kernels::dropout::Noise;
 use finetune_trainer::{
     model::attention::Segments,
-    ops::{self, plain},
+    ops::{self, Factor, plain},
     seed::Counter,
 };
 use tch::{Device, Kind, Tensor};
@@ -211,6 +211,47 @@ fn attention_by_tiles_equals_libtorch() {
             &inputs,
             all(ops::attention, ops::attention_backward),
             all(plain::attention, plain::attention_backward),
+        );
+    }
+}
+
+#[test]
+fn products_of_low_rank_equal_libtorchs() {
+    type Multiply = fn(&Tensor, Factor<'_>, f64, &mut Tensor);
+    type Add = fn(&Tensor, Factor<'_>, &mut Tensor);
+    type AddOuter = fn(&Tensor, &Tensor, &Tensor);
+    for (rows, width, rank, others) in [(37, 96, 8, 16), (300, 576, 2, 0), (5, 64, 7, 0)] {
+        // What adapters of one layer have in common, x, y, and a layer's two factors.
+        let inputs = [
+            numbers(&[rows, rank + others], 1),
+            numbers(&[rows, width], 2),
+            numbers(&[rows, width], 3),
+            numbers(&[rank, width], 4),
+            numbers(&[width, rank], 5),
+        ];
+        let all = |multiply: Multiply, add: Add, add_outer: AddOuter| {
+            move |inputs: &[Tensor]| {
+                let [low, x, y, a, b] = inputs else { unreachable!() };
+                let mut part = low.narrow(1, others, rank);
+                let mut sum = y.copy();
+                add(&part, Factor::Transposed(b), &mut sum);
+                add(&part, Factor::Plain(a), &mut sum);
+                let grads = [[rank, width], [width, rank]]
+                    .map(|shape| Tensor::ones(shape, (Kind::Float, Device::Cpu)));
+                add_outer(&part, x, &grads[0]);
+                add_outer(x, &part, &grads[1]);
+                multiply(x, Factor::Transposed(a), 0.5, &mut part);
+                let first = low.copy();
+                multiply(x, Factor::Plain(b), 0.5, &mut part);
+                let [grad_a, grad_b] = grads;
+                vec![sum, grad_a, grad_b, first, low.copy()]
+            }
+        };
+        compare(
+            &format!("products of rank {rank}"),
+            &inputs,
+            all(ops::multiply, ops::add_product, ops::add_outer),
+            all(plain::multiply, plain::add_product, plain::add_outer),
         );
     }
 }

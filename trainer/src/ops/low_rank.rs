@@ -1,0 +1,69 @@
+//! Products with a factor of low rank, on our kernels.
+
+use finetune_kernels::low_rank::{self as kernels, Matrix, MatrixMut, is_supported};
+use tch::{Kind, Tensor};
+
+use super::{
+    Factor,
+    pool::Threads,
+    view::{elements, elements_mut, is_matrix_of_pairs, matrix, matrix_mut},
+};
+
+/// Tells whether a product `[T, K] · [K, N]` can be computed here; either `K` or `N` is low.
+pub(super) fn can_multiply(left: &Tensor, factor: Factor<'_>, to: &Tensor) -> bool {
+    let dense = factor.tensor();
+    [left, dense, to].into_iter().all(is_matrix_of_pairs)
+        && dense.is_contiguous()
+        && has_low_rank(left, to)
+}
+
+/// Tells whether `leftᵀ · right` can be added to a gradient here; `left` or `right` is low.
+pub(super) fn can_add_outer(left: &Tensor, right: &Tensor, grad: &Tensor) -> bool {
+    is_matrix_of_pairs(left)
+        && is_matrix_of_pairs(right)
+        && grad.is_contiguous()
+        && grad.kind() == Kind::Float
+        && has_low_rank(left, right)
+}
+
+fn has_low_rank(one: &Tensor, other: &Tensor) -> bool {
+    let [one, other] = [one, other].map(|matrix| matrix.size()[1] as usize);
+    is_supported(one.max(other), one.min(other))
+}
+
+pub(super) fn multiply(
+    left: &Tensor,
+    factor: Factor<'_>,
+    scale: f64,
+    to: &mut Tensor,
+    is_added: bool,
+) {
+    let factor = match factor {
+        Factor::Plain(factor) => kernels::Factor::Plain(elements(factor)),
+        Factor::Transposed(factor) => kernels::Factor::Transposed(elements(factor)),
+    };
+    let (columns, stride) = (to.size()[1] as usize, to.stride()[0] as usize);
+    let to = MatrixMut { data: matrix_mut(to), columns, stride };
+    let multiply = if is_added { kernels::multiply::<true> } else { kernels::multiply::<false> };
+    multiply(&Threads, view(left), factor, scale as f32, to);
+}
+
+pub(super) fn add_outer(left: &Tensor, right: &Tensor, grad: &Tensor) {
+    let mut grad = grad.shallow_clone();
+    let grad = elements_mut::<f32>(&mut grad);
+    // The kernel's left side is the narrow one.
+    if left.size()[1] <= right.size()[1] {
+        kernels::add_outer::<false>(&Threads, view(left), view(right), grad);
+    } else {
+        kernels::add_outer::<true>(&Threads, view(right), view(left), grad);
+    }
+}
+
+fn view(tensor: &Tensor) -> Matrix<'_> {
+    Matrix {
+        data: matrix(tensor),
+        rows: tensor.size()[0] as usize,
+        columns: tensor.size()[1] as usize,
+        stride: tensor.stride()[0] as usize,
+    }
+}
