@@ -194,6 +194,7 @@ impl<'a> Packed<'a> {
         to: &mut MatrixMut<'_>,
     ) {
         let [most_rows, most_columns] = AT_ONCE;
+        #[expect(clippy::large_stack_arrays, reason = "32 KiB of a stack of megabytes")]
         let mut sums = [0.0; AT_ONCE[0] * AT_ONCE[1]];
         let pairs = pairs_of(&left.data[rows.start * left.stride..]);
         for row in (0..rows.len()).step_by(most_rows) {
