@@ -1,10 +1,10 @@
-//! Compiles the shim over torch's process groups, and writes the run-time search path of libtorch
+//! Compiles the shims over torch's process groups and devices, and writes the run-time search path of libtorch
 //! into the trainer, so that it runs without `LD_LIBRARY_PATH`: first beside the binary (container
 //! images), then where it was built against.
 
 use std::{env, path::PathBuf, process};
 
-const SHIM: &str = "src/dist/shim";
+const SHIM: &str = "shim";
 
 fn main() {
     println!("cargo:rerun-if-env-changed=LIBTORCH");
@@ -15,7 +15,7 @@ fn main() {
     compile_shim();
 }
 
-/// Compiles `c10d.cpp` against the headers of the libtorch that torch-sys links.
+/// Compiles the C++ files against the headers of the libtorch that torch-sys links.
 fn compile_shim() {
     println!("cargo:rerun-if-changed={SHIM}");
     println!("cargo:rerun-if-env-changed=LIBTORCH_CXX11_ABI");
@@ -36,13 +36,16 @@ fn compile_shim() {
         .include(include.join("torch/csrc/api/include"))
         .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())
         .define("USE_C10D_GLOO", None)
-        .file(format!("{SHIM}/c10d.cpp"));
-    if env::var_os("CARGO_FEATURE_NCCL").is_some() {
+        .file(format!("{SHIM}/c10d.cpp"))
+        .file(format!("{SHIM}/device.cpp"));
+    if env::var_os("CARGO_FEATURE_CUDA").is_some() {
         let cuda = env::var("CUDA_HOME").unwrap_or_else(|_| "/usr/local/cuda".to_owned());
-        build.include(format!("{cuda}/include")).define("USE_C10D_NCCL", None);
+        let headers = format!("{cuda}/include");
+        // Since CUDA 13 the C++ headers have a directory of their own.
+        build.include(format!("{headers}/cccl")).include(headers).define("USE_C10D_NCCL", None);
         println!("cargo:rustc-link-lib=torch_cuda");
     }
-    build.compile("finetune_c10d");
+    build.compile("finetune_shim");
     refuse_symbols_of_gloo();
 }
 
@@ -50,7 +53,7 @@ fn compile_shim() {
 /// gloo's in the object would mean that a newer libtorch asks for more, with layouts we do not have.
 fn refuse_symbols_of_gloo() {
     let Ok(directory) = env::var("OUT_DIR") else { return };
-    let archive = std::fs::read(format!("{directory}/libfinetune_c10d.a")).unwrap_or_default();
+    let archive = std::fs::read(format!("{directory}/libfinetune_shim.a")).unwrap_or_default();
     for symbol in ["_ZN4gloo", "_ZNK4gloo", "_ZTVN4gloo", "_ZTIN4gloo"] {
         if archive.windows(symbol.len()).any(|bytes| bytes == symbol.as_bytes()) {
             println!(

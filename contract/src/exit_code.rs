@@ -16,6 +16,8 @@ pub enum ExitCode {
     Internal = 70,
     /// The device has too little memory for the plan.
     OutOfMemory = 71,
+    /// The device of the plan is not there or does not work; another node may have one that does.
+    DeviceUnavailable = 72,
     /// The run was told to stop and saved a checkpoint; it goes on when started again.
     Interrupted = 75,
     /// Another rank is gone or the rendezvous failed.
@@ -28,12 +30,13 @@ pub enum ExitCode {
 
 impl ExitCode {
     /// All codes, in numeric order.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Success,
         Self::BadData,
         Self::StoreUnavailable,
         Self::Internal,
         Self::OutOfMemory,
+        Self::DeviceUnavailable,
         Self::Interrupted,
         Self::PeerLost,
         Self::PermissionDenied,
@@ -53,7 +56,10 @@ impl ExitCode {
     /// Tells whether starting the same attempt again, unchanged, can succeed.
     pub const fn is_retryable(self) -> bool {
         match self {
-            Self::StoreUnavailable | Self::Interrupted | Self::PeerLost => true,
+            Self::StoreUnavailable
+            | Self::DeviceUnavailable
+            | Self::Interrupted
+            | Self::PeerLost => true,
             Self::Success
             | Self::BadData
             | Self::Internal

@@ -39,7 +39,7 @@ pub use progress::{Progress, Stage};
 pub use run_config::{ExpectedData, RunConfig, TrainingSettings};
 pub use run_report::{FailureReason, Outcome, Proof, RunReport};
 pub use settings::{
-    DatasetFormat, DatasetSource, Dtype, LoraSettings, LrScheduler, ModelSource, OnOverflow,
-    OutputTarget, Recompute, RunId, TargetModules,
+    DatasetFormat, DatasetSource, Device, Dtype, LoraSettings, LrScheduler, ModelSource,
+    OnOverflow, OutputTarget, Recompute, RunId, TargetModules,
 };
 pub use uri::{ObjectUri, ParseUriError, Scheme};

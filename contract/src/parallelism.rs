@@ -10,6 +10,9 @@ pub struct Parallelism {
     pub world_size: u32,
     /// What is divided over them beside the sequences.
     pub strategy: Strategy,
+    /// How many of them share a pod or machine; the first of them starts the others there.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub local_world_size: u32,
 }
 
 /// What is divided over the ranks beside the sequences of a step.
@@ -27,12 +30,26 @@ pub enum Strategy {
 
 impl Parallelism {
     /// One process that holds everything.
-    pub const SINGLE: Self = Self { world_size: 1, strategy: Strategy::None };
+    pub const SINGLE: Self = Self { world_size: 1, strategy: Strategy::None, local_world_size: 1 };
 
     /// Tells whether there is one process that holds everything.
     pub fn is_single(&self) -> bool {
         *self == Self::SINGLE
     }
+
+    /// Returns how many pods or machines the ranks are on.
+    pub fn places(&self) -> u32 {
+        self.world_size.div_ceil(self.local_world_size.max(1))
+    }
+}
+
+const fn one() -> u32 {
+    1
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for a reference")]
+const fn is_one(number: &u32) -> bool {
+    *number == 1
 }
 
 impl Default for Parallelism {
@@ -45,8 +62,10 @@ impl Default for Parallelism {
 pub mod environment {
     /// This rank's number, from 0.
     pub const RANK: &str = "RANK";
-    /// The same as an Indexed Job of Kubernetes says it; read where [`RANK`] is absent.
+    /// The number of a pod of an Indexed Job of Kubernetes, from 0; read where [`RANK`] is absent.
     pub const JOB_COMPLETION_INDEX: &str = "JOB_COMPLETION_INDEX";
+    /// This rank's number among those of its pod or machine; set where one process started them.
+    pub const LOCAL_RANK: &str = "LOCAL_RANK";
     /// How many ranks there are; must be the run's.
     pub const WORLD_SIZE: &str = "WORLD_SIZE";
     /// A name or address of rank 0.

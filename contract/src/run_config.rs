@@ -6,8 +6,8 @@ use crate::{
     document::Document,
     parallelism::Parallelism,
     settings::{
-        DatasetSource, Dtype, LoraSettings, LrScheduler, ModelSource, OutputTarget, Recompute,
-        RunId,
+        DatasetSource, Device, Dtype, LoraSettings, LrScheduler, ModelSource, OutputTarget,
+        Recompute, RunId,
     },
 };
 
@@ -33,6 +33,9 @@ pub struct RunConfig {
     pub lora: Option<LoraSettings>,
     /// How to train.
     pub training: TrainingSettings,
+    /// What it computes on; absent for the processor.
+    #[serde(default, skip_serializing_if = "Device::is_cpu")]
+    pub device: Device,
     /// Over how many processes; absent for one.
     #[serde(default, skip_serializing_if = "Parallelism::is_single")]
     pub parallelism: Parallelism,

@@ -44,7 +44,7 @@ pub struct RunReport {
     pub duration_seconds: f64,
     /// The plan's prediction, in bytes.
     pub predicted_peak_bytes: u64,
-    /// The largest anonymous memory of the process, in bytes.
+    /// The largest anonymous memory of the process, or of its device, in bytes.
     pub measured_peak_bytes: u64,
     /// The plan's prediction of what this rank sends in one step, in bytes; absent for one rank.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -134,6 +134,8 @@ pub enum FailureReason {
     OutputExists,
     /// The device has too little memory.
     OutOfMemory,
+    /// The device of the plan is not there or does not work.
+    DeviceUnavailable,
     /// The local disk is full.
     DiskFull,
     /// The loss is no longer finite.
@@ -159,6 +161,7 @@ impl FailureReason {
             Self::StoreUnavailable => ExitCode::StoreUnavailable,
             Self::PermissionDenied => ExitCode::PermissionDenied,
             Self::OutOfMemory => ExitCode::OutOfMemory,
+            Self::DeviceUnavailable => ExitCode::DeviceUnavailable,
             Self::PeerLost => ExitCode::PeerLost,
             Self::DiskFull | Self::NotProven | Self::Internal => ExitCode::Internal,
         }

@@ -4,7 +4,6 @@
 mod display;
 mod failure;
 mod operator;
-mod ranks;
 mod run;
 mod trainer;
 

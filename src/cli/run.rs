@@ -13,7 +13,6 @@ use finetune_contract::{
 use super::{
     display,
     failure::Failure,
-    ranks,
     trainer::{self, Trainer},
 };
 use crate::{
@@ -112,11 +111,7 @@ pub(super) fn run(prepared: &Prepared, ranks: u32) -> Result<(), Failure> {
         return Ok(());
     }
     display::note(&render::text(&plan));
-    let (ended, text) = if ranks > 1 {
-        ranks::train(&prepared.trainer, &plan.run_config)?
-    } else {
-        prepared.trainer.run("train", &plan.run_config)?
-    };
+    let (ended, text) = prepared.trainer.run("train", &plan.run_config)?;
     let Some(text) = text else {
         return Err(without_report("train", &ended));
     };

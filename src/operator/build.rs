@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use finetune_contract::{
-    ObjectUri, Scheme,
+    ObjectUri, Parallelism, Scheme,
     parallelism::environment::{MASTER_ADDR, MASTER_PORT, WORLD_SIZE},
 };
 use k8s_openapi::{
@@ -71,8 +71,8 @@ pub struct Attempt<'a> {
     pub config: &'a str,
     /// Where it runs; absent for a preflight.
     pub place: Option<(&'a Accelerator, PodSize)>,
-    /// How many pods share the run.
-    pub ranks: u32,
+    /// How the run is divided over pods and over the processes of each.
+    pub parallelism: Parallelism,
 }
 
 /// Returns the name of a try's Job: at most 11 characters longer than the FineTuneJob's.
@@ -148,8 +148,8 @@ pub fn job(job: &FineTuneJob, settings: &Settings, attempt: &Attempt<'_>) -> Job
     if let Some(queue) = queue.filter(|_| is_queued) {
         labels.insert(QUEUE_LABEL.to_owned(), queue.clone());
     }
-    let ranks = i32::try_from(attempt.ranks).unwrap_or(i32::MAX);
-    let has_ranks = ranks > 1;
+    let pods = i32::try_from(attempt.parallelism.places()).unwrap_or(i32::MAX);
+    let has_ranks = pods > 1;
     Job {
         metadata: ObjectMeta {
             name: Some(job_name(&name, attempt.step, attempt.number)),
@@ -165,8 +165,8 @@ pub fn job(job: &FineTuneJob, settings: &Settings, attempt: &Attempt<'_>) -> Job
             backoff_limit: (!has_ranks).then_some(0),
             backoff_limit_per_index: has_ranks.then_some(0),
             completion_mode: has_ranks.then(|| "Indexed".to_owned()),
-            completions: has_ranks.then_some(ranks),
-            parallelism: has_ranks.then_some(ranks),
+            completions: has_ranks.then_some(pods),
+            parallelism: has_ranks.then_some(pods),
             pod_replacement_policy: Some("Failed".to_owned()),
             // Set once, when it is made; after that it is the queue's.
             suspend: is_queued.then_some(true),
@@ -242,7 +242,7 @@ fn pod_template(
         }),
         spec: Some(PodSpec {
             restart_policy: Some("Never".to_owned()),
-            subdomain: (attempt.ranks > 1)
+            subdomain: (attempt.parallelism.places() > 1)
                 .then(|| ranks_name(job.metadata.name.as_deref().unwrap_or_default())),
             termination_grace_period_seconds: Some(settings.termination_grace_period_seconds),
             automount_service_account_token: Some(false),
@@ -325,7 +325,7 @@ fn container(
     }
     Container {
         name: CONTAINER.to_owned(),
-        image: Some(settings.trainer_image.clone()),
+        image: Some(image(settings, attempt)),
         image_pull_policy: settings.image_pull_policy.clone(),
         args: Some(words.into_iter().chain(arguments).collect()),
         env: Some(variables(job, settings, attempt, template)),
@@ -358,8 +358,9 @@ fn variables(
         value: Some(value.to_owned()),
         value_from: None,
     };
+    let Parallelism { world_size, local_world_size, .. } = attempt.parallelism;
     let cores = match attempt.place {
-        Some((_, size)) => (size.cpu_millis as u64).div_ceil(1000),
+        Some((_, size)) => (size.cpu_millis as u64).div_ceil(1000 * u64::from(local_world_size)),
         None => settings.preflight.cpu.ceil() as u64,
     };
     let mut own = vec![
@@ -368,9 +369,13 @@ fn variables(
         // A quota of processor time must not be spent waiting.
         plain("OMP_WAIT_POLICY", "PASSIVE"),
     ];
-    if attempt.ranks > 1 {
+    if attempt.place.is_some_and(|(accelerator, _)| accelerator.is_device()) {
+        // Micro-batches of ever other sizes leave no holes that nothing fits.
+        own.push(plain("PYTORCH_ALLOC_CONF", "expandable_segments:True"));
+    }
+    if attempt.parallelism.places() > 1 {
         // Which rank it is, a pod of an Indexed Job is told by Kubernetes.
-        own.push(plain(WORLD_SIZE, &attempt.ranks.to_string()));
+        own.push(plain(WORLD_SIZE, &world_size.to_string()));
         own.push(plain(MASTER_ADDR, &first_rank(job, attempt)));
         own.push(plain(MASTER_PORT, &RENDEZVOUS_PORT.to_string()));
     }
@@ -405,6 +410,12 @@ fn variables(
         variables.push(variable);
     }
     variables
+}
+
+/// The trainer for the device, else the operator's own.
+fn image(settings: &Settings, attempt: &Attempt<'_>) -> String {
+    let own = attempt.place.and_then(|(accelerator, _)| accelerator.image.as_ref());
+    own.filter(|image| !image.trim().is_empty()).unwrap_or(&settings.trainer_image).clone()
 }
 
 /// Returns the name in DNS of a try's rank 0.
@@ -459,8 +470,9 @@ fn resources(
     ]);
     let mut limits = BTreeMap::from([("memory".to_owned(), mebibytes(memory))]);
     if let Some(device) = device {
-        requests.insert(device.clone(), Quantity("1".to_owned()));
-        limits.insert(device, Quantity("1".to_owned()));
+        let count = Quantity(attempt.parallelism.local_world_size.to_string());
+        requests.insert(device.clone(), count.clone());
+        limits.insert(device, count);
     }
     if attempt.step == Step::Training
         && let Some(users) = &job.spec.resources
@@ -546,6 +558,8 @@ fn claims(job: &FineTuneJob) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use finetune_contract::{Parallelism, Strategy};
+
     use super::{Attempt, job, job_name, ranks_name, ranks_policy, ranks_service};
     use crate::{
         api::{NAME_LIMIT, Step},
@@ -554,15 +568,15 @@ mod tests {
         plan::placement::PodSize,
     };
 
-    const SETTINGS: &str = "trainerImage: trainer:1\naccelerators:\n- {name: a100, resourceName: nvidia.com/gpu, memoryGiB: 80, bf16Tflops: 312, fp32Tflops: 19, hasBf16: true, nodeSelector: {gpu: a100}, tolerations: [{key: gpu, operator: Exists, effect: NoSchedule}]}\nenvironment: {AWS_REGION: eu-1, LOG: x}\nallowedEndpoints: [s3.acme.com]\n";
+    const SETTINGS: &str = "trainerImage: trainer:1\naccelerators:\n- {name: a100, resourceName: nvidia.com/gpu, image: 'trainer-cuda:1', gpusPerNode: 4, memoryGiB: 80, bf16Tflops: 312, fp32Tflops: 19, hasBf16: true, nodeSelector: {gpu: a100}, tolerations: [{key: gpu, operator: Exists, effect: NoSchedule}]}\nenvironment: {AWS_REGION: eu-1, LOG: x}\nallowedEndpoints: [s3.acme.com]\n";
 
     fn build(lines: &str, step: Step) -> String {
-        let [job, ..] = build_over(1, lines, step);
+        let [job, ..] = build_over([1, 1], lines, step);
         job
     }
 
     /// The Job, and what its ranks share.
-    fn build_over(ranks: u32, lines: &str, step: Step) -> [String; 3] {
+    fn build_over([pods, local_world_size]: [u32; 2], lines: &str, step: Step) -> [String; 3] {
         let text = format!("{}{lines}", include_str!("../../examples/minimal.yaml"));
         let mut manifest = manifest::parse(&text).unwrap();
         manifest.metadata.namespace = Some("team".to_owned());
@@ -575,7 +589,12 @@ mod tests {
             storage_bytes: 10 << 30,
         };
         let place = (step == Step::Training).then(|| (&settings.accelerators[0], size));
-        let attempt = Attempt { step, number: 2, config: "{\"version\":1}", place, ranks };
+        let parallelism = Parallelism {
+            world_size: pods * local_world_size,
+            strategy: Strategy::Zero3,
+            local_world_size,
+        };
+        let attempt = Attempt { step, number: 2, config: "{\"version\":1}", place, parallelism };
         [
             serde_saphyr::to_string(&job(&manifest, &settings, &attempt)).unwrap(),
             serde_saphyr::to_string(&ranks_service(&manifest)).unwrap(),
@@ -598,8 +617,8 @@ mod tests {
 
     #[test]
     fn ranks_are_pods_of_one_job_with_names_and_a_way_to_each_other() {
-        let [one, ..] = build_over(1, "", Step::Training);
-        let [several, service, policy] = build_over(2, "", Step::Training);
+        let [one, ..] = build_over([1, 1], "", Step::Training);
+        let [several, service, policy] = build_over([2, 1], "", Step::Training);
         let is_new = |line: &&str| !one.lines().any(|other| other == *line);
         let added: Vec<&str> = several.lines().filter(is_new).collect();
         let is_gone = |line: &&str| !several.lines().any(|other| other == *line);
@@ -679,6 +698,20 @@ mod tests {
           policyTypes:
           - Ingress
         "#);
+    }
+
+    #[test]
+    fn ranks_of_one_pod_share_its_devices() {
+        let [one, ..] = build_over([1, 1], "", Step::Training);
+        let [four, ..] = build_over([1, 4], "", Step::Training);
+        let added: Vec<&str> =
+            four.lines().filter(|line| !one.lines().any(|other| other == *line)).collect();
+        insta::assert_snapshot!(added.join("\n"), @r#"
+                value: "1"
+                nvidia.com/gpu: "4"
+        "#);
+        let [several, ..] = build_over([2, 4], "", Step::Training);
+        assert!(several.contains("completions: 2\n") && several.contains("value: \"8\""));
     }
 
     #[test]

@@ -7,7 +7,8 @@
 use std::time::Duration;
 
 use finetune_contract::{
-    ExitCode, FailureReason, Outcome, PreflightReport, Progress, RunConfig, RunReport, Stage,
+    ExitCode, FailureReason, Outcome, Parallelism, PreflightReport, Progress, RunConfig, RunReport,
+    Stage,
 };
 use k8s_openapi::{
     api::{batch::v1::Job, core::v1::Service, networking::v1::NetworkPolicy},
@@ -305,11 +306,13 @@ impl<'a> Visit<'a> {
 
     fn take_plan(&mut self, placement: &Placement) {
         let Placement { plan, accelerator, pod } = placement;
-        let ranks = plan.run_config.parallelism.world_size;
-        let place = if ranks > 1 {
-            format!("On {ranks} pods of {accelerator}, each")
-        } else {
-            format!("On {accelerator}:")
+        let parallelism = plan.run_config.parallelism;
+        let ranks = parallelism.world_size;
+        let place = match (parallelism.places(), parallelism.local_world_size) {
+            (1, 1) => format!("On {accelerator}:"),
+            (1, all) => format!("On one pod with {all} {accelerator}:"),
+            (pods, 1) => format!("On {pods} pods of {accelerator}, each"),
+            (pods, some) => format!("On {pods} pods with {some} {accelerator} each, a pod"),
         };
         let summary = format!("{place} {}\n\n{}", placement::describe(pod), render::text(plan));
         let bytes = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
@@ -364,12 +367,11 @@ impl<'a> Visit<'a> {
                 self.set(Kind::Planned, Truth::False, "NoAcceleratorFits", &message);
                 self.finish(Truth::False, "NoAcceleratorFits", &message);
             }
-            Unplaced::Devices { ranks, .. } => {
-                // Held, not failed: it can be planned once the settings or the release have changed.
-                let reason = if *ranks > 1 { "SeveralRanksNeeded" } else { "DeviceNeeded" };
+            Unplaced::NoTrainer { .. } => {
+                // Held, not failed: it can be planned once the settings have changed.
                 self.accept();
-                self.set(Kind::Planned, Truth::False, reason, &message);
-                self.say(reason, &message);
+                self.set(Kind::Planned, Truth::False, "TrainerImageMissing", &message);
+                self.say("TrainerImageMissing", &message);
             }
         }
     }
@@ -387,9 +389,9 @@ impl<'a> Visit<'a> {
         };
         let number = self.attempt(Step::Training).number;
         let config = RunConfig { attempt: number.unsigned_abs(), ..config };
-        let ranks = config.parallelism.world_size;
+        let parallelism = config.parallelism;
         let config = || finetune_contract::render(&config);
-        let Some(ending) = self.pursue(Step::Training, &config, Some((plan, ranks))) else {
+        let Some(ending) = self.pursue(Step::Training, &config, Some((plan, parallelism))) else {
             return;
         };
         let (code, message) = match ending {
@@ -522,7 +524,7 @@ impl<'a> Visit<'a> {
         &mut self,
         step: Step,
         config: &dyn Fn() -> String,
-        plan: Option<(&PlanStatus, u32)>,
+        plan: Option<(&PlanStatus, Parallelism)>,
     ) -> Option<Ending> {
         let attempt = self.attempt(step);
         self.decision.status.attempt = Some(attempt.clone());
@@ -561,7 +563,7 @@ impl<'a> Visit<'a> {
         step: Step,
         attempt: &AttemptStatus,
         config: &dyn Fn() -> String,
-        plan: Option<(&PlanStatus, u32)>,
+        plan: Option<(&PlanStatus, Parallelism)>,
     ) -> Option<Ending> {
         if attempt.job_uid.is_some() {
             if !self.is_suspended() {
@@ -603,9 +605,9 @@ impl<'a> Visit<'a> {
         step: Step,
         number: i32,
         config: &dyn Fn() -> String,
-        plan: Option<(&PlanStatus, u32)>,
+        plan: Option<(&PlanStatus, Parallelism)>,
     ) {
-        let ranks = plan.map_or(1, |(_, ranks)| ranks);
+        let parallelism = plan.map_or(Parallelism::SINGLE, |(_, parallelism)| parallelism);
         let place = match plan {
             None => None,
             Some((plan, _)) => {
@@ -619,8 +621,8 @@ impl<'a> Visit<'a> {
                 Some((accelerator, pod_size(&plan.pod)))
             }
         };
-        let attempt = Attempt { step, number, config: &config(), place, ranks };
-        if ranks > 1 {
+        let attempt = Attempt { step, number, config: &config(), place, parallelism };
+        if parallelism.places() > 1 {
             let namespace = self.job.metadata.namespace.as_ref();
             if self.settings.confined_namespaces.iter().any(|name| Some(name) == namespace) {
                 let policy = Box::new(build::ranks_policy(self.job));

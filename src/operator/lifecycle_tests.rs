@@ -445,9 +445,9 @@ fn too_large_a_run_is_held_or_ended_by_what_would_help() {
         world.settle();
         world.summary()
     };
-    assert_eq!(large("", 2), "Unknown SeveralRanksNeeded");
+    assert_eq!(large("", 2), "Unknown TrainerImageMissing");
     assert_eq!(large("", 1), "False NoAcceleratorFits");
-    assert_eq!(large("  loraConfig: {}\n", 2), "Unknown DeviceNeeded");
+    assert_eq!(large("  loraConfig: {}\n", 2), "Unknown TrainerImageMissing");
     assert_eq!(large("  loraConfig: {}\n", 1), "False NoAcceleratorFits");
 }
 

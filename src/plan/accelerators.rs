@@ -18,10 +18,13 @@ pub struct Accelerator {
     /// cluster reads it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resource_name: Option<String>,
-    /// How many a node has; only a cluster reads it.
+    /// The image of the trainer that computes on it; needed for a device. Only a cluster reads it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<String>,
+    /// How many a node has, and so a pod may have; one if absent. Only a cluster reads it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpus_per_node: Option<u32>,
-    /// Processor cores of a pod; only a cluster reads it.
+    /// Processor cores beside each; only a cluster reads it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu: Option<f64>,
     /// Labels its nodes have; only a cluster reads it.
@@ -47,6 +50,18 @@ impl Accelerator {
     /// Tells whether it is a device with memory of its own, not the processor.
     pub fn is_device(&self) -> bool {
         self.resource_name.is_some()
+    }
+
+    /// Tells whether a trainer for it is known: the processor's is the operator's own.
+    pub fn has_trainer(&self) -> bool {
+        !self.is_device() || self.image.as_ref().is_some_and(|image| !image.trim().is_empty())
+    }
+
+    /// Returns how many of `ranks` ranks share a pod: all that a node has devices for, in equal
+    /// parts; on processors each has a pod of its own.
+    pub fn ranks_per_pod(&self, ranks: u32) -> u32 {
+        let most = if self.is_device() { self.gpus_per_node.unwrap_or(1) } else { 1 };
+        (1..=most.clamp(1, ranks)).rev().find(|count| ranks.is_multiple_of(*count)).unwrap_or(1)
     }
 
     /// Returns its memory in bytes.
@@ -95,7 +110,7 @@ pub struct Offer {
     pub needed_bytes: u64,
     /// Bytes it lacks; 0 if the run fits.
     pub shortfall_bytes: u64,
-    /// How many would hold the sharded state; information only, several ranks are not runnable yet.
+    /// How many would hold the sharded state.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ranks: Option<u64>,
     /// Estimated seconds on one.

@@ -15,9 +15,9 @@ pub mod settings;
 pub mod sizing;
 
 use finetune_contract::{
-    CONTRACT_VERSION, Dtype, ExpectedData, LrScheduler, MachineFacts, ModelFacts, OutputState,
-    Parallelism, PreflightReport, Problem, ProblemReason, Recompute, RunConfig, Strategy,
-    TrainingSettings,
+    CONTRACT_VERSION, Device, Dtype, ExpectedData, LrScheduler, MachineFacts, ModelFacts,
+    OutputState, Parallelism, PreflightReport, Problem, ProblemReason, Recompute, RunConfig,
+    Strategy, TrainingSettings,
 };
 use serde::Serialize;
 
@@ -109,9 +109,28 @@ impl Place<'_> {
         match self {
             Self::Here(_) => format!("as asked; each has 1/{ranks} of this machine"),
             Self::On(accelerator) => {
-                format!("the fewest that hold it, each on one {}", accelerator.name)
+                let name = &accelerator.name;
+                let pods = match accelerator.ranks_per_pod(ranks) {
+                    1 => String::new(),
+                    all if all == ranks => ", all in one pod".to_owned(),
+                    some => format!(", {some} in each of {} pods", ranks / some),
+                };
+                format!("the fewest that hold it, each on one {name}{pods}")
             }
         }
+    }
+
+    /// Returns how many of `ranks` ranks share a pod or machine.
+    fn ranks_together(self, ranks: u32) -> u32 {
+        match self {
+            Self::Here(_) => ranks,
+            Self::On(accelerator) => accelerator.ranks_per_pod(ranks),
+        }
+    }
+
+    /// Returns what the trainer computes on.
+    fn device(self) -> Device {
+        if self.is_device() { Device::Cuda } else { Device::Cpu }
     }
 
     fn name(self) -> String {
@@ -206,7 +225,7 @@ pub fn plan_over(
         // The preflight saw the model itself and said it better.
         problems.truncate(found_before);
     }
-    let dtype = dtype(training.dtype, machine.as_ref(), &mut decisions);
+    let dtype = dtype(training.dtype, place, machine.as_ref(), &mut decisions);
     let packing = decisions.pick(
         "packing",
         training.packing,
@@ -283,7 +302,12 @@ pub fn plan_over(
         dataset: source,
         lora,
         training: settings,
-        parallelism: Parallelism { world_size: ranks, strategy: load.strategy },
+        device: place.device(),
+        parallelism: Parallelism {
+            world_size: ranks,
+            strategy: load.strategy,
+            local_world_size: place.ranks_together(ranks),
+        },
         output,
         expected: ExpectedData {
             train_sha256: census.sha256.clone(),
@@ -424,22 +448,27 @@ fn training_settings(
 
 fn dtype(
     set: Option<Precision>,
+    place: Place<'_>,
     machine: Option<&MachineFacts>,
     decisions: &mut Decisions,
 ) -> Dtype {
     let native = machine.is_some_and(|machine| machine.native_bf16);
+    let who = match place {
+        Place::On(accelerator) if accelerator.is_device() => accelerator.name.as_str(),
+        Place::Here(_) | Place::On(_) => "this processor",
+    };
     let (dtype, reason) = match (set, native) {
-        (Some(Precision::Bf16), true) => (Dtype::Bf16, "set in the manifest"),
+        (Some(Precision::Bf16), true) => (Dtype::Bf16, "set in the manifest".to_owned()),
         (Some(Precision::Bf16), false) => (
             Dtype::Bf16,
-            "set in the manifest; slow, this processor does not multiply bf16 natively",
+            format!("set in the manifest; slow, {who} does not multiply bf16 natively"),
         ),
-        (Some(Precision::Fp32), _) => (Dtype::Fp32, "set in the manifest"),
+        (Some(Precision::Fp32), _) => (Dtype::Fp32, "set in the manifest".to_owned()),
         (Some(Precision::Auto) | None, true) => {
-            (Dtype::Bf16, "this processor multiplies bf16 natively")
+            (Dtype::Bf16, format!("{who} multiplies bf16 natively"))
         }
         (Some(Precision::Auto) | None, false) => {
-            (Dtype::Fp32, "this processor does not multiply bf16 natively")
+            (Dtype::Fp32, format!("{who} does not multiply bf16 natively"))
         }
     };
     decisions.add("dtype", word(&dtype), reason);

@@ -3,9 +3,7 @@
 use finetune_contract::{PreflightReport, Problem, ProblemReason};
 
 use super::{
-    Place, RunPlan,
-    accelerators::{Accelerator, ranks},
-    invalid, plan, plan_over, render, sizing,
+    Decision, Place, RunPlan, accelerators::Accelerator, invalid, plan, plan_over, render,
 };
 use crate::api::FineTuneJob;
 
@@ -54,17 +52,20 @@ pub enum Unplaced {
     Problems(Vec<Problem>),
     /// No accelerator is large enough; what each lacks.
     TooLarge(Vec<Problem>),
-    /// Only devices would hold it, on which this release's trainer does not compute yet.
-    Devices {
+    /// Only a device would hold it for which the settings name no trainer.
+    NoTrainer {
         /// The accelerator.
         accelerator: String,
         /// How many would hold it.
-        ranks: u64,
+        ranks: u32,
     },
 }
 
-/// Plans `job` for the first of `accelerators` that it fits; if it fits none, over the fewest pods of
-/// a processor that hold it.
+/// The most ranks a run is planned over: more than share a model of this trainer's kind sensibly.
+const MOST_RANKS: u32 = 64;
+
+/// Plans `job` for the first of `accelerators` that it fits; if it fits none alone, over the fewest
+/// of a kind that hold it. One without a trainer is taken only to say what it lacks.
 ///
 /// # Errors
 /// [`Unplaced`] if it fits none.
@@ -74,21 +75,14 @@ pub fn place(
     accelerators: &[Accelerator],
 ) -> Result<Placement, Unplaced> {
     let mut lacking = Vec::new();
-    let mut device = None;
+    let mut without_trainer = None;
     for accelerator in accelerators {
         match plan(job, report, Place::On(accelerator)) {
-            Ok(_) if accelerator.is_device() => {
-                // The trainer computes on the processor: a pod there would hold a device in vain.
-                device.get_or_insert(Unplaced::Devices {
-                    accelerator: accelerator.name.clone(),
-                    ranks: 1,
-                });
+            Ok(plan) if accelerator.has_trainer() => {
+                return Ok(placed(plan, accelerator, report, &lacking));
             }
-            Ok(plan) => {
-                let pod = pod_size(&plan, accelerator, report);
-                let mut plan = plan;
-                plan.rejected.extend(rejected(&lacking));
-                return Ok(Placement { plan, accelerator: accelerator.name.clone(), pod });
+            Ok(_) => {
+                without_trainer.get_or_insert((accelerator, 1));
             }
             Err(problems) if problems.iter().all(|problem| problem.location == "memory") => {
                 lacking.extend(
@@ -104,12 +98,18 @@ pub fn place(
             }
         }
     }
-    if let Some(mut placement) = over_ranks(job, report, accelerators) {
-        placement.plan.rejected.extend(rejected(&lacking));
-        return Ok(placement);
+    let mut over_several: Vec<_> =
+        accelerators.iter().filter_map(|kind| over_ranks(job, report, kind)).collect();
+    // Sorted stably: of equally many the preferred kind.
+    over_several.sort_by_key(|(_, plan)| plan.run_config.parallelism.world_size);
+    for (accelerator, plan) in over_several {
+        if accelerator.has_trainer() {
+            return Ok(placed(plan, accelerator, report, &lacking));
+        }
+        without_trainer.get_or_insert((accelerator, plan.run_config.parallelism.world_size));
     }
-    if let Some(device) = device {
-        return Err(device);
+    if let Some((accelerator, ranks)) = without_trainer {
+        return Err(Unplaced::NoTrainer { accelerator: accelerator.name.clone(), ranks });
     }
     if lacking.is_empty() {
         lacking.push(invalid(
@@ -117,69 +117,35 @@ pub fn place(
             "the operator's settings list none: an administrator must add one",
         ));
     }
-    Err(several_devices(job, report, accelerators).unwrap_or(Unplaced::TooLarge(lacking)))
+    Err(Unplaced::TooLarge(lacking))
 }
 
-fn rejected(lacking: &[Problem]) -> impl Iterator<Item = super::Decision> {
-    lacking.iter().map(|problem| super::Decision {
+fn placed(
+    mut plan: RunPlan,
+    accelerator: &Accelerator,
+    report: &PreflightReport,
+    lacking: &[Problem],
+) -> Placement {
+    plan.rejected.extend(lacking.iter().map(|problem| Decision {
         field: "accelerator",
         value: problem.location.clone(),
         reason: problem.message.clone(),
-    })
+    }));
+    let pod = pod_size(&plan, accelerator, report);
+    Placement { plan, accelerator: accelerator.name.clone(), pod }
 }
 
-/// Finds the device that holds the run in the fewest ranks.
-fn several_devices(
+/// Plans `job` over the fewest of an accelerator that hold it, if some number does.
+fn over_ranks<'a>(
     job: &FineTuneJob,
     report: &PreflightReport,
-    accelerators: &[Accelerator],
-) -> Option<Unplaced> {
-    let boundless = Accelerator {
-        name: "boundless".to_owned(),
-        resource_name: Some("none".to_owned()),
-        memory_gi_b: 1e9,
-        bf16_tflops: 1.0,
-        fp32_tflops: 1.0,
-        has_bf16: true,
-        ..Accelerator::default()
-    };
-    // The smallest micro-batch, since it is the state that is too large.
-    let mut smallest = job.clone();
-    let training = smallest.spec.training.get_or_insert_default();
-    training.train_batch_size_per_device.get_or_insert(1);
-    let plan = plan(&smallest, report, Place::On(&boundless)).ok()?;
-    accelerators
-        .iter()
-        .filter(|accelerator| accelerator.is_device() && plan.run_config.lora.is_none())
-        .filter_map(|accelerator| {
-            let available = sizing::usable(accelerator.memory_bytes());
-            Some((ranks(&plan.memory, available)?, accelerator))
-        })
-        .min_by_key(|(ranks, _)| *ranks)
-        .map(|(ranks, accelerator)| Unplaced::Devices {
-            accelerator: accelerator.name.clone(),
-            ranks,
-        })
-}
-
-/// The most ranks a run is planned over: more than share a model of this trainer's kind sensibly.
-const MOST_RANKS: u32 = 64;
-
-/// Plans `job` over the fewest pods of a processor that hold it, for the first accelerator of that
-/// kind on which some number does; the pod's size is that of each.
-fn over_ranks(
-    job: &FineTuneJob,
-    report: &PreflightReport,
-    accelerators: &[Accelerator],
-) -> Option<Placement> {
-    accelerators.iter().filter(|accelerator| !accelerator.is_device()).find_map(|accelerator| {
-        let mut numbers = std::iter::successors(Some(2), |ranks| Some(ranks * 2));
-        numbers.by_ref().take_while(|ranks| *ranks <= MOST_RANKS).find_map(|ranks| {
-            let plan = plan_over(ranks, job, report, Place::On(accelerator)).ok()?;
-            let pod = pod_size(&plan, accelerator, report);
-            Some(Placement { plan, accelerator: accelerator.name.clone(), pod })
-        })
-    })
+    accelerator: &'a Accelerator,
+) -> Option<(&'a Accelerator, RunPlan)> {
+    let numbers = std::iter::successors(Some(2), |ranks| Some(ranks * 2));
+    numbers
+        .take_while(|ranks| *ranks <= MOST_RANKS)
+        .find_map(|ranks| plan_over(ranks, job, report, Place::On(accelerator)).ok())
+        .map(|plan| (accelerator, plan))
 }
 
 /// Returns the memory of a pod without a device whose tensors take `tensors`. The mapped weights
@@ -196,17 +162,19 @@ pub(super) fn tensor_bytes(pod: u64, mapped_weights: u64) -> u64 {
 fn pod_size(plan: &RunPlan, accelerator: &Accelerator, report: &PreflightReport) -> PodSize {
     let model = report.model.as_ref();
     let on_disk = model.map_or(0, |model| model.weight_bytes);
-    let shared_memory_bytes = if accelerator.is_device() { DEVICE_SHARED_BYTES } else { 0 };
+    let ranks = u64::from(plan.run_config.parallelism.local_world_size);
+    let shared_memory_bytes = if accelerator.is_device() { DEVICE_SHARED_BYTES * ranks } else { 0 };
     let memory_bytes = if accelerator.is_device() {
-        DEVICE_HOST_BYTES + DEVICE_SHARED_BYTES + on_disk
+        DEVICE_HOST_BYTES * ranks + shared_memory_bytes + on_disk
     } else {
         pod_bytes(plan.memory.total(), plan.memory.mapped_weights)
     };
-    // The model as fetched, and twice what is trained: a checkpoint's copy and the files on their
-    // way out.
-    let storage_bytes = SCRATCH_BYTES + 2 * on_disk + 2 * plan.memory.trained_state;
+    // The model as fetched, once for all ranks of the pod, and twice what is trained: a checkpoint's
+    // copy and the files on their way out.
+    let storage_bytes = SCRATCH_BYTES * ranks + 2 * on_disk + 2 * plan.memory.trained_state * ranks;
     PodSize {
-        cpu_millis: (accelerator.cpu.unwrap_or(DEFAULT_CPU) * 1000.0).round() as i64,
+        cpu_millis: (accelerator.cpu.unwrap_or(DEFAULT_CPU) * 1000.0).round() as i64
+            * ranks.cast_signed(),
         memory_bytes,
         shared_memory_bytes,
         storage_bytes,
@@ -220,9 +188,9 @@ impl std::fmt::Display for Unplaced {
                 let lines: Vec<String> = problems.iter().map(ToString::to_string).collect();
                 formatter.write_str(&lines.join("\n"))
             }
-            Self::Devices { accelerator, ranks } => write!(
+            Self::NoTrainer { accelerator, ranks } => write!(
                 formatter,
-                "the run needs {ranks} {accelerator}, but the trainer of this release computes on processors only, and {MOST_RANKS} pods of a CPU accelerator do not hold it either: set loraConfig: {{}} or lower training.contextLength, or have an administrator raise memoryGiB of a CPU accelerator"
+                "the run needs {ranks} {accelerator}, for which the operator's settings name no trainer: an administrator must set `image` of that accelerator to a trainer built with CUDA; or lower what the run needs with loraConfig: {{}} or training.contextLength"
             ),
         }
     }
@@ -233,7 +201,7 @@ impl Unplaced {
     pub fn reason(&self) -> Option<ProblemReason> {
         match self {
             Self::Problems(problems) => problems.first().map(|problem| problem.reason),
-            Self::TooLarge(_) | Self::Devices { .. } => None,
+            Self::TooLarge(_) | Self::NoTrainer { .. } => None,
         }
     }
 }

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use finetune_contract::{
-    Dtype, ExitCode, FailureReason, LoraSettings, Parallelism, Recompute, Strategy, TargetModules,
+    Device as Wanted, Dtype, ExitCode, FailureReason, LoraSettings, Parallelism, Recompute,
+    Strategy, TargetModules,
 };
 use serde::{Deserialize, Serialize};
 use tch::Device;
@@ -16,6 +17,7 @@ use tracing::error;
 use crate::{
     clock,
     data::{Batch, Tokenizer},
+    device,
     dist::{
         self, Ranks,
         place::{Patience, Place},
@@ -47,6 +49,9 @@ pub struct Arguments {
     /// Make rows of all lengths from this one to `length` instead.
     #[arg(long)]
     shortest: Option<usize>,
+    /// Compute on a GPU.
+    #[arg(long)]
+    cuda: bool,
     /// Train everything instead of adapters.
     #[arg(long)]
     full: bool,
@@ -116,9 +121,11 @@ struct Figures {
 /// # Errors
 /// A [`Failure`] if the model or the rows cannot be used.
 pub fn run(arguments: &Arguments, environment: &Environment) -> Result<String, Failure> {
-    let ranks = join(arguments, environment)?;
+    let kind = if arguments.cuda { Wanted::Cuda } else { Wanted::Cpu };
+    let device = device::open(kind)?;
+    let ranks = join(arguments, device, environment)?;
     let started = clock::now();
-    let memory = PeakMemory::watch();
+    let memory = PeakMemory::watch(device);
     let invalid = |message: String| Failure::new(FailureReason::InvalidConfiguration, message);
     if let Some(text) = &arguments.text {
         write_rows(arguments, text).map_err(invalid)?;
@@ -144,15 +151,8 @@ pub fn run(arguments: &Arguments, environment: &Environment) -> Result<String, F
     let recompute = if arguments.recompute { Recompute::Block } else { Recompute::None };
     let seed = Counter::from_seed(0);
     let division = Division { ranks: ranks.clone(), is_sharded: arguments.zero3 };
-    let mut model = Model::load_divided(
-        &arguments.model,
-        config,
-        attachment,
-        dtype,
-        Device::Cpu,
-        seed,
-        division,
-    )?;
+    let mut model =
+        Model::load_divided(&arguments.model, config, attachment, dtype, device, seed, division)?;
     let mut adamw = AdamW::new(model.trained(), 0.0);
     let mut figures = Figures {
         step_seconds: Vec::new(),
@@ -210,19 +210,23 @@ pub fn run(arguments: &Arguments, environment: &Environment) -> Result<String, F
 }
 
 /// Meets the other ranks, if there are any.
-fn join(arguments: &Arguments, environment: &Environment) -> Result<Ranks, Failure> {
+fn join(
+    arguments: &Arguments,
+    device: Device,
+    environment: &Environment,
+) -> Result<Ranks, Failure> {
     let strategy = match (arguments.zero3, arguments.ranks) {
         (true, _) => Strategy::Zero3,
         (false, 1) => Strategy::None,
         (false, _) => Strategy::Ddp,
     };
-    let parallelism = Parallelism { world_size: arguments.ranks, strategy };
+    let parallelism = Parallelism { world_size: arguments.ranks, strategy, ..Parallelism::SINGLE };
     let Some(place) = Place::read(parallelism, environment)? else { return Ok(Ranks::alone()) };
     let on_lost = Box::new(|why: &str| {
         error!("{why}");
         dist::exit(ExitCode::PeerLost)
     });
-    Ok(Ranks::join(&place, "bench", Device::Cpu, Patience::default(), on_lost)?)
+    Ok(Ranks::join(&place, "bench", device, Patience::default(), on_lost)?)
 }
 
 /// Cuts the tokens of a text into rows, every token a target.

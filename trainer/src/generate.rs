@@ -83,7 +83,7 @@ fn load(model: &Path, adapter: Option<&Path>) -> Result<Model, Failure> {
         Some(adapter) => {
             Model::load_with_adapter(model, read_config(model)?, adapter, Dtype::Fp32, Device::Cpu)
         }
-        None => load_frozen(model, Dtype::Fp32),
+        None => load_frozen(model, Dtype::Fp32, Device::Cpu),
     }
 }
 

@@ -18,20 +18,21 @@ use finetune_contract::{
     RunReport, parse, render,
 };
 use finetune_trainer::{
-    bench,
+    bench, device,
     dist::{
         self, OnLost, Ranks,
         place::{Patience, Place},
     },
     failure::Failure,
-    generate, import, preflight,
+    generate, import,
+    launch::{self, Launch, MODELS},
+    preflight,
     progress::Teller,
     recipe::{self, Host},
     serve::Board,
     store::Environment,
     verify,
 };
-use tch::Device;
 use tracing::error;
 
 /// The allocator of this program and, by its C names, of libtorch: glibc's keeps buffers of ever
@@ -84,6 +85,10 @@ struct Train {
     /// Where to serve /progress and /metrics; nowhere if absent.
     #[arg(long, value_name = "ADDRESS")]
     listen: Option<SocketAddr>,
+    /// Where another rank of this machine keeps the models it fetches; below the work directory, and
+    /// fetched by this one, if absent.
+    #[arg(long, value_name = "DIRECTORY", hide = true)]
+    models: Option<PathBuf>,
 }
 
 fn main() -> process::ExitCode {
@@ -117,7 +122,15 @@ fn dispatch(command: &Command) -> Result<ExitCode, Failure> {
     let environment = Environment::from_process();
     match command {
         Command::Preflight(documents) => run_preflight(documents, &environment),
-        Command::Train(arguments) => run_train(arguments, &environment),
+        Command::Train(arguments) => {
+            let config: RunConfig = read(&arguments.documents.config)?;
+            if launch::is_asked_for_all(&config, &environment) {
+                run_ranks(&config, arguments, &environment)
+            } else {
+                launch::end_with_launcher(&environment);
+                run_train(&config, arguments, &environment)
+            }
+        }
         Command::Verify(arguments) => {
             verify::run(arguments, &environment).map(|()| ExitCode::Success)
         }
@@ -143,23 +156,45 @@ fn run_preflight(documents: &Documents, environment: &Environment) -> Result<Exi
     Ok(code.unwrap_or(ExitCode::Success))
 }
 
-fn run_train(arguments: &Train, environment: &Environment) -> Result<ExitCode, Failure> {
-    let Train { documents, listen } = arguments;
-    let config: RunConfig = read(&documents.config)?;
+/// Trains with all ranks of this pod or machine, each a process of its own.
+fn run_ranks(
+    config: &RunConfig,
+    arguments: &Train,
+    environment: &Environment,
+) -> Result<ExitCode, Failure> {
+    let Train { documents, listen, .. } = arguments;
+    let launch = Launch {
+        config,
+        config_path: &documents.config,
+        report_path: &documents.report,
+        work_dir: &make_work_dir(&documents.work_dir)?,
+        first_rank_arguments: listen.iter().map(|address| format!("--listen={address}")).collect(),
+    };
+    launch::run(&launch, environment)
+        .map_err(|failure| report_early(config, &documents.report, failure))
+}
+
+fn run_train(
+    config: &RunConfig,
+    arguments: &Train,
+    environment: &Environment,
+) -> Result<ExitCode, Failure> {
+    let Train { documents, listen, models } = arguments;
+    let early = |failure| report_early(config, &documents.report, failure);
     let work_dir = make_work_dir(&documents.work_dir)?;
     let stop = stop_on_signal()?;
-    let place = Place::read(config.parallelism, environment)
-        .map_err(|failure| report_early(&config, &documents.report, failure))?;
+    let device = device::open(config.device).map_err(early)?;
+    let place = Place::read(config.parallelism, environment).map_err(early)?;
     let ranks = match place {
         None => Ranks::alone(),
         Some(place) => {
             let name = format!("{}/{}", config.run_id, config.attempt);
-            let on_lost = end_when_lost(&config, &documents.report);
-            Ranks::join(&place, &name, Device::Cpu, Patience::default(), on_lost)
-                .map_err(|error| report_early(&config, &documents.report, error.into()))?
+            let on_lost = end_when_lost(config, &documents.report);
+            Ranks::join(&place, &name, device, Patience::default(), on_lost)
+                .map_err(|error| early(error.into()))?
         }
     };
-    let board = Board::new(&config);
+    let board = Board::new(config);
     if let Some(address) = listen.filter(|_| ranks.is_first()) {
         board.serve(address)?;
     }
@@ -169,10 +204,18 @@ fn run_train(arguments: &Train, environment: &Environment) -> Result<ExitCode, F
             print_line(line);
         }
     };
-    let mut teller = Teller::new(&config, &work_dir, &mut line);
-    let host = Host { environment, work_dir: &work_dir, stop: &stop, ranks: ranks.clone() };
+    let mut teller = Teller::new(config, &work_dir, &mut line);
+    let host = Host {
+        environment,
+        work_dir: &work_dir,
+        models: &models.clone().unwrap_or_else(|| work_dir.join(MODELS)),
+        is_guest: models.is_some(),
+        stop: &stop,
+        device,
+        ranks: ranks.clone(),
+    };
     // The one place a panic ends: libtorch reports running out of memory as one.
-    let ended = catch_unwind(AssertUnwindSafe(|| recipe::run(&config, &host, &mut teller)))
+    let ended = catch_unwind(AssertUnwindSafe(|| recipe::run(config, &host, &mut teller)))
         .unwrap_or_else(|panic| Err(failure_of_panic(&*panic)));
     let (outcome, code) = match ended {
         Ok(Some(outcome @ Outcome::Interrupted { .. })) => (outcome, ExitCode::Interrupted),
@@ -186,7 +229,7 @@ fn run_train(arguments: &Train, environment: &Environment) -> Result<ExitCode, F
             error!("{failure}");
             let code = failure.exit_code();
             ranks.fail(&failure.message);
-            write(&documents.report, &report(&config, &teller, failed(failure)).fit())?;
+            write(&documents.report, &report(config, &teller, failed(failure)).fit())?;
             if ranks.world_size() > 1 {
                 dist::exit(code);
             }
@@ -194,7 +237,7 @@ fn run_train(arguments: &Train, environment: &Environment) -> Result<ExitCode, F
         }
     };
     ranks.done();
-    write(&documents.report, &report(&config, &teller, outcome).fit())?;
+    write(&documents.report, &report(config, &teller, outcome).fit())?;
     Ok(code)
 }
 

@@ -1,4 +1,4 @@
-//! The process's anonymous memory, as the kernel counts it.
+//! The process's anonymous memory, as the kernel counts it, or what it holds of a GPU.
 //!
 //! Mapped base weights are page cache, shared and reclaimable, and are not counted here: what
 //! decides whether a run fits is what cannot be given back.
@@ -12,13 +12,19 @@ use std::{
     time::Duration,
 };
 
+use tch::Device;
+
+use crate::device;
+
 /// How often memory is looked at. A micro-batch's peak lasts longer than this on any model worth
 /// planning for; a tiny model's may be missed by a few megabytes.
 const INTERVAL: Duration = Duration::from_millis(10);
 
-/// Watches the process's anonymous memory until dropped.
+/// Watches the memory a run needs until dropped: the process's anonymous memory, or that of the GPU
+/// it computes on.
 #[derive(Debug)]
 pub struct PeakMemory {
+    device: Device,
     peak: Arc<AtomicU64>,
     stop: Arc<AtomicBool>,
     watcher: Option<JoinHandle<()>>,
@@ -26,7 +32,7 @@ pub struct PeakMemory {
 
 impl PeakMemory {
     /// Starts watching.
-    pub fn watch() -> Self {
+    pub fn watch(device: Device) -> Self {
         let (peak, stop) =
             (Arc::new(AtomicU64::new(anonymous_bytes())), Arc::new(AtomicBool::new(false)));
         let watcher = std::thread::Builder::new()
@@ -41,11 +47,14 @@ impl PeakMemory {
                 }
             })
             .ok();
-        Self { peak, stop, watcher }
+        Self { device, peak, stop, watcher }
     }
 
     /// Returns the largest amount seen so far, in bytes.
     pub fn bytes(&self) -> u64 {
+        if let Some(memory) = device::memory(self.device) {
+            return memory.peak;
+        }
         self.peak.fetch_max(anonymous_bytes(), Ordering::Relaxed);
         self.peak.load(Ordering::Relaxed)
     }
@@ -75,12 +84,14 @@ pub fn anonymous_bytes() -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use tch::Device;
+
     use super::PeakMemory;
 
     #[test]
     fn remembers_memory_that_was_given_back() {
         // Other tests of this process allocate too, so only what cannot depend on them is asserted.
-        let peak = PeakMemory::watch();
+        let peak = PeakMemory::watch(Device::Cpu);
         let block = std::hint::black_box(vec![1_u8; 64 << 20]);
         let with_block = peak.bytes();
         drop(block);

@@ -9,7 +9,7 @@ use std::{
 
 use finetune_contract::{CONTRACT_VERSION, Progress, RunConfig, Stage, parse, render};
 
-use crate::{checkpoint::TrainState, memory::PeakMemory};
+use crate::{checkpoint::TrainState, device, memory::PeakMemory};
 
 /// The history's name in the work directory: one [`Progress`] per line.
 pub const HISTORY_FILE: &str = "metrics.jsonl";
@@ -75,7 +75,7 @@ impl<'a> Teller<'a> {
             recent: VecDeque::new(),
             speeds: Vec::new(),
             sent_bytes: None,
-            memory: PeakMemory::watch(),
+            memory: PeakMemory::watch(device::of(config.device)),
             started: crate::clock::now(),
         }
     }
@@ -158,7 +158,7 @@ impl<'a> Teller<'a> {
         self.sent_bytes
     }
 
-    /// Returns the largest anonymous memory so far, in bytes.
+    /// Returns the most memory so far, of the process or of its GPU, in bytes.
     pub fn peak_memory(&self) -> u64 {
         self.memory.bytes()
     }

@@ -105,7 +105,7 @@ pub fn read_back(
     {
         check_tensors(&directory.join(path))?;
     }
-    let model = load(manifest.kind, &directory, base, config.training.dtype)?;
+    let model = load(manifest.kind, &directory, base, config.training.dtype, host.device)?;
     let seen = probe.look_at(&model);
     let max_logit_change = largest_difference(&seen.logits, &probe.base_logits);
     if max_logit_change == 0.0 {
@@ -149,8 +149,8 @@ pub fn of_published(
         .ok_or_else(|| not_proven(config, "its manifest disappeared while it was read"))?;
     let directory = fresh_directory(host, "readback")?;
     let bytes = fetch_verified(output, &manifest, &directory)?;
-    let model = load(manifest.kind, &directory, base, config.training.dtype)?;
-    let base_model = load_frozen(base, config.training.dtype)?;
+    let model = load(manifest.kind, &directory, base, config.training.dtype, host.device)?;
+    let base_model = load_frozen(base, config.training.dtype, host.device)?;
     let tokens: Vec<u32> = (0..16).collect();
     let logits = model.logits(&tokens);
     if !is_finite(&logits) {
@@ -222,12 +222,15 @@ pub fn load(
     directory: &Path,
     base: &Path,
     dtype: Dtype,
+    device: Device,
 ) -> Result<Model, Failure> {
     match kind {
         ArtifactKind::Adapter => {
-            Model::load_with_adapter(base, read_config(base)?, directory, dtype, Device::Cpu)
+            Model::load_with_adapter(base, read_config(base)?, directory, dtype, device)
         }
-        ArtifactKind::FullModel | ArtifactKind::MergedModel => load_frozen(directory, dtype),
+        ArtifactKind::FullModel | ArtifactKind::MergedModel => {
+            load_frozen(directory, dtype, device)
+        }
     }
 }
 
@@ -235,9 +238,9 @@ pub fn load(
 ///
 /// # Errors
 /// A [`Failure`] if it does not load.
-pub fn load_frozen(directory: &Path, dtype: Dtype) -> Result<Model, Failure> {
+pub fn load_frozen(directory: &Path, dtype: Dtype, device: Device) -> Result<Model, Failure> {
     let seed = Counter::from_seed(0);
-    Model::load(directory, read_config(directory)?, Attachment::Frozen, dtype, Device::Cpu, seed)
+    Model::load(directory, read_config(directory)?, Attachment::Frozen, dtype, device, seed)
 }
 
 /// Returns the path of an adapter below a published directory; `None` if it has none.

@@ -35,10 +35,16 @@ use crate::{
 pub struct Host<'a> {
     /// Credentials and endpoints.
     pub environment: &'a Environment,
-    /// Scratch space: fetched models, tokenised rows, files on their way out.
+    /// Scratch space: tokenised rows, files on their way out.
     pub work_dir: &'a Path,
+    /// Where fetched models are kept.
+    pub models: &'a Path,
+    /// Whether another rank of this machine fetches the models.
+    pub is_guest: bool,
     /// Set when the run is told to stop.
     pub stop: &'a AtomicBool,
+    /// What is computed on.
+    pub device: Device,
     /// The ranks that carry the run out.
     pub ranks: Ranks,
 }
@@ -78,7 +84,7 @@ pub fn run(
     drop(tokenizer);
 
     // The model, with what is trained of it; then the thread of an earlier attempt, if there is one.
-    let model = load_model(config, &base, ranks)?;
+    let model = load_model(config, &base, host)?;
     ranks.wait_for_all("loaded")?;
     let probe = Probe::of(&model, &train);
     let optimizer = AdamW::new(model.trained(), config.training.weight_decay);
@@ -147,10 +153,17 @@ fn fetch_model(source: &ModelSource, host: &Host<'_>) -> Result<PathBuf, Failure
     let uri = ObjectUri::parse(&source.uri)
         .map_err(|error| Failure::from_chain(FailureReason::InvalidConfiguration, &error))?;
     let store = Store::open(&uri, source.revision.as_deref(), Role::Model, host.environment)?;
-    import::local_directory(&store, &host.work_dir.join("models"))
+    // Who comes second finds what the first has fetched.
+    if host.is_guest {
+        host.ranks.wait_for_all("fetched")?;
+        return import::local_directory(&store, host.models);
+    }
+    let directory = import::local_directory(&store, host.models)?;
+    host.ranks.wait_for_all("fetched")?;
+    Ok(directory)
 }
 
-fn load_model(config: &RunConfig, base: &Path, ranks: &Ranks) -> Result<Model, Failure> {
+fn load_model(config: &RunConfig, base: &Path, host: &Host<'_>) -> Result<Model, Failure> {
     let model_config = read_config(base)?;
     let attachment = match &config.lora {
         None => Attachment::Full,
@@ -159,11 +172,11 @@ fn load_model(config: &RunConfig, base: &Path, ranks: &Ranks) -> Result<Model, F
     };
     let seed = Counter::from_seed(config.training.seed).fold_name("init");
     let division = Division {
-        ranks: ranks.clone(),
+        ranks: host.ranks.clone(),
         is_sharded: config.parallelism.strategy == Strategy::Zero3,
     };
     let dtype = config.training.dtype;
-    Model::load_divided(base, model_config, attachment, dtype, Device::Cpu, seed, division)
+    Model::load_divided(base, model_config, attachment, dtype, host.device, seed, division)
 }
 
 fn prepare_train(

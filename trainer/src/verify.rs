@@ -7,7 +7,7 @@ use std::{
 
 use clap::Args;
 use finetune_contract::{ArtifactKind, Dtype, FailureReason, Manifest, ObjectUri};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use crate::{
     failure::Failure,
@@ -103,7 +103,7 @@ fn verify(
         },
         ArtifactKind::FullModel | ArtifactKind::MergedModel => directory.clone(),
     };
-    let model = proof::load(manifest.kind, &directory, &base, Dtype::Fp32)?;
+    let model = proof::load(manifest.kind, &directory, &base, Dtype::Fp32, Device::Cpu)?;
     check_logits(&model)?;
     let what = match model.attachment() {
         Attachment::Lora(lora) => format!("an adapter on {} modules", lora.targets.len()),
@@ -179,7 +179,7 @@ mod tests {
 
     use finetune_contract::{CONTRACT_VERSION, ModelSource, RunId};
     use serde_json::json;
-    use tch::{Device, Kind};
+    use tch::Kind;
     use tempfile::TempDir;
 
     use super::*;

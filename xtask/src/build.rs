@@ -25,3 +25,18 @@ pub(crate) fn run() -> Result<Binaries> {
     let release = shell::root().join("target/release");
     Ok(Binaries { finetune: release.join("finetune"), trainer: release.join("finetune-trainer") })
 }
+
+/// Builds the trainer that computes on GPUs, beside the usual one.
+pub(crate) fn run_cuda() -> Result<PathBuf> {
+    let libtorch = libtorch::with_cuda()?;
+    println!("building against libtorch in {}", libtorch.display());
+    let target = shell::root().join("target/cuda");
+    let mut cargo = shell::cargo(&["build", "--release", "--package", "finetune-trainer"]);
+    cargo
+        .args(["--features", "cuda", "--target-dir"])
+        .arg(&target)
+        .env("CUDA_HOME", libtorch.join("cuda"))
+        .env("LIBTORCH", libtorch);
+    shell::run(&mut cargo)?;
+    Ok(target.join("release/finetune-trainer"))
+}

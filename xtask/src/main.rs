@@ -43,9 +43,17 @@ enum Command {
     /// Fetches a real model and dataset, fine-tunes, and shows what changed.
     Demo(demo::Arguments),
     /// Builds both binaries into target/release.
-    Build,
+    Build {
+        /// Build the trainer that computes on GPUs, into target/cuda/release.
+        #[arg(long)]
+        cuda: bool,
+    },
     /// Builds the images of operator and trainer as OCI archives in target/images.
-    Images,
+    Images {
+        /// Build the image of the trainer that computes on GPUs instead; it has some gigabytes.
+        #[arg(long)]
+        cuda: bool,
+    },
     /// Runs everything that proves the product.
     Test,
     /// Runs the tests that need a cluster, on a cluster of their own.
@@ -70,8 +78,10 @@ enum Command {
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Demo(arguments) => demo::run(&arguments).map(|()| ExitCode::SUCCESS),
-        Command::Build => build::run().map(|_| ExitCode::SUCCESS),
-        Command::Images => images::run().map(|_| ExitCode::SUCCESS),
+        Command::Build { cuda: true } => build::run_cuda().map(|_| ExitCode::SUCCESS),
+        Command::Build { cuda: false } => build::run().map(|_| ExitCode::SUCCESS),
+        Command::Images { cuda: true } => images::run_cuda().map(|()| ExitCode::SUCCESS),
+        Command::Images { cuda: false } => images::run().map(|_| ExitCode::SUCCESS),
         Command::Test => test::run(),
         Command::E2e => e2e::run(),
         Command::Check => check::run().map(|()| ExitCode::SUCCESS),

@@ -31,6 +31,7 @@ pub(crate) fn unpack(package: &str, to: &Path) -> Result<()> {
         .args(PLATFORM)
         // Wheels for older systems and for any Python do as well.
         .args(["--platform", "manylinux2014_x86_64", "--platform", "manylinux_2_25_x86_64"])
+        .args(["--platform", "manylinux_2_27_x86_64", "--platform", "manylinux_2_18_x86_64"])
         .args(["--abi", "none", "--abi", "abi3", "--platform", "any"])
         .arg(package);
     println!("fetching {package}");

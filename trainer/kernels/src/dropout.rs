@@ -2,6 +2,10 @@
 
 use crate::versions::versions;
 
+/// What the counter of a group of four neighbours is ahead of the one before: 2⁶⁴ over the golden
+/// ratio, as in SplitMix64.
+pub const NEXT_GROUP: u64 = 0x9E37_79B9_7F4A_7C15;
+
 /// What one input is multiplied with.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Noise {
@@ -48,7 +52,7 @@ impl Noise {
     /// Returns the 64 random bits that four neighbours share.
     #[inline(always)]
     fn draw(self, group: usize) -> u64 {
-        mix(self.key.wrapping_add((group as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15)))
+        mix(self.key.wrapping_add((group as u64).wrapping_mul(NEXT_GROUP)))
     }
 
     #[inline(always)]

@@ -1,4 +1,4 @@
-//! The shim over torch's process groups (`shim/c10d.cpp`), made safe: the one place with `unsafe`
+//! The shim over torch's process groups (`trainer/shim/c10d.cpp`), made safe: the one place with `unsafe`
 //! of this module.
 #![expect(unsafe_code, reason = "calls the C interface of the shim")]
 

@@ -19,7 +19,7 @@ use std::{
 };
 
 use finetune_contract::{ExitCode, FailureReason};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 use crate::{clock, failure::Failure};
 use ffi::{Backend, Group, Store, Work};
@@ -117,6 +117,7 @@ struct Joined {
     group: RefCell<Option<Group>>,
     lifeline: Lifeline,
     patience: Patience,
+    device: Device,
     sent: Cell<u64>,
     broken: RefCell<Option<Error>>,
 }
@@ -203,6 +204,7 @@ impl Ranks {
             group: RefCell::new(Some(group)),
             lifeline,
             patience,
+            device,
             sent: Cell::new(0),
             broken: RefCell::new(None),
         }))))
@@ -299,10 +301,8 @@ impl Ranks {
     /// # Errors
     /// [`Error`] if another rank is lost.
     pub fn sum<const N: usize>(&self, numbers: [f64; N]) -> Result<[f64; N], Error> {
-        if self.0.is_none() {
-            return Ok(numbers);
-        }
-        let tensor = Tensor::from_slice(&numbers).to_kind(Kind::Double);
+        let Some(joined) = &self.0 else { return Ok(numbers) };
+        let tensor = Tensor::from_slice(&numbers).to_device(joined.device);
         self.all_reduce(&tensor)?;
         Ok(std::array::from_fn(|index| tensor.double_value(&[index as i64])))
     }

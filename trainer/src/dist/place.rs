@@ -61,7 +61,7 @@ impl Place {
         parallelism: Parallelism,
         environment: &Environment,
     ) -> Result<Option<Self>, Failure> {
-        let Parallelism { world_size, strategy } = parallelism;
+        let Parallelism { world_size, strategy, .. } = parallelism;
         if world_size == 0 || (strategy == Strategy::None && world_size != 1) {
             return Err(invalid(format!(
                 "parallelism.worldSize is {world_size} with strategy {strategy:?}: several ranks need ddp or zero3, and \
@@ -136,7 +136,7 @@ mod tests {
     fn read(world_size: u32, pairs: &[(&str, &str)]) -> Result<Option<Place>, String> {
         let strategy = if world_size == 1 { Strategy::None } else { Strategy::Ddp };
         let environment = Environment::from_pairs(pairs.iter().copied());
-        Place::read(Parallelism { world_size, strategy }, &environment)
+        Place::read(Parallelism { world_size, strategy, ..Parallelism::SINGLE }, &environment)
             .map_err(|failure| failure.message)
     }
 

@@ -79,7 +79,9 @@ fn imports_what_transformers_reads_from_the_same_file() {
         for Text { text, tokens } in &expected.texts {
             assert_eq!(&tokenizer.encode(text, true).unwrap(), tokens, "{name}: {text:?}");
         }
-        let logits = load_frozen(&to, finetune_contract::Dtype::Fp32).unwrap().logits(&[1, 2, 3]);
+        let logits = load_frozen(&to, finetune_contract::Dtype::Fp32, tch::Device::Cpu)
+            .unwrap()
+            .logits(&[1, 2, 3]);
         assert_eq!(logits.isfinite().all().int64_value(&[]), 1, "{name}");
     }
 }

@@ -2,18 +2,21 @@
 //!
 //! Each exists twice: as one pass of our own on CPU tensors (`cpu`), and as a chain of libtorch's
 //! operators (`plain`), which is what other devices run and what tests compare the former with.
+//! Attention exists more often: `tiles` and `plain` on processors, `flash` and `scores` elsewhere.
 
 mod cpu;
+mod flash;
 #[cfg(target_arch = "x86_64")]
 mod low_rank;
 pub mod plain;
 mod pool;
+pub mod scores;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 mod view;
 
 use finetune_kernels::dropout::Noise;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 pub use finetune_kernels::adamw::Step;
 
@@ -183,11 +186,7 @@ pub fn adamw(step: Step, grad: &Tensor, state: [Tensor; 3], compute: Tensor) {
 /// Sums the squares of an fp32 tensor.
 pub fn sum_of_squares(values: &Tensor) -> f64 {
     profile::time("gradient norm", || {
-        if is_ours(values) {
-            cpu::sum_of_squares(values)
-        } else {
-            values.square().sum(Kind::Double).double_value(&[])
-        }
+        if is_ours(values) { cpu::sum_of_squares(values) } else { plain::sum_of_squares(values) }
     })
 }
 
@@ -211,7 +210,11 @@ pub fn attention([q, k, v]: [&Tensor; 3], how: Attention<'_>) -> (Tensor, Vec<Te
         if tiles::can(q) {
             return tiles::attention([q, k, v], how);
         }
-        plain::attention([q, k, v], how)
+        match (is_ours(q), flash::can(q)) {
+            (true, _) => plain::attention([q, k, v], how),
+            (false, true) => flash::attention([q, k, v], how),
+            (false, false) => scores::attention([q, k, v], how),
+        }
     })
 }
 
@@ -231,7 +234,12 @@ pub fn attention_backward(
         if tiles::can(inputs[0]) {
             return tiles::attention_backward(inputs, out, logsumexp, d_out, how);
         }
-        plain::attention_backward(inputs, out, logsumexp, d_out, how)
+        let backward = match (is_ours(inputs[0]), flash::can(inputs[0])) {
+            (true, _) => plain::attention_backward,
+            (false, true) => flash::attention_backward,
+            (false, false) => scores::attention_backward,
+        };
+        backward(inputs, out, logsumexp, d_out, how)
     })
 }
 

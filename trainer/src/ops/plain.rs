@@ -2,11 +2,14 @@
 
 use finetune_kernels::{
     adamw,
-    dropout::{self, Noise},
+    dropout::{NEXT_GROUP, Noise},
 };
 use tch::{Kind, Tensor};
 
 use super::{Attention, Factor};
+
+/// Elements of a flat tensor worked on at once, so that results on the way stay small beside it.
+const AT_ONCE: usize = 1 << 22;
 
 /// Some segments of equal length, one after another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,13 +115,36 @@ pub fn add_masked(sum: &mut Tensor, grad: &Tensor, noise: Noise) {
     let _ = sum.addcmul_(grad, &mask(grad, noise));
 }
 
+/// Returns what `like` is multiplied with: the mask of [`finetune_kernels::dropout`], whose integers
+/// wrap around as libtorch's do.
 fn mask(like: &Tensor, noise: Noise) -> Tensor {
-    let mut mask = vec![0.0; like.numel()];
-    dropout::apply::<f32>(noise, 0, &vec![1.0; mask.len()], &mut mask);
-    Tensor::from_slice(&mask)
-        .view(like.size().as_slice())
-        .to_kind(like.kind())
-        .to_device(like.device())
+    let (count, on) = (like.numel() as i64, (Kind::Int64, like.device()));
+    let groups = Tensor::arange((count + 3) / 4, on);
+    let draws = mix(groups * NEXT_GROUP.cast_signed() + noise.key.cast_signed());
+    let lanes = Tensor::arange(4, on) * 16;
+    let draws = draws.unsqueeze(1).bitwise_right_shift(&lanes).bitwise_and(0xFFFF);
+    let kept = draws.ge(i64::from(noise.threshold)).to_kind(like.kind());
+    let mask = kept * f64::from(noise.kept());
+    mask.view(-1).narrow(0, 0, count).view(like.size().as_slice())
+}
+
+/// As [`finetune_kernels::dropout::mix`], of each element.
+fn mix(bits: Tensor) -> Tensor {
+    let fold = |bits: Tensor, by: i64| {
+        let shifted =
+            bits.bitwise_right_shift_tensor_scalar(by).bitwise_and((1_i64 << (64 - by)) - 1);
+        bits.bitwise_xor_tensor(&shifted)
+    };
+    let bits = fold(bits, 30) * 0xBF58_476D_1CE4_E5B9_u64.cast_signed();
+    let bits = fold(bits, 27) * 0x94D0_49BB_1331_11EB_u64.cast_signed();
+    fold(bits, 31)
+}
+
+/// As [`super::sum_of_squares`].
+pub fn sum_of_squares(values: &Tensor) -> f64 {
+    let parts = values.split(AT_ONCE as i64, 0).into_iter();
+    let squares = parts.map(|part| part.square().sum(Kind::Double));
+    squares.reduce(|one, other| one + other).map_or(0.0, |sum| sum.double_value(&[]))
 }
 
 /// As [`super::accumulate`].
@@ -153,7 +179,15 @@ pub fn add_outer(left: &Tensor, right: &Tensor, grad: &Tensor) {
 }
 
 /// As [`super::adamw`].
-pub fn adamw(
+pub fn adamw(step: adamw::Step, grad: &Tensor, state: [Tensor; 3], compute: Tensor) {
+    let length = grad.numel() as i64;
+    for start in (0..length).step_by(AT_ONCE) {
+        let part = |flat: &Tensor| flat.narrow(0, start, (AT_ONCE as i64).min(length - start));
+        adamw_part(step, &part(grad), state.each_ref().map(part), part(&compute));
+    }
+}
+
+fn adamw_part(
     step: adamw::Step,
     grad: &Tensor,
     [mut master, mut exp_avg, mut exp_avg_sq]: [Tensor; 3],
@@ -171,16 +205,14 @@ pub fn adamw(
     }
 }
 
-/// As [`super::attention`]; segments of equal length are one batch.
+/// As [`super::attention`], on the processor; segments of equal length are one batch.
 pub fn attention([q, k, v]: [&Tensor; 3], how: Attention<'_>) -> (Tensor, Vec<Tensor>) {
     let out = q.empty_like();
-    let groups = q.size()[1] / k.size()[1];
     let logsumexp = how
         .runs
         .iter()
         .map(|&run| {
-            let [q, k, v] =
-                [batch(q, run), repeat(&batch(k, run), groups), repeat(&batch(v, run), groups)];
+            let [q, k, v] = batches([q, k, v], run);
             let mask = mask_of(how.window, run.length, &q);
             let (attended, lse) = Tensor::internal_scaled_dot_product_flash_attention_for_cpu(
                 &q,
@@ -198,7 +230,7 @@ pub fn attention([q, k, v]: [&Tensor; 3], how: Attention<'_>) -> (Tensor, Vec<Te
     (out, logsumexp)
 }
 
-/// As [`super::attention_backward`].
+/// As [`super::attention_backward`], on the processor.
 pub fn attention_backward(
     [q, k, v]: [&Tensor; 3],
     out: &Tensor,
@@ -209,8 +241,7 @@ pub fn attention_backward(
     let grads = [q.empty_like(), k.empty_like(), v.empty_like()];
     let groups = q.size()[1] / k.size()[1];
     for (&run, lse) in how.runs.iter().zip(logsumexp) {
-        let [q, k, v] =
-            [batch(q, run), repeat(&batch(k, run), groups), repeat(&batch(v, run), groups)];
+        let [q, k, v] = batches([q, k, v], run);
         let mask = mask_of(how.window, run.length, &q);
         let (dq, dk, dv) = Tensor::internal_scaled_dot_product_flash_attention_for_cpu_backward(
             &batch(d_out, run),
@@ -231,8 +262,15 @@ pub fn attention_backward(
     grads
 }
 
+/// Views a run of queries, keys and values as batches `[S, H, t, E]`, each key/value head repeated
+/// for its query heads.
+pub(super) fn batches([q, k, v]: [&Tensor; 3], run: Run) -> [Tensor; 3] {
+    let groups = q.size()[1] / k.size()[1];
+    [batch(q, run), repeat(&batch(k, run), groups), repeat(&batch(v, run), groups)]
+}
+
 /// Views a run of `[T, heads, E]` as `[S, heads, t, E]`.
-fn batch(x: &Tensor, Run { start, count, length }: Run) -> Tensor {
+pub(super) fn batch(x: &Tensor, Run { start, count, length }: Run) -> Tensor {
     let (heads, width) = (x.size()[1], x.size()[2]);
     x.narrow(0, start, count * length).view([count, length, heads, width]).transpose(1, 2)
 }
@@ -252,7 +290,7 @@ fn repeat(x: &Tensor, groups: i64) -> Tensor {
 }
 
 /// Sums the gradients of repeated heads: `[S, H, t, E]` to `[S, K, t, E]`.
-fn sum_groups(grad: &Tensor, groups: i64) -> Tensor {
+pub(super) fn sum_groups(grad: &Tensor, groups: i64) -> Tensor {
     if groups == 1 {
         return grad.shallow_clone();
     }

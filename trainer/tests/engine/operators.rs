@@ -3,7 +3,7 @@
 use finetune_kernels::dropout::Noise;
 use finetune_trainer::{
     model::attention::Segments,
-    ops::{self, Factor, plain},
+    ops::{self, Factor, plain, scores},
     seed::Counter,
 };
 use tch::{Device, Kind, Tensor};
@@ -157,7 +157,8 @@ fn adamw_equals_libtorch() {
         step_size: 1e-2,
         second_root: 0.8,
     };
-    let length = [70_001];
+    // More than what libtorch's operators are given at once.
+    let length = [(1 << 22) + 7];
     let after = |update: fn(ops::Step, &Tensor, [Tensor; 3], Tensor), kind| {
         let state = [numbers(&length, 1), numbers(&length, 2), numbers(&length, 3).square()];
         let compute = match kind {
@@ -210,6 +211,12 @@ fn attention_by_tiles_equals_libtorch() {
             "attention",
             &inputs,
             all(ops::attention, ops::attention_backward),
+            all(plain::attention, plain::attention_backward),
+        );
+        compare(
+            "attention with all scores",
+            &inputs,
+            all(scores::attention, scores::attention_backward),
             all(plain::attention, plain::attention_backward),
         );
     }

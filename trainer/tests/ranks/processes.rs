@@ -76,6 +76,7 @@ impl Case {
             },
             lora: is_lora.then(|| lora(&["all-linear"], &[])),
             training: training(total_steps),
+            device: Default::default(),
             parallelism: Parallelism::SINGLE,
             output: OutputTarget {
                 uri: uri("output"),
@@ -122,7 +123,7 @@ impl Case {
     /// Makes the same run over so many ranks: the same four sequences a step.
     fn over(&self, world_size: u32, strategy: Strategy) -> RunConfig {
         let mut config = self.config.clone();
-        config.parallelism = Parallelism { world_size, strategy };
+        config.parallelism = Parallelism { world_size, strategy, ..Parallelism::SINGLE };
         config.training.gradient_accumulation_steps = 4 / world_size;
         config.predicted_sent_bytes = (world_size > 1).then_some(0);
         config

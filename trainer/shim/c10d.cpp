@@ -8,7 +8,6 @@
 #include <cstdlib>
 #include <algorithm>
 #include <cstring>
-#include <exception>
 #include <string>
 #include <vector>
 
@@ -20,35 +19,13 @@
 #include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
 #endif
 
+#include "error.h"
+
 namespace {
 
 using StorePtr = c10::intrusive_ptr<c10d::Store>;
 using GroupPtr = c10::intrusive_ptr<c10d::Backend>;
 using WorkPtr = c10::intrusive_ptr<c10d::Work>;
-
-struct Error {
-  char* text;
-  size_t size;
-};
-
-// Runs `body`; an exception becomes text and `failed`.
-template <typename R, typename F>
-R guarded(Error error, R failed, F body) {
-  const char* what = "an exception that is no std::exception";
-  try {
-    return body();
-  } catch (const c10::Error& caught) {
-    // Without the C++ backtrace, which helps nobody who reads a run's report.
-    std::strncpy(error.text, caught.what_without_backtrace(), error.size - 1);
-    return failed;
-  } catch (const std::exception& caught) {
-    std::strncpy(error.text, caught.what(), error.size - 1);
-    return failed;
-  } catch (...) {
-    std::strncpy(error.text, what, error.size - 1);
-    return failed;
-  }
-}
 
 template <typename F>
 void* started(Error error, F start) {
@@ -136,7 +113,7 @@ void* finetune_nccl_open(
     return new GroupPtr(c10::make_intrusive<c10d::ProcessGroupNCCL>(own, rank, size, options));
 #else
     (void)store, (void)prefix, (void)rank, (void)size, (void)timeout;
-    throw std::runtime_error("this trainer was built without the feature `nccl`");
+    throw std::runtime_error("this trainer was built without the feature `cuda`");
 #endif
   });
 }

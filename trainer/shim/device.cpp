@@ -1,0 +1,57 @@
+// What tch does not bind of GPUs: their memory, and attention over segments of any lengths.
+//
+// Only interfaces of ATen and c10 that know no CUDA headers, so this is the same in every build;
+// without a GPU every function fails with a text.
+
+#include <cstdint>
+#include <tuple>
+
+#include <ATen/ATen.h>
+#include <ATen/ops/_flash_attention_forward.h>
+#include <c10/core/CachingDeviceAllocator.h>
+
+#include "error.h"
+
+extern "C" {
+
+// Writes the largest number of bytes torch has held so far, and the device's free and all bytes.
+bool finetune_device_memory(int device, uint64_t* numbers, Error error) {
+  return guarded(error, false, [&] {
+    auto* allocator = c10::getDeviceAllocator(c10::kCUDA);
+    auto index = static_cast<c10::DeviceIndex>(device);
+    numbers[0] = 0;
+    if (allocator->initialized()) {
+      numbers[0] = static_cast<uint64_t>(allocator->getDeviceStats(index).reserved_bytes[0].peak);
+    }
+    auto [free, all] = allocator->getMemoryInfo(index);
+    numbers[1] = free;
+    numbers[2] = all;
+    return true;
+  });
+}
+
+// Writes four new tensors: the result, its logsumexp, and two that the backward pass asks for.
+// `window` is how many earlier positions a query sees, or -1 for all.
+bool finetune_flash_attention(
+    at::Tensor* q,
+    at::Tensor* k,
+    at::Tensor* v,
+    at::Tensor* starts,
+    int64_t longest,
+    int64_t window,
+    at::Tensor** results,
+    Error error) {
+  return guarded(error, false, [&] {
+    auto all = at::_flash_attention_forward(
+        *q, *k, *v, *starts, *starts, longest, longest, /*dropout_p=*/0.0, /*is_causal=*/true,
+        /*return_debug_mask=*/false, /*scale=*/std::nullopt, /*window_size_left=*/window,
+        /*window_size_right=*/int64_t{window < 0 ? -1 : 0});
+    results[0] = new at::Tensor(std::get<0>(all));
+    results[1] = new at::Tensor(std::get<1>(all));
+    results[2] = new at::Tensor(std::get<2>(all));
+    results[3] = new at::Tensor(std::get<3>(all));
+    return true;
+  });
+}
+
+} // extern "C"
