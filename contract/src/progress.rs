@@ -45,6 +45,12 @@ pub struct Progress {
     /// The step of the newest checkpoint.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checkpoint_step: Option<u64>,
+    /// Seconds training stood still for it, if this process saved it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checkpoint_stall_seconds: Option<f64>,
+    /// Seconds it was being written beside training.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checkpoint_write_seconds: Option<f64>,
     /// The step of the checkpoint this process went on from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resumed_from_step: Option<u64>,

@@ -100,8 +100,9 @@ pub struct TrainingSettings {
     pub evaluation_steps: u64,
     /// Evaluations without improvement before stopping; 0 means never.
     pub early_stopping_patience: u32,
-    /// Steps between checkpoints.
-    pub checkpoint_steps: u64,
+    /// Steps between checkpoints; absent if the trainer decides by time and cost.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checkpoint_steps: Option<u64>,
     /// Checkpoints kept beside the best.
     pub num_checkpoints_to_keep: u32,
 }

@@ -1,7 +1,7 @@
 //! One document of each kind, as it crosses between releases: read, written, and refused.
 //!
 //! A change of these files is a change of the contract: it needs another version. A field that is
-//! absent where it says nothing new is no change; a file of its own shows it (`…_ranks.json`).
+//! absent where it says nothing new is no change; a file of its own shows it (`…_ranks.json`, `…_paced.json`).
 #![allow(missing_docs, clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use finetune_contract::{
@@ -35,7 +35,9 @@ fn every_document_is_read_and_written_as_it_was() {
     check::<PreflightReport>(include_str!("golden/preflight_report.json"));
     check::<RunConfig>(include_str!("golden/run_config.json"));
     check::<RunConfig>(include_str!("golden/run_config_ranks.json"));
+    check::<RunConfig>(include_str!("golden/run_config_paced.json"));
     check::<Progress>(include_str!("golden/progress.json"));
+    check::<Progress>(include_str!("golden/progress_saved.json"));
     check::<RunReport>(include_str!("golden/run_report_succeeded.json"));
     check::<RunReport>(include_str!("golden/run_report_succeeded_ranks.json"));
     check::<RunReport>(include_str!("golden/run_report_failed.json"));

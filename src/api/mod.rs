@@ -285,7 +285,8 @@ pub struct Training {
     #[schemars(range(min = 0, max = 1000))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub early_stopping_patience: Option<i32>,
-    /// Steps between checkpoints, from 1 to 1000000. Default: a tenth of all steps, at least 10.
+    /// Steps between checkpoints, from 1 to 1000000. Default: the trainer saves before 30 seconds of
+    /// work would be lost, while that takes at most 1 % of the time.
     #[schemars(range(min = 1, max = 1_000_000))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub checkpoint_steps: Option<i64>,

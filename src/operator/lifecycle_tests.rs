@@ -242,6 +242,8 @@ fn a_life_without_trouble_takes_few_writes() {
         eta_seconds: Some(120),
         peak_memory_bytes: 1,
         checkpoint_step: None,
+        checkpoint_stall_seconds: None,
+        checkpoint_write_seconds: None,
         resumed_from_step: None,
     });
     let decision = world.settle();

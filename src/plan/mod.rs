@@ -436,14 +436,22 @@ fn training_settings(
             whole(training.evaluation_steps).unwrap_or(0)
         },
         early_stopping_patience: training.early_stopping_patience.unwrap_or(0).unsigned_abs(),
-        checkpoint_steps: decisions.pick(
-            "checkpointSteps",
-            whole(training.checkpoint_steps),
-            tenth.max(10),
-            "a tenth of the steps, at least 10",
-        ),
+        checkpoint_steps: checkpoint_steps(whole(training.checkpoint_steps), decisions),
         num_checkpoints_to_keep: training.num_checkpoints_to_keep.unwrap_or(2).unsigned_abs(),
     }
+}
+
+/// Leaves the moments of checkpoints to the trainer, which knows what they cost, unless told.
+fn checkpoint_steps(set: Option<u64>, decisions: &mut Decisions) -> Option<u64> {
+    match set {
+        Some(steps) => decisions.add("checkpointSteps", steps, "set in the manifest"),
+        None => decisions.add(
+            "checkpointSteps",
+            "by time",
+            "before 30 s of work would be lost, while that takes at most 1 % of the time",
+        ),
+    }
+    set
 }
 
 fn dtype(
@@ -671,15 +679,16 @@ mod tests {
           weightDecay                0               fine-tuning is short
           maxGradNorm                1               keeps a rare row from throwing the weights
           seed                       42              fixed, so that a run can be repeated
-          checkpointSteps            11              a tenth of the steps, at least 10
+          checkpointSteps            by time         before 30 s of work would be lost, while that takes at most 1 % of the time
 
         Memory
           trained state                   44 MB
           activations                    710 MB
           output head                     50 MB
           temporaries                     39 MB
+          checkpoint                      29 MB
           runtime                         87 MB
-          peak                           931 MB  of 8.00 GB here
+          peak                           960 MB  of 8.00 GB here
           weights, mapped                269 MB  read in place, given back under pressure
 
         Time  about 20 min here, at 50 % of its matrix speed
@@ -710,19 +719,20 @@ mod tests {
           weightDecay                0               fine-tuning is short
           maxGradNorm                1               keeps a rare row from throwing the weights
           seed                       42              fixed, so that a run can be repeated
-          checkpointSteps            10              a tenth of the steps, at least 10
+          checkpointSteps            by time         before 30 s of work would be lost, while that takes at most 1 % of the time
 
         Not taken
-          recompute                  none            556 MB do not fit 450 MB
-          trainBatchSizePerDevice    8               622 MB do not fit 450 MB
+          recompute                  none            585 MB do not fit 450 MB
+          trainBatchSizePerDevice    8               651 MB do not fit 450 MB
 
         Memory
           trained state                   44 MB
           activations                    142 MB
           output head                     50 MB
           temporaries                     79 MB
+          checkpoint                      29 MB
           runtime                         87 MB
-          peak                           401 MB  of 500 MB here
+          peak                           431 MB  of 500 MB here
           weights, mapped                269 MB  read in place, given back under pressure
 
         Time  about 1.7 h here, at 50 % of its matrix speed
@@ -731,7 +741,7 @@ mod tests {
           Test 80GB                      671 MB  fits, about 12 s, costs 0.01
 
         Warnings
-          memory: 269 MB of weights are read in place, but only 99 MB of memory stay free for them: they will be read from disk again and again, and the run will be slow
+          memory: 269 MB of weights are read in place, but only 69 MB of memory stay free for them: they will be read from disk again and again, and the run will be slow
         ");
     }
 
@@ -761,15 +771,16 @@ mod tests {
           weightDecay                0               fine-tuning is short
           maxGradNorm                1               keeps a rare row from throwing the weights
           seed                       42              fixed, so that a run can be repeated
-          checkpointSteps            11              a tenth of the steps, at least 10
+          checkpointSteps            by time         before 30 s of work would be lost, while that takes at most 1 % of the time
 
         Memory
           trained state                  755 MB
           activations                   6.18 GB
           output head                    131 MB
           temporaries                    336 MB
+          checkpoint                     503 MB
           runtime                         87 MB
-          peak                          7.49 GB  of 64.00 GB here
+          peak                          7.99 GB  of 64.00 GB here
           weights, mapped              16.06 GB  read in place, given back under pressure
 
         Time  about 19.8 h here, at 50 % of its matrix speed

@@ -28,6 +28,12 @@ pub const RUNTIME_BYTES: u64 = 87_000_000;
 /// measured.
 pub const DEVICE_RUNTIME_BYTES: u64 = 1_500_000_000;
 
+/// What a checkpoint keeps of a trained parameter: the fp32 weight and the two moments.
+pub const CHECKPOINT_BYTES: u64 = 12;
+
+/// What is in memory, at most, of a checkpoint that is sent from local disk: four parts of 8 MiB.
+pub const UPLOAD_BYTES: u64 = 32 << 20;
+
 /// The share of the machine's memory a plan may take; the rest is page cache and the system.
 pub const USABLE_MEMORY: f64 = 0.9;
 
@@ -96,6 +102,9 @@ pub struct Memory {
     pub head: u64,
     /// The backward pass of one block.
     pub temporaries: u64,
+    /// The checkpoint that is written while training goes on: of adapters a copy, else what is on
+    /// its way from local disk.
+    pub checkpoint: u64,
     /// The process itself.
     pub runtime: u64,
 }
@@ -111,13 +120,14 @@ impl Memory {
             activations,
             head,
             temporaries,
+            checkpoint,
             runtime,
         } = self;
-        weights + trained_state + gathered + activations + head + temporaries + runtime
+        weights + trained_state + gathered + activations + head + temporaries + checkpoint + runtime
     }
 
     /// Returns the terms with their names, in the order shown.
-    pub fn terms(&self) -> [(&'static str, u64); 7] {
+    pub fn terms(&self) -> [(&'static str, u64); 8] {
         [
             ("weights, converted", self.weights),
             ("trained state", self.trained_state),
@@ -125,6 +135,7 @@ impl Memory {
             ("activations", self.activations),
             ("output head", self.head),
             ("temporaries", self.temporaries),
+            ("checkpoint", self.checkpoint),
             ("runtime", self.runtime),
         ]
     }
@@ -173,6 +184,8 @@ pub fn memory(model: &ModelFacts, load: &Load) -> Memory {
     };
     // On a device the loss is computed on a copy in fp32, whose gradient is converted back.
     let of_logit = if is_device { 2 * s + 4 } else { s };
+    // A device's state is copied to the host's memory.
+    let checkpoint = if is_device { 0 } else { trained * CHECKPOINT_BYTES };
     let state = trained * (STATE_BYTES + if dtype == Dtype::Bf16 { s } else { 0 });
     Memory {
         mapped_weights: if is_device || is_sharded { 0 } else { model.weight_bytes },
@@ -186,6 +199,7 @@ pub fn memory(model: &ModelFacts, load: &Load) -> Memory {
         activations,
         head: HEAD_ROWS.min(t) * v * of_logit,
         temporaries: temporaries + weight_gradient,
+        checkpoint: if is_full { checkpoint.min(UPLOAD_BYTES) } else { checkpoint },
         runtime: if is_device { DEVICE_RUNTIME_BYTES } else { RUNTIME_BYTES },
     }
 }
@@ -270,7 +284,9 @@ mod tests {
                 context: tokens.parse().unwrap(),
                 ..load(if is_full { model.parameters } else { 2_442_240 }, is_full, policy)
             };
-            let predicted = memory(&model, &load).total() as f64;
+            // The steps were measured without checkpoints.
+            let predicted = memory(&model, &load);
+            let predicted = (predicted.total() - predicted.checkpoint) as f64;
             let ratio = predicted / bytes.parse::<f64>().unwrap();
             assert!(
                 (0.98..=1.05).contains(&ratio),

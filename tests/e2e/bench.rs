@@ -2,13 +2,17 @@
 
 use std::{
     fs,
+    io::{BufRead, BufReader, Lines},
+    net::TcpListener,
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
-    process::{Child, Command, Output, Stdio},
+    process::{Child, ChildStdout, Command, Output, Stdio},
     time::{Duration, Instant},
 };
 
-use finetune_contract::{Manifest, Progress, RunReport, artifact::MANIFEST_NAME, parse};
+use finetune_contract::{
+    Manifest, Progress, RunConfig, RunReport, artifact::MANIFEST_NAME, parse, render,
+};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
@@ -145,6 +149,42 @@ impl Bench {
         self.path(&format!("work-{}", uri.rsplit('/').next().unwrap()))
     }
 
+    /// Plans a job over so many ranks, so that its trainers can be started without the command.
+    pub(crate) fn planned(&self, job: &Value, ranks: u32) -> RunConfig {
+        self.write("planned.json", &job.to_string());
+        let ranks = ranks.to_string();
+        let arguments = ["plan", "-f", "planned.json", "--ranks", &ranks, "-o", "json"];
+        let plan: Value = serde_json::from_str(&self.finetune(&arguments).ok().stdout).unwrap();
+        serde_json::from_value(plan["runConfig"].clone()).unwrap()
+    }
+
+    /// Starts the trainers of a run's ranks.
+    pub(crate) fn start_trainers(&self, config: &RunConfig) -> Trainers {
+        let work_dir =
+            self.path(&format!("work-{}", config.output.uri.rsplit('/').next().unwrap()));
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let world_size = config.parallelism.world_size;
+        let ranks = (0..world_size).map(|rank| {
+            let directory = work_dir.join(format!("rank-{rank}"));
+            fs::create_dir_all(&directory).unwrap();
+            let path = |name: &str| directory.join(name);
+            fs::write(path("config.json"), render(config)).unwrap();
+            let mut command = Command::new(&self.trainer);
+            command.arg("train").arg("--work-dir").arg(&directory);
+            command.arg("--config").arg(path("config.json"));
+            command.arg("--report").arg(path("report.json"));
+            command.envs(self.environment.iter().map(|(key, value)| (key, value)));
+            command.env("RANK", rank.to_string()).env("WORLD_SIZE", world_size.to_string());
+            command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", port.to_string());
+            command.stdout(if rank == 0 { Stdio::piped() } else { Stdio::null() });
+            command.stderr(fs::File::create(path("log")).unwrap());
+            (command.spawn().unwrap(), path("log"))
+        });
+        let mut ranks: Vec<_> = ranks.collect();
+        let lines = BufReader::new(ranks[0].0.stdout.take().unwrap()).lines();
+        Trainers { ranks, lines }
+    }
+
     /// Returns the report of a job's last training.
     pub(crate) fn report(&self, job: &Value) -> RunReport {
         parse(&fs::read_to_string(self.work_dir(job).join("train-report.json")).unwrap()).unwrap()
@@ -161,6 +201,18 @@ impl Bench {
             .collect();
         paths.sort();
         paths
+    }
+
+    /// Returns the checkpoints that were begun and have no manifest, of a run whose checkpoints are
+    /// directly beside its output.
+    pub(crate) fn half_written(&self, output: &str) -> Vec<PathBuf> {
+        let directory = self.path(&format!("{output}.checkpoints"));
+        let entries = fs::read_dir(directory).into_iter().flatten();
+        let is_begun = |path: &PathBuf| {
+            fs::read_dir(path).is_ok_and(|mut files| files.next().is_some())
+                && !path.join("checkpoint-manifest.json").exists()
+        };
+        entries.map(|entry| entry.unwrap().path()).filter(is_begun).collect()
     }
 
     /// Reads a published result and checks every file against the manifest, as anybody could.
@@ -212,20 +264,31 @@ pub(crate) struct Started {
 impl Started {
     /// Waits until the history tells of `step`, or the run ended.
     pub(crate) fn wait_for_step(&mut self, step: u64) {
+        self.wait_for(&format!("step {step}"), |last| last.step >= step);
+    }
+
+    /// Waits until the history tells of a complete checkpoint of `step` or later, or the run ended.
+    pub(crate) fn wait_for_checkpoint(&mut self, step: u64) {
+        self.wait_for(&format!("a checkpoint of step {step}"), |last| {
+            last.checkpoint_step.is_some_and(|saved| saved >= step)
+        });
+    }
+
+    fn wait_for(&mut self, what: &str, is_there: impl Fn(&Progress) -> bool) {
         let deadline = Instant::now() + PATIENCE;
-        while self.last_step().is_none_or(|last| last < step) {
+        while !self.last().is_some_and(|last| is_there(&last)) {
             if self.child.try_wait().unwrap().is_some() {
                 return;
             }
-            assert!(Instant::now() < deadline, "step {step} is not reached");
+            assert!(Instant::now() < deadline, "{what} is not reached");
             std::thread::sleep(Duration::from_millis(2));
         }
     }
 
-    fn last_step(&self) -> Option<u64> {
+    fn last(&self) -> Option<Progress> {
         let text = fs::read_to_string(&self.history).ok()?;
         // The last line may be half written.
-        text.lines().rev().find_map(|line| parse::<Progress>(line).ok()).map(|last| last.step)
+        text.lines().rev().find_map(|line| parse::<Progress>(line).ok())
     }
 
     /// Waits until it ends by itself.
@@ -239,6 +302,44 @@ impl Started {
         let sent = Command::new("kill").args([signal, "--", &group]).stderr(Stdio::null()).status();
         sent.unwrap();
         Ran::of(&self.child.wait_with_output().unwrap())
+    }
+}
+
+/// The trainers of a run under way, and what rank 0 tells.
+pub(crate) struct Trainers {
+    ranks: Vec<(Child, PathBuf)>,
+    lines: Lines<BufReader<ChildStdout>>,
+}
+
+impl Trainers {
+    /// Waits for the next that rank 0 tells; `None` when it has ended.
+    pub(crate) fn next(&mut self) -> Option<Progress> {
+        let line = self.lines.next()?.unwrap();
+        Some(parse(&line).unwrap())
+    }
+
+    /// Kills all, `first` before the others; tells whether one ended well before.
+    pub(crate) fn kill(mut self, first: usize, apart: Duration) -> bool {
+        let count = self.ranks.len();
+        for index in 0..count {
+            self.ranks[(first + index) % count].0.kill().unwrap();
+            if index + 1 < count {
+                std::thread::sleep(apart);
+            }
+        }
+        let statuses: Vec<_> =
+            self.ranks.iter_mut().map(|(child, _)| child.wait().unwrap()).collect();
+        statuses[0].success()
+    }
+
+    /// Waits until all have ended well.
+    #[track_caller]
+    pub(crate) fn finish(mut self) {
+        self.lines.by_ref().for_each(drop);
+        for (child, log) in &mut self.ranks {
+            let status = child.wait().unwrap();
+            assert!(status.success(), "{status}\n{}", fs::read_to_string(log).unwrap());
+        }
     }
 }
 

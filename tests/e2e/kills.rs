@@ -1,7 +1,8 @@
 //! Runs that are interrupted, killed and damaged, and still end as if nothing had been.
 
-use std::{fs, time::Duration};
+use std::{collections::BTreeSet, fs, time::Duration};
 
+use finetune_contract::{RunConfig, Stage, Strategy};
 use serde_json::{Value, json};
 
 use crate::{
@@ -22,53 +23,113 @@ fn long_job(bench: &Bench, output: &str) -> Value {
     job
 }
 
-/// Kills a run at random moments of its training and of its end, and lets it end at last.
-fn kill_often(bench: &Bench, job: &Value, seed: u64) {
+/// Where a run is killed, once rank 0 has told so many lines, or that it exports.
+enum Moment {
+    Lines(u64),
+    Exporting,
+}
+
+/// Kills the trainers of runs of a job again and again, while they load, train, write checkpoints,
+/// export, publish and prove, and lets each run end at last with the file an unkilled one has.
+fn kill_often(bench: &Bench, planned: &RunConfig, kills: u32, seed: u64) {
+    let ranks = planned.parallelism.world_size;
+    let file =
+        if planned.lora.is_some() { "adapter_model.safetensors" } else { "model.safetensors" };
+    let into = |output: &str| {
+        let mut config = planned.clone();
+        config.output.uri = bench.uri(output);
+        config.checkpoints_uri = bench.uri(&format!("{output}.checkpoints"));
+        config
+    };
+    let digest = |output: &str| sha256(&bench.path(&format!("{output}/{file}")));
+    bench.start_trainers(&into("whole")).finish();
+    let whole = digest("whole");
+
     let mut random = Random::new(seed);
-    let report = bench.work_dir(job).join("train-report.json");
-    let mut step = 0;
-    while step < STEPS {
-        step = (step + 1 + random.number() % (STEPS / 3)).min(STEPS);
-        let mut started = bench.start(job);
-        started.wait_for_step(step);
-        // A step takes some milliseconds; writing, publishing and proving the result some more.
-        let most_milliseconds = if step < STEPS { 8.0 } else { 60.0 };
-        let moment = most_milliseconds * random.fraction();
-        std::thread::sleep(Duration::from_micros((1000.0 * moment) as u64));
-        started.signal("-KILL");
-        assert!(step == STEPS || !report.exists(), "the run ended before it was killed");
+    let (mut done, mut at_the_end, mut runs) = (0, 0, 0);
+    let mut half_written = BTreeSet::new();
+    while done < kills {
+        runs += 1;
+        let output = format!("killed-{runs}");
+        loop {
+            let mut trainers = bench.start_trainers(&into(&output));
+            if done == kills {
+                trainers.finish();
+                break;
+            }
+            let moment = match random.number() % 3 {
+                0 => Moment::Exporting,
+                _ => Moment::Lines(1 + random.number() % (STEPS / 2)),
+            };
+            let (mut lines, mut is_at_the_end) = (0, false);
+            while let Some(progress) = trainers.next() {
+                lines += 1;
+                is_at_the_end = progress.stage >= Stage::Exporting;
+                let is_it = match moment {
+                    Moment::Lines(count) => lines >= count,
+                    Moment::Exporting => is_at_the_end,
+                };
+                if is_it {
+                    break;
+                }
+            }
+            // A step takes some milliseconds; writing, publishing and proving the result some more.
+            let most_milliseconds = if is_at_the_end { 60.0 } else { 8.0 };
+            let mut wait =
+                || Duration::from_micros((1000.0 * most_milliseconds * random.fraction()) as u64);
+            std::thread::sleep(wait());
+            let apart = wait();
+            if trainers.kill((random.number() % u64::from(ranks)) as usize, apart) {
+                break;
+            }
+            done += 1;
+            half_written.extend(bench.half_written(&output));
+            at_the_end += u32::from(is_at_the_end);
+        }
+        bench.published(&output);
+        assert_eq!(digest(&output), whole, "seed {seed}, run {runs}, {done} kills");
     }
-    bench.run(job).ok();
+    eprintln!(
+        "{kills} kills of {runs} runs: {} left a half-written checkpoint, {at_the_end} came after \
+         training (seed {seed})",
+        half_written.len()
+    );
+    assert!(at_the_end > 0 && at_the_end < kills, "seed {seed}: all at one side of the last step");
 }
 
 #[test]
-fn a_killed_lora_run_ends_with_the_very_same_adapter() {
+fn a_lora_run_killed_a_hundred_times_ends_with_the_very_same_adapter() {
     let Some(bench) = Bench::new() else { return };
-    bench.run(&long_job(&bench, "whole")).ok();
-    let whole = sha256(&bench.path("whole/adapter_model.safetensors"));
-    for seed in [1, 2] {
-        let output = format!("killed-{seed}");
-        kill_often(&bench, &long_job(&bench, &output), seed);
-        let killed = sha256(&bench.path(&format!("{output}/adapter_model.safetensors")));
-        assert_eq!(killed, whole, "seed {seed}");
-        bench.published(&output);
-    }
+    let planned = bench.planned(&long_job(&bench, "output"), 1);
+    kill_often(&bench, &planned, 100, 1);
 }
 
 #[test]
 fn a_killed_full_parameter_run_ends_with_the_very_same_model() {
     let Some(bench) = Bench::new() else { return };
-    let job = |output: &str| {
-        let mut job = long_job(&bench, output);
-        job["spec"].as_object_mut().unwrap().remove("loraConfig");
-        job["spec"]["training"]["learningRate"] = json!(1e-3);
-        job
-    };
-    bench.run(&job("whole")).ok();
-    kill_often(&bench, &job("killed"), 3);
-    let digest = |output: &str| sha256(&bench.path(&format!("{output}/model.safetensors")));
-    assert_eq!(digest("killed"), digest("whole"));
-    bench.published("killed");
+    kill_often(&bench, &bench.planned(&full_parameter(&bench), 1), 30, 2);
+}
+
+#[test]
+fn two_killed_ranks_end_with_the_very_same_weights() {
+    let Some(bench) = Bench::new() else { return };
+    let planned = bench.planned(&long_job(&bench, "output"), 2);
+    kill_often(&bench, &planned, 15, 3);
+}
+
+#[test]
+fn two_killed_ranks_that_divide_the_model_end_with_the_very_same_weights() {
+    let Some(bench) = Bench::new() else { return };
+    let mut planned = bench.planned(&full_parameter(&bench), 2);
+    planned.parallelism.strategy = Strategy::Zero3;
+    kill_often(&bench, &planned, 15, 4);
+}
+
+fn full_parameter(bench: &Bench) -> Value {
+    let mut job = long_job(bench, "output");
+    job["spec"].as_object_mut().unwrap().remove("loraConfig");
+    job["spec"]["training"]["learningRate"] = json!(1e-3);
+    job
 }
 
 #[test]
@@ -95,7 +156,7 @@ fn a_truncated_checkpoint_is_passed_over_for_the_one_before() {
     bench.run(&long_job(&bench, "whole")).ok();
     let job = long_job(&bench, "output");
     let mut started = bench.start(&job);
-    started.wait_for_step(10);
+    started.wait_for_checkpoint(8);
     started.signal("-KILL");
     let checkpoints = bench.checkpoints("output");
     let [.., before, newest] = &checkpoints[..] else { panic!("{checkpoints:?}") };

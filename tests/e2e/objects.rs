@@ -81,7 +81,7 @@ fn a_run_in_a_bucket_is_killed_goes_on_and_is_proven() {
     let mut job = long_job(&bench, &bucket.uri("output"));
     job["spec"]["dataset"]["train"] = json!(bucket.uri("train.jsonl"));
     let mut started = bench.start(&job);
-    started.wait_for_step(10);
+    started.wait_for_checkpoint(9);
     started.signal("-KILL");
     bench.run(&job).ok();
     assert!(bench.report(&job).resumed_from_step.is_some_and(|step| step >= 9));

@@ -65,7 +65,7 @@ fn the_death_of_a_rank_ends_the_command_which_goes_on_when_run_again() {
     let mut job = bench.job("output");
     job["spec"]["training"]["maxSteps"] = json!(400);
     let mut started = bench.start_with(&mut bench.ranks_command(&job, 2), &job);
-    started.wait_for_step(5);
+    started.wait_for_checkpoint(3);
     let victim = trainer_in(&bench.work_dir(&job).join("rank-1"));
     let killed = Instant::now();
     assert!(Command::new("kill").args(["-9", &victim]).status().unwrap().success());

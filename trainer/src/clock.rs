@@ -1,4 +1,4 @@
-//! The one door for time, used for measuring only: no decision of a run depends on it.
+//! The one door for time, used for measuring and for when to save: no result of a run depends on it.
 
 use std::time::Instant;
 

@@ -158,7 +158,7 @@ mod tests {
             seed: 0,
             evaluation_steps: 0,
             early_stopping_patience: 0,
-            checkpoint_steps: 10,
+            checkpoint_steps: Some(10),
             num_checkpoints_to_keep: 1,
         }
     }

@@ -9,7 +9,11 @@ use std::{
 
 use finetune_contract::{CONTRACT_VERSION, Progress, RunConfig, Stage, parse, render};
 
-use crate::{checkpoint::TrainState, device, memory::PeakMemory};
+use crate::{
+    checkpoint::{Saved, TrainState},
+    device,
+    memory::PeakMemory,
+};
 
 /// The history's name in the work directory: one [`Progress`] per line.
 pub const HISTORY_FILE: &str = "metrics.jsonl";
@@ -65,6 +69,8 @@ impl<'a> Teller<'a> {
             eta_seconds: None,
             peak_memory_bytes: 0,
             checkpoint_step: None,
+            checkpoint_stall_seconds: None,
+            checkpoint_write_seconds: None,
             resumed_from_step: None,
         };
         Self {
@@ -131,9 +137,11 @@ impl<'a> Teller<'a> {
         self.append_history();
     }
 
-    /// Notes that a checkpoint of the last step is complete; the next line tells it.
-    pub fn saved(&mut self) {
-        self.last.checkpoint_step = Some(self.last.step);
+    /// Notes the last complete checkpoint; the next line tells it.
+    pub fn saved(&mut self, saved: Saved) {
+        self.last.checkpoint_step = Some(saved.step);
+        self.last.checkpoint_stall_seconds = Some(saved.stall_seconds);
+        self.last.checkpoint_write_seconds = Some(saved.write_seconds);
     }
 
     /// Returns the last snapshot.

@@ -126,6 +126,16 @@ impl Board {
             "The step of the newest checkpoint",
             progress.checkpoint_step.map(|step| step as f64),
         )?;
+        gauge(
+            "checkpoint_stall_seconds",
+            "Seconds training stood still for the newest checkpoint",
+            progress.checkpoint_stall_seconds,
+        )?;
+        gauge(
+            "checkpoint_write_seconds",
+            "Seconds the newest checkpoint was being written beside training",
+            progress.checkpoint_write_seconds,
+        )?;
         let stages = prometheus::GaugeVec::new(
             Opts::new("finetune_trainer_stage", "1 for what the trainer is doing")
                 .const_label("run_id", self.run_id.clone()),
@@ -191,6 +201,8 @@ mod tests {
             eta_seconds: Some(12),
             peak_memory_bytes: 5,
             checkpoint_step: Some(2),
+            checkpoint_stall_seconds: Some(0.25),
+            checkpoint_write_seconds: Some(1.5),
             resumed_from_step: None,
         };
         board.put(&render(&progress));
@@ -200,6 +212,8 @@ mod tests {
             "finetune_trainer_loss{run_id=\"a-1\"} 2.5",
             "finetune_trainer_step{run_id=\"a-1\"} 3",
             "finetune_trainer_memory_predicted_bytes{run_id=\"a-1\"} 7",
+            "finetune_trainer_checkpoint_stall_seconds{run_id=\"a-1\"} 0.25",
+            "finetune_trainer_checkpoint_write_seconds{run_id=\"a-1\"} 1.5",
             "finetune_trainer_stage{run_id=\"a-1\",stage=\"Training\"} 1",
             "finetune_trainer_stage{run_id=\"a-1\",stage=\"Loading\"} 0",
         ] {

@@ -47,29 +47,33 @@ pub fn write<E: From<std::io::Error>>(
     declared: &[Declared],
     mut tensor: impl FnMut(&Declared) -> Result<Tensor, E>,
 ) -> Result<(u64, String), E> {
-    write_pieces(path, declared, |declared, put| put(&tensor(declared)?))
-}
-
-/// Takes the next elements of a tensor that is written in pieces.
-pub type Put<'a, E> = dyn FnMut(&Tensor) -> Result<(), E> + 'a;
-
-/// Writes a file of declared tensors, each given in pieces that together are all of its elements.
-///
-/// # Errors
-/// As [`write()`].
-pub fn write_pieces<E: From<std::io::Error>>(
-    path: &Path,
-    declared: &[Declared],
-    mut pieces: impl FnMut(&Declared, &mut Put<'_, E>) -> Result<(), E>,
-) -> Result<(u64, String), E> {
-    let header = header(declared);
     let mut file = Hashing {
         file: BufWriter::with_capacity(1 << 20, File::create(path)?),
         hash: Sha256::new(),
         size: 0,
     };
-    file.write_all(&(header.len() as u64).to_le_bytes())?;
-    file.write_all(header.as_bytes())?;
+    write_pieces::<E>(&mut file, declared, |declared, put| put(&tensor(declared)?))?;
+    let Hashing { file, hash, size } = file;
+    file.into_inner().map_err(std::io::IntoInnerError::into_error)?.sync_all()?;
+    Ok((size, hex(&hash.finalize())))
+}
+
+/// Takes the next elements of a tensor that is written in pieces.
+pub type Put<'a, E> = dyn FnMut(&Tensor) -> Result<(), E> + 'a;
+
+/// Writes a file of declared tensors to `out`, each given in pieces that together are all of its
+/// elements.
+///
+/// # Errors
+/// As [`write()`].
+pub fn write_pieces<E: From<std::io::Error>>(
+    out: &mut impl Write,
+    declared: &[Declared],
+    mut pieces: impl FnMut(&Declared, &mut Put<'_, E>) -> Result<(), E>,
+) -> Result<(), E> {
+    let header = header(declared);
+    out.write_all(&(header.len() as u64).to_le_bytes())?;
+    out.write_all(header.as_bytes())?;
     let mut bytes = Vec::new();
     for declared in declared {
         pieces(declared, &mut |piece| {
@@ -79,14 +83,12 @@ pub fn write_pieces<E: From<std::io::Error>>(
                 let chunk = flat.narrow(0, start, length).to_kind(declared.kind);
                 bytes.resize(length as usize * declared.kind.elt_size_in_bytes(), 0);
                 chunk.copy_data_u8(&mut bytes, length as usize);
-                file.write_all(&bytes)?;
+                out.write_all(&bytes)?;
             }
             Ok(())
         })?;
     }
-    let Hashing { file, hash, size } = file;
-    file.into_inner().map_err(std::io::IntoInnerError::into_error)?.sync_all()?;
-    Ok((size, hex(&hash.finalize())))
+    Ok(())
 }
 
 fn header(declared: &[Declared]) -> String {

@@ -65,27 +65,47 @@ impl Training<'_> {
             teller.evaluated(&self.state);
         }
         let mut order = Order::new(settings.seed);
-        while self.state.step < settings.total_steps {
+        while !self.is_done() {
             let figures = self.step(&mut order)?;
             teller.step(&self.state, self.epoch(), &figures);
-            let mut is_last = self.state.step == settings.total_steps;
-            if is_last || is_due(self.state.step, settings.evaluation_steps) {
-                is_last |= self.evaluate_and_compare(teller)?;
-            }
-            // One rank is told; all must stop after the same step.
-            let is_stopped = self.model.ranks().any(stop.load(Ordering::Relaxed))?;
-            if is_last || is_stopped || is_due(self.state.step, settings.checkpoint_steps) {
+            let is_to_evaluate = self.state.step == settings.total_steps
+                || is_due(self.state.step, settings.evaluation_steps);
+            let is_best = is_to_evaluate && self.evaluate_and_compare(teller)?;
+            self.checkpoints.look()?;
+            // One rank is told to stop, and rank 0 knows what a checkpoint costs; all must do the
+            // same after the same step.
+            let ranks = self.model.ranks();
+            let is_time =
+                ranks.is_first() && self.checkpoints.is_due(self.state.step, figures.seconds);
+            let said = [stop.load(Ordering::Relaxed), is_time];
+            let said = ranks.sum(said.map(|is_so| f64::from(u8::from(is_so))))?;
+            let [is_stopped, is_time] = said.map(|count| count > 0.0);
+            if self.is_done() || is_stopped || is_best || is_time {
                 self.checkpoints.save(&self.state, &self.model, &self.optimizer)?;
-                teller.saved();
             }
-            if is_last {
-                break;
-            }
-            if is_stopped {
+            self.tell_saved(teller);
+            if is_stopped && !self.is_done() {
+                self.checkpoints.settle()?;
+                self.tell_saved(teller);
                 return Ok(Ended::Interrupted);
             }
         }
+        self.checkpoints.settle()?;
+        self.tell_saved(teller);
         Ok(Ended::Complete)
+    }
+
+    /// Tells whether all steps are done, or no more are worth doing.
+    fn is_done(&self) -> bool {
+        let patience = self.config.training.early_stopping_patience;
+        let is_out_of_patience = patience > 0 && self.state.evaluations_since_best >= patience;
+        self.state.step >= self.config.training.total_steps || is_out_of_patience
+    }
+
+    fn tell_saved(&self, teller: &mut Teller<'_>) {
+        if let Some(saved) = self.checkpoints.saved() {
+            teller.saved(saved);
+        }
     }
 
     /// Computes the mean validation loss, each rank a share of it; `None` without a validation set.
@@ -173,29 +193,27 @@ impl Training<'_> {
         })
     }
 
-    /// Evaluates, remembers the best, and tells whether patience has run out.
+    /// Evaluates, and tells whether the weights are the best so far, which must be kept.
     fn evaluate_and_compare(&mut self, teller: &mut Teller<'_>) -> Result<bool, Failure> {
         let Some(loss) = self.evaluate(teller)? else { return Ok(false) };
         let evaluated = Evaluated { step: self.state.step, loss };
         self.state.last_eval = Some(evaluated);
-        if self.state.best.is_none_or(|best| loss < best.loss) {
+        let is_best = self.state.best.is_none_or(|best| loss < best.loss);
+        if is_best {
             self.state.best = Some(evaluated);
             self.state.evaluations_since_best = 0;
-            teller.evaluated(&self.state);
-            self.checkpoints.save_best(&self.state, &self.model)?;
-            return Ok(false);
+        } else {
+            self.state.evaluations_since_best += 1;
         }
-        self.state.evaluations_since_best += 1;
         teller.evaluated(&self.state);
-        let patience = self.config.training.early_stopping_patience;
-        let is_out_of_patience = patience > 0 && self.state.evaluations_since_best >= patience;
-        if is_out_of_patience {
+        if !is_best && self.is_done() && self.state.step < self.config.training.total_steps {
             info!(
                 step = self.state.step,
-                patience, "stopping early: the validation loss no longer falls"
+                evaluations = self.state.evaluations_since_best,
+                "stopping early: the validation loss no longer falls"
             );
         }
-        Ok(is_out_of_patience)
+        Ok(is_best)
     }
 
     fn micro_batch(&self, order: &mut Order, step: u64, micro: u64) -> Batch {

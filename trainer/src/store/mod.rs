@@ -34,7 +34,7 @@ pub use environment::{Environment, Role};
 pub use error::Error;
 pub use model_cache::fetch_model;
 pub use objects::PVC_ROOT;
-pub use transfer::{hash_file, sha256_hex};
+pub use transfer::{PART_BYTES, file_parts, hash_file, sha256_hex};
 
 use runtime::block_on;
 

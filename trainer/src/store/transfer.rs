@@ -8,7 +8,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use object_store::{ObjectStoreExt as _, WriteMultipart};
+use object_store::{ObjectStoreExt as _, PutPayload, WriteMultipart};
 use sha2::{Digest, Sha256};
 
 use crate::hex;
@@ -19,6 +19,8 @@ use super::{Error, Stat, Store, runtime::block_on};
 const CHUNK_BYTES: u64 = 8 << 20;
 /// Files at least this large go up in parts.
 const MULTIPART_BYTES: u64 = 32 << 20;
+/// Bytes of a part, unless that made too many.
+pub const PART_BYTES: usize = 8 << 20;
 /// S3 takes at most 10 000 parts.
 const MAX_PARTS: u64 = 9_000;
 /// Parts in flight; bounds memory to this times the part size.
@@ -100,48 +102,89 @@ impl Store {
     /// # Errors
     /// [`Error`] if the file cannot be read or the store not written.
     pub fn put_file(&self, path: &str, from: &Path) -> Result<(), Error> {
-        let read = |error| Error::local("read", from, error);
-        let size = fs::metadata(from).map_err(read)?.len();
-        if size < MULTIPART_BYTES {
-            return self.put(path, fs::read(from).map_err(read)?.into());
-        }
+        let (size, parts) = file_parts(from)?;
+        self.put_parts(path, size, parts)
+    }
+
+    /// Writes `size` bytes that come part by part to an object, as [`Self::put_file`] does.
+    ///
+    /// # Guarantees
+    /// Of a large object no more than four parts are in memory at once, beside those that the
+    /// caller has there anyway; of a small one all are.
+    ///
+    /// # Errors
+    /// [`Error`] if the store cannot be written, the first error among the parts, or that they are
+    /// more or less than `size`.
+    pub fn put_parts(
+        &self,
+        path: &str,
+        size: u64,
+        mut parts: impl Iterator<Item = Result<Bytes, Error>>,
+    ) -> Result<(), Error> {
         let store = self.writable("write", path)?;
         let key = self.key(path)?;
-        let part_bytes = size.div_ceil(MAX_PARTS).max(16 << 20) as usize;
-        let mut file = File::open(from).map_err(read)?;
+        let failed = |error| self.failed("write", path, error);
+        let changed = |sent: u64| Error::Damaged {
+            uri: self.name(path),
+            detail: format!("what it is made of changed from {size} to {sent} bytes meanwhile"),
+        };
+        if size < MULTIPART_BYTES {
+            let whole: PutPayload =
+                parts.collect::<Result<Vec<Bytes>, Error>>()?.into_iter().collect();
+            if whole.content_length() as u64 != size {
+                return Err(changed(whole.content_length() as u64));
+            }
+            return block_on(store.put(&key, whole)).map(|_| ()).map_err(failed);
+        }
+        let part_bytes = size.div_ceil(MAX_PARTS).max(PART_BYTES as u64) as usize;
         block_on(async {
-            let failed = |error| self.failed("write", path, error);
             let upload = store.put_multipart(&key).await.map_err(failed)?;
             let mut upload = WriteMultipart::new_with_chunk_size(upload, part_bytes);
             let mut sent = 0;
-            loop {
-                let mut part = Vec::with_capacity(part_bytes);
-                let outcome = match (&mut file).take(part_bytes as u64).read_to_end(&mut part) {
-                    Ok(0) => break,
-                    Ok(read) => {
-                        sent += read as u64;
-                        upload.wait_for_capacity(PARTS_IN_FLIGHT - 1).await.map_err(failed)
-                    }
-                    Err(error) => Err(read(error)),
+            let outcome = loop {
+                let part = match parts.next() {
+                    None if sent == size => break Ok(()),
+                    None => break Err(changed(sent)),
+                    Some(Err(error)) => break Err(error),
+                    Some(Ok(part)) => part,
                 };
-                if let Err(error) = outcome {
-                    // The first error is the one to tell; a lifecycle rule removes orphaned parts.
-                    let _ = upload.abort().await;
-                    return Err(error);
+                if let Err(error) = upload.wait_for_capacity(PARTS_IN_FLIGHT - 1).await {
+                    break Err(failed(error));
                 }
-                upload.put(part.into());
-            }
-            if sent != size {
+                sent += part.len() as u64;
+                upload.put(part);
+            };
+            if let Err(error) = outcome {
+                // The first error is the one to tell; a lifecycle rule removes orphaned parts.
                 let _ = upload.abort().await;
-                return Err(Error::Damaged {
-                    uri: from.display().to_string(),
-                    detail: format!("it changed from {size} to {sent} bytes while it was read"),
-                });
+                return Err(error);
             }
             // `finish` aborts by itself when a part fails.
             upload.finish().await.map(|_| ()).map_err(failed)
         })
     }
+}
+
+/// Returns a local file's size, and its bytes in parts.
+///
+/// # Errors
+/// [`Error::Local`], also for a part.
+pub fn file_parts(
+    from: &Path,
+) -> Result<(u64, impl Iterator<Item = Result<Bytes, Error>> + use<'_>), Error> {
+    let read = move |error| Error::local("read", from, error);
+    let mut file = File::open(from).map_err(read)?;
+    let size = file.metadata().map_err(read)?.len();
+    let part_bytes = size.min(PART_BYTES as u64) as usize;
+    let parts = std::iter::from_fn(move || {
+        let mut part = Vec::with_capacity(part_bytes);
+        match (&mut file).take(PART_BYTES as u64).read_to_end(&mut part) {
+            Ok(0) => None,
+            Ok(_) => Some(Ok(part.into())),
+            Err(error) => Some(Err(read(error))),
+        }
+    });
+    Ok((size, parts))
 }
 
 /// Reads a file range by range.

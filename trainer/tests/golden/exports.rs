@@ -196,7 +196,7 @@ fn training() -> TrainingSettings {
         seed: 7,
         evaluation_steps: 0,
         early_stopping_patience: 0,
-        checkpoint_steps: 100,
+        checkpoint_steps: Some(100),
         num_checkpoints_to_keep: 1,
     }
 }

@@ -259,7 +259,7 @@ fn training(total_steps: u64) -> TrainingSettings {
         seed: 7,
         evaluation_steps: 2,
         early_stopping_patience: 0,
-        checkpoint_steps: 2,
+        checkpoint_steps: Some(2),
         num_checkpoints_to_keep: 2,
     }
 }

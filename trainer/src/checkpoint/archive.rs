@@ -1,0 +1,187 @@
+//! The checkpoints of a run in its store: written, counted, fetched and removed.
+
+use std::path::Path;
+
+use bytes::Bytes;
+use finetune_contract::{
+    CONTRACT_VERSION, Document, FailureReason, ObjectUri, RunConfig, RunId,
+    artifact::{CHECKPOINT_MANIFEST_NAME, checkpoint_name},
+    parse, render,
+};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use tracing::warn;
+
+use super::{TrainState, snapshot::Snapshot};
+use crate::{
+    failure::Failure,
+    hex,
+    store::{self, Store, hash_file},
+};
+
+const STATE_FILE: &str = "state.safetensors";
+
+/// The commit marker of a checkpoint.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct CheckpointManifest {
+    version: u32,
+    run_id: RunId,
+    settings_sha256: String,
+    state: TrainState,
+    size: u64,
+    sha256: String,
+}
+
+impl Document for CheckpointManifest {
+    const NAME: &'static str = "checkpoint manifest";
+}
+
+/// The store of a run's checkpoints, and what tells them from another run's.
+#[derive(Debug, Clone)]
+pub(super) struct Archive {
+    store: Store,
+    run_id: RunId,
+    settings_sha256: String,
+    keep: usize,
+}
+
+impl Archive {
+    pub(super) fn new(store: Store, config: &RunConfig) -> Self {
+        Self {
+            store,
+            run_id: config.run_id.clone(),
+            settings_sha256: settings_sha256(config),
+            keep: config.training.num_checkpoints_to_keep.max(1) as usize,
+        }
+    }
+
+    /// Returns where a checkpoint is.
+    pub(super) fn uri(&self, name: &str) -> ObjectUri {
+        self.store.uri().join(name)
+    }
+
+    /// Writes a checkpoint, its manifest last, then removes those beyond the ones to keep: the
+    /// newest, and the one of the best evaluation.
+    ///
+    /// # Errors
+    /// [`store::Error`]; the checkpoints before stay.
+    pub(super) fn write(
+        &self,
+        state: &TrainState,
+        snapshot: &Snapshot,
+    ) -> Result<(), store::Error> {
+        let name = checkpoint_name(state.step);
+        let (size, parts) = snapshot.parts()?;
+        let mut hash = Sha256::new();
+        let parts = parts.inspect(|part| part.iter().for_each(|part| hash.update(part)));
+        self.store.put_parts(&format!("{name}/{STATE_FILE}"), size, parts)?;
+        let manifest = CheckpointManifest {
+            version: CONTRACT_VERSION,
+            run_id: self.run_id.clone(),
+            settings_sha256: self.settings_sha256.clone(),
+            state: state.clone(),
+            size,
+            sha256: hex(&hash.finalize()),
+        };
+        self.store
+            .put(&format!("{name}/{CHECKPOINT_MANIFEST_NAME}"), Bytes::from(render(&manifest)))?;
+        let best = state.best.map(|best| checkpoint_name(best.step));
+        for name in self.complete()?.iter().rev().skip(self.keep) {
+            if best.as_ref() != Some(name) {
+                self.remove(name)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Lists the names of complete checkpoints, oldest first.
+    pub(super) fn complete(&self) -> Result<Vec<String>, store::Error> {
+        let names = self.store.list()?.into_iter().filter_map(|entry| {
+            let name = entry.path.strip_suffix(CHECKPOINT_MANIFEST_NAME)?.strip_suffix('/')?;
+            name.starts_with("step-").then(|| name.to_owned())
+        });
+        let mut names: Vec<_> = names.collect();
+        names.sort();
+        Ok(names)
+    }
+
+    /// Fetches a checkpoint's file; `None`, with a warning, if it is damaged.
+    ///
+    /// # Errors
+    /// A [`Failure`] if it belongs to other data or settings, or one of the store.
+    pub(super) fn fetch(&self, name: &str, path: &Path) -> Result<Option<TrainState>, Failure> {
+        let damaged = |why: &str| warn!(checkpoint = name, why, "skipped a damaged checkpoint");
+        let text = self.store.read(&format!("{name}/{CHECKPOINT_MANIFEST_NAME}"))?;
+        let manifest: CheckpointManifest = match parse(&String::from_utf8_lossy(&text)) {
+            Ok(manifest) => manifest,
+            Err(error) => {
+                damaged(&error.to_string());
+                return Ok(None);
+            }
+        };
+        if manifest.run_id != self.run_id || manifest.settings_sha256 != self.settings_sha256 {
+            let message = format!(
+                "the checkpoint {} was written with other data or settings than this run's: delete {} to start over, \
+                 or restore what was changed",
+                self.uri(name),
+                self.store.uri(),
+            );
+            return Err(Failure::new(FailureReason::CheckpointMismatch, message));
+        }
+        let state_file = format!("{name}/{STATE_FILE}");
+        if self.store.size(&state_file)? != Some(manifest.size) {
+            damaged("its file is missing or truncated");
+            return Ok(None);
+        }
+        self.store.fetch(&state_file, path)?;
+        if hash_file(path)?.1 != manifest.sha256 {
+            damaged("its file does not have the digest of its manifest");
+            return Ok(None);
+        }
+        Ok(Some(manifest.state))
+    }
+
+    /// Removes every checkpoint of the run.
+    pub(super) fn clear(&self) -> Result<(), store::Error> {
+        for name in self.complete()? {
+            self.remove(&name)?;
+        }
+        for entry in self.store.list()? {
+            self.store.delete(&entry.path)?;
+        }
+        Ok(())
+    }
+
+    fn remove(&self, name: &str) -> Result<(), store::Error> {
+        // The manifest first: a half-removed checkpoint must not look complete.
+        self.store.delete(&format!("{name}/{CHECKPOINT_MANIFEST_NAME}"))?;
+        self.store.delete(&format!("{name}/{STATE_FILE}"))
+    }
+}
+
+/// Returns a digest of all that decides the result: model, data, adapter and training settings.
+///
+/// Not how it is computed: attempt, recomputation, how a global batch is divided and over how many
+/// ranks, and how often to
+/// evaluate or save may change between attempts.
+fn settings_sha256(config: &RunConfig) -> String {
+    let training = &config.training;
+    let decisive = serde_json::json!({
+        "model": config.model,
+        "lora": config.lora,
+        "expected": config.expected,
+        "contextLength": training.context_length,
+        "totalSteps": training.total_steps,
+        "learningRate": training.learning_rate,
+        "lrSchedulerType": training.lr_scheduler_type,
+        "numWarmupSteps": training.num_warmup_steps,
+        "weightDecay": training.weight_decay,
+        "maxGradNorm": training.max_grad_norm,
+        "globalBatchSize": config.global_batch_size(),
+        "packing": training.packing,
+        "dtype": training.dtype,
+        "seed": training.seed,
+    });
+    hex(&Sha256::digest(decisive.to_string()))
+}
