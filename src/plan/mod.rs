@@ -747,7 +747,7 @@ mod tests {
 
     #[test]
     fn says_by_how_much_a_large_model_does_not_fit() {
-        insta::assert_snapshot!(check(fixture::llama_8b(), 64 * GB, ""), @"memory: the run needs 145.86 GB, but only 57.60 GB of the 64.00 GB here may be used, 88.26 GB too little: set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory");
+        insta::assert_snapshot!(check(fixture::llama_8b(), 64 * GB, ""), @"memory: the run needs 145.89 GB, but only 57.60 GB of the 64.00 GB here may be used, 88.29 GB too little: set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory");
     }
 
     #[test]
@@ -819,7 +819,7 @@ mod tests {
         trainBatchSizePerDevice    8               as many as fit the memory, at most 8
         gradientAccumulationSteps  1               16 sequences a step over 2 ranks
         trained state                   44 MB
-        peak of each rank              931 MB  of 8.00 GB here
+        peak of each rank              960 MB  of 8.00 GB here
         sent in a step                  10 MB  by each rank
         ");
     }
@@ -832,18 +832,18 @@ mod tests {
         recompute                  none            fits the memory, and computes nothing twice
         trainBatchSizePerDevice    4               as many as fit the memory, at most 8
         gradientAccumulationSteps  2               16 sequences a step over 2 ranks
-        strategy                   ddp             2.68 GB do not fit 2.25 GB
-        trainBatchSizePerDevice    8               2.47 GB do not fit 2.25 GB
+        strategy                   ddp             2.72 GB do not fit 2.25 GB
+        trainBatchSizePerDevice    8               2.50 GB do not fit 2.25 GB
         trained state                 1.21 GB
         gathered units                 311 MB
-        peak of each rank             2.09 GB  of 5.00 GB here
+        peak of each rank             2.12 GB  of 5.00 GB here
         sent in a step                 913 MB  by each rank
         ");
     }
 
     #[test]
     fn says_when_no_division_fits() {
-        insta::assert_snapshot!(check_ranks(4, 4 * GB, ""), @"memory: each of 4 ranks needs 1.10 GB, but only 900 MB of the 4.00 GB here may be used, 199 MB too little: use fewer ranks, which share this machine's memory, or set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory");
+        insta::assert_snapshot!(check_ranks(4, 4 * GB, ""), @"memory: each of 4 ranks needs 1.13 GB, but only 900 MB of the 4.00 GB here may be used, 233 MB too little: use fewer ranks, which share this machine's memory, or set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory");
     }
 
     #[test]

@@ -264,7 +264,7 @@ mod tests {
 
     #[test]
     fn takes_the_first_that_fits() {
-        insta::assert_snapshot!(check(fixture::smollm2(), "  loraConfig: {}\n"), @"cpu: 2 CPU, 1.63 GB memory, 1.70 GB storage");
+        insta::assert_snapshot!(check(fixture::smollm2(), "  loraConfig: {}\n"), @"cpu: 2 CPU, 1.67 GB memory, 1.70 GB storage");
         insta::assert_snapshot!(check(fixture::llama_8b(), "  loraConfig: {}\n"), @"the run needs 1 A100-80GB, but the trainer of this release computes on processors only, and 64 pods of a CPU accelerator do not hold it either: set loraConfig: {} or lower training.contextLength, or have an administrator raise memoryGiB of a CPU accelerator");
     }
 
@@ -291,8 +291,8 @@ mod tests {
         insta::assert_snapshot!(said.join("\n"), @r#"
         ranks 2: the fewest that hold it, each on one cpu
         strategy zero3: divides weights, gradients and moments, which do not fit each rank
-        strategy ddp: 2.60 GB do not fit 1.77 GB
-        accelerator cpu: the run needs 2.60 GB, but only 1.77 GB of the 2.68 GB on one cpu may be used, 833 MB too little: set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory
+        strategy ddp: 2.64 GB do not fit 1.77 GB
+        accelerator cpu: the run needs 2.64 GB, but only 1.77 GB of the 2.68 GB on one cpu may be used, 866 MB too little: set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory
         "#);
         let asked = placement.plan.run_config.parallelism;
         assert_eq!((asked.world_size, asked.strategy), (2, Strategy::Zero3));

@@ -121,8 +121,9 @@ Memory
   activations                     10 MB
   output head                      2 MB
   temporaries                      7 MB
+  checkpoint                      34 MB
   runtime                         87 MB
-  peak                           250 MB
+  peak                           284 MB
   weights, mapped                 18 MB  read in place, given back under pressure
     "#);
 }

@@ -185,3 +185,52 @@ fn settings_sha256(config: &RunConfig) -> String {
     });
     hex(&Sha256::digest(decisive.to_string()))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use finetune_contract::{ObjectUri, RunId};
+
+    use super::{Archive, Snapshot, TrainState};
+    use crate::{checkpoint::Evaluated, store::Store};
+
+    #[test]
+    fn keeps_the_newest_and_the_best_and_reads_what_it_wrote() {
+        let uri = ObjectUri::parse("s3://bucket/run").unwrap();
+        let archive = Archive {
+            store: Store::over(&uri, Arc::new(object_store::memory::InMemory::new())),
+            run_id: RunId("a-1".to_owned()),
+            settings_sha256: String::new(),
+            keep: 2,
+        };
+        let directory = tempfile::tempdir().unwrap();
+        let mut state = TrainState::default();
+        for step in [2, 4, 6, 8, 10] {
+            state.step = step;
+            if step == 4 {
+                state.best = Some(Evaluated { step, loss: 0.5 });
+            }
+            // One is in memory and the next on disk; one is large enough to go up in parts.
+            let bytes = vec![step as u8; if step == 8 { 33 << 20 } else { 9 }];
+            let path = directory.path().join("checkpoint.tmp");
+            let snapshot = if step % 4 == 0 {
+                std::fs::write(&path, &bytes).unwrap();
+                Snapshot::File(path.clone())
+            } else {
+                Snapshot::Memory(bytes.clone().into())
+            };
+            archive.write(&state, &snapshot).unwrap();
+            drop(snapshot);
+            assert!(!path.exists(), "the file goes with the snapshot");
+            let name = format!("step-{step:08}");
+            let to = directory.path().join("fetched");
+            assert_eq!(archive.fetch(&name, &to).unwrap(), Some(state.clone()));
+            assert!(std::fs::read(to).unwrap() == bytes);
+        }
+        let kept = ["step-00000004", "step-00000008", "step-00000010"];
+        assert_eq!(archive.complete().unwrap(), kept);
+        archive.clear().unwrap();
+        assert!(archive.store.list().unwrap().is_empty());
+    }
+}

@@ -23,6 +23,7 @@ use std::{
 use finetune_contract::{FailureReason, RunConfig, artifact::checkpoint_name};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
+use tracing::debug;
 
 use crate::{
     clock,
@@ -157,6 +158,8 @@ impl Checkpoints {
     /// A [`Failure`] if it could not be written.
     pub fn settle(&mut self) -> Result<(), Failure> {
         if let Some(saved) = self.writer.wait()? {
+            let Saved { step, stall_seconds, write_seconds } = saved;
+            debug!(step, stall_seconds, write_seconds, "saved a checkpoint");
             self.pace.written(saved.write_seconds);
             self.saved = Some(saved);
         }

@@ -65,3 +65,60 @@ impl Drop for Writer {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    };
+
+    use finetune_contract::FailureReason;
+
+    use super::{Saved, Writer};
+    use crate::failure::Failure;
+
+    #[test]
+    fn is_busy_until_the_write_ends_and_tells_it_once() {
+        let (go, told) = mpsc::channel();
+        let mut writer = Writer::default();
+        let saved = Saved { step: 3, stall_seconds: 0.1, write_seconds: 2.0 };
+        writer
+            .start(move || {
+                told.recv().unwrap();
+                Ok(saved)
+            })
+            .unwrap();
+        assert!(writer.is_busy());
+        go.send(()).unwrap();
+        assert_eq!(writer.wait().unwrap(), Some(saved));
+        assert_eq!(writer.wait().unwrap(), None);
+        assert!(!writer.is_busy());
+    }
+
+    #[test]
+    fn a_write_that_fails_says_so_to_who_waits() {
+        let mut writer = Writer::default();
+        let failure = Failure::new(FailureReason::StoreUnavailable, "the bucket is away");
+        let failed = failure.clone();
+        writer.start(move || Err(failed)).unwrap();
+        assert_eq!(writer.wait(), Err(failure));
+    }
+
+    #[test]
+    fn a_run_that_ends_early_leaves_no_half_written_checkpoint() {
+        let is_written = Arc::new(AtomicBool::new(false));
+        let mut writer = Writer::default();
+        let is_it = Arc::clone(&is_written);
+        writer
+            .start(move || {
+                std::thread::sleep(std::time::Duration::from_millis(50));
+                is_it.store(true, Ordering::Relaxed);
+                Err(Failure::new(FailureReason::StoreUnavailable, "nobody waits for this"))
+            })
+            .unwrap();
+        drop(writer);
+        assert!(is_written.load(Ordering::Relaxed));
+    }
+}
