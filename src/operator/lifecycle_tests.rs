@@ -460,7 +460,7 @@ fn a_run_that_two_pods_hold_is_one_job_of_two() {
     let planned = find(&status, Kind::Planned).unwrap();
     insta::assert_snapshot!(planned.message, @"Full over 2 ranks, each on one cpu with 1.74 GB, about 16 min; see status.plan.summary");
     let summary = status.plan.unwrap().summary;
-    insta::assert_snapshot!(summary.lines().next().unwrap(), @"On 2 pods of cpu, each 2 CPU, 2.42 GB memory, 4.03 GB storage");
+    insta::assert_snapshot!(summary.lines().next().unwrap(), @"On 2 pods of cpu, each 2 CPU, 2.37 GB memory, 4.03 GB storage");
     assert_eq!(world.observed.jobs.last().unwrap().ranks, 2);
     assert_eq!(world.shared, ["Service ranks-minimal".to_owned()].into());
     let report = World::report(Outcome::Succeeded {

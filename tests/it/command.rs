@@ -123,7 +123,7 @@ Memory
   temporaries                      7 MB
   checkpoint                      34 MB
   runtime                         87 MB
-  peak                           284 MB
+  peak                           283 MB
   weights, mapped                 18 MB  read in place, given back under pressure
     "#);
 }
