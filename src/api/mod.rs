@@ -15,7 +15,8 @@ use serde::{Deserialize, Serialize};
 
 pub use cluster::{Approval, Effect, EnvVar, KeyRef, Operator, PodTemplate, Resources, Toleration};
 pub use status::{
-    AttemptStatus, FineTuneJobStatus, PlanStatus, PodStatus, ProgressStatus, ResultStatus, Step,
+    AttemptStatus, Fallback, FineTuneJobStatus, PlanStatus, PodStatus, ProgressStatus,
+    ResultStatus, Step,
 };
 
 /// The longest `metadata.name`: names of pods and services add up to 11 characters, of 63.

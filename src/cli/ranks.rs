@@ -19,7 +19,7 @@ use signal_hook::{
 
 use super::{
     failure::Failure,
-    trainer::{Documents, Ended, POLL, Trainer, cannot_start, cannot_write, follow},
+    trainer::{Documents, Ended, OomWatch, POLL, Trainer, cannot_start, cannot_write, follow},
 };
 
 /// How long the others may take to end by themselves after one has failed.
@@ -46,6 +46,7 @@ pub(super) fn train(
 ) -> Result<(Ended, Option<String>), Failure> {
     // Listening replaces the default action, so that the children can save a checkpoint first.
     let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(Failure::internal)?;
+    let memory = OomWatch::start();
     let mut ranks = Vec::new();
     let port = free_port()?;
     for rank in 0..config.parallelism.world_size {
@@ -70,6 +71,10 @@ pub(super) fn train(
     let telling = first_failed.unwrap_or(0);
     let Rank { documents, status, .. } = &ranks[telling];
     let report = documents.report();
+    let is_out_of_memory = status.is_some_and(|status| memory.is_cause_of(status));
+    if is_out_of_memory {
+        return Ok((Ended { code: None, was_interrupted, is_out_of_memory }, None));
+    }
     if let (None, Some(signal)) = (&report, status.and_then(|status| status.signal())) {
         let message = format!(
             "rank {telling} was killed (signal {signal}), perhaps for want of memory; the other ranks ended with it. \
@@ -78,7 +83,7 @@ pub(super) fn train(
         return Err(Failure::new(ExitCode::PeerLost, message));
     }
     let code = status.and_then(|status| status.code());
-    Ok((Ended { code, was_interrupted }, report))
+    Ok((Ended { code, was_interrupted, is_out_of_memory }, report))
 }
 
 fn start(trainer: &Trainer, config: &RunConfig, rank: u32, port: u16) -> Result<Rank, Failure> {

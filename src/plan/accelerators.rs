@@ -95,7 +95,7 @@ pub struct Offer {
     pub needed_bytes: u64,
     /// Bytes it lacks; 0 if the run fits.
     pub shortfall_bytes: u64,
-    /// How many would hold the sharded state; information only, several ranks are not runnable yet.
+    /// How many would hold the sharded state; information only.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ranks: Option<u64>,
     /// Estimated seconds on one.

@@ -6,6 +6,7 @@
 pub mod accelerators;
 mod batch;
 mod context;
+pub mod fallbacks;
 #[cfg(test)]
 pub(crate) mod fixture;
 mod lora;
@@ -21,7 +22,7 @@ use finetune_contract::{
 };
 use serde::Serialize;
 
-use crate::api::{FineTuneJob, Precision, Recomputation, Scheduler};
+use crate::api::{Fallback, FineTuneJob, Precision, Recomputation, Scheduler};
 use accelerators::{Accelerator, Offer};
 use sizing::{Load, Memory};
 
@@ -37,6 +38,8 @@ pub struct RunPlan {
     pub rejected: Vec<Decision>,
     /// Memory by term.
     pub memory: Memory,
+    /// What follows if that is too little, in this order.
+    pub fallbacks: Vec<Fallback>,
     /// Where it runs, for people: `here`, or `on one A100-80GB`.
     pub place: String,
     /// Bytes of memory there, if known.
@@ -102,6 +105,11 @@ impl Place<'_> {
 
     fn is_device(self) -> bool {
         matches!(self, Self::On(accelerator) if accelerator.is_device())
+    }
+
+    /// Tells whether another rank brings memory of its own.
+    fn has_more(self) -> bool {
+        matches!(self, Self::On(accelerator) if !accelerator.is_device())
     }
 
     /// Says how ranks share the place.
@@ -296,6 +304,7 @@ pub fn plan_over(
     };
     let tokens = total_steps as f64 * global as f64 * data.positions_per_sequence;
     Ok(RunPlan {
+        fallbacks: fallbacks::ladder(model, load, batch.accumulation, place.has_more()),
         seconds: seconds(machine.as_ref(), place.efficiency(), model, &load, tokens)
             .map(|seconds| seconds * sharing as f64 / f64::from(ranks)),
         accelerators: match place {
@@ -651,11 +660,12 @@ mod tests {
           temporaries                     39 MB
           runtime                         87 MB
           peak                           931 MB  of 8.00 GB here
+          if that is too little      trainBatchSizePerDevice 4, 2, 1; then recompute block
           weights, mapped                269 MB  read in place, given back under pressure
 
         Time  about 20 min here, at 50 % of its matrix speed
 
-        Elsewhere (assuming 35 % of the stated speed; several ranks are not runnable yet)
+        Elsewhere (assuming 35 % of the stated speed)
           Test 80GB                     1.20 GB  fits, about 2 s, costs 0.00
         ");
     }
@@ -694,11 +704,12 @@ mod tests {
           temporaries                     79 MB
           runtime                         87 MB
           peak                           401 MB  of 500 MB here
+          if that is too little      trainBatchSizePerDevice 2, 1
           weights, mapped                269 MB  read in place, given back under pressure
 
         Time  about 1.7 h here, at 50 % of its matrix speed
 
-        Elsewhere (assuming 35 % of the stated speed; several ranks are not runnable yet)
+        Elsewhere (assuming 35 % of the stated speed)
           Test 80GB                      671 MB  fits, about 12 s, costs 0.01
 
         Warnings
@@ -741,11 +752,12 @@ mod tests {
           temporaries                    336 MB
           runtime                         87 MB
           peak                          7.49 GB  of 64.00 GB here
+          if that is too little      trainBatchSizePerDevice 4, 2, 1; then recompute block
           weights, mapped              16.06 GB  read in place, given back under pressure
 
         Time  about 19.8 h here, at 50 % of its matrix speed
 
-        Elsewhere (assuming 35 % of the stated speed; several ranks are not runnable yet)
+        Elsewhere (assuming 35 % of the stated speed)
           Test 80GB                    23.55 GB  fits, about 2 min, costs 0.08
         ");
     }

@@ -163,7 +163,7 @@ fn several_devices(
 }
 
 /// The most ranks a run is planned over: more than share a model of this trainer's kind sensibly.
-const MOST_RANKS: u32 = 64;
+pub(super) const MOST_RANKS: u32 = 64;
 
 /// Plans `job` over the fewest pods of a processor that hold it, for the first accelerator of that
 /// kind on which some number does; the pod's size is that of each.

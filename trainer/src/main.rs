@@ -267,10 +267,7 @@ fn failure_of_panic(panic: &(dyn std::any::Any + Send)) -> Failure {
         .iter()
         .any(|words| text.contains(words));
     if is_out_of_memory {
-        let message = format!(
-            "the device ran out of memory: lower training.trainBatchSizePerDevice or contextLength, or set \
-             training.recompute to block ({text})"
-        );
+        let message = format!("the device ran out of memory ({text})");
         return Failure::new(FailureReason::OutOfMemory, message);
     }
     Failure::new(

@@ -17,6 +17,9 @@ use crate::{
     seed::Counter,
 };
 
+/// The share of the largest micro-batch that is as good as it.
+const NEARLY: f64 = 0.95;
+
 /// What the loop works on.
 pub struct Training<'a> {
     /// The run.
@@ -65,6 +68,9 @@ impl Training<'_> {
             teller.evaluated(&self.state);
         }
         let mut order = Order::new(settings.seed);
+        if self.state.step < settings.total_steps {
+            self.rehearse(&mut order)?;
+        }
         while self.state.step < settings.total_steps {
             let figures = self.step(&mut order)?;
             teller.step(&self.state, self.epoch(), &figures);
@@ -119,6 +125,27 @@ impl Training<'_> {
         sequences as f64 / self.train.sequences.len() as f64
     }
 
+    /// Computes the largest micro-batch there can be, for nothing, if the first step has none nearly as
+    /// large: too little memory shows at once and not hours later.
+    ///
+    /// Packed sequences are nearly equal, so for them it costs nothing; else a micro-batch a process.
+    fn rehearse(&self, order: &mut Order) -> Result<(), dist::Error> {
+        let settings = &self.config.training;
+        let Split { dataset, sequences } = &self.train;
+        let largest = sequences.largest(dataset, settings.micro_batch_size as usize);
+        let largest = sequences.batch(dataset, &largest);
+        let first = self.config.global_batch_size() / u64::from(settings.micro_batch_size);
+        let first = (0..first).map(|micro| self.micro_batch(order, self.state.step, micro));
+        let first = first.map(|batch| batch.tokens.len()).max().unwrap_or(0);
+        if (first as f64) < NEARLY * largest.tokens.len() as f64 {
+            let noise = self.dropout(self.state.step);
+            self.model.accumulate_gradients(&largest, settings.recompute, noise.as_ref());
+            // Rooms of gradients are emptied by this; the rest by the step.
+            self.model.reduce_gradients()?;
+        }
+        Ok(())
+    }
+
     /// Does one optimizer step.
     fn step(&mut self, order: &mut Order) -> Result<StepFigures, Failure> {
         let started = clock::now();
@@ -128,15 +155,23 @@ impl Training<'_> {
         let sent_before = self.model.ranks().sent_bytes();
         optimizer::zero_gradient(self.model.trained());
         let ranks = self.model.ranks().clone();
-        for round in 0..u64::from(settings.gradient_accumulation_steps) {
-            // The step's micro-batches are dealt out like cards: which rank computes one changes
-            // neither its rows nor its noise.
-            let micro = round * u64::from(ranks.world_size()) + u64::from(ranks.rank());
+        let world_size = u64::from(ranks.world_size());
+        let noise = self.dropout(step);
+        let (mut tokens_before, mut targets_before) = (0, 0);
+        for micro in 0..u64::from(settings.gradient_accumulation_steps) * world_size {
             let batch = self.micro_batch(order, step, micro);
-            let dropout = self.dropout(step, micro);
-            loss += self.model.accumulate_gradients(&batch, settings.recompute, dropout.as_ref());
-            targets += batch.labels.len() as u64;
-            tokens += batch.tokens.len() as u64;
+            let (batch_tokens, batch_targets) =
+                (batch.tokens.len() as u64, batch.labels.len() as u64);
+            // The step's micro-batches are dealt out like cards: neither how many there are nor which
+            // rank computes one changes rows or noise.
+            if micro % world_size == u64::from(ranks.rank()) {
+                let noise = noise.map(|noise| noise.after(tokens_before, targets_before));
+                loss += self.model.accumulate_gradients(&batch, settings.recompute, noise.as_ref());
+                targets += batch_targets;
+                tokens += batch_tokens;
+            }
+            tokens_before += batch_tokens;
+            targets_before += batch_targets;
         }
         self.model.reduce_gradients()?;
         let [loss, all_targets, all_tokens] = ranks.sum([loss, targets as f64, tokens as f64])?;
@@ -208,10 +243,10 @@ impl Training<'_> {
         sequences.batch(dataset, &chosen)
     }
 
-    fn dropout(&self, step: u64, micro: u64) -> Option<Dropout> {
+    fn dropout(&self, step: u64) -> Option<Dropout> {
         let probability = self.config.lora.as_ref()?.lora_dropout;
         let noise = Counter::from_seed(self.config.training.seed).fold_name("dropout");
-        Dropout::new(probability, noise.fold(step).fold(micro))
+        Dropout::new(probability, noise.fold(step))
     }
 }
 

@@ -2,6 +2,9 @@
 
 use crate::versions::versions;
 
+/// How far the keys of neighbouring draws lie apart.
+const STRIDE: u64 = 0x9E37_79B9_7F4A_7C15;
+
 /// What one input is multiplied with.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Noise {
@@ -45,10 +48,17 @@ impl Noise {
         65536.0 / (65536.0 - f32::from(self.threshold))
     }
 
+    /// Returns the same noise for an input that starts at element `first` of this one's, a multiple
+    /// of 4.
+    #[must_use]
+    pub const fn from_element(self, first: u64) -> Self {
+        Self { key: self.key.wrapping_add((first / 4).wrapping_mul(STRIDE)), ..self }
+    }
+
     /// Returns the 64 random bits that four neighbours share.
     #[inline(always)]
     fn draw(self, group: usize) -> u64 {
-        mix(self.key.wrapping_add((group as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15)))
+        mix(self.key.wrapping_add((group as u64).wrapping_mul(STRIDE)))
     }
 
     #[inline(always)]
@@ -90,6 +100,9 @@ mod tests {
             let mut part = vec![0.0_f32; 1001];
             add_masked(noise, 4000, &vec![1.0; 1001], &mut part);
             assert_eq!(part, mask[4000..5001]);
+            let mut alone = vec![0.0_f32; 1001];
+            apply(noise.from_element(4000), 0, &vec![1.0; 1001], &mut alone);
+            assert_eq!(alone, part);
         }
     }
 }

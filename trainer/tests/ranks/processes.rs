@@ -313,6 +313,39 @@ fn several_ranks_publish_the_adapter_that_one_does() {
 }
 
 #[test]
+fn a_run_goes_on_in_smaller_pieces_as_if_it_had_begun_in_them() {
+    let mut case = Case::new(true, 60);
+    // Noise and all: pieces of a step see what they would see in larger ones.
+    case.config.lora.as_mut().unwrap().lora_dropout = 0.2;
+    let pieces = |micro_batch_size: u32, recompute: Recompute| {
+        let mut config = case.over(1, Strategy::None);
+        config.training.micro_batch_size = micro_batch_size;
+        config.training.gradient_accumulation_steps = 4 / micro_batch_size;
+        config.training.recompute = recompute;
+        config
+    };
+    let whole = pieces(4, Recompute::None);
+    let (expected_report, expected) = case.finish(&whole);
+    for smaller in [
+        pieces(2, Recompute::None),
+        pieces(1, Recompute::Block),
+        RunConfig { attempt: 1, ..case.over(2, Strategy::Zero3) },
+    ] {
+        case.forget_output();
+        let mut rank = case.start(&whole, |_, _| {}).swap_remove(0);
+        rank.wait_for_step(5);
+        rank.signal("KILL");
+        rank.end(PATIENCE);
+        let (report, weights) = case.finish(&smaller);
+        assert!(report.resumed_from_step.is_some_and(|step| step >= 2), "{report:?}");
+        assert_same_losses(&report, &expected_report);
+        assert_eq!(report.tokens_seen, expected_report.tokens_seen);
+        let what = format!("{:?} {:?}", smaller.training, smaller.parallelism);
+        assert_same(&weights, &expected, &what);
+    }
+}
+
+#[test]
 fn a_stop_of_one_stops_all_after_the_same_step_and_any_number_goes_on() {
     let case = Case::new(false, 200);
     let whole = case.over(1, Strategy::None);
