@@ -204,6 +204,9 @@ fn summary(report: &RunReport) -> String {
     if let Some([before, after]) = report.eval_loss {
         line("eval loss", format!("{before:.3} → {after:.3}"));
     }
+    if let Some(cause) = report.stopped_early {
+        line("ended early", format!("by {}", cause.field()));
+    }
     if let Some(step) = report.best_step {
         line("best step", format!("{step}, published"));
     }
@@ -283,6 +286,10 @@ fn notice_cluster_fields(job: &FineTuneJob) {
         ("resources", spec.resources.is_some()),
         ("podTemplate", spec.pod_template.is_some()),
         ("model.secretRef", spec.model.secret_ref.is_some()),
+        (
+            "initialAdapter.secretRef",
+            spec.initial_adapter.as_ref().is_some_and(|adapter| adapter.secret_ref.is_some()),
+        ),
         ("dataset.secretRef", spec.dataset.secret_ref.is_some()),
         ("output.secretRef", spec.output.secret_ref.is_some()),
     ]

@@ -419,18 +419,19 @@ fn first_rank(job: &FineTuneJob, attempt: &Attempt<'_>) -> String {
 fn secrets(job: &FineTuneJob) -> Vec<EnvFromSource> {
     let spec = &job.spec;
     [
-        ("FINETUNE_MODEL_", &spec.model.secret_ref),
-        ("FINETUNE_DATASET_", &spec.dataset.secret_ref),
-        ("FINETUNE_OUTPUT_", &spec.output.secret_ref),
+        ("FINETUNE_MODEL_", spec.model.secret_ref.as_ref()),
+        (
+            "FINETUNE_ADAPTER_",
+            spec.initial_adapter.as_ref().and_then(|adapter| adapter.secret_ref.as_ref()),
+        ),
+        ("FINETUNE_DATASET_", spec.dataset.secret_ref.as_ref()),
+        ("FINETUNE_OUTPUT_", spec.output.secret_ref.as_ref()),
     ]
     .into_iter()
     .filter_map(|(prefix, secret)| {
         Some(EnvFromSource {
             prefix: Some(prefix.to_owned()),
-            secret_ref: Some(SecretEnvSource {
-                name: secret.as_ref()?.name.clone(),
-                optional: None,
-            }),
+            secret_ref: Some(SecretEnvSource { name: secret?.name.clone(), optional: None }),
             config_map_ref: None,
         })
     })

@@ -431,7 +431,11 @@ impl<'a> Visit<'a> {
                     progress.eval_loss =
                         report.eval_loss.map(|[_, after]| after).or(progress.eval_loss);
                 }
-                let message = format!("{kind:?} at {uri}, read back and proven");
+                let early = report.stopped_early.map_or(String::new(), |cause| {
+                    let total = config.training.total_steps;
+                    format!("; ended by {} after {} of {total} steps", cause.field(), report.steps)
+                });
+                let message = format!("{kind:?} at {uri}, read back and proven{early}");
                 self.set(Kind::Published, Truth::True, "Proven", &message);
                 self.finish(Truth::True, "Succeeded", &message);
             }

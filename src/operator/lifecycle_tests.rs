@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 
 use finetune_contract::{
     ArtifactKind, CONTRACT_VERSION, FailureReason, Outcome, PreflightReport, Problem,
-    ProblemReason, Progress, Proof, RunConfig, RunId, RunReport, Stage, parse, render,
+    ProblemReason, Progress, Proof, RunConfig, RunId, RunReport, Stage, StoppedEarly, parse,
+    render,
 };
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt;
@@ -172,6 +173,7 @@ impl World {
             train_loss: Some([3.0, 1.0]),
             eval_loss: None,
             best_step: None,
+            stopped_early: None,
             tokens_per_second: None,
             duration_seconds: 1.0,
             predicted_peak_bytes: 2,
@@ -259,6 +261,24 @@ fn a_life_without_trouble_takes_few_writes() {
     assert_eq!(world.observed.jobs.len(), 2);
     // Two events come to these.
     assert!(world.writes <= 8, "{} writes", world.writes);
+}
+
+#[test]
+fn a_result_of_a_run_that_ended_early_says_so() {
+    let mut world = World::new("  loraConfig: {}\n  training: {maxTimeSeconds: 60}\n");
+    world.pass_preflight();
+    world.settle();
+    let plan = world.job.status.as_ref().unwrap().plan.clone().unwrap();
+    assert_eq!(parse::<RunConfig>(&plan.run_config).unwrap().training.max_time_seconds, Some(60));
+    world.succeed();
+    let pod = world.observed.pods.last_mut().unwrap();
+    let PodState::Ended { message, .. } = &mut pod.state else { panic!("it has not ended") };
+    let mut report: RunReport = parse(message).unwrap();
+    report.stopped_early = Some(StoppedEarly::Time);
+    *message = render(&report);
+    world.settle();
+    assert_eq!(world.summary(), "True Succeeded");
+    insta::assert_snapshot!(world.message(), @"Adapter at s3://bucket/out, read back and proven; ended by training.maxTimeSeconds after 10 of 111 steps");
 }
 
 #[test]

@@ -275,6 +275,9 @@ pub fn plan_over(
         },
         &mut decisions,
     );
+    if let Some(uri) = settings::initial_adapter(&job.spec) {
+        decisions.add("initialAdapter", "given", format!("training starts from {uri}"));
+    }
     let run_id = settings::run_id(job);
     let mut model_source = settings::model(&job.spec);
     if let Some(revision) = &model.resolved_revision {
@@ -290,6 +293,7 @@ pub fn plan_over(
         model: model_source,
         dataset: source,
         lora,
+        initial_adapter: settings::initial_adapter(&job.spec),
         training: settings,
         parallelism: Parallelism { world_size: ranks, strategy: load.strategy },
         output,
@@ -428,6 +432,10 @@ fn training_settings(
             "a tenth of the steps, at least 10",
         ),
         num_checkpoints_to_keep: training.num_checkpoints_to_keep.unwrap_or(2).unsigned_abs(),
+        max_time_seconds: whole(training.max_time_seconds).inspect(|seconds| {
+            let reason = "set in the manifest; then the best so far is published";
+            decisions.add("maxTimeSeconds", seconds, reason);
+        }),
     }
 }
 

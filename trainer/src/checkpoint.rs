@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use finetune_contract::{
-    CONTRACT_VERSION, Document, FailureReason, RunConfig, RunId,
+    CONTRACT_VERSION, Document, FailureReason, RunConfig, RunId, StoppedEarly,
     artifact::{CHECKPOINT_MANIFEST_NAME, checkpoint_name},
     parse, render,
 };
@@ -52,6 +52,12 @@ pub struct TrainState {
     pub best: Option<Evaluated>,
     /// Evaluations since the best.
     pub evaluations_since_best: u32,
+    /// Seconds trained.
+    #[serde(default)]
+    pub training_seconds: f64,
+    /// Why training is over before its last step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stopped_early: Option<StoppedEarly>,
 }
 
 /// A validation loss and the step it belongs to.
@@ -343,7 +349,7 @@ fn best_name(step: u64) -> String {
 /// evaluate or save may change between attempts.
 fn settings_sha256(config: &RunConfig) -> String {
     let training = &config.training;
-    let decisive = serde_json::json!({
+    let mut decisive = serde_json::json!({
         "model": config.model,
         "lora": config.lora,
         "expected": config.expected,
@@ -359,6 +365,10 @@ fn settings_sha256(config: &RunConfig) -> String {
         "dtype": training.dtype,
         "seed": training.seed,
     });
+    // What was saved before there was this field keeps its digest.
+    if let Some(adapter) = &config.initial_adapter {
+        decisive["initialAdapter"] = serde_json::json!(adapter);
+    }
     hex(&Sha256::digest(decisive.to_string()))
 }
 

@@ -1,4 +1,5 @@
-//! The one door for time, used for measuring only: no decision of a run depends on it.
+//! The one door for time, used for measuring only: no decision of a run depends on it, but when one with
+//! `maxTimeSeconds` ends.
 
 use std::time::Instant;
 

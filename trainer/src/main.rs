@@ -237,6 +237,7 @@ fn report(config: &RunConfig, teller: &Teller<'_>, outcome: Outcome) -> RunRepor
         train_loss: state.first_loss.zip(state.last_loss).map(<[f64; 2]>::from),
         eval_loss: state.base_eval_loss.zip(state.best.map(|best| best.loss)).map(<[f64; 2]>::from),
         best_step: state.best.map(|best| best.step).filter(|&step| step != last.step),
+        stopped_early: state.stopped_early,
         tokens_per_second: teller.median_speed(),
         duration_seconds: teller.elapsed_seconds(),
         predicted_peak_bytes: config.predicted_peak_bytes,

@@ -136,6 +136,11 @@ impl<'a> Teller<'a> {
         self.last.checkpoint_step = Some(self.last.step);
     }
 
+    /// Notes what training came to.
+    pub fn finished(&mut self, state: &TrainState) {
+        self.state = state.clone();
+    }
+
     /// Returns the last snapshot.
     pub fn last(&self) -> &Progress {
         &self.last

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use finetune_contract::{FailureReason, RunConfig, Stage};
+use finetune_contract::{FailureReason, RunConfig, Stage, StoppedEarly};
 use tracing::info;
 
 use crate::{
@@ -68,15 +68,27 @@ impl Training<'_> {
             teller.evaluated(&self.state);
         }
         let mut order = Order::new(settings.seed);
-        if self.state.step < settings.total_steps {
+        if !self.is_over() {
             self.rehearse(&mut order)?;
         }
-        while self.state.step < settings.total_steps {
+        let mut since = clock::now();
+        while !self.is_over() {
             let figures = self.step(&mut order)?;
+            self.state.training_seconds += since.elapsed().as_secs_f64();
+            since = clock::now();
             teller.step(&self.state, self.epoch(), &figures);
             let mut is_last = self.state.step == settings.total_steps;
+            if !is_last && self.is_out_of_time()? {
+                info!(step = self.state.step, "stopping early: its time is over");
+                self.state.stopped_early = Some(StoppedEarly::Time);
+                is_last = true;
+            }
             if is_last || is_due(self.state.step, settings.evaluation_steps) {
-                is_last |= self.evaluate_and_compare(teller)?;
+                let is_out_of_patience = self.evaluate_and_compare(teller)?;
+                if is_out_of_patience && !is_last {
+                    self.state.stopped_early = Some(StoppedEarly::Patience);
+                    is_last = true;
+                }
             }
             // One rank is told; all must stop after the same step.
             let is_stopped = self.model.ranks().any(stop.load(Ordering::Relaxed))?;
@@ -91,7 +103,19 @@ impl Training<'_> {
                 return Ok(Ended::Interrupted);
             }
         }
+        teller.finished(&self.state);
         Ok(Ended::Complete)
+    }
+
+    /// Tells whether no step is left.
+    fn is_over(&self) -> bool {
+        self.state.step >= self.config.training.total_steps || self.state.stopped_early.is_some()
+    }
+
+    /// Tells whether a rank has trained as long as the run may.
+    fn is_out_of_time(&self) -> Result<bool, dist::Error> {
+        let Some(limit) = self.config.training.max_time_seconds else { return Ok(false) };
+        self.model.ranks().any(self.state.training_seconds >= limit as f64)
     }
 
     /// Computes the mean validation loss, each rank a share of it; `None` without a validation set.

@@ -109,6 +109,7 @@ impl<'a> Case<'a> {
                 model: model.clone(),
                 dataset: dataset.clone(),
                 lora: self.lora.clone(),
+                initial_adapter: None,
                 context_length: Some(CONTEXT_LENGTH),
                 output: target.clone(),
                 measure_machine: false,
@@ -123,6 +124,7 @@ impl<'a> Case<'a> {
                 model,
                 dataset,
                 lora: self.lora.clone(),
+                initial_adapter: None,
                 training: training(),
                 parallelism: Parallelism::SINGLE,
                 output: target,
@@ -198,6 +200,7 @@ fn training() -> TrainingSettings {
         early_stopping_patience: 0,
         checkpoint_steps: 100,
         num_checkpoints_to_keep: 1,
+        max_time_seconds: None,
     }
 }
 
