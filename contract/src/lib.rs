@@ -37,7 +37,7 @@ pub use preflight_report::{
 };
 pub use progress::{Progress, Stage};
 pub use run_config::{ExpectedData, RunConfig, TrainingSettings};
-pub use run_report::{FailureReason, Outcome, Proof, RunReport};
+pub use run_report::{FailureReason, Outcome, Proof, RunReport, StoppedEarly};
 pub use settings::{
     DatasetFormat, DatasetSource, Device, Dtype, LoraSettings, LrScheduler, ModelSource,
     OnOverflow, OutputTarget, Recompute, RunId, TargetModules,

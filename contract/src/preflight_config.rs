@@ -22,6 +22,9 @@ pub struct PreflightConfig {
     /// The adapter asked for; absent for full-parameter.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lora: Option<LoraSettings>,
+    /// The directory of a published adapter to start from, if any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initial_adapter: Option<String>,
     /// The context length the user set, so that its truncation is counted exactly.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub context_length: Option<u32>,

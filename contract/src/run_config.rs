@@ -31,6 +31,10 @@ pub struct RunConfig {
     /// The adapter; absent for full-parameter.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lora: Option<LoraSettings>,
+    /// The directory of a published adapter of the same shape that training starts from; absent to
+    /// start from nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initial_adapter: Option<String>,
     /// How to train.
     pub training: TrainingSettings,
     /// What it computes on; absent for the processor.
@@ -105,6 +109,10 @@ pub struct TrainingSettings {
     pub checkpoint_steps: Option<u64>,
     /// Checkpoints kept beside the best.
     pub num_checkpoints_to_keep: u32,
+    /// Seconds of training, over all attempts, after which the run ends with the best it has; absent
+    /// for no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_time_seconds: Option<u64>,
 }
 
 /// What the preflight saw of the data.

@@ -37,6 +37,9 @@ pub struct RunReport {
     /// The step whose weights were published, if an earlier one was better than the last.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub best_step: Option<u64>,
+    /// Why training ended before its last step; absent if it did not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stopped_early: Option<StoppedEarly>,
     /// Median positions per second of this attempt's steps.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokens_per_second: Option<f64>,
@@ -69,6 +72,26 @@ impl RunReport {
             message.push('…');
         }
         self
+    }
+}
+
+/// Why training ended before its last step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum StoppedEarly {
+    /// The validation loss no longer fell.
+    Patience,
+    /// It trained for `maxTimeSeconds`.
+    Time,
+}
+
+impl StoppedEarly {
+    /// Returns the manifest's word for the cause.
+    pub const fn field(self) -> &'static str {
+        match self {
+            Self::Patience => "training.earlyStoppingPatience",
+            Self::Time => "training.maxTimeSeconds",
+        }
     }
 }
 

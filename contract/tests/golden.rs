@@ -32,14 +32,17 @@ fn check<D: Document + std::fmt::Debug>(text: &str) {
 #[test]
 fn every_document_is_read_and_written_as_it_was() {
     check::<PreflightConfig>(include_str!("golden/preflight_config.json"));
+    check::<PreflightConfig>(include_str!("golden/preflight_config_continued.json"));
     check::<PreflightReport>(include_str!("golden/preflight_report.json"));
     check::<RunConfig>(include_str!("golden/run_config.json"));
     check::<RunConfig>(include_str!("golden/run_config_ranks.json"));
     check::<RunConfig>(include_str!("golden/run_config_paced.json"));
+    check::<RunConfig>(include_str!("golden/run_config_continued.json"));
     check::<Progress>(include_str!("golden/progress.json"));
     check::<Progress>(include_str!("golden/progress_saved.json"));
     check::<RunReport>(include_str!("golden/run_report_succeeded.json"));
     check::<RunReport>(include_str!("golden/run_report_succeeded_ranks.json"));
+    check::<RunReport>(include_str!("golden/run_report_succeeded_early.json"));
     check::<RunReport>(include_str!("golden/run_report_failed.json"));
     check::<RunReport>(include_str!("golden/run_report_interrupted.json"));
     check::<Manifest>(include_str!("golden/manifest.json"));

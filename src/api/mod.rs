@@ -15,7 +15,8 @@ use serde::{Deserialize, Serialize};
 
 pub use cluster::{Approval, Effect, EnvVar, KeyRef, Operator, PodTemplate, Resources, Toleration};
 pub use status::{
-    AttemptStatus, FineTuneJobStatus, PlanStatus, PodStatus, ProgressStatus, ResultStatus, Step,
+    AttemptStatus, Fallback, FineTuneJobStatus, PlanStatus, PodStatus, ProgressStatus,
+    ResultStatus, Step,
 };
 
 /// The longest `metadata.name`: names of pods and services add up to 11 characters, of 63.
@@ -58,6 +59,10 @@ pub const NAME_LIMIT: usize = 52;
 #[x_kube(
     validation = Rule::new("has(self.loraConfig) == has(oldSelf.loraConfig) && (!has(self.loraConfig) || self.loraConfig == oldSelf.loraConfig)")
         .message("loraConfig is immutable: create a new FineTuneJob to change it"),
+    validation = Rule::new("has(self.initialAdapter) == has(oldSelf.initialAdapter) && (!has(self.initialAdapter) || self.initialAdapter == oldSelf.initialAdapter)")
+        .message("initialAdapter is immutable: create a new FineTuneJob to change it"),
+    validation = Rule::new("has(self.loraConfig) || !has(self.initialAdapter)")
+        .message("initialAdapter is a LoRA adapter to go on training, but loraConfig is not set: set it to the adapter's shape; to go on with a full-parameter result name it as model.uri instead"),
     validation = Rule::new("has(self.training) == has(oldSelf.training) && (!has(self.training) || self.training == oldSelf.training)")
         .message("training is immutable: create a new FineTuneJob to change it"),
     validation = Rule::new("has(self.loraConfig) || !has(self.output.merge) || !self.output.merge")
@@ -75,6 +80,11 @@ pub struct FineTuneJobSpec {
     /// the model is trained. Cannot be changed after creation.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lora_config: Option<LoraConfig>,
+    /// A published adapter that training starts from, instead of one that changes nothing; of the
+    /// shape in `loraConfig`. A full-parameter result is gone on from by naming it as `model.uri`.
+    /// Default: none. Cannot be changed after creation.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub initial_adapter: Option<InitialAdapter>,
     /// How to train; every field has a default, decided from the model and the data and explained
     /// by `finetune plan`. Cannot be changed after creation.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -90,8 +100,9 @@ pub struct FineTuneJobSpec {
     /// approved (`Manual`). Default: `Auto`. Only in a cluster.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub approval: Option<Approval>,
-    /// Seconds a run may take over all attempts before it is failed, from 1 to 31536000. Default:
-    /// no limit. Example: 86400. Only in a cluster.
+    /// Seconds a run may take over all attempts before it is failed, from 1 to 31536000;
+    /// `training.maxTimeSeconds` ends it with a result instead. Default: no limit. Example: 86400.
+    /// Only in a cluster.
     #[schemars(range(min = 1, max = 31_536_000))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub active_deadline_seconds: Option<i64>,
@@ -113,6 +124,7 @@ impl FineTuneJobSpec {
     pub fn uris(&self) -> impl Iterator<Item = (&'static str, &str)> {
         [
             ("spec.model.uri", Some(&self.model.uri)),
+            ("spec.initialAdapter.uri", self.initial_adapter.as_ref().map(|adapter| &adapter.uri)),
             ("spec.dataset.train", Some(&self.dataset.train)),
             ("spec.dataset.validation", self.dataset.validation.as_ref()),
             ("spec.output.uri", Some(&self.output.uri)),
@@ -208,6 +220,21 @@ pub struct LoraConfig {
     pub use_rslora: Option<bool>,
 }
 
+/// A published adapter.
+#[derive(KubeSchema, Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct InitialAdapter {
+    /// Its directory, as this product or PEFT publishes it: `adapter_config.json` and
+    /// `adapter_model.safetensors`; of a merged result its `adapter/`. An object URI of scheme hf,
+    /// s3, gs, az, pvc or file. Example: `s3://models/support-adapter`.
+    #[schemars(length(min = 1, max = 1024))]
+    #[x_kube(validation = Rule::new("self.matches('^(hf|s3|gs|az|pvc|file)://')").message("must be an object URI of scheme hf, s3, gs, az, pvc or file, such as s3://bucket/adapter"))]
+    pub uri: String,
+    /// The Secret with the keys to read it. Only in a cluster; `finetune run` uses the environment.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub secret_ref: Option<SecretRef>,
+}
+
 /// How to train.
 #[derive(KubeSchema, Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[x_kube(validation = Rule::new("!(has(self.numEpochs) && has(self.maxSteps))").message("numEpochs and maxSteps both set the length of the run: keep one"))]
@@ -294,6 +321,12 @@ pub struct Training {
     #[schemars(range(min = 1, max = 100))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub num_checkpoints_to_keep: Option<i32>,
+    /// Seconds of training, over all tries, after which the run ends before its last step and
+    /// publishes the best it has, from 1 to 31536000. The learning rate falls as if there were no
+    /// limit. Default: none. Example: 28800.
+    #[schemars(range(min = 1, max = 31_536_000))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_time_seconds: Option<i64>,
 }
 
 /// Where the result goes.

@@ -1,5 +1,6 @@
 //! What the operator reports of a FineTuneJob.
 
+use finetune_contract::{Recompute, Strategy};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -75,7 +76,8 @@ pub enum Step {
     Training,
 }
 
-/// What was decided. Later tries take it as it is, whatever the settings have become.
+/// What was decided. Later tries take it as it is, whatever the settings have become; only too
+/// little memory takes it along its own `fallbacks`.
 #[derive(JsonSchema, Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PlanStatus {
@@ -103,6 +105,39 @@ pub struct PlanStatus {
     /// What the trainer is told, as JSON.
     #[schemars(length(max = 32768))]
     pub run_config: String,
+    /// What a try that found too little memory is followed by, in this order; nothing else changes a
+    /// plan.
+    #[schemars(length(max = 32), extend("x-kubernetes-list-type" = "atomic"))]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub fallbacks: Vec<Fallback>,
+}
+
+/// The same steps in smaller pieces: as many sequences each, the same result.
+#[derive(JsonSchema, Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Fallback {
+    /// Sequences computed at once.
+    #[schemars(with = "i32", range(min = 1, max = 1024))]
+    pub train_batch_size_per_device: u32,
+    /// Micro-batches of a step on each rank.
+    #[schemars(with = "i32", range(min = 1, max = 4_194_304))]
+    pub gradient_accumulation_steps: u32,
+    /// `none`, or `block` if blocks are computed again.
+    #[schemars(with = "String", length(max = 16))]
+    pub recompute: Recompute,
+    /// Pods.
+    #[schemars(with = "i32", range(min = 1, max = 64))]
+    pub ranks: u32,
+    /// What is divided over them: `none`, `ddp` or `zero3`.
+    #[schemars(with = "String", length(max = 16))]
+    pub strategy: Strategy,
+    /// Predicted peak memory of the tensors, in bytes.
+    #[schemars(with = "i64", range(min = 0, max = 9_007_199_254_740_991_i64))]
+    pub predicted_peak_bytes: u64,
+    /// What a rank is predicted to send in one step, in bytes.
+    #[schemars(with = "Option<i64>", range(min = 0, max = 9_007_199_254_740_991_i64))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub predicted_sent_bytes: Option<u64>,
 }
 
 /// What the training pod asks for.

@@ -6,8 +6,8 @@ use std::{
 };
 
 use finetune_contract::{
-    ExitCode, ObjectUri, Outcome, OutputState, ParseDocumentError, PreflightReport, RunReport,
-    Scheme,
+    ExitCode, FailureReason, ObjectUri, Outcome, OutputState, ParseDocumentError, PreflightReport,
+    RunConfig, RunReport, Scheme,
 };
 
 use super::{
@@ -18,7 +18,12 @@ use super::{
 use crate::{
     api::FineTuneJob,
     manifest,
-    plan::{self, Place, RunPlan, accelerators::Accelerator, render, settings},
+    plan::{
+        self, Place, RunPlan,
+        accelerators::Accelerator,
+        fallbacks::{self, Adapted},
+        render, settings,
+    },
 };
 
 /// A job read and a trainer found.
@@ -111,11 +116,7 @@ pub(super) fn run(prepared: &Prepared, ranks: u32) -> Result<(), Failure> {
         return Ok(());
     }
     display::note(&render::text(&plan));
-    let (ended, text) = prepared.trainer.run("train", &plan.run_config)?;
-    let Some(text) = text else {
-        return Err(without_report("train", &ended));
-    };
-    let report: RunReport = finetune_contract::parse(&text).map_err(|error| unreadable(&error))?;
+    let report = train(&prepared.trainer, &plan)?;
     match &report.outcome {
         Outcome::Succeeded { .. } => {
             display::result(&summary(&report));
@@ -130,6 +131,51 @@ pub(super) fn run(prepared: &Prepared, ranks: u32) -> Result<(), Failure> {
         Outcome::Failed { reason, message } => {
             Err(Failure::new(reason.exit_code(), message.clone()))
         }
+    }
+}
+
+/// Trains; where memory is too little, in smaller pieces, as long as there are any.
+fn train(trainer: &Trainer, plan: &RunPlan) -> Result<RunReport, Failure> {
+    let (mut config, mut ways) = (plan.run_config.clone(), plan.fallbacks.clone());
+    loop {
+        let why = match train_once(trainer, &config)? {
+            Trained::Reported(report) => return Ok(*report),
+            Trained::OutOfMemory(why) => why,
+        };
+        let Adapted { config: adapted, left, change } =
+            fallbacks::adapt(&config, &ways, plan.memory_limit).map_err(|nothing_left| {
+                let message = format!(
+                    "{why}, and {nothing_left}. Lower training.contextLength, or use a machine with more memory"
+                );
+                Failure::new(ExitCode::OutOfMemory, message)
+            })?;
+        display::note(&format!("going on with {change}, because {why}"));
+        config = RunConfig { attempt: config.attempt + 1, ..adapted };
+        ways = left;
+    }
+}
+
+/// What one try came to.
+enum Trained {
+    Reported(Box<RunReport>),
+    OutOfMemory(String),
+}
+
+fn train_once(trainer: &Trainer, config: &RunConfig) -> Result<Trained, Failure> {
+    let (ended, text) = trainer.run("train", config)?;
+    if ended.is_out_of_memory && !ended.was_interrupted {
+        let why = "the kernel ended the trainer for want of memory";
+        return Ok(Trained::OutOfMemory(why.to_owned()));
+    }
+    let Some(text) = text else {
+        return Err(without_report("train", &ended));
+    };
+    let report: RunReport = finetune_contract::parse(&text).map_err(|error| unreadable(&error))?;
+    match report.outcome {
+        Outcome::Failed { reason: FailureReason::OutOfMemory, message } => {
+            Ok(Trained::OutOfMemory(message))
+        }
+        _ => Ok(Trained::Reported(Box::new(report))),
     }
 }
 
@@ -152,6 +198,9 @@ fn summary(report: &RunReport) -> String {
     }
     if let Some([before, after]) = report.eval_loss {
         line("eval loss", format!("{before:.3} → {after:.3}"));
+    }
+    if let Some(cause) = report.stopped_early {
+        line("ended early", format!("by {}", cause.field()));
     }
     if let Some(step) = report.best_step {
         line("best step", format!("{step}, published"));
@@ -184,7 +233,7 @@ fn unreadable(error: &ParseDocumentError) -> Failure {
 }
 
 fn without_report(step: &str, ended: &trainer::Ended) -> Failure {
-    let trainer::Ended { code, was_interrupted } = ended;
+    let trainer::Ended { code, was_interrupted, is_out_of_memory: _ } = ended;
     if *was_interrupted {
         return Failure::new(
             ExitCode::Interrupted,
@@ -232,6 +281,10 @@ fn notice_cluster_fields(job: &FineTuneJob) {
         ("resources", spec.resources.is_some()),
         ("podTemplate", spec.pod_template.is_some()),
         ("model.secretRef", spec.model.secret_ref.is_some()),
+        (
+            "initialAdapter.secretRef",
+            spec.initial_adapter.as_ref().is_some_and(|adapter| adapter.secret_ref.is_some()),
+        ),
         ("dataset.secretRef", spec.dataset.secret_ref.is_some()),
         ("output.secretRef", spec.output.secret_ref.is_some()),
     ]

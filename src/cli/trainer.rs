@@ -3,6 +3,7 @@
 use std::{
     ffi::OsString,
     io::{BufRead, BufReader},
+    os::unix::process::ExitStatusExt,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     time::Duration,
@@ -31,6 +32,34 @@ pub(super) struct Ended {
     pub(super) code: Option<i32>,
     /// Whether this command was told to stop meanwhile.
     pub(super) was_interrupted: bool,
+    /// Whether the kernel ended it for want of memory.
+    pub(super) is_out_of_memory: bool,
+}
+
+/// Tells a process that the kernel ended for want of memory from one that somebody killed.
+pub(super) struct OomWatch(Option<u64>);
+
+impl OomWatch {
+    /// Starts watching.
+    pub(super) fn start() -> Self {
+        Self(oom_kills())
+    }
+
+    /// Tells whether a process that ended meanwhile did so for want of memory.
+    pub(super) fn is_cause_of(&self, status: ExitStatus) -> bool {
+        let is_killed = status.signal() == Some(Signal::KILL.as_raw());
+        is_killed && self.0.zip(oom_kills()).is_some_and(|(before, now)| now > before)
+    }
+}
+
+/// Returns how many processes of this machine the kernel has ended for want of memory; none where it
+/// does not tell.
+///
+/// # Source
+/// `oom_kill` of `/proc/vmstat`, which counts those of a cgroup's limit too.
+fn oom_kills() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/vmstat").ok()?;
+    text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())
 }
 
 /// Finds the trainer: the one named, else the one beside this program.
@@ -83,6 +112,7 @@ impl Trainer {
         let documents = Documents::prepare(&self.work_dir, subcommand, config)?;
         // Listening replaces the default action, so that the child can save a checkpoint first.
         let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(Failure::internal)?;
+        let memory = OomWatch::start();
         let mut child = self
             .command(subcommand, &documents, &self.work_dir)
             .stdout(Stdio::piped())
@@ -93,7 +123,8 @@ impl Trainer {
         if let Some(reader) = reader {
             let _ = reader.join();
         }
-        let ended = Ended { code: status.code(), was_interrupted };
+        let is_out_of_memory = memory.is_cause_of(status);
+        let ended = Ended { code: status.code(), was_interrupted, is_out_of_memory };
         Ok((ended, documents.report()))
     }
 

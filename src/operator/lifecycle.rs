@@ -28,6 +28,8 @@ use crate::{
         ProgressStatus, ResultStatus, Step,
     },
     plan::{
+        accelerators::Accelerator,
+        fallbacks::{self, Adapted},
         placement::{self, Placement, PodSize, Unplaced},
         render, settings as wishes,
     },
@@ -331,6 +333,7 @@ impl<'a> Visit<'a> {
                 storage_bytes: bytes(pod.storage_bytes),
             },
             run_config: finetune_contract::render(&plan.run_config),
+            fallbacks: plan.fallbacks.clone(),
         });
         self.decision.status.attempt = Some(first_try(Step::Training));
         self.accept();
@@ -388,25 +391,31 @@ impl<'a> Visit<'a> {
             }
         };
         let number = self.attempt(Step::Training).number;
-        let config = RunConfig { attempt: number.unsigned_abs(), ..config };
         let parallelism = config.parallelism;
-        let config = || finetune_contract::render(&config);
-        let Some(ending) = self.pursue(Step::Training, &config, Some((plan, parallelism))) else {
+        let told = || {
+            let attempt = number.unsigned_abs();
+            finetune_contract::render(&RunConfig { attempt, ..config.clone() })
+        };
+        let Some(ending) = self.pursue(Step::Training, &told, Some((plan, parallelism))) else {
             return;
         };
         let (code, message) = match ending {
             Ending::Exited { code, message } => (code, message),
-            Ending::OutOfMemory(who) => return self.out_of_memory(&who, plan),
+            Ending::OutOfMemory(who) => return self.out_of_memory(&who, plan, &config),
             Ending::Disrupted(why) => return self.try_again_after_disruption(&why),
         };
         let report = match finetune_contract::parse::<RunReport>(&message) {
             Ok(report) => report,
+            Err(_) if ExitCode::from_code(code) == Some(ExitCode::OutOfMemory) => {
+                let why = "the trainer found too little memory";
+                return self.adapt(why, plan, &config, self.tensor_limit(plan));
+            }
             Err(error) => return self.without_report(code, &message, &error.to_string()),
         };
-        self.take_report(&report);
+        self.take_report(&report, plan, &config);
     }
 
-    fn take_report(&mut self, report: &RunReport) {
+    fn take_report(&mut self, report: &RunReport, plan: &PlanStatus, config: &RunConfig) {
         match &report.outcome {
             Outcome::Succeeded { kind, uri, manifest_sha256, .. } => {
                 self.decision.status.result = Some(ResultStatus {
@@ -424,7 +433,11 @@ impl<'a> Visit<'a> {
                     progress.eval_loss =
                         report.eval_loss.map(|[_, after]| after).or(progress.eval_loss);
                 }
-                let message = format!("{kind:?} at {uri}, read back and proven");
+                let early = report.stopped_early.map_or(String::new(), |cause| {
+                    let total = config.training.total_steps;
+                    format!("; ended by {} after {} of {total} steps", cause.field(), report.steps)
+                });
+                let message = format!("{kind:?} at {uri}, read back and proven{early}");
                 self.set(Kind::Published, Truth::True, "Proven", &message);
                 self.finish(Truth::True, "Succeeded", &message);
             }
@@ -436,7 +449,7 @@ impl<'a> Visit<'a> {
                 if reason.exit_code().is_retryable() {
                     self.try_again_after_failure(&word, message);
                 } else if *reason == FailureReason::OutOfMemory {
-                    self.finish(Truth::False, "OutOfMemory", message);
+                    self.adapt(message, plan, config, self.tensor_limit(plan));
                 } else {
                     self.finish(Truth::False, &word, message);
                 }
@@ -444,13 +457,59 @@ impl<'a> Visit<'a> {
         }
     }
 
-    fn out_of_memory(&mut self, who: &str, plan: &PlanStatus) {
-        let limit = render::bytes(plan.pod.memory_bytes.unsigned_abs());
-        let message = format!(
-            "the kernel ended {who} at its limit of {limit} (predicted: {}): lower training.trainBatchSizePerDevice or training.contextLength, set training.recompute: block, or set resources.limits.memory",
-            render::bytes(plan.predicted_peak_bytes.unsigned_abs())
-        );
-        self.finish(Truth::False, "OutOfMemory", &message);
+    /// The kernel ended a rank at the limit of its pod's memory.
+    fn out_of_memory(&mut self, who: &str, plan: &PlanStatus, config: &RunConfig) {
+        let limit = build::memory_limit(self.job, &pod_size(&plan.pod));
+        let why = format!("the kernel ended {who} at its limit of {}", render::bytes(limit));
+        if self.has_device(plan) {
+            // The tensors are elsewhere: a smaller micro-batch changes nothing here.
+            let message = format!("{why}: set resources.limits.memory");
+            return self.finish(Truth::False, "OutOfMemory", &message);
+        }
+        self.adapt(&why, plan, config, limit);
+    }
+
+    fn has_device(&self, plan: &PlanStatus) -> bool {
+        let accelerator = self.settings.accelerator(&plan.accelerator);
+        accelerator.is_some_and(Accelerator::is_device)
+    }
+
+    /// Returns the memory that tensors are in.
+    fn tensor_limit(&self, plan: &PlanStatus) -> u64 {
+        match self.settings.accelerator(&plan.accelerator) {
+            Some(accelerator) if accelerator.is_device() => accelerator.memory_bytes(),
+            _ => build::memory_limit(self.job, &pod_size(&plan.pod)),
+        }
+    }
+
+    /// Takes the plan's next way to need less memory, and goes on from the newest checkpoint. It costs
+    /// neither a failure nor a disruption: the ways are finitely many.
+    fn adapt(&mut self, why: &str, plan: &PlanStatus, config: &RunConfig, limit: u64) {
+        let Some(attempt) = self.decision.status.attempt.clone() else { return };
+        let adapted = match fallbacks::adapt(config, &plan.fallbacks, Some(limit)) {
+            Ok(adapted) if !is_last(&attempt) => adapted,
+            Ok(_) => return self.finish(Truth::False, "OutOfMemory", why),
+            Err(nothing_left) => {
+                let message = format!(
+                    "{why}, and {nothing_left}. Lower training.contextLength, or set resources.limits.memory"
+                );
+                return self.finish(Truth::False, "OutOfMemory", &message);
+            }
+        };
+        let Adapted { config, left, change } = adapted;
+        let next = next_try(attempt, self.now + DISRUPTION_WAIT);
+        let message = format!("from try {} on: {change}, because {why}", next.number + 1);
+        let said = format!("\nAdapted\n  {message}\n");
+        let kept = plan.summary.floor_char_boundary(SUMMARY_LIMIT.saturating_sub(said.len()));
+        self.decision.status.plan = Some(PlanStatus {
+            summary: format!("{}{said}", &plan.summary[..kept]),
+            predicted_peak_bytes: i64::try_from(config.predicted_peak_bytes).unwrap_or(i64::MAX),
+            run_config: finetune_contract::render(&config),
+            fallbacks: left,
+            ..plan.clone()
+        });
+        self.set(Kind::Planned, Truth::True, "Adapted", &message);
+        self.wait_for(next, "Adapted", &message);
     }
 
     /// The program ended, and what it left is no report.
@@ -490,7 +549,7 @@ impl<'a> Visit<'a> {
             );
         }
         let next = AttemptStatus { disruptions, ..next_try(attempt, self.now + DISRUPTION_WAIT) };
-        self.wait_for(next, "Retrying", why);
+        self.wait_for_retry(next, why);
     }
 
     fn try_again_after_failure(&mut self, reason: &str, why: &str) {
@@ -506,15 +565,19 @@ impl<'a> Visit<'a> {
         let doublings = u32::try_from(failures - 1).unwrap_or(0).min(16);
         let wait = (FIRST_WAIT * 2_i32.saturating_pow(doublings)).min(LONGEST_WAIT);
         let next = AttemptStatus { failures, ..next_try(attempt, self.now + wait) };
-        self.wait_for(next, "Retrying", why);
+        self.wait_for_retry(next, why);
     }
 
-    fn wait_for(&mut self, next: AttemptStatus, reason: &str, why: &str) {
+    fn wait_for_retry(&mut self, next: AttemptStatus, why: &str) {
+        let message = format!("try {} follows, because: {why}", next.number + 1);
+        self.wait_for(next, "Retrying", &message);
+    }
+
+    fn wait_for(&mut self, next: AttemptStatus, reason: &str, message: &str) {
         if let Some(time) = &next.retry_time {
             self.look_again_at(time.0);
         }
-        let message = format!("try {} follows, because: {why}", next.number + 1);
-        self.say(reason, &message);
+        self.say(reason, message);
         self.note(true, reason, message);
         self.decision.status.attempt = Some(next);
     }

@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 
 use finetune_contract::{
     ArtifactKind, CONTRACT_VERSION, FailureReason, Outcome, PreflightReport, Problem,
-    ProblemReason, Progress, Proof, RunConfig, RunId, RunReport, Stage, parse, render,
+    ProblemReason, Progress, Proof, RunConfig, RunId, RunReport, Stage, StoppedEarly, parse,
+    render,
 };
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt;
@@ -172,6 +173,7 @@ impl World {
             train_loss: Some([3.0, 1.0]),
             eval_loss: None,
             best_step: None,
+            stopped_early: None,
             tokens_per_second: None,
             duration_seconds: 1.0,
             predicted_peak_bytes: 2,
@@ -261,6 +263,24 @@ fn a_life_without_trouble_takes_few_writes() {
     assert_eq!(world.observed.jobs.len(), 2);
     // Two events come to these.
     assert!(world.writes <= 8, "{} writes", world.writes);
+}
+
+#[test]
+fn a_result_of_a_run_that_ended_early_says_so() {
+    let mut world = World::new("  loraConfig: {}\n  training: {maxTimeSeconds: 60}\n");
+    world.pass_preflight();
+    world.settle();
+    let plan = world.job.status.as_ref().unwrap().plan.clone().unwrap();
+    assert_eq!(parse::<RunConfig>(&plan.run_config).unwrap().training.max_time_seconds, Some(60));
+    world.succeed();
+    let pod = world.observed.pods.last_mut().unwrap();
+    let PodState::Ended { message, .. } = &mut pod.state else { panic!("it has not ended") };
+    let mut report: RunReport = parse(message).unwrap();
+    report.stopped_early = Some(StoppedEarly::Time);
+    *message = render(&report);
+    world.settle();
+    assert_eq!(world.summary(), "True Succeeded");
+    insta::assert_snapshot!(world.message(), @"Adapter at s3://bucket/out, read back and proven; ended by training.maxTimeSeconds after 10 of 111 steps");
 }
 
 #[test]
@@ -361,7 +381,7 @@ fn failures_are_repeated_or_not_by_their_kind() {
         (FailureReason::StoreUnavailable, 69, "Unknown Retrying"),
         (FailureReason::Diverged, 65, "False Diverged"),
         (FailureReason::OutputExists, 78, "False OutputExists"),
-        (FailureReason::OutOfMemory, 71, "False OutOfMemory"),
+        (FailureReason::OutOfMemory, 71, "Unknown Adapted"),
     ] {
         let mut world = World::new("");
         world.pass_preflight();
@@ -371,7 +391,9 @@ fn failures_are_repeated_or_not_by_their_kind() {
         world.settle();
         assert_eq!(world.summary(), expected, "{reason:?}");
     }
-    for (code, expected) in [(139, "Unknown Retrying"), (137, "False OutOfMemory")] {
+    for (code, expected) in
+        [(139, "Unknown Retrying"), (137, "Unknown Adapted"), (71, "Unknown Adapted")]
+    {
         let mut world = World::new("");
         world.pass_preflight();
         world.settle();
@@ -379,6 +401,73 @@ fn failures_are_repeated_or_not_by_their_kind() {
         world.settle();
         assert_eq!(world.summary(), expected, "{code}");
     }
+}
+
+#[test]
+fn too_little_memory_makes_the_pieces_smaller_and_ends_with_what_is_missing() {
+    let mut world = World::new("  loraConfig: {}\n");
+    world.pass_preflight();
+    world.settle();
+    let told = |world: &World| -> RunConfig {
+        let plan = world.job.status.as_ref().unwrap().plan.clone().unwrap();
+        parse(&plan.run_config).unwrap()
+    };
+    let first = told(&world);
+    assert_eq!(first.training.micro_batch_size, 8);
+    world.end(Some(137), "");
+    let decision = world.settle();
+    assert_eq!(world.summary(), "Unknown Adapted");
+    insta::assert_snapshot!(world.message(), @"from try 2 on: trainBatchSizePerDevice 4 instead of 8, gradientAccumulationSteps 4 instead of 2: 16 sequences a step and the same result, in 556 MB instead of 931 MB, because the kernel ended the trainer at its limit of 1.63 GB");
+    assert_eq!(world.condition(Kind::Planned), "True Adapted");
+    let plan = world.job.status.as_ref().unwrap().plan.clone().unwrap();
+    assert!(plan.summary.contains("\nAdapted\n  from try 2 on: "), "{}", plan.summary);
+    assert_eq!(
+        plan.predicted_peak_bytes,
+        i64::try_from(told(&world).predicted_peak_bytes).unwrap()
+    );
+    assert_eq!(decision.look_again.map(|wait| wait.as_secs()), Some(2));
+    // The checkpoint's run goes on: the same name, the same sequences a step.
+    let second = told(&world);
+    assert_eq!((second.training.micro_batch_size, second.run_id), (4, first.run_id.clone()));
+    world.wait(2);
+    world.settle();
+    assert_eq!(world.summary(), "Unknown Starting");
+    assert_eq!(world.condition(Kind::Planned), "True Adapted", "it stays to be read");
+    // A trainer that says so itself, and then the kernel each time: it ends, and costs no retry.
+    let failed = Outcome::Failed {
+        reason: FailureReason::OutOfMemory,
+        message: "the device ran out of memory".to_owned(),
+    };
+    world.end(Some(71), &World::report(failed));
+    world.settle();
+    let mut tries = 2;
+    while world.summary() == "Unknown Adapted" {
+        assert_eq!(world.tries(), (tries, 0, 0));
+        assert_eq!(told(&world).global_batch_size(), first.global_batch_size());
+        world.wait(2);
+        world.settle();
+        let ranks = told(&world).parallelism.world_size;
+        assert_eq!(world.observed.jobs.last().unwrap().ranks, ranks);
+        world.observed.jobs.last_mut().unwrap().ended = Some(false);
+        for rank in 0..ranks {
+            world.end_rank(rank, 137, "");
+        }
+        world.settle();
+        tries += 1;
+    }
+    assert_eq!(world.summary(), "False OutOfMemory");
+    insta::assert_snapshot!(world.message(), @"the kernel ended the trainer at its limit of 1.63 GB, and no way is left to make its micro-batches smaller: 170 MB are predicted, and the limit of 1.63 GB, 1.46 GB above that, was too little. Lower training.contextLength, or set resources.limits.memory");
+}
+
+#[test]
+fn a_limit_below_all_that_is_predicted_is_not_tried_again() {
+    let mut world = World::new("  loraConfig: {}\n  resources: {limits: {memory: 24Mi}}\n");
+    world.pass_preflight();
+    world.settle();
+    world.end(Some(137), "");
+    world.settle();
+    assert_eq!(world.summary(), "False OutOfMemory");
+    insta::assert_snapshot!(world.message(), @"the kernel ended the trainer at its limit of 25 MB, and no way is left to make its micro-batches smaller: the least it needs is 170 MB, 145 MB more than the limit of 25 MB. Lower training.contextLength, or set resources.limits.memory");
 }
 
 #[test]
@@ -508,15 +597,15 @@ fn a_try_of_several_ranks_ends_by_its_cause() {
         (
             Some((76, &*lost)),
             Some((137, "")),
-            "False OutOfMemory",
-            (0, 0, 0),
+            "Unknown Adapted",
+            (1, 0, 0),
             "the trainer of rank 1",
         ),
         (
             Some((137, "")),
             Some((76, &*lost)),
-            "False OutOfMemory",
-            (0, 0, 0),
+            "Unknown Adapted",
+            (1, 0, 0),
             "the trainer of rank 0",
         ),
         (Some((76, &*lost)), Some((65, &*data)), "False InvalidDataset", (0, 0, 0), "why"),

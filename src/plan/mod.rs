@@ -6,6 +6,7 @@
 pub mod accelerators;
 mod batch;
 mod context;
+pub mod fallbacks;
 #[cfg(test)]
 pub(crate) mod fixture;
 mod lora;
@@ -21,7 +22,7 @@ use finetune_contract::{
 };
 use serde::Serialize;
 
-use crate::api::{FineTuneJob, Precision, Recomputation, Scheduler};
+use crate::api::{Fallback, FineTuneJob, Precision, Recomputation, Scheduler};
 use accelerators::{Accelerator, Offer};
 use sizing::{Load, Memory};
 
@@ -37,6 +38,8 @@ pub struct RunPlan {
     pub rejected: Vec<Decision>,
     /// Memory by term.
     pub memory: Memory,
+    /// What follows if that is too little, in this order.
+    pub fallbacks: Vec<Fallback>,
     /// Where it runs, for people: `here`, or `on one A100-80GB`.
     pub place: String,
     /// Bytes of memory there, if known.
@@ -102,6 +105,11 @@ impl Place<'_> {
 
     fn is_device(self) -> bool {
         matches!(self, Self::On(accelerator) if accelerator.is_device())
+    }
+
+    /// Tells whether another rank brings memory of its own.
+    fn has_more(self) -> bool {
+        matches!(self, Self::On(accelerator) if !accelerator.is_device())
     }
 
     /// Says how ranks share the place.
@@ -286,6 +294,9 @@ pub fn plan_over(
         },
         &mut decisions,
     );
+    if let Some(uri) = settings::initial_adapter(&job.spec) {
+        decisions.add("initialAdapter", "given", format!("training starts from {uri}"));
+    }
     let run_id = settings::run_id(job);
     let mut model_source = settings::model(&job.spec);
     if let Some(revision) = &model.resolved_revision {
@@ -301,6 +312,7 @@ pub fn plan_over(
         model: model_source,
         dataset: source,
         lora,
+        initial_adapter: settings::initial_adapter(&job.spec),
         training: settings,
         device: place.device(),
         parallelism: Parallelism {
@@ -320,6 +332,7 @@ pub fn plan_over(
     };
     let tokens = total_steps as f64 * global as f64 * data.positions_per_sequence;
     Ok(RunPlan {
+        fallbacks: fallbacks::ladder(model, load, batch.accumulation, place.has_more()),
         seconds: seconds(machine.as_ref(), place.efficiency(), model, &load, tokens)
             .map(|seconds| seconds * sharing as f64 / f64::from(ranks)),
         accelerators: match place {
@@ -438,6 +451,10 @@ fn training_settings(
         early_stopping_patience: training.early_stopping_patience.unwrap_or(0).unsigned_abs(),
         checkpoint_steps: checkpoint_steps(whole(training.checkpoint_steps), decisions),
         num_checkpoints_to_keep: training.num_checkpoints_to_keep.unwrap_or(2).unsigned_abs(),
+        max_time_seconds: whole(training.max_time_seconds).inspect(|seconds| {
+            let reason = "set in the manifest; then the best so far is published";
+            decisions.add("maxTimeSeconds", seconds, reason);
+        }),
     }
 }
 
@@ -689,11 +706,12 @@ mod tests {
           checkpoint                      29 MB
           runtime                         87 MB
           peak                           960 MB  of 8.00 GB here
+          if that is too little      trainBatchSizePerDevice 4, 2, 1; then recompute block
           weights, mapped                269 MB  read in place, given back under pressure
 
         Time  about 20 min here, at 50 % of its matrix speed
 
-        Elsewhere (assuming 35 % of the stated speed; several ranks are not runnable yet)
+        Elsewhere (assuming 35 % of the stated speed)
           Test 80GB                     1.20 GB  fits, about 2 s, costs 0.00
         ");
     }
@@ -733,11 +751,12 @@ mod tests {
           checkpoint                      29 MB
           runtime                         87 MB
           peak                           431 MB  of 500 MB here
+          if that is too little      trainBatchSizePerDevice 2, 1
           weights, mapped                269 MB  read in place, given back under pressure
 
         Time  about 1.7 h here, at 50 % of its matrix speed
 
-        Elsewhere (assuming 35 % of the stated speed; several ranks are not runnable yet)
+        Elsewhere (assuming 35 % of the stated speed)
           Test 80GB                      671 MB  fits, about 12 s, costs 0.01
 
         Warnings
@@ -781,11 +800,12 @@ mod tests {
           checkpoint                     503 MB
           runtime                         87 MB
           peak                          7.99 GB  of 64.00 GB here
+          if that is too little      trainBatchSizePerDevice 4, 2, 1; then recompute block
           weights, mapped              16.06 GB  read in place, given back under pressure
 
         Time  about 19.8 h here, at 50 % of its matrix speed
 
-        Elsewhere (assuming 35 % of the stated speed; several ranks are not runnable yet)
+        Elsewhere (assuming 35 % of the stated speed)
           Test 80GB                    23.55 GB  fits, about 2 min, costs 0.08
         ");
     }

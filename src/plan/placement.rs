@@ -62,7 +62,7 @@ pub enum Unplaced {
 }
 
 /// The most ranks a run is planned over: more than share a model of this trainer's kind sensibly.
-const MOST_RANKS: u32 = 64;
+pub(super) const MOST_RANKS: u32 = 64;
 
 /// Plans `job` for the first of `accelerators` that it fits; if it fits none alone, over the fewest
 /// of a kind that hold it. One without a trainer is taken only to say what it lacks.

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::{Decision, RunPlan};
+use super::{Decision, RunPlan, fallbacks};
 
 /// Returns the plan as aligned lines.
 pub fn text(plan: &RunPlan) -> String {
@@ -28,6 +28,9 @@ pub fn text(plan: &RunPlan) -> String {
         plan.memory_limit.map(|limit| format!("  of {} {place}", bytes(limit))).unwrap_or_default();
     let each = if plan.run_config.parallelism.world_size > 1 { " of each rank" } else { "" };
     line(format!("  {:<27}{:>10}{limit}", format!("peak{each}"), bytes(plan.memory.total())));
+    if let Some(ways) = fallbacks::describe(&plan.run_config, &plan.fallbacks) {
+        line(format!("  {:<27}{ways}", "if that is too little"));
+    }
     if plan.memory.mapped_weights > 0 {
         line(format!(
             "  {:<27}{:>10}  read in place, given back under pressure",
@@ -46,10 +49,7 @@ pub fn text(plan: &RunPlan) -> String {
         ));
     }
     if !plan.accelerators.is_empty() {
-        line(
-            "\nElsewhere (assuming 35 % of the stated speed; several ranks are not runnable yet)"
-                .to_owned(),
-        );
+        line("\nElsewhere (assuming 35 % of the stated speed)".to_owned());
     }
     for offer in &plan.accelerators {
         let mut verdict = if offer.shortfall_bytes == 0 {

@@ -17,6 +17,7 @@ pub fn preflight_config(job: &FineTuneJob, measure_machine: bool) -> PreflightCo
         model: model(&job.spec),
         dataset: dataset(&job.spec),
         lora: lora(&job.spec),
+        initial_adapter: initial_adapter(&job.spec),
         context_length: training
             .and_then(|training| training.context_length)
             .map(i32::unsigned_abs),
@@ -32,6 +33,10 @@ pub fn run_id(job: &FineTuneJob) -> RunId {
         "model": spec.model, "dataset": spec.dataset, "loraConfig": spec.lora_config,
         "training": spec.training, "output": spec.output,
     });
+    // What was named before there was this field keeps its name.
+    if let Some(adapter) = &spec.initial_adapter {
+        canonical["initialAdapter"] = serde_json::json!(adapter);
+    }
     // Whether maps of serde_json keep the order of insertion is a feature any crate of the build may
     // turn on; the name of a run must not depend on it.
     canonical.sort_all_objects();
@@ -80,6 +85,10 @@ pub(super) fn lora(spec: &FineTuneJobSpec) -> Option<LoraSettings> {
         modules_to_save: lora.modules_to_save.clone().unwrap_or_default(),
         use_rslora: lora.use_rslora.unwrap_or(false),
     })
+}
+
+pub(super) fn initial_adapter(spec: &FineTuneJobSpec) -> Option<String> {
+    spec.initial_adapter.as_ref().map(|adapter| adapter.uri.clone())
 }
 
 pub(super) fn output(spec: &FineTuneJobSpec) -> OutputTarget {

@@ -21,7 +21,9 @@ async fn a_real_apiserver_accepts_and_refuses_by_the_schema() {
     let accepted = [
         ("/spec/loraConfig", json!({})),
         ("/spec/loraConfig/targetModules", json!(["q_proj", "v_proj"])),
+        ("/spec/initialAdapter", json!({"uri": "s3://a/adapter"})),
         ("/spec/training/learningRate", json!(1e-4)),
+        ("/spec/training/maxTimeSeconds", json!(3600)),
         ("/spec/output/secretRef", whole),
         (
             "/spec/podTemplate",
@@ -40,6 +42,8 @@ async fn a_real_apiserver_accepts_and_refuses_by_the_schema() {
         ("/spec/training/numEpochs", json!(2), "both set the length"),
         ("/spec/training/learningRate", json!(0), "must be above 0"),
         ("/spec/loraConfig/loraAlpha", json!(0), "must be above 0"),
+        ("/spec/initialAdapter", json!({"uri": "ftp://a/b"}), "must be an object URI"),
+        ("/spec/training/maxTimeSeconds", json!(0), "greater than or equal to 1"),
         ("/spec/training/dtype", json!("fp8"), "Unsupported value"),
         ("/spec/output", json!({}), "spec.output.uri: Required"),
         ("/spec/approval", json!("auto"), "Unsupported value"),

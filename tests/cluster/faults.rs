@@ -75,6 +75,32 @@ async fn the_operator_may_be_killed_at_any_time() {
 }
 
 #[tokio::test]
+async fn micro_batches_that_do_not_fit_become_smaller_ones() {
+    let Some(bed) = Bed::new("smaller").await else { return };
+    let mut job = bed.job("smaller");
+    // Some 500 MB of activations, by a limit that holds half of them.
+    job["spec"]["training"]["trainBatchSizePerDevice"] = json!(1024);
+    job["spec"]["training"]["gradientAccumulationSteps"] = json!(1);
+    let limit = json!({"memory": "300Mi"});
+    job["spec"]["resources"] = json!({"requests": limit, "limits": limit});
+    bed.apply(&job).await;
+    bed.wait("smaller", "True Succeeded").await;
+    let status = bed.status("smaller").await;
+    let attempt = status.attempt.unwrap();
+    assert!(attempt.number > 0, "it fitted, and nothing was tested");
+    assert_eq!((attempt.failures, attempt.disruptions), (0, 0), "{attempt:?}");
+    let plan = status.plan.unwrap();
+    let config: finetune_contract::RunConfig = finetune_contract::parse(&plan.run_config).unwrap();
+    assert!(config.training.micro_batch_size <= 512, "{:?}", config.training);
+    assert_eq!(config.global_batch_size(), 1024);
+    let said = bed.message("smaller", "Planned").await;
+    assert!(said.contains("instead of 1024"), "{said}");
+    assert!(plan.summary.contains("Adapted"), "{}", plan.summary);
+    assert_eq!(status.result.unwrap().steps, 6);
+    bed.verify("smaller");
+}
+
+#[tokio::test]
 async fn a_limit_that_is_too_low_is_said_with_what_to_change() {
     let Some(bed) = Bed::new("memory").await else { return };
     let mut job = bed.long_job("memory");

@@ -207,3 +207,45 @@ fn rows_too_long_are_dropped_when_told() {
     let config: finetune_contract::RunConfig = finetune_contract::parse(&config).unwrap();
     assert_eq!(config.expected.sequences, 2);
 }
+
+#[test]
+fn a_published_adapter_is_trained_further() {
+    let Some(bench) = Bench::new() else { return };
+    bench.write_rows("validation.jsonl", 20..24);
+    let job = |output: &str| {
+        let mut job = bench.job(output);
+        job["spec"]["dataset"]["validation"] = json!(bench.uri("validation.jsonl"));
+        job
+    };
+    let first = job("first");
+    bench.run(&first).ok();
+    let mut second = job("second");
+    second["spec"]["initialAdapter"] = json!({"uri": bench.uri("first")});
+    bench.run(&second).ok();
+    let [_, published] = bench.report(&first).eval_loss.unwrap();
+    let [start, _] = bench.report(&second).eval_loss.unwrap();
+    assert!((start - published).abs() < 1e-6, "{start} {published}");
+    bench.finetune(&["verify", &bench.uri("second")]).ok();
+
+    let mut other = job("other");
+    other["spec"]["initialAdapter"] = json!({"uri": bench.uri("first")});
+    other["spec"]["loraConfig"]["r"] = json!(2);
+    insta::assert_snapshot!(bench.shown(&bench.run(&other)), @r"
+    exit 78
+    error: the run cannot start:
+      spec.loraConfig.r: is 2, but the initial adapter has 4: set it to that
+    ");
+}
+
+#[test]
+fn a_run_whose_time_is_over_publishes_its_best() {
+    let Some(bench) = Bench::new() else { return };
+    let mut job = bench.job("output");
+    job["spec"]["training"]["maxSteps"] = json!(1_000_000);
+    job["spec"]["training"]["maxTimeSeconds"] = json!(1);
+    let ran = bench.run(&job).ok();
+    assert!(ran.stdout.contains("ended early by training.maxTimeSeconds"), "{}", ran.stdout);
+    let steps = bench.report(&job).steps;
+    assert!((1..1_000_000).contains(&steps));
+    assert_eq!(bench.published("output").step, steps);
+}

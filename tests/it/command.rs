@@ -124,6 +124,7 @@ Memory
   checkpoint                      34 MB
   runtime                         87 MB
   peak                           283 MB
+  if that is too little      trainBatchSizePerDevice 4, 2, 1; then recompute block
   weights, mapped                 18 MB  read in place, given back under pressure
     "#);
 }
@@ -223,6 +224,87 @@ exit 78
 ignored here, only a cluster reads: suspend
 error: no trainer at DIR/trainer: build it with `cargo xtask build`, or name it with --trainer FILE
     "#);
+}
+
+/// Returns a run report of a failure for want of memory.
+fn out_of_memory() -> String {
+    let start = SUCCEEDED.find(r#""outcome""#).unwrap();
+    let end = SUCCEEDED.find(r#""steps""#).unwrap();
+    let outcome = r#""outcome":{"result":"failed","reason":"OutOfMemory","message":"the device ran out of memory"},"#;
+    format!("{}{outcome}{}", &SUCCEEDED[..start], &SUCCEEDED[end..])
+}
+
+/// Runs a job on a trainer in whose memory micro-batches of so many sequences fit.
+fn run_in_little_memory(fitting: &[u32]) -> (Output, TempDir) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    fs::write(path("job.yaml"), MINIMAL).unwrap();
+    fs::write(path("preflight.json"), PREFLIGHT).unwrap();
+    fs::write(path("succeeded.json"), SUCCEEDED).unwrap();
+    fs::write(path("failed.json"), out_of_memory()).unwrap();
+    let here = directory.path().display();
+    let fitting: Vec<String> =
+        fitting.iter().map(|size| format!("*'\"microBatchSize\":{size},'*")).collect();
+    let script = format!(
+        "#!/bin/sh\nif [ $1 = preflight ]; then cp {here}/preflight.json \"$5\"; exit 0; fi\n\
+         told=$(tr -d ' \\n' < \"$3\"); echo \"$told\" >> {here}/told\n\
+         case \"$told\" in {}) cp {here}/succeeded.json \"$5\"; exit 0;; esac\n\
+         cp {here}/failed.json \"$5\"; exit 71\n",
+        if fitting.is_empty() { "none".to_owned() } else { fitting.join("|") },
+    );
+    fs::write(path("trainer"), script).unwrap();
+    fs::set_permissions(path("trainer"), fs::Permissions::from_mode(0o755)).unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_finetune"))
+        .args(["run", "-f", "job.yaml", "--work-dir", "work", "--trainer"])
+        .arg(path("trainer"))
+        .current_dir(directory.path())
+        .output()
+        .unwrap();
+    (output, directory)
+}
+
+/// Returns what was said after the plan.
+fn said_after_plan(output: &Output) -> String {
+    let errors = String::from_utf8_lossy(&output.stderr);
+    let is_said = |line: &&str| line.starts_with("going on") || line.starts_with("error");
+    let lines: Vec<&str> = errors.lines().filter(is_said).collect();
+    format!("exit {:?}\n{}", output.status.code().unwrap_or(-1), lines.join("\n"))
+}
+
+#[test]
+fn goes_on_in_smaller_pieces_where_memory_is_too_little() {
+    let (output, directory) = run_in_little_memory(&[2]);
+    insta::assert_snapshot!(said_after_plan(&output), @r"
+    exit 0
+    going on with trainBatchSizePerDevice 4 instead of 8, gradientAccumulationSteps 2 instead of 1: 8 sequences a step and the same result, in 241 MB instead of 250 MB, because the device ran out of memory
+    going on with trainBatchSizePerDevice 2 instead of 4, gradientAccumulationSteps 4 instead of 2: 8 sequences a step and the same result, in 237 MB instead of 241 MB, because the device ran out of memory
+    ");
+    let told = fs::read_to_string(directory.path().join("told")).unwrap();
+    let told: Vec<finetune_contract::RunConfig> =
+        told.lines().map(|line| finetune_contract::parse(line).unwrap()).collect();
+    let tries: Vec<_> = told
+        .iter()
+        .map(|config| {
+            (config.attempt, config.training.micro_batch_size, config.global_batch_size())
+        })
+        .collect();
+    assert_eq!(tries, [(0, 8, 8), (1, 4, 8), (2, 2, 8)]);
+    assert!(told.iter().all(|config| config.run_id == told[0].run_id));
+}
+
+#[test]
+fn says_what_is_missing_when_the_smallest_pieces_are_too_large() {
+    let (output, directory) = run_in_little_memory(&[]);
+    insta::assert_snapshot!(said_after_plan(&output), @r"
+    exit 71
+    going on with trainBatchSizePerDevice 4 instead of 8, gradientAccumulationSteps 2 instead of 1: 8 sequences a step and the same result, in 241 MB instead of 250 MB, because the device ran out of memory
+    going on with trainBatchSizePerDevice 2 instead of 4, gradientAccumulationSteps 4 instead of 2: 8 sequences a step and the same result, in 237 MB instead of 241 MB, because the device ran out of memory
+    going on with trainBatchSizePerDevice 1 instead of 2, gradientAccumulationSteps 8 instead of 4: 8 sequences a step and the same result, in 234 MB instead of 237 MB, because the device ran out of memory
+    going on with recompute block instead of none: 8 sequences a step and the same result, in 233 MB instead of 234 MB, because the device ran out of memory
+    error: the device ran out of memory, and no way is left to make its micro-batches smaller: 233 MB are predicted. Lower training.contextLength, or use a machine with more memory
+    ");
+    let told = fs::read_to_string(directory.path().join("told")).unwrap();
+    assert_eq!(told.lines().count(), 5, "8, 4, 2, 1, and blocks computed again");
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! The one door for time, used for measuring and for when to save: no result of a run depends on it.
+//! The one door for time, used for measuring, for when to save and for when a run with `maxTimeSeconds`
+//! ends: nothing else of a run depends on it.
 
 use std::time::Instant;
 

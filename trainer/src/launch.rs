@@ -23,7 +23,7 @@ use signal_hook::{
     iterator::Signals,
 };
 
-use crate::{clock, failure::Failure, store::Environment};
+use crate::{clock, failure::Failure, memory, store::Environment};
 
 /// How often children and signals are looked at.
 const POLL: Duration = Duration::from_millis(50);
@@ -78,6 +78,7 @@ pub fn run(launch: &Launch<'_>, environment: &Environment) -> Result<ExitCode, F
     // Listening replaces the default action, so that the ranks can save a checkpoint first.
     let mut signals = Signals::new([SIGINT, SIGTERM])
         .map_err(|error| Failure::from_io(&error, "cannot listen for signals"))?;
+    let oom_kills_before = memory::oom_kills();
     let mut ranks = Started(Vec::new());
     let port = free_port()?;
     for local in 0..launch.config.parallelism.local_world_size {
@@ -86,6 +87,10 @@ pub fn run(launch: &Launch<'_>, environment: &Environment) -> Result<ExitCode, F
     let telling = wait(&mut ranks.0, &mut signals)?;
     let Rank { number, report, status, .. } = &ranks.0[telling];
     if let Some(signal) = status.and_then(|status| status.signal()) {
+        if signal == Signal::KILL.as_raw() && memory::oom_kills() > oom_kills_before {
+            let message = format!("the kernel ended rank {number} for want of memory");
+            return Err(Failure::new(FailureReason::OutOfMemory, message));
+        }
         let message = format!(
             "rank {number} was killed (signal {signal}), perhaps for want of memory; the other ranks ended with it. \
              Started again, the run goes on from the last checkpoint"

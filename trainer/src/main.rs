@@ -280,6 +280,7 @@ fn report(config: &RunConfig, teller: &Teller<'_>, outcome: Outcome) -> RunRepor
         train_loss: state.first_loss.zip(state.last_loss).map(<[f64; 2]>::from),
         eval_loss: state.base_eval_loss.zip(state.best.map(|best| best.loss)).map(<[f64; 2]>::from),
         best_step: state.best.map(|best| best.step).filter(|&step| step != last.step),
+        stopped_early: state.stopped_early,
         tokens_per_second: teller.median_speed(),
         duration_seconds: teller.elapsed_seconds(),
         predicted_peak_bytes: config.predicted_peak_bytes,
@@ -310,10 +311,7 @@ fn failure_of_panic(panic: &(dyn std::any::Any + Send)) -> Failure {
         .iter()
         .any(|words| text.contains(words));
     if is_out_of_memory {
-        let message = format!(
-            "the device ran out of memory: lower training.trainBatchSizePerDevice or contextLength, or set \
-             training.recompute to block ({text})"
-        );
+        let message = format!("the device ran out of memory ({text})");
         return Failure::new(FailureReason::OutOfMemory, message);
     }
     Failure::new(

@@ -82,6 +82,16 @@ pub fn anonymous_bytes() -> u64 {
     kibibytes.unwrap_or(0) * 1024
 }
 
+/// Returns how many processes of this machine the kernel has ended for want of memory; none where it
+/// does not tell.
+///
+/// # Source
+/// `oom_kill` of `/proc/vmstat`, which counts those of a cgroup's limit too.
+pub fn oom_kills() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/vmstat").ok()?;
+    text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())
+}
+
 #[cfg(test)]
 mod tests {
     use tch::Device;

@@ -160,6 +160,7 @@ mod tests {
             early_stopping_patience: 0,
             checkpoint_steps: Some(10),
             num_checkpoints_to_keep: 1,
+            max_time_seconds: None,
         }
     }
 

@@ -144,6 +144,11 @@ impl<'a> Teller<'a> {
         self.last.checkpoint_write_seconds = Some(saved.write_seconds);
     }
 
+    /// Notes what training came to.
+    pub fn finished(&mut self, state: &TrainState) {
+        self.state = state.clone();
+    }
+
     /// Returns the last snapshot.
     pub fn last(&self) -> &Progress {
         &self.last

@@ -22,7 +22,7 @@ use crate::{
     export::{self, Export},
     failure::Failure,
     import,
-    model::{Division, Model, attach::Attachment, read_config},
+    model::{Division, Model, adapter, attach::Attachment, read_config},
     optimizer::AdamW,
     progress::Teller,
     proof::{self, Probe},
@@ -100,6 +100,9 @@ pub fn run(
         state: TrainState::default(),
     };
     resume(&mut training, teller)?;
+    if let (Some(uri), 0) = (&config.initial_adapter, training.state.step) {
+        start_from(uri, &mut training, host)?;
+    }
 
     // Train.
     if training.run(host.stop, teller)? == Ended::Interrupted {
@@ -249,6 +252,24 @@ fn resume(training: &mut Training<'_>, teller: &mut Teller<'_>) -> Result<(), Fa
     }
     teller.resume(state);
     Ok(())
+}
+
+/// Gives the adapter the weights of a published one; a run that goes on has its own.
+fn start_from(uri: &str, training: &mut Training<'_>, host: &Host<'_>) -> Result<(), Failure> {
+    let directory = fresh_directory(host, "initial-adapter")?;
+    adapter::fetch(&open(uri, Role::Adapter, host)?, &directory)?;
+    let published = adapter::read_settings(&directory)?;
+    let Training { config, model, .. } = training;
+    let asked = config.lora.as_ref().ok_or_else(|| {
+        Failure::new(FailureReason::InvalidConfiguration, "initialAdapter needs lora")
+    })?;
+    let unlike = |message| Failure::new(FailureReason::InvalidConfiguration, message);
+    let differences = adapter::differences(model.config(), asked, &published)
+        .map_err(|error| unlike(format!("the adapter at {uri} does not fit the model: {error}")))?;
+    if let Some((field, message)) = differences.into_iter().next() {
+        return Err(unlike(format!("spec.loraConfig.{field}: {message}")));
+    }
+    Ok(model.take_adapter(&directory)?)
 }
 
 /// Puts the best weights back if they are not the last; returns the step they belong to.

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use finetune_contract::{FailureReason, RunConfig, Stage};
+use finetune_contract::{FailureReason, RunConfig, Stage, StoppedEarly};
 use tracing::info;
 
 use crate::{
@@ -16,6 +16,9 @@ use crate::{
     progress::{StepFigures, Teller},
     seed::Counter,
 };
+
+/// The share of the largest micro-batch that is as good as it.
+const NEARLY: f64 = 0.95;
 
 /// What the loop works on.
 pub struct Training<'a> {
@@ -65,12 +68,28 @@ impl Training<'_> {
             teller.evaluated(&self.state);
         }
         let mut order = Order::new(settings.seed);
-        while !self.is_done() {
+        if !self.is_over() {
+            self.rehearse(&mut order)?;
+        }
+        let mut since = clock::now();
+        while !self.is_over() {
             let figures = self.step(&mut order)?;
+            self.state.training_seconds += since.elapsed().as_secs_f64();
+            since = clock::now();
             teller.step(&self.state, self.epoch(), &figures);
-            let is_to_evaluate = self.state.step == settings.total_steps
-                || is_due(self.state.step, settings.evaluation_steps);
+            if self.state.step < settings.total_steps && self.is_out_of_time()? {
+                info!(step = self.state.step, "stopping early: its time is over");
+                self.state.stopped_early = Some(StoppedEarly::Time);
+            }
+            let is_to_evaluate =
+                self.is_over() || is_due(self.state.step, settings.evaluation_steps);
             let is_best = is_to_evaluate && self.evaluate_and_compare(teller)?;
+            if !self.is_over() && self.is_out_of_patience() {
+                let evaluations = self.state.evaluations_since_best;
+                let step = self.state.step;
+                info!(step, evaluations, "stopping early: the validation loss no longer falls");
+                self.state.stopped_early = Some(StoppedEarly::Patience);
+            }
             self.checkpoints.look()?;
             // One rank is told to stop, and rank 0 knows what a checkpoint costs; all must do the
             // same after the same step.
@@ -80,11 +99,11 @@ impl Training<'_> {
             let said = [stop.load(Ordering::Relaxed), is_time];
             let said = ranks.sum(said.map(|is_so| f64::from(u8::from(is_so))))?;
             let [is_stopped, is_time] = said.map(|count| count > 0.0);
-            if self.is_done() || is_stopped || is_best || is_time {
+            if self.is_over() || is_stopped || is_best || is_time {
                 self.checkpoints.save(&self.state, &self.model, &self.optimizer)?;
             }
             self.tell_saved(teller);
-            if is_stopped && !self.is_done() {
+            if is_stopped && !self.is_over() {
                 self.checkpoints.settle()?;
                 self.tell_saved(teller);
                 return Ok(Ended::Interrupted);
@@ -92,14 +111,25 @@ impl Training<'_> {
         }
         self.checkpoints.settle()?;
         self.tell_saved(teller);
+        teller.finished(&self.state);
         Ok(Ended::Complete)
     }
 
-    /// Tells whether all steps are done, or no more are worth doing.
-    fn is_done(&self) -> bool {
+    /// Tells whether no step is left.
+    fn is_over(&self) -> bool {
+        self.state.step >= self.config.training.total_steps || self.state.stopped_early.is_some()
+    }
+
+    /// Tells whether a rank has trained as long as the run may.
+    fn is_out_of_time(&self) -> Result<bool, dist::Error> {
+        let Some(limit) = self.config.training.max_time_seconds else { return Ok(false) };
+        self.model.ranks().any(self.state.training_seconds >= limit as f64)
+    }
+
+    /// Tells whether too many evaluations have brought nothing better.
+    fn is_out_of_patience(&self) -> bool {
         let patience = self.config.training.early_stopping_patience;
-        let is_out_of_patience = patience > 0 && self.state.evaluations_since_best >= patience;
-        self.state.step >= self.config.training.total_steps || is_out_of_patience
+        patience > 0 && self.state.evaluations_since_best >= patience
     }
 
     fn tell_saved(&self, teller: &mut Teller<'_>) {
@@ -139,6 +169,27 @@ impl Training<'_> {
         sequences as f64 / self.train.sequences.len() as f64
     }
 
+    /// Computes the largest micro-batch there can be, for nothing, if the first step has none nearly as
+    /// large: too little memory shows at once and not hours later.
+    ///
+    /// Packed sequences are nearly equal, so for them it costs nothing; else a micro-batch a process.
+    fn rehearse(&self, order: &mut Order) -> Result<(), dist::Error> {
+        let settings = &self.config.training;
+        let Split { dataset, sequences } = &self.train;
+        let largest = sequences.largest(dataset, settings.micro_batch_size as usize);
+        let largest = sequences.batch(dataset, &largest);
+        let first = self.config.global_batch_size() / u64::from(settings.micro_batch_size);
+        let first = (0..first).map(|micro| self.micro_batch(order, self.state.step, micro));
+        let first = first.map(|batch| batch.tokens.len()).max().unwrap_or(0);
+        if (first as f64) < NEARLY * largest.tokens.len() as f64 {
+            let noise = self.dropout(self.state.step);
+            self.model.accumulate_gradients(&largest, settings.recompute, noise.as_ref());
+            // Rooms of gradients are emptied by this; the rest by the step.
+            self.model.reduce_gradients()?;
+        }
+        Ok(())
+    }
+
     /// Does one optimizer step.
     fn step(&mut self, order: &mut Order) -> Result<StepFigures, Failure> {
         let started = clock::now();
@@ -148,15 +199,23 @@ impl Training<'_> {
         let sent_before = self.model.ranks().sent_bytes();
         optimizer::zero_gradient(self.model.trained());
         let ranks = self.model.ranks().clone();
-        for round in 0..u64::from(settings.gradient_accumulation_steps) {
-            // The step's micro-batches are dealt out like cards: which rank computes one changes
-            // neither its rows nor its noise.
-            let micro = round * u64::from(ranks.world_size()) + u64::from(ranks.rank());
+        let world_size = u64::from(ranks.world_size());
+        let noise = self.dropout(step);
+        let (mut tokens_before, mut targets_before) = (0, 0);
+        for micro in 0..u64::from(settings.gradient_accumulation_steps) * world_size {
             let batch = self.micro_batch(order, step, micro);
-            let dropout = self.dropout(step, micro);
-            loss += self.model.accumulate_gradients(&batch, settings.recompute, dropout.as_ref());
-            targets += batch.labels.len() as u64;
-            tokens += batch.tokens.len() as u64;
+            let (batch_tokens, batch_targets) =
+                (batch.tokens.len() as u64, batch.labels.len() as u64);
+            // The step's micro-batches are dealt out like cards: neither how many there are nor which
+            // rank computes one changes rows or noise.
+            if micro % world_size == u64::from(ranks.rank()) {
+                let noise = noise.map(|noise| noise.after(tokens_before, targets_before));
+                loss += self.model.accumulate_gradients(&batch, settings.recompute, noise.as_ref());
+                targets += batch_targets;
+                tokens += batch_tokens;
+            }
+            tokens_before += batch_tokens;
+            targets_before += batch_targets;
         }
         self.model.reduce_gradients()?;
         let [loss, all_targets, all_tokens] = ranks.sum([loss, targets as f64, tokens as f64])?;
@@ -206,13 +265,6 @@ impl Training<'_> {
             self.state.evaluations_since_best += 1;
         }
         teller.evaluated(&self.state);
-        if !is_best && self.is_done() && self.state.step < self.config.training.total_steps {
-            info!(
-                step = self.state.step,
-                evaluations = self.state.evaluations_since_best,
-                "stopping early: the validation loss no longer falls"
-            );
-        }
         Ok(is_best)
     }
 
@@ -226,10 +278,10 @@ impl Training<'_> {
         sequences.batch(dataset, &chosen)
     }
 
-    fn dropout(&self, step: u64, micro: u64) -> Option<Dropout> {
+    fn dropout(&self, step: u64) -> Option<Dropout> {
         let probability = self.config.lora.as_ref()?.lora_dropout;
         let noise = Counter::from_seed(self.config.training.seed).fold_name("dropout");
-        Dropout::new(probability, noise.fold(step).fold(micro))
+        Dropout::new(probability, noise.fold(step))
     }
 }
 

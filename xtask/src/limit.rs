@@ -66,6 +66,7 @@ pub(crate) fn measure(binaries: &Binaries, model: &Path) -> Result<Limit> {
             on_overflow: OnOverflow::Truncate,
         },
         lora: None,
+        initial_adapter: None,
         context_length: None,
         output: OutputTarget {
             uri: uri(&directory.join("output")),

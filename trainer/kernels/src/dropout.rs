@@ -49,6 +49,13 @@ impl Noise {
         65536.0 / (65536.0 - f32::from(self.threshold))
     }
 
+    /// Returns the same noise for an input that starts at element `first` of this one's, a multiple
+    /// of 4.
+    #[must_use]
+    pub const fn from_element(self, first: u64) -> Self {
+        Self { key: self.key.wrapping_add((first / 4).wrapping_mul(NEXT_GROUP)), ..self }
+    }
+
     /// Returns the 64 random bits that four neighbours share.
     #[inline(always)]
     fn draw(self, group: usize) -> u64 {
@@ -94,6 +101,9 @@ mod tests {
             let mut part = vec![0.0_f32; 1001];
             add_masked(noise, 4000, &vec![1.0; 1001], &mut part);
             assert_eq!(part, mask[4000..5001]);
+            let mut alone = vec![0.0_f32; 1001];
+            apply(noise.from_element(4000), 0, &vec![1.0; 1001], &mut alone);
+            assert_eq!(alone, part);
         }
     }
 }

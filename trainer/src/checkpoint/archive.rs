@@ -167,7 +167,7 @@ impl Archive {
 /// evaluate or save may change between attempts.
 fn settings_sha256(config: &RunConfig) -> String {
     let training = &config.training;
-    let decisive = serde_json::json!({
+    let mut decisive = serde_json::json!({
         "model": config.model,
         "lora": config.lora,
         "expected": config.expected,
@@ -183,6 +183,10 @@ fn settings_sha256(config: &RunConfig) -> String {
         "dtype": training.dtype,
         "seed": training.seed,
     });
+    // What was saved before there was this field keeps its digest.
+    if let Some(adapter) = &config.initial_adapter {
+        decisive["initialAdapter"] = serde_json::json!(adapter);
+    }
     hex(&Sha256::digest(decisive.to_string()))
 }
 

@@ -20,7 +20,7 @@ use std::{
     time::Instant,
 };
 
-use finetune_contract::{FailureReason, RunConfig, artifact::checkpoint_name};
+use finetune_contract::{FailureReason, RunConfig, StoppedEarly, artifact::checkpoint_name};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 use tracing::debug;
@@ -61,6 +61,12 @@ pub struct TrainState {
     pub best: Option<Evaluated>,
     /// Evaluations since the best.
     pub evaluations_since_best: u32,
+    /// Seconds trained.
+    #[serde(default)]
+    pub training_seconds: f64,
+    /// Why training is over before its last step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stopped_early: Option<StoppedEarly>,
 }
 
 /// A validation loss and the step it belongs to.

@@ -58,6 +58,17 @@ impl Sequences {
         order
     }
 
+    /// Returns the `count` sequences with the most tokens, some more than once if there are fewer.
+    pub fn largest(&self, dataset: &Dataset, count: usize) -> Vec<usize> {
+        let lengths = dataset.lengths();
+        let tokens = |sequence: usize| -> u64 {
+            self.rows[sequence].iter().map(|&row| u64::from(lengths[row])).sum()
+        };
+        let mut all: Vec<usize> = (0..self.len()).collect();
+        all.sort_by_key(|&sequence| std::cmp::Reverse(tokens(sequence)));
+        all.into_iter().cycle().take(count).collect()
+    }
+
     /// Makes a micro-batch of sequences.
     pub fn batch(&self, dataset: &Dataset, sequences: &[usize]) -> Batch {
         let mut batch = Batch::default();
@@ -126,6 +137,17 @@ mod tests {
             expected.sort_unstable();
             prop_assert_eq!(found, expected);
         }
+    }
+
+    #[test]
+    fn the_largest_are_those_with_the_most_tokens() {
+        let directory = tempfile::tempdir().unwrap();
+        let row = |length: usize| TokenRow { tokens: vec![1; length], targets: vec![true; length] };
+        let rows = [5, 9, 2, 7].map(row);
+        let dataset = Dataset::of_rows(&rows, directory.path()).unwrap();
+        let sequences = Sequences { rows: vec![vec![0], vec![1], vec![2, 3]] };
+        assert_eq!(sequences.largest(&dataset, 2), [1, 2]);
+        assert_eq!(sequences.largest(&dataset, 4), [1, 2, 0, 1]);
     }
 
     #[test]

@@ -10,9 +10,14 @@ use super::{
     Model,
     attach::{self, Attachment},
     config::ModelConfig,
+    names,
     weights::{self, Checkpoint},
 };
-use crate::{failure::Failure, seed::Counter};
+use crate::{
+    failure::Failure,
+    seed::Counter,
+    store::{Store, hash_file, publish},
+};
 
 /// What PEFT puts before every name.
 pub const PREFIX: &str = "base_model.model.";
@@ -77,21 +82,104 @@ impl Model {
         let attachment = Attachment::lora(&config, &settings)
             .map_err(|source| Error::Fit { path: adapter.join(CONFIG_FILE), source })?;
         let mut model = Self::load(base, config, attachment, dtype, device, Counter::from_seed(0))?;
+        model.take_adapter(adapter)?;
+        Ok(model)
+    }
+
+    /// Gives the attached adapter the weights of a published one of the same shape.
+    ///
+    /// # Errors
+    /// [`Error`] if its tensors are damaged, missing, or of other shapes.
+    pub fn take_adapter(&mut self, adapter: &Path) -> Result<(), Error> {
         let weights = Checkpoint::open_file(&adapter.join(WEIGHTS_FILE)).map_err(Error::Weights)?;
-        for name in model.trained().names() {
+        for name in self.trained().names() {
             let mut master =
-                model.trained().master_of(name).expect("the name is from the same list");
+                self.trained().master_of(name).expect("the name is from the same list");
             let shape: Vec<usize> = master.size().iter().map(|&size| size as usize).collect();
             let stored =
                 weights.tensor_of(&format!("{PREFIX}{name}"), &shape).map_err(Error::Weights)?;
             master.copy_(&stored);
         }
-        model.trained_mut().refresh_compute();
-        Ok(model)
+        self.trained_mut().refresh_compute();
+        Ok(())
     }
 }
 
-/// Reads the settings of a PEFT LoRA directory.
+/// Brings the two files of a published adapter into a directory; what has a manifest must be what it
+/// says.
+///
+/// # Errors
+/// A [`Failure`] if the store fails or a file is not the one that was published.
+pub fn fetch(store: &Store, to: &Path) -> Result<(), Failure> {
+    let manifest = publish::read_manifest(store)?;
+    for name in [CONFIG_FILE, WEIGHTS_FILE] {
+        let path = to.join(name);
+        store.fetch(name, &path)?;
+        let published = manifest.iter().flat_map(|manifest| &manifest.files);
+        let published = published.filter(|file| file.path == name).map(|file| &file.sha256);
+        let found = hash_file(&path)?.1;
+        if let Some(sha256) = published.into_iter().find(|sha256| **sha256 != found) {
+            let message = format!(
+                "{} is damaged: its manifest says SHA-256 {sha256}, it has {found}",
+                store.uri().join(name)
+            );
+            return Err(Failure::new(FailureReason::InvalidModel, message));
+        }
+    }
+    Ok(())
+}
+
+/// Lists where an adapter asked for is not of a published one's shape, by field of `loraConfig`, with
+/// both values.
+///
+/// Dropout may differ: it is no part of what was trained.
+///
+/// # Errors
+/// [`attach::Error`] if one of them does not fit the model.
+pub fn differences(
+    config: &ModelConfig,
+    asked: &LoraSettings,
+    published: &LoraSettings,
+) -> Result<Vec<(&'static str, String)>, attach::Error> {
+    let [asked_modules, published_modules] = [asked, published].map(|settings| {
+        let Attachment::Lora(lora) = Attachment::lora(config, settings)? else {
+            return Ok(Default::default());
+        };
+        Ok((lora.targets.into_keys().collect::<Vec<_>>(), lora.saved))
+    });
+    let ((asked_targets, asked_saved), (targets, saved)) = (asked_modules?, published_modules?);
+    let leaves = |paths: &[String]| {
+        let mut leaves: Vec<&str> = paths.iter().map(|path| names::leaf(path)).collect();
+        leaves.sort_unstable();
+        leaves.dedup();
+        format!("[{}]", leaves.join(", "))
+    };
+    let mut found = Vec::new();
+    let mut compare = |field, is_same: bool, asked: String, published: String| {
+        if !is_same {
+            let message =
+                format!("is {asked}, but the initial adapter has {published}: set it to that");
+            found.push((field, message));
+        }
+    };
+    compare("r", asked.r == published.r, asked.r.to_string(), published.r.to_string());
+    let is_same = asked_targets == targets;
+    compare("targetModules", is_same, leaves(&asked_targets), leaves(&targets));
+    let is_same = asked_saved == saved;
+    compare("modulesToSave", is_same, leaves(&asked_saved), leaves(&saved));
+    let same_rank = LoraSettings { r: published.r, ..asked.clone() };
+    if (same_rank.scaling() - published.scaling()).abs() > 1e-9 * published.scaling() {
+        let both = [asked, published]
+            .map(|lora| (lora.lora_alpha.to_string(), lora.use_rslora.to_string()));
+        let [(asked_alpha, asked_kind), (alpha, kind)] = both;
+        compare("useRslora", asked.use_rslora == published.use_rslora, asked_kind, kind);
+        let is_same = (asked.lora_alpha - published.lora_alpha).abs() < 1e-9;
+        compare("loraAlpha", is_same, asked_alpha, alpha);
+    }
+    Ok(found)
+}
+
+/// Reads the settings of a PEFT LoRA directory on disk.
 ///
 /// # Errors
 /// [`Error`] if the file is missing or asks for anything but plain LoRA or rsLoRA on named modules.
@@ -102,7 +190,11 @@ pub fn read_settings(directory: &Path) -> Result<LoraSettings, Error> {
     parse_settings(&text).map_err(|reason| Error::Settings { path, reason })
 }
 
-fn parse_settings(text: &str) -> Result<LoraSettings, String> {
+/// Reads the text of an adapter's settings.
+///
+/// # Errors
+/// What is wrong with it, for people.
+pub fn parse_settings(text: &str) -> Result<LoraSettings, String> {
     let value: Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
     match value.get("peft_type").and_then(Value::as_str) {
         Some("LORA") => {}

@@ -117,13 +117,13 @@ impl Block {
             inner.unwrap_or_else(|| self.compute(&x, around).1);
 
         // Feed-forward half.
-        let noise = self.noise(around, Site::Down);
+        let noise = self.noise(around, Site::Down, &gate);
         let mut passed = self.down_proj.pass_back([dy], noise, true);
         let d_product = passed.take_input_grad().expect("it was wanted"); // [T, F]
         let (product, d_gate, d_up) = ops::swiglu_backward(d_product, gate, up);
         self.down_proj.add_gradients(&self.input(product, around, Site::Down), [dy], &passed);
         let grads = [&d_gate, &d_up];
-        let noise = self.noise(around, Site::GateUp);
+        let noise = self.noise(around, Site::GateUp, &x_mid);
         let mut passed = self.gate_up_proj.pass_back(grads, noise, true);
         let normed =
             self.input(self.post_attention_layernorm.forward(&x_mid), around, Site::GateUp);
@@ -133,7 +133,8 @@ impl Block {
         let d_mid = self.post_attention_layernorm.backward(&x_mid, d_normed, Some(dy));
 
         // Attention half.
-        let mut passed = self.o_proj.pass_back([&d_mid], self.noise(around, Site::O), true);
+        let noise = self.noise(around, Site::O, &attended.out);
+        let mut passed = self.o_proj.pass_back([&d_mid], noise, true);
         let heads = self.input(flatten_heads(&attended.out), around, Site::O);
         self.o_proj.add_gradients(&heads, [&d_mid], &passed);
         let d_heads = self.split_heads(&passed.take_input_grad().expect("it was wanted")); // [T, H, E]
@@ -148,7 +149,7 @@ impl Block {
         let [dq, dk, dv] = [dq, dk, dv].map(|grad| flatten_heads(&grad));
         let grads = [&dq, &dk, &dv];
         let wants_norm_grad = wants_input_grad || self.input_layernorm.weight.is_trained();
-        let noise = self.noise(around, Site::Qkv);
+        let noise = self.noise(around, Site::Qkv, &x);
         let mut passed = self.qkv_proj.pass_back(grads, noise, wants_norm_grad);
         let normed = self.input(self.input_layernorm.forward(&x), around, Site::Qkv);
         self.qkv_proj.add_gradients(&normed, grads, &passed);
@@ -197,16 +198,16 @@ impl Block {
         (y, Inner { qk_raw, q, k, v, attended, x_mid, gate, up })
     }
 
-    fn noise(&self, around: &Surroundings<'_>, site: Site) -> Option<Noise> {
-        around.dropout.map(|dropout| dropout.noise(self.site(site)))
-    }
-
-    fn site(&self, site: Site) -> u64 {
-        self.layer * 4 + site as u64
+    /// Returns the noise on an input that is as wide as `like`, `[T, …]`.
+    fn noise(&self, around: &Surroundings<'_>, site: Site, like: &Tensor) -> Option<Noise> {
+        let dropout = around.dropout?;
+        let width = like.numel() / like.size()[0] as usize;
+        Some(dropout.noise(self.layer * 4 + site as u64, width))
     }
 
     fn input(&self, x: Tensor, around: &Surroundings<'_>, site: Site) -> Input {
-        Input::new(x, around.dropout, self.site(site))
+        let noise = self.noise(around, site, &x);
+        Input::new(x, noise)
     }
 
     fn split_heads(&self, x: &Tensor) -> Tensor {

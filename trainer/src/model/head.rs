@@ -11,8 +11,8 @@ use crate::ops;
 /// Rows of logits that exist at once. GEMMs reach their full speed from about this size on.
 pub const CHUNK_ROWS: i64 = 512;
 
-/// A dropout site no block uses, plus the chunk's number.
-const FIRST_SITE: u64 = 1 << 32;
+/// A dropout site no block uses.
+const SITE: u64 = 1 << 32;
 
 /// Computes the summed cross-entropy of rows `[N, D]` (after the last norm) against labels `[N]`.
 ///
@@ -26,13 +26,13 @@ pub fn loss_and_gradient(
 ) -> (f64, Tensor) {
     let d_rows = rows.empty_like();
     let mut loss = 0.0;
-    for_each_chunk(rows, labels, |chunk, start, rows, labels| {
-        let site = FIRST_SITE + chunk;
-        let input = Input::new(rows, dropout, site);
+    let width = rows.size()[1] as usize;
+    for_each_chunk(rows, labels, |start, rows, labels| {
+        let noise = dropout.map(|dropout| dropout.noise_of_head(SITE, start as usize, width));
+        let input = Input::new(rows, noise);
         let [logits] = lm_head.forward(&input); // [C, V]
         let (chunk_loss, d_logits) = ops::cross_entropy_backward(logits, &labels);
         loss += chunk_loss;
-        let noise = dropout.map(|dropout| dropout.noise(site));
         let mut passed = lm_head.pass_back([&d_logits], noise, true);
         lm_head.add_gradients(&input, [&d_logits], &passed);
         if let Some(dx) = passed.take_input_grad() {
@@ -45,17 +45,17 @@ pub fn loss_and_gradient(
 /// Computes the summed cross-entropy of rows `[N, D]` against labels `[N]`, without gradients.
 pub fn loss(lm_head: &Projections<1>, rows: &Tensor, labels: &Tensor) -> f64 {
     let mut loss = 0.0;
-    for_each_chunk(rows, labels, |_, _, rows, labels| {
+    for_each_chunk(rows, labels, |_, rows, labels| {
         let [logits] = lm_head.forward(&Input::plain(rows));
         loss += ops::cross_entropy(&logits, &labels);
     });
     loss
 }
 
-fn for_each_chunk(rows: &Tensor, labels: &Tensor, mut visit: impl FnMut(u64, i64, Tensor, Tensor)) {
+fn for_each_chunk(rows: &Tensor, labels: &Tensor, mut visit: impl FnMut(i64, Tensor, Tensor)) {
     let count = rows.size()[0];
-    for (chunk, start) in (0..count).step_by(CHUNK_ROWS as usize).enumerate() {
+    for start in (0..count).step_by(CHUNK_ROWS as usize) {
         let size = CHUNK_ROWS.min(count - start);
-        visit(chunk as u64, start, rows.narrow(0, start, size), labels.narrow(0, start, size));
+        visit(start, rows.narrow(0, start, size), labels.narrow(0, start, size));
     }
 }

@@ -3,7 +3,7 @@
 use finetune_kernels::dropout::Noise;
 use tch::{Kind, Tensor};
 
-use super::{dropout::Dropout, params::Param};
+use super::params::Param;
 use crate::{
     ops::{self, Factor},
     profile,
@@ -77,8 +77,8 @@ impl Passed {
 
 impl Input {
     /// Prepares an input `[T, in]`; dropout acts only on adapters.
-    pub fn new(x: Tensor, dropout: Option<&Dropout>, site: u64) -> Self {
-        let dropped = dropout.map(|dropout| ops::dropout(&x, dropout.noise(site)));
+    pub fn new(x: Tensor, noise: Option<Noise>) -> Self {
+        let dropped = noise.map(|noise| ops::dropout(&x, noise));
         Self { x, dropped }
     }
 

@@ -3,6 +3,7 @@
 //! It never fails: each trouble becomes a [`Problem`], and the checks that do not depend on it go
 //! on, so that a user sees all there is to mend at once.
 
+mod adapter;
 mod machine;
 mod model;
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::{
 
 use finetune_contract::{LoraSettings, ModelFacts, PreflightConfig, ProblemReason, TargetModules};
 
-use super::{Findings, open};
+use super::{Findings, adapter, open};
 use crate::{
     data::{Tokenizer, format::nearest},
     failure::Failure,
@@ -82,6 +82,9 @@ pub(super) fn check(
     let weights = check_weights(&store, &entries, &model, findings);
     if let Some(lora) = &config.lora {
         check_lora(lora, &model, findings);
+        if let Some(uri) = &config.initial_adapter {
+            adapter::check(uri, lora, &model, environment, findings);
+        }
     }
     let tokenizer = match Tokenizer::load(&directory) {
         Ok(tokenizer) => tokenizer,
@@ -250,7 +253,7 @@ fn weight_files(
     Err((ProblemReason::InvalidModel, message))
 }
 
-fn read_header(
+pub(super) fn read_header(
     store: &Store,
     file: &str,
     size: u64,

@@ -13,7 +13,7 @@ use serde_json::json;
 use super::run;
 use crate::{
     data::goldens::{CHATML, tokenizer_json},
-    model::config::ModelConfig,
+    model::{attach::Attachment, config::ModelConfig},
     store::Environment,
 };
 
@@ -38,6 +38,7 @@ impl Fixture {
                 on_overflow: OnOverflow::Truncate,
             },
             lora: None,
+            initial_adapter: None,
             context_length: None,
             output: OutputTarget {
                 uri: at("output"),
@@ -309,4 +310,59 @@ fn sees_all_there_is_to_mend_at_once() {
         NotFound spec.dataset.train: nothing is at file:///train.jsonl.missing
         InvalidSpec spec.output.uri: "ftp://x/y" has the unknown scheme "ftp": use hf, s3, gs, az, pvc or file
         "#);
+}
+
+/// Writes an adapter of rank 8 on the attention of the model, after `change` of its settings.
+fn with_adapter(change: impl FnOnce(&mut serde_json::Value), is_cut: bool) -> Fixture {
+    let mut fixture = Fixture::new().with_lora(|_| {});
+    fixture.config.initial_adapter = Some(format!("file://{}", fixture.path("adapter").display()));
+    fs::create_dir(fixture.path("adapter")).unwrap();
+    let mut settings = json!({
+        "peft_type": "LORA", "r": 8, "lora_alpha": 16, "lora_dropout": 0.1,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    });
+    change(&mut settings);
+    fixture.write("adapter/adapter_config.json", &settings.to_string());
+    let text = fs::read_to_string(fixture.path("model/config.json")).unwrap();
+    let model = ModelConfig::parse(&text).unwrap();
+    let attachment = Attachment::lora(&model, fixture.config.lora.as_ref().unwrap()).unwrap();
+    let zeros = vec![0; 4 * 32 * 8];
+    let mut specs = attachment.trained(&model);
+    specs.truncate(specs.len() - usize::from(is_cut));
+    let views = specs.iter().map(|spec| {
+        let bytes = 4 * spec.shape.iter().product::<usize>();
+        let view = TensorView::new(Dtype::F32, spec.shape.clone(), &zeros[..bytes]).unwrap();
+        (format!("base_model.model.{}", spec.name), view)
+    });
+    let path = fixture.path("adapter/adapter_model.safetensors");
+    fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+    fixture
+}
+
+#[test]
+fn an_initial_adapter_is_of_the_shape_asked_for() {
+    insta::assert_snapshot!(with_adapter(|_| {}, false).check(), @"");
+    let other = with_adapter(
+        |settings| {
+            settings["r"] = json!(4);
+            settings["target_modules"] = json!(["q_proj", "v_proj"]);
+            settings["lora_alpha"] = json!(32);
+        },
+        false,
+    );
+    insta::assert_snapshot!(other.check(), @r"
+    InvalidSpec spec.loraConfig.r: is 8, but the initial adapter has 4: set it to that
+    InvalidSpec spec.loraConfig.targetModules: is [down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj], but the initial adapter has [q_proj, v_proj]: set it to that
+    InvalidSpec spec.loraConfig.loraAlpha: is 16, but the initial adapter has 32: set it to that
+    ");
+}
+
+#[test]
+fn an_initial_adapter_that_is_damaged_or_not_there_is_said() {
+    insta::assert_snapshot!(with_adapter(|_| {}, true).check(), @"InvalidModel spec.initialAdapter.uri: its weights lack base_model.model.model.layers.0.mlp.down_proj.lora_B.weight: the adapter is of another model, or damaged");
+    let other = with_adapter(|settings| settings["peft_type"] = json!("IA3"), false);
+    insta::assert_snapshot!(other.check(), @r#"InvalidModel file:///adapter/adapter_config.json: peft_type is Some("IA3"), but only LORA adapters can be loaded"#);
+    let gone = with_adapter(|_| {}, false);
+    fs::remove_file(gone.path("adapter/adapter_model.safetensors")).unwrap();
+    insta::assert_snapshot!(gone.check(), @"NotFound spec.initialAdapter.uri: file:///adapter has no adapter_config.json and adapter_model.safetensors: name the directory of a LoRA adapter, which of a merged result is adapter/ below it; a full-parameter result is gone on from by naming it as model.uri");
 }

@@ -15,6 +15,8 @@ const STORES: [&str; 4] = ["AWS_", "AZURE_", "GOOGLE_", "HF_"];
 pub enum Role {
     /// The base model: `FINETUNE_MODEL_…`.
     Model,
+    /// The adapter that training starts from: `FINETUNE_ADAPTER_…`.
+    Adapter,
     /// The rows: `FINETUNE_DATASET_…`.
     Dataset,
     /// The result and its checkpoints: `FINETUNE_OUTPUT_…`.
@@ -26,6 +28,7 @@ impl Role {
     pub const fn prefix(self) -> &'static str {
         match self {
             Self::Model => "FINETUNE_MODEL_",
+            Self::Adapter => "FINETUNE_ADAPTER_",
             Self::Dataset => "FINETUNE_DATASET_",
             Self::Output => "FINETUNE_OUTPUT_",
         }
@@ -81,7 +84,7 @@ impl Environment {
         let is_allowed = |server: &str, host: &str| {
             allowed.split(',').map(str::trim).any(|entry| entry == server || entry == host)
         };
-        let roles = [Role::Model, Role::Dataset, Role::Output];
+        let roles = [Role::Model, Role::Adapter, Role::Dataset, Role::Output];
         self.0.iter().find_map(|(name, value)| {
             let key =
                 roles.iter().find_map(|role| name.strip_prefix(role.prefix())).unwrap_or(name);

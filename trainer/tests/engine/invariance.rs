@@ -60,6 +60,29 @@ fn packing_and_accumulation_do_not_change_loss_or_gradients() {
 }
 
 #[test]
+fn accumulation_does_not_change_the_noise() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = checkpoint(directory.path(), LLAMA);
+    let attachment =
+        Attachment::lora(&config, &lora(&["q_proj", "o_proj", "down_proj", "lm_head"], &[]));
+    let mut model = load(directory.path(), &config, &attachment.unwrap());
+    let noise = Dropout::new(0.5, Counter::from_seed(1)).unwrap();
+    let packed = batch(&[9, 4, 17, 2, 9, 9, 1, 30], 61);
+    let apart = segments(&packed);
+    let (packed_loss, packed) = gradients(&mut model, &[packed], Some(&noise), Recompute::None);
+    let _ = model.trained_mut().grad().shallow_clone().zero_();
+    let (mut apart_loss, mut tokens, mut targets) = (0.0, 0, 0);
+    for part in &apart {
+        let noise = noise.after(tokens, targets);
+        apart_loss += model.accumulate_gradients(part, Recompute::Block, Some(&noise));
+        tokens += part.tokens.len() as u64;
+        targets += part.labels.len() as u64;
+    }
+    assert!((packed_loss - apart_loss).abs() < 1e-6 * packed_loss, "{packed_loss} {apart_loss}");
+    assert!(largest_difference(&packed, model.trained().grad()) < 1e-5);
+}
+
+#[test]
 fn a_segment_never_sees_its_neighbour() {
     let directory = tempfile::tempdir().unwrap();
     let config = checkpoint(directory.path(), LLAMA);

@@ -109,6 +109,7 @@ impl<'a> Case<'a> {
                 model: model.clone(),
                 dataset: dataset.clone(),
                 lora: self.lora.clone(),
+                initial_adapter: None,
                 context_length: Some(CONTEXT_LENGTH),
                 output: target.clone(),
                 measure_machine: false,
@@ -123,7 +124,9 @@ impl<'a> Case<'a> {
                 model,
                 dataset,
                 lora: self.lora.clone(),
+                initial_adapter: None,
                 training: training(),
+                device: Default::default(),
                 parallelism: Parallelism::SINGLE,
                 output: target,
                 checkpoints_uri: uri(&self.directory.join("checkpoints")),
@@ -198,6 +201,7 @@ fn training() -> TrainingSettings {
         early_stopping_patience: 0,
         checkpoint_steps: Some(100),
         num_checkpoints_to_keep: 1,
+        max_time_seconds: None,
     }
 }
 

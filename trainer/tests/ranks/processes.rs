@@ -11,8 +11,8 @@ use std::{
 use finetune_contract::{
     CONTRACT_VERSION, DatasetFormat, DatasetSource, Document, Dtype, ExpectedData, FailureReason,
     LrScheduler, ModelSource, OnOverflow, Outcome, OutputTarget, Parallelism, PreflightConfig,
-    PreflightReport, Progress, Recompute, RunConfig, RunId, RunReport, Strategy, TrainingSettings,
-    parse, render,
+    PreflightReport, Progress, Recompute, RunConfig, RunId, RunReport, StoppedEarly, Strategy,
+    TrainingSettings, parse, render,
 };
 use serde_json::json;
 use tch::{Kind, Tensor};
@@ -75,6 +75,7 @@ impl Case {
                 on_overflow: OnOverflow::Error,
             },
             lora: is_lora.then(|| lora(&["all-linear"], &[])),
+            initial_adapter: None,
             training: training(total_steps),
             device: Default::default(),
             parallelism: Parallelism::SINGLE,
@@ -107,6 +108,7 @@ impl Case {
             model: config.model.clone(),
             dataset: config.dataset.clone(),
             lora: config.lora.clone(),
+            initial_adapter: config.initial_adapter.clone(),
             context_length: Some(config.training.context_length),
             output: config.output.clone(),
             measure_machine: false,
@@ -261,6 +263,7 @@ fn training(total_steps: u64) -> TrainingSettings {
         early_stopping_patience: 0,
         checkpoint_steps: Some(2),
         num_checkpoints_to_keep: 2,
+        max_time_seconds: None,
     }
 }
 
@@ -311,6 +314,82 @@ fn several_ranks_publish_the_model_that_one_does() {
 #[test]
 fn several_ranks_publish_the_adapter_that_one_does() {
     check(true);
+}
+
+#[test]
+fn a_run_goes_on_in_smaller_pieces_as_if_it_had_begun_in_them() {
+    let mut case = Case::new(true, 60);
+    // Noise and all: pieces of a step see what they would see in larger ones.
+    case.config.lora.as_mut().unwrap().lora_dropout = 0.2;
+    let pieces = |micro_batch_size: u32, recompute: Recompute| {
+        let mut config = case.over(1, Strategy::None);
+        config.training.micro_batch_size = micro_batch_size;
+        config.training.gradient_accumulation_steps = 4 / micro_batch_size;
+        config.training.recompute = recompute;
+        config
+    };
+    let whole = pieces(4, Recompute::None);
+    let (expected_report, expected) = case.finish(&whole);
+    for smaller in [
+        pieces(2, Recompute::None),
+        pieces(1, Recompute::Block),
+        RunConfig { attempt: 1, ..case.over(2, Strategy::Zero3) },
+    ] {
+        case.forget_output();
+        let mut rank = case.start(&whole, |_, _| {}).swap_remove(0);
+        rank.wait_for_step(5);
+        rank.signal("KILL");
+        rank.end(PATIENCE);
+        let (report, weights) = case.finish(&smaller);
+        assert!(report.resumed_from_step.is_some_and(|step| step >= 2), "{report:?}");
+        assert_same_losses(&report, &expected_report);
+        assert_eq!(report.tokens_seen, expected_report.tokens_seen);
+        let what = format!("{:?} {:?}", smaller.training, smaller.parallelism);
+        assert_same(&weights, &expected, &what);
+    }
+}
+
+#[test]
+fn a_published_adapter_is_gone_on_from_where_it_was() {
+    let mut case = Case::new(true, 6);
+    let (before, published) = case.finish(&case.over(1, Strategy::None));
+    let [_, published_loss] = before.eval_loss.unwrap();
+    let (output, adapter) =
+        (case.directory.path().join("output"), case.directory.path().join("before"));
+    fs::rename(output, &adapter).unwrap();
+    case.config.run_id = RunId("continued".to_owned());
+    case.config.initial_adapter = Some(format!("file://{}", adapter.display()));
+    for (world_size, strategy) in [(1, Strategy::None), (2, Strategy::Zero3)] {
+        case.forget_output();
+        let (report, weights) = case.finish(&case.over(world_size, strategy));
+        let [loss, better] = report.eval_loss.unwrap();
+        assert!((loss - published_loss).abs() < 1e-6, "{loss} {published_loss}");
+        assert!(better < loss, "{loss} → {better}");
+        assert!(weights.iter().zip(&published).any(|((_, now), (_, then))| !now.equal(then)));
+    }
+    // Of another shape: said with both values.
+    case.forget_output();
+    case.config.lora.as_mut().unwrap().r = 2;
+    let ended = case.start(&case.over(1, Strategy::None), |_, _| {}).swap_remove(0).end(PATIENCE);
+    assert_eq!(ended.code, Some(78), "{}", ended.said);
+    let Outcome::Failed { message, .. } = ended.report.unwrap().outcome else {
+        panic!("no failure")
+    };
+    insta::assert_snapshot!(message, @"spec.loraConfig.r: is 2, but the initial adapter has 4: set it to that");
+}
+
+#[test]
+fn a_run_whose_time_is_over_publishes_what_it_has() {
+    let mut case = Case::new(true, 1_000_000);
+    case.config.training.max_time_seconds = Some(1);
+    for (world_size, strategy) in [(1, Strategy::None), (2, Strategy::Ddp)] {
+        case.forget_output();
+        let (report, _) = case.finish(&case.over(world_size, strategy));
+        assert_eq!(report.stopped_early, Some(StoppedEarly::Time));
+        assert!((1..1_000_000).contains(&report.steps), "{}", report.steps);
+        let [before, after] = report.eval_loss.unwrap();
+        assert!(after < before, "{before} → {after}");
+    }
 }
 
 #[test]
