@@ -737,8 +737,9 @@ mod tests {
         let added: Vec<&str> =
             four.lines().filter(|line| !one.lines().any(|other| other == *line)).collect();
         insta::assert_snapshot!(added.join("\n"), @r#"
-                value: "1"
-                nvidia.com/gpu: "4"
+        value: "1"
+          nvidia.com/gpu: "4"
+          nvidia.com/gpu: "4"
         "#);
         let [several, ..] = build_over([2, 4], "", Step::Training);
         assert!(several.contains("completions: 2\n") && several.contains("value: \"8\""));

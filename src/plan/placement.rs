@@ -218,7 +218,7 @@ pub fn describe(pod: &PodSize) -> String {
 
 #[cfg(test)]
 mod tests {
-    use finetune_contract::{ModelFacts, Strategy};
+    use finetune_contract::{Device, ModelFacts, Strategy};
 
     use super::{Unplaced, describe, place};
     use crate::{
@@ -245,6 +245,8 @@ mod tests {
         let gpu = Accelerator {
             name: "A100-80GB".to_owned(),
             resource_name: Some("nvidia.com/gpu".to_owned()),
+            image: Some("trainer-cuda:1".to_owned()),
+            gpus_per_node: Some(8),
             cpu: Some(8.0),
             memory_gi_b: 80.0,
             bf16_tflops: 312.0,
@@ -264,13 +266,29 @@ mod tests {
 
     #[test]
     fn takes_the_first_that_fits() {
-        insta::assert_snapshot!(check(fixture::smollm2(), "  loraConfig: {}\n"), @"cpu: 2 CPU, 1.67 GB memory, 1.70 GB storage");
-        insta::assert_snapshot!(check(fixture::llama_8b(), "  loraConfig: {}\n"), @"the run needs 1 A100-80GB, but the trainer of this release computes on processors only, and 64 pods of a CPU accelerator do not hold it either: set loraConfig: {} or lower training.contextLength, or have an administrator raise memoryGiB of a CPU accelerator");
+        insta::assert_snapshot!(check(fixture::smollm2(), "  loraConfig: {}\n"), @"cpu: 2 CPU, 1.66 GB memory, 1.70 GB storage");
+        insta::assert_snapshot!(check(fixture::llama_8b(), "  loraConfig: {}\n"), @"A100-80GB: 8 CPU, 21.43 GB memory, 34.00 GB storage");
     }
 
     #[test]
-    fn says_how_many_devices_a_large_run_needs() {
-        insta::assert_snapshot!(check(fixture::llama_8b(), ""), @"the run needs 2 A100-80GB, but the trainer of this release computes on processors only, and 64 pods of a CPU accelerator do not hold it either: set loraConfig: {} or lower training.contextLength, or have an administrator raise memoryGiB of a CPU accelerator");
+    fn divides_a_large_run_over_devices_of_one_pod() {
+        let report = fixture::report(fixture::llama_8b(), 1_000_000_000);
+        let placement = place(&job(""), &report, &accelerators()).unwrap();
+        let asked = &placement.plan.run_config;
+        assert_eq!(asked.device, Device::Cuda);
+        assert_eq!((asked.parallelism.world_size, asked.parallelism.local_world_size), (4, 4));
+        let said = placement.plan.decisions.iter().find(|decision| decision.field == "ranks");
+        insta::assert_snapshot!(said.unwrap().reason, @"the fewest that hold it, each on one A100-80GB, all in one pod");
+        insta::assert_snapshot!(describe(&placement.pod), @"32 CPU, 37.53 GB memory, 180.91 GB storage");
+    }
+
+    #[test]
+    fn says_which_accelerator_lacks_a_trainer() {
+        let mut accelerators = accelerators();
+        accelerators[1].image = None;
+        let report = fixture::report(fixture::llama_8b(), 1_000_000_000);
+        let unplaced = place(&job(""), &report, &accelerators).unwrap_err();
+        insta::assert_snapshot!(unplaced.to_string(), @"the run needs 4 A100-80GB, for which the operator's settings name no trainer: an administrator must set `image` of that accelerator to a trainer built with CUDA; or lower what the run needs with loraConfig: {} or training.contextLength");
     }
 
     #[test]
