@@ -66,12 +66,12 @@ fn lower(load: Load, accumulation: u64, may_add_ranks: bool) -> Option<(Load, u6
     let ranks = load.ranks * 2;
     let can_divide = accumulation.is_multiple_of(2) && ranks <= u64::from(MOST_RANKS);
     (may_add_ranks && can_divide)
-        .then(|| (Load { ranks, strategy: Strategy::Zero3, ..load }, accumulation / 2))
+        .then_some((Load { ranks, strategy: Strategy::Zero3, ..load }, accumulation / 2))
 }
 
 /// Returns the smallest divisor above 1 of a number above 1.
 fn smallest_divisor(number: u64) -> u64 {
-    (2..).find(|divisor| number.is_multiple_of(*divisor)).unwrap_or(number)
+    (2..number).find(|divisor| number.is_multiple_of(*divisor)).unwrap_or(number)
 }
 
 /// Goes down the ladder, for a run that found `limit` bytes too little; a way that is predicted to
