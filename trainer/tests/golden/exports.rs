@@ -124,6 +124,7 @@ impl<'a> Case<'a> {
                 dataset,
                 lora: self.lora.clone(),
                 training: training(),
+                device: Default::default(),
                 parallelism: Parallelism::SINGLE,
                 output: target,
                 checkpoints_uri: uri(&self.directory.join("checkpoints")),
