@@ -417,7 +417,7 @@ fn too_little_memory_makes_the_pieces_smaller_and_ends_with_what_is_missing() {
     world.end(Some(137), "");
     let decision = world.settle();
     assert_eq!(world.summary(), "Unknown Adapted");
-    insta::assert_snapshot!(world.message(), @"from try 2 on: trainBatchSizePerDevice 4 instead of 8, gradientAccumulationSteps 4 instead of 2: 16 sequences a step and the same result, in 556 MB instead of 931 MB, because the kernel ended the trainer at its limit of 1.63 GB");
+    insta::assert_snapshot!(world.message(), @"from try 2 on: trainBatchSizePerDevice 4 instead of 8, gradientAccumulationSteps 4 instead of 2: 16 sequences a step and the same result, in 573 MB instead of 948 MB, because the kernel ended the trainer at its limit of 1.66 GB");
     assert_eq!(world.condition(Kind::Planned), "True Adapted");
     let plan = world.job.status.as_ref().unwrap().plan.clone().unwrap();
     assert!(plan.summary.contains("\nAdapted\n  from try 2 on: "), "{}", plan.summary);
@@ -456,7 +456,7 @@ fn too_little_memory_makes_the_pieces_smaller_and_ends_with_what_is_missing() {
         tries += 1;
     }
     assert_eq!(world.summary(), "False OutOfMemory");
-    insta::assert_snapshot!(world.message(), @"the kernel ended the trainer at its limit of 1.63 GB, and no way is left to make its micro-batches smaller: 170 MB are predicted, and the limit of 1.63 GB, 1.46 GB above that, was too little. Lower training.contextLength, or set resources.limits.memory");
+    insta::assert_snapshot!(world.message(), @"the kernel ended the trainer at its limit of 1.66 GB, and no way is left to make its micro-batches smaller: 187 MB are predicted, and the limit of 1.66 GB, 1.47 GB above that, was too little. Lower training.contextLength, or set resources.limits.memory");
 }
 
 #[test]
@@ -467,7 +467,7 @@ fn a_limit_below_all_that_is_predicted_is_not_tried_again() {
     world.end(Some(137), "");
     world.settle();
     assert_eq!(world.summary(), "False OutOfMemory");
-    insta::assert_snapshot!(world.message(), @"the kernel ended the trainer at its limit of 25 MB, and no way is left to make its micro-batches smaller: the least it needs is 170 MB, 145 MB more than the limit of 25 MB. Lower training.contextLength, or set resources.limits.memory");
+    insta::assert_snapshot!(world.message(), @"the kernel ended the trainer at its limit of 25 MB, and no way is left to make its micro-batches smaller: the least it needs is 187 MB, 162 MB more than the limit of 25 MB. Lower training.contextLength, or set resources.limits.memory");
 }
 
 #[test]
@@ -547,9 +547,9 @@ fn a_run_that_two_pods_hold_is_one_job_of_two() {
     let mut world = World::of_two_ranks();
     let status = world.job.status.clone().unwrap();
     let planned = find(&status, Kind::Planned).unwrap();
-    insta::assert_snapshot!(planned.message, @"Full over 2 ranks, each on one cpu with 1.74 GB, about 16 min; see status.plan.summary");
+    insta::assert_snapshot!(planned.message, @"Full over 2 ranks, each on one cpu with 1.77 GB, about 16 min; see status.plan.summary");
     let summary = status.plan.unwrap().summary;
-    insta::assert_snapshot!(summary.lines().next().unwrap(), @"On 2 pods of cpu, each 2 CPU, 2.37 GB memory, 4.03 GB storage");
+    insta::assert_snapshot!(summary.lines().next().unwrap(), @"On 2 pods of cpu, each 2 CPU, 2.41 GB memory, 6.45 GB storage");
     assert_eq!(world.observed.jobs.last().unwrap().ranks, 2);
     assert_eq!(world.shared, ["Service ranks-minimal".to_owned()].into());
     let report = World::report(Outcome::Succeeded {

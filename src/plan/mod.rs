@@ -704,15 +704,15 @@ mod tests {
           output head                     50 MB
           temporaries                     39 MB
           checkpoint                      29 MB
-          runtime                         87 MB
-          peak                           960 MB  of 8.00 GB here
+          runtime                         75 MB
+          peak                           948 MB  of 8.00 GB here
           if that is too little      trainBatchSizePerDevice 4, 2, 1; then recompute block
           weights, mapped                269 MB  read in place, given back under pressure
 
         Time  about 20 min here, at 50 % of its matrix speed
 
         Elsewhere (assuming 35 % of the stated speed)
-          Test 80GB                     1.20 GB  fits, about 2 s, costs 0.00
+          Test 80GB                     2.82 GB  fits, about 2 s, costs 0.00
         ");
     }
 
@@ -740,8 +740,8 @@ mod tests {
           checkpointSteps            by time         before 30 s of work would be lost, while that takes at most 1 % of the time
 
         Not taken
-          recompute                  none            585 MB do not fit 450 MB
-          trainBatchSizePerDevice    8               651 MB do not fit 450 MB
+          recompute                  none            573 MB do not fit 450 MB
+          trainBatchSizePerDevice    8               639 MB do not fit 450 MB
 
         Memory
           trained state                   44 MB
@@ -749,24 +749,24 @@ mod tests {
           output head                     50 MB
           temporaries                     79 MB
           checkpoint                      29 MB
-          runtime                         87 MB
-          peak                           431 MB  of 500 MB here
+          runtime                         75 MB
+          peak                           419 MB  of 500 MB here
           if that is too little      trainBatchSizePerDevice 2, 1
           weights, mapped                269 MB  read in place, given back under pressure
 
         Time  about 1.7 h here, at 50 % of its matrix speed
 
         Elsewhere (assuming 35 % of the stated speed)
-          Test 80GB                      671 MB  fits, about 12 s, costs 0.01
+          Test 80GB                     2.34 GB  fits, about 12 s, costs 0.01
 
         Warnings
-          memory: 269 MB of weights are read in place, but only 69 MB of memory stay free for them: they will be read from disk again and again, and the run will be slow
+          memory: 269 MB of weights are read in place, but only 81 MB of memory stay free for them: they will be read from disk again and again, and the run will be slow
         ");
     }
 
     #[test]
     fn says_by_how_much_a_large_model_does_not_fit() {
-        insta::assert_snapshot!(check(fixture::llama_8b(), 64 * GB, ""), @"memory: the run needs 145.89 GB, but only 57.60 GB of the 64.00 GB here may be used, 88.29 GB too little: set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory");
+        insta::assert_snapshot!(check(fixture::llama_8b(), 64 * GB, ""), @"memory: the run needs 145.88 GB, but only 57.60 GB of the 64.00 GB here may be used, 88.28 GB too little: set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory");
     }
 
     #[test]
@@ -798,15 +798,15 @@ mod tests {
           output head                    131 MB
           temporaries                    336 MB
           checkpoint                     503 MB
-          runtime                         87 MB
-          peak                          7.99 GB  of 64.00 GB here
+          runtime                         75 MB
+          peak                          7.98 GB  of 64.00 GB here
           if that is too little      trainBatchSizePerDevice 4, 2, 1; then recompute block
           weights, mapped              16.06 GB  read in place, given back under pressure
 
         Time  about 19.8 h here, at 50 % of its matrix speed
 
         Elsewhere (assuming 35 % of the stated speed)
-          Test 80GB                    23.55 GB  fits, about 2 min, costs 0.08
+          Test 80GB                    25.79 GB  fits, about 2 min, costs 0.08
         ");
     }
 
@@ -839,7 +839,7 @@ mod tests {
         trainBatchSizePerDevice    8               as many as fit the memory, at most 8
         gradientAccumulationSteps  1               16 sequences a step over 2 ranks
         trained state                   44 MB
-        peak of each rank              960 MB  of 8.00 GB here
+        peak of each rank              948 MB  of 8.00 GB here
         sent in a step                  10 MB  by each rank
         ");
     }
@@ -852,18 +852,18 @@ mod tests {
         recompute                  none            fits the memory, and computes nothing twice
         trainBatchSizePerDevice    4               as many as fit the memory, at most 8
         gradientAccumulationSteps  2               16 sequences a step over 2 ranks
-        strategy                   ddp             2.72 GB do not fit 2.25 GB
-        trainBatchSizePerDevice    8               2.50 GB do not fit 2.25 GB
+        strategy                   ddp             2.71 GB do not fit 2.25 GB
+        trainBatchSizePerDevice    8               2.49 GB do not fit 2.25 GB
         trained state                 1.21 GB
         gathered units                 311 MB
-        peak of each rank             2.12 GB  of 5.00 GB here
+        peak of each rank             2.11 GB  of 5.00 GB here
         sent in a step                 913 MB  by each rank
         ");
     }
 
     #[test]
     fn says_when_no_division_fits() {
-        insta::assert_snapshot!(check_ranks(4, 4 * GB, ""), @"memory: each of 4 ranks needs 1.13 GB, but only 900 MB of the 4.00 GB here may be used, 233 MB too little: use fewer ranks, which share this machine's memory, or set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory");
+        insta::assert_snapshot!(check_ranks(4, 4 * GB, ""), @"memory: each of 4 ranks needs 1.12 GB, but only 900 MB of the 4.00 GB here may be used, 221 MB too little: use fewer ranks, which share this machine's memory, or set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Chooses the accelerator of a run in a cluster, and the size of its pod.
 
-use finetune_contract::{PreflightReport, Problem, ProblemReason};
+use finetune_contract::{Parallelism, PreflightReport, Problem, ProblemReason, Strategy};
 
 use super::{
     Decision, Place, RunPlan, accelerators::Accelerator, invalid, plan, plan_over, render,
@@ -169,9 +169,17 @@ fn pod_size(plan: &RunPlan, accelerator: &Accelerator, report: &PreflightReport)
     } else {
         pod_bytes(plan.memory.total(), plan.memory.mapped_weights)
     };
-    // The model as fetched, once for all ranks of the pod, and twice what is trained: a checkpoint's
-    // copy and the files on their way out.
-    let storage_bytes = SCRATCH_BYTES * ranks + 2 * on_disk + 2 * plan.memory.trained_state * ranks;
+    // The model as fetched, once for all ranks of the pod, and as exported; the checkpoint gone on
+    // from and the one on its way out, whole, for any pod may have rank 0.
+    let parts = match plan.run_config.parallelism {
+        Parallelism { strategy: Strategy::Zero3, world_size, .. }
+            if plan.run_config.lora.is_none() =>
+        {
+            u64::from(world_size)
+        }
+        _ => 1,
+    };
+    let storage_bytes = SCRATCH_BYTES * ranks + 2 * on_disk + 2 * plan.memory.trained_state * parts;
     PodSize {
         cpu_millis: (accelerator.cpu.unwrap_or(DEFAULT_CPU) * 1000.0).round() as i64
             * ranks.cast_signed(),
@@ -267,7 +275,7 @@ mod tests {
     #[test]
     fn takes_the_first_that_fits() {
         insta::assert_snapshot!(check(fixture::smollm2(), "  loraConfig: {}\n"), @"cpu: 2 CPU, 1.66 GB memory, 1.70 GB storage");
-        insta::assert_snapshot!(check(fixture::llama_8b(), "  loraConfig: {}\n"), @"A100-80GB: 8 CPU, 21.43 GB memory, 34.00 GB storage");
+        insta::assert_snapshot!(check(fixture::llama_8b(), "  loraConfig: {}\n"), @"A100-80GB: 8 CPU, 21.43 GB memory, 33.95 GB storage");
     }
 
     #[test]
@@ -279,7 +287,7 @@ mod tests {
         assert_eq!((asked.parallelism.world_size, asked.parallelism.local_world_size), (4, 4));
         let said = placement.plan.decisions.iter().find(|decision| decision.field == "ranks");
         insta::assert_snapshot!(said.unwrap().reason, @"the fewest that hold it, each on one A100-80GB, all in one pod");
-        insta::assert_snapshot!(describe(&placement.pod), @"32 CPU, 37.53 GB memory, 180.91 GB storage");
+        insta::assert_snapshot!(describe(&placement.pod), @"32 CPU, 37.54 GB memory, 325.51 GB storage");
     }
 
     #[test]
@@ -295,6 +303,7 @@ mod tests {
     fn divides_over_the_fewest_pods_that_hold_it() {
         let report = fixture::report(fixture::smollm2(), 1_000_000_000);
         let mut accelerators = accelerators();
+        accelerators.truncate(1);
         accelerators[0].memory_gi_b = 2.5;
         let full = job("  training: {contextLength: 256}\n");
         let placement = place(&full, &report, &accelerators).unwrap();
@@ -309,8 +318,8 @@ mod tests {
         insta::assert_snapshot!(said.join("\n"), @r#"
         ranks 2: the fewest that hold it, each on one cpu
         strategy zero3: divides weights, gradients and moments, which do not fit each rank
-        strategy ddp: 2.64 GB do not fit 1.77 GB
-        accelerator cpu: the run needs 2.64 GB, but only 1.77 GB of the 2.68 GB on one cpu may be used, 866 MB too little: set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory
+        strategy ddp: 2.63 GB do not fit 1.77 GB
+        accelerator cpu: the run needs 2.63 GB, but only 1.77 GB of the 2.68 GB on one cpu may be used, 854 MB too little: set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory
         "#);
         let asked = placement.plan.run_config.parallelism;
         assert_eq!((asked.world_size, asked.strategy), (2, Strategy::Zero3));

@@ -18,7 +18,7 @@ pub const HEAD_ROWS: u64 = 512;
 ///
 /// # Source
 /// Fitted to the measured steps of `docs/memory.csv`.
-pub const RUNTIME_BYTES: u64 = 87_000_000;
+pub const RUNTIME_BYTES: u64 = 75_000_000;
 
 /// The same where tensors are on a device: its context, libraries' workspaces, buffers of
 /// collectives, and the part of the optimizer's state worked on at once.
