@@ -126,7 +126,7 @@ impl<'a> Case<'a> {
                 lora: self.lora.clone(),
                 initial_adapter: None,
                 training: training(),
-                device: Default::default(),
+                device: finetune_contract::Device::Cpu,
                 parallelism: Parallelism::SINGLE,
                 output: target,
                 checkpoints_uri: uri(&self.directory.join("checkpoints")),

@@ -9,10 +9,10 @@ use std::{
 };
 
 use finetune_contract::{
-    CONTRACT_VERSION, DatasetFormat, DatasetSource, Document, Dtype, ExpectedData, FailureReason,
-    LrScheduler, ModelSource, OnOverflow, Outcome, OutputTarget, Parallelism, PreflightConfig,
-    PreflightReport, Progress, Recompute, RunConfig, RunId, RunReport, StoppedEarly, Strategy,
-    TrainingSettings, parse, render,
+    CONTRACT_VERSION, DatasetFormat, DatasetSource, Device, Document, Dtype, ExpectedData,
+    FailureReason, LrScheduler, ModelSource, OnOverflow, Outcome, OutputTarget, Parallelism,
+    PreflightConfig, PreflightReport, Progress, Recompute, RunConfig, RunId, RunReport,
+    StoppedEarly, Strategy, TrainingSettings, parse, render,
 };
 use serde_json::json;
 use tch::{Kind, Tensor};
@@ -77,7 +77,7 @@ impl Case {
             lora: is_lora.then(|| lora(&["all-linear"], &[])),
             initial_adapter: None,
             training: training(total_steps),
-            device: Default::default(),
+            device: Device::Cpu,
             parallelism: Parallelism::SINGLE,
             output: OutputTarget {
                 uri: uri("output"),
