@@ -14,6 +14,7 @@
 mod admission;
 mod bed;
 mod crashes;
+mod devices;
 mod disruptions;
 mod faults;
 mod helm;
