@@ -13,6 +13,7 @@ use serde::Deserialize;
 
 use crate::{
     bench_memory, bench_operator,
+    bench_table::{self, Measured},
     build::{self, Binaries},
     dataset,
     limit::{self, Limit},
@@ -73,6 +74,10 @@ struct Settings {
     /// Tell where our steps' time goes, by operator.
     #[arg(long)]
     profile: bool,
+    /// Put what is measured beside the peer into docs/bench.csv, in place of what was there of the same
+    /// name, and draw docs/bench.svg.
+    #[arg(long, requires = "peer")]
+    publish: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -225,6 +230,15 @@ impl Bench<'_> {
         if python.is_some() {
             println!("speed, ours / peer:   {}", spread(&speeds));
             println!("memory, peer / ours:  {}", spread(&memories));
+        }
+        if settings.publish {
+            bench_table::publish(&Measured {
+                name: name.clone(),
+                rounds: settings.rounds,
+                tokens_per_second: median(&ours_speeds),
+                speed: median(&speeds),
+                memory: median(&memories),
+            })?;
         }
         let gflops = match settings.dtype {
             Dtype::Bf16 => limit.machine.bf16_gflops,

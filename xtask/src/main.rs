@@ -4,6 +4,7 @@
 mod bench;
 mod bench_memory;
 mod bench_operator;
+mod bench_table;
 mod build;
 mod cache;
 mod check;

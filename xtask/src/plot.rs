@@ -75,6 +75,66 @@ pub(crate) fn svg(title: &str, curves: &[Curve]) -> String {
     svg
 }
 
+/// Some values of one kind each, side by side.
+pub(crate) struct Bars {
+    /// What they are of.
+    pub name: String,
+    /// One of each kind.
+    pub values: [f64; 2],
+}
+
+/// Draws bars below each other, with the names of their kinds.
+pub(crate) fn bars(title: &str, kinds: [&str; 2], bars: &[Bars]) -> String {
+    const LEFT: f64 = 230.0;
+    const ROW: f64 = 44.0;
+    let height = MARGIN + ROW * bars.len() as f64 + 16.0;
+    let most = bars.iter().flat_map(|bar| bar.values).fold(1.0, f64::max);
+    let width = |value: f64| value / most * (WIDTH - LEFT - MARGIN);
+    let mut svg = format!(
+        r#"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" font-size="12">
+<rect width="100%" height="100%" fill="white"/>
+<text x="16" y="24" font-size="15" font-weight="bold">{title}</text>
+"#
+    );
+    for (index, kind) in kinds.iter().enumerate() {
+        let _ = writeln!(
+            svg,
+            r#"<text x="{:.0}" y="42" fill="{}">{kind}</text>"#,
+            LEFT + 80.0 * index as f64,
+            COLORS[index]
+        );
+    }
+    for (row, bar) in bars.iter().enumerate() {
+        let top = MARGIN + ROW * row as f64;
+        let _ = writeln!(
+            svg,
+            r##"<text x="{:.0}" y="{:.0}" text-anchor="end" fill="#111827">{}</text>"##,
+            LEFT - 8.0,
+            top + 20.0,
+            bar.name
+        );
+        for (index, &value) in bar.values.iter().enumerate() {
+            let y = top + 16.0 * index as f64;
+            let _ = writeln!(
+                svg,
+                r##"<rect x="{LEFT}" y="{y:.0}" width="{:.1}" height="14" fill="{}"/><text x="{:.1}" y="{:.0}" fill="#4b5563">{value:.2}</text>"##,
+                width(value),
+                COLORS[index],
+                LEFT + width(value) + 6.0,
+                y + 11.0
+            );
+        }
+    }
+    let one = LEFT + width(1.0);
+    let _ = writeln!(
+        svg,
+        r##"<line x1="{one:.1}" x2="{one:.1}" y1="{:.0}" y2="{:.0}" stroke="#111827" stroke-dasharray="3 3"/>"##,
+        MARGIN - 6.0,
+        height - 10.0
+    );
+    svg + "</svg>\n"
+}
+
 /// Draws values as one line of blocks.
 pub(crate) fn sparkline(values: &[f64]) -> String {
     const BLOCKS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
