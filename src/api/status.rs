@@ -125,7 +125,7 @@ pub struct Fallback {
     /// `none`, or `block` if blocks are computed again.
     #[schemars(with = "String", length(max = 16))]
     pub recompute: Recompute,
-    /// Pods.
+    /// Ranks.
     #[schemars(with = "i32", range(min = 1, max = 64))]
     pub ranks: u32,
     /// What is divided over them: `none`, `ddp` or `zero3`.
@@ -145,7 +145,7 @@ pub struct Fallback {
 #[serde(rename_all = "camelCase")]
 pub struct PodStatus {
     /// Processor, in thousandths of a core.
-    #[schemars(range(min = 0, max = 1_000_000))]
+    #[schemars(range(min = 0, max = 100_000_000))]
     pub cpu_millis: i64,
     /// Memory, in bytes.
     #[schemars(range(min = 0, max = 9_007_199_254_740_991_i64))]
@@ -162,7 +162,7 @@ pub struct PodStatus {
 #[derive(JsonSchema, Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ProgressStatus {
-    /// What the trainer is doing; `Done` at the end.
+    /// What the trainer is doing.
     #[schemars(length(max = 32))]
     pub stage: String,
     /// Optimizer steps done.

@@ -137,13 +137,16 @@ pub(super) fn run(prepared: &Prepared, ranks: u32) -> Result<(), Failure> {
 /// Trains; where memory is too little, in smaller pieces, as long as there are any.
 fn train(trainer: &Trainer, plan: &RunPlan) -> Result<RunReport, Failure> {
     let (mut config, mut ways) = (plan.run_config.clone(), plan.fallbacks.clone());
+    // The ranks share this machine.
+    let ranks = u64::from(config.parallelism.world_size);
+    let limit = plan.memory_limit.map(|limit| limit / ranks);
     loop {
         let why = match train_once(trainer, &config)? {
             Trained::Reported(report) => return Ok(*report),
             Trained::OutOfMemory(why) => why,
         };
         let Adapted { config: adapted, left, change } =
-            fallbacks::adapt(&config, &ways, plan.memory_limit).map_err(|nothing_left| {
+            fallbacks::adapt(&config, &ways, limit).map_err(|nothing_left| {
                 let message = format!(
                     "{why}, and {nothing_left}. Lower training.contextLength, or use a machine with more memory"
                 );

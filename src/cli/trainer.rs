@@ -19,7 +19,7 @@ use signal_hook::{
 use super::{display::ProgressDisplay, failure::Failure};
 
 /// How often a waiting command looks at the child and at its own signals.
-pub(super) const POLL: Duration = Duration::from_millis(50);
+const POLL: Duration = Duration::from_millis(50);
 
 /// The trainer's program and the directory its documents go to.
 pub(super) struct Trainer {
@@ -37,16 +37,16 @@ pub(super) struct Ended {
 }
 
 /// Tells a process that the kernel ended for want of memory from one that somebody killed.
-pub(super) struct OomWatch(Option<u64>);
+struct OomWatch(Option<u64>);
 
 impl OomWatch {
     /// Starts watching.
-    pub(super) fn start() -> Self {
+    fn start() -> Self {
         Self(oom_kills())
     }
 
     /// Tells whether a process that ended meanwhile did so for want of memory.
-    pub(super) fn is_cause_of(&self, status: ExitStatus) -> bool {
+    fn is_cause_of(&self, status: ExitStatus) -> bool {
         let is_killed = status.signal() == Some(Signal::KILL.as_raw());
         is_killed && self.0.zip(oom_kills()).is_some_and(|(before, now)| now > before)
     }
@@ -100,7 +100,7 @@ pub(super) fn pass_on(
 
 /// Lets threads of libtorch sleep while they wait for each other. Spinning costs nothing on an idle
 /// machine, but on a shared or throttled one it takes the very time the other threads need.
-pub(super) const PATIENCE: [(&str, &str); 1] = [("OMP_WAIT_POLICY", "PASSIVE")];
+const PATIENCE: [(&str, &str); 1] = [("OMP_WAIT_POLICY", "PASSIVE")];
 
 impl Trainer {
     /// Runs one step with `config`; returns how it ended and the text of its report, if it left one.
@@ -114,7 +114,7 @@ impl Trainer {
         let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(Failure::internal)?;
         let memory = OomWatch::start();
         let mut child = self
-            .command(subcommand, &documents, &self.work_dir)
+            .command(subcommand, &documents)
             .stdout(Stdio::piped())
             .spawn()
             .map_err(|error| cannot_start(&self.program, &error))?;
@@ -128,13 +128,8 @@ impl Trainer {
         Ok((ended, documents.report()))
     }
 
-    /// Makes the command of a trainer that works in `work_dir`.
-    pub(super) fn command(
-        &self,
-        subcommand: &str,
-        documents: &Documents,
-        work_dir: &Path,
-    ) -> Command {
+    /// Makes the command of a trainer.
+    fn command(&self, subcommand: &str, documents: &Documents) -> Command {
         let mut command = Command::new(&self.program);
         command
             .arg(subcommand)
@@ -143,7 +138,7 @@ impl Trainer {
             .arg("--report")
             .arg(&documents.report_path)
             .arg("--work-dir")
-            .arg(work_dir)
+            .arg(&self.work_dir)
             .envs(PATIENCE)
             .stdin(Stdio::null());
         command
@@ -151,14 +146,14 @@ impl Trainer {
 }
 
 /// The two files by which a trainer is told and answers.
-pub(super) struct Documents {
+struct Documents {
     config_path: PathBuf,
     report_path: PathBuf,
 }
 
 impl Documents {
     /// Writes what to do, and removes an earlier answer.
-    pub(super) fn prepare<D: Document>(
+    fn prepare<D: Document>(
         directory: &Path,
         subcommand: &str,
         config: &D,
@@ -176,13 +171,13 @@ impl Documents {
     }
 
     /// Returns the answer's text, if there is one.
-    pub(super) fn report(&self) -> Option<String> {
+    fn report(&self) -> Option<String> {
         std::fs::read_to_string(&self.report_path).ok()
     }
 }
 
 /// Shows the progress lines of a child until it closes its standard output.
-pub(super) fn follow(stdout: impl std::io::Read) {
+fn follow(stdout: impl std::io::Read) {
     let mut display = ProgressDisplay::new();
     for line in BufReader::new(stdout).lines().map_while(Result::ok) {
         match finetune_contract::parse::<Progress>(&line) {
@@ -218,11 +213,11 @@ fn wait(child: &mut Child, signals: &mut Signals) -> Result<(ExitStatus, bool), 
     }
 }
 
-pub(super) fn cannot_start(program: &Path, error: &std::io::Error) -> Failure {
+fn cannot_start(program: &Path, error: &std::io::Error) -> Failure {
     Failure::configuration(format!("cannot start the trainer {}: {error}", program.display()))
 }
 
-pub(super) fn cannot_write(path: &Path, error: &std::io::Error) -> Failure {
+fn cannot_write(path: &Path, error: &std::io::Error) -> Failure {
     Failure::new(
         ExitCode::BadConfiguration,
         format!(

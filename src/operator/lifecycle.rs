@@ -490,9 +490,17 @@ impl<'a> Visit<'a> {
             Ok(adapted) if !is_last(&attempt) => adapted,
             Ok(_) => return self.finish(Truth::False, "OutOfMemory", why),
             Err(nothing_left) => {
-                let message = format!(
-                    "{why}, and {nothing_left}. Lower training.contextLength, or set resources.limits.memory"
-                );
+                let is_device = self
+                    .settings
+                    .accelerator(&plan.accelerator)
+                    .is_some_and(Accelerator::is_device);
+                let advice = if is_device {
+                    "list an accelerator with more memory in the operator's settings"
+                } else {
+                    "set resources.limits.memory"
+                };
+                let message =
+                    format!("{why}, and {nothing_left}. Lower training.contextLength, or {advice}");
                 return self.finish(Truth::False, "OutOfMemory", &message);
             }
         };
@@ -681,6 +689,13 @@ impl<'a> Visit<'a> {
                     );
                     return self.say("AcceleratorMissing", &message);
                 };
+                if !accelerator.has_trainer() {
+                    let message = format!(
+                        "the operator's settings no longer name a trainer for the accelerator {:?} of the plan: an administrator must set its `image` again",
+                        plan.accelerator
+                    );
+                    return self.say("TrainerImageMissing", &message);
+                }
                 Some((accelerator, pod_size(&plan.pod)))
             }
         };
@@ -725,7 +740,7 @@ impl<'a> Visit<'a> {
         let Some((rank, pod)) = slowest.map(|(rank, pod)| (rank, *pod)) else { return };
         let who = match pods {
             [_] => String::new(),
-            _ => format!("rank {rank} of {}, for which the others wait: ", pods.len()),
+            _ => format!("pod {rank} of {}, for which the others wait: ", pods.len()),
         };
         match pod.map(|pod| &pod.state) {
             None => self.say_started(step),
@@ -896,7 +911,7 @@ fn readiness(pod: Option<&ObservedPod>) -> u8 {
 /// stop with it, is what the other's end did to it.
 fn ending(pods: &[Option<&ObservedPod>], is_success: bool) -> Ending {
     let mut endings = pods.iter().enumerate().map(|(rank, pod)| {
-        let who = if pods.len() > 1 { format!(" of rank {rank}") } else { String::new() };
+        let who = if pods.len() > 1 { format!(" {rank}") } else { String::new() };
         ending_of(*pod, &who, is_success)
     });
     // Rank 0 has the last word of a run that went well.
@@ -919,7 +934,7 @@ fn consequence(ending: &Ending) -> u8 {
     }
 }
 
-/// Says how one pod ended; `who` is empty or ` of rank 1`.
+/// Says how one pod ended; `who` is empty or ` 1`.
 fn ending_of(pod: Option<&ObservedPod>, who: &str, is_success: bool) -> Ending {
     let Some(pod) = pod else {
         return Ending::Disrupted(format!("its pod{who} is gone"));
@@ -931,7 +946,8 @@ fn ending_of(pod: Option<&ObservedPod>, who: &str, is_success: bool) -> Ending {
         // The trainer's own word on a stop it was asked for counts as the disruption it is.
         _ if pod.is_disrupted => Ending::Disrupted(format!("the cluster ended its pod{who}")),
         PodState::Ended { is_out_of_memory: true, .. } => {
-            Ending::OutOfMemory(format!("the trainer{who}"))
+            let of = if who.is_empty() { "" } else { " of pod" };
+            Ending::OutOfMemory(format!("the trainer{of}{who}"))
         }
         PodState::Ended { .. } if pod.is_deleting => {
             Ending::Disrupted(format!("its pod{who} was deleted"))

@@ -594,25 +594,13 @@ fn a_try_of_several_ranks_ends_by_its_cause() {
     // What each rank left, none if its pod is gone; what follows, and what is said of it.
     let (evicted, gone) = (Some((-1, "")), None);
     for (first, second, summary, tries, said) in [
-        (
-            Some((76, &*lost)),
-            Some((137, "")),
-            "Unknown Adapted",
-            (1, 0, 0),
-            "the trainer of rank 1",
-        ),
-        (
-            Some((137, "")),
-            Some((76, &*lost)),
-            "Unknown Adapted",
-            (1, 0, 0),
-            "the trainer of rank 0",
-        ),
+        (Some((76, &*lost)), Some((137, "")), "Unknown Adapted", (1, 0, 0), "the trainer of pod 1"),
+        (Some((137, "")), Some((76, &*lost)), "Unknown Adapted", (1, 0, 0), "the trainer of pod 0"),
         (Some((76, &*lost)), Some((65, &*data)), "False InvalidDataset", (0, 0, 0), "why"),
         (Some((69, &*store)), Some((76, &*lost)), "Unknown Retrying", (1, 1, 0), "why"),
-        (Some((76, &*lost)), evicted, "Unknown Retrying", (1, 0, 1), "its pod of rank 1"),
-        (Some((76, &*lost)), gone, "Unknown Retrying", (1, 0, 1), "its pod of rank 1 is gone"),
-        (Some((75, &*stopped)), gone, "Unknown Retrying", (1, 0, 1), "its pod of rank 1 is gone"),
+        (Some((76, &*lost)), evicted, "Unknown Retrying", (1, 0, 1), "its pod 1"),
+        (Some((76, &*lost)), gone, "Unknown Retrying", (1, 0, 1), "its pod 1 is gone"),
+        (Some((75, &*stopped)), gone, "Unknown Retrying", (1, 0, 1), "its pod 1 is gone"),
         (Some((75, &*stopped)), Some((75, &*stopped)), "Unknown Retrying", (1, 0, 1), "step 3"),
         // Nobody died: what is between them did.
         (Some((76, &*lost)), Some((76, &*lost)), "Unknown Retrying", (1, 1, 0), "why"),

@@ -10,7 +10,8 @@ use crate::plan::accelerators::Accelerator;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Settings {
-    /// The image of every pod; users cannot choose one.
+    /// The image of preflights, and of training where the accelerator names none of its own; users
+    /// cannot choose one.
     pub trainer_image: String,
     /// When the kubelet pulls it: `Always`, `IfNotPresent` or `Never`.
     #[serde(default, skip_serializing_if = "Option::is_none")]

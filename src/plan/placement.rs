@@ -170,7 +170,7 @@ fn pod_size(plan: &RunPlan, accelerator: &Accelerator, report: &PreflightReport)
         pod_bytes(plan.memory.total(), plan.memory.mapped_weights)
     };
     // The model as fetched, once for all ranks of the pod, and as exported; the checkpoint gone on
-    // from and the one on its way out, whole, for any pod may have rank 0.
+    // from, which each rank fetches for itself, or the one before and the one on its way out.
     let parts = match plan.run_config.parallelism {
         Parallelism { strategy: Strategy::Zero3, world_size, .. }
             if plan.run_config.lora.is_none() =>
@@ -179,7 +179,8 @@ fn pod_size(plan: &RunPlan, accelerator: &Accelerator, report: &PreflightReport)
         }
         _ => 1,
     };
-    let storage_bytes = SCRATCH_BYTES * ranks + 2 * on_disk + 2 * plan.memory.trained_state * parts;
+    let checkpoints = ranks.max(2) * plan.memory.trained_state * parts;
+    let storage_bytes = SCRATCH_BYTES * ranks + 2 * on_disk + checkpoints;
     PodSize {
         cpu_millis: (accelerator.cpu.unwrap_or(DEFAULT_CPU) * 1000.0).round() as i64
             * ranks.cast_signed(),

@@ -177,8 +177,10 @@ pub fn memory(model: &ModelFacts, load: &Load) -> Memory {
     let gathered =
         s * (outer + 2 * block) + if is_full { 4 * (outer + block + outer.max(block)) } else { 0 };
     let temporaries = if is_device {
-        // libtorch's operators one by one: more results between them, norms in fp32.
-        t * (s * (8 * f + 6 * d) + 24 * d)
+        // libtorch's operators one by one: more results between them, norms in fp32, dropout's draws
+        // as whole numbers; and where attention has no better operator, all scores.
+        let scores = if dtype == Dtype::Fp32 { 16 * h * context } else { 0 };
+        t * (s * (8 * f + 6 * d) + 24 * d + 24 * f + scores)
     } else {
         t * s * (4 * f + 6 * d)
     };

@@ -56,7 +56,10 @@ fn the_plan_says_how_ranks_divide_the_run() {
     let ran = bench.finetune(&["plan", "-f", "job.json", "--ranks", "4", "-o", "json"]).ok();
     let plan: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
     let parallelism = &plan["runConfig"]["parallelism"];
-    assert_eq!(parallelism, &json!({"worldSize": 4, "strategy": Strategy::Ddp}));
+    assert_eq!(
+        parallelism,
+        &json!({"worldSize": 4, "strategy": Strategy::Ddp, "localWorldSize": 4})
+    );
 }
 
 #[test]

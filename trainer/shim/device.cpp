@@ -14,19 +14,15 @@
 
 extern "C" {
 
-// Writes the largest number of bytes torch has held so far, and the device's free and all bytes.
-bool finetune_device_memory(int device, uint64_t* numbers, Error error) {
-  return guarded(error, false, [&] {
+// Answers the largest number of bytes torch has held of a device so far, or -1.
+int64_t finetune_device_peak_memory(int device, Error error) {
+  return guarded<int64_t>(error, -1, [&]() -> int64_t {
     auto* allocator = c10::getDeviceAllocator(c10::kCUDA);
-    auto index = static_cast<c10::DeviceIndex>(device);
-    numbers[0] = 0;
-    if (allocator->initialized()) {
-      numbers[0] = static_cast<uint64_t>(allocator->getDeviceStats(index).reserved_bytes[0].peak);
+    if (!allocator->initialized()) {
+      return 0;
     }
-    auto [free, all] = allocator->getMemoryInfo(index);
-    numbers[1] = free;
-    numbers[2] = all;
-    return true;
+    auto index = static_cast<c10::DeviceIndex>(device);
+    return allocator->getDeviceStats(index).reserved_bytes[0].peak;
   });
 }
 

@@ -1,11 +1,14 @@
 //! What a run computes on: chosen once, before anything is loaded.
 
-use std::ffi::{c_char, c_int};
+use std::ffi::c_int;
 
 use finetune_contract::{Device as Wanted, FailureReason};
 use tch::{Cuda, Device};
 
-use crate::failure::Failure;
+use crate::{
+    failure::Failure,
+    shim::{ErrorBuffer, call},
+};
 
 /// Returns the name of a device in this process: of several GPUs the first that it sees.
 pub const fn of(wanted: Wanted) -> Device {
@@ -42,39 +45,22 @@ pub const fn has_cuda() -> bool {
     cfg!(feature = "cuda")
 }
 
-/// What a GPU's memory is, in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DeviceMemory {
-    /// The most this process has held of it, as torch counts.
-    pub peak: u64,
-    /// What nobody holds now.
-    pub free: u64,
-    /// All of it.
-    pub total: u64,
-}
-
-/// Returns the memory of a GPU; `None` for the processor, or if torch cannot tell.
-pub fn memory(device: Device) -> Option<DeviceMemory> {
+/// Returns the most memory torch has held of a GPU so far, in bytes; `None` for the processor, or if
+/// torch cannot tell.
+pub fn peak_memory(device: Device) -> Option<u64> {
     let Device::Cuda(index) = device else { return None };
-    let mut numbers = [0_u64; 3];
-    let mut text = [0_u8; 256];
-    let error = ErrorBuffer { text: text.as_mut_ptr().cast(), size: text.len() };
     #[expect(unsafe_code, reason = "calls a shim for what tch does not bind")]
-    // SAFETY: the call writes three numbers or a text that fits.
-    let is_known = unsafe { finetune_device_memory(index as c_int, numbers.as_mut_ptr(), error) };
-    let [peak, free, total] = numbers;
-    is_known.then_some(DeviceMemory { peak, free, total })
-}
-
-#[repr(C)]
-struct ErrorBuffer {
-    text: *mut c_char,
-    size: usize,
+    // SAFETY: the call reads numbers of torch's, or writes a text that fits.
+    let peak = call(
+        |peak: &i64| *peak >= 0,
+        |error| unsafe { finetune_device_peak_memory(index as c_int, error) },
+    );
+    peak.ok().and_then(|peak| u64::try_from(peak).ok())
 }
 
 #[expect(unsafe_code, reason = "calls a shim for what tch does not bind")]
 unsafe extern "C" {
-    fn finetune_device_memory(device: c_int, numbers: *mut u64, error: ErrorBuffer) -> bool;
+    fn finetune_device_peak_memory(device: c_int, error: ErrorBuffer) -> i64;
 }
 
 #[cfg(test)]
@@ -82,17 +68,17 @@ mod tests {
     use finetune_contract::{Device as Wanted, FailureReason};
     use tch::{Cuda, Device};
 
-    use super::{memory, open};
+    use super::{open, peak_memory};
 
     #[test]
     fn a_gpu_that_is_not_there_is_said_to_be_missing() {
         assert_eq!(open(Wanted::Cpu), Ok(Device::Cpu));
-        assert_eq!(memory(Device::Cpu), None);
+        assert_eq!(peak_memory(Device::Cpu), None);
         if Cuda::device_count() == 0 {
             let failure = open(Wanted::Cuda).unwrap_err();
             assert_eq!(failure.reason, FailureReason::DeviceUnavailable);
             assert!(failure.message.contains("planned for a GPU, but "), "{failure}");
-            assert_eq!(memory(Device::Cuda(0)), None);
+            assert_eq!(peak_memory(Device::Cuda(0)), None);
         }
     }
 }

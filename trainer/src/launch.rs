@@ -87,7 +87,10 @@ pub fn run(launch: &Launch<'_>, environment: &Environment) -> Result<ExitCode, F
     let telling = wait(&mut ranks.0, &mut signals)?;
     let Rank { number, report, status, .. } = &ranks.0[telling];
     if let Some(signal) = status.and_then(|status| status.signal()) {
-        if signal == Signal::KILL.as_raw() && memory::oom_kills() > oom_kills_before {
+        // On a GPU it was host memory, which smaller micro-batches need no less of.
+        let is_of_tensors = launch.config.device == Device::Cpu;
+        let is_kernels = memory::oom_kills() > oom_kills_before;
+        if signal == Signal::KILL.as_raw() && is_of_tensors && is_kernels {
             let message = format!("the kernel ended rank {number} for want of memory");
             return Err(Failure::new(FailureReason::OutOfMemory, message));
         }
@@ -193,18 +196,18 @@ fn start(
     Ok(Rank { number, child, report, status: None })
 }
 
-/// Returns the one GPU a rank sees, of those that are visible here.
+/// Returns the one GPU a rank sees, of those that are visible here; none if they are too few.
 fn visible_gpu(visible: Option<&str>, local: u32) -> String {
-    let listed = visible.and_then(|list| list.split(',').nth(local as usize));
-    listed.map_or_else(|| local.to_string(), |name| name.trim().to_owned())
+    let Some(list) = visible else { return local.to_string() };
+    list.split(',').nth(local as usize).unwrap_or_default().trim().to_owned()
 }
 
 /// Waits for all, once one has failed not for long; returns the place of the one to tell of.
 ///
-/// Signals are passed on to all, as one trainer's are; a second one kills.
+/// Signals are passed on to all; who kills this process kills them.
 fn wait(ranks: &mut [Rank], signals: &mut Signals) -> Result<usize, Failure> {
     let mut first_failed: Option<usize> = None;
-    let mut was_interrupted = false;
+    let mut has_killed = false;
     let mut until = None;
     loop {
         for index in 0..ranks.len() {
@@ -220,7 +223,8 @@ fn wait(ranks: &mut [Rank], signals: &mut Signals) -> Result<usize, Failure> {
             until.get_or_insert_with(|| clock::now() + GRACE);
             // Who lost a peer did not fail by itself; who did may be noticed a moment later.
             let known = first_failed.and_then(|first: usize| ranks[first].status);
-            if known.is_none_or(is_peer_lost) && (known.is_none() || !is_peer_lost(status)) {
+            let is_cause = known.is_none() || !is_peer_lost(status);
+            if !has_killed && known.is_none_or(is_peer_lost) && is_cause {
                 first_failed = Some(index);
             }
         }
@@ -228,14 +232,10 @@ fn wait(ranks: &mut [Rank], signals: &mut Signals) -> Result<usize, Failure> {
             return Ok(first_failed.unwrap_or(0));
         }
         if until.is_some_and(|until| clock::now() > until) {
+            has_killed = true;
             kill_all(ranks);
         }
         for signal in signals.pending() {
-            if was_interrupted {
-                kill_all(ranks);
-                continue;
-            }
-            was_interrupted = true;
             let signal = if signal == SIGTERM { Signal::TERM } else { Signal::INT };
             for rank in ranks.iter().filter(|rank| rank.status.is_none()) {
                 // Not reaped yet, so the number still means this child.
@@ -278,5 +278,6 @@ mod tests {
         assert_eq!(visible_gpu(None, 3), "3");
         assert_eq!(visible_gpu(Some("4, 5"), 1), "5");
         assert_eq!(visible_gpu(Some("GPU-8f3"), 0), "GPU-8f3");
+        assert_eq!(visible_gpu(Some("GPU-8f3"), 1), "");
     }
 }

@@ -29,6 +29,7 @@ pub mod proof;
 pub mod recipe;
 pub mod seed;
 pub mod serve;
+mod shim;
 pub mod store;
 pub mod tensor_file;
 pub mod train;

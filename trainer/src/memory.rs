@@ -52,8 +52,8 @@ impl PeakMemory {
 
     /// Returns the largest amount seen so far, in bytes.
     pub fn bytes(&self) -> u64 {
-        if let Some(memory) = device::memory(self.device) {
-            return memory.peak;
+        if let Some(peak) = device::peak_memory(self.device) {
+            return peak;
         }
         self.peak.fetch_max(anonymous_bytes(), Ordering::Relaxed);
         self.peak.load(Ordering::Relaxed)

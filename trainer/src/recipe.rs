@@ -61,13 +61,13 @@ pub fn run(
     let ranks = &host.ranks;
     // A result that is already there is either this run's, and then the work is done, or another's.
     let output = open(&config.output.uri, Role::Output, host)?;
-    let base = fetch_model(&config.model, host)?;
     match publish::output_state(&output, &config.run_id)? {
         OutputState::Vacant => {}
         OutputState::PublishedByThisRun => {
             if !ranks.is_first() {
                 return Ok(None);
             }
+            let base = fetch_model(&config.model, host)?;
             let (outcome, step) = proof::of_published(config, host, &output, &base)?;
             teller.done_before(step);
             return Ok(Some(outcome));
@@ -75,6 +75,7 @@ pub fn run(
         OutputState::PublishedByAnotherRun if config.output.overwrite => {}
         OutputState::PublishedByAnotherRun => return Err(belongs_to_another(config)),
     }
+    let base = fetch_model_for_all(&config.model, host)?;
 
     // Rows become tokens, and must be the rows that were planned for.
     teller.stage(Stage::Loading);
@@ -124,6 +125,8 @@ pub fn run(
     teller.stage(Stage::Publishing);
     let manifest = manifest(config, kind, step);
     let published = publish::publish(&output, &directory, manifest, config.output.overwrite)?;
+    // What is read back are the published files, and there is no room for both.
+    let _ = std::fs::remove_dir_all(&directory);
 
     // Success is what was read back.
     teller.stage(Stage::Verifying);
@@ -156,12 +159,16 @@ fn fetch_model(source: &ModelSource, host: &Host<'_>) -> Result<PathBuf, Failure
     let uri = ObjectUri::parse(&source.uri)
         .map_err(|error| Failure::from_chain(FailureReason::InvalidConfiguration, &error))?;
     let store = Store::open(&uri, source.revision.as_deref(), Role::Model, host.environment)?;
-    // Who comes second finds what the first has fetched.
+    import::local_directory(&store, host.models)
+}
+
+/// Fetches the model once for all ranks of a machine: who comes second finds what is there.
+fn fetch_model_for_all(source: &ModelSource, host: &Host<'_>) -> Result<PathBuf, Failure> {
     if host.is_guest {
         host.ranks.wait_for_all("fetched")?;
-        return import::local_directory(&store, host.models);
+        return fetch_model(source, host);
     }
-    let directory = import::local_directory(&store, host.models)?;
+    let directory = fetch_model(source, host)?;
     host.ranks.wait_for_all("fetched")?;
     Ok(directory)
 }

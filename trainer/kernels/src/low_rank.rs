@@ -118,7 +118,7 @@ pub fn add_outer<const TRANSPOSED: bool>(
     let rows = right.rows;
     assert_eq!(rows, left.rows);
     // Parts of a length that does not depend on the number of threads, nor do their sums.
-    let part = rows.div_ceil(PARTS).next_multiple_of(DEPTH);
+    let part = rows.div_ceil(PARTS).next_multiple_of(DEPTH).max(DEPTH);
     let parts = rows.div_ceil(part);
     SUMS.with_borrow_mut(|sums| {
         sums.clear();

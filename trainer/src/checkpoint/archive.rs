@@ -163,8 +163,7 @@ impl Archive {
 /// Returns a digest of all that decides the result: model, data, adapter and training settings.
 ///
 /// Not how it is computed: attempt, recomputation, how a global batch is divided and over how many
-/// ranks, and how often to
-/// evaluate or save may change between attempts.
+/// ranks, and how often to evaluate or save may change between attempts.
 fn settings_sha256(config: &RunConfig) -> String {
     let training = &config.training;
     let mut decisive = serde_json::json!({

@@ -133,6 +133,7 @@ impl Checkpoints {
             return snapshot::follow(model, &tensors).map_err(Failure::from);
         }
         self.settle()?;
+        let settled = clock::now();
         let snapshot = if self.is_copied {
             self.room.copy(model, &tensors)?
         } else {
@@ -141,7 +142,8 @@ impl Checkpoints {
         let (archive, state) = (self.archive.clone(), state.clone());
         let stall_seconds = started.elapsed().as_secs_f64();
         self.pace.safe(state.step, self.now());
-        self.pace.stalled(stall_seconds);
+        // What the writer before was waited for is no price of this one.
+        self.pace.stalled(settled.elapsed().as_secs_f64());
         self.writer.start(move || {
             let started = clock::now();
             archive.write(&state, &snapshot)?;

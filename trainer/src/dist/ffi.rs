@@ -11,16 +11,10 @@ use std::{
 use tch::Tensor;
 use torch_sys::C_tensor;
 
-/// Bytes of an error's text that are kept.
-const ERROR_BYTES: usize = 1024;
+use crate::shim::{ErrorBuffer, call};
+
 /// Bytes of a value in the store; they are numbers.
 const VALUE_BYTES: usize = 64;
-
-#[repr(C)]
-struct ErrorBuffer {
-    text: *mut c_char,
-    size: usize,
-}
 
 unsafe extern "C" {
     fn finetune_store_open(
@@ -82,22 +76,6 @@ unsafe extern "C" {
     ) -> *mut c_void;
     fn finetune_work_wait(work: *mut c_void, error: ErrorBuffer) -> bool;
     fn finetune_exit(code: c_int) -> !;
-}
-
-/// Calls a function with room for an error's text, and reads the text if it did not succeed.
-fn call<R>(
-    is_done: impl FnOnce(&R) -> bool,
-    function: impl FnOnce(ErrorBuffer) -> R,
-) -> Result<R, String> {
-    let mut text = vec![0_u8; ERROR_BYTES];
-    let result = function(ErrorBuffer { text: text.as_mut_ptr().cast(), size: text.len() });
-    if is_done(&result) {
-        return Ok(result);
-    }
-    let end = text.iter().position(|&byte| byte == 0).unwrap_or(text.len());
-    // torch's messages go on for lines about its own sources.
-    let first_line = text[..end].split(|&byte| byte == b'\n').next().unwrap_or_default();
-    Err(String::from_utf8_lossy(first_line).into_owned())
 }
 
 fn pointer(function: impl FnOnce(ErrorBuffer) -> *mut c_void) -> Result<NonNull<c_void>, String> {
@@ -176,7 +154,7 @@ pub(super) enum Backend<'a> {
         /// The interface it listens on, before the address; may be empty.
         interface: &'a str,
     },
-    /// NCCL between GPUs. Compiled only with the feature `nccl`, and never run by our tests.
+    /// NCCL between GPUs. Compiled only with the feature `cuda`, and never run by our tests.
     Nccl,
 }
 

@@ -4,23 +4,14 @@
 //! Never run by our tests, which have no GPU.
 #![expect(unsafe_code, reason = "calls a shim for what tch does not bind")]
 
-use std::ffi::c_char;
-
 use tch::{Device, Kind, Tensor};
 use torch_sys::C_tensor;
 
 use super::Attention;
+use crate::shim::{ErrorBuffer, call};
 
-/// Bytes of an error's text that are kept.
-const ERROR_BYTES: usize = 1024;
 /// The widest head the kernel knows.
 const WIDEST_HEAD: i64 = 256;
-
-#[repr(C)]
-struct ErrorBuffer {
-    text: *mut c_char,
-    size: usize,
-}
 
 unsafe extern "C" {
     fn finetune_flash_attention(
@@ -48,21 +39,14 @@ pub(super) fn can(q: &Tensor) -> bool {
 pub(super) fn attention([q, k, v]: [&Tensor; 3], how: Attention<'_>) -> (Tensor, Vec<Tensor>) {
     let (starts, longest) = starts(how, q.device());
     let mut results = [std::ptr::null_mut(); 4];
-    let mut text = [0_u8; ERROR_BYTES];
+    let into = results.as_mut_ptr();
+    let [q, k, v, at] = [q, k, v, &starts].map(Tensor::as_ptr);
     // SAFETY: the tensors outlive the call, which writes four new ones or a text that fits.
-    let is_done = unsafe {
-        finetune_flash_attention(
-            q.as_ptr(),
-            k.as_ptr(),
-            v.as_ptr(),
-            starts.as_ptr(),
-            longest,
-            window(how),
-            results.as_mut_ptr(),
-            ErrorBuffer { text: text.as_mut_ptr().cast(), size: text.len() },
-        )
-    };
-    assert!(is_done, "attention: {}", String::from_utf8_lossy(&text).trim_end_matches('\0'));
+    call(
+        |is_done| *is_done,
+        |error| unsafe { finetune_flash_attention(q, k, v, at, longest, window(how), into, error) },
+    )
+    .unwrap_or_else(|reason| panic!("attention: {reason}"));
     // SAFETY: each is new and owned by nobody else.
     let [out, logsumexp, one, other] = results.map(|result| unsafe { Tensor::from_ptr(result) });
     (out, vec![logsumexp, one, other])
