@@ -651,7 +651,7 @@ fn a_rank_without_a_place_is_named() {
     pod.state = PodState::Unschedulable("0/1 nodes are available".to_owned());
     world.settle();
     assert_eq!(world.summary(), "Unknown Unschedulable");
-    insta::assert_snapshot!(world.message(), @"rank 1 of 2, for which the others wait: 0/1 nodes are available");
+    insta::assert_snapshot!(world.message(), @"pod 1 of 2, for which the others wait: 0/1 nodes are available");
 }
 
 #[test]

@@ -712,7 +712,7 @@ mod tests {
         Time  about 20 min here, at 50 % of its matrix speed
 
         Elsewhere (assuming 35 % of the stated speed)
-          Test 80GB                     2.82 GB  fits, about 2 s, costs 0.00
+          Test 80GB                     2.89 GB  fits, about 2 s, costs 0.00
         ");
     }
 
@@ -757,7 +757,7 @@ mod tests {
         Time  about 1.7 h here, at 50 % of its matrix speed
 
         Elsewhere (assuming 35 % of the stated speed)
-          Test 80GB                     2.34 GB  fits, about 12 s, costs 0.01
+          Test 80GB                     2.49 GB  fits, about 12 s, costs 0.01
 
         Warnings
           memory: 269 MB of weights are read in place, but only 81 MB of memory stay free for them: they will be read from disk again and again, and the run will be slow
@@ -806,7 +806,7 @@ mod tests {
         Time  about 19.8 h here, at 50 % of its matrix speed
 
         Elsewhere (assuming 35 % of the stated speed)
-          Test 80GB                    25.79 GB  fits, about 2 min, costs 0.08
+          Test 80GB                    26.50 GB  fits, about 2 min, costs 0.08
         ");
     }
 

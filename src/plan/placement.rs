@@ -288,7 +288,7 @@ mod tests {
         assert_eq!((asked.parallelism.world_size, asked.parallelism.local_world_size), (4, 4));
         let said = placement.plan.decisions.iter().find(|decision| decision.field == "ranks");
         insta::assert_snapshot!(said.unwrap().reason, @"the fewest that hold it, each on one A100-80GB, all in one pod");
-        insta::assert_snapshot!(describe(&placement.pod), @"32 CPU, 37.54 GB memory, 325.51 GB storage");
+        insta::assert_snapshot!(describe(&placement.pod), @"32 CPU, 37.54 GB memory, 614.59 GB storage");
     }
 
     #[test]
