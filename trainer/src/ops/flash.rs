@@ -42,11 +42,11 @@ pub(super) fn attention([q, k, v]: [&Tensor; 3], how: Attention<'_>) -> (Tensor,
     let into = results.as_mut_ptr();
     let [q, k, v, at] = [q, k, v, &starts].map(Tensor::as_ptr);
     // SAFETY: the tensors outlive the call, which writes four new ones or a text that fits.
-    call(
+    let called = call(
         |is_done| *is_done,
         |error| unsafe { finetune_flash_attention(q, k, v, at, longest, window(how), into, error) },
-    )
-    .unwrap_or_else(|reason| panic!("attention: {reason}"));
+    );
+    assert!(called.is_ok(), "attention: {called:?}");
     // SAFETY: each is new and owned by nobody else.
     let [out, logsumexp, one, other] = results.map(|result| unsafe { Tensor::from_ptr(result) });
     (out, vec![logsumexp, one, other])
