@@ -19,6 +19,8 @@ const INTERVAL: Duration = Duration::from_millis(50);
 const PROGRAMS: [&str; 2] = ["finetune", "finetune-traine"];
 /// The addresses of Services: what a connection to one was translated to, conntrack tells.
 const SERVICES: &str = "10.96.";
+/// Where our programs listen: of one that just ended, connections are seen but no more the listener.
+const SERVED: [u16; 3] = [8080, 9464, 29500];
 /// The state of a socket that listens.
 const LISTENS: &str = "0A";
 
@@ -83,7 +85,7 @@ fn look_at_sockets(seen: &mut BTreeSet<Flow>) {
             if listens || is_inner || remote.0.to_string().starts_with(SERVICES) {
                 continue;
             }
-            let (from, to, port) = if listening.contains(&local.1) {
+            let (from, to, port) = if listening.contains(&local.1) || SERVED.contains(&local.1) {
                 (remote.0, local.0, local.1)
             } else {
                 (local.0, remote.0, remote.1)
