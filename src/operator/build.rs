@@ -414,8 +414,8 @@ fn variables(
 
 /// The trainer for the device, else the operator's own.
 fn image(settings: &Settings, attempt: &Attempt<'_>) -> String {
-    let own = attempt.place.and_then(|(accelerator, _)| accelerator.image.as_ref());
-    own.filter(|image| !image.trim().is_empty()).unwrap_or(&settings.trainer_image).clone()
+    let own = attempt.place.and_then(|(accelerator, _)| accelerator.own_trainer());
+    own.unwrap_or(&settings.trainer_image).to_owned()
 }
 
 /// Returns the name in DNS of a try's rank 0.

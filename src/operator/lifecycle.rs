@@ -490,11 +490,7 @@ impl<'a> Visit<'a> {
             Ok(adapted) if !is_last(&attempt) => adapted,
             Ok(_) => return self.finish(Truth::False, "OutOfMemory", why),
             Err(nothing_left) => {
-                let is_device = self
-                    .settings
-                    .accelerator(&plan.accelerator)
-                    .is_some_and(Accelerator::is_device);
-                let advice = if is_device {
+                let advice = if self.has_device(plan) {
                     "list an accelerator with more memory in the operator's settings"
                 } else {
                     "set resources.limits.memory"

@@ -52,9 +52,14 @@ impl Accelerator {
         self.resource_name.is_some()
     }
 
+    /// Returns the image of the trainer of its own, if it has one.
+    pub fn own_trainer(&self) -> Option<&str> {
+        self.image.as_deref().filter(|image| !image.trim().is_empty())
+    }
+
     /// Tells whether a trainer for it is known: the processor's is the operator's own.
     pub fn has_trainer(&self) -> bool {
-        !self.is_device() || self.image.as_ref().is_some_and(|image| !image.trim().is_empty())
+        !self.is_device() || self.own_trainer().is_some()
     }
 
     /// Returns how many of `ranks` ranks share a pod: all that a node has devices for, in equal
@@ -147,7 +152,7 @@ pub fn offer(accelerator: &Accelerator, model: &ModelFacts, load: &Load, tokens:
 
 /// Returns how many devices would hold a full-parameter run, its state sharded over them; `None` if
 /// no number of them would, for what cannot be sharded is too large.
-pub fn ranks(memory: &Memory, available: u64) -> Option<u64> {
+fn ranks(memory: &Memory, available: u64) -> Option<u64> {
     let sharded = memory.weights + memory.trained_state;
     let room = available.saturating_sub(memory.total() - sharded);
     (room > 0).then(|| sharded.div_ceil(room))

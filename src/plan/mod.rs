@@ -294,7 +294,8 @@ pub fn plan_over(
         },
         &mut decisions,
     );
-    if let Some(uri) = settings::initial_adapter(&job.spec) {
+    let initial_adapter = settings::initial_adapter(&job.spec);
+    if let Some(uri) = &initial_adapter {
         decisions.add("initialAdapter", "given", format!("training starts from {uri}"));
     }
     let run_id = settings::run_id(job);
@@ -312,7 +313,7 @@ pub fn plan_over(
         model: model_source,
         dataset: source,
         lora,
-        initial_adapter: settings::initial_adapter(&job.spec),
+        initial_adapter,
         training: settings,
         device: place.device(),
         parallelism: Parallelism {

@@ -27,10 +27,34 @@ const SUCCEEDED: &str = r#"{"version":1,"runId":"r","attempt":0,"outcome":{"resu
 
 const PROGRESS: &str = r#"{"version":1,"runId":"r","stage":"Training","step":1,"totalSteps":40,"epoch":0.1,"loss":2.5,"tokensSeen":100,"peakMemoryBytes":1}"#;
 
+/// Returns the run report with another outcome.
+fn ended_by(outcome: &str) -> String {
+    let start = SUCCEEDED.find(r#""outcome""#).unwrap();
+    let end = SUCCEEDED.find(r#""steps""#).unwrap();
+    format!("{}\"outcome\":{outcome},{}", &SUCCEEDED[..start], &SUCCEEDED[end..])
+}
+
 /// What the test double does.
 struct Trainer<'a> {
     preflight: (&'a str, i32),
     train: (&'a str, i32),
+}
+
+/// Puts a test double of the trainer into a directory.
+fn put_trainer(directory: &Path, script: &str) {
+    let program = directory.join("trainer");
+    fs::write(&program, script).unwrap();
+    fs::set_permissions(program, fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+/// Runs a command on a directory's manifest, with its trainer.
+fn run_in(directory: &Path, command: &str) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_finetune"))
+        .args([command, "-f", "job.yaml", "--work-dir", "work", "--trainer"])
+        .arg(directory.join("trainer"))
+        .current_dir(directory)
+        .output()
+        .unwrap()
 }
 
 fn finetune(command: &str, manifest: &str, trainer: Option<&Trainer>) -> (Output, TempDir) {
@@ -47,17 +71,9 @@ fn finetune(command: &str, manifest: &str, trainer: Option<&Trainer>) -> (Output
             train.1,
             here = directory.path().display(),
         );
-        fs::write(path("trainer"), script).unwrap();
-        fs::set_permissions(path("trainer"), fs::Permissions::from_mode(0o755)).unwrap();
+        put_trainer(directory.path(), &script);
     }
-    let output = Command::new(env!("CARGO_BIN_EXE_finetune"))
-        .args([command, "-f", "job.yaml", "--work-dir", "work"])
-        .arg("--trainer")
-        .arg(path("trainer"))
-        .current_dir(directory.path())
-        .output()
-        .unwrap();
-    (output, directory)
+    (run_in(directory.path(), command), directory)
 }
 
 /// Returns the exit status and what was printed, the plan and paths of this machine left out.
@@ -156,13 +172,7 @@ error: the run cannot start:
 
 #[test]
 fn says_how_to_go_on_after_an_interruption() {
-    let start = SUCCEEDED.find(r#""outcome""#).unwrap();
-    let end = SUCCEEDED.find(r#""steps""#).unwrap();
-    let report = format!(
-        "{}\"outcome\":{{\"result\":\"interrupted\",\"checkpointStep\":20}},{}",
-        &SUCCEEDED[..start],
-        &SUCCEEDED[end..]
-    );
+    let report = ended_by(r#"{"result":"interrupted","checkpointStep":20}"#);
     let trainer = Trainer { preflight: (PREFLIGHT, 0), train: (&report, 75) };
     insta::assert_snapshot!(check("run", MINIMAL, Some(&trainer)), @r#"
 exit 75
@@ -226,14 +236,6 @@ error: no trainer at DIR/trainer: build it with `cargo xtask build`, or name it 
     "#);
 }
 
-/// Returns a run report of a failure for want of memory.
-fn out_of_memory() -> String {
-    let start = SUCCEEDED.find(r#""outcome""#).unwrap();
-    let end = SUCCEEDED.find(r#""steps""#).unwrap();
-    let outcome = r#""outcome":{"result":"failed","reason":"OutOfMemory","message":"the device ran out of memory"},"#;
-    format!("{}{outcome}{}", &SUCCEEDED[..start], &SUCCEEDED[end..])
-}
-
 /// Runs a job on a trainer in whose memory micro-batches of so many sequences fit.
 fn run_in_little_memory(fitting: &[u32]) -> (Output, TempDir) {
     let directory = tempfile::tempdir().unwrap();
@@ -241,7 +243,9 @@ fn run_in_little_memory(fitting: &[u32]) -> (Output, TempDir) {
     fs::write(path("job.yaml"), MINIMAL).unwrap();
     fs::write(path("preflight.json"), PREFLIGHT).unwrap();
     fs::write(path("succeeded.json"), SUCCEEDED).unwrap();
-    fs::write(path("failed.json"), out_of_memory()).unwrap();
+    let failed =
+        r#"{"result":"failed","reason":"OutOfMemory","message":"the device ran out of memory"}"#;
+    fs::write(path("failed.json"), ended_by(failed)).unwrap();
     let here = directory.path().display();
     let fitting: Vec<String> =
         fitting.iter().map(|size| format!("*'\"microBatchSize\":{size},'*")).collect();
@@ -252,15 +256,8 @@ fn run_in_little_memory(fitting: &[u32]) -> (Output, TempDir) {
          cp {here}/failed.json \"$5\"; exit 71\n",
         if fitting.is_empty() { "none".to_owned() } else { fitting.join("|") },
     );
-    fs::write(path("trainer"), script).unwrap();
-    fs::set_permissions(path("trainer"), fs::Permissions::from_mode(0o755)).unwrap();
-    let output = Command::new(env!("CARGO_BIN_EXE_finetune"))
-        .args(["run", "-f", "job.yaml", "--work-dir", "work", "--trainer"])
-        .arg(path("trainer"))
-        .current_dir(directory.path())
-        .output()
-        .unwrap();
-    (output, directory)
+    put_trainer(directory.path(), &script);
+    (run_in(directory.path(), "run"), directory)
 }
 
 /// Returns what was said after the plan.
@@ -309,13 +306,7 @@ fn says_what_is_missing_when_the_smallest_pieces_are_too_large() {
 
 #[test]
 fn survives_the_first_interrupt_and_waits_for_the_trainer() {
-    let start = SUCCEEDED.find(r#""outcome""#).unwrap();
-    let end = SUCCEEDED.find(r#""steps""#).unwrap();
-    let report = format!(
-        "{}\"outcome\":{{\"result\":\"interrupted\",\"checkpointStep\":7}},{}",
-        &SUCCEEDED[..start],
-        &SUCCEEDED[end..]
-    );
+    let report = ended_by(r#"{"result":"interrupted","checkpointStep":7}"#);
     let directory = tempfile::tempdir().unwrap();
     let path = |name: &str| directory.path().join(name);
     fs::write(path("job.yaml"), MINIMAL).unwrap();
@@ -326,14 +317,8 @@ fn survives_the_first_interrupt_and_waits_for_the_trainer() {
         "#!/bin/sh\nif [ $1 = train ]; then trap '' INT; kill -INT $PPID; sleep 0.3; fi\ncp {}/$1.json \"$5\"\n[ $1 = preflight ] || exit 75\n",
         directory.path().display()
     );
-    fs::write(path("trainer"), script).unwrap();
-    fs::set_permissions(path("trainer"), fs::Permissions::from_mode(0o755)).unwrap();
-    let output = Command::new(env!("CARGO_BIN_EXE_finetune"))
-        .args(["run", "-f", "job.yaml", "--work-dir", "work", "--trainer"])
-        .arg(path("trainer"))
-        .current_dir(directory.path())
-        .output()
-        .unwrap();
+    put_trainer(directory.path(), &script);
+    let output = run_in(directory.path(), "run");
     let errors = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(75), "{errors}");
     assert!(errors.ends_with("step 7 is saved. Run the same command again to go on\n"), "{errors}");
@@ -353,14 +338,8 @@ fn passes_an_interrupt_on_that_only_the_command_was_sent() {
              trap 'echo told > {here}/told; exit 75' {signal}\nkill -{signal} $PPID\n\
              for i in $(seq 100); do sleep 0.05; done\n"
         );
-        fs::write(path("trainer"), script).unwrap();
-        fs::set_permissions(path("trainer"), fs::Permissions::from_mode(0o755)).unwrap();
-        let output = Command::new(env!("CARGO_BIN_EXE_finetune"))
-            .args(["run", "-f", "job.yaml", "--work-dir", "work", "--trainer"])
-            .arg(path("trainer"))
-            .current_dir(directory.path())
-            .output()
-            .unwrap();
+        put_trainer(directory.path(), &script);
+        let output = run_in(directory.path(), "run");
         assert_eq!(output.status.code(), Some(75), "{}", String::from_utf8_lossy(&output.stderr));
         assert!(path("told").exists(), "SIG{signal} did not reach the trainer");
     }

@@ -30,7 +30,7 @@ pub fn open(wanted: Wanted) -> Result<Device, Failure> {
 }
 
 fn why_not() -> String {
-    let why = if !has_cuda() {
+    let why = if !cfg!(feature = "cuda") {
         "this trainer was built without CUDA: run one that was (in a cluster `image` of the accelerator in the operator's settings)"
     } else if !std::path::Path::new("/dev/nvidiactl").exists() {
         "no NVIDIA driver is visible: the node's driver or container toolkit is missing, or the pod asked for no GPU"
@@ -38,11 +38,6 @@ fn why_not() -> String {
         "CUDA finds no GPU that it can use: see `nvidia-smi` there, and CUDA_VISIBLE_DEVICES if it is set"
     };
     format!("the run is planned for a GPU, but {why}")
-}
-
-/// Tells whether this program was built with what GPUs need.
-pub const fn has_cuda() -> bool {
-    cfg!(feature = "cuda")
 }
 
 /// Returns the most memory torch has held of a GPU so far, in bytes; `None` for the processor, or if

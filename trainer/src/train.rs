@@ -203,12 +203,17 @@ impl Training<'_> {
         let noise = self.dropout(step);
         let (mut tokens_before, mut targets_before) = (0, 0);
         for micro in 0..u64::from(settings.gradient_accumulation_steps) * world_size {
+            let is_own = micro % world_size == u64::from(ranks.rank());
+            // Of the others' only the sizes matter, and only to noise.
+            if !is_own && noise.is_none() {
+                continue;
+            }
             let batch = self.micro_batch(order, step, micro);
             let (batch_tokens, batch_targets) =
                 (batch.tokens.len() as u64, batch.labels.len() as u64);
             // The step's micro-batches are dealt out like cards: neither how many there are nor which
             // rank computes one changes rows or noise.
-            if micro % world_size == u64::from(ranks.rank()) {
+            if is_own {
                 let noise = noise.map(|noise| noise.after(tokens_before, targets_before));
                 loss += self.model.accumulate_gradients(&batch, settings.recompute, noise.as_ref());
                 targets += batch_targets;

@@ -10,6 +10,7 @@ mod flash;
 mod low_rank;
 pub mod plain;
 mod pool;
+mod runs;
 pub mod scores;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
@@ -22,7 +23,7 @@ pub use finetune_kernels::adamw::Step;
 
 use crate::profile;
 
-pub use plain::Run;
+pub use runs::Run;
 
 /// Writes `x / rms(x) · weight` over the last axis.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {

@@ -6,21 +6,10 @@ use finetune_kernels::{
 };
 use tch::{Kind, Tensor};
 
-use super::{Attention, Factor};
+use super::{Attention, Factor, runs};
 
 /// Elements of a flat tensor worked on at once, so that results on the way stay small beside it.
 const AT_ONCE: usize = 1 << 22;
-
-/// Some segments of equal length, one after another.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Run {
-    /// The first position.
-    pub start: i64,
-    /// How many segments.
-    pub count: i64,
-    /// Positions of each.
-    pub length: i64,
-}
 
 /// As [`super::rms_norm`].
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
@@ -205,106 +194,51 @@ fn adamw_part(
     }
 }
 
-/// As [`super::attention`], on the processor; segments of equal length are one batch.
-pub fn attention([q, k, v]: [&Tensor; 3], how: Attention<'_>) -> (Tensor, Vec<Tensor>) {
-    let out = q.empty_like();
-    let logsumexp = how
-        .runs
-        .iter()
-        .map(|&run| {
-            let [q, k, v] = batches([q, k, v], run);
-            let mask = mask_of(how.window, run.length, &q);
-            let (attended, lse) = Tensor::internal_scaled_dot_product_flash_attention_for_cpu(
-                &q,
-                &k,
-                &v,
-                0.0,
-                mask.is_none(),
-                mask.as_ref(),
-                None,
-            );
-            batch(&out, run).copy_(&attended);
-            lse
-        })
-        .collect();
-    (out, logsumexp)
+/// As [`super::attention`], on the processor.
+pub fn attention(inputs: [&Tensor; 3], how: Attention<'_>) -> (Tensor, Vec<Tensor>) {
+    runs::forward(inputs, how, |[q, k, v]| {
+        let mask = mask_of(how.window, &q);
+        Tensor::internal_scaled_dot_product_flash_attention_for_cpu(
+            &q,
+            &k,
+            &v,
+            0.0,
+            mask.is_none(),
+            mask.as_ref(),
+            None,
+        )
+    })
 }
 
 /// As [`super::attention_backward`], on the processor.
 pub fn attention_backward(
-    [q, k, v]: [&Tensor; 3],
+    inputs: [&Tensor; 3],
     out: &Tensor,
     logsumexp: &[Tensor],
     d_out: &Tensor,
     how: Attention<'_>,
 ) -> [Tensor; 3] {
-    let grads = [q.empty_like(), k.empty_like(), v.empty_like()];
-    let groups = q.size()[1] / k.size()[1];
-    for (&run, lse) in how.runs.iter().zip(logsumexp) {
-        let [q, k, v] = batches([q, k, v], run);
-        let mask = mask_of(how.window, run.length, &q);
-        let (dq, dk, dv) = Tensor::internal_scaled_dot_product_flash_attention_for_cpu_backward(
-            &batch(d_out, run),
+    runs::backward(inputs, [out, d_out], logsumexp, how, |[q, k, v], [out, d_out], logsumexp| {
+        let mask = mask_of(how.window, &q);
+        Tensor::internal_scaled_dot_product_flash_attention_for_cpu_backward(
+            &d_out,
             &q,
             &k,
             &v,
-            &batch(out, run),
-            lse,
+            &out,
+            logsumexp,
             0.0,
             mask.is_none(),
             mask.as_ref(),
             None,
-        );
-        batch(&grads[0], run).copy_(&dq);
-        batch(&grads[1], run).copy_(&sum_groups(&dk, groups));
-        batch(&grads[2], run).copy_(&sum_groups(&dv, groups));
-    }
-    grads
-}
-
-/// Views a run of queries, keys and values as batches `[S, H, t, E]`, each key/value head repeated
-/// for its query heads.
-pub(super) fn batches([q, k, v]: [&Tensor; 3], run: Run) -> [Tensor; 3] {
-    let groups = q.size()[1] / k.size()[1];
-    [batch(q, run), repeat(&batch(k, run), groups), repeat(&batch(v, run), groups)]
-}
-
-/// Views a run of `[T, heads, E]` as `[S, heads, t, E]`.
-pub(super) fn batch(x: &Tensor, Run { start, count, length }: Run) -> Tensor {
-    let (heads, width) = (x.size()[1], x.size()[2]);
-    x.narrow(0, start, count * length).view([count, length, heads, width]).transpose(1, 2)
-}
-
-/// Repeats each key/value head for its query heads: `[S, K, t, E]` to `[S, H, t, E]`.
-fn repeat(x: &Tensor, groups: i64) -> Tensor {
-    if groups == 1 {
-        return x.shallow_clone();
-    }
-    let [segments, heads, length, width] = sizes(x);
-    x.unsqueeze(2).expand([segments, heads, groups, length, width], false).reshape([
-        segments,
-        heads * groups,
-        length,
-        width,
-    ])
-}
-
-/// Sums the gradients of repeated heads: `[S, H, t, E]` to `[S, K, t, E]`.
-pub(super) fn sum_groups(grad: &Tensor, groups: i64) -> Tensor {
-    if groups == 1 {
-        return grad.shallow_clone();
-    }
-    let [segments, heads, length, width] = sizes(grad);
-    grad.reshape([segments, heads / groups, groups, length, width]).sum_dim_intlist(
-        2,
-        false,
-        grad.kind(),
-    )
+        )
+        .into()
+    })
 }
 
 /// Returns what is added to the scores when the window is shorter than the segment, `[t, t]`.
-fn mask_of(window: Option<usize>, length: i64, like: &Tensor) -> Option<Tensor> {
-    let window = window? as i64;
+fn mask_of(window: Option<usize>, like: &Tensor) -> Option<Tensor> {
+    let (window, length) = (window? as i64, like.size()[2]);
     if window >= length {
         return None;
     }
@@ -312,9 +246,4 @@ fn mask_of(window: Option<usize>, length: i64, like: &Tensor) -> Option<Tensor> 
         Tensor::ones([length, length], (Kind::Bool, like.device())).tril(0).triu(1 - window);
     let mask = Tensor::zeros([length, length], (like.kind(), like.device()));
     Some(mask.masked_fill(&visible.logical_not(), f64::NEG_INFINITY))
-}
-
-fn sizes(x: &Tensor) -> [i64; 4] {
-    let size = x.size();
-    [size[0], size[1], size[2], size[3]]
 }

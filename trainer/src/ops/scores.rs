@@ -3,24 +3,16 @@
 
 use tch::{Kind, Tensor};
 
-use super::{Attention, plain};
+use super::{Attention, runs};
 
 /// As [`super::attention`].
-pub fn attention([q, k, v]: [&Tensor; 3], how: Attention<'_>) -> (Tensor, Vec<Tensor>) {
-    let out = q.empty_like();
-    let logsumexp = how
-        .runs
-        .iter()
-        .map(|&run| {
-            let [q, k, v] = plain::batches([q, k, v], run).map(fp32);
-            let scores = scores(&q, &k, how.window);
-            let logsumexp = scores.logsumexp([-1], true); // [S, H, t, 1]
-            let attended = (scores - &logsumexp).exp().matmul(&v);
-            plain::batch(&out, run).copy_(&attended);
-            logsumexp
-        })
-        .collect();
-    (out, logsumexp)
+pub fn attention(inputs: [&Tensor; 3], how: Attention<'_>) -> (Tensor, Vec<Tensor>) {
+    runs::forward(inputs, how, |inputs| {
+        let [q, k, v] = inputs.map(fp32);
+        let scores = scores(&q, &k, how.window);
+        let logsumexp = scores.logsumexp([-1], true); // [S, H, t, 1]
+        ((scores - &logsumexp).exp().matmul(&v), logsumexp)
+    })
 }
 
 /// As [`super::attention_backward`].
@@ -34,21 +26,15 @@ pub fn attention_backward(
     d_out: &Tensor,
     how: Attention<'_>,
 ) -> [Tensor; 3] {
-    let grads = inputs.map(Tensor::empty_like);
-    let groups = inputs[0].size()[1] / inputs[1].size()[1];
-    for (&run, logsumexp) in how.runs.iter().zip(logsumexp) {
-        let [q, k, v] = plain::batches(inputs, run).map(fp32);
-        let [out, d_out] = [out, d_out].map(|tensor| fp32(plain::batch(tensor, run)));
+    runs::backward(inputs, [out, d_out], logsumexp, how, |inputs, result, logsumexp| {
+        let [q, k, v] = inputs.map(fp32);
+        let [out, d_out] = result.map(fp32);
         let probabilities = (scores(&q, &k, how.window) - logsumexp).exp(); // [S, H, t, t]
         let dv = probabilities.transpose(-2, -1).matmul(&d_out);
         let mean = (&d_out * out).sum_dim_intlist(-1, true, Kind::Float); // [S, H, t, 1]
         let d_scores = probabilities * (d_out.matmul(&v.transpose(-2, -1)) - mean) * scale(&q);
-        let (dq, dk) = (d_scores.matmul(&k), d_scores.transpose(-2, -1).matmul(&q));
-        plain::batch(&grads[0], run).copy_(&dq);
-        plain::batch(&grads[1], run).copy_(&plain::sum_groups(&dk, groups));
-        plain::batch(&grads[2], run).copy_(&plain::sum_groups(&dv, groups));
-    }
-    grads
+        [d_scores.matmul(&k), d_scores.transpose(-2, -1).matmul(&q), dv]
+    })
 }
 
 fn fp32(tensor: Tensor) -> Tensor {
