@@ -3,6 +3,7 @@
 use std::{
     path::Path,
     process::Command,
+    sync::LazyLock,
     time::{Duration, Instant},
 };
 
@@ -48,6 +49,29 @@ pub fn is_there() -> bool {
         eprintln!("{test}: needs a cluster, see `cargo xtask e2e`");
     }
     is_there
+}
+
+/// Brings the real model into the bucket, once for all tests, and returns its URI.
+pub fn real_model() -> String {
+    static KEY: LazyLock<String> = LazyLock::new(|| {
+        let key = format!("{}/smollm2-{}", variable("FINETUNE_TEST_S3_BUCKET"), std::process::id());
+        for entry in std::fs::read_dir(variable("FINETUNE_TEST_MODEL")).unwrap() {
+            let path = entry.unwrap().path();
+            put_at(&format!("{key}/{}", path.file_name().unwrap().to_string_lossy()), &path);
+        }
+        key
+    });
+    format!("s3://{}/", *KEY)
+}
+
+/// Stores a file in the bucket under a key that begins with the bucket.
+fn put_at(key: &str, file: &Path) {
+    let url = format!("{}/{key}", variable("FINETUNE_TEST_S3_ENDPOINT"));
+    let keys = format!("{}:{}", variable("AWS_ACCESS_KEY_ID"), variable("AWS_SECRET_ACCESS_KEY"));
+    let mut curl = Command::new("curl");
+    curl.args(["--fail", "--silent", "--show-error", "--aws-sigv4", "aws:amz:us-east-1:s3"]);
+    curl.args(["--user", &keys]).arg("--upload-file").arg(file).arg(url);
+    assert!(curl.status().unwrap().success(), "{key} could not be stored");
 }
 
 impl Bed {
@@ -128,29 +152,13 @@ impl Bed {
     }
 
     pub fn put(&self, name: &str, file: &Path) {
-        let url = format!("{}/{}/{name}", variable("FINETUNE_TEST_S3_ENDPOINT"), self.prefix);
-        let keys =
-            format!("{}:{}", variable("AWS_ACCESS_KEY_ID"), variable("AWS_SECRET_ACCESS_KEY"));
-        let mut curl = Command::new("curl");
-        curl.args(["--fail", "--silent", "--show-error", "--aws-sigv4", "aws:amz:us-east-1:s3"]);
-        curl.args(["--user", &keys]).arg("--upload-file").arg(file).arg(url);
-        assert!(curl.status().unwrap().success(), "{name} could not be stored");
+        put_at(&format!("{}/{name}", self.prefix), file);
     }
 
     pub fn put_text(&self, name: &str, text: &str) {
         let file = self.directory.path().join(name);
         std::fs::write(&file, text).unwrap();
         self.put(name, &file);
-    }
-
-    /// Brings the real model into the bucket and returns its URI.
-    pub fn real_model(&self) -> String {
-        let directory = variable("FINETUNE_TEST_MODEL");
-        for entry in std::fs::read_dir(directory).unwrap() {
-            let path = entry.unwrap().path();
-            self.put(&format!("smollm2/{}", path.file_name().unwrap().to_string_lossy()), &path);
-        }
-        self.uri("smollm2/")
     }
 
     /// Returns a LoRA job of a few steps on the tiny model, with its result under its name.

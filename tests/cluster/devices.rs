@@ -13,7 +13,7 @@ use kube::{
 };
 use serde_json::json;
 
-use crate::bed::{Bed, variable};
+use crate::bed::{Bed, real_model, variable};
 
 const RESOURCE: &str = "finetune.dev/test-gpu";
 
@@ -51,7 +51,7 @@ async fn a_run_for_devices_gets_them_and_says_when_they_do_not_work() {
         Operator::new(bed.client.clone(), settings(&bed.namespace), metrics, "test", scope);
     let operator = tokio::spawn(Arc::new(operator.unwrap()).run(std::future::pending()));
 
-    let model = json!(bed.real_model());
+    let model = json!(real_model());
     for (name, is_lora, count, words) in [
         ("one", true, "1", "on one test-gpu"),
         ("two", false, "2", "over 2 ranks, each on one test-gpu"),

@@ -14,7 +14,7 @@ use kube::{Api, ResourceExt, api::DeleteParams};
 use serde_json::json;
 
 use crate::{
-    bed::{Bed, variable},
+    bed::{Bed, real_model, variable},
     policies::{End, is_allowed, strict},
     sockets::Watcher,
 };
@@ -67,7 +67,7 @@ async fn a_model_that_no_pod_holds_is_trained_over_two_and_outlives_one() {
 
     let mut job = bed.job("ranks");
     job["spec"].as_object_mut().unwrap().remove("loraConfig");
-    job["spec"]["model"]["uri"] = json!(bed.real_model());
+    job["spec"]["model"]["uri"] = json!(real_model());
     job["spec"]["training"] = json!({
         "maxSteps": STEPS, "contextLength": 64, "trainBatchSizePerDevice": 1,
         "gradientAccumulationSteps": 2, "checkpointSteps": 3,

@@ -2,14 +2,14 @@
 
 use serde_json::{Value, json};
 
-use crate::bed::Bed;
+use crate::bed::{Bed, real_model};
 
 #[tokio::test]
 async fn what_cannot_work_says_why_and_takes_no_training_pod() {
     let Some(bed) = Bed::new("refused").await else { return };
     bed.put_text("bad.jsonl", "{\"messages\": []}\nnot json\n");
     let wrong = json!({"name": "wrong-keys"});
-    let real = bed.real_model();
+    let real = real_model();
     let elsewhere = json!({"name": "elsewhere"});
     let cases: [(&str, &str, Value, &str, &str); 9] = [
         ("rows", "/dataset/train", json!(bed.uri("bad.jsonl")), "InvalidDataset", "bad.jsonl:2"),

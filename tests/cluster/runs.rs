@@ -2,12 +2,12 @@
 
 use serde_json::json;
 
-use crate::bed::Bed;
+use crate::bed::{Bed, real_model};
 
 /// SmolLM2 for a few steps: long enough to see all, short enough to wait for.
 fn real_job(bed: &Bed, name: &str, steps: u32) -> serde_json::Value {
     let mut job = bed.job(name);
-    job["spec"]["model"]["uri"] = json!(bed.real_model());
+    job["spec"]["model"]["uri"] = json!(real_model());
     job["spec"]["training"] =
         json!({"maxSteps": steps, "contextLength": 64, "trainBatchSizePerDevice": 2});
     job

@@ -142,7 +142,8 @@ pub(crate) fn arguments(
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
         "-master.telemetry=false",
-        "-volume.max=40",
+        // Volumes hold what was deleted until they are compacted: room for all a run of tests writes.
+        "-volume.max=200",
         "-master.volumeSizeLimitMB=256",
         "-volume.preStopSeconds=0",
     ];
