@@ -180,13 +180,9 @@ pub fn run(arguments: &Arguments, environment: &Environment) -> Result<String, F
         let loss = model.accumulate_gradients(&batch, recompute, dropout.as_ref());
         model.reduce_gradients()?;
         let [all_targets] = ranks.sum([batch.labels.len() as f64])?;
-        if model.sharded_training().is_some() {
-            let params = model.trained();
-            optimizer::normalize_and_clip_part(params, all_targets as u64, 1.0, &ranks)?;
-        } else {
-            optimizer::normalize_and_clip(model.trained(), all_targets as u64, 1.0);
-        }
-        adamw.step(model.trained_mut(), arguments.learning_rate, step as u64 + 1);
+        let clipped = optimizer::clip(model.gradient_square()?, all_targets as u64, 1.0);
+        let rate = arguments.learning_rate;
+        adamw.step(model.trained_mut(), clipped.scale, rate, step as u64 + 1);
         figures.losses.push(loss / batch.labels.len() as f64);
         figures.sent_bytes_per_step = ranks.sent_bytes() - sent;
         if step == 0 {

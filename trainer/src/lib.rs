@@ -3,10 +3,11 @@
 //! In the order data flows: [`store`] brings files here and takes results away, [`import`] turns a
 //! GGUF file into a Hugging Face directory, [`data`] turns rows into token sequences, [`preflight`]
 //! checks all of it cheaply, [`launch`] starts the ranks of one machine and [`dist`] joins those of a
-//! run, [`device`] is what they compute on, [`model`] is the network and its hand-written backward
+//! run, [`device`] is what they compute on, [`allocator`] keeps its memory, [`model`] is the network and its hand-written backward
 //! pass, [`recipe`] is the story of a run, [`export`] writes what other software loads, [`verify`] proves it and
 //! [`generate`] lets a person see it.
 
+pub mod allocator;
 pub mod bench;
 pub mod checkpoint;
 pub mod clock;

@@ -35,11 +35,6 @@ use finetune_trainer::{
 };
 use tracing::error;
 
-/// The allocator of this program and, by its C names, of libtorch: glibc's keeps buffers of ever
-/// other sizes apart and grows with the number of micro-batches. `docs/LOG.md` has the figures.
-#[global_allocator]
-static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
-
 /// Fine-tunes a language model from one run configuration.
 #[derive(Debug, Parser)]
 #[command(version)]

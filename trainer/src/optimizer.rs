@@ -3,11 +3,7 @@
 use finetune_contract::{LrScheduler, TrainingSettings};
 use tch::Tensor;
 
-use crate::{
-    dist::{self, Ranks},
-    model::params::FlatParams,
-    ops,
-};
+use crate::{model::params::FlatParams, ops};
 
 /// AdamW's decay rate of the first moment; the default everywhere.
 const BETA1: f64 = 0.9;
@@ -48,13 +44,13 @@ impl AdamW {
         [&self.exp_avg, &self.exp_avg_sq]
     }
 
-    /// Updates the masters from the gradients; `step` counts from 1.
-    pub fn step(&mut self, params: &mut FlatParams, learning_rate: f64, step: u64) {
+    /// Updates the masters from the gradients times `scale`; `step` counts from 1.
+    pub fn step(&mut self, params: &mut FlatParams, scale: f64, learning_rate: f64, step: u64) {
         let correction = |beta: f64| 1.0 - beta.powi(i32::try_from(step).unwrap_or(i32::MAX));
         for &(first, length, decays) in &self.spans {
             let weight_decay = if decays { self.weight_decay } else { 0.0 };
             let numbers = ops::Step {
-                grad_scale: 1.0,
+                grad_scale: scale as f32,
                 beta1: BETA1 as f32,
                 beta2: BETA2 as f32,
                 epsilon: EPSILON as f32,
@@ -69,43 +65,27 @@ impl AdamW {
     }
 }
 
-/// Divides the summed gradient by the window's target tokens and clips its 2-norm.
+/// What makes a step's gradient of the sum over its target tokens: the mean, clipped.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Clipped {
+    /// The mean's 2-norm before clipping.
+    pub norm: f64,
+    /// What the sum is multiplied by.
+    pub scale: f64,
+}
+
+/// Clips the mean of a gradient, given the sum's square; `max_grad_norm` of 0 never clips.
 ///
-/// Returns the norm before clipping. `max_grad_norm` of 0 never clips.
+/// Nothing is written: [`AdamW::step`] scales what it reads.
 ///
 /// # Source
 /// `torch.nn.utils.clip_grad_norm_`, whose divisor has 1e-6 added.
-pub fn normalize_and_clip(params: &FlatParams, target_tokens: u64, max_grad_norm: f64) -> f64 {
-    let mut grad = params.grad().shallow_clone();
-    let _ = grad.g_div_scalar_(target_tokens as f64);
-    let norm = ops::sum_of_squares(&grad).sqrt();
-    clip(params, norm, max_grad_norm);
-    norm
-}
-
-/// Does the same to this rank's part of a gradient that is divided over ranks: the norm is that of
-/// the whole.
-///
-/// # Errors
-/// [`dist::Error`] if another rank is lost.
-pub fn normalize_and_clip_part(
-    params: &FlatParams,
-    target_tokens: u64,
-    max_grad_norm: f64,
-    ranks: &Ranks,
-) -> Result<f64, dist::Error> {
-    let own = normalize_and_clip(params, target_tokens, 0.0);
-    let [square] = ranks.sum([own * own])?;
-    let norm = square.sqrt();
-    clip(params, norm, max_grad_norm);
-    Ok(norm)
-}
-
-/// Scales a gradient of 2-norm `norm` down to `max_grad_norm`, unless that is 0.
-fn clip(params: &FlatParams, norm: f64, max_grad_norm: f64) {
-    if max_grad_norm > 0.0 && norm > max_grad_norm {
-        let _ = params.grad().shallow_clone().g_mul_scalar_(max_grad_norm / (norm + 1e-6));
-    }
+pub fn clip(square: f64, target_tokens: u64, max_grad_norm: f64) -> Clipped {
+    let targets = target_tokens as f64;
+    let norm = square.sqrt() / targets;
+    let is_clipped = max_grad_norm > 0.0 && norm > max_grad_norm;
+    let scale = if is_clipped { max_grad_norm / (norm + 1e-6) } else { 1.0 };
+    Clipped { norm, scale: scale / targets }
 }
 
 /// Sets the summed gradient to zero.
@@ -208,14 +188,15 @@ mod tests {
         for step in 1..=10_i32 {
             let grad =
                 Counter::from_seed(100 + step as u64).normal_tensor(&value.size(), Device::Cpu);
-            params.grad().shallow_clone().copy_(&grad);
+            // As it comes: a sum over four targets.
+            params.grad().shallow_clone().copy_(&(&grad * 4.0));
             let (g, rate) = (wide(&grad), 1e-2 / f64::from(step));
             m = m * 0.9 + &g * 0.1;
             v = v * 0.999 + g.square() * 0.001;
             let (m_hat, v_hat) =
                 (&m / (1.0 - 0.9_f64.powi(step)), &v / (1.0 - 0.999_f64.powi(step)));
             value = &value - (&value * &decay) * rate - m_hat / (v_hat.sqrt() + 1e-8) * rate;
-            optimizer.step(&mut params, rate, step as u64);
+            optimizer.step(&mut params, 0.25, rate, step as u64);
         }
         let of = |flat: &Tensor| (flat.narrow(0, 0, 90_300), flat.narrow(0, 90_300, 7));
         let (found, expected) = (of(&wide(params.master())), of(&value));
@@ -227,14 +208,12 @@ mod tests {
 
     #[test]
     fn clips_to_the_norm_and_only_above_it() {
-        let params = params();
-        let _ = params.grad().shallow_clone().fill_(0.0);
-        let _ = params.grad_of("vector").unwrap().fill_(8.0);
-        let norm = normalize_and_clip(&params, 4, 1.0);
-        assert!((norm - 2.0 * 7.0_f64.sqrt()).abs() < 1e-5);
-        assert!((params.grad().norm().double_value(&[]) - 1.0).abs() < 1e-5);
-        let _ = params.grad_of("vector").unwrap().fill_(8.0);
-        normalize_and_clip(&params, 4, 0.0);
-        assert!((params.grad().norm().double_value(&[]) - norm).abs() < 1e-5);
+        // A sum over 4 targets of norm 8, whose mean has norm 2.
+        let clipped = clip(64.0, 4, 1.0);
+        assert_eq!(clipped.norm, 2.0);
+        assert!((8.0 * clipped.scale - 1.0).abs() < 1e-6, "{clipped:?}");
+        for never in [clip(64.0, 4, 0.0), clip(64.0, 4, 2.0)] {
+            assert_eq!(never, Clipped { norm: 2.0, scale: 0.25 });
+        }
     }
 }

@@ -12,7 +12,7 @@ use crate::{
     dist,
     failure::Failure,
     model::{Model, dropout::Dropout},
-    optimizer::{self, AdamW},
+    optimizer::{self, AdamW, Clipped},
     progress::{StepFigures, Teller},
     seed::Counter,
 };
@@ -226,12 +226,9 @@ impl Training<'_> {
         let [loss, all_targets, all_tokens] = ranks.sum([loss, targets as f64, tokens as f64])?;
         let (targets, tokens) = (all_targets as u64, all_tokens as u64);
         let loss = loss / all_targets;
-        let (params, limit) = (self.model.trained(), settings.max_grad_norm);
-        let grad_norm = if self.model.sharded_training().is_some() {
-            optimizer::normalize_and_clip_part(params, targets, limit, &ranks)?
-        } else {
-            optimizer::normalize_and_clip(params, targets, limit)
-        };
+        let square = self.model.gradient_square()?;
+        let Clipped { norm: grad_norm, scale } =
+            optimizer::clip(square, targets, settings.max_grad_norm);
         let learning_rate = optimizer::learning_rate(settings, step);
         if !loss.is_finite() || !grad_norm.is_finite() {
             let message = format!(
@@ -242,7 +239,7 @@ impl Training<'_> {
             );
             return Err(Failure::new(FailureReason::Diverged, message));
         }
-        self.optimizer.step(self.model.trained_mut(), learning_rate, step + 1);
+        self.optimizer.step(self.model.trained_mut(), scale, learning_rate, step + 1);
         self.state.step += 1;
         self.state.tokens_seen += tokens;
         self.state.first_loss.get_or_insert(loss);

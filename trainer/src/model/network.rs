@@ -23,9 +23,11 @@ use super::{
     weights::{self, Checkpoint},
 };
 use crate::{
+    allocator::{self, Work},
     data::Batch,
     dist::{self, Ranks},
     failure::Failure,
+    ops,
     seed::Counter,
 };
 
@@ -208,6 +210,19 @@ impl Model {
         self.ranks.check()
     }
 
+    /// Sums the squares of a step's gradient, over all ranks that have parts of it.
+    ///
+    /// # Errors
+    /// [`dist::Error`] if another rank is lost.
+    pub fn gradient_square(&self) -> Result<f64, dist::Error> {
+        let square = ops::sum_of_squares(self.trained.grad());
+        if self.sharded_training().is_none() {
+            return Ok(square);
+        }
+        let [square] = self.ranks.sum([square])?;
+        Ok(square)
+    }
+
     /// Returns the device computed on.
     pub fn device(&self) -> Device {
         self.device
@@ -241,6 +256,7 @@ impl Model {
         dropout: Option<&Dropout>,
     ) -> f64 {
         let flow = Flow::new(self, batch, dropout);
+        allocator::begin(Work::Train(flow.positions()));
         let around = flow.surroundings();
         let lowest = self.lowest_trained_block();
         self.gather(OUTER, None);
@@ -285,6 +301,7 @@ impl Model {
     /// Computes the summed loss of a micro-batch, without noise and gradients.
     pub fn loss(&self, batch: &Batch) -> f64 {
         let flow = Flow::new(self, batch, None);
+        allocator::begin(Work::Evaluate(flow.positions()));
         let rows = self.hidden(&flow).index_select(0, &flow.predicting);
         head::loss(&self.lm_head, &self.norm.forward(&rows), &flow.labels)
     }
@@ -390,6 +407,10 @@ impl<'a> Flow<'a> {
             segments: Segments::new(&segment_lengths),
             dropout,
         }
+    }
+
+    fn positions(&self) -> i64 {
+        self.tokens.size()[0]
     }
 
     fn surroundings(&self) -> Surroundings<'_> {

@@ -9,7 +9,7 @@ use finetune_contract::{Dtype, LoraSettings, Recompute};
 use finetune_trainer::{
     data::Batch,
     model::{Model, attach::Attachment, config::ModelConfig},
-    optimizer::{AdamW, normalize_and_clip, zero_gradient},
+    optimizer::{AdamW, Clipped, clip, zero_gradient},
     seed::Counter,
 };
 use serde::Deserialize;
@@ -147,8 +147,10 @@ impl Golden {
             let count = batch.labels.len() as u64;
             zero_gradient(model.trained());
             let loss = model.accumulate_gradients(&batch, Recompute::None, None) / count as f64;
-            let norm = normalize_and_clip(model.trained(), count, training.max_grad_norm);
-            optimizer.step(model.trained_mut(), trajectory.learning_rate, step as u64 + 1);
+            let square = model.gradient_square().unwrap();
+            let Clipped { norm, scale } = clip(square, count, training.max_grad_norm);
+            let rate = trajectory.learning_rate;
+            optimizer.step(model.trained_mut(), scale, rate, step as u64 + 1);
             for ratio in [loss / trajectory.losses[step], norm / trajectory.grad_norms[step]] {
                 worst = worst.max((ratio - 1.0).abs());
             }

@@ -129,15 +129,10 @@ fn run(
         }
         model.reduce_gradients().unwrap();
         let [loss, targets] = ranks.sum([loss, targets as f64]).unwrap();
-        let norm = if model.sharded_training().is_some() {
-            let params = model.trained();
-            optimizer::normalize_and_clip_part(params, targets as u64, 0.5, &ranks).unwrap()
-        } else {
-            optimizer::normalize_and_clip(model.trained(), targets as u64, 0.5)
-        };
-        adamw.step(model.trained_mut(), 1e-3, step + 1);
+        let clipped = optimizer::clip(model.gradient_square().unwrap(), targets as u64, 0.5);
+        adamw.step(model.trained_mut(), clipped.scale, 1e-3, step + 1);
         losses.push(loss / targets);
-        norms.push(norm);
+        norms.push(clipped.norm);
         sent = ranks.sent_bytes() - before;
     }
     let names: Vec<_> = attachment.trained(config).into_iter().map(|spec| spec.name).collect();
