@@ -40,6 +40,6 @@ pub use run_config::{ExpectedData, RunConfig, TrainingSettings};
 pub use run_report::{FailureReason, Outcome, Proof, RunReport, StoppedEarly};
 pub use settings::{
     DatasetFormat, DatasetSource, Device, Dtype, LoraSettings, LrScheduler, ModelSource,
-    OnOverflow, OutputTarget, Recompute, RunId, TargetModules,
+    OnOverflow, Optimizer, OutputTarget, Recompute, RunId, TargetModules,
 };
 pub use uri::{ObjectUri, ParseUriError, Scheme};

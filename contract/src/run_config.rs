@@ -6,8 +6,8 @@ use crate::{
     document::Document,
     parallelism::Parallelism,
     settings::{
-        DatasetSource, Device, Dtype, LoraSettings, LrScheduler, ModelSource, OutputTarget,
-        Recompute, RunId,
+        DatasetSource, Device, Dtype, LoraSettings, LrScheduler, ModelSource, Optimizer,
+        OutputTarget, Recompute, RunId,
     },
 };
 
@@ -94,6 +94,9 @@ pub struct TrainingSettings {
     pub gradient_accumulation_steps: u32,
     /// Whether rows share sequences.
     pub packing: bool,
+    /// What takes the steps.
+    #[serde(default, skip_serializing_if = "Optimizer::is_default")]
+    pub optimizer: Optimizer,
     /// The element type of the computation.
     pub dtype: Dtype,
     /// What a block keeps for its backward pass.

@@ -188,3 +188,21 @@ pub enum LrScheduler {
     /// It does not.
     Constant,
 }
+
+/// What takes the steps.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Optimizer {
+    /// AdamW with moments in fp32.
+    #[default]
+    Adamw,
+    /// AdamW with moments of a byte each.
+    Adamw8bit,
+}
+
+impl Optimizer {
+    /// Tells whether it is the default, which needs no word in a document.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}

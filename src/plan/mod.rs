@@ -17,12 +17,12 @@ pub mod sizing;
 
 use finetune_contract::{
     CONTRACT_VERSION, Device, Dtype, ExpectedData, LrScheduler, MachineFacts, ModelFacts,
-    OutputState, Parallelism, PreflightReport, Problem, ProblemReason, Recompute, RunConfig,
-    Strategy, TrainingSettings,
+    Optimizer, OutputState, Parallelism, PreflightReport, Problem, ProblemReason, Recompute,
+    RunConfig, Strategy, TrainingSettings,
 };
 use serde::Serialize;
 
-use crate::api::{Fallback, FineTuneJob, Precision, Recomputation, Scheduler};
+use crate::api::{Fallback, FineTuneJob, OptimizerName, Precision, Recomputation, Scheduler};
 use accelerators::{Accelerator, Offer};
 use sizing::{Load, Memory};
 
@@ -234,6 +234,7 @@ pub fn plan_over(
         problems.truncate(found_before);
     }
     let dtype = dtype(training.dtype, place, machine.as_ref(), &mut decisions);
+    let optimizer = optimizer(training.optimizer, &mut decisions);
     let packing = decisions.pick(
         "packing",
         training.packing,
@@ -255,6 +256,7 @@ pub fn plan_over(
         trained,
         is_full: lora.is_none(),
         dtype,
+        optimizer,
         recompute: Recompute::None,
         micro_batch: 1,
         context: u64::from(data.context),
@@ -366,6 +368,18 @@ fn check_patience(
     }
 }
 
+/// Takes the optimizer asked for: its noise is not ours to choose.
+fn optimizer(set: Option<OptimizerName>, decisions: &mut Decisions) -> Optimizer {
+    match set {
+        Some(OptimizerName::Adamw8bit) => {
+            let reason = "set in the manifest; moments of a byte each";
+            decisions.add("optimizer", "adamw8bit", reason);
+            Optimizer::Adamw8bit
+        }
+        Some(OptimizerName::Adamw) | None => Optimizer::Adamw,
+    }
+}
+
 /// What the hyper-parameters' defaults depend on.
 struct TrainingFacts {
     context_length: u32,
@@ -431,6 +445,7 @@ fn training_settings(
         micro_batch_size: load.micro_batch as u32,
         gradient_accumulation_steps: batch.accumulation,
         packing: *packing,
+        optimizer: load.optimizer,
         dtype: load.dtype,
         recompute: load.recompute,
         seed: decisions.pick(
@@ -576,6 +591,9 @@ fn too_little_memory(
         advice.push("use fewer ranks, which share this machine's memory".to_owned());
     }
     if load.is_full {
+        if load.optimizer == Optimizer::Adamw {
+            advice.push("set training.optimizer: adamw8bit".to_owned());
+        }
         advice.push("set loraConfig: {}".to_owned());
     }
     advice.push(format!("lower training.contextLength below {}", load.context));

@@ -24,6 +24,7 @@ async fn a_real_apiserver_accepts_and_refuses_by_the_schema() {
         ("/spec/initialAdapter", json!({"uri": "s3://a/adapter"})),
         ("/spec/training/learningRate", json!(1e-4)),
         ("/spec/training/maxTimeSeconds", json!(3600)),
+        ("/spec/training/optimizer", json!("adamw8bit")),
         ("/spec/output/secretRef", whole),
         (
             "/spec/podTemplate",

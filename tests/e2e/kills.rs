@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, fs, time::Duration};
 
-use finetune_contract::{RunConfig, Stage, Strategy};
+use finetune_contract::{Optimizer, RunConfig, Stage, Strategy};
 use serde_json::{Value, json};
 
 use crate::{
@@ -106,8 +106,12 @@ fn a_lora_run_killed_a_hundred_times_ends_with_the_very_same_adapter() {
 
 #[test]
 fn a_killed_full_parameter_run_ends_with_the_very_same_model() {
-    let Some(bench) = Bench::new() else { return };
-    kill_often(&bench, &bench.planned(&full_parameter(&bench), 1), 30, 2);
+    for optimizer in ["adamw", "adamw8bit"] {
+        let Some(bench) = Bench::new() else { return };
+        let mut job = full_parameter(&bench);
+        job["spec"]["training"]["optimizer"] = json!(optimizer);
+        kill_often(&bench, &bench.planned(&job, 1), 15, 2);
+    }
 }
 
 #[test]
@@ -122,6 +126,7 @@ fn two_killed_ranks_that_divide_the_model_end_with_the_very_same_weights() {
     let Some(bench) = Bench::new() else { return };
     let mut planned = bench.planned(&full_parameter(&bench), 2);
     planned.parallelism.strategy = Strategy::Zero3;
+    planned.training.optimizer = Optimizer::Adamw8bit;
     kill_often(&bench, &planned, 15, 4);
 }
 

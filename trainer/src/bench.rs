@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use finetune_contract::{
-    Device as Wanted, Dtype, ExitCode, FailureReason, LoraSettings, Parallelism, Recompute,
-    Strategy, TargetModules,
+    Device as Wanted, Dtype, ExitCode, FailureReason, LoraSettings, Optimizer, Parallelism,
+    Recompute, Strategy, TargetModules,
 };
 use serde::{Deserialize, Serialize};
 use tch::Device;
@@ -64,6 +64,9 @@ pub struct Arguments {
     /// Element type.
     #[arg(long, value_enum, default_value = "bf16")]
     dtype: DtypeArgument,
+    /// Keep AdamW's moments in a byte each.
+    #[arg(long = "adamw-8bit")]
+    adamw_8bit: bool,
     /// Keep only the input of each block.
     #[arg(long)]
     recompute: bool,
@@ -150,10 +153,12 @@ pub fn run(arguments: &Arguments, environment: &Environment) -> Result<String, F
     };
     let recompute = if arguments.recompute { Recompute::Block } else { Recompute::None };
     let seed = Counter::from_seed(0);
-    let division = Division { ranks: ranks.clone(), is_sharded: arguments.zero3 };
+    let division =
+        Division { ranks: ranks.clone(), is_sharded: arguments.zero3, ..Division::none() };
     let mut model =
         Model::load_divided(&arguments.model, config, attachment, dtype, device, seed, division)?;
-    let mut adamw = AdamW::new(model.trained(), 0.0);
+    let optimizer = if arguments.adamw_8bit { Optimizer::Adamw8bit } else { Optimizer::Adamw };
+    let mut adamw = AdamW::new(model.trained(), optimizer, 0.0);
     let mut figures = Figures {
         step_seconds: Vec::new(),
         step_tokens: Vec::new(),
@@ -177,6 +182,7 @@ pub fn run(arguments: &Arguments, environment: &Environment) -> Result<String, F
         let (step_started, sent) = (clock::now(), ranks.sent_bytes());
         let dropout = Dropout::new(arguments.dropout, seed.fold(step as u64));
         optimizer::zero_gradient(model.trained());
+        model.expect_last();
         let loss = model.accumulate_gradients(&batch, recompute, dropout.as_ref());
         model.reduce_gradients()?;
         let [all_targets] = ranks.sum([batch.labels.len() as f64])?;

@@ -1,9 +1,13 @@
 //! AdamW over flat parameters, clipping, and the learning-rate schedule.
 
-use finetune_contract::{LrScheduler, TrainingSettings};
+use finetune_contract::{LrScheduler, Optimizer, TrainingSettings};
 use tch::Tensor;
 
-use crate::{model::params::FlatParams, ops};
+use crate::{
+    model::params::{Flat, FlatParams},
+    ops::{self, Codes},
+    seed::Counter,
+};
 
 /// AdamW's decay rate of the first moment; the default everywhere.
 const BETA1: f64 = 0.9;
@@ -17,17 +21,30 @@ const EPSILON: f64 = 1e-8;
 /// arXiv 1711.05101, algorithm 2; the order of operations is `torch.optim.AdamW`'s, 2.13.
 #[derive(Debug)]
 pub struct AdamW {
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    moments: Moments,
     weight_decay: f64,
     /// (first element, length, decays), neighbours of equal fate joined.
     spans: Vec<(i64, i64, bool)>,
 }
 
+/// The first and the second moment of each parameter, flat.
+#[derive(Debug)]
+enum Moments {
+    Floats([Tensor; 2]),
+    Codes([Codes; 2]),
+}
+
 impl AdamW {
     /// Makes an optimizer with zero moments.
-    pub fn new(params: &FlatParams, weight_decay: f64) -> Self {
-        let zeros = || params.master().zeros_like();
+    pub fn new(params: &FlatParams, optimizer: Optimizer, weight_decay: f64) -> Self {
+        let master = params.master();
+        let moments =
+            match optimizer {
+                Optimizer::Adamw => Moments::Floats([master.zeros_like(), master.zeros_like()]),
+                Optimizer::Adamw8bit => Moments::Codes([true, false].map(|has_signs| {
+                    Codes::zeros(master.numel() as i64, has_signs, master.device())
+                })),
+            };
         let mut spans: Vec<(i64, i64, bool)> = Vec::new();
         for (start, length, decays) in params.decay_spans() {
             let (start, end) = (start as i64, (start + length) as i64);
@@ -36,31 +53,56 @@ impl AdamW {
                 _ => spans.push((start, end - start, decays)),
             }
         }
-        Self { exp_avg: zeros(), exp_avg_sq: zeros(), weight_decay, spans }
+        Self { moments, weight_decay, spans }
     }
 
-    /// Returns both moments, flat, to be stored or restored.
-    pub fn moments(&self) -> [&Tensor; 2] {
-        [&self.exp_avg, &self.exp_avg_sq]
+    /// Returns both moments, to be stored or restored.
+    pub fn moments(&self) -> [Flat<'_>; 2] {
+        match &self.moments {
+            Moments::Floats(moments) => moments.each_ref().map(Flat::Floats),
+            Moments::Codes(moments) => moments.each_ref().map(Flat::Codes),
+        }
     }
 
     /// Updates the masters from the gradients times `scale`; `step` counts from 1.
     pub fn step(&mut self, params: &mut FlatParams, scale: f64, learning_rate: f64, step: u64) {
         let correction = |beta: f64| 1.0 - beta.powi(i32::try_from(step).unwrap_or(i32::MAX));
-        for &(first, length, decays) in &self.spans {
+        let shrink = |decays| {
             let weight_decay = if decays { self.weight_decay } else { 0.0 };
-            let numbers = ops::Step {
-                grad_scale: scale as f32,
-                beta1: BETA1 as f32,
-                beta2: BETA2 as f32,
-                epsilon: EPSILON as f32,
-                shrink: (1.0 - learning_rate * weight_decay) as f32,
-                step_size: (learning_rate / correction(BETA1)) as f32,
-                second_root: correction(BETA2).sqrt() as f32,
-            };
-            let part = |flat: &Tensor| flat.narrow(0, first, length);
-            let state = [params.master(), &self.exp_avg, &self.exp_avg_sq].map(part);
-            ops::adamw(numbers, &part(params.grad()), state, part(params.compute()));
+            (1.0 - learning_rate * weight_decay) as f32
+        };
+        let numbers = |shrink| ops::Step {
+            grad_scale: scale as f32,
+            beta1: BETA1 as f32,
+            beta2: BETA2 as f32,
+            epsilon: EPSILON as f32,
+            shrink,
+            step_size: (learning_rate / correction(BETA1)) as f32,
+            second_root: correction(BETA2).sqrt() as f32,
+        };
+        match &self.moments {
+            Moments::Floats([exp_avg, exp_avg_sq]) => {
+                for &(first, length, decays) in &self.spans {
+                    let part = |flat: &Tensor| flat.narrow(0, first, length);
+                    let state = [params.master(), exp_avg, exp_avg_sq].map(part);
+                    let numbers = numbers(shrink(decays));
+                    ops::adamw(numbers, &part(params.grad()), state, part(params.compute()));
+                }
+            }
+            // Blocks know nothing of spans.
+            Moments::Codes(moments) => {
+                for &(first, length, decays) in &self.spans {
+                    if shrink(decays) < 1.0 {
+                        let mut master = params.master().narrow(0, first, length);
+                        let _ = master.g_mul_scalar_(f64::from(shrink(decays)));
+                    }
+                }
+                let key = Counter::from_seed(step).key();
+                let [master, compute] =
+                    [params.master(), params.compute()].map(Tensor::shallow_clone);
+                let moments = moments.each_ref();
+                ops::adamw_8bit(numbers(1.0), key, params.grad(), master, moments, compute);
+            }
         }
     }
 }
@@ -133,6 +175,7 @@ mod tests {
             micro_batch_size: 1,
             gradient_accumulation_steps: 1,
             packing: true,
+            optimizer: Optimizer::Adamw,
             dtype: Dtype::Fp32,
             recompute: Recompute::None,
             seed: 0,
@@ -179,7 +222,7 @@ mod tests {
     #[test]
     fn steps_equal_the_textbook_formula_in_f64() {
         let mut params = params();
-        let mut optimizer = AdamW::new(&params, 0.1);
+        let mut optimizer = AdamW::new(&params, Optimizer::Adamw, 0.1);
         let wide = |tensor: &Tensor| tensor.to_kind(Kind::Double).copy();
         let decay = Tensor::zeros_like(params.master()).to_kind(Kind::Double);
         let _ = decay.narrow(0, 0, 300 * 301).fill_(0.1);
@@ -210,7 +253,7 @@ mod tests {
     fn clips_to_the_norm_and_only_above_it() {
         // A sum over 4 targets of norm 8, whose mean has norm 2.
         let clipped = clip(64.0, 4, 1.0);
-        assert_eq!(clipped.norm, 2.0);
+        assert_eq!(clipped, Clipped { norm: 2.0, scale: clipped.scale });
         assert!((8.0 * clipped.scale - 1.0).abs() < 1e-6, "{clipped:?}");
         for never in [clip(64.0, 4, 0.0), clip(64.0, 4, 2.0)] {
             assert_eq!(never, Clipped { norm: 2.0, scale: 0.25 });

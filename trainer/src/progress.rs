@@ -47,6 +47,8 @@ pub struct Teller<'a> {
     speeds: Vec<f64>,
     sent_bytes: Option<u64>,
     memory: PeakMemory,
+    /// Seconds the run may train, over all attempts.
+    max_seconds: f64,
     started: Instant,
 }
 
@@ -82,6 +84,10 @@ impl<'a> Teller<'a> {
             speeds: Vec::new(),
             sent_bytes: None,
             memory: PeakMemory::watch(device::of(config.device)),
+            max_seconds: config
+                .training
+                .max_time_seconds
+                .map_or(f64::INFINITY, |seconds| seconds as f64),
             started: crate::clock::now(),
         }
     }
@@ -124,8 +130,9 @@ impl<'a> Teller<'a> {
         self.last.tokens_per_second = finite(tokens as f64 / seconds);
         self.speeds.push(figures.tokens as f64 / figures.seconds);
         let steps_left = self.last.total_steps.saturating_sub(state.step) as f64;
-        self.last.eta_seconds =
-            Some((steps_left * seconds / self.recent.len() as f64).round() as u64);
+        let left = steps_left * seconds / self.recent.len() as f64;
+        let allowed = self.max_seconds - state.training_seconds;
+        self.last.eta_seconds = Some(left.min(allowed).max(0.0).round() as u64);
         self.tell();
         self.append_history();
     }

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use finetune_contract::{
-    ArtifactKind, Dtype, FailureReason, Manifest, Outcome, Proof, RunConfig, render,
+    ArtifactKind, Dtype, FailureReason, Manifest, Outcome, Proof, RunConfig, Strategy, render,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -105,7 +105,8 @@ pub fn read_back(
     {
         check_tensors(&directory.join(path))?;
     }
-    let model = load(manifest.kind, &directory, base, config.training.dtype, host.device)?;
+    let device = device(config, host);
+    let model = load(manifest.kind, &directory, base, config.training.dtype, device)?;
     let seen = probe.look_at(&model);
     let max_logit_change = largest_difference(&seen.logits, &probe.base_logits);
     if max_logit_change == 0.0 {
@@ -152,11 +153,12 @@ pub fn of_published(
     let tokens: Vec<u32> = (0..16).collect();
     let dtype = config.training.dtype;
     // One after the other: the plan has room for one.
-    let logits = load(manifest.kind, &directory, base, dtype, host.device)?.logits(&tokens);
+    let device = device(config, host);
+    let logits = load(manifest.kind, &directory, base, dtype, device)?.logits(&tokens);
     if !is_finite(&logits) {
         return Err(not_proven(config, "it gives logits that are not finite"));
     }
-    let base_logits = load_frozen(base, dtype, host.device)?.logits(&tokens);
+    let base_logits = load_frozen(base, dtype, device)?.logits(&tokens);
     let max_logit_change = largest_difference(&logits, &base_logits);
     let _ = std::fs::remove_dir_all(&directory);
     let manifest_sha256 = sha256_hex(render(&manifest).as_bytes());
@@ -214,6 +216,15 @@ pub fn check_tensors(path: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Returns what a result is computed on: what the run was, unless it had to be divided because no
+/// one device holds the model. Then the processor does, slowly, with weights read in place.
+fn device(config: &RunConfig, host: &Host<'_>) -> Device {
+    match config.parallelism.strategy {
+        Strategy::Zero3 => Device::Cpu,
+        Strategy::None | Strategy::Ddp => host.device,
+    }
+}
+
 /// Loads a published directory as a user of it would.
 ///
 /// # Errors
@@ -259,6 +270,7 @@ fn is_finite(tensor: &Tensor) -> bool {
 }
 
 fn largest_difference(left: &Tensor, right: &Tensor) -> f64 {
+    let [left, right] = [left, right].map(|logits| logits.to_device(Device::Cpu));
     (left.to_kind(Kind::Float) - right.to_kind(Kind::Float)).abs().max().double_value(&[])
 }
 

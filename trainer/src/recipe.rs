@@ -88,7 +88,8 @@ pub fn run(
     let model = load_model(config, &base, host)?;
     ranks.wait_for_all("loaded")?;
     let probe = Probe::of(&model, &train);
-    let optimizer = AdamW::new(model.trained(), config.training.weight_decay);
+    let optimizer =
+        AdamW::new(model.trained(), config.training.optimizer, config.training.weight_decay);
     let store = open(&config.checkpoints_uri, Role::Output, host)?;
     let checkpoints = Checkpoints::new(store, host.work_dir, config);
     let mut training = Training {
@@ -184,6 +185,7 @@ fn load_model(config: &RunConfig, base: &Path, host: &Host<'_>) -> Result<Model,
     let division = Division {
         ranks: host.ranks.clone(),
         is_sharded: config.parallelism.strategy == Strategy::Zero3,
+        ..Division::none()
     };
     let dtype = config.training.dtype;
     Model::load_divided(base, model_config, attachment, dtype, host.device, seed, division)

@@ -202,7 +202,8 @@ impl Training<'_> {
         let world_size = u64::from(ranks.world_size());
         let noise = self.dropout(step);
         let (mut tokens_before, mut targets_before) = (0, 0);
-        for micro in 0..u64::from(settings.gradient_accumulation_steps) * world_size {
+        let micro_batches = u64::from(settings.gradient_accumulation_steps) * world_size;
+        for micro in 0..micro_batches {
             let is_own = micro % world_size == u64::from(ranks.rank());
             // Of the others' only the sizes matter, and only to noise.
             if !is_own && noise.is_none() {
@@ -215,6 +216,9 @@ impl Training<'_> {
             // rank computes one changes rows or noise.
             if is_own {
                 let noise = noise.map(|noise| noise.after(tokens_before, targets_before));
+                if micro + world_size >= micro_batches {
+                    self.model.expect_last();
+                }
                 loss += self.model.accumulate_gradients(&batch, settings.recompute, noise.as_ref());
                 targets += batch_targets;
                 tokens += batch_tokens;

@@ -12,7 +12,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use serde::Deserialize;
 
 use crate::{
-    bench_memory, bench_operator,
+    bench_losses, bench_memory, bench_operator,
     bench_table::{self, Measured},
     build::{self, Binaries},
     dataset,
@@ -33,6 +33,8 @@ enum What {
     Trainer(Settings),
     /// The memory of training steps; writes docs/memory.csv.
     Memory,
+    /// How far bf16 leads losses away from fp32, beside the peer; writes docs/losses.csv.
+    Losses(bench_losses::Settings),
     /// Jobs of the operator, on a real apiserver whose pods never run.
     Operator {
         /// FineTuneJobs there are when it starts.
@@ -135,7 +137,8 @@ impl fmt::Display for Shape {
 pub(crate) struct Figures {
     step_seconds: Vec<f64>,
     step_tokens: Vec<f64>,
-    losses: Vec<f64>,
+    /// Of every step, the first ones included.
+    pub losses: Vec<f64>,
     /// The largest anonymous memory, in bytes.
     pub peak_anonymous_bytes: f64,
     #[serde(default)]
@@ -157,6 +160,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let settings = match &arguments.what {
         What::Trainer(settings) => settings,
         What::Memory => return bench_memory::run(),
+        What::Losses(settings) => return bench_losses::run(settings),
         What::Operator { jobs } => return bench_operator::run(*jobs),
     };
     ensure!(settings.rounds > 0, "--rounds is 0, must be at least 1");

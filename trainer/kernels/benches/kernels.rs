@@ -4,7 +4,9 @@
 use std::{hint::black_box, time::Instant};
 
 use finetune_kernels::{
-    adamw, attention, cross_entropy,
+    adamw,
+    adamw_8bit::{self, BLOCK, Moments},
+    attention, cross_entropy,
     dropout::{self, Noise},
     pool::Serial,
     rms_norm, rope, swiglu,
@@ -57,6 +59,14 @@ fn main() {
     time("adamw::step, a million parameters", || {
         let [master, exp_avg, exp_avg_sq] = &mut state;
         adamw::step(step, &grad, master, exp_avg, exp_avg_sq, &mut compute);
+    });
+    let (mut codes, mut codes_sq) = (vec![0_i8; 1 << 20], vec![0_u8; 1 << 20]);
+    let mut scales = [const { Vec::new() }; 2].map(|_: Vec<f32>| vec![0.0; (1 << 20) / BLOCK]);
+    time("adamw_8bit::step, a million parameters", || {
+        let [exp_avg_scale, exp_avg_sq_scale] = &mut scales;
+        let (exp_avg, exp_avg_sq) = (&mut codes[..], &mut codes_sq[..]);
+        let moments = Moments { exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale };
+        adamw_8bit::step(step, 1, 0, &grad, &mut state[0], moments, &mut compute);
     });
     for (segments, length) in [(4, 256), (2, 1024), (16, 64)] {
         attention(segments, length, &values);

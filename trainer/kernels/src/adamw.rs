@@ -36,16 +36,29 @@ versions! {
         exp_avg_sq: &mut [f32],
         compute: &mut [E],
     ) {
-        let places = master.iter_mut().zip(exp_avg).zip(exp_avg_sq);
-        for (((master, exp_avg), exp_avg_sq), &grad) in places.zip(grad) {
-            let grad = grad * step.grad_scale;
-            *exp_avg += (grad - *exp_avg) * (1.0 - step.beta1);
-            *exp_avg_sq = *exp_avg_sq * step.beta2 + grad * grad * (1.0 - step.beta2);
-            let denominator = exp_avg_sq.sqrt() / step.second_root + step.epsilon;
-            *master = *master * step.shrink - step.step_size * (*exp_avg / denominator);
-        }
+        update(step, grad, master, exp_avg, exp_avg_sq);
         for (compute, &master) in compute.iter_mut().zip(master.iter()) {
             *compute = E::from_f32(master);
         }
+    }
+}
+
+/// Updates masters and moments.
+#[expect(clippy::inline_always, reason = "called in every version of a kernel")]
+#[inline(always)]
+pub(crate) fn update(
+    step: Step,
+    grad: &[f32],
+    master: &mut [f32],
+    exp_avg: &mut [f32],
+    exp_avg_sq: &mut [f32],
+) {
+    let places = master.iter_mut().zip(exp_avg).zip(exp_avg_sq);
+    for (((master, exp_avg), exp_avg_sq), &grad) in places.zip(grad) {
+        let grad = grad * step.grad_scale;
+        *exp_avg += (grad - *exp_avg) * (1.0 - step.beta1);
+        *exp_avg_sq = *exp_avg_sq * step.beta2 + grad * grad * (1.0 - step.beta2);
+        let denominator = exp_avg_sq.sqrt() / step.second_root + step.epsilon;
+        *master = *master * step.shrink - step.step_size * (*exp_avg / denominator);
     }
 }

@@ -11,6 +11,7 @@
 mod versions;
 
 pub mod adamw;
+pub mod adamw_8bit;
 #[cfg(target_arch = "x86_64")]
 pub mod attention;
 pub mod cross_entropy;

@@ -22,13 +22,12 @@ use std::{
 
 use finetune_contract::{FailureReason, RunConfig, StoppedEarly, artifact::checkpoint_name};
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
 use tracing::debug;
 
 use crate::{
     clock,
     failure::Failure,
-    model::{Model, weights::Checkpoint as Tensors},
+    model::{Model, params::Flat, weights::Checkpoint as Tensors},
     optimizer::AdamW,
     store::Store,
 };
@@ -235,7 +234,7 @@ impl Checkpoints {
     /// A [`Failure`] if they are gone or damaged.
     pub fn restore_best(&self, step: u64, model: &mut Model) -> Result<(), Failure> {
         let name = checkpoint_name(step);
-        if self.read(&name, model, &[(MASTER, model.trained().master())])?.is_none() {
+        if self.read(&name, model, &[(MASTER, Flat::Floats(model.trained().master()))])?.is_none() {
             let message =
                 format!("the best weights at {} are gone or damaged", self.archive.uri(&name));
             return Err(Failure::new(FailureReason::NotProven, message));
@@ -257,7 +256,7 @@ impl Checkpoints {
         &self,
         name: &str,
         model: &Model,
-        into: &[(&str, &Tensor)],
+        into: &[(&str, Flat<'_>)],
     ) -> Result<Option<TrainState>, Failure> {
         let path = self.scratch.join("restore.tmp");
         let Some(state) = self.archive.fetch(name, &path)? else { return Ok(None) };
@@ -269,10 +268,9 @@ impl Checkpoints {
             for (tensor, target) in into {
                 if let Some(sharded) = model.sharded_training() {
                     let length = sharded.layout().undivided_length();
-                    sharded.keep_all(&tensors.tensor_of(tensor, &[length])?, target);
+                    sharded.restore(&tensors.tensor_of(tensor, &[length])?, *target);
                 } else {
-                    let stored = tensors.tensor_of(tensor, &[target.numel()])?;
-                    target.shallow_clone().copy_(&stored);
+                    target.replace(&tensors.tensor_of(tensor, &[target.length() as usize])?);
                 }
             }
             Ok(())
@@ -287,7 +285,11 @@ impl Checkpoints {
 }
 
 /// Names the tensors of a checkpoint: of a divided model, this rank's parts of them.
-fn tensors<'a>(model: &'a Model, optimizer: &'a AdamW) -> [(&'static str, &'a Tensor); 3] {
+fn tensors<'a>(model: &'a Model, optimizer: &'a AdamW) -> [(&'static str, Flat<'a>); 3] {
     let [exp_avg, exp_avg_sq] = optimizer.moments();
-    [(MASTER, model.trained().master()), (MOMENTS[0], exp_avg), (MOMENTS[1], exp_avg_sq)]
+    [
+        (MASTER, Flat::Floats(model.trained().master())),
+        (MOMENTS[0], exp_avg),
+        (MOMENTS[1], exp_avg_sq),
+    ]
 }

@@ -8,12 +8,12 @@ use std::{
 };
 
 use bytes::Bytes;
-use tch::{Kind, Tensor};
+use tch::Kind;
 
 use crate::{
     dist,
     failure::Failure,
-    model::Model,
+    model::{Model, params::Flat},
     store::{self, PART_BYTES, file_parts},
     tensor_file::{self, Declared},
 };
@@ -29,6 +29,9 @@ pub(super) enum Snapshot {
     /// On local disk; it goes with the snapshot.
     File(PathBuf),
 }
+
+/// Elements of a flat tensor that are asked for at once.
+const AT_ONCE: usize = 1 << 20;
 
 /// Room in memory for a snapshot, used again for the next.
 #[derive(Debug, Default, Clone)]
@@ -48,7 +51,7 @@ impl Room {
     pub(super) fn copy(
         &mut self,
         model: &Model,
-        tensors: &[(&str, &Tensor)],
+        tensors: &[(&str, Flat<'_>)],
     ) -> Result<Snapshot, Failure> {
         if Arc::get_mut(&mut self.0).is_none() {
             // A connection holds on to what it has sent.
@@ -56,7 +59,7 @@ impl Room {
         }
         let room = Arc::get_mut(&mut self.0).expect("nobody else has what was just made");
         room.clear();
-        let bytes: usize = tensors.iter().map(|(_, tensor)| 4 * tensor.numel()).sum();
+        let bytes: usize = tensors.iter().map(|(_, tensor)| 4 * tensor.length() as usize).sum();
         room.reserve_exact(bytes + HEADER_BYTES);
         write_flat(room, model, tensors).map_err(|failed| failed.into_failure("memory"))?;
         Ok(Snapshot::Memory(Bytes::from_owner(self.clone())))
@@ -71,7 +74,7 @@ impl Snapshot {
     pub(super) fn to_file(
         path: &Path,
         model: &Model,
-        tensors: &[(&str, &Tensor)],
+        tensors: &[(&str, Flat<'_>)],
     ) -> Result<Self, Failure> {
         let write = || -> Result<(), Failed> {
             let mut file = BufWriter::with_capacity(1 << 20, File::create(path)?);
@@ -118,9 +121,9 @@ impl Drop for Snapshot {
 ///
 /// # Errors
 /// [`dist::Error`] if another rank is lost.
-pub(super) fn follow(model: &Model, tensors: &[(&str, &Tensor)]) -> Result<(), dist::Error> {
+pub(super) fn follow(model: &Model, tensors: &[(&str, Flat<'_>)]) -> Result<(), dist::Error> {
     let Some(sharded) = model.sharded_training() else { return Ok(()) };
-    tensors.iter().try_for_each(|(_, tensor)| sharded.for_each_piece(tensor, |_| Ok(())))
+    tensors.iter().try_for_each(|(_, tensor)| sharded.for_each_piece(*tensor, |_| Ok(())))
 }
 
 /// Why flat tensors could not be written.
@@ -156,14 +159,14 @@ impl From<dist::Error> for Failed {
 fn write_flat(
     out: &mut impl Write,
     model: &Model,
-    tensors: &[(&str, &Tensor)],
+    tensors: &[(&str, Flat<'_>)],
 ) -> Result<(), Failed> {
     let sharded = model.sharded_training();
-    let declare = |(name, tensor): &(&str, &Tensor)| Declared {
+    let declare = |(name, tensor): &(&str, Flat<'_>)| Declared {
         name: (*name).to_owned(),
         kind: Kind::Float,
         shape: sharded.map_or_else(
-            || tensor.size(),
+            || vec![tensor.length()],
             |sharded| vec![sharded.layout().undivided_length() as i64],
         ),
     };
@@ -172,8 +175,10 @@ fn write_flat(
     tensor_file::write_pieces(out, &declared, |_, put| {
         let (_, tensor) = next.next().expect("each declared tensor is asked for once, in order");
         match sharded {
-            Some(sharded) => sharded.for_each_piece(tensor, |piece| put(piece)),
-            None => put(tensor),
+            Some(sharded) => sharded.for_each_piece(*tensor, |piece| put(piece)),
+            None => (0..tensor.length()).step_by(AT_ONCE).try_for_each(|start| {
+                put(&tensor.part(start, (AT_ONCE as i64).min(tensor.length() - start)))
+            }),
         }
     })
 }

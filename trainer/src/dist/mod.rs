@@ -240,10 +240,18 @@ impl Ranks {
     /// # Errors
     /// [`Error`] if another rank is lost.
     pub fn all_reduce(&self, tensor: &Tensor) -> Result<(), Error> {
-        let Some(joined) = &self.0 else { return Ok(()) };
+        self.wait(self.start_all_reduce(tensor)?)
+    }
+
+    /// Starts to do so.
+    ///
+    /// # Errors
+    /// [`Error`] if another rank is lost.
+    pub fn start_all_reduce(&self, tensor: &Tensor) -> Result<Pending, Error> {
+        let Some(joined) = &self.0 else { return Ok(Pending(None)) };
         joined.count(2 * bytes(tensor));
         let work = joined.start("a sum", |group| group.all_reduce(tensor))?;
-        joined.finish(work)
+        Ok(Pending(Some(work)))
     }
 
     /// Starts to fill `whole` with the `part` of each rank, by rank.

@@ -137,7 +137,7 @@ impl Layout {
 }
 
 /// Returns the unit a tensor belongs to, by its checkpoint name.
-fn unit_of(name: &str) -> usize {
+pub(super) fn unit_of(name: &str) -> usize {
     names::layer(name).map_or(OUTER, unit_of_block)
 }
 

@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use super::Model;
+use super::{Model, params::Flat};
 use crate::dist;
 
 /// Reads the fp32 masters of a model.
@@ -37,7 +37,7 @@ impl<'a> Masters<'a> {
         let Some(place) = sharded.layout().place(name) else { return Ok(None) };
         let whole = match self.gathered.take() {
             Some((unit, whole)) if unit == place.unit => whole,
-            _ => sharded.whole(place.unit, trained.master())?,
+            _ => sharded.whole(place.unit, Flat::Floats(trained.master()))?,
         };
         let (first, length) = (place.offset as i64, place.length() as i64);
         let master = whole.narrow(0, first, length).view(place.shape.as_slice());

@@ -12,6 +12,7 @@ pub mod adapter;
 pub mod attach;
 pub mod attention;
 pub mod block;
+pub mod buckets;
 pub mod config;
 pub mod dropout;
 pub mod embedding;

@@ -9,6 +9,7 @@ use super::{
     attach::{Attachment, LoraAttachment, adapter_names},
     attention::{Attention, Segments},
     block::{Block, Kept, Surroundings},
+    buckets::{BUCKET_BYTES, Buckets},
     config::ModelConfig,
     dropout::Dropout,
     embedding::{Adapter, Embedding},
@@ -52,6 +53,8 @@ pub struct Model {
     trained: FlatParams,
     /// What is divided over ranks and gathered unit by unit.
     sharded: Option<Sharded>,
+    /// What is summed over ranks during the backward pass.
+    buckets: Option<Buckets>,
     ranks: Ranks,
 }
 
@@ -62,12 +65,14 @@ pub struct Division {
     pub ranks: Ranks,
     /// Whether each keeps only a part of the weights.
     pub is_sharded: bool,
+    /// Bytes of gradients that are summed at once, at least, while more are computed.
+    pub bucket_bytes: u64,
 }
 
 impl Division {
     /// One rank that has everything.
     pub fn none() -> Self {
-        Self { ranks: Ranks::alone(), is_sharded: false }
+        Self { ranks: Ranks::alone(), is_sharded: false, bucket_bytes: BUCKET_BYTES }
     }
 }
 
@@ -105,7 +110,7 @@ impl Model {
         division: Division,
     ) -> Result<Self, Failure> {
         let checkpoint = Checkpoint::open(directory).map_err(invalid_model)?;
-        let Division { ranks, is_sharded } = division;
+        let Division { ranks, is_sharded, bucket_bytes } = division;
         let specs = attachment.trained(&config);
         let place = [ranks.rank(), ranks.world_size()];
         let (trained, sharded) = match (&attachment, is_sharded) {
@@ -136,11 +141,13 @@ impl Model {
             seed,
         };
         let embed_tokens = parts.embedding()?;
-        let blocks = (0..config.num_hidden_layers)
-            .map(|layer| parts.block(layer))
-            .collect::<Result<_, _>>()?;
+        let layers = config.num_hidden_layers;
+        let blocks = (0..layers).map(|layer| parts.block(layer)).collect::<Result<_, _>>()?;
         let norm = parts.norm(names::NORM, config.hidden_size)?;
         let lm_head = parts.lm_head(&embed_tokens)?;
+        let is_whole = sharded.as_ref().is_none_or(|sharded| !sharded.is_trained());
+        let buckets =
+            is_whole.then(|| Buckets::new(&trained, layers, &ranks, bucket_bytes)).flatten();
         let mut model = Self {
             frequencies: frequencies(&config.rope, config.head_dim),
             config,
@@ -153,6 +160,7 @@ impl Model {
             lm_head,
             trained,
             sharded,
+            buckets,
             ranks,
         };
         model.trained.refresh_compute();
@@ -198,14 +206,23 @@ impl Model {
         self.sharded.as_ref().filter(|sharded| sharded.is_trained())
     }
 
+    /// Says that the next micro-batch is this rank's last one of the step: what it finishes may be
+    /// summed over ranks at once.
+    pub fn expect_last(&self) {
+        if let Some(buckets) = &self.buckets {
+            buckets.open();
+        }
+    }
+
     /// Sums the gradients of a step over all ranks, once after its last micro-batch.
     ///
     /// # Errors
     /// [`dist::Error`] if another rank was lost, now or during the micro-batches.
     pub fn reduce_gradients(&self) -> Result<(), dist::Error> {
-        match self.sharded_training() {
-            Some(sharded) => sharded.give_outer_gradients()?,
-            None => self.ranks.all_reduce(self.trained.grad())?,
+        match (self.sharded_training(), &self.buckets) {
+            (Some(sharded), _) => sharded.give_outer_gradients()?,
+            (None, Some(buckets)) => buckets.finish()?,
+            (None, None) => self.ranks.all_reduce(self.trained.grad())?,
         }
         self.ranks.check()
     }
@@ -352,6 +369,9 @@ impl Model {
     fn give_gradients(&self, index: usize) {
         if let Some(sharded) = &self.sharded {
             let _ = sharded.give_gradients(unit_of_block(index));
+        }
+        if let Some(buckets) = &self.buckets {
+            buckets.finished(index);
         }
     }
 

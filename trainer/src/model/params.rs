@@ -10,6 +10,42 @@ use finetune_contract::Dtype;
 use tch::{Device, Kind, Tensor};
 
 use super::{config::TensorSpec, layout::Layout};
+use crate::ops::Codes;
+
+/// Flat numbers as a checkpoint has them, fp32, whatever holds them.
+#[derive(Debug, Clone, Copy)]
+pub enum Flat<'a> {
+    /// As they are.
+    Floats(&'a Tensor),
+    /// In a byte each.
+    Codes(&'a Codes),
+}
+
+impl Flat<'_> {
+    /// Returns how many there are.
+    pub fn length(self) -> i64 {
+        match self {
+            Self::Floats(values) => values.numel() as i64,
+            Self::Codes(codes) => codes.length(),
+        }
+    }
+
+    /// Returns some of them, `[length]` in fp32.
+    pub fn part(self, start: i64, length: i64) -> Tensor {
+        match self {
+            Self::Floats(values) => values.narrow(0, start, length),
+            Self::Codes(codes) => codes.values(start, length),
+        }
+    }
+
+    /// Replaces them all.
+    pub fn replace(self, values: &Tensor) {
+        match self {
+            Self::Floats(target) => target.shallow_clone().copy_(values),
+            Self::Codes(codes) => codes.replace(values),
+        }
+    }
+}
 
 /// One parameter as a module sees it.
 #[derive(Debug)]
@@ -159,6 +195,11 @@ impl FlatParams {
             flat.narrow(0, first as i64, (end - first) as i64).view([rows, shape[1]])
         };
         Some(Param { value: view(&self.compute), grad: Some(view(&self.grad)) })
+    }
+
+    /// Returns where a parameter begins in the flat tensors; `None` if it is not trained whole.
+    pub fn first_element(&self, name: &str) -> Option<i64> {
+        self.places.get(name).map(|(first, _)| *first as i64)
     }
 
     /// Lists each parameter's first element and length in the flat tensors, with whether it decays.

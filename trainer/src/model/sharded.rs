@@ -15,7 +15,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::{
     layout::{Layout, OUTER},
-    params::{FlatParams, Param},
+    params::{Flat, FlatParams, Param},
 };
 use crate::dist::{Error, Pending, Ranks};
 
@@ -171,11 +171,13 @@ impl Sharded {
     ///
     /// # Errors
     /// [`Error`] if another rank is lost.
-    pub fn whole(&self, unit: usize, flat: &Tensor) -> Result<Tensor, Error> {
+    pub fn whole(&self, unit: usize, flat: Flat<'_>) -> Result<Tensor, Error> {
         self.settle();
         let length = self.layout.whole_length(unit) as i64;
-        let whole = Tensor::empty([length], (flat.kind(), flat.device()));
-        let pending = self.ranks.start_all_gather(&whole, &self.part(flat, unit))?;
+        let part = self.layout.part(unit);
+        let part = flat.part(part.start as i64, part.len() as i64);
+        let whole = Tensor::empty([length], (part.kind(), part.device()));
+        let pending = self.ranks.start_all_gather(&whole, &part)?;
         self.ranks.wait(pending)?;
         Ok(whole)
     }
@@ -186,7 +188,7 @@ impl Sharded {
     /// What `visit` gives, or an [`Error`] made into one if another rank is lost.
     pub fn for_each_piece<E: From<Error>>(
         &self,
-        flat: &Tensor,
+        flat: Flat<'_>,
         mut visit: impl FnMut(&Tensor) -> Result<(), E>,
     ) -> Result<(), E> {
         let mut gathered: Option<(usize, Tensor)> = None;
@@ -203,7 +205,19 @@ impl Sharded {
     }
 
     /// Copies this rank's parts out of an undivided flat tensor.
-    pub fn keep_all(&self, undivided: &Tensor, flat: &Tensor) {
+    pub fn restore(&self, undivided: &Tensor, flat: Flat<'_>) {
+        match flat {
+            Flat::Floats(values) => self.keep_all(undivided, values),
+            Flat::Codes(codes) => {
+                let (kind, device) = (undivided.kind(), self.values.device());
+                let values = Tensor::zeros([codes.length()], (kind, device));
+                self.keep_all(undivided, &values);
+                codes.replace(&values);
+            }
+        }
+    }
+
+    fn keep_all(&self, undivided: &Tensor, flat: &Tensor) {
         for name in self.layout.names() {
             let Some(place) = self.layout.place(name) else { continue };
             let value = undivided.narrow(0, place.undivided as i64, place.length() as i64);

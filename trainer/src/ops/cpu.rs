@@ -3,7 +3,9 @@
 use std::ops::Range;
 
 use finetune_kernels::{
-    adamw, cross_entropy as entropy,
+    adamw,
+    adamw_8bit::{self, BLOCK, Moments},
+    cross_entropy as entropy,
     dropout::{self as noise, Noise},
     pool::Shared,
     rms_norm as norm, rope, sum, swiglu as gated,
@@ -12,6 +14,7 @@ use half::bf16;
 use tch::{Kind, Tensor};
 
 use super::{
+    Codes,
     pool::rows,
     view::{elements, elements_mut},
 };
@@ -202,6 +205,52 @@ pub(super) fn adamw(
             // SAFETY: as above.
             let compute = unsafe { compute.range(copied) };
             adamw::step(step, &grad[range], master, exp_avg, exp_avg_sq, compute);
+        });
+    });
+}
+
+pub(super) fn adamw_8bit(
+    step: adamw::Step,
+    key: u64,
+    grad: &Tensor,
+    mut master: Tensor,
+    [exp_avg, exp_avg_sq]: [&Codes; 2],
+    mut compute: Tensor,
+) {
+    let grad = elements::<f32>(grad);
+    let is_master = compute.data_ptr() == master.data_ptr();
+    let [mut codes, mut codes_sq] =
+        [exp_avg, exp_avg_sq].map(|moments| moments.bytes.shallow_clone());
+    let [mut scales, mut scales_sq] =
+        [exp_avg, exp_avg_sq].map(|moments| moments.scales.shallow_clone());
+    let (codes, codes_sq) = (
+        Shared::new(elements_mut::<i8>(&mut codes)),
+        Shared::new(elements_mut::<u8>(&mut codes_sq)),
+    );
+    let scales = Shared::new(elements_mut::<f32>(&mut scales));
+    let scales_sq = Shared::new(elements_mut::<f32>(&mut scales_sq));
+    by_kind!(compute.kind(), E => {
+        // Masters that are computed with need no copy.
+        let none: &mut [E] = &mut [];
+        let compute = Shared::new(if is_master { none } else { elements_mut::<E>(&mut compute) });
+        write_rows(elements_mut(&mut master), BLOCK, |range, master| {
+            let blocks = range.start / BLOCK..range.end.div_ceil(BLOCK);
+            let copied = if is_master { 0..0 } else { range.clone() };
+            #[expect(unsafe_code, reason = "units write side by side")]
+            // SAFETY: these blocks and their elements belong to this unit.
+            let moments = unsafe {
+                Moments {
+                    exp_avg: codes.range(range.clone()),
+                    exp_avg_scale: scales.range(blocks.clone()),
+                    exp_avg_sq: codes_sq.range(range.clone()),
+                    exp_avg_sq_scale: scales_sq.range(blocks),
+                }
+            };
+            #[expect(unsafe_code, reason = "units write side by side")]
+            // SAFETY: as above.
+            let compute = unsafe { compute.range(copied) };
+            let first = range.start;
+            adamw_8bit::step(step, key, first, &grad[range], master, moments, compute);
         });
     });
 }

@@ -4,6 +4,7 @@
 //! operators (`plain`), which is what other devices run and what tests compare the former with.
 //! Attention exists more often: `tiles` and `plain` on processors, `flash` and `scores` elsewhere.
 
+mod codes;
 mod cpu;
 mod flash;
 #[cfg(target_arch = "x86_64")]
@@ -23,6 +24,7 @@ pub use finetune_kernels::adamw::Step;
 
 use crate::profile;
 
+pub use codes::Codes;
 pub use runs::Run;
 
 /// Writes `x / rms(x) · weight` over the last axis.
@@ -181,6 +183,21 @@ pub fn adamw(step: Step, grad: &Tensor, state: [Tensor; 3], compute: Tensor) {
     profile::time("adamw", || {
         let update = if is_ours(grad) { cpu::adamw } else { plain::adamw };
         update(step, grad, state, compute);
+    });
+}
+
+/// As [`adamw`], with moments of a byte each; `key` decides how they are rounded.
+pub fn adamw_8bit(
+    step: Step,
+    key: u64,
+    grad: &Tensor,
+    master: Tensor,
+    moments: [&Codes; 2],
+    compute: Tensor,
+) {
+    profile::time("adamw", || {
+        let update = if is_ours(grad) { cpu::adamw_8bit } else { plain::adamw_8bit };
+        update(step, key, grad, master, moments, compute);
     });
 }
 

@@ -4,12 +4,12 @@ use finetune_kernels::{
     adamw,
     dropout::{NEXT_GROUP, Noise},
 };
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use super::{Attention, Factor, runs};
+use super::{Attention, Codes, Factor, runs};
 
 /// Elements of a flat tensor worked on at once, so that results on the way stay small beside it.
-const AT_ONCE: usize = 1 << 22;
+pub(super) const AT_ONCE: usize = 1 << 22;
 
 /// As [`super::rms_norm`].
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
@@ -107,14 +107,20 @@ pub fn add_masked(sum: &mut Tensor, grad: &Tensor, noise: Noise) {
 /// Returns what `like` is multiplied with: the mask of [`finetune_kernels::dropout`], whose integers
 /// wrap around as libtorch's do.
 fn mask(like: &Tensor, noise: Noise) -> Tensor {
-    let (count, on) = (like.numel() as i64, (Kind::Int64, like.device()));
-    let groups = Tensor::arange((count + 3) / 4, on);
-    let draws = mix(groups * NEXT_GROUP.cast_signed() + noise.key.cast_signed());
-    let lanes = Tensor::arange(4, on) * 16;
-    let draws = draws.unsqueeze(1).bitwise_right_shift(&lanes).bitwise_and(0xFFFF);
+    let draws = draws(noise.key, like.numel() as i64, like.device());
     let kept = draws.ge(i64::from(noise.threshold)).to_kind(like.kind());
     let mask = kept * f64::from(noise.kept());
-    mask.view(-1).narrow(0, 0, count).view(like.size().as_slice())
+    mask.view(like.size().as_slice())
+}
+
+/// Returns `count` random numbers of 16 bits, as [`finetune_kernels::dropout`] draws them.
+fn draws(key: u64, count: i64, device: Device) -> Tensor {
+    let on = (Kind::Int64, device);
+    let groups = Tensor::arange((count + 3) / 4, on);
+    let draws = mix(groups * NEXT_GROUP.cast_signed() + key.cast_signed());
+    let lanes = Tensor::arange(4, on) * 16;
+    let draws = draws.unsqueeze(1).bitwise_right_shift(&lanes).bitwise_and(0xFFFF);
+    draws.view(-1).narrow(0, 0, count)
 }
 
 /// As [`finetune_kernels::dropout::mix`], of each element.
@@ -173,6 +179,30 @@ pub fn adamw(step: adamw::Step, grad: &Tensor, state: [Tensor; 3], compute: Tens
     for start in (0..length).step_by(AT_ONCE) {
         let part = |flat: &Tensor| flat.narrow(0, start, (AT_ONCE as i64).min(length - start));
         adamw_part(step, &part(grad), state.each_ref().map(part), part(&compute));
+    }
+}
+
+/// As [`super::adamw_8bit`].
+pub fn adamw_8bit(
+    step: adamw::Step,
+    key: u64,
+    grad: &Tensor,
+    master: Tensor,
+    [exp_avg, exp_avg_sq]: [&Codes; 2],
+    compute: Tensor,
+) {
+    let length = grad.numel() as i64;
+    for start in (0..length).step_by(AT_ONCE) {
+        let count = (AT_ONCE as i64).min(length - start);
+        let part = |flat: &Tensor| flat.narrow(0, start, count);
+        let moments = [exp_avg, exp_avg_sq].map(|codes| codes.values(start, count));
+        let [first, second] = moments.each_ref().map(Tensor::shallow_clone);
+        adamw_part(step, &part(grad), [part(&master), first, second], part(&compute));
+        let key = key.wrapping_add((start as u64 / 4).wrapping_mul(NEXT_GROUP));
+        let uniform = draws(key, count, grad.device()).to_kind(Kind::Float) * (1.0 / 65536.0);
+        for (codes, values) in [exp_avg, exp_avg_sq].into_iter().zip(moments) {
+            codes.set(start, &values, Some(&uniform));
+        }
     }
 }
 

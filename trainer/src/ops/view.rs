@@ -17,6 +17,14 @@ impl Native for bf16 {
     const KIND: Kind = Kind::BFloat16;
 }
 
+impl Native for i8 {
+    const KIND: Kind = Kind::Int8;
+}
+
+impl Native for u8 {
+    const KIND: Kind = Kind::Uint8;
+}
+
 impl Native for i64 {
     const KIND: Kind = Kind::Int64;
 }

@@ -10,7 +10,7 @@ use std::{
 
 use finetune_contract::{
     CONTRACT_VERSION, DatasetFormat, DatasetSource, Document, Dtype, ExpectedData, LoraSettings,
-    LrScheduler, ModelSource, OnOverflow, OutputTarget, Parallelism, PreflightConfig,
+    LrScheduler, ModelSource, OnOverflow, Optimizer, OutputTarget, Parallelism, PreflightConfig,
     PreflightReport, Recompute, RunConfig, RunId, TrainingSettings, parse, render,
 };
 use finetune_trainer::{
@@ -194,6 +194,7 @@ fn training() -> TrainingSettings {
         micro_batch_size: 2,
         gradient_accumulation_steps: 1,
         packing: false,
+        optimizer: Optimizer::Adamw,
         dtype: Dtype::Fp32,
         recompute: Recompute::None,
         seed: 7,

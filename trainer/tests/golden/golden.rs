@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use finetune_contract::{Dtype, LoraSettings, Recompute};
+use finetune_contract::{Dtype, LoraSettings, Optimizer, Recompute};
 use finetune_trainer::{
     data::Batch,
     model::{Model, attach::Attachment, config::ModelConfig},
@@ -140,7 +140,7 @@ impl Golden {
     /// Trains as the reference did and returns the worst relative difference of a loss or norm.
     pub(crate) fn train(&self, model: &mut Model, trajectory: &Trajectory) -> f64 {
         let training = &self.facts.training;
-        let mut optimizer = AdamW::new(model.trained(), training.weight_decay);
+        let mut optimizer = AdamW::new(model.trained(), Optimizer::Adamw, training.weight_decay);
         let mut worst: f64 = 0.0;
         for (step, rows) in training.rows_of_step.iter().enumerate() {
             let batch = self.batch(rows.iter().copied());

@@ -2,7 +2,7 @@
 
 use std::{path::Path, time::Duration};
 
-use finetune_contract::Recompute;
+use finetune_contract::{Optimizer, Recompute};
 use finetune_trainer::{
     data::Batch,
     dist::{
@@ -51,7 +51,8 @@ fn train(
             .map(|rank| {
                 scope.spawn(move || {
                     let ranks = join(rank, world_size, port);
-                    let division = Division { ranks: ranks.clone(), is_sharded };
+                    let division =
+                        Division { ranks: ranks.clone(), is_sharded, bucket_bytes: 4096 };
                     let trained = run(directory, config, attachment, division, recompute);
                     ranks.done();
                     trained
@@ -113,7 +114,7 @@ fn run(
     )
     .unwrap();
     start_adapters(&mut model, seed);
-    let mut adamw = AdamW::new(model.trained(), 0.1);
+    let mut adamw = AdamW::new(model.trained(), Optimizer::Adamw, 0.1);
     let (mut losses, mut norms, mut sent) = (Vec::new(), Vec::new(), 0);
     for step in 0..STEPS {
         let before = ranks.sent_bytes();
@@ -124,6 +125,9 @@ fn run(
         {
             let batch = micro_batch(step, micro);
             let noise = Dropout::new(0.1, seed.fold(step).fold(micro));
+            if micro + u64::from(ranks.world_size()) >= MICRO_BATCHES {
+                model.expect_last();
+            }
             loss += model.accumulate_gradients(&batch, recompute, noise.as_ref());
             targets += batch.labels.len();
         }

@@ -10,9 +10,9 @@ use std::{
 
 use finetune_contract::{
     CONTRACT_VERSION, DatasetFormat, DatasetSource, Device, Document, Dtype, ExpectedData,
-    FailureReason, LrScheduler, ModelSource, OnOverflow, Outcome, OutputTarget, Parallelism,
-    PreflightConfig, PreflightReport, Progress, Recompute, RunConfig, RunId, RunReport,
-    StoppedEarly, Strategy, TrainingSettings, parse, render,
+    FailureReason, LrScheduler, ModelSource, OnOverflow, Optimizer, Outcome, OutputTarget,
+    Parallelism, PreflightConfig, PreflightReport, Progress, Recompute, RunConfig, RunId,
+    RunReport, StoppedEarly, Strategy, TrainingSettings, parse, render,
 };
 use serde_json::json;
 use tch::{Kind, Tensor};
@@ -256,6 +256,7 @@ fn training(total_steps: u64) -> TrainingSettings {
         micro_batch_size: 1,
         gradient_accumulation_steps: 4,
         packing: false,
+        optimizer: Optimizer::Adamw,
         dtype: Dtype::Fp32,
         recompute: Recompute::None,
         seed: 7,

@@ -1,0 +1,238 @@
+//! AdamW with moments of one byte each, in one pass over memory.
+//!
+//! [`BLOCK`] neighbours share a scale, the largest magnitude among them. A code is the fourth root
+//! of a moment's share of it, so small moments keep some digits too: of a signed first moment in
+//! steps of 1/127, of a second moment in steps of 1/255. A value between two codes becomes the
+//! upper one as often as makes the mean right. Without that a second moment, which changes by a
+//! thousandth in a step, would be rounded back to where it was for ever.
+//!
+//! # Source
+//! Scales by block: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861.
+//! Differs: the codes, and rounding at random instead of to the nearest.
+
+use crate::{
+    adamw::{Step, update},
+    dropout::{NEXT_GROUP, mix},
+    versions::versions,
+};
+
+/// Neighbours that share a scale.
+pub const BLOCK: usize = 256;
+
+/// The largest code of a first moment; its smallest is the negative.
+pub const LARGEST_SIGNED: f32 = 127.0;
+/// The largest code of a second moment.
+pub const LARGEST: f32 = 255.0;
+
+/// Adding this to a whole number below 2²² leaves it in the lowest bits.
+const WHOLE: f32 = 12_582_912.0;
+
+/// The moments of some parameters, which start at a block's first.
+#[derive(Debug)]
+pub struct Moments<'a> {
+    /// First moments.
+    pub exp_avg: &'a mut [i8],
+    /// The scale of each block of them.
+    pub exp_avg_scale: &'a mut [f32],
+    /// Second moments.
+    pub exp_avg_sq: &'a mut [u8],
+    /// The scale of each block of them.
+    pub exp_avg_sq_scale: &'a mut [f32],
+}
+
+versions! {
+    /// As [`crate::adamw::step`]; `first` is the first parameter's number, and with `key` decides
+    /// how moments are rounded.
+    pub fn step<E>(
+        step: Step,
+        key: u64,
+        first: usize,
+        grad: &[f32],
+        master: &mut [f32],
+        moments: Moments<'_>,
+        compute: &mut [E],
+    ) {
+        let (mut exp_avg, mut exp_avg_sq) = ([0.0; BLOCK], [0.0; BLOCK]);
+        for (block, (grad, master)) in grad.chunks(BLOCK).zip(master.chunks_mut(BLOCK)).enumerate() {
+            let (at, length) = (block * BLOCK, grad.len());
+            let codes = &mut moments.exp_avg[at..at + length];
+            let codes_sq = &mut moments.exp_avg_sq[at..at + length];
+            let scale = &mut moments.exp_avg_scale[block];
+            let scale_sq = &mut moments.exp_avg_sq_scale[block];
+            let (exp_avg, exp_avg_sq) = (&mut exp_avg[..length], &mut exp_avg_sq[..length]);
+            for (value, &code) in exp_avg.iter_mut().zip(&*codes) {
+                *value = *scale * signed_share(f32::from(code));
+            }
+            for (value, &code) in exp_avg_sq.iter_mut().zip(&*codes_sq) {
+                *value = *scale_sq * share(f32::from(code) * (1.0 / LARGEST));
+            }
+            update(step, grad, master, exp_avg, exp_avg_sq);
+            *scale = largest(exp_avg);
+            *scale_sq = largest(exp_avg_sq);
+            let [by, by_sq] = [*scale, *scale_sq].map(reciprocal);
+            let groups = exp_avg.chunks(4).zip(exp_avg_sq.chunks(4));
+            let groups = groups.zip(codes.chunks_mut(4).zip(codes_sq.chunks_mut(4)));
+            for (group, ((exp_avg, exp_avg_sq), (codes, codes_sq))) in groups.enumerate() {
+                let number = ((first + at) / 4 + group) as u64;
+                let draw = mix(key.wrapping_add(number.wrapping_mul(NEXT_GROUP)));
+                for (lane, (value, code)) in exp_avg.iter().zip(codes).enumerate() {
+                    let root = code_of(value.abs() * by, LARGEST_SIGNED, uniform(draw, lane));
+                    *code = (root.copysign(*value) + WHOLE).to_bits() as i8;
+                }
+                for (lane, (&value, code)) in exp_avg_sq.iter().zip(codes_sq).enumerate() {
+                    let root = code_of(value * by_sq, LARGEST, uniform(draw, lane));
+                    // A second moment of zero would make the step of a parameter enormous.
+                    let root = if value > 0.0 { root.max(1.0) } else { root };
+                    *code = (root + WHOLE).to_bits() as u8;
+                }
+            }
+        }
+        for (compute, &master) in compute.iter_mut().zip(master.iter()) {
+            *compute = E::from_f32(master);
+        }
+    }
+}
+
+/// Returns the share that a root stands for.
+#[expect(clippy::inline_always, reason = "called in every version of a kernel")]
+#[inline(always)]
+fn share(root: f32) -> f32 {
+    let square = root * root;
+    square * square
+}
+
+#[expect(clippy::inline_always, reason = "called in every version of a kernel")]
+#[inline(always)]
+fn signed_share(code: f32) -> f32 {
+    let root = code * (1.0 / LARGEST_SIGNED);
+    share(root).copysign(root)
+}
+
+/// Returns the code of a share from 0 to 1, one of its two neighbours by the luck of `uniform`.
+#[expect(clippy::inline_always, reason = "called in every version of a kernel")]
+#[inline(always)]
+fn code_of(of: f32, largest: f32, uniform: f32) -> f32 {
+    let step = 1.0 / largest;
+    let below = (of.sqrt().sqrt() * largest).floor().min(largest - 1.0);
+    let (low, high) = (share(below * step), share((below + 1.0) * step));
+    if uniform * (high - low) < of - low { below + 1.0 } else { below }
+}
+
+/// Returns one of four numbers from 0 to 1 that are in a draw.
+#[expect(clippy::inline_always, reason = "called in every version of a kernel")]
+#[inline(always)]
+fn uniform(draw: u64, lane: usize) -> f32 {
+    f32::from((draw >> (16 * lane)) as u16) * (1.0 / 65536.0)
+}
+
+#[expect(clippy::inline_always, reason = "called in every version of a kernel")]
+#[inline(always)]
+fn largest(values: &[f32]) -> f32 {
+    let mut lanes = [0.0_f32; 16];
+    for values in values.chunks(16) {
+        for (largest, value) in lanes.iter_mut().zip(values) {
+            *largest = largest.max(value.abs());
+        }
+    }
+    lanes.into_iter().fold(0.0, f32::max)
+}
+
+#[expect(clippy::inline_always, reason = "called in every version of a kernel")]
+#[inline(always)]
+fn reciprocal(scale: f32) -> f32 {
+    // Shares of a block of zeros, or of numbers too small to divide by, are zero.
+    let by = 1.0 / scale;
+    if by.is_finite() { by } else { 0.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::numbers;
+
+    const STEP: Step = Step {
+        grad_scale: 1.0,
+        beta1: 0.9,
+        beta2: 0.999,
+        epsilon: 1e-8,
+        shrink: 1.0,
+        step_size: 1e-3,
+        second_root: 1.0,
+    };
+
+    /// Masters and both kinds of moments, some codes and some fp32, of as many steps as gradients.
+    struct State {
+        master: Vec<f32>,
+        exp_avg: Vec<i8>,
+        exp_avg_sq: Vec<u8>,
+        scales: [Vec<f32>; 2],
+    }
+
+    impl State {
+        fn new(length: usize) -> Self {
+            let scales =
+                [const { Vec::new() }; 2].map(|_: Vec<f32>| vec![0.0; length.div_ceil(BLOCK)]);
+            let (exp_avg, exp_avg_sq) = (vec![0; length], vec![0; length]);
+            Self { master: vec![0.0; length], exp_avg, exp_avg_sq, scales }
+        }
+
+        fn step(&mut self, key: u64, first: usize, grad: &[f32]) {
+            let [exp_avg_scale, exp_avg_sq_scale] = &mut self.scales;
+            let (exp_avg, exp_avg_sq) = (&mut self.exp_avg, &mut self.exp_avg_sq);
+            let moments = Moments { exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale };
+            step::<f32>(STEP, key, first, grad, &mut self.master, moments, &mut []);
+        }
+
+        fn second(&self, index: usize) -> f32 {
+            self.scales[1][index / BLOCK] * share(f32::from(self.exp_avg_sq[index]) / LARGEST)
+        }
+    }
+
+    #[test]
+    fn the_largest_of_a_block_is_exact_and_zeros_stay() {
+        let mut state = State::new(2 * BLOCK + 10);
+        let mut grad = numbers(2 * BLOCK + 10, 1);
+        grad[BLOCK..2 * BLOCK].fill(0.0);
+        for key in 0..20 {
+            state.step(key, 0, &grad);
+        }
+        let (mut second, largest) = (0.0_f32, largest(&grad[..BLOCK]));
+        for _ in 0..20 {
+            second = second * STEP.beta2 + largest * largest * (1.0 - STEP.beta2);
+        }
+        assert!((state.scales[1][0] - second).abs() < 1e-6 * second);
+        assert_eq!(state.exp_avg_sq[..BLOCK].iter().max(), Some(&255));
+        assert!(state.master[BLOCK..2 * BLOCK].iter().all(|master| *master == 0.0));
+        assert!(state.master.iter().all(|master| master.is_finite()));
+    }
+
+    #[test]
+    fn moments_follow_gradients_that_change_slowly() {
+        // One parameter sets the scale; the second moment of the others has to rise ninefold by
+        // steps smaller than half a code.
+        let mut state = State::new(BLOCK);
+        let mut exact = 0.0_f64;
+        for step in 0..6000_u64 {
+            let size = if step < 3000 { 0.1 } else { 0.3 };
+            let mut grad = vec![size; BLOCK];
+            grad[0] = 1.0;
+            state.step(mix(step), 0, &grad);
+            exact = exact * 0.999 + f64::from(size * size) * 0.001;
+        }
+        let found: f64 = (1..BLOCK).map(|index| f64::from(state.second(index))).sum();
+        let ratio = found / (BLOCK - 1) as f64 / exact;
+        assert!((0.97..1.03).contains(&ratio), "{ratio}");
+    }
+
+    #[test]
+    fn parts_computed_alone_are_the_same() {
+        let grad = numbers(4 * BLOCK, 5);
+        let (mut whole, mut part) = (State::new(4 * BLOCK), State::new(2 * BLOCK));
+        for key in 0..4 {
+            whole.step(key, 0, &grad);
+            part.step(key, 2 * BLOCK, &grad[2 * BLOCK..]);
+        }
+        assert_eq!(whole.exp_avg[2 * BLOCK..], part.exp_avg);
+        assert_eq!(whole.master[2 * BLOCK..], part.master);
+    }
+}
