@@ -417,7 +417,7 @@ fn too_little_memory_makes_the_pieces_smaller_and_ends_with_what_is_missing() {
     world.end(Some(137), "");
     let decision = world.settle();
     assert_eq!(world.summary(), "Unknown Adapted");
-    insta::assert_snapshot!(world.message(), @"from try 2 on: trainBatchSizePerDevice 4 instead of 8, gradientAccumulationSteps 4 instead of 2: 16 sequences a step and the same result, in 573 MB instead of 948 MB, because the kernel ended the trainer at its limit of 1.66 GB");
+    insta::assert_snapshot!(world.message(), @"from try 2 on: trainBatchSizePerDevice 4 instead of 8, gradientAccumulationSteps 4 instead of 2: 16 sequences a step and the same result, in 583 MB instead of 967 MB, because the kernel ended the trainer at its limit of 1.68 GB");
     assert_eq!(world.condition(Kind::Planned), "True Adapted");
     let plan = world.job.status.as_ref().unwrap().plan.clone().unwrap();
     assert!(plan.summary.contains("\nAdapted\n  from try 2 on: "), "{}", plan.summary);
@@ -456,7 +456,7 @@ fn too_little_memory_makes_the_pieces_smaller_and_ends_with_what_is_missing() {
         tries += 1;
     }
     assert_eq!(world.summary(), "False OutOfMemory");
-    insta::assert_snapshot!(world.message(), @"the kernel ended the trainer at its limit of 1.66 GB, and no way is left to make its micro-batches smaller: 187 MB are predicted, and the limit of 1.66 GB, 1.47 GB above that, was too little. Lower training.contextLength, or set resources.limits.memory");
+    insta::assert_snapshot!(world.message(), @"the kernel ended the trainer at its limit of 1.68 GB, and no way is left to make its micro-batches smaller: 190 MB are predicted, and the limit of 1.68 GB, 1.49 GB above that, was too little. Lower training.contextLength, or set resources.limits.memory");
 }
 
 #[test]
@@ -467,7 +467,7 @@ fn a_limit_below_all_that_is_predicted_is_not_tried_again() {
     world.end(Some(137), "");
     world.settle();
     assert_eq!(world.summary(), "False OutOfMemory");
-    insta::assert_snapshot!(world.message(), @"the kernel ended the trainer at its limit of 25 MB, and no way is left to make its micro-batches smaller: the least it needs is 187 MB, 162 MB more than the limit of 25 MB. Lower training.contextLength, or set resources.limits.memory");
+    insta::assert_snapshot!(world.message(), @"the kernel ended the trainer at its limit of 25 MB, and no way is left to make its micro-batches smaller: the least it needs is 190 MB, 164 MB more than the limit of 25 MB. Lower training.contextLength, or set resources.limits.memory");
 }
 
 #[test]

@@ -275,7 +275,7 @@ mod tests {
 
     #[test]
     fn takes_the_first_that_fits() {
-        insta::assert_snapshot!(check(fixture::smollm2(), "  loraConfig: {}\n"), @"cpu: 2 CPU, 1.66 GB memory, 1.70 GB storage");
+        insta::assert_snapshot!(check(fixture::smollm2(), "  loraConfig: {}\n"), @"cpu: 2 CPU, 1.68 GB memory, 1.70 GB storage");
         insta::assert_snapshot!(check(fixture::llama_8b(), "  loraConfig: {}\n"), @"A100-80GB: 8 CPU, 21.43 GB memory, 33.95 GB storage");
     }
 
@@ -320,7 +320,7 @@ mod tests {
         ranks 2: the fewest that hold it, each on one cpu
         strategy zero3: divides weights, gradients and moments, which do not fit each rank
         strategy ddp: 2.63 GB do not fit 1.77 GB
-        accelerator cpu: the run needs 2.63 GB, but only 1.77 GB of the 2.68 GB on one cpu may be used, 854 MB too little: set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory
+        accelerator cpu: the run needs 2.63 GB, but only 1.77 GB of the 2.68 GB on one cpu may be used, 857 MB too little: set training.optimizer: adamw8bit, or set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory
         "#);
         let asked = placement.plan.run_config.parallelism;
         assert_eq!((asked.world_size, asked.strategy), (2, Strategy::Zero3));
