@@ -276,7 +276,9 @@ pub fn plan_over(
     let load = batch.load;
     let memory = sizing::memory(model, &load);
     if let Some(limit) = limit.filter(|_| memory.total() > usable) {
-        problems.push(too_little_memory(&memory, &load, limit, usable, place));
+        let small = Load { optimizer: Optimizer::Adamw8bit, ..load };
+        let small = Some(sizing::memory(model, &small).total()).filter(|small| *small <= usable);
+        problems.push(too_little_memory(&memory, &load, limit, usable, small, place));
     }
     if !problems.is_empty() {
         return Err(problems);
@@ -572,6 +574,7 @@ fn too_little_memory(
     load: &Load,
     limit: u64,
     usable: u64,
+    with_adamw_8bit: Option<u64>,
     place: Place<'_>,
 ) -> Problem {
     let who = if load.ranks > 1 {
@@ -591,9 +594,9 @@ fn too_little_memory(
         advice.push("use fewer ranks, which share this machine's memory".to_owned());
     }
     if load.is_full {
-        if load.optimizer == Optimizer::Adamw {
-            advice.push("set training.optimizer: adamw8bit".to_owned());
-        }
+        advice.extend(with_adamw_8bit.map(|bytes| {
+            format!("set training.optimizer: adamw8bit, with which it is {}", render::bytes(bytes))
+        }));
         advice.push("set loraConfig: {}".to_owned());
     }
     advice.push(format!("lower training.contextLength below {}", load.context));
@@ -786,7 +789,12 @@ mod tests {
 
     #[test]
     fn says_by_how_much_a_large_model_does_not_fit() {
-        insta::assert_snapshot!(check(fixture::llama_8b(), 64 * GB, ""), @"memory: the run needs 145.90 GB, but only 57.60 GB of the 64.00 GB here may be used, 88.30 GB too little: set training.optimizer: adamw8bit, or set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory");
+        insta::assert_snapshot!(check(fixture::llama_8b(), 64 * GB, ""), @"memory: the run needs 145.90 GB, but only 57.60 GB of the 64.00 GB here may be used, 88.30 GB too little: set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory");
+        insta::assert_snapshot!(check(fixture::smollm2(), 2400 << 20, ""), @"memory: the run needs 2.63 GB, but only 2.26 GB of the 2.52 GB here may be used, 363 MB too little: set training.optimizer: adamw8bit, with which it is 1.82 GB, or set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory");
+        let small = check(fixture::smollm2(), 2400 << 20, "  training: {optimizer: adamw8bit}\n");
+        let lines: Vec<_> = small.lines().filter(|line| line.contains("optimizer")).collect();
+        assert_eq!(lines.len(), 1, "{small}");
+        assert!(lines[0].contains("adamw8bit       set in the manifest; moments of a byte each"));
     }
 
     #[test]
@@ -883,7 +891,7 @@ mod tests {
 
     #[test]
     fn says_when_no_division_fits() {
-        insta::assert_snapshot!(check_ranks(4, 4 * GB, ""), @"memory: each of 4 ranks needs 1.12 GB, but only 900 MB of the 4.00 GB here may be used, 223 MB too little: use fewer ranks, which share this machine's memory, or set training.optimizer: adamw8bit, or set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory");
+        insta::assert_snapshot!(check_ranks(4, 4 * GB, ""), @"memory: each of 4 ranks needs 1.12 GB, but only 900 MB of the 4.00 GB here may be used, 223 MB too little: use fewer ranks, which share this machine's memory, or set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory");
     }
 
     #[test]

@@ -320,7 +320,7 @@ mod tests {
         ranks 2: the fewest that hold it, each on one cpu
         strategy zero3: divides weights, gradients and moments, which do not fit each rank
         strategy ddp: 2.63 GB do not fit 1.77 GB
-        accelerator cpu: the run needs 2.63 GB, but only 1.77 GB of the 2.68 GB on one cpu may be used, 857 MB too little: set training.optimizer: adamw8bit, or set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory
+        accelerator cpu: the run needs 2.63 GB, but only 1.77 GB of the 2.68 GB on one cpu may be used, 857 MB too little: set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory
         "#);
         let asked = placement.plan.run_config.parallelism;
         assert_eq!((asked.world_size, asked.strategy), (2, Strategy::Zero3));
