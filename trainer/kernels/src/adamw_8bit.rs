@@ -70,21 +70,16 @@ versions! {
             *scale = largest(exp_avg);
             *scale_sq = largest(exp_avg_sq);
             let [by, by_sq] = [*scale, *scale_sq].map(reciprocal);
-            let groups = exp_avg.chunks(4).zip(exp_avg_sq.chunks(4));
-            let groups = groups.zip(codes.chunks_mut(4).zip(codes_sq.chunks_mut(4)));
-            for (group, ((exp_avg, exp_avg_sq), (codes, codes_sq))) in groups.enumerate() {
-                let number = ((first + at) / 4 + group) as u64;
-                let draw = mix(key.wrapping_add(number.wrapping_mul(NEXT_GROUP)));
-                for (lane, (value, code)) in exp_avg.iter().zip(codes).enumerate() {
-                    let root = code_of(value.abs() * by, LARGEST_SIGNED, uniform(draw, lane));
-                    *code = (root.copysign(*value) + WHOLE).to_bits() as i8;
-                }
-                for (lane, (&value, code)) in exp_avg_sq.iter().zip(codes_sq).enumerate() {
-                    let root = code_of(value * by_sq, LARGEST, uniform(draw, lane));
-                    // A second moment of zero would make the step of a parameter enormous.
-                    let root = if value > 0.0 { root.max(1.0) } else { root };
-                    *code = (root + WHOLE).to_bits() as u8;
-                }
+            let uniform = uniform_of_block(key, first + at);
+            for ((value, code), &uniform) in exp_avg.iter().zip(codes).zip(&uniform) {
+                let root = code_of(value.abs() * by, LARGEST_SIGNED, uniform);
+                *code = (root.copysign(*value) + WHOLE).to_bits() as i8;
+            }
+            for ((&value, code), &uniform) in exp_avg_sq.iter().zip(codes_sq).zip(&uniform) {
+                let root = code_of(value * by_sq, LARGEST, uniform);
+                // A second moment of zero would make the step of a parameter enormous.
+                let root = if value > 0.0 { root.max(1.0) } else { root };
+                *code = (root + WHOLE).to_bits() as u8;
             }
         }
         for (compute, &master) in compute.iter_mut().zip(master.iter()) {
@@ -118,11 +113,23 @@ fn code_of(of: f32, largest: f32, uniform: f32) -> f32 {
     if uniform * (high - low) < of - low { below + 1.0 } else { below }
 }
 
-/// Returns one of four numbers from 0 to 1 that are in a draw.
+/// Returns numbers from 0 to 1 for the block that starts with parameter `first`: four of 16 bits
+/// from each draw.
 #[expect(clippy::inline_always, reason = "called in every version of a kernel")]
 #[inline(always)]
-fn uniform(draw: u64, lane: usize) -> f32 {
-    f32::from((draw >> (16 * lane)) as u16) * (1.0 / 65536.0)
+fn uniform_of_block(key: u64, first: usize) -> [f32; BLOCK] {
+    let mut draws = [0_u64; BLOCK / 4];
+    for (group, draw) in draws.iter_mut().enumerate() {
+        let number = (first / 4 + group) as u64;
+        *draw = mix(key.wrapping_add(number.wrapping_mul(NEXT_GROUP)));
+    }
+    let mut uniform = [0.0; BLOCK];
+    for (uniform, draw) in uniform.chunks_exact_mut(4).zip(draws) {
+        for (lane, uniform) in uniform.iter_mut().enumerate() {
+            *uniform = f32::from((draw >> (16 * lane)) as u16) * (1.0 / 65536.0);
+        }
+    }
+    uniform
 }
 
 #[expect(clippy::inline_always, reason = "called in every version of a kernel")]
