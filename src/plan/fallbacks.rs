@@ -4,7 +4,7 @@
 //! rounding, and the newest checkpoint is gone on from. The ways are part of the plan, in the order
 //! they are taken: what was approved contains them.
 
-use finetune_contract::{ModelFacts, Parallelism, Recompute, RunConfig, Strategy};
+use finetune_contract::{ModelFacts, Optimizer, Parallelism, Recompute, RunConfig, Strategy};
 
 use super::{placement::MOST_RANKS, render, sizing, sizing::Load, word};
 use crate::api::Fallback;
@@ -126,8 +126,13 @@ fn change(from: &RunConfig, to: &RunConfig) -> String {
         .filter(|((_, before), (_, after))| before != after)
         .map(|((field, before), (_, after))| format!("{field} {after} instead of {before}"))
         .collect();
+    // Blocks of moments lie otherwise in other parts.
+    let is_rounded_anew = to.training.optimizer == Optimizer::Adamw8bit
+        && (from.parallelism.strategy, from.parallelism.world_size)
+            != (to.parallelism.strategy, to.parallelism.world_size);
+    let but = if is_rounded_anew { " but for the rounding of moments" } else { "" };
     format!(
-        "{}: {} sequences a step and the same result, in {} instead of {}",
+        "{}: {} sequences a step and the same result{but}, in {} instead of {}",
         changed.join(", "),
         to.global_batch_size(),
         render::bytes(to.predicted_peak_bytes),

@@ -1,6 +1,8 @@
 //! Chooses the accelerator of a run in a cluster, and the size of its pod.
 
-use finetune_contract::{Parallelism, PreflightReport, Problem, ProblemReason, Strategy};
+use finetune_contract::{
+    Dtype, Optimizer, Parallelism, PreflightReport, Problem, ProblemReason, RunConfig, Strategy,
+};
 
 use super::{
     Decision, Place, RunPlan, accelerators::Accelerator, invalid, plan, plan_over, render,
@@ -159,13 +161,26 @@ pub(super) fn tensor_bytes(pod: u64, mapped_weights: u64) -> u64 {
     (pod.saturating_sub(mapped_weights + POD_BYTES) as f64 / MEMORY_SLACK) as u64
 }
 
+/// Returns what the proof of a divided run takes of a device's host, where it is computed: the
+/// weights, if those in the file are not of the computation's type and must be converted.
+fn proof_bytes(plan: &RunPlan, report: &PreflightReport) -> u64 {
+    let RunConfig { parallelism, training, .. } = &plan.run_config;
+    let Some(model) = report.model.as_ref() else { return 0 };
+    let is_converted = match training.dtype {
+        Dtype::Bf16 => model.weight_dtype != "BF16",
+        Dtype::Fp32 => model.weight_dtype != "F32",
+    };
+    let is_on_host = parallelism.strategy == Strategy::Zero3 && is_converted;
+    if is_on_host { model.parameters * training.dtype.bytes() } else { 0 }
+}
+
 fn pod_size(plan: &RunPlan, accelerator: &Accelerator, report: &PreflightReport) -> PodSize {
     let model = report.model.as_ref();
     let on_disk = model.map_or(0, |model| model.weight_bytes);
     let ranks = u64::from(plan.run_config.parallelism.local_world_size);
     let shared_memory_bytes = if accelerator.is_device() { DEVICE_SHARED_BYTES * ranks } else { 0 };
     let memory_bytes = if accelerator.is_device() {
-        DEVICE_HOST_BYTES * ranks + shared_memory_bytes + on_disk
+        DEVICE_HOST_BYTES * ranks + shared_memory_bytes + on_disk + proof_bytes(plan, report)
     } else {
         pod_bytes(plan.memory.total(), plan.memory.mapped_weights)
     };
@@ -179,7 +194,13 @@ fn pod_size(plan: &RunPlan, accelerator: &Accelerator, report: &PreflightReport)
         }
         _ => 1,
     };
-    let checkpoints = ranks.max(2) * plan.memory.trained_state * parts;
+    // A checkpoint holds moments in fp32, whatever holds them in memory: 12 bytes a parameter, where
+    // the state is 16 or 18, or 10 or 12 with moments of a byte.
+    let state = match plan.run_config.training.optimizer {
+        Optimizer::Adamw => plan.memory.trained_state,
+        Optimizer::Adamw8bit => plan.memory.trained_state / 2 * 3,
+    };
+    let checkpoints = ranks.max(2) * state * parts;
     let storage_bytes = SCRATCH_BYTES * ranks + 2 * on_disk + checkpoints;
     PodSize {
         cpu_millis: (accelerator.cpu.unwrap_or(DEFAULT_CPU) * 1000.0).round() as i64

@@ -182,7 +182,10 @@ fn settings_sha256(config: &RunConfig) -> String {
         "dtype": training.dtype,
         "seed": training.seed,
     });
-    // What was saved before there was this field keeps its digest.
+    // What was saved before there were these fields keeps its digest.
+    if !training.optimizer.is_default() {
+        decisive["optimizer"] = serde_json::json!(training.optimizer);
+    }
     if let Some(adapter) = &config.initial_adapter {
         decisive["initialAdapter"] = serde_json::json!(adapter);
     }

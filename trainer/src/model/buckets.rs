@@ -83,7 +83,9 @@ impl Buckets {
     pub fn finish(&self) -> Result<(), Error> {
         let Step { end, mut pending } = self.step.take();
         let end = end.unwrap_or(self.grad.numel() as i64);
-        pending.push(self.ranks.start_all_reduce(&self.grad.narrow(0, 0, end))?);
+        if end > 0 {
+            pending.push(self.ranks.start_all_reduce(&self.grad.narrow(0, 0, end))?);
+        }
         pending.into_iter().try_for_each(|pending| self.ranks.wait(pending))
     }
 }

@@ -42,7 +42,9 @@ impl Flat<'_> {
     pub fn replace(self, values: &Tensor) {
         match self {
             Self::Floats(target) => target.shallow_clone().copy_(values),
-            Self::Codes(codes) => codes.replace(values),
+            Self::Codes(codes) => {
+                codes.replace(|start, length| values.narrow(0, start, length));
+            }
         }
     }
 }

@@ -208,11 +208,27 @@ impl Sharded {
     pub fn restore(&self, undivided: &Tensor, flat: Flat<'_>) {
         match flat {
             Flat::Floats(values) => self.keep_all(undivided, values),
-            Flat::Codes(codes) => {
-                let (kind, device) = (undivided.kind(), self.values.device());
-                let values = Tensor::zeros([codes.length()], (kind, device));
-                self.keep_all(undivided, &values);
-                codes.replace(&values);
+            Flat::Codes(codes) => codes.replace(|start, length| {
+                let values =
+                    Tensor::zeros([length], (undivided.kind(), undivided.device()));
+                self.keep_some(undivided, start, &values);
+                values
+            }),
+        }
+    }
+
+    /// Copies a stretch of this rank's parts, from the flat tensor's element `from` on.
+    fn keep_some(&self, undivided: &Tensor, from: i64, values: &Tensor) {
+        let to = from + values.numel() as i64;
+        for name in self.layout.names() {
+            let Some(place) = self.layout.place(name) else { continue };
+            let Some((range, start)) = self.layout.kept(place) else { continue };
+            let (start, end) = (start as i64, (start + range.len()) as i64);
+            let (first, last) = (start.max(from), end.min(to));
+            if first < last {
+                let at = (place.undivided + range.start) as i64 + first - start;
+                let some = undivided.narrow(0, at, last - first);
+                values.narrow(0, first - from, last - first).copy_(&some);
             }
         }
     }

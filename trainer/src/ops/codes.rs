@@ -46,13 +46,14 @@ impl Codes {
         values.view(-1).narrow(0, start - first * BLOCK_SIZE, length)
     }
 
-    /// Replaces all numbers, each by the nearest there is a code for.
+    /// Replaces all numbers, each by the nearest there is a code for; `values` is asked for so many
+    /// in fp32 from such a one on, a piece at a time.
     ///
     /// What [`Self::values`] returned gives the same codes again.
-    pub fn replace(&self, values: &Tensor) {
+    pub fn replace(&self, mut values: impl FnMut(i64, i64) -> Tensor) {
         for start in (0..self.length).step_by(AT_ONCE) {
             let length = (AT_ONCE as i64).min(self.length - start);
-            self.set(start, &values.narrow(0, start, length), None);
+            self.set(start, &values(start, length).to_device(self.bytes.device()), None);
         }
     }
 
@@ -110,10 +111,10 @@ mod tests {
             let _ = numbers.narrow(0, 512, 256).zero_();
             let numbers = if has_signs { numbers } else { numbers.square() };
             let codes = Codes::zeros(100_003, has_signs, Device::Cpu);
-            codes.replace(&numbers);
+            codes.replace(|start, length| numbers.narrow(0, start, length));
             let read = codes.values(0, 100_003);
             let again = Codes::zeros(100_003, has_signs, Device::Cpu);
-            again.replace(&read);
+            again.replace(|start, length| read.narrow(0, start, length));
             assert_eq!(again.bytes, codes.bytes);
             assert_eq!(again.scales, codes.scales);
             assert_eq!(codes.values(1000, 3000), read.narrow(0, 1000, 3000));
