@@ -209,8 +209,7 @@ impl Sharded {
         match flat {
             Flat::Floats(values) => self.keep_all(undivided, values),
             Flat::Codes(codes) => codes.replace(|start, length| {
-                let values =
-                    Tensor::zeros([length], (undivided.kind(), undivided.device()));
+                let values = Tensor::zeros([length], (undivided.kind(), undivided.device()));
                 self.keep_some(undivided, start, &values);
                 values
             }),
@@ -267,4 +266,33 @@ const fn room_of(unit: usize) -> usize {
 
 fn largest_block(layout: &Layout) -> usize {
     (OUTER + 1..layout.units()).map(|unit| layout.whole_length(unit)).max().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::config::TensorSpec;
+
+    #[test]
+    fn stretches_are_the_parts_of_a_whole() {
+        let specs = [("model.embed_tokens.weight", 70), ("model.layers.0.mlp.up_proj.weight", 90)]
+            .map(|(name, length)| TensorSpec { name: name.to_owned(), shape: vec![length] });
+        let undivided = Tensor::arange(160, (Kind::Float, Device::Cpu)) + 1.0;
+        for rank in 0..3 {
+            let layout = Layout::new(&specs, [rank, 3]);
+            let sharded = Sharded::frozen(layout, Ranks::alone(), Kind::Float, Device::Cpu);
+            let whole = sharded.values.zeros_like();
+            sharded.restore(&undivided, Flat::Floats(&whole));
+            for length in [7, 16, 1000] {
+                let mut found = Vec::new();
+                for from in (0..whole.numel() as i64).step_by(length) {
+                    let length = (length as i64).min(whole.numel() as i64 - from);
+                    let some = Tensor::zeros([length], (Kind::Float, Device::Cpu));
+                    sharded.keep_some(&undivided, from, &some);
+                    found.push(some);
+                }
+                assert_eq!(Tensor::cat(&found, 0), whole, "rank {rank}, {length} at once");
+            }
+        }
+    }
 }
