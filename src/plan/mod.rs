@@ -375,8 +375,9 @@ fn optimizer(set: Option<OptimizerName>, decisions: &mut Decisions) -> Optimizer
     match set {
         Some(OptimizerName::Adamw8bit) => {
             let reason = "set in the manifest; moments of a byte each";
-            decisions.add("optimizer", "adamw8bit", reason);
-            Optimizer::Adamw8bit
+            let optimizer = Optimizer::Adamw8bit;
+            decisions.add("optimizer", word(&optimizer), reason);
+            optimizer
         }
         Some(OptimizerName::Adamw) | None => Optimizer::Adamw,
     }

@@ -1,11 +1,11 @@
 //! Chooses the accelerator of a run in a cluster, and the size of its pod.
 
 use finetune_contract::{
-    Dtype, Optimizer, Parallelism, PreflightReport, Problem, ProblemReason, RunConfig, Strategy,
+    Optimizer, Parallelism, PreflightReport, Problem, ProblemReason, RunConfig, Strategy,
 };
 
 use super::{
-    Decision, Place, RunPlan, accelerators::Accelerator, invalid, plan, plan_over, render,
+    Decision, Place, RunPlan, accelerators::Accelerator, invalid, plan, plan_over, render, sizing,
 };
 use crate::api::FineTuneJob;
 
@@ -166,12 +166,12 @@ pub(super) fn tensor_bytes(pod: u64, mapped_weights: u64) -> u64 {
 fn proof_bytes(plan: &RunPlan, report: &PreflightReport) -> u64 {
     let RunConfig { parallelism, training, .. } = &plan.run_config;
     let Some(model) = report.model.as_ref() else { return 0 };
-    let is_converted = match training.dtype {
-        Dtype::Bf16 => model.weight_dtype != "BF16",
-        Dtype::Fp32 => model.weight_dtype != "F32",
-    };
-    let is_on_host = parallelism.strategy == Strategy::Zero3 && is_converted;
-    if is_on_host { model.parameters * training.dtype.bytes() } else { 0 }
+    let is_on_host = parallelism.strategy == Strategy::Zero3;
+    if is_on_host && !sizing::is_computed_as_stored(model, training.dtype) {
+        model.parameters * training.dtype.bytes()
+    } else {
+        0
+    }
 }
 
 fn pod_size(plan: &RunPlan, accelerator: &Accelerator, report: &PreflightReport) -> PodSize {

@@ -11,11 +11,7 @@ use serde::Serialize;
 /// fp32 weight and gradient, per trained parameter.
 pub const STATE_BYTES: u64 = 8;
 
-/// The two moments of AdamW, of a block of [`MOMENTS_BLOCK`] trained parameters: in fp32, or in a
-/// byte each with two scales.
-const MOMENTS_BYTES: [u64; 2] = [2048, 512 + 8];
-
-/// Parameters whose moments share scales.
+/// Parameters whose moments share an fp32 scale each, where they take a byte.
 const MOMENTS_BLOCK: u64 = 256;
 
 /// Rows of the output head computed at once.
@@ -150,6 +146,14 @@ impl Memory {
     }
 }
 
+/// Tells whether weights are computed with as they are in the file, so that none is converted.
+pub fn is_computed_as_stored(model: &ModelFacts, dtype: Dtype) -> bool {
+    match dtype {
+        Dtype::Bf16 => model.weight_dtype == "BF16",
+        Dtype::Fp32 => model.weight_dtype == "F32",
+    }
+}
+
 /// Predicts the memory of a run on `model`, of each rank.
 pub fn memory(model: &ModelFacts, load: &Load) -> Memory {
     let Load { trained, is_full, dtype, recompute, micro_batch, context, is_device, .. } = *load;
@@ -165,10 +169,7 @@ pub fn memory(model: &ModelFacts, load: &Load) -> Memory {
     .map(u64::from);
     let s = dtype.bytes();
     let t = micro_batch * context;
-    let on_disk_is_compute = match dtype {
-        Dtype::Bf16 => model.weight_dtype == "BF16",
-        Dtype::Fp32 => model.weight_dtype == "F32",
-    };
+    let on_disk_is_compute = is_computed_as_stored(model, dtype);
     // Input, q, k and v, attention out, residual, gate and up; and the softmax's logsumexp.
     let kept = s * (d + h * e + 2 * k * e + h * e + d + 2 * f) + 4 * h;
     let activations = match recompute {
@@ -200,8 +201,10 @@ pub fn memory(model: &ModelFacts, load: &Load) -> Memory {
     let of_logit = if is_device { 2 * s + 4 } else { s };
     // A device's state is copied to the host's memory.
     let checkpoint = if is_device { 0 } else { trained * CHECKPOINT_BYTES };
-    let moments = MOMENTS_BYTES[usize::from(load.optimizer == Optimizer::Adamw8bit)];
-    let moments = (trained * moments).div_ceil(MOMENTS_BLOCK);
+    let moments = match load.optimizer {
+        Optimizer::Adamw => 2 * 4 * trained,
+        Optimizer::Adamw8bit => 2 * trained + (2 * 4 * trained).div_ceil(MOMENTS_BLOCK),
+    };
     let state = trained * (STATE_BYTES + if dtype == Dtype::Bf16 { s } else { 0 }) + moments;
     Memory {
         mapped_weights: if is_device || is_sharded { 0 } else { model.weight_bytes },

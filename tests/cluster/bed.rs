@@ -55,13 +55,18 @@ pub fn is_there() -> bool {
 pub fn real_model() -> String {
     static KEY: LazyLock<String> = LazyLock::new(|| {
         let key = format!("{}/smollm2-{}", variable("FINETUNE_TEST_S3_BUCKET"), std::process::id());
-        for entry in std::fs::read_dir(variable("FINETUNE_TEST_MODEL")).unwrap() {
-            let path = entry.unwrap().path();
-            put_at(&format!("{key}/{}", path.file_name().unwrap().to_string_lossy()), &path);
-        }
+        put_all(&key, variable("FINETUNE_TEST_MODEL").as_ref());
         key
     });
     format!("s3://{}/", *KEY)
+}
+
+/// Stores the files of a directory under a key.
+fn put_all(key: &str, directory: &Path) {
+    for entry in std::fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        put_at(&format!("{key}/{}", path.file_name().unwrap().to_string_lossy()), &path);
+    }
 }
 
 /// Stores a file in the bucket under a key that begins with the bucket.
@@ -97,11 +102,9 @@ impl Bed {
             namespace,
         };
         bed.make_namespace().await;
-        model::write(&bed.directory.path().join("model"));
-        for entry in std::fs::read_dir(bed.directory.path().join("model")).unwrap() {
-            let path = entry.unwrap().path();
-            bed.put(&format!("model/{}", path.file_name().unwrap().to_string_lossy()), &path);
-        }
+        let model = bed.directory.path().join("model");
+        model::write(&model);
+        put_all(&format!("{}/model", bed.prefix), &model);
         bed.put_text("train.jsonl", &rows(0..12));
         Some(bed)
     }

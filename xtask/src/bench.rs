@@ -214,14 +214,14 @@ impl Bench<'_> {
         let mut csv = "round,trainer,step,seconds,loss,peak_anonymous_bytes\n".to_owned();
         let (mut ours_speeds, mut speeds, mut memories) = (Vec::new(), Vec::new(), Vec::new());
         for round in 1..=settings.rounds {
-            let mut command = Command::new(&binaries.trainer);
-            command.arg("bench").args(&flags).args(settings.profile.then_some("--profile"));
+            let mut command = ours(&binaries.trainer);
+            command.args(&flags).args(settings.profile.then_some("--profile"));
             let ours = figures(&mut command)?;
             record(&mut csv, round, "ours", &ours);
             ours_speeds.push(ours.tokens_per_second());
             if let Some(python) = python {
-                let mut command = Command::new(python);
-                command.arg(shell::root().join("bench/peer.py")).args(&flags);
+                let mut command = peer(python);
+                command.args(&flags);
                 command.args(settings.peer_narrow_adapters.then_some("--narrow-adapters"));
                 command.args(settings.peer_compile.then_some("--compile"));
                 let peer = figures(&mut command)?;
@@ -258,6 +258,20 @@ impl Bench<'_> {
         println!("every step: {}", path.display());
         Ok(())
     }
+}
+
+/// Returns the command that times steps of ours.
+pub(crate) fn ours(trainer: &Path) -> Command {
+    let mut command = Command::new(trainer);
+    command.arg("bench");
+    command
+}
+
+/// Returns the command that times steps of the peer; it takes the same arguments.
+pub(crate) fn peer(python: &Path) -> Command {
+    let mut command = Command::new(python);
+    command.arg(shell::root().join("bench/peer.py"));
+    command
 }
 
 /// Prints the figures of one process and adds them to the table.

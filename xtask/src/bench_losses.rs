@@ -2,8 +2,6 @@
 //!
 //! Adapters start from other random numbers in each, so each is compared with itself.
 
-use std::process::Command;
-
 use anyhow::Result;
 use clap::Args;
 
@@ -24,15 +22,8 @@ pub(crate) fn run(settings: &Settings) -> Result<()> {
     let python = parity::python()?;
     let rows = bench::rows(&binaries, &model, bench::Shape { rows: 4, shortest: 64, length: 64 })?;
     let losses = |is_ours: bool, dtype: &str| -> Result<Vec<f64>> {
-        let mut command = if is_ours {
-            let mut command = Command::new(&binaries.trainer);
-            command.arg("bench");
-            command
-        } else {
-            let mut command = Command::new(&python);
-            command.arg(shell::root().join("bench/peer.py"));
-            command
-        };
+        let mut command =
+            if is_ours { bench::ours(&binaries.trainer) } else { bench::peer(&python) };
         command.arg(format!("--model={}", model.display()));
         command.arg(format!("--rows={}", rows.display()));
         command.args(["--batch=4", "--dropout=0", "--warmup=0"]);

@@ -50,8 +50,8 @@ pub(crate) fn run() -> Result<()> {
 
 /// Three steps: later ones meet what the first left.
 fn steps(trainer: &Path, model: &Path, rows: &Path) -> Command {
-    let mut command = Command::new(trainer);
-    command.args(["bench", "--warmup=1", "--steps=2", "--model"]).arg(model);
+    let mut command = bench::ours(trainer);
+    command.args(["--warmup=1", "--steps=2", "--model"]).arg(model);
     command.arg("--rows").arg(rows);
     command
 }

@@ -207,7 +207,7 @@ impl Sharded {
     /// Copies this rank's parts out of an undivided flat tensor.
     pub fn restore(&self, undivided: &Tensor, flat: Flat<'_>) {
         match flat {
-            Flat::Floats(values) => self.keep_all(undivided, values),
+            Flat::Floats(values) => self.keep_some(undivided, 0, values),
             Flat::Codes(codes) => codes.replace(|start, length| {
                 let values = Tensor::zeros([length], (undivided.kind(), undivided.device()));
                 self.keep_some(undivided, start, &values);
@@ -229,14 +229,6 @@ impl Sharded {
                 let some = undivided.narrow(0, at, last - first);
                 values.narrow(0, first - from, last - first).copy_(&some);
             }
-        }
-    }
-
-    fn keep_all(&self, undivided: &Tensor, flat: &Tensor) {
-        for name in self.layout.names() {
-            let Some(place) = self.layout.place(name) else { continue };
-            let value = undivided.narrow(0, place.undivided as i64, place.length() as i64);
-            self.keep(name, &value, flat);
         }
     }
 
@@ -282,7 +274,12 @@ mod tests {
             let layout = Layout::new(&specs, [rank, 3]);
             let sharded = Sharded::frozen(layout, Ranks::alone(), Kind::Float, Device::Cpu);
             let whole = sharded.values.zeros_like();
-            sharded.restore(&undivided, Flat::Floats(&whole));
+            for (name, first, length) in [(&specs[0].name, 0, 70), (&specs[1].name, 70, 90)] {
+                sharded.keep(name, &undivided.narrow(0, first, length), &whole);
+            }
+            let restored = whole.zeros_like();
+            sharded.restore(&undivided, Flat::Floats(&restored));
+            assert_eq!(restored, whole, "rank {rank}");
             for length in [7, 16, 1000] {
                 let mut found = Vec::new();
                 for from in (0..whole.numel() as i64).step_by(length) {

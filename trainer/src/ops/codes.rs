@@ -3,7 +3,7 @@
 use finetune_kernels::adamw_8bit::{BLOCK, LARGEST, LARGEST_SIGNED};
 use tch::{Device, Kind, Tensor};
 
-use super::plain::AT_ONCE;
+use super::plain::stretches;
 
 const BLOCK_SIZE: i64 = BLOCK as i64;
 
@@ -20,7 +20,7 @@ pub struct Codes {
 impl Codes {
     /// Makes `length` zeros.
     pub fn zeros(length: i64, has_signs: bool, device: Device) -> Self {
-        let blocks = (length as u64).div_ceil(BLOCK as u64) as i64;
+        let blocks = blocks_of(length);
         let kind = if has_signs { Kind::Int8 } else { Kind::Uint8 };
         Self {
             bytes: Tensor::zeros([blocks * BLOCK_SIZE], (kind, device)),
@@ -37,7 +37,7 @@ impl Codes {
     /// Returns `length` numbers from the `start`-th on, `[length]` in fp32.
     pub fn values(&self, start: i64, length: i64) -> Tensor {
         let first = start / BLOCK_SIZE;
-        let blocks = (start + length + BLOCK_SIZE - 1) / BLOCK_SIZE - first;
+        let blocks = blocks_of(start + length) - first;
         let codes = self.bytes.narrow(0, first * BLOCK_SIZE, blocks * BLOCK_SIZE);
         let roots = codes.to_kind(Kind::Float) * (1.0 / self.largest());
         let shares = roots.square().square() * roots.sign();
@@ -51,8 +51,7 @@ impl Codes {
     ///
     /// What [`Self::values`] returned gives the same codes again.
     pub fn replace(&self, mut values: impl FnMut(i64, i64) -> Tensor) {
-        for start in (0..self.length).step_by(AT_ONCE) {
-            let length = (AT_ONCE as i64).min(self.length - start);
+        for (start, length) in stretches(self.length) {
             self.set(start, &values(start, length).to_device(self.bytes.device()), None);
         }
     }
@@ -62,7 +61,7 @@ impl Codes {
     /// or by the nearest.
     pub(super) fn set(&self, start: i64, values: &Tensor, uniform: Option<&Tensor>) {
         let length = values.size()[0];
-        let blocks = (length + BLOCK_SIZE - 1) / BLOCK_SIZE;
+        let blocks = blocks_of(length);
         let padded = |flat: &Tensor| {
             flat.constant_pad_nd([0, blocks * BLOCK_SIZE - length]).view([blocks, BLOCK_SIZE])
         };
@@ -87,14 +86,18 @@ impl Codes {
             // As in the kernel: no second moment becomes zero.
             codes.maximum(&values.sign())
         };
-        let to = |flat: &Tensor, first: i64, length: i64| flat.narrow(0, first, length);
-        to(&self.bytes, start, blocks * BLOCK_SIZE).copy_(&codes.view(-1));
-        to(&self.scales, start / BLOCK_SIZE, blocks).copy_(&largest.view(-1));
+        self.bytes.narrow(0, start, blocks * BLOCK_SIZE).copy_(&codes.view(-1));
+        self.scales.narrow(0, start / BLOCK_SIZE, blocks).copy_(&largest.view(-1));
     }
 
     fn largest(&self) -> f64 {
         f64::from(if self.bytes.kind() == Kind::Int8 { LARGEST_SIGNED } else { LARGEST })
     }
+}
+
+/// Returns how many blocks hold `length` numbers.
+fn blocks_of(length: i64) -> i64 {
+    (length as u64).div_ceil(BLOCK as u64) as i64
 }
 
 #[cfg(test)]

@@ -9,7 +9,13 @@ use tch::{Device, Kind, Tensor};
 use super::{Attention, Codes, Factor, runs};
 
 /// Elements of a flat tensor worked on at once, so that results on the way stay small beside it.
-pub(super) const AT_ONCE: usize = 1 << 22;
+const AT_ONCE: usize = 1 << 22;
+
+/// Cuts a flat tensor into what is worked on at once: the first element and the length of each.
+pub(super) fn stretches(length: i64) -> impl Iterator<Item = (i64, i64)> {
+    let starts = (0..length).step_by(AT_ONCE);
+    starts.map(move |start| (start, (AT_ONCE as i64).min(length - start)))
+}
 
 /// As [`super::rms_norm`].
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
@@ -175,9 +181,8 @@ pub fn add_outer(left: &Tensor, right: &Tensor, grad: &Tensor) {
 
 /// As [`super::adamw`].
 pub fn adamw(step: adamw::Step, grad: &Tensor, state: [Tensor; 3], compute: Tensor) {
-    let length = grad.numel() as i64;
-    for start in (0..length).step_by(AT_ONCE) {
-        let part = |flat: &Tensor| flat.narrow(0, start, (AT_ONCE as i64).min(length - start));
+    for (start, count) in stretches(grad.numel() as i64) {
+        let part = |flat: &Tensor| flat.narrow(0, start, count);
         adamw_part(step, &part(grad), state.each_ref().map(part), part(&compute));
     }
 }
@@ -191,9 +196,7 @@ pub fn adamw_8bit(
     [exp_avg, exp_avg_sq]: [&Codes; 2],
     compute: Tensor,
 ) {
-    let length = grad.numel() as i64;
-    for start in (0..length).step_by(AT_ONCE) {
-        let count = (AT_ONCE as i64).min(length - start);
+    for (start, count) in stretches(grad.numel() as i64) {
         let part = |flat: &Tensor| flat.narrow(0, start, count);
         let moments = [exp_avg, exp_avg_sq].map(|codes| codes.values(start, count));
         let [first, second] = moments.each_ref().map(Tensor::shallow_clone);

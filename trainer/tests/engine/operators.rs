@@ -146,17 +146,19 @@ fn dropout_equals_libtorch() {
     );
 }
 
+/// A step of AdamW somewhere in a run, with clipping and weight decay.
+const STEP: ops::Step = ops::Step {
+    grad_scale: 0.5,
+    beta1: 0.9,
+    beta2: 0.999,
+    epsilon: 1e-8,
+    shrink: 0.99,
+    step_size: 1e-2,
+    second_root: 0.8,
+};
+
 #[test]
 fn adamw_equals_libtorch() {
-    let step = ops::Step {
-        grad_scale: 0.5,
-        beta1: 0.9,
-        beta2: 0.999,
-        epsilon: 1e-8,
-        shrink: 0.99,
-        step_size: 1e-2,
-        second_root: 0.8,
-    };
     // More than what libtorch's operators are given at once.
     let length = [(1 << 22) + 7];
     let after = |update: fn(ops::Step, &Tensor, [Tensor; 3], Tensor), kind| {
@@ -166,7 +168,7 @@ fn adamw_equals_libtorch() {
             kind => state[0].to_kind(kind),
         };
         let handles = state.each_ref().map(Tensor::shallow_clone);
-        update(step, &numbers(&length, 4), handles, compute.shallow_clone());
+        update(STEP, &numbers(&length, 4), handles, compute.shallow_clone());
         let [master, exp_avg, exp_avg_sq] = state;
         [master, exp_avg, exp_avg_sq, compute]
     };
@@ -183,15 +185,8 @@ fn adamw_equals_libtorch() {
 #[test]
 fn adamw_with_moments_of_a_byte_equals_libtorch() {
     type Update = fn(ops::Step, u64, &Tensor, Tensor, [&ops::Codes; 2], Tensor);
-    let step = |number| ops::Step {
-        grad_scale: 0.5,
-        beta1: 0.9,
-        beta2: 0.999,
-        epsilon: 1e-8,
-        shrink: 0.99,
-        step_size: 1e-2,
-        second_root: (1.0_f32 - 0.999_f32.powi(number)).sqrt(),
-    };
+    let step =
+        |number| ops::Step { second_root: (1.0_f32 - 0.999_f32.powi(number)).sqrt(), ..STEP };
     // The last block is not whole.
     let length = [3 * 4096 + 7];
     let after = |update: Update, kind| {
