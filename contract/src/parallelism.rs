@@ -23,6 +23,10 @@ pub enum Strategy {
     None,
     /// Nothing else: every rank holds the whole model and state (distributed data parallel).
     Ddp,
+    /// Masters and moments; weights and gradients are whole on every rank (ZeRO stage 1).
+    Zero1,
+    /// Masters, moments and gradients; weights are whole on every rank (ZeRO stage 2).
+    Zero2,
     /// Parameters, gradients, masters and moments; a block is gathered while it is used (ZeRO
     /// stage 3, as in FSDP's full sharding).
     Zero3,

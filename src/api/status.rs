@@ -128,7 +128,7 @@ pub struct Fallback {
     /// Ranks.
     #[schemars(with = "i32", range(min = 1, max = 64))]
     pub ranks: u32,
-    /// What is divided over them: `none`, `ddp` or `zero3`.
+    /// What is divided over them: `none`, `ddp`, `zero1`, `zero2` or `zero3`.
     #[schemars(with = "String", length(max = 16))]
     pub strategy: Strategy,
     /// Predicted peak memory of the tensors, in bytes.

@@ -547,9 +547,9 @@ fn a_run_that_two_pods_hold_is_one_job_of_two() {
     let mut world = World::of_two_ranks();
     let status = world.job.status.clone().unwrap();
     let planned = find(&status, Kind::Planned).unwrap();
-    insta::assert_snapshot!(planned.message, @"Full over 2 ranks, each on one cpu with 1.77 GB, about 16 min; see status.plan.summary");
+    insta::assert_snapshot!(planned.message, @"Full over 2 ranks, each on one cpu with 1.74 GB, about 16 min; see status.plan.summary");
     let summary = status.plan.unwrap().summary;
-    insta::assert_snapshot!(summary.lines().next().unwrap(), @"On 2 pods of cpu, each 2 CPU, 2.41 GB memory, 6.45 GB storage");
+    insta::assert_snapshot!(summary.lines().next().unwrap(), @"On 2 pods of cpu, each 2 CPU, 2.38 GB memory, 4.84 GB storage");
     assert_eq!(world.observed.jobs.last().unwrap().ranks, 2);
     assert_eq!(world.shared, ["Service ranks-minimal".to_owned()].into());
     let report = World::report(Outcome::Succeeded {

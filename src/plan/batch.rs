@@ -18,6 +18,57 @@ pub(super) struct Batch {
     pub(super) accumulation: u32,
 }
 
+/// How large micro-batches may be, and how many sequences a step has.
+struct Sizes {
+    /// The micro-batch asked for.
+    asked: Option<u64>,
+    /// The accumulation asked for.
+    accumulation: Option<u64>,
+    /// Sequences of a step, unless something was asked for that gives another number.
+    global: u64,
+    /// A rank's share of them; what does not divide makes the step larger.
+    share: u64,
+}
+
+impl Sizes {
+    fn new(training: &Training, sequences: u64, ranks: u64) -> Self {
+        // A power of two, so that large micro-batches divide it.
+        let few = (sequences / 4).max(1);
+        let global = DEFAULT_BATCH.min(1 << few.ilog2());
+        let whole = |value: Option<i64>| value.map(i64::unsigned_abs);
+        Self {
+            asked: whole(training.train_batch_size_per_device.map(i64::from)),
+            accumulation: whole(training.gradient_accumulation_steps.map(i64::from)),
+            global,
+            share: global.div_ceil(ranks),
+        }
+    }
+
+    /// Lists the micro-batches there may be, the largest first.
+    fn candidates(&self) -> Vec<u64> {
+        if let Some(asked) = self.asked {
+            return vec![asked];
+        }
+        let halves = std::iter::successors(Some(LARGEST_MICRO_BATCH), |size| {
+            (*size > 1).then_some(size / 2)
+        });
+        let divides =
+            |micro: &u64| self.accumulation.is_some() || self.share.is_multiple_of(*micro);
+        halves.filter(|micro| *micro <= self.share).filter(divides).collect()
+    }
+
+    /// Returns the micro-batches of a step on each rank that make up its share.
+    fn usual_accumulation(&self, micro_batch: u64) -> u64 {
+        self.share.div_ceil(micro_batch)
+    }
+
+    fn accumulation(&self, micro_batch: u64) -> u64 {
+        self.accumulation.unwrap_or_else(|| self.usual_accumulation(micro_batch))
+    }
+}
+
+/// Decides how a step is cut into pieces: of what fits, what computes nothing twice; of that, what
+/// sends least; of that, the largest micro-batch.
 pub(super) fn decide(
     training: &Training,
     model: &ModelFacts,
@@ -28,117 +79,118 @@ pub(super) fn decide(
     rejected: &mut Decisions,
 ) -> Batch {
     let needs = |load: &Load| sizing::memory(model, load).total();
-    let asked = training.train_batch_size_per_device.map(|size| u64::from(size.unsigned_abs()));
-    let smallest = Load { micro_batch: asked.unwrap_or(1), ..load };
-    let smallest = strategy(training, model, smallest, usable, decisions, rejected);
-    let load = Load { strategy: smallest.strategy, ..load };
-    let chosen = recompute(training.recompute).unwrap_or_else(|| {
-        if needs(&smallest) <= usable { Recompute::None } else { Recompute::Block }
-    });
-    let reason = match (recompute(training.recompute), chosen) {
-        (Some(_), _) => "set in the manifest".to_owned(),
-        (None, Recompute::None) => "fits the memory, and computes nothing twice".to_owned(),
-        (None, Recompute::Block) => {
-            let reason =
-                format!("{} do not fit {}", render::bytes(needs(&smallest)), render::bytes(usable));
-            rejected.add("recompute", "none", reason);
-            "the only way to fit the memory; about a third slower".to_owned()
-        }
+    let sizes = Sizes::new(training, sequences, load.ranks);
+    let candidates = sizes.candidates();
+    let smallest = *candidates.last().unwrap_or(&1);
+    // The way with the largest micro-batch that fits; the smallest if none does.
+    let cut = |way: Load| {
+        let sized = |micro_batch| Load { micro_batch, ..way };
+        let fits = candidates.iter().map(|&size| sized(size)).find(|way| needs(way) <= usable);
+        fits.unwrap_or_else(|| sized(smallest))
     };
-    decisions.add("recompute", word(&chosen), reason);
-    let load = Load { recompute: chosen, ..load };
+    let sends = |way: &Load| sizing::sent_bytes(model, way, sizes.accumulation(way.micro_batch));
+    let ways = |recompute| {
+        let cut = |strategy| cut(Load { recompute, strategy, ..load });
+        strategies(&load).iter().map(|&strategy| cut(strategy)).collect::<Vec<_>>()
+    };
+    let least_sent =
+        |ways: Vec<Load>| ways.into_iter().filter(|way| needs(way) <= usable).min_by_key(sends);
+    let set = recompute(training.recompute);
+    let allowed = set.map_or(vec![Recompute::None, Recompute::Block], |set| vec![set]);
+    let fitting = allowed.iter().find_map(|&recompute| least_sent(ways(recompute)));
+    // What needs least, to say what is missing.
+    let closest = || allowed.iter().flat_map(|&recompute| ways(recompute)).min_by_key(needs);
+    let chosen = fitting.or_else(closest).unwrap_or(load);
 
-    // A power of two, so that large micro-batches divide it.
-    let few = (sequences / 4).max(1);
-    let global = DEFAULT_BATCH.min(1 << few.ilog2());
-    let ranks = load.ranks;
-    let over = if ranks > 1 { format!(" over {ranks} ranks") } else { String::new() };
-    let why_global = if global == DEFAULT_BATCH {
-        format!("{global} sequences a step{over}")
-    } else {
-        format!(
-            "{global} of only {sequences} sequences a step{over}, so that there are several steps"
-        )
-    };
-    // What a rank has to do of it; what does not divide makes the step larger.
-    let share = global.div_ceil(ranks);
-    let accumulation =
-        training.gradient_accumulation_steps.map(|steps| u64::from(steps.unsigned_abs()));
-    let micro_batch = asked.unwrap_or_else(|| {
-        let divides = |micro: &u64| accumulation.is_some() || share.is_multiple_of(*micro);
-        let sizes = std::iter::successors(Some(LARGEST_MICRO_BATCH), |size| {
-            (*size > 1).then_some(size / 2)
-        });
-        for micro in sizes.filter(|micro| *micro <= share).filter(divides) {
-            let bytes = needs(&Load { micro_batch: micro, ..load });
-            if bytes <= usable {
-                return micro;
-            }
-            rejected.add(
-                "trainBatchSizePerDevice",
-                micro,
-                format!("{} do not fit {}", render::bytes(bytes), render::bytes(usable)),
-            );
+    explain_strategy(&chosen, &ways(chosen.recompute), needs, sends, usable, decisions, rejected);
+    let reason = match (set, chosen.recompute) {
+        (Some(_), _) => "set in the manifest",
+        (None, Recompute::None) => "fits the memory, and computes nothing twice",
+        (None, Recompute::Block) => {
+            let whole = ways(Recompute::None).iter().map(needs).min().unwrap_or(0);
+            rejected.add("recompute", "none", does_not_fit(whole, usable));
+            "the only way to fit the memory; about a third slower"
         }
-        1
-    });
-    let why = if asked.is_some() {
+    };
+    decisions.add("recompute", word(&chosen.recompute), reason);
+    for &micro_batch in candidates.iter().take_while(|size| **size > chosen.micro_batch) {
+        let reason = does_not_fit(needs(&Load { micro_batch, ..chosen }), usable);
+        rejected.add("trainBatchSizePerDevice", micro_batch, reason);
+    }
+    let why = if sizes.asked.is_some() {
         "set in the manifest"
     } else {
         "as many as fit the memory, at most 8"
     };
-    decisions.add("trainBatchSizePerDevice", micro_batch, why);
-    let default = share.div_ceil(micro_batch);
-    // Asked for, the micro-batch need not divide the usual batch: say what a step really has.
-    let really = default * micro_batch * ranks;
-    let why_steps = if really == global {
-        why_global
-    } else {
-        format!("{really} sequences a step{over}, the fewest not below {global}")
-    };
-    let steps = decisions.pick("gradientAccumulationSteps", accumulation, default, &why_steps);
-    Batch { load: Load { micro_batch, ..load }, accumulation: steps as u32 }
+    decisions.add("trainBatchSizePerDevice", chosen.micro_batch, why);
+    let usual = sizes.usual_accumulation(chosen.micro_batch);
+    let why_steps = sizes.explain(usual * chosen.micro_batch * load.ranks, sequences, load.ranks);
+    let steps = decisions.pick("gradientAccumulationSteps", sizes.accumulation, usual, &why_steps);
+    Batch { load: chosen, accumulation: steps as u32 }
 }
 
-/// Decides what ranks divide beside the sequences: nothing while all of it fits each of them.
+impl Sizes {
+    /// Says why a step has `really` sequences: asked for, the micro-batch need not divide them.
+    fn explain(&self, really: u64, sequences: u64, ranks: u64) -> String {
+        let Self { global, .. } = *self;
+        let over = if ranks > 1 { format!(" over {ranks} ranks") } else { String::new() };
+        if really != global {
+            format!("{really} sequences a step{over}, the fewest not below {global}")
+        } else if global == DEFAULT_BATCH {
+            format!("{global} sequences a step{over}")
+        } else {
+            format!(
+                "{global} of only {sequences} sequences a step{over}, so that there are several steps"
+            )
+        }
+    }
+}
+
+/// Lists what ranks may divide beside the sequences, what they have whole first.
 ///
-/// Sharding sends for every micro-batch what whole ranks send for a step, and waits for it at every
-/// block; computing blocks again costs a third of the time, whatever the network. So the order is:
-/// neither, sharding, computing again, both.
-fn strategy(
-    training: &Training,
-    model: &ModelFacts,
-    load: Load,
+/// Of a model trained whole the optimizer's state is always divided: summing parts of the gradient
+/// and gathering weights sends no more than summing all of it everywhere.
+const fn strategies(load: &Load) -> &'static [Strategy] {
+    match (load.ranks, load.is_full) {
+        (1, _) => &[Strategy::None],
+        (_, true) => &[Strategy::Zero1, Strategy::Zero2, Strategy::Zero3],
+        (_, false) => &[Strategy::Ddp, Strategy::Zero3],
+    }
+}
+
+/// Says why ranks divide what they do, and why nothing else.
+fn explain_strategy(
+    chosen: &Load,
+    ways: &[Load],
+    needs: impl Fn(&Load) -> u64,
+    sends: impl Fn(&Load) -> u64,
     usable: u64,
     decisions: &mut Decisions,
     rejected: &mut Decisions,
-) -> Load {
-    if load.ranks == 1 {
-        return load;
+) {
+    if chosen.ranks == 1 {
+        return;
     }
-    let needs = |load: &Load| sizing::memory(model, load).total();
-    let allowed: Vec<Recompute> = match recompute(training.recompute) {
-        Some(set) => vec![set],
-        None => vec![Recompute::None, Recompute::Block],
+    for way in ways.iter().filter(|way| way.strategy != chosen.strategy) {
+        let reason = if needs(way) > usable {
+            does_not_fit(needs(way), usable)
+        } else {
+            let [more, least] = [way, chosen].map(|way| render::bytes(sends(way)));
+            format!("sends {more} in a step where {least} are enough")
+        };
+        rejected.add("strategy", word(&way.strategy), reason);
+    }
+    let divides = match (chosen.strategy, chosen.is_full) {
+        (Strategy::None | Strategy::Ddp, _) => "each rank holds everything and sends gradients",
+        (Strategy::Zero1, _) => "divides moments",
+        (Strategy::Zero2, _) => "divides moments and gradients",
+        (Strategy::Zero3, true) => "divides moments, gradients and weights",
+        (Strategy::Zero3, false) => "divides the frozen weights",
     };
-    let ways = allowed.iter().flat_map(|&recompute| {
-        [Strategy::Ddp, Strategy::Zero3].map(|strategy| Load { recompute, strategy, ..load })
-    });
-    let ways: Vec<Load> = ways.collect();
-    let chosen = ways.iter().find(|way| needs(way) <= usable).or(ways.last()).copied();
-    let chosen = chosen.unwrap_or(load);
-    let ddp = Load { strategy: Strategy::Ddp, ..chosen };
-    let reason = match chosen.strategy {
-        Strategy::Zero3 => {
-            let reason =
-                format!("{} do not fit {}", render::bytes(needs(&ddp)), render::bytes(usable));
-            rejected.add("strategy", "ddp", reason);
-            "divides weights, gradients and moments, which do not fit each rank"
-        }
-        Strategy::Ddp | Strategy::None => {
-            "each rank holds everything, which fits, and sends only gradients"
-        }
-    };
+    let reason = format!("{divides}; of what fits, what sends least");
     decisions.add("strategy", word(&chosen.strategy), reason);
-    Load { recompute: load.recompute, ..chosen }
+}
+
+fn does_not_fit(bytes: u64, usable: u64) -> String {
+    format!("{} do not fit {}", render::bytes(bytes), render::bytes(usable))
 }

@@ -20,8 +20,8 @@ pub struct Adapted {
     pub change: String,
 }
 
-/// Lists the ways from `load` down: the micro-batch in halves, blocks computed again, and, where a
-/// rank more brings memory of its own, twice the ranks.
+/// Lists the ways from `load` down: the micro-batch in halves, more divided over the ranks there are,
+/// blocks computed again, and, where a rank more brings memory of its own, twice the ranks.
 pub(super) fn ladder(
     model: &ModelFacts,
     load: Load,
@@ -60,6 +60,9 @@ fn lower(load: Load, accumulation: u64, may_add_ranks: bool) -> Option<(Load, u6
         let micro_batch = load.micro_batch / divisor;
         return Some((Load { micro_batch, ..load }, accumulation * divisor));
     }
+    if let Some(strategy) = divided_further(&load) {
+        return Some((Load { strategy, ..load }, accumulation));
+    }
     if load.recompute == Recompute::None {
         return Some((Load { recompute: Recompute::Block, ..load }, accumulation));
     }
@@ -67,6 +70,16 @@ fn lower(load: Load, accumulation: u64, may_add_ranks: bool) -> Option<(Load, u6
     let can_divide = accumulation.is_multiple_of(2) && ranks <= u64::from(MOST_RANKS);
     (may_add_ranks && can_divide)
         .then_some((Load { ranks, strategy: Strategy::Zero3, ..load }, accumulation / 2))
+}
+
+/// Returns what divides more over as many ranks; `None` if nothing does.
+const fn divided_further(load: &Load) -> Option<Strategy> {
+    match load.strategy {
+        Strategy::None | Strategy::Zero3 => None,
+        Strategy::Zero1 => Some(Strategy::Zero2),
+        Strategy::Ddp if load.is_full => Some(Strategy::Zero1),
+        Strategy::Ddp | Strategy::Zero2 => Some(Strategy::Zero3),
+    }
 }
 
 /// Returns the smallest divisor above 1 of a number above 1.
@@ -168,8 +181,10 @@ pub(super) fn describe(config: &RunConfig, ladder: &[Fallback]) -> Option<String
     let mut left = ladder;
     while let Ok(next) = adapt(&last, left, None) {
         let (before, after) = (&last, &next.config);
-        let (name, value) = if before.parallelism != after.parallelism {
+        let (name, value) = if before.parallelism.world_size != after.parallelism.world_size {
             ("ranks", after.parallelism.world_size.to_string())
+        } else if before.parallelism.strategy != after.parallelism.strategy {
+            ("strategy", word(&after.parallelism.strategy))
         } else if before.training.recompute != after.training.recompute {
             ("recompute", word(&after.training.recompute))
         } else {
@@ -233,10 +248,10 @@ mod tests {
         trainBatchSizePerDevice 2 instead of 4, gradientAccumulationSteps 8 instead of 4: 16 sequences a step and the same result, in 2.83 GB instead of 3.02 GB
         trainBatchSizePerDevice 1 instead of 2, gradientAccumulationSteps 16 instead of 8: 16 sequences a step and the same result, in 2.71 GB instead of 2.83 GB
         recompute block instead of none: 16 sequences a step and the same result, in 2.63 GB instead of 2.71 GB
-        gradientAccumulationSteps 8 instead of 16, ranks 2 instead of 1, strategy zero3 instead of none: 16 sequences a step and the same result, in 1.73 GB instead of 2.63 GB
-        gradientAccumulationSteps 4 instead of 8, ranks 4 instead of 2: 16 sequences a step and the same result, in 1.12 GB instead of 1.73 GB
-        gradientAccumulationSteps 2 instead of 4, ranks 8 instead of 4: 16 sequences a step and the same result, in 821 MB instead of 1.12 GB
-        gradientAccumulationSteps 1 instead of 2, ranks 16 instead of 8: 16 sequences a step and the same result, in 669 MB instead of 821 MB
+        gradientAccumulationSteps 8 instead of 16, ranks 2 instead of 1, strategy zero3 instead of none: 16 sequences a step and the same result, in 1.74 GB instead of 2.63 GB
+        gradientAccumulationSteps 4 instead of 8, ranks 4 instead of 2: 16 sequences a step and the same result, in 1.14 GB instead of 1.74 GB
+        gradientAccumulationSteps 2 instead of 4, ranks 8 instead of 4: 16 sequences a step and the same result, in 835 MB instead of 1.14 GB
+        gradientAccumulationSteps 1 instead of 2, ranks 16 instead of 8: 16 sequences a step and the same result, in 683 MB instead of 835 MB
         ");
     }
 

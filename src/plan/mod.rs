@@ -38,6 +38,9 @@ pub struct RunPlan {
     pub rejected: Vec<Decision>,
     /// Memory by term.
     pub memory: Memory,
+    /// Bytes of a checkpoint.
+    #[serde(skip)]
+    pub checkpoint_bytes: u64,
     /// What follows if that is too little, in this order.
     pub fallbacks: Vec<Fallback>,
     /// Where it runs, for people: `here`, or `on one A100-80GB`.
@@ -337,6 +340,7 @@ pub fn plan_over(
     };
     let tokens = total_steps as f64 * global as f64 * data.positions_per_sequence;
     Ok(RunPlan {
+        checkpoint_bytes: trained * sizing::CHECKPOINT_BYTES,
         fallbacks: fallbacks::ladder(model, load, batch.accumulation, place.has_more()),
         seconds: seconds(machine.as_ref(), place.efficiency(), model, &load, tokens)
             .map(|seconds| seconds * sharing as f64 / f64::from(ranks)),
@@ -863,10 +867,11 @@ mod tests {
     fn ranks_hold_everything_while_it_fits_each() {
         insta::assert_snapshot!(check_ranks(2, 8 * GB, "  loraConfig: {}\n"), @r"
         ranks                      2               as asked; each has 1/2 of this machine
-        strategy                   ddp             each rank holds everything, which fits, and sends only gradients
+        strategy                   ddp             each rank holds everything and sends gradients; of what fits, what sends least
         recompute                  none            fits the memory, and computes nothing twice
         trainBatchSizePerDevice    8               as many as fit the memory, at most 8
         gradientAccumulationSteps  1               16 sequences a step over 2 ranks
+        strategy                   zero3           sends 208 MB in a step where 10 MB are enough
         trained state                   44 MB
         peak of each rank              967 MB  of 8.00 GB here
         sent in a step                  10 MB  by each rank
@@ -877,22 +882,23 @@ mod tests {
     fn ranks_divide_what_does_not_fit_each() {
         insta::assert_snapshot!(check_ranks(2, 5 * GB, ""), @r"
         ranks                      2               as asked; each has 1/2 of this machine
-        strategy                   zero3           divides weights, gradients and moments, which do not fit each rank
+        strategy                   zero3           divides moments, gradients and weights; of what fits, what sends least
         recompute                  none            fits the memory, and computes nothing twice
         trainBatchSizePerDevice    4               as many as fit the memory, at most 8
         gradientAccumulationSteps  2               16 sequences a step over 2 ranks
-        strategy                   ddp             2.71 GB do not fit 2.25 GB
-        trainBatchSizePerDevice    8               2.51 GB do not fit 2.25 GB
+        strategy                   zero1           2.42 GB do not fit 2.25 GB
+        strategy                   zero2           sends 1.04 GB in a step where 913 MB are enough
+        trainBatchSizePerDevice    8               2.52 GB do not fit 2.25 GB
         trained state                 1.21 GB
-        gathered units                 311 MB
-        peak of each rank             2.12 GB  of 5.00 GB here
+        gathered units                 326 MB
+        peak of each rank             2.14 GB  of 5.00 GB here
         sent in a step                 913 MB  by each rank
         ");
     }
 
     #[test]
     fn says_when_no_division_fits() {
-        insta::assert_snapshot!(check_ranks(4, 4 * GB, ""), @"memory: each of 4 ranks needs 1.12 GB, but only 900 MB of the 4.00 GB here may be used, 223 MB too little: use fewer ranks, which share this machine's memory, or set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory");
+        insta::assert_snapshot!(check_ranks(4, 4 * GB, ""), @"memory: each of 4 ranks needs 1.14 GB, but only 900 MB of the 4.00 GB here may be used, 237 MB too little: use fewer ranks, which share this machine's memory, or set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory");
     }
 
     #[test]

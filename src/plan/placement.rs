@@ -1,8 +1,6 @@
 //! Chooses the accelerator of a run in a cluster, and the size of its pod.
 
-use finetune_contract::{
-    Optimizer, Parallelism, PreflightReport, Problem, ProblemReason, RunConfig, Strategy,
-};
+use finetune_contract::{PreflightReport, Problem, ProblemReason, RunConfig, Strategy};
 
 use super::{
     Decision, Place, RunPlan, accelerators::Accelerator, invalid, plan, plan_over, render, sizing,
@@ -186,21 +184,7 @@ fn pod_size(plan: &RunPlan, accelerator: &Accelerator, report: &PreflightReport)
     };
     // The model as fetched, once for all ranks of the pod, and as exported; the checkpoint gone on
     // from, which each rank fetches for itself, or the one before and the one on its way out.
-    let parts = match plan.run_config.parallelism {
-        Parallelism { strategy: Strategy::Zero3, world_size, .. }
-            if plan.run_config.lora.is_none() =>
-        {
-            u64::from(world_size)
-        }
-        _ => 1,
-    };
-    // A checkpoint holds moments in fp32, whatever holds them in memory: 12 bytes a parameter, where
-    // the state is 16 or 18, or 10 or 12 with moments of a byte.
-    let state = match plan.run_config.training.optimizer {
-        Optimizer::Adamw => plan.memory.trained_state,
-        Optimizer::Adamw8bit => plan.memory.trained_state / 2 * 3,
-    };
-    let checkpoints = ranks.max(2) * state * parts;
+    let checkpoints = ranks.max(2) * plan.checkpoint_bytes;
     let storage_bytes = SCRATCH_BYTES * ranks + 2 * on_disk + checkpoints;
     PodSize {
         cpu_millis: (accelerator.cpu.unwrap_or(DEFAULT_CPU) * 1000.0).round() as i64
@@ -296,8 +280,8 @@ mod tests {
 
     #[test]
     fn takes_the_first_that_fits() {
-        insta::assert_snapshot!(check(fixture::smollm2(), "  loraConfig: {}\n"), @"cpu: 2 CPU, 1.68 GB memory, 1.70 GB storage");
-        insta::assert_snapshot!(check(fixture::llama_8b(), "  loraConfig: {}\n"), @"A100-80GB: 8 CPU, 21.43 GB memory, 33.95 GB storage");
+        insta::assert_snapshot!(check(fixture::smollm2(), "  loraConfig: {}\n"), @"cpu: 2 CPU, 1.68 GB memory, 1.67 GB storage");
+        insta::assert_snapshot!(check(fixture::llama_8b(), "  loraConfig: {}\n"), @"A100-80GB: 8 CPU, 21.43 GB memory, 33.70 GB storage");
     }
 
     #[test]
@@ -309,7 +293,7 @@ mod tests {
         assert_eq!((asked.parallelism.world_size, asked.parallelism.local_world_size), (4, 4));
         let said = placement.plan.decisions.iter().find(|decision| decision.field == "ranks");
         insta::assert_snapshot!(said.unwrap().reason, @"the fewest that hold it, each on one A100-80GB, all in one pod");
-        insta::assert_snapshot!(describe(&placement.pod), @"32 CPU, 37.54 GB memory, 614.59 GB storage");
+        insta::assert_snapshot!(describe(&placement.pod), @"32 CPU, 37.54 GB memory, 421.87 GB storage");
     }
 
     #[test]
@@ -339,8 +323,9 @@ mod tests {
             .collect();
         insta::assert_snapshot!(said.join("\n"), @r#"
         ranks 2: the fewest that hold it, each on one cpu
-        strategy zero3: divides weights, gradients and moments, which do not fit each rank
-        strategy ddp: 2.63 GB do not fit 1.77 GB
+        strategy zero3: divides moments, gradients and weights; of what fits, what sends least
+        strategy zero1: 2.34 GB do not fit 1.77 GB
+        strategy zero2: 1.94 GB do not fit 1.77 GB
         accelerator cpu: the run needs 2.63 GB, but only 1.77 GB of the 2.68 GB on one cpu may be used, 857 MB too little: set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory
         "#);
         let asked = placement.plan.run_config.parallelism;

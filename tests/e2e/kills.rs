@@ -123,11 +123,15 @@ fn two_killed_ranks_end_with_the_very_same_weights() {
 
 #[test]
 fn two_killed_ranks_that_divide_the_model_end_with_the_very_same_weights() {
-    let Some(bench) = Bench::new() else { return };
-    let mut planned = bench.planned(&full_parameter(&bench), 2);
-    planned.parallelism.strategy = Strategy::Zero3;
-    planned.training.optimizer = Optimizer::Adamw8bit;
-    kill_often(&bench, &planned, 15, 4);
+    for (strategy, optimizer) in
+        [(Strategy::Zero1, Optimizer::Adamw), (Strategy::Zero3, Optimizer::Adamw8bit)]
+    {
+        let Some(bench) = Bench::new() else { return };
+        let mut planned = bench.planned(&full_parameter(&bench), 2);
+        planned.parallelism.strategy = strategy;
+        planned.training.optimizer = optimizer;
+        kill_often(&bench, &planned, 10, 4);
+    }
 }
 
 fn full_parameter(bench: &Bench) -> Value {

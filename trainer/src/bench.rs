@@ -88,9 +88,17 @@ pub struct Arguments {
     /// Ranks that train together, each on rows of its own; torch's variables say which this is.
     #[arg(long, default_value_t = 1)]
     ranks: u32,
-    /// Divide weights and state over the ranks.
-    #[arg(long)]
-    zero3: bool,
+    /// What is divided over the ranks.
+    #[arg(long, value_enum, default_value_t = StrategyArgument::Ddp)]
+    strategy: StrategyArgument,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum StrategyArgument {
+    Ddp,
+    Zero1,
+    Zero2,
+    Zero3,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -154,7 +162,7 @@ pub fn run(arguments: &Arguments, environment: &Environment) -> Result<String, F
     let recompute = if arguments.recompute { Recompute::Block } else { Recompute::None };
     let seed = Counter::from_seed(0);
     let division =
-        Division { ranks: ranks.clone(), is_sharded: arguments.zero3, ..Division::none() };
+        Division { ranks: ranks.clone(), strategy: strategy(arguments), ..Division::none() };
     let mut model =
         Model::load_divided(&arguments.model, config, attachment, dtype, device, seed, division)?;
     let optimizer = if arguments.adamw_8bit { Optimizer::Adamw8bit } else { Optimizer::Adamw };
@@ -211,18 +219,27 @@ pub fn run(arguments: &Arguments, environment: &Environment) -> Result<String, F
     serde_json::to_string(&figures).map_err(|error| invalid(error.to_string()))
 }
 
+fn strategy(arguments: &Arguments) -> Strategy {
+    match arguments.strategy {
+        StrategyArgument::Ddp if arguments.ranks == 1 => Strategy::None,
+        StrategyArgument::Ddp => Strategy::Ddp,
+        StrategyArgument::Zero1 => Strategy::Zero1,
+        StrategyArgument::Zero2 => Strategy::Zero2,
+        StrategyArgument::Zero3 => Strategy::Zero3,
+    }
+}
+
 /// Meets the other ranks, if there are any.
 fn join(
     arguments: &Arguments,
     device: Device,
     environment: &Environment,
 ) -> Result<Ranks, Failure> {
-    let strategy = match (arguments.zero3, arguments.ranks) {
-        (true, _) => Strategy::Zero3,
-        (false, 1) => Strategy::None,
-        (false, _) => Strategy::Ddp,
+    let parallelism = Parallelism {
+        world_size: arguments.ranks,
+        strategy: strategy(arguments),
+        ..Parallelism::SINGLE
     };
-    let parallelism = Parallelism { world_size: arguments.ranks, strategy, ..Parallelism::SINGLE };
     let Some(place) = Place::read(parallelism, environment)? else { return Ok(Ranks::alone()) };
     let on_lost = Box::new(|why: &str| {
         error!("{why}");

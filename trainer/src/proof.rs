@@ -232,7 +232,7 @@ pub fn check_tensors(path: &Path) -> Result<(), Failure> {
 fn device(config: &RunConfig, host: &Host<'_>) -> Device {
     match config.parallelism.strategy {
         Strategy::Zero3 => Device::Cpu,
-        Strategy::None | Strategy::Ddp => host.device,
+        Strategy::None | Strategy::Ddp | Strategy::Zero1 | Strategy::Zero2 => host.device,
     }
 }
 

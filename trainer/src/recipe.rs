@@ -10,7 +10,7 @@ use std::{
 
 use finetune_contract::{
     ArtifactKind, CONTRACT_VERSION, DatasetSource, FailureReason, Manifest, ModelSource, ObjectUri,
-    Outcome, OutputState, RunConfig, Stage, Strategy, artifact::MANIFEST_NAME,
+    Outcome, OutputState, RunConfig, Stage, artifact::MANIFEST_NAME,
 };
 use tch::Device;
 use tracing::{info, warn};
@@ -184,7 +184,7 @@ fn load_model(config: &RunConfig, base: &Path, host: &Host<'_>) -> Result<Model,
     let seed = Counter::from_seed(config.training.seed).fold_name("init");
     let division = Division {
         ranks: host.ranks.clone(),
-        is_sharded: config.parallelism.strategy == Strategy::Zero3,
+        strategy: config.parallelism.strategy,
         ..Division::none()
     };
     let dtype = config.training.dtype;

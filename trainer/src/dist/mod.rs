@@ -126,6 +126,14 @@ struct Joined {
 #[derive(Debug)]
 pub struct Pending(Option<(Work, &'static str)>);
 
+/// A sum over ranks of which each gets a part, under way.
+#[derive(Debug)]
+pub struct Reducing {
+    /// This rank's part from each rank, one after the other.
+    received: Tensor,
+    pending: Pending,
+}
+
 impl Ranks {
     /// One rank, alone.
     pub fn alone() -> Self {
@@ -279,7 +287,8 @@ impl Ranks {
         }
     }
 
-    /// Sums `whole` over all ranks and adds this rank's part of the sum to `part`.
+    /// Starts to sum `whole` over all ranks, of which each gets its part. `whole` must not change
+    /// meanwhile.
     ///
     /// Each rank sends every other its part, and each adds what it got in the order of ranks, so the
     /// sum does not depend on who was first. c10d's own reduce-scatter is, with Gloo, an all-reduce
@@ -287,18 +296,26 @@ impl Ranks {
     ///
     /// # Errors
     /// [`Error`] if another rank is lost.
-    pub fn reduce_scatter_into(&self, whole: &Tensor, part: &Tensor) -> Result<(), Error> {
-        let mut part = part.shallow_clone();
+    pub fn start_reduce_scatter(&self, whole: &Tensor) -> Result<Reducing, Error> {
         let Some(joined) = &self.0 else {
-            let _ = part.g_add_(whole);
-            return Ok(());
+            return Ok(Reducing { received: whole.shallow_clone(), pending: Pending(None) });
         };
         joined.count(bytes(whole));
         let received = whole.empty_like();
         let work =
             joined.start("reducing gradients", |group| group.all_to_all(&received, whole))?;
-        joined.finish(work)?;
-        for from in received.chunk(i64::from(joined.world_size), 0) {
+        Ok(Reducing { received, pending: Pending(Some(work)) })
+    }
+
+    /// Waits for such a sum and adds this rank's part of it to `part`.
+    ///
+    /// # Errors
+    /// [`Error`] if another rank is lost.
+    pub fn finish_reduce_scatter(&self, reducing: Reducing, part: &Tensor) -> Result<(), Error> {
+        let Reducing { received, pending } = reducing;
+        self.wait(pending)?;
+        let mut part = part.shallow_clone();
+        for from in received.chunk(i64::from(self.world_size()), 0) {
             let _ = part.g_add_(&from);
         }
         Ok(())

@@ -64,7 +64,7 @@ impl Place {
         let Parallelism { world_size, strategy, .. } = parallelism;
         if world_size == 0 || (strategy == Strategy::None && world_size != 1) {
             return Err(invalid(format!(
-                "parallelism.worldSize is {world_size} with strategy {strategy:?}: several ranks need ddp or zero3, and \
+                "parallelism.worldSize is {world_size} with strategy {strategy:?}: several ranks need ddp, zero1, zero2 or zero3, and \
                  there is at least one"
             )));
         }

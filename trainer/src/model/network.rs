@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use finetune_contract::{Dtype, FailureReason, Recompute};
+use finetune_contract::{Dtype, FailureReason, Recompute, Strategy};
 use tch::{Device, Kind, Tensor};
 
 use super::{
@@ -20,7 +20,7 @@ use super::{
     norm::RmsNorm,
     params::{FlatParams, Param},
     rope::{Rotary, frequencies},
-    sharded::Sharded,
+    sharded::{Sharded, Stage},
     weights::{self, Checkpoint},
 };
 use crate::{
@@ -63,8 +63,8 @@ pub struct Model {
 pub struct Division {
     /// The ranks that train it together.
     pub ranks: Ranks,
-    /// Whether each keeps only a part of the weights.
-    pub is_sharded: bool,
+    /// What is divided over them beside the sequences.
+    pub strategy: Strategy,
     /// Bytes of gradients that are summed at once, at least, while more are computed.
     pub bucket_bytes: u64,
 }
@@ -72,7 +72,7 @@ pub struct Division {
 impl Division {
     /// One rank that has everything.
     pub fn none() -> Self {
-        Self { ranks: Ranks::alone(), is_sharded: false, bucket_bytes: BUCKET_BYTES }
+        Self { ranks: Ranks::alone(), strategy: Strategy::None, bucket_bytes: BUCKET_BYTES }
     }
 }
 
@@ -110,19 +110,21 @@ impl Model {
         division: Division,
     ) -> Result<Self, Failure> {
         let checkpoint = Checkpoint::open(directory).map_err(invalid_model)?;
-        let Division { ranks, is_sharded, bucket_bytes } = division;
+        let Division { ranks, strategy, bucket_bytes } = division;
         let specs = attachment.trained(&config);
         let place = [ranks.rank(), ranks.world_size()];
-        let (trained, sharded) = match (&attachment, is_sharded) {
-            (_, false) => (FlatParams::new(&specs, dtype, device), None),
-            (Attachment::Full, true) => {
+        let (trained, sharded) = match (&attachment, stage(strategy)) {
+            (Attachment::Full, Some(stage)) => {
                 let layout = Layout::new(&specs, place);
                 let trained = FlatParams::parts(&layout, dtype, device);
-                let sharded = Sharded::trained(layout, ranks.clone(), &trained);
+                let sharded = Sharded::trained(layout, ranks.clone(), stage, &trained);
                 (trained, Some(sharded))
             }
-            (Attachment::Lora(_) | Attachment::Frozen, true) => {
-                // Adapters are small and whole everywhere; what they adapt is divided.
+            // Adapters are small and whole everywhere; what they adapt is divided at stage 3.
+            (_, None | Some(Stage::One | Stage::Two)) => {
+                (FlatParams::new(&specs, dtype, device), None)
+            }
+            (Attachment::Lora(_) | Attachment::Frozen, Some(Stage::Three)) => {
                 let mut frozen = config.tensors();
                 frozen.retain(|spec| specs.iter().all(|trained| trained.name != spec.name));
                 let layout = Layout::new(&frozen, place);
@@ -209,6 +211,9 @@ impl Model {
     /// Says that the next micro-batch is this rank's last one of the step: what it finishes may be
     /// summed over ranks at once.
     pub fn expect_last(&self) {
+        if let Some(sharded) = &self.sharded {
+            sharded.expect_last();
+        }
         if let Some(buckets) = &self.buckets {
             buckets.open();
         }
@@ -220,7 +225,7 @@ impl Model {
     /// [`dist::Error`] if another rank was lost, now or during the micro-batches.
     pub fn reduce_gradients(&self) -> Result<(), dist::Error> {
         match (self.sharded_training(), &self.buckets) {
-            (Some(sharded), _) => sharded.give_outer_gradients()?,
+            (Some(sharded), _) => sharded.finish_gradients()?,
             (None, Some(buckets)) => buckets.finish()?,
             (None, None) => self.ranks.all_reduce(self.trained.grad())?,
         }
@@ -301,9 +306,9 @@ impl Model {
             let Some(block_kept) = block_kept else { break };
             let wants_input_grad = index > lowest || self.embed_tokens.is_trained();
             self.gather(unit_of_block(index), (index > lowest).then(|| unit_of_block(index - 1)));
-            self.begin_gradients();
+            self.begin_gradients(index);
             let below = block.backward(block_kept, &dx, &around, wants_input_grad);
-            self.give_gradients(index);
+            self.finished(index);
             match below {
                 Some(below) => dx = below,
                 None => break,
@@ -359,16 +364,18 @@ impl Model {
         (index + 1 < self.blocks.len()).then(|| unit_of_block(index + 1))
     }
 
-    fn begin_gradients(&self) {
+    // If either of these fails, [`Model::reduce_gradients`] says so.
+
+    fn begin_gradients(&self, index: usize) {
         if let Some(sharded) = &self.sharded {
-            sharded.begin_gradients();
+            let _ = sharded.begin_gradients(unit_of_block(index));
         }
     }
 
-    /// Gives a block's gradients away; if that fails, [`Model::reduce_gradients`] says so.
-    fn give_gradients(&self, index: usize) {
+    /// Says that a micro-batch has added all it adds to a block's gradients.
+    fn finished(&self, index: usize) {
         if let Some(sharded) = &self.sharded {
-            let _ = sharded.give_gradients(unit_of_block(index));
+            let _ = sharded.finished(unit_of_block(index));
         }
         if let Some(buckets) = &self.buckets {
             buckets.finished(index);
@@ -393,6 +400,16 @@ pub fn kind_of(dtype: Dtype) -> Kind {
     match dtype {
         Dtype::Bf16 => Kind::BFloat16,
         Dtype::Fp32 => Kind::Float,
+    }
+}
+
+/// Returns what stays whole where state is divided; `None` where it is not.
+const fn stage(strategy: Strategy) -> Option<Stage> {
+    match strategy {
+        Strategy::None | Strategy::Ddp => None,
+        Strategy::Zero1 => Some(Stage::One),
+        Strategy::Zero2 => Some(Stage::Two),
+        Strategy::Zero3 => Some(Stage::Three),
     }
 }
 

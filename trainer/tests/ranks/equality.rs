@@ -2,7 +2,7 @@
 
 use std::{path::Path, time::Duration};
 
-use finetune_contract::{Optimizer, Recompute};
+use finetune_contract::{Optimizer, Recompute, Strategy};
 use finetune_trainer::{
     data::Batch,
     dist::{
@@ -41,7 +41,7 @@ fn train(
     config: &ModelConfig,
     attachment: &Attachment,
     world_size: u32,
-    is_sharded: bool,
+    strategy: Strategy,
     recompute: Recompute,
 ) -> Trained {
     tch::set_num_threads(1);
@@ -51,8 +51,7 @@ fn train(
             .map(|rank| {
                 scope.spawn(move || {
                     let ranks = join(rank, world_size, port);
-                    let division =
-                        Division { ranks: ranks.clone(), is_sharded, bucket_bytes: 4096 };
+                    let division = Division { ranks: ranks.clone(), strategy, bucket_bytes: 4096 };
                     let trained = run(directory, config, attachment, division, recompute);
                     ranks.done();
                     trained
@@ -172,11 +171,16 @@ fn check(attachment: impl Fn(&ModelConfig) -> Attachment, recompute: Recompute) 
     let directory = tempfile::tempdir().unwrap();
     let config = checkpoint(directory.path(), LLAMA);
     let attachment = attachment(&config);
-    let one = train(directory.path(), &config, &attachment, 1, false, recompute);
+    let one = train(directory.path(), &config, &attachment, 1, Strategy::None, recompute);
     assert!(one.losses[3] < one.losses[0], "{:?}", one.losses);
-    for (world_size, is_sharded) in [(1, true), (2, false), (2, true), (4, false), (4, true)] {
-        let many = train(directory.path(), &config, &attachment, world_size, is_sharded, recompute);
-        let what = format!("{world_size} ranks, sharded: {is_sharded}");
+    let alone = [(1, Strategy::Zero1), (1, Strategy::Zero2), (1, Strategy::Zero3)];
+    let together = [2, 4].map(|ranks| {
+        [Strategy::Ddp, Strategy::Zero1, Strategy::Zero2, Strategy::Zero3]
+            .map(|strategy| (ranks, strategy))
+    });
+    for (world_size, strategy) in alone.into_iter().chain(together.into_iter().flatten()) {
+        let many = train(directory.path(), &config, &attachment, world_size, strategy, recompute);
+        let what = format!("{world_size} ranks, {strategy:?}");
         for (many, one) in [(&many.losses, &one.losses), (&many.norms, &one.norms)] {
             for (many, one) in many.iter().zip(one) {
                 assert!((many - one).abs() < 1e-6 * one.abs().max(1.0), "{what}: {many} {one}");
@@ -243,29 +247,38 @@ fn who_does_not_come_is_named() {
 fn what_is_sent_is_what_the_strategy_needs() {
     let directory = tempfile::tempdir().unwrap();
     let config = checkpoint(directory.path(), LLAMA);
-    let sent = |attachment: &Attachment, world_size, is_sharded| {
-        train(directory.path(), &config, attachment, world_size, is_sharded, Recompute::None)
+    let sent = |world_size, strategy| {
+        let attachment = Attachment::Full;
+        train(directory.path(), &config, &attachment, world_size, strategy, Recompute::None)
             .sent_bytes_per_step
     };
     // fp32; each tensor of the fixture is a multiple of 16 elements but the embedding, 61 x 32.
     let outer = (61 * 32 + 32) * 4_u64;
     let block = (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48 + 2 * 32) * 4_u64;
-    // Per step: the sum of loss and targets (2 f64); sharded also the norm's square.
+    // Per step: the sum of loss and targets (2 f64); divided also the norm's square.
     let numbers = |world: u64, count: u64| 2 * (count * 8) * (world - 1) / world;
     for world in [2, 4] {
         let share = |bytes: u64| bytes * (world - 1) / world;
         let whole = 2 * share(outer + 3 * block) + numbers(world, 2);
-        assert_eq!(sent(&Attachment::Full, world as u32, false), whole);
-        // Three blocks, of which the two last used are still there on the way back: 3 + 1 gathers in
-        // the first micro-batch, 1 + 1 in each later one.
+        assert_eq!(sent(world as u32, Strategy::Ddp), whole);
         let micro_batches = MICRO_BATCHES / world;
-        let gathers = 4 + 2 * (micro_batches - 1);
-        let divided = share(outer) * 2
-            + share(block) * (gathers + 3 * micro_batches)
-            + numbers(world, 2)
-            + numbers(world, 1);
-        let found = sent(&Attachment::Full, world as u32, true);
-        // Units are filled up to a multiple of 16 elements for each rank.
-        assert!(found.abs_diff(divided) < divided / 100, "{found} {divided}");
+        // Weights once, gradients once or once a micro-batch; of zero3 three blocks of which the two
+        // last used are still there on the way back: 3 + 1 gathers in the first micro-batch, 1 + 1 in
+        // each later one.
+        let units = |gathers: u64, sums: u64| {
+            share(outer) * 2
+                + share(block) * (gathers + sums)
+                + numbers(world, 2)
+                + numbers(world, 1)
+        };
+        for (strategy, expected) in [
+            (Strategy::Zero1, units(3, 3)),
+            (Strategy::Zero2, units(3, 3 * micro_batches)),
+            (Strategy::Zero3, units(4 + 2 * (micro_batches - 1), 3 * micro_batches)),
+        ] {
+            let found = sent(world as u32, strategy);
+            // Units are filled up to a multiple of 16 elements for each rank.
+            assert!(found.abs_diff(expected) < expected / 100, "{strategy:?}: {found} {expected}");
+        }
     }
 }
