@@ -52,7 +52,7 @@ pub struct RunReport {
     /// The plan's prediction of what this rank sends in one step, in bytes; absent for one rank.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub predicted_sent_bytes: Option<u64>,
-    /// What it sent in its last step, in bytes.
+    /// The most it sent in one step, in bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub measured_sent_bytes: Option<u64>,
 }

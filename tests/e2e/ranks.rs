@@ -22,6 +22,8 @@ fn two_ranks_train_what_one_does() {
             spec["dataset"]["validation"] = json!(bench.uri("validation.jsonl"));
             spec["training"]["gradientAccumulationSteps"] = json!(accumulation);
             spec["training"]["learningRate"] = json!(1e-3);
+            // A step after an evaluation finds weights gathered.
+            spec["training"]["evaluationSteps"] = json!(1000);
             if !is_lora {
                 spec.remove("loraConfig");
             }

@@ -118,7 +118,8 @@ impl<'a> Teller<'a> {
         self.last.stage = Stage::Training;
         self.last.learning_rate = Some(figures.learning_rate);
         self.last.grad_norm = finite(figures.grad_norm);
-        self.sent_bytes = Some(figures.sent_bytes);
+        // A step after an evaluation finds weights gathered and sends less.
+        self.sent_bytes = self.sent_bytes.max(Some(figures.sent_bytes));
         self.recent.push_back((figures.tokens, figures.seconds));
         if self.recent.len() > SPEED_WINDOW {
             self.recent.pop_front();
