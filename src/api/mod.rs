@@ -6,6 +6,7 @@
 #![allow(unreachable_pub, reason = "KubeSchema repeats each struct inside a function")]
 
 mod cluster;
+mod quantity;
 pub mod schema;
 mod status;
 

@@ -490,30 +490,7 @@ fn resources(
 /// Returns the memory at which the kernel ends a training pod of `size`, in bytes: the user's limit,
 /// if there is one that can be read.
 pub fn memory_limit(job: &FineTuneJob, size: &PodSize) -> u64 {
-    let limits = job.spec.resources.as_ref().and_then(|resources| resources.limits.as_ref());
-    limits.and_then(|limits| bytes(limits.get("memory")?)).unwrap_or(size.memory_bytes)
-}
-
-/// Reads an amount of bytes as Kubernetes writes them.
-///
-/// # Source
-/// `Quantity` of apimachinery/pkg/api/resource.
-fn bytes(quantity: &str) -> Option<u64> {
-    let end = quantity.find(|character: char| !matches!(character, '0'..='9' | '.'));
-    let (number, unit) = quantity.split_at(end.unwrap_or(quantity.len()));
-    let factor = match unit {
-        "" => 1.0,
-        "k" => 1e3,
-        "M" => 1e6,
-        "G" => 1e9,
-        "T" => 1e12,
-        "Ki" => 1024.0,
-        "Mi" => 1024.0 * 1024.0,
-        "Gi" => GIB,
-        "Ti" => 1024.0 * GIB,
-        _ => return None,
-    };
-    Some((number.parse::<f64>().ok()? * factor) as u64)
+    job.spec.memory_limit().unwrap_or(size.memory_bytes)
 }
 
 fn mebibytes(bytes: u64) -> Quantity {
@@ -590,7 +567,7 @@ fn claims(job: &FineTuneJob) -> Vec<String> {
 mod tests {
     use finetune_contract::{Parallelism, Strategy};
 
-    use super::{Attempt, job, job_name, memory_limit, ranks_name, ranks_policy, ranks_service};
+    use super::{Attempt, job, job_name, ranks_name, ranks_policy, ranks_service};
     use crate::{
         api::{NAME_LIMIT, Step},
         manifest,
@@ -743,24 +720,6 @@ mod tests {
         "#);
         let [several, ..] = build_over([2, 4], "", Step::Training);
         assert!(several.contains("completions: 2\n") && several.contains("value: \"8\""));
-    }
-
-    #[test]
-    fn a_users_limit_is_what_the_kernel_ends_a_pod_at() {
-        let size =
-            PodSize { cpu_millis: 1, memory_bytes: 7, shared_memory_bytes: 0, storage_bytes: 0 };
-        for (quantity, expected) in [
-            ("1500M", 1_500_000_000),
-            ("1.5Gi", 3 << 29),
-            ("512Mi", 512 << 20),
-            ("1024", 1024),
-            ("many", 7),
-        ] {
-            let lines = format!("  resources: {{limits: {{memory: \"{quantity}\"}}}}\n");
-            let text = format!("{}{lines}", include_str!("../../examples/minimal.yaml"));
-            let job = manifest::parse(&text).unwrap();
-            assert_eq!(memory_limit(&job, &size), expected, "{quantity}");
-        }
     }
 
     #[test]

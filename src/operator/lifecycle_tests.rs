@@ -461,7 +461,9 @@ fn too_little_memory_makes_the_pieces_smaller_and_ends_with_what_is_missing() {
 
 #[test]
 fn a_limit_below_all_that_is_predicted_is_not_tried_again() {
-    let mut world = World::new("  loraConfig: {}\n  resources: {limits: {memory: 24Mi}}\n");
+    let mut world = World::new(
+        "  loraConfig: {}\n  training: {trainBatchSizePerDevice: 8}\n  resources: {limits: {memory: 24Mi}}\n",
+    );
     world.pass_preflight();
     world.settle();
     world.end(Some(137), "");

@@ -226,7 +226,7 @@ mod tests {
             ..Accelerator::default()
         };
         let report = fixture::report(fixture::smollm2(), 8_000_000_000);
-        let plan = plan(&job, &report, Place::On(&pod)).unwrap();
+        let plan = plan(&job, &report, Place::on(&pod, &job)).unwrap();
         (plan.run_config, plan.fallbacks)
     }
 

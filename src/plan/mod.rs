@@ -77,49 +77,76 @@ pub enum Place<'a> {
     /// The machine the preflight ran on; how it would do elsewhere is information.
     Here(&'a [Accelerator]),
     /// One accelerator of a cluster.
-    On(&'a Accelerator),
+    On {
+        /// It.
+        accelerator: &'a Accelerator,
+        /// The bytes a pod may have, if the user limits them; of the processor only.
+        limit: Option<u64>,
+    },
 }
 
-impl Place<'_> {
+impl<'a> Place<'a> {
+    /// Returns one of an accelerator for a job.
+    fn on(accelerator: &'a Accelerator, job: &FineTuneJob) -> Self {
+        let limit = job.spec.memory_limit().filter(|_| !accelerator.is_device());
+        Self::On { accelerator, limit }
+    }
+
+    fn accelerator(self) -> Option<&'a Accelerator> {
+        match self {
+            Self::Here(_) => None,
+            Self::On { accelerator, .. } => Some(accelerator),
+        }
+    }
+
+    /// Returns the bytes a pod may have, if the user gives it less than there is.
+    fn users_limit(self) -> Option<u64> {
+        let Self::On { accelerator, limit } = self else { return None };
+        limit.filter(|limit| *limit < accelerator.memory_bytes())
+    }
+
     fn machine(self, report: &PreflightReport) -> Option<MachineFacts> {
         match self {
             Self::Here(_) => report.machine.clone(),
-            Self::On(accelerator) => Some(accelerator.as_machine()),
+            Self::On { accelerator, .. } => {
+                let machine = accelerator.as_machine();
+                let memory_bytes = self.users_limit().unwrap_or(machine.memory_bytes);
+                Some(MachineFacts { memory_bytes, ..machine })
+            }
         }
     }
 
     fn efficiency(self) -> f64 {
-        match self {
-            Self::On(accelerator) if accelerator.is_device() => sizing::ACCELERATOR_EFFICIENCY,
-            Self::Here(_) | Self::On(_) => sizing::CPU_EFFICIENCY,
-        }
+        if self.is_device() { sizing::ACCELERATOR_EFFICIENCY } else { sizing::CPU_EFFICIENCY }
     }
 
-    /// Returns how many of `limit` bytes tensors may take. A pod's limit holds the mapped weights and
-    /// all else too; what is free of this machine does not.
+    /// Returns how many of `limit` bytes tensors may take. The largest pod holds the mapped weights and
+    /// all else too; what is free of this machine does not, and what a user asked for need not.
     fn usable(self, limit: u64, model: &ModelFacts) -> u64 {
         match self {
-            Self::On(accelerator) if !accelerator.is_device() => {
-                placement::tensor_bytes(limit, model.weight_bytes)
+            Self::On { accelerator, .. } if !accelerator.is_device() => {
+                let largest =
+                    placement::tensor_bytes(accelerator.memory_bytes(), model.weight_bytes);
+                self.users_limit().map_or(largest, |limit| largest.min(sizing::usable(limit)))
             }
-            Self::Here(_) | Self::On(_) => sizing::usable(limit),
+            Self::Here(_) | Self::On { .. } => sizing::usable(limit),
         }
     }
 
     fn is_device(self) -> bool {
-        matches!(self, Self::On(accelerator) if accelerator.is_device())
+        self.accelerator().is_some_and(Accelerator::is_device)
     }
 
     /// Tells whether another rank brings memory of its own.
     fn has_more(self) -> bool {
-        matches!(self, Self::On(accelerator) if !accelerator.is_device())
+        self.accelerator().is_some_and(|accelerator| !accelerator.is_device())
     }
 
     /// Says how ranks share the place.
     fn sharing(self, ranks: u32) -> String {
         match self {
             Self::Here(_) => format!("as asked; each has 1/{ranks} of this machine"),
-            Self::On(accelerator) => {
+            Self::On { accelerator, .. } => {
                 let name = &accelerator.name;
                 let pods = match accelerator.ranks_per_pod(ranks) {
                     1 => String::new(),
@@ -135,7 +162,7 @@ impl Place<'_> {
     fn ranks_together(self, ranks: u32) -> u32 {
         match self {
             Self::Here(_) => ranks,
-            Self::On(accelerator) => accelerator.ranks_per_pod(ranks),
+            Self::On { accelerator, .. } => accelerator.ranks_per_pod(ranks),
         }
     }
 
@@ -147,7 +174,10 @@ impl Place<'_> {
     fn name(self) -> String {
         match self {
             Self::Here(_) => "here".to_owned(),
-            Self::On(accelerator) => format!("on one {}", accelerator.name),
+            Self::On { accelerator, .. } => {
+                let within = self.users_limit().map_or("", |_| " within resources.limits.memory");
+                format!("on one {}{within}", accelerator.name)
+            }
         }
     }
 }
@@ -348,7 +378,7 @@ pub fn plan_over(
             Place::Here(kinds) => {
                 kinds.iter().map(|kind| accelerators::offer(kind, model, &load, tokens)).collect()
             }
-            Place::On(_) => Vec::new(),
+            Place::On { .. } => Vec::new(),
         },
         efficiency: place.efficiency(),
         place: place.name(),
@@ -502,8 +532,8 @@ fn dtype(
 ) -> Dtype {
     let native = machine.is_some_and(|machine| machine.native_bf16);
     let who = match place {
-        Place::On(accelerator) if accelerator.is_device() => accelerator.name.as_str(),
-        Place::Here(_) | Place::On(_) => "this processor",
+        Place::On { accelerator, .. } if accelerator.is_device() => accelerator.name.as_str(),
+        Place::Here(_) | Place::On { .. } => "this processor",
     };
     let (dtype, reason) = match (set, native) {
         (Some(Precision::Bf16), true) => (Dtype::Bf16, "set in the manifest".to_owned()),
@@ -589,6 +619,9 @@ fn too_little_memory(
     };
     let where_ = place.name();
     let mut advice = Vec::new();
+    if place.users_limit().is_some() {
+        advice.push("raise resources.limits.memory".to_owned());
+    }
     if load.micro_batch > 1 {
         advice.push("lower training.trainBatchSizePerDevice".to_owned());
     }
@@ -605,7 +638,9 @@ fn too_little_memory(
         advice.push("set loraConfig: {}".to_owned());
     }
     advice.push(format!("lower training.contextLength below {}", load.context));
-    advice.push("use a machine with more memory".to_owned());
+    if place.users_limit().is_none() {
+        advice.push("use a machine with more memory".to_owned());
+    }
     invalid(
         "memory",
         format!(

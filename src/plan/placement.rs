@@ -67,6 +67,9 @@ pub(super) const MOST_RANKS: u32 = 64;
 /// Plans `job` for the first of `accelerators` that it fits; if it fits none alone, over the fewest
 /// of a kind that hold it. One without a trainer is taken only to say what it lacks.
 ///
+/// A user's limit of a pod's memory is planned within. If nothing fits it though the user chose the
+/// micro-batch too, both are tried as they are: a prediction does not overrule them.
+///
 /// # Errors
 /// [`Unplaced`] if it fits none.
 pub fn place(
@@ -74,10 +77,32 @@ pub fn place(
     report: &PreflightReport,
     accelerators: &[Accelerator],
 ) -> Result<Placement, Unplaced> {
+    let training = job.spec.training.as_ref();
+    let is_chosen = training.is_some_and(|training| training.train_batch_size_per_device.is_some());
+    let within = place_each(job, report, accelerators, |kind| Place::on(kind, job));
+    let Err(Unplaced::TooLarge(_) | Unplaced::NoTrainer { .. }) = within else { return within };
+    if !is_chosen || job.spec.memory_limit().is_none() {
+        return within;
+    }
+    let anywhere = |accelerator| Place::On { accelerator, limit: None };
+    let mut placement = place_each(job, report, accelerators, anywhere)?;
+    placement.plan.warnings.push(invalid(
+        "spec.resources.limits.memory",
+        "is less than this plan needs with the micro-batch that is set: both are tried, and the micro-batch is made smaller if the kernel ends the trainer",
+    ));
+    Ok(placement)
+}
+
+fn place_each<'a>(
+    job: &FineTuneJob,
+    report: &PreflightReport,
+    accelerators: &'a [Accelerator],
+    on: impl Fn(&'a Accelerator) -> Place<'a>,
+) -> Result<Placement, Unplaced> {
     let mut lacking = Vec::new();
     let mut without_trainer = None;
     for accelerator in accelerators {
-        match plan(job, report, Place::On(accelerator)) {
+        match plan(job, report, on(accelerator)) {
             Ok(plan) if accelerator.has_trainer() => {
                 return Ok(placed(plan, accelerator, report, &lacking));
             }
@@ -98,8 +123,11 @@ pub fn place(
             }
         }
     }
-    let mut over_several: Vec<_> =
-        accelerators.iter().filter_map(|kind| over_ranks(job, report, kind)).collect();
+    let over = |accelerator: &'a Accelerator| {
+        let plan = over_ranks(job, report, on(accelerator))?;
+        Some((accelerator, plan))
+    };
+    let mut over_several: Vec<_> = accelerators.iter().filter_map(over).collect();
     // Sorted stably: of equally many the preferred kind.
     over_several.sort_by_key(|(_, plan)| plan.run_config.parallelism.world_size);
     for (accelerator, plan) in over_several {
@@ -136,16 +164,11 @@ fn placed(
 }
 
 /// Plans `job` over the fewest of an accelerator that hold it, if some number does.
-fn over_ranks<'a>(
-    job: &FineTuneJob,
-    report: &PreflightReport,
-    accelerator: &'a Accelerator,
-) -> Option<(&'a Accelerator, RunPlan)> {
+fn over_ranks(job: &FineTuneJob, report: &PreflightReport, place: Place<'_>) -> Option<RunPlan> {
     let numbers = std::iter::successors(Some(2), |ranks| Some(ranks * 2));
     numbers
         .take_while(|ranks| *ranks <= MOST_RANKS)
-        .find_map(|ranks| plan_over(ranks, job, report, Place::On(accelerator)).ok())
-        .map(|plan| (accelerator, plan))
+        .find_map(|ranks| plan_over(ranks, job, report, place).ok())
 }
 
 /// Returns the memory of a pod without a device whose tensors take `tensors`. The mapped weights
@@ -303,6 +326,29 @@ mod tests {
         let report = fixture::report(fixture::llama_8b(), 1_000_000_000);
         let unplaced = place(&job(""), &report, &accelerators).unwrap_err();
         insta::assert_snapshot!(unplaced.to_string(), @"the run needs 4 A100-80GB, for which the operator's settings name no trainer: an administrator must set `image` of that accelerator to a trainer built with CUDA; or lower what the run needs with loraConfig: {} or training.contextLength");
+    }
+
+    #[test]
+    fn plans_within_a_users_limit() {
+        let accelerators = &accelerators()[..1];
+        let report = fixture::report(fixture::smollm2(), 8_000_000_000);
+        let plan = |lines: &str| {
+            let limit = "  resources: {limits: {memory: LIMIT}}\n  loraConfig: {}\n";
+            let job = job(&format!("{limit}{lines}").replace("LIMIT", "700Mi"));
+            place(&job, &report, accelerators)
+        };
+        let within = plan("").unwrap();
+        assert_eq!(within.accelerator, "cpu");
+        assert_eq!(within.plan.run_config.training.micro_batch_size, 4);
+        assert!(within.plan.memory.total() < 700 << 20);
+        // What was chosen beside it is tried.
+        let both = plan("  training: {trainBatchSizePerDevice: 8, recompute: none}\n").unwrap();
+        assert_eq!(both.plan.run_config.training.micro_batch_size, 8);
+        let said = both.plan.warnings.iter().map(ToString::to_string).collect::<Vec<_>>();
+        insta::assert_snapshot!(said.join("\n"), @"spec.resources.limits.memory: is less than this plan needs with the micro-batch that is set: both are tried, and the micro-batch is made smaller if the kernel ends the trainer");
+        let little = job("  resources: {limits: {memory: 24Mi}}\n  loraConfig: {}\n");
+        let lacking = place(&little, &report, accelerators).unwrap_err().to_string();
+        insta::assert_snapshot!(lacking, @"cpu: the run needs 190 MB, but only 23 MB of the 25 MB on one cpu within resources.limits.memory may be used, 167 MB too little: raise resources.limits.memory, or lower training.contextLength below 256");
     }
 
     #[test]

@@ -104,6 +104,8 @@ async fn micro_batches_that_do_not_fit_become_smaller_ones() {
 async fn a_limit_that_is_too_low_is_said_with_what_to_change() {
     let Some(bed) = Bed::new("memory").await else { return };
     let mut job = bed.long_job("memory");
+    // Without a micro-batch of its own the plan would refuse the limit.
+    job["spec"]["training"]["trainBatchSizePerDevice"] = json!(1);
     let little = json!({"memory": "24Mi"});
     job["spec"]["resources"] = json!({"requests": little, "limits": little});
     bed.apply(&job).await;

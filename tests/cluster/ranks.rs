@@ -1,6 +1,6 @@
 //! A run over several pods: a model that no pod could train alone, and one pod of two lost on the way.
 //!
-//! The operator runs in this process, with a processor too small for the run.
+//! The operator runs in this process; the pods' limit is too small for the run.
 
 use std::{collections::BTreeSet, net::IpAddr, process::Command, sync::Arc};
 
@@ -29,7 +29,7 @@ fn settings(namespace: &str) -> Settings {
     let image = variable("FINETUNE_TEST_TRAINER_IMAGE");
     let endpoint = variable("FINETUNE_TEST_S3_ENDPOINT");
     Settings::parse(&format!(
-        "trainerImage: {image}\nimagePullPolicy: Never\nnamespaces: [{namespace}]\nconfinedNamespaces: [{namespace}]\npreflight: {{cpu: 0.2, memoryGiB: 0.5, storageGiB: 1}}\nterminationGracePeriodSeconds: 10\naccelerators: [{{name: cpu, cpu: 0.3, memoryGiB: 2.6, bf16Tflops: 0.4, fp32Tflops: 0.2, hasBf16: true}}]\nenvironment: {{AWS_ENDPOINT_URL: '{endpoint}', AWS_ALLOW_HTTP: 'true', AWS_REGION: us-east-1}}\n"
+        "trainerImage: {image}\nimagePullPolicy: Never\nnamespaces: [{namespace}]\nconfinedNamespaces: [{namespace}]\npreflight: {{cpu: 0.2, memoryGiB: 0.5, storageGiB: 1}}\nterminationGracePeriodSeconds: 10\naccelerators: [{{name: cpu, cpu: 0.3, memoryGiB: 8, bf16Tflops: 0.4, fp32Tflops: 0.2, hasBf16: true}}]\nenvironment: {{AWS_ENDPOINT_URL: '{endpoint}', AWS_ALLOW_HTTP: 'true', AWS_REGION: us-east-1}}\n"
     ))
     .unwrap()
 }
