@@ -6,7 +6,7 @@ use finetune_contract::{Optimizer, RunConfig, Stage, Strategy};
 use serde_json::{Value, json};
 
 use crate::{
-    bench::{Bench, sha256},
+    bench::{Bench, Ran, sha256},
     model::Random,
 };
 
@@ -177,6 +177,32 @@ fn a_truncated_checkpoint_is_passed_over_for_the_one_before() {
     let step = bench.report(&job).resumed_from_step.unwrap();
     assert_eq!(before.file_name().unwrap().to_string_lossy(), format!("step-{step:08}"));
     let digest = |output: &str| sha256(&bench.path(&format!("{output}/adapter_model.safetensors")));
+    assert_eq!(digest("output"), digest("whole"));
+}
+
+#[test]
+fn a_checkpoint_of_which_one_part_is_damaged_is_passed_over_by_all() {
+    let Some(bench) = Bench::new() else { return };
+    let job = |output: &str| {
+        let mut job = full_parameter(&bench);
+        job["spec"]["output"]["uri"] = json!(bench.uri(output));
+        job
+    };
+    Ran::of(&bench.ranks_command(&job("whole"), 2).output().unwrap()).ok();
+    let damaged = job("output");
+    let mut started = bench.start_with(&mut bench.ranks_command(&damaged, 2), &damaged);
+    started.wait_for_checkpoint(8);
+    assert_eq!(started.signal("-INT").code, 75);
+    let checkpoints = bench.checkpoints("output");
+    let [.., before, newest] = &checkpoints[..] else { panic!("{checkpoints:?}") };
+    let part = newest.join("state-00002-of-00002.safetensors");
+    let length = fs::metadata(&part).unwrap().len();
+    fs::File::options().write(true).open(&part).unwrap().set_len(length / 2).unwrap();
+    let ran = Ran::of(&bench.ranks_command(&damaged, 2).output().unwrap()).ok();
+    assert!(ran.stderr.contains("skipped a damaged checkpoint"), "{}", ran.stderr);
+    let step = bench.report(&damaged).resumed_from_step.unwrap();
+    assert_eq!(before.file_name().unwrap().to_string_lossy(), format!("step-{step:08}"));
+    let digest = |output: &str| sha256(&bench.path(&format!("{output}/model.safetensors")));
     assert_eq!(digest("output"), digest("whole"));
 }
 

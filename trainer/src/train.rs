@@ -91,14 +91,19 @@ impl Training<'_> {
                 self.state.stopped_early = Some(StoppedEarly::Patience);
             }
             self.checkpoints.look()?;
-            // One rank is told to stop, and rank 0 knows what a checkpoint costs; all must do the
-            // same after the same step.
+            // One rank is told to stop, rank 0 knows what a checkpoint costs, and each whether its part
+            // of one is written; all must do the same after the same step.
             let ranks = self.model.ranks();
             let is_time =
                 ranks.is_first() && self.checkpoints.is_due(self.state.step, figures.seconds);
-            let said = [stop.load(Ordering::Relaxed), is_time];
-            let said = ranks.sum(said.map(|is_so| f64::from(u8::from(is_so))))?;
-            let [is_stopped, is_time] = said.map(|count| count > 0.0);
+            let said =
+                [stop.load(Ordering::Relaxed), is_time, self.checkpoints.has_written_its_part()];
+            let [stops, times, written] =
+                ranks.sum(said.map(|is_so| f64::from(u8::from(is_so))))?;
+            let (is_stopped, is_time) = (stops > 0.0, times > 0.0);
+            if written >= f64::from(ranks.world_size()) {
+                self.checkpoints.join_parts()?;
+            }
             if self.is_over() || is_stopped || is_best || is_time {
                 self.checkpoints.save(&self.state, &self.model, &self.optimizer)?;
             }

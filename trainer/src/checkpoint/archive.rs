@@ -1,6 +1,6 @@
 //! The checkpoints of a run in its store: written, counted, fetched and removed.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use finetune_contract::{
@@ -19,8 +19,6 @@ use crate::{
     store::{self, Store, hash_file},
 };
 
-const STATE_FILE: &str = "state.safetensors";
-
 /// The commit marker of a checkpoint.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -29,8 +27,55 @@ struct CheckpointManifest {
     run_id: RunId,
     settings_sha256: String,
     state: TrainState,
+    /// Whether each file has the part of one of as many ranks; else the only one has everything.
+    #[serde(default)]
+    is_divided: bool,
+    files: Vec<StateFile>,
+}
+
+/// A file of a checkpoint; its name follows from its place among all.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct StateFile {
     size: u64,
     sha256: String,
+}
+
+impl StateFile {
+    /// Writes it in one line, as ranks tell it each other.
+    pub(super) fn to_text(&self) -> String {
+        format!("{} {}", self.size, self.sha256)
+    }
+
+    /// Reads what [`Self::to_text`] wrote.
+    pub(super) fn from_text(text: &str) -> Option<Self> {
+        let (size, sha256) = text.split_once(' ')?;
+        Some(Self { size: size.parse().ok()?, sha256: sha256.to_owned() })
+    }
+}
+
+/// Whose state a file has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Share {
+    /// All of it.
+    Whole,
+    /// The part of a rank, of so many.
+    Part([u32; 2]),
+}
+
+impl Share {
+    fn file_name(self) -> String {
+        match self {
+            Self::Whole => "state.safetensors".to_owned(),
+            Self::Part([rank, ranks]) => format!("state-{:05}-of-{ranks:05}.safetensors", rank + 1),
+        }
+    }
+}
+
+/// Files of a checkpoint, fetched and found undamaged.
+pub(super) struct Fetched {
+    pub(super) state: TrainState,
+    pub(super) files: Vec<(Share, PathBuf)>,
 }
 
 impl Document for CheckpointManifest {
@@ -61,33 +106,48 @@ impl Archive {
         self.store.uri().join(name)
     }
 
-    /// Writes a checkpoint, its manifest last, then removes those beyond the ones to keep: the
+    /// Writes one file of a checkpoint, which is complete when [`Self::complete`] says so.
+    ///
+    /// # Errors
+    /// [`store::Error`].
+    pub(super) fn write(
+        &self,
+        step: u64,
+        share: Share,
+        snapshot: &Snapshot,
+    ) -> Result<StateFile, store::Error> {
+        let name = format!("{}/{}", checkpoint_name(step), share.file_name());
+        let (size, parts) = snapshot.parts()?;
+        let mut hash = Sha256::new();
+        let parts = parts.inspect(|part| part.iter().for_each(|part| hash.update(part)));
+        self.store.put_parts(&name, size, parts)?;
+        Ok(StateFile { size, sha256: hex(&hash.finalize()) })
+    }
+
+    /// Completes a checkpoint whose files are there, then removes those beyond the ones to keep: the
     /// newest, and the one of the best evaluation.
     ///
     /// # Errors
     /// [`store::Error`]; the checkpoints before stay.
-    pub(super) fn write(
+    pub(super) fn complete(
         &self,
         state: &TrainState,
-        snapshot: &Snapshot,
+        is_divided: bool,
+        files: Vec<StateFile>,
     ) -> Result<(), store::Error> {
-        let name = checkpoint_name(state.step);
-        let (size, parts) = snapshot.parts()?;
-        let mut hash = Sha256::new();
-        let parts = parts.inspect(|part| part.iter().for_each(|part| hash.update(part)));
-        self.store.put_parts(&format!("{name}/{STATE_FILE}"), size, parts)?;
         let manifest = CheckpointManifest {
             version: CONTRACT_VERSION,
             run_id: self.run_id.clone(),
             settings_sha256: self.settings_sha256.clone(),
             state: state.clone(),
-            size,
-            sha256: hex(&hash.finalize()),
+            is_divided,
+            files,
         };
+        let name = checkpoint_name(state.step);
         self.store
             .put(&format!("{name}/{CHECKPOINT_MANIFEST_NAME}"), Bytes::from(render(&manifest)))?;
         let best = state.best.map(|best| checkpoint_name(best.step));
-        for name in self.complete()?.iter().rev().skip(self.keep) {
+        for name in self.names()?.iter().rev().skip(self.keep) {
             if best.as_ref() != Some(name) {
                 self.remove(name)?;
             }
@@ -96,7 +156,7 @@ impl Archive {
     }
 
     /// Lists the names of complete checkpoints, oldest first.
-    pub(super) fn complete(&self) -> Result<Vec<String>, store::Error> {
+    pub(super) fn names(&self) -> Result<Vec<String>, store::Error> {
         let names = self.store.list()?.into_iter().filter_map(|entry| {
             let name = entry.path.strip_suffix(CHECKPOINT_MANIFEST_NAME)?.strip_suffix('/')?;
             name.starts_with("step-").then(|| name.to_owned())
@@ -106,11 +166,17 @@ impl Archive {
         Ok(names)
     }
 
-    /// Fetches a checkpoint's file; `None`, with a warning, if it is damaged.
+    /// Fetches the files of a checkpoint that a rank needs: its own part, if the state was divided as
+    /// `share` says, else all. `None`, with a warning, if one is damaged.
     ///
     /// # Errors
     /// A [`Failure`] if it belongs to other data or settings, or one of the store.
-    pub(super) fn fetch(&self, name: &str, path: &Path) -> Result<Option<TrainState>, Failure> {
+    pub(super) fn fetch(
+        &self,
+        name: &str,
+        share: Share,
+        directory: &Path,
+    ) -> Result<Option<Fetched>, Failure> {
         let damaged = |why: &str| warn!(checkpoint = name, why, "skipped a damaged checkpoint");
         let text = self.store.read(&format!("{name}/{CHECKPOINT_MANIFEST_NAME}"))?;
         let manifest: CheckpointManifest = match parse(&String::from_utf8_lossy(&text)) {
@@ -129,22 +195,37 @@ impl Archive {
             );
             return Err(Failure::new(FailureReason::CheckpointMismatch, message));
         }
-        let state_file = format!("{name}/{STATE_FILE}");
-        if self.store.size(&state_file)? != Some(manifest.size) {
-            damaged("its file is missing or truncated");
-            return Ok(None);
+        let ranks = manifest.files.len() as u32;
+        let shares = if manifest.is_divided {
+            (0..ranks).map(|rank| Share::Part([rank, ranks])).collect()
+        } else {
+            vec![Share::Whole]
+        };
+        let is_own = shares.contains(&share);
+        let mut files = Vec::new();
+        for (kept, file) in shares.into_iter().zip(&manifest.files) {
+            if is_own && kept != share {
+                continue;
+            }
+            let from = format!("{name}/{}", kept.file_name());
+            if self.store.size(&from)? != Some(file.size) {
+                damaged(&format!("{} is missing or truncated", kept.file_name()));
+                return Ok(None);
+            }
+            let path = directory.join(format!("restore-{}.tmp", files.len()));
+            self.store.fetch(&from, &path)?;
+            if hash_file(&path)?.1 != file.sha256 {
+                damaged(&format!("{} does not have the digest of its manifest", kept.file_name()));
+                return Ok(None);
+            }
+            files.push((kept, path));
         }
-        self.store.fetch(&state_file, path)?;
-        if hash_file(path)?.1 != manifest.sha256 {
-            damaged("its file does not have the digest of its manifest");
-            return Ok(None);
-        }
-        Ok(Some(manifest.state))
+        Ok(Some(Fetched { state: manifest.state, files }))
     }
 
     /// Removes every checkpoint of the run.
     pub(super) fn clear(&self) -> Result<(), store::Error> {
-        for name in self.complete()? {
+        for name in self.names()? {
             self.remove(&name)?;
         }
         for entry in self.store.list()? {
@@ -156,7 +237,13 @@ impl Archive {
     fn remove(&self, name: &str) -> Result<(), store::Error> {
         // The manifest first: a half-removed checkpoint must not look complete.
         self.store.delete(&format!("{name}/{CHECKPOINT_MANIFEST_NAME}"))?;
-        self.store.delete(&format!("{name}/{STATE_FILE}"))
+        let directory = format!("{name}/");
+        for entry in self.store.list()? {
+            if entry.path.starts_with(&directory) {
+                self.store.delete(&entry.path)?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -198,7 +285,7 @@ mod tests {
 
     use finetune_contract::{ObjectUri, RunId};
 
-    use super::{Archive, Snapshot, TrainState};
+    use super::{Archive, Share, Snapshot, TrainState};
     use crate::{checkpoint::Evaluated, store::Store};
 
     #[test]
@@ -226,16 +313,29 @@ mod tests {
             } else {
                 Snapshot::Memory(bytes.clone().into())
             };
-            archive.write(&state, &snapshot).unwrap();
+            // Two files of parts, or one of all.
+            let shares = [Share::Part([0, 2]), Share::Part([1, 2])];
+            let shares = if step == 6 { &shares[..] } else { &[Share::Whole] };
+            let files = shares.iter().map(|&share| archive.write(step, share, &snapshot).unwrap());
+            let files = files.collect();
+            let name = format!("step-{step:08}");
+            assert!(!archive.names().unwrap().contains(&name), "it has no manifest");
+            archive.complete(&state, step == 6, files).unwrap();
             drop(snapshot);
             assert!(!path.exists(), "the file goes with the snapshot");
-            let name = format!("step-{step:08}");
-            let to = directory.path().join("fetched");
-            assert_eq!(archive.fetch(&name, &to).unwrap(), Some(state.clone()));
-            assert!(std::fs::read(to).unwrap() == bytes);
+            for asked in [Share::Whole, Share::Part([1, 2]), Share::Part([0, 4])] {
+                let fetched = archive.fetch(&name, asked, directory.path()).unwrap().unwrap();
+                assert_eq!(fetched.state, state);
+                let found: Vec<Share> = fetched.files.iter().map(|(share, _)| *share).collect();
+                let expected = if shares.contains(&asked) { &[asked][..] } else { shares };
+                assert_eq!(found, expected);
+                for (_, path) in fetched.files {
+                    assert!(std::fs::read(path).unwrap() == bytes);
+                }
+            }
         }
         let kept = ["step-00000004", "step-00000008", "step-00000010"];
-        assert_eq!(archive.complete().unwrap(), kept);
+        assert_eq!(archive.names().unwrap(), kept);
         archive.clear().unwrap();
         assert!(archive.store.list().unwrap().is_empty());
     }

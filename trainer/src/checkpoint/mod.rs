@@ -1,9 +1,11 @@
 //! Checkpoints: everything a run needs to go on as if it had never stopped.
 //!
-//! A checkpoint is one safetensors file of flat fp32 tensors and, written after it, a manifest with
-//! its digest: without the manifest it does not exist. Rank 0 writes it, undivided, whatever the
-//! number of ranks; parts are gathered a unit at a time. So any number of ranks reads it. There is
-//! no random state and no data cursor in it, for both are pure functions of the seed and the step.
+//! A checkpoint is safetensors files of flat fp32 tensors and, written after them, a manifest with
+//! their digests: without the manifest it does not exist. What every rank has whole, rank 0 writes to
+//! one file; what is divided, each rank writes its part of, and rank 0 the manifest when all parts
+//! are there. Any number of ranks reads either, for where elements stand is arithmetic
+//! (`model/layout.rs`). There is no random state and no data cursor in it: both are pure functions of
+//! the seed and the step.
 //!
 //! Training stands still only for the snapshot: a copy in memory of what LoRA trains, a local file
 //! of what is too large for that. A thread of its own writes it to the store, one at a time.
@@ -20,18 +22,27 @@ use std::{
     time::Instant,
 };
 
-use finetune_contract::{FailureReason, RunConfig, StoppedEarly, artifact::checkpoint_name};
+use finetune_contract::{
+    FailureReason, RunConfig, StoppedEarly,
+    artifact::{checkpoint_name, checkpoint_step},
+};
 use serde::{Deserialize, Serialize};
-use tracing::debug;
+use tracing::{debug, warn};
 
 use crate::{
     clock,
+    dist::Ranks,
     failure::Failure,
-    model::{Model, params::Flat, weights::Checkpoint as Tensors},
+    model::{
+        Model,
+        layout::{Span, moves},
+        params::Flat,
+        weights::{self, Checkpoint as Tensors},
+    },
     optimizer::AdamW,
     store::Store,
 };
-use archive::Archive;
+use archive::{Archive, Share, StateFile};
 use pace::Pace;
 use snapshot::{Room, Snapshot};
 pub use writer::Saved;
@@ -86,20 +97,37 @@ pub struct Checkpoints {
     /// Whether a snapshot is small enough to be in memory.
     is_copied: bool,
     room: Room,
-    writer: Writer,
+    ranks: Ranks,
+    /// Writes this rank's part of what is divided.
+    part: Writer<StateFile>,
+    /// The checkpoint whose parts are being written.
+    begun: Option<Begun>,
+    /// Writes what makes a checkpoint complete, on rank 0.
+    writer: Writer<Saved>,
     saved: Option<Saved>,
     pace: Pace,
     started: Instant,
 }
 
+/// A checkpoint of which not all parts are there.
+#[derive(Debug)]
+struct Begun {
+    state: TrainState,
+    stall_seconds: f64,
+    since: Instant,
+}
+
 impl Checkpoints {
     /// Opens the checkpoints of a run; files pass through `scratch`.
-    pub fn new(store: Store, scratch: &Path, config: &RunConfig) -> Self {
+    pub fn new(store: Store, scratch: &Path, config: &RunConfig, ranks: &Ranks) -> Self {
         Self {
             archive: Archive::new(store, config),
             scratch: scratch.to_owned(),
             is_copied: config.lora.is_some(),
             room: Room::default(),
+            ranks: ranks.clone(),
+            part: Writer::default(),
+            begun: None,
             writer: Writer::default(),
             saved: None,
             pace: Pace::new(config.training.checkpoint_steps),
@@ -110,12 +138,13 @@ impl Checkpoints {
     /// Tells, on rank 0, whether to save after `step`, the last of which took `step_seconds`. While
     /// another checkpoint is being written there is none to begin.
     pub fn is_due(&self, step: u64, step_seconds: f64) -> bool {
-        !self.writer.is_busy() && self.pace.is_due(step, self.now(), step_seconds)
+        let is_free = self.begun.is_none() && !self.writer.is_busy();
+        is_free && self.pace.is_due(step, self.now(), step_seconds)
     }
 
     /// Begins a checkpoint to go on from, and to publish from if it is the best; training may go on
     /// when this returns. The one before is waited for. When it is complete, those beyond the ones
-    /// to keep are removed.
+    /// to keep are removed. All ranks must ask for it after the same step.
     ///
     /// # Errors
     /// A [`Failure`] if the disk fails or another rank is lost, or of the checkpoint before; those
@@ -126,27 +155,65 @@ impl Checkpoints {
         model: &Model,
         optimizer: &AdamW,
     ) -> Result<(), Failure> {
-        let started = clock::now();
-        let tensors = tensors(model, optimizer);
-        if !model.ranks().is_first() {
-            return snapshot::follow(model, &tensors).map_err(Failure::from);
+        let share = share(model);
+        if share == Share::Whole && !self.ranks.is_first() {
+            return Ok(());
         }
+        let started = clock::now();
         self.settle()?;
         let settled = clock::now();
+        let tensors = tensors(model, optimizer);
         let snapshot = if self.is_copied {
-            self.room.copy(model, &tensors)?
+            self.room.copy(&tensors)?
         } else {
-            Snapshot::to_file(&self.scratch.join("checkpoint.tmp"), model, &tensors)?
+            Snapshot::to_file(&self.scratch.join("checkpoint.tmp"), &tensors)?
         };
-        let (archive, state) = (self.archive.clone(), state.clone());
         let stall_seconds = started.elapsed().as_secs_f64();
         self.pace.safe(state.step, self.now());
         // What the writer before was waited for is no price of this one.
         self.pace.stalled(settled.elapsed().as_secs_f64());
+        let (archive, state, since) = (self.archive.clone(), state.clone(), clock::now());
+        if let Share::Part(_) = share {
+            let step = state.step;
+            self.begun = Some(Begun { state, stall_seconds, since });
+            return self.part.start(move || Ok(archive.write(step, share, &snapshot)?));
+        }
         self.writer.start(move || {
-            let started = clock::now();
-            archive.write(&state, &snapshot)?;
-            let write_seconds = started.elapsed().as_secs_f64();
+            let file = archive.write(state.step, share, &snapshot)?;
+            archive.complete(&state, false, vec![file])?;
+            let write_seconds = since.elapsed().as_secs_f64();
+            Ok(Saved { step: state.step, stall_seconds, write_seconds })
+        })
+    }
+
+    /// Tells whether this rank has written its part of a checkpoint that is not complete.
+    pub fn has_written_its_part(&self) -> bool {
+        self.begun.is_some() && !self.part.is_busy()
+    }
+
+    /// Waits for this rank's part of a checkpoint and, on rank 0, begins to complete it with those of
+    /// all; nothing if there is none. All ranks must call it after the same step.
+    ///
+    /// # Errors
+    /// A [`Failure`] if a part could not be written or another rank is lost.
+    pub fn join_parts(&mut self) -> Result<(), Failure> {
+        let (Some(Begun { state, stall_seconds, since }), Some(part)) =
+            (self.begun.take(), self.part.wait()?)
+        else {
+            return Ok(());
+        };
+        let place = format!("checkpoint/{}", state.step);
+        let Some(parts) = self.ranks.tell_first(&place, &part.to_text())? else { return Ok(()) };
+        let parts: Option<Vec<_>> = parts.iter().map(|text| StateFile::from_text(text)).collect();
+        let parts = parts.ok_or_else(|| {
+            let message = format!("the parts of {place} were not understood");
+            Failure::new(FailureReason::Internal, message)
+        })?;
+        // The one before is complete: it was waited for before this one began.
+        let archive = self.archive.clone();
+        self.writer.start(move || {
+            archive.complete(&state, true, parts)?;
+            let write_seconds = since.elapsed().as_secs_f64();
             Ok(Saved { step: state.step, stall_seconds, write_seconds })
         })
     }
@@ -156,14 +223,19 @@ impl Checkpoints {
     /// # Errors
     /// A [`Failure`] if it could not be written.
     pub fn look(&mut self) -> Result<(), Failure> {
-        if self.writer.is_busy() { Ok(()) } else { self.settle() }
+        if self.writer.is_busy() { Ok(()) } else { self.take_saved() }
     }
 
-    /// Waits until the last checkpoint begun is complete.
+    /// Waits until the last checkpoint begun is complete; of one that is divided all ranks must.
     ///
     /// # Errors
-    /// A [`Failure`] if it could not be written.
+    /// A [`Failure`] if it could not be written or another rank is lost.
     pub fn settle(&mut self) -> Result<(), Failure> {
+        self.join_parts()?;
+        self.take_saved()
+    }
+
+    fn take_saved(&mut self) -> Result<(), Failure> {
         if let Some(saved) = self.writer.wait()? {
             let Saved { step, stall_seconds, write_seconds } = saved;
             debug!(step, stall_seconds, write_seconds, "saved a checkpoint");
@@ -178,54 +250,40 @@ impl Checkpoints {
         self.saved
     }
 
-    /// Restores the newest complete and undamaged checkpoint; `None` if there is none. Rank 0
-    /// chooses, for all must go on from the same.
+    /// Restores the newest complete checkpoint that all ranks find undamaged; `None` if there is none.
     ///
     /// # Errors
     /// A [`Failure`] of reason `CheckpointMismatch` if it belongs to other data or settings, or one
-    /// of the store.
+    /// of the store, or if another rank is lost.
     pub fn restore_newest(
         &mut self,
         model: &mut Model,
         optimizer: &AdamW,
     ) -> Result<Option<TrainState>, Failure> {
-        let ranks = model.ranks().clone();
-        let mut restored = None;
-        if ranks.is_first() {
-            for name in self.archive.complete()?.iter().rev() {
-                restored = self.read_all(name, model, optimizer)?;
-                if restored.is_some() {
-                    break;
-                }
+        let names = if self.ranks.is_first() { self.archive.names()? } else { Vec::new() };
+        let mut steps = names.iter().rev().filter_map(|name| checkpoint_step(name));
+        let restored = loop {
+            // Rank 0 chooses, for all must go on from the same.
+            let chosen = self.ranks.from_first(steps.next().map_or(0, |step| step + 1))?;
+            if chosen == 0 {
+                break None;
             }
-        }
-        let chosen = restored.as_ref().map_or(0, |state: &TrainState| state.step + 1);
-        let chosen = ranks.from_first(chosen)?;
-        if chosen > 0 && !ranks.is_first() {
             let name = checkpoint_name(chosen - 1);
-            restored = self.read_all(&name, model, optimizer)?;
-            if restored.is_none() {
-                let message = format!(
-                    "rank 0 goes on from the checkpoint {}, but rank {} reads it damaged",
-                    self.archive.uri(&name),
-                    ranks.rank(),
-                );
-                return Err(Failure::new(FailureReason::StoreUnavailable, message));
+            let stored = self.read(&name, model)?;
+            // No tensor has changed yet, so the one before can still be taken.
+            let is_damaged = self.ranks.any(stored.is_none())?;
+            let Some(stored) = stored else { continue };
+            if is_damaged {
+                let why = "another rank says so of its part";
+                warn!(checkpoint = name, why, "skipped a damaged checkpoint");
+            } else {
+                stored.fill(model, &tensors(model, optimizer))?;
+                model.trained_mut().refresh_compute();
+                break Some(stored.state);
             }
-        }
+        };
         self.pace.safe(restored.as_ref().map_or(0, |state| state.step), self.now());
         Ok(restored)
-    }
-
-    fn read_all(
-        &self,
-        name: &str,
-        model: &mut Model,
-        optimizer: &AdamW,
-    ) -> Result<Option<TrainState>, Failure> {
-        let state = self.read(name, model, &tensors(model, optimizer))?;
-        model.trained_mut().refresh_compute();
-        Ok(state)
     }
 
     /// Restores the weights of the best evaluation, which are those of its checkpoint.
@@ -234,11 +292,12 @@ impl Checkpoints {
     /// A [`Failure`] if they are gone or damaged.
     pub fn restore_best(&self, step: u64, model: &mut Model) -> Result<(), Failure> {
         let name = checkpoint_name(step);
-        if self.read(&name, model, &[(MASTER, Flat::Floats(model.trained().master()))])?.is_none() {
+        let Some(stored) = self.read(&name, model)? else {
             let message =
                 format!("the best weights at {} are gone or damaged", self.archive.uri(&name));
             return Err(Failure::new(FailureReason::NotProven, message));
-        }
+        };
+        stored.fill(model, &[(MASTER, Flat::Floats(model.trained().master()))])?;
         model.trained_mut().refresh_compute();
         Ok(())
     }
@@ -251,36 +310,74 @@ impl Checkpoints {
         Ok(self.archive.clear()?)
     }
 
-    /// Reads a checkpoint into tensors; `None`, with a warning, if it is damaged.
-    fn read(
-        &self,
-        name: &str,
-        model: &Model,
-        into: &[(&str, Flat<'_>)],
-    ) -> Result<Option<TrainState>, Failure> {
-        let path = self.scratch.join("restore.tmp");
-        let Some(state) = self.archive.fetch(name, &path)? else { return Ok(None) };
-        let tensors = Tensors::open_file(&path);
-        // The map keeps the bytes; the name is not needed any more.
-        let _ = std::fs::remove_file(&path);
-        let fill = || -> Result<(), crate::model::weights::Error> {
-            let tensors = tensors?;
-            for (tensor, target) in into {
-                if let Some(sharded) = model.sharded_training() {
-                    let length = sharded.layout().undivided_length();
-                    sharded.restore(&tensors.tensor_of(tensor, &[length])?, *target);
-                } else {
-                    target.replace(&tensors.tensor_of(tensor, &[target.length() as usize])?);
-                }
-            }
-            Ok(())
+    /// Fetches what this rank needs of a checkpoint; `None`, with a warning, if it is damaged.
+    fn read(&self, name: &str, model: &Model) -> Result<Option<Stored>, Failure> {
+        let Some(fetched) = self.archive.fetch(name, share(model), &self.scratch)? else {
+            return Ok(None);
         };
-        fill().map_err(|error| Failure::from_chain(FailureReason::CheckpointMismatch, &error))?;
-        Ok(Some(state))
+        let files = fetched.files.iter().map(|(share, path)| {
+            let tensors = Tensors::open_file(path).map_err(unlike)?;
+            // The map keeps the bytes; the name is not needed any more.
+            let _ = std::fs::remove_file(path);
+            let (spans, length) = match *share {
+                Share::Part(place) => {
+                    let layout = model.layout_of(place);
+                    (layout.spans(), layout.part_length())
+                }
+                Share::Whole => {
+                    let length = model.layout_of([0, 1]).undivided_length();
+                    (vec![Span::all(length)], length)
+                }
+            };
+            Ok(StoredFile { tensors, spans, length })
+        });
+        Ok(Some(Stored { state: fetched.state, files: files.collect::<Result<_, Failure>>()? }))
     }
 
     fn now(&self) -> f64 {
         self.started.elapsed().as_secs_f64()
+    }
+}
+
+/// A checkpoint's files, open.
+struct Stored {
+    state: TrainState,
+    files: Vec<StoredFile>,
+}
+
+struct StoredFile {
+    tensors: Tensors,
+    /// Which elements of all that is trained the file's tensors have.
+    spans: Vec<Span>,
+    /// Elements of each tensor, filling included.
+    length: usize,
+}
+
+impl Stored {
+    /// Copies what a rank has of each named tensor into it.
+    fn fill(&self, model: &Model, into: &[(&str, Flat<'_>)]) -> Result<(), Failure> {
+        let own = model.trained_spans();
+        for (name, target) in into {
+            let values = self.files.iter().map(|file| {
+                let values = file.tensors.tensor_of(name, &[file.length])?;
+                Ok((values, moves(&file.spans, &own)))
+            });
+            target.fill(&values.collect::<Result<Vec<_>, _>>().map_err(unlike)?);
+        }
+        Ok(())
+    }
+}
+
+fn unlike(error: weights::Error) -> Failure {
+    Failure::from_chain(FailureReason::CheckpointMismatch, &error)
+}
+
+/// Returns what a rank writes of a model's state.
+fn share(model: &Model) -> Share {
+    let ranks = model.ranks();
+    match model.sharded_training() {
+        Some(_) => Share::Part([ranks.rank(), ranks.world_size()]),
+        None => Share::Whole,
     }
 }
 

@@ -11,9 +11,8 @@ use bytes::Bytes;
 use tch::Kind;
 
 use crate::{
-    dist,
     failure::Failure,
-    model::{Model, params::Flat},
+    model::params::Flat,
     store::{self, PART_BYTES, file_parts},
     tensor_file::{self, Declared},
 };
@@ -44,15 +43,11 @@ impl AsRef<[u8]> for Room {
 }
 
 impl Room {
-    /// Copies tensors that are whole on this rank.
+    /// Copies tensors.
     ///
     /// # Errors
-    /// None that is known: memory does not refuse, and whole tensors need no other rank.
-    pub(super) fn copy(
-        &mut self,
-        model: &Model,
-        tensors: &[(&str, Flat<'_>)],
-    ) -> Result<Snapshot, Failure> {
+    /// None that is known: memory does not refuse.
+    pub(super) fn copy(&mut self, tensors: &[(&str, Flat<'_>)]) -> Result<Snapshot, Failure> {
         if Arc::get_mut(&mut self.0).is_none() {
             // A connection holds on to what it has sent.
             self.0 = Arc::default();
@@ -61,29 +56,25 @@ impl Room {
         room.clear();
         let bytes: usize = tensors.iter().map(|(_, tensor)| 4 * tensor.length() as usize).sum();
         room.reserve_exact(bytes + HEADER_BYTES);
-        write_flat(room, model, tensors).map_err(|failed| failed.into_failure("memory"))?;
+        write_flat(room, tensors).map_err(|error| failure(&error, "memory"))?;
         Ok(Snapshot::Memory(Bytes::from_owner(self.clone())))
     }
 }
 
 impl Snapshot {
-    /// Writes tensors, whole or divided over ranks, to a local file.
+    /// Writes tensors to a local file.
     ///
     /// # Errors
-    /// A [`Failure`] if the disk refuses or another rank is lost.
-    pub(super) fn to_file(
-        path: &Path,
-        model: &Model,
-        tensors: &[(&str, Flat<'_>)],
-    ) -> Result<Self, Failure> {
-        let write = || -> Result<(), Failed> {
+    /// A [`Failure`] if the disk refuses.
+    pub(super) fn to_file(path: &Path, tensors: &[(&str, Flat<'_>)]) -> Result<Self, Failure> {
+        let write = || {
             let mut file = BufWriter::with_capacity(1 << 20, File::create(path)?);
-            write_flat(&mut file, model, tensors)?;
-            Ok(file.flush()?)
+            write_flat(&mut file, tensors)?;
+            file.flush()
         };
         // Made before it is full, so that a file which could not be written is removed too.
         let snapshot = Self::File(path.to_owned());
-        write().map_err(|failed| failed.into_failure(&format!("{path:?}")))?;
+        write().map_err(|error| failure(&error, &format!("{path:?}")))?;
         Ok(snapshot)
     }
 
@@ -117,68 +108,23 @@ impl Drop for Snapshot {
     }
 }
 
-/// Takes part in what [`Snapshot::to_file`] does on rank 0.
-///
-/// # Errors
-/// [`dist::Error`] if another rank is lost.
-pub(super) fn follow(model: &Model, tensors: &[(&str, Flat<'_>)]) -> Result<(), dist::Error> {
-    let Some(sharded) = model.sharded_training() else { return Ok(()) };
-    tensors.iter().try_for_each(|(_, tensor)| sharded.for_each_piece(*tensor, |_| Ok(())))
+fn failure(error: &std::io::Error, to: &str) -> Failure {
+    Failure::from_io(error, &format!("cannot write a checkpoint to {to}"))
 }
 
-/// Why flat tensors could not be written.
-enum Failed {
-    Write(std::io::Error),
-    Ranks(dist::Error),
-}
-
-impl Failed {
-    fn into_failure(self, to: &str) -> Failure {
-        match self {
-            Self::Write(error) => {
-                Failure::from_io(&error, &format!("cannot write a checkpoint to {to}"))
-            }
-            Self::Ranks(error) => error.into(),
-        }
-    }
-}
-
-impl From<std::io::Error> for Failed {
-    fn from(error: std::io::Error) -> Self {
-        Self::Write(error)
-    }
-}
-
-impl From<dist::Error> for Failed {
-    fn from(error: dist::Error) -> Self {
-        Self::Ranks(error)
-    }
-}
-
-/// Writes flat fp32 tensors, undivided; parts are gathered a unit at a time.
-fn write_flat(
-    out: &mut impl Write,
-    model: &Model,
-    tensors: &[(&str, Flat<'_>)],
-) -> Result<(), Failed> {
-    let sharded = model.sharded_training();
+/// Writes flat fp32 tensors.
+fn write_flat(out: &mut impl Write, tensors: &[(&str, Flat<'_>)]) -> std::io::Result<()> {
     let declare = |(name, tensor): &(&str, Flat<'_>)| Declared {
         name: (*name).to_owned(),
         kind: Kind::Float,
-        shape: sharded.map_or_else(
-            || vec![tensor.length()],
-            |sharded| vec![sharded.layout().undivided_length() as i64],
-        ),
+        shape: vec![tensor.length()],
     };
     let declared: Vec<Declared> = tensors.iter().map(declare).collect();
     let mut next = tensors.iter();
     tensor_file::write_pieces(out, &declared, |_, put| {
         let (_, tensor) = next.next().expect("each declared tensor is asked for once, in order");
-        match sharded {
-            Some(sharded) => sharded.for_each_piece(*tensor, |piece| put(piece)),
-            None => (0..tensor.length()).step_by(AT_ONCE).try_for_each(|start| {
-                put(&tensor.part(start, (AT_ONCE as i64).min(tensor.length() - start)))
-            }),
-        }
+        (0..tensor.length()).step_by(AT_ONCE).try_for_each(|start| {
+            put(&tensor.part(start, (AT_ONCE as i64).min(tensor.length() - start)))
+        })
     })
 }

@@ -1,4 +1,4 @@
-//! Writing a checkpoint while training goes on: one thread, one checkpoint at a time.
+//! Writing while training goes on: one thread, one thing at a time.
 
 use std::thread::{Builder, JoinHandle};
 
@@ -17,13 +17,17 @@ pub struct Saved {
     pub write_seconds: f64,
 }
 
-type Outcome = Result<Saved, Failure>;
+/// What is being written, if anything is, and what comes of it.
+#[derive(Debug)]
+pub(super) struct Writer<T>(Option<JoinHandle<Result<T, Failure>>>);
 
-/// What is being written, if anything is.
-#[derive(Debug, Default)]
-pub(super) struct Writer(Option<JoinHandle<Outcome>>);
+impl<T> Default for Writer<T> {
+    fn default() -> Self {
+        Self(None)
+    }
+}
 
-impl Writer {
+impl<T: Send + 'static> Writer<T> {
     /// Tells whether something is still being written.
     pub(super) fn is_busy(&self) -> bool {
         self.0.as_ref().is_some_and(|thread| !thread.is_finished())
@@ -35,7 +39,7 @@ impl Writer {
     /// A [`Failure`] if no thread can be had.
     pub(super) fn start(
         &mut self,
-        write: impl FnOnce() -> Outcome + Send + 'static,
+        write: impl FnOnce() -> Result<T, Failure> + Send + 'static,
     ) -> Result<(), Failure> {
         debug_assert!(self.0.is_none(), "two checkpoints would be written at once");
         let thread = Builder::new().name("checkpoint".to_owned()).spawn(write);
@@ -51,13 +55,13 @@ impl Writer {
     ///
     /// # Panics
     /// If the write did: a defect is reported where training ends.
-    pub(super) fn wait(&mut self) -> Result<Option<Saved>, Failure> {
+    pub(super) fn wait(&mut self) -> Result<Option<T>, Failure> {
         let Some(thread) = self.0.take() else { return Ok(None) };
         thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)).map(Some)
     }
 }
 
-impl Drop for Writer {
+impl<T> Drop for Writer<T> {
     /// A run that ends early leaves the checkpoint whole that it had begun.
     fn drop(&mut self) {
         if let Some(Ok(Err(failure))) = self.0.take().map(JoinHandle::join) {
@@ -99,7 +103,7 @@ mod tests {
 
     #[test]
     fn a_write_that_fails_says_so_to_who_waits() {
-        let mut writer = Writer::default();
+        let mut writer = Writer::<Saved>::default();
         let failure = Failure::new(FailureReason::StoreUnavailable, "the bucket is away");
         let failed = failure.clone();
         writer.start(move || Err(failed)).unwrap();
@@ -109,7 +113,7 @@ mod tests {
     #[test]
     fn a_run_that_ends_early_leaves_no_half_written_checkpoint() {
         let is_written = Arc::new(AtomicBool::new(false));
-        let mut writer = Writer::default();
+        let mut writer = Writer::<Saved>::default();
         let is_it = Arc::clone(&is_written);
         writer
             .start(move || {

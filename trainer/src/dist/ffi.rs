@@ -13,8 +13,8 @@ use torch_sys::C_tensor;
 
 use crate::shim::{ErrorBuffer, call};
 
-/// Bytes of a value in the store; they are numbers.
-const VALUE_BYTES: usize = 64;
+/// Bytes of a value in the store, at most; they are numbers and digests.
+const VALUE_BYTES: usize = 128;
 
 unsafe extern "C" {
     fn finetune_store_open(

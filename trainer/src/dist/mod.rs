@@ -29,6 +29,8 @@ use place::{Patience, Place};
 
 /// How often a waiting rank looks into the store.
 const POLL: Duration = Duration::from_millis(100);
+/// The same where training stands still meanwhile.
+const SHORT_POLL: Duration = Duration::from_millis(1);
 /// Where rank 0 says on which port it hears signs of life.
 const LIFELINE_PORT: &str = "lifeline-port";
 
@@ -369,6 +371,33 @@ impl Ranks {
             }
         }
         Ok(())
+    }
+
+    /// Sends a short text to rank 0, which gets those of all, by rank; each `place` once.
+    ///
+    /// # Errors
+    /// [`Error`] if another rank is lost.
+    pub fn tell_first(&self, place: &str, text: &str) -> Result<Option<Vec<String>>, Error> {
+        let Some(joined) = &self.0 else { return Ok(Some(vec![text.to_owned()])) };
+        let Joined { rank, name, store, world_size, lifeline, .. } = &**joined;
+        let key = |rank: u32| format!("{name}/{place}/{rank}");
+        let lost = |reason: String| joined.failed("telling rank 0", reason);
+        store.set(&key(*rank), text).map_err(lost)?;
+        if !self.is_first() {
+            return Ok(None);
+        }
+        let mut told = Vec::new();
+        while told.len() < *world_size as usize {
+            match store.get(&key(told.len() as u32)).map_err(lost)? {
+                Some(text) => told.push(text),
+                None => {
+                    if let Some(why) = lifeline.verdict(SHORT_POLL) {
+                        return Err(joined.broken(Error::Lost { rank: *rank, why }));
+                    }
+                }
+            }
+        }
+        Ok(Some(told))
     }
 
     /// Returns the error of a group that broke where no error could be returned.

@@ -40,6 +40,49 @@ struct Unit {
     whole: usize,
 }
 
+/// Neighbours in an undivided flat tensor that are neighbours in another one too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span {
+    /// Their first element's index in the undivided one.
+    pub undivided: usize,
+    /// Its index in the other one.
+    pub own: usize,
+    /// How many they are.
+    pub length: usize,
+}
+
+impl Span {
+    /// All of a flat tensor that is not divided.
+    pub const fn all(length: usize) -> Self {
+        Self { undivided: 0, own: 0, length }
+    }
+}
+
+/// Elements to be copied from one flat tensor to another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Move {
+    /// The first element's index where they come from.
+    pub from: usize,
+    /// Its index where they go.
+    pub to: usize,
+    /// How many they are.
+    pub length: usize,
+}
+
+/// Lists the elements of one flat tensor that another one has too.
+pub fn moves(from: &[Span], to: &[Span]) -> Vec<Move> {
+    let both = |from: &Span, to: &Span| {
+        let first = from.undivided.max(to.undivided);
+        let end = (from.undivided + from.length).min(to.undivided + to.length);
+        (first < end).then(|| Move {
+            from: from.own + first - from.undivided,
+            to: to.own + first - to.undivided,
+            length: end - first,
+        })
+    };
+    from.iter().flat_map(|from| to.iter().filter_map(move |to| both(from, to))).collect()
+}
+
 /// Where one tensor is.
 #[derive(Debug)]
 pub struct Place {
@@ -126,6 +169,16 @@ impl Layout {
         &self.names
     }
 
+    /// Lists which elements of an undivided flat tensor this rank keeps, and where.
+    pub fn spans(&self) -> Vec<Span> {
+        let span = |name: &String| {
+            let place = self.place(name)?;
+            let (range, own) = self.kept(place)?;
+            Some(Span { undivided: place.undivided + range.start, own, length: range.len() })
+        };
+        self.names.iter().filter_map(span).collect()
+    }
+
     /// Returns which elements of a tensor this rank keeps, and where they start in its flat tensor.
     pub fn kept(&self, place: &Place) -> Option<(Range<usize>, usize)> {
         let Unit { first, part, .. } = self.units[place.unit];
@@ -179,6 +232,37 @@ mod tests {
             let part = layouts[0].part_length();
             assert!(layouts.iter().all(|layout| layout.part_length() == part));
             assert!(part * world_size as usize >= layouts[0].undivided_length());
+        }
+    }
+
+    #[test]
+    fn what_is_divided_in_one_way_is_put_together_in_another() {
+        let total = Layout::new(&specs(), [0, 1]).undivided_length();
+        let whole = [Span::all(total)];
+        for (before, after) in [(1, 1), (2, 3), (3, 2), (4, 1), (1, 4)] {
+            let parts = (0..before).map(|rank| Layout::new(&specs(), [rank, before]).spans());
+            let parts: Vec<_> = parts.collect();
+            for rank in 0..after {
+                let layout = Layout::new(&specs(), [rank, after]);
+                let mut expected = vec![usize::MAX; layout.part_length()];
+                let mut found = expected.clone();
+                for Move { from, to, length } in moves(&whole, &layout.spans()) {
+                    (0..length).for_each(|index| expected[to + index] = from + index);
+                }
+                for part in &parts {
+                    // What stands at an index of the part, as an index of the undivided tensor.
+                    for Move { from, to, length } in moves(part, &layout.spans()) {
+                        let span = part
+                            .iter()
+                            .find(|span| (span.own..span.own + span.length).contains(&from));
+                        let span = span.unwrap();
+                        (0..length).for_each(|index| {
+                            found[to + index] = span.undivided + from - span.own + index;
+                        });
+                    }
+                }
+                assert_eq!(found, expected, "{before} to {after}, rank {rank}");
+            }
         }
     }
 

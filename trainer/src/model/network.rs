@@ -14,7 +14,7 @@ use super::{
     dropout::Dropout,
     embedding::{Adapter, Embedding},
     head,
-    layout::{Layout, OUTER, unit_of_block},
+    layout::{Layout, OUTER, Span, unit_of_block},
     linear::{Down, Input, Linear, Projections, Up},
     names,
     norm::RmsNorm,
@@ -206,6 +206,19 @@ impl Model {
     /// Returns the parameters that are trained and divided over ranks, if they are.
     pub fn sharded_training(&self) -> Option<&Sharded> {
         self.sharded.as_ref().filter(|sharded| sharded.is_trained())
+    }
+
+    /// Lists which elements of all that is trained, undivided, this rank has in its flat tensors.
+    pub fn trained_spans(&self) -> Vec<Span> {
+        self.sharded_training().map_or_else(
+            || vec![Span::all(self.trained.master().numel())],
+            |sharded| sharded.layout().spans(),
+        )
+    }
+
+    /// Returns how what is trained would be divided.
+    pub fn layout_of(&self, [rank, world_size]: [u32; 2]) -> Layout {
+        Layout::new(&self.attachment.trained(&self.config), [rank, world_size])
     }
 
     /// Says that the next micro-batch is this rank's last one of the step: what it finishes may be

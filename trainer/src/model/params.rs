@@ -9,7 +9,10 @@ use std::collections::BTreeMap;
 use finetune_contract::Dtype;
 use tch::{Device, Kind, Tensor};
 
-use super::{config::TensorSpec, layout::Layout};
+use super::{
+    config::TensorSpec,
+    layout::{Layout, Move},
+};
 use crate::ops::Codes;
 
 /// Flat numbers as a checkpoint has them, fp32, whatever holds them.
@@ -38,12 +41,30 @@ impl Flat<'_> {
         }
     }
 
-    /// Replaces them all.
-    pub fn replace(self, values: &Tensor) {
+    /// Replaces some of them, or zeroes, by values elsewhere: each of `moves` is from a tensor of
+    /// `values` to here.
+    pub fn fill(self, values: &[(Tensor, Vec<Move>)]) {
         match self {
-            Self::Floats(target) => target.shallow_clone().copy_(values),
-            Self::Codes(codes) => {
-                codes.replace(|start, length| values.narrow(0, start, length));
+            Self::Floats(target) => copy_into(target, 0, values),
+            Self::Codes(codes) => codes.replace(|start, length| {
+                let window = Tensor::zeros([length], (Kind::Float, codes.device()));
+                copy_into(&window, start, values);
+                window
+            }),
+        }
+    }
+}
+
+/// Copies what is moved to a window that begins at `start`.
+fn copy_into(window: &Tensor, start: i64, values: &[(Tensor, Vec<Move>)]) {
+    let end = start + window.numel() as i64;
+    for (values, moves) in values {
+        for &Move { from, to, length } in moves {
+            let [from, to, length] = [from, to, length].map(|index| index as i64);
+            let (first, last) = (to.max(start), (to + length).min(end));
+            if first < last {
+                let some = values.narrow(0, from + first - to, last - first);
+                window.narrow(0, first - start, last - first).copy_(&some);
             }
         }
     }

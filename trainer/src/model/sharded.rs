@@ -289,56 +289,6 @@ impl Sharded {
         Ok(whole)
     }
 
-    /// Gathers one of the flat tensors piece by piece, in the order of an undivided one.
-    ///
-    /// # Errors
-    /// What `visit` gives, or an [`Error`] made into one if another rank is lost.
-    pub fn for_each_piece<E: From<Error>>(
-        &self,
-        flat: Flat<'_>,
-        mut visit: impl FnMut(&Tensor) -> Result<(), E>,
-    ) -> Result<(), E> {
-        let mut gathered: Option<(usize, Tensor)> = None;
-        for name in self.layout.names() {
-            let Some(place) = self.layout.place(name) else { continue };
-            let whole = match gathered.take() {
-                Some((unit, whole)) if unit == place.unit => whole,
-                _ => self.whole(place.unit, flat)?,
-            };
-            visit(&whole.narrow(0, place.offset as i64, place.length() as i64))?;
-            gathered = Some((place.unit, whole));
-        }
-        Ok(())
-    }
-
-    /// Copies this rank's parts out of an undivided flat tensor.
-    pub fn restore(&self, undivided: &Tensor, flat: Flat<'_>) {
-        match flat {
-            Flat::Floats(values) => self.keep_some(undivided, 0, values),
-            Flat::Codes(codes) => codes.replace(|start, length| {
-                let values = Tensor::zeros([length], (undivided.kind(), undivided.device()));
-                self.keep_some(undivided, start, &values);
-                values
-            }),
-        }
-    }
-
-    /// Copies a stretch of this rank's parts, from the flat tensor's element `from` on.
-    fn keep_some(&self, undivided: &Tensor, from: i64, values: &Tensor) {
-        let to = from + values.numel() as i64;
-        for name in self.layout.names() {
-            let Some(place) = self.layout.place(name) else { continue };
-            let Some((range, start)) = self.layout.kept(place) else { continue };
-            let (start, end) = (start as i64, (start + range.len()) as i64);
-            let (first, last) = (start.max(from), end.min(to));
-            if first < last {
-                let at = (place.undivided + range.start) as i64 + first - start;
-                let some = undivided.narrow(0, at, last - first);
-                values.narrow(0, first - from, last - first).copy_(&some);
-            }
-        }
-    }
-
     fn part(&self, flat: &Tensor, unit: usize) -> Tensor {
         let part = self.layout.part(unit);
         flat.narrow(0, part.start as i64, part.len() as i64)
@@ -349,40 +299,6 @@ impl Sharded {
         let Some((unit, pending)) = self.coming.borrow_mut().take() else { return };
         if self.ranks.wait(pending).is_ok() {
             self.holds[self.rooms.of(unit)].set(Some(unit));
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::model::config::TensorSpec;
-
-    #[test]
-    fn stretches_are_the_parts_of_a_whole() {
-        let specs = [("model.embed_tokens.weight", 70), ("model.layers.0.mlp.up_proj.weight", 90)]
-            .map(|(name, length)| TensorSpec { name: name.to_owned(), shape: vec![length] });
-        let undivided = Tensor::arange(160, (Kind::Float, Device::Cpu)) + 1.0;
-        for rank in 0..3 {
-            let layout = Layout::new(&specs, [rank, 3]);
-            let sharded = Sharded::frozen(layout, Ranks::alone(), Kind::Float, Device::Cpu);
-            let whole = sharded.values.zeros_like();
-            for (name, first, length) in [(&specs[0].name, 0, 70), (&specs[1].name, 70, 90)] {
-                sharded.keep(name, &undivided.narrow(0, first, length), &whole);
-            }
-            let restored = whole.zeros_like();
-            sharded.restore(&undivided, Flat::Floats(&restored));
-            assert_eq!(restored, whole, "rank {rank}");
-            for length in [7, 16, 1000] {
-                let mut found = Vec::new();
-                for from in (0..whole.numel() as i64).step_by(length) {
-                    let length = (length as i64).min(whole.numel() as i64 - from);
-                    let some = Tensor::zeros([length], (Kind::Float, Device::Cpu));
-                    sharded.keep_some(&undivided, from, &some);
-                    found.push(some);
-                }
-                assert_eq!(Tensor::cat(&found, 0), whole, "rank {rank}, {length} at once");
-            }
         }
     }
 }

@@ -29,6 +29,11 @@ impl Codes {
         }
     }
 
+    /// Returns where they are.
+    pub fn device(&self) -> Device {
+        self.bytes.device()
+    }
+
     /// Returns how many numbers there are.
     pub fn length(&self) -> i64 {
         self.length
