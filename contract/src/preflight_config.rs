@@ -25,6 +25,9 @@ pub struct PreflightConfig {
     /// The directory of a published adapter to start from, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub initial_adapter: Option<String>,
+    /// A checkpoint of another run to take the weights of, if any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initial_checkpoint: Option<String>,
     /// The context length the user set, so that its truncation is counted exactly.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub context_length: Option<u32>,

@@ -35,6 +35,9 @@ pub struct RunConfig {
     /// start from nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub initial_adapter: Option<String>,
+    /// A checkpoint of another run to take the weights of, if any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initial_checkpoint: Option<String>,
     /// How to train.
     pub training: TrainingSettings,
     /// What it computes on; absent for the processor.

@@ -33,11 +33,13 @@ fn check<D: Document + std::fmt::Debug>(text: &str) {
 fn every_document_is_read_and_written_as_it_was() {
     check::<PreflightConfig>(include_str!("golden/preflight_config.json"));
     check::<PreflightConfig>(include_str!("golden/preflight_config_continued.json"));
+    check::<PreflightConfig>(include_str!("golden/preflight_config_from_step.json"));
     check::<PreflightReport>(include_str!("golden/preflight_report.json"));
     check::<RunConfig>(include_str!("golden/run_config.json"));
     check::<RunConfig>(include_str!("golden/run_config_ranks.json"));
     check::<RunConfig>(include_str!("golden/run_config_paced.json"));
     check::<RunConfig>(include_str!("golden/run_config_continued.json"));
+    check::<RunConfig>(include_str!("golden/run_config_from_step.json"));
     check::<Progress>(include_str!("golden/progress.json"));
     check::<Progress>(include_str!("golden/progress_saved.json"));
     check::<RunReport>(include_str!("golden/run_report_succeeded.json"));

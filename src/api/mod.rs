@@ -64,6 +64,10 @@ pub const NAME_LIMIT: usize = 52;
         .message("initialAdapter is immutable: create a new FineTuneJob to change it"),
     validation = Rule::new("has(self.loraConfig) || !has(self.initialAdapter)")
         .message("initialAdapter is a LoRA adapter to go on training, but loraConfig is not set: set it to the adapter's shape; to go on with a full-parameter result name it as model.uri instead"),
+    validation = Rule::new("has(self.initialCheckpoint) == has(oldSelf.initialCheckpoint) && (!has(self.initialCheckpoint) || self.initialCheckpoint == oldSelf.initialCheckpoint)")
+        .message("initialCheckpoint is immutable: create a new FineTuneJob to change it"),
+    validation = Rule::new("!(has(self.initialAdapter) && has(self.initialCheckpoint))")
+        .message("initialAdapter and initialCheckpoint both say what training starts from: keep one"),
     validation = Rule::new("has(self.training) == has(oldSelf.training) && (!has(self.training) || self.training == oldSelf.training)")
         .message("training is immutable: create a new FineTuneJob to change it"),
     validation = Rule::new("has(self.loraConfig) || !has(self.output.merge) || !self.output.merge")
@@ -86,6 +90,11 @@ pub struct FineTuneJobSpec {
     /// Default: none. Cannot be changed after creation.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub initial_adapter: Option<InitialAdapter>,
+    /// A checkpoint of another run whose weights training starts from, such as one that diverged
+    /// later; of the same model and `loraConfig`. Its moments, step and place in the data are left
+    /// behind: this is a new run. Default: none. Cannot be changed after creation.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub initial_checkpoint: Option<InitialCheckpoint>,
     /// How to train; every field has a default, decided from the model and the data and explained
     /// by `finetune plan`. Cannot be changed after creation.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -126,6 +135,10 @@ impl FineTuneJobSpec {
         [
             ("spec.model.uri", Some(&self.model.uri)),
             ("spec.initialAdapter.uri", self.initial_adapter.as_ref().map(|adapter| &adapter.uri)),
+            (
+                "spec.initialCheckpoint.uri",
+                self.initial_checkpoint.as_ref().map(|checkpoint| &checkpoint.uri),
+            ),
             ("spec.dataset.train", Some(&self.dataset.train)),
             ("spec.dataset.validation", self.dataset.validation.as_ref()),
             ("spec.output.uri", Some(&self.output.uri)),
@@ -230,6 +243,21 @@ pub struct InitialAdapter {
     /// s3, gs, az, pvc or file. Example: `s3://models/support-adapter`.
     #[schemars(length(min = 1, max = 1024))]
     #[x_kube(validation = Rule::new("self.matches('^(hf|s3|gs|az|pvc|file)://')").message("must be an object URI of scheme hf, s3, gs, az, pvc or file, such as s3://bucket/adapter"))]
+    pub uri: String,
+    /// The Secret with the keys to read it. Only in a cluster; `finetune run` uses the environment.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub secret_ref: Option<SecretRef>,
+}
+
+/// A checkpoint of another run.
+#[derive(KubeSchema, Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct InitialCheckpoint {
+    /// The directory of one step below the checkpoints of a run, which has
+    /// `checkpoint-manifest.json`. An object URI of scheme s3, gs, az, pvc or file. Example:
+    /// `s3://models/support.checkpoints/support-1a2b3c4d/step-00000600`.
+    #[schemars(length(min = 1, max = 1024))]
+    #[x_kube(validation = Rule::new("self.matches('^(s3|gs|az|pvc|file)://')").message("must be an object URI of scheme s3, gs, az, pvc or file, such as s3://bucket/output.checkpoints/run/step-00000600"))]
     pub uri: String,
     /// The Secret with the keys to read it. Only in a cluster; `finetune run` uses the environment.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -288,6 +288,12 @@ fn notice_cluster_fields(job: &FineTuneJob) {
             "initialAdapter.secretRef",
             spec.initial_adapter.as_ref().is_some_and(|adapter| adapter.secret_ref.is_some()),
         ),
+        (
+            "initialCheckpoint.secretRef",
+            spec.initial_checkpoint
+                .as_ref()
+                .is_some_and(|checkpoint| checkpoint.secret_ref.is_some()),
+        ),
         ("dataset.secretRef", spec.dataset.secret_ref.is_some()),
         ("output.secretRef", spec.output.secret_ref.is_some()),
     ]

@@ -435,6 +435,10 @@ fn secrets(job: &FineTuneJob) -> Vec<EnvFromSource> {
             "FINETUNE_ADAPTER_",
             spec.initial_adapter.as_ref().and_then(|adapter| adapter.secret_ref.as_ref()),
         ),
+        (
+            "FINETUNE_CHECKPOINT_",
+            spec.initial_checkpoint.as_ref().and_then(|checkpoint| checkpoint.secret_ref.as_ref()),
+        ),
         ("FINETUNE_DATASET_", spec.dataset.secret_ref.as_ref()),
         ("FINETUNE_OUTPUT_", spec.output.secret_ref.as_ref()),
     ]

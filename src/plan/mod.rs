@@ -335,6 +335,10 @@ pub fn plan_over(
     if let Some(uri) = &initial_adapter {
         decisions.add("initialAdapter", "given", format!("training starts from {uri}"));
     }
+    let initial_checkpoint = settings::initial_checkpoint(&job.spec);
+    if let Some(uri) = &initial_checkpoint {
+        decisions.add("initialCheckpoint", "given", format!("training starts from {uri}"));
+    }
     let run_id = settings::run_id(job);
     let mut model_source = settings::model(&job.spec);
     if let Some(revision) = &model.resolved_revision {
@@ -351,6 +355,7 @@ pub fn plan_over(
         dataset: source,
         lora,
         initial_adapter,
+        initial_checkpoint,
         training: settings,
         device: place.device(),
         parallelism: Parallelism {

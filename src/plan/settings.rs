@@ -18,6 +18,7 @@ pub fn preflight_config(job: &FineTuneJob, measure_machine: bool) -> PreflightCo
         dataset: dataset(&job.spec),
         lora: lora(&job.spec),
         initial_adapter: initial_adapter(&job.spec),
+        initial_checkpoint: initial_checkpoint(&job.spec),
         context_length: training
             .and_then(|training| training.context_length)
             .map(i32::unsigned_abs),
@@ -33,9 +34,12 @@ pub fn run_id(job: &FineTuneJob) -> RunId {
         "model": spec.model, "dataset": spec.dataset, "loraConfig": spec.lora_config,
         "training": spec.training, "output": spec.output,
     });
-    // What was named before there was this field keeps its name.
+    // What was named before there were these fields keeps its name.
     if let Some(adapter) = &spec.initial_adapter {
         canonical["initialAdapter"] = serde_json::json!(adapter);
+    }
+    if let Some(checkpoint) = &spec.initial_checkpoint {
+        canonical["initialCheckpoint"] = serde_json::json!(checkpoint);
     }
     // Whether maps of serde_json keep the order of insertion is a feature any crate of the build may
     // turn on; the name of a run must not depend on it.
@@ -89,6 +93,10 @@ pub(super) fn lora(spec: &FineTuneJobSpec) -> Option<LoraSettings> {
 
 pub(super) fn initial_adapter(spec: &FineTuneJobSpec) -> Option<String> {
     spec.initial_adapter.as_ref().map(|adapter| adapter.uri.clone())
+}
+
+pub(super) fn initial_checkpoint(spec: &FineTuneJobSpec) -> Option<String> {
+    spec.initial_checkpoint.as_ref().map(|checkpoint| checkpoint.uri.clone())
 }
 
 pub(super) fn output(spec: &FineTuneJobSpec) -> OutputTarget {

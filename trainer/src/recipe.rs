@@ -16,7 +16,7 @@ use tch::Device;
 use tracing::{info, warn};
 
 use crate::{
-    checkpoint::{Checkpoints, TrainState},
+    checkpoint::{Checkpoints, TrainState, initial},
     data::{Dataset, Sequences, Tokenizer},
     dist::Ranks,
     export::{self, Export},
@@ -104,6 +104,11 @@ pub fn run(
     resume(&mut training, teller)?;
     if let (Some(uri), 0) = (&config.initial_adapter, training.state.step) {
         start_from(uri, &mut training, host)?;
+    }
+    if let (Some(uri), 0) = (&config.initial_checkpoint, training.state.step) {
+        let store = open(uri, Role::Checkpoint, host)?;
+        let model = &mut training.model;
+        initial::start_from(&store, config.lora.as_ref(), model, host.work_dir)?;
     }
 
     // Train.

@@ -67,6 +67,7 @@ pub(crate) fn measure(binaries: &Binaries, model: &Path) -> Result<Limit> {
         },
         lora: None,
         initial_adapter: None,
+        initial_checkpoint: None,
         context_length: None,
         output: OutputTarget {
             uri: uri(&directory.join("output")),

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use finetune_contract::{
-    CONTRACT_VERSION, Document, FailureReason, ObjectUri, RunConfig, RunId,
+    CONTRACT_VERSION, Document, FailureReason, LoraSettings, ObjectUri, RunConfig, RunId,
     artifact::{CHECKPOINT_MANIFEST_NAME, checkpoint_name},
     parse, render,
 };
@@ -22,10 +22,15 @@ use crate::{
 /// The commit marker of a checkpoint.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct CheckpointManifest {
+pub(super) struct CheckpointManifest {
     version: u32,
     run_id: RunId,
     settings_sha256: String,
+    /// The adapter's shape; absent if all of the model is trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) lora: Option<LoraSettings>,
+    /// Parameters trained.
+    pub(super) trained: u64,
     state: TrainState,
     /// Whether each file has the part of one of as many ranks; else the only one has everything.
     #[serde(default)]
@@ -88,6 +93,7 @@ pub(super) struct Archive {
     store: Store,
     run_id: RunId,
     settings_sha256: String,
+    lora: Option<LoraSettings>,
     keep: usize,
 }
 
@@ -97,6 +103,7 @@ impl Archive {
             store,
             run_id: config.run_id.clone(),
             settings_sha256: settings_sha256(config),
+            lora: config.lora.clone(),
             keep: config.training.num_checkpoints_to_keep.max(1) as usize,
         }
     }
@@ -132,6 +139,7 @@ impl Archive {
     pub(super) fn complete(
         &self,
         state: &TrainState,
+        trained: u64,
         is_divided: bool,
         files: Vec<StateFile>,
     ) -> Result<(), store::Error> {
@@ -139,6 +147,8 @@ impl Archive {
             version: CONTRACT_VERSION,
             run_id: self.run_id.clone(),
             settings_sha256: self.settings_sha256.clone(),
+            lora: self.lora.clone(),
+            trained,
             state: state.clone(),
             is_divided,
             files,
@@ -178,11 +188,10 @@ impl Archive {
         directory: &Path,
     ) -> Result<Option<Fetched>, Failure> {
         let damaged = |why: &str| warn!(checkpoint = name, why, "skipped a damaged checkpoint");
-        let text = self.store.read(&format!("{name}/{CHECKPOINT_MANIFEST_NAME}"))?;
-        let manifest: CheckpointManifest = match parse(&String::from_utf8_lossy(&text)) {
+        let manifest = match read_manifest(&self.store, &format!("{name}/"))? {
             Ok(manifest) => manifest,
-            Err(error) => {
-                damaged(&error.to_string());
+            Err(why) => {
+                damaged(&why);
                 return Ok(None);
             }
         };
@@ -195,32 +204,13 @@ impl Archive {
             );
             return Err(Failure::new(FailureReason::CheckpointMismatch, message));
         }
-        let ranks = manifest.files.len() as u32;
-        let shares = if manifest.is_divided {
-            (0..ranks).map(|rank| Share::Part([rank, ranks])).collect()
-        } else {
-            vec![Share::Whole]
-        };
-        let is_own = shares.contains(&share);
-        let mut files = Vec::new();
-        for (kept, file) in shares.into_iter().zip(&manifest.files) {
-            if is_own && kept != share {
-                continue;
+        match fetch_files(&self.store, &format!("{name}/"), &manifest, share, directory)? {
+            Ok(files) => Ok(Some(Fetched { state: manifest.state, files })),
+            Err(why) => {
+                damaged(&why);
+                Ok(None)
             }
-            let from = format!("{name}/{}", kept.file_name());
-            if self.store.size(&from)? != Some(file.size) {
-                damaged(&format!("{} is missing or truncated", kept.file_name()));
-                return Ok(None);
-            }
-            let path = directory.join(format!("restore-{}.tmp", files.len()));
-            self.store.fetch(&from, &path)?;
-            if hash_file(&path)?.1 != file.sha256 {
-                damaged(&format!("{} does not have the digest of its manifest", kept.file_name()));
-                return Ok(None);
-            }
-            files.push((kept, path));
         }
-        Ok(Some(Fetched { state: manifest.state, files }))
     }
 
     /// Removes every checkpoint of the run.
@@ -245,6 +235,56 @@ impl Archive {
         }
         Ok(())
     }
+}
+
+/// Reads the manifest below a prefix, or says how it is damaged.
+///
+/// # Errors
+/// [`store::Error`].
+pub(super) fn read_manifest(
+    store: &Store,
+    prefix: &str,
+) -> Result<Result<CheckpointManifest, String>, store::Error> {
+    let text = store.read(&format!("{prefix}{CHECKPOINT_MANIFEST_NAME}"))?;
+    Ok(parse(&String::from_utf8_lossy(&text)).map_err(|error| error.to_string()))
+}
+
+/// Fetches the files of a checkpoint that a rank needs, or says how they are damaged.
+///
+/// # Errors
+/// A [`Failure`] of the store or the disk.
+pub(super) fn fetch_files(
+    store: &Store,
+    prefix: &str,
+    manifest: &CheckpointManifest,
+    share: Share,
+    directory: &Path,
+) -> Result<Result<Vec<(Share, PathBuf)>, String>, Failure> {
+    let ranks = manifest.files.len() as u32;
+    let shares = if manifest.is_divided {
+        (0..ranks).map(|rank| Share::Part([rank, ranks])).collect()
+    } else {
+        vec![Share::Whole]
+    };
+    let is_own = shares.contains(&share);
+    let mut files = Vec::new();
+    for (kept, file) in shares.into_iter().zip(&manifest.files) {
+        if is_own && kept != share {
+            continue;
+        }
+        let name = kept.file_name();
+        let from = format!("{prefix}{name}");
+        if store.size(&from)? != Some(file.size) {
+            return Ok(Err(format!("{name} is missing or truncated")));
+        }
+        let path = directory.join(format!("restore-{}.tmp", files.len()));
+        store.fetch(&from, &path)?;
+        if hash_file(&path)?.1 != file.sha256 {
+            return Ok(Err(format!("{name} does not have the digest of its manifest")));
+        }
+        files.push((kept, path));
+    }
+    Ok(Ok(files))
 }
 
 /// Returns a digest of all that decides the result: model, data, adapter and training settings.
@@ -276,6 +316,9 @@ fn settings_sha256(config: &RunConfig) -> String {
     if let Some(adapter) = &config.initial_adapter {
         decisive["initialAdapter"] = serde_json::json!(adapter);
     }
+    if let Some(checkpoint) = &config.initial_checkpoint {
+        decisive["initialCheckpoint"] = serde_json::json!(checkpoint);
+    }
     hex(&Sha256::digest(decisive.to_string()))
 }
 
@@ -295,6 +338,7 @@ mod tests {
             store: Store::over(&uri, Arc::new(object_store::memory::InMemory::new())),
             run_id: RunId("a-1".to_owned()),
             settings_sha256: String::new(),
+            lora: None,
             keep: 2,
         };
         let directory = tempfile::tempdir().unwrap();
@@ -320,7 +364,7 @@ mod tests {
             let files = files.collect();
             let name = format!("step-{step:08}");
             assert!(!archive.names().unwrap().contains(&name), "it has no manifest");
-            archive.complete(&state, step == 6, files).unwrap();
+            archive.complete(&state, 1, step == 6, files).unwrap();
             drop(snapshot);
             assert!(!path.exists(), "the file goes with the snapshot");
             for asked in [Share::Whole, Share::Part([1, 2]), Share::Part([0, 4])] {

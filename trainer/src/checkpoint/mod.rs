@@ -13,6 +13,7 @@
 //! `archive` what is in the store.
 
 mod archive;
+pub mod initial;
 pub mod pace;
 mod snapshot;
 mod writer;
@@ -42,7 +43,7 @@ use crate::{
     optimizer::AdamW,
     store::Store,
 };
-use archive::{Archive, Share, StateFile};
+use archive::{Archive, Fetched, Share, StateFile};
 use pace::Pace;
 use snapshot::{Room, Snapshot};
 pub use writer::Saved;
@@ -113,6 +114,7 @@ pub struct Checkpoints {
 #[derive(Debug)]
 struct Begun {
     state: TrainState,
+    trained: u64,
     stall_seconds: f64,
     since: Instant,
 }
@@ -173,14 +175,15 @@ impl Checkpoints {
         // What the writer before was waited for is no price of this one.
         self.pace.stalled(settled.elapsed().as_secs_f64());
         let (archive, state, since) = (self.archive.clone(), state.clone(), clock::now());
+        let trained = model.layout_of([0, 1]).undivided_length() as u64;
         if let Share::Part(_) = share {
             let step = state.step;
-            self.begun = Some(Begun { state, stall_seconds, since });
+            self.begun = Some(Begun { state, trained, stall_seconds, since });
             return self.part.start(move || Ok(archive.write(step, share, &snapshot)?));
         }
         self.writer.start(move || {
             let file = archive.write(state.step, share, &snapshot)?;
-            archive.complete(&state, false, vec![file])?;
+            archive.complete(&state, trained, false, vec![file])?;
             let write_seconds = since.elapsed().as_secs_f64();
             Ok(Saved { step: state.step, stall_seconds, write_seconds })
         })
@@ -197,7 +200,7 @@ impl Checkpoints {
     /// # Errors
     /// A [`Failure`] if a part could not be written or another rank is lost.
     pub fn join_parts(&mut self) -> Result<(), Failure> {
-        let (Some(Begun { state, stall_seconds, since }), Some(part)) =
+        let (Some(Begun { state, trained, stall_seconds, since }), Some(part)) =
             (self.begun.take(), self.part.wait()?)
         else {
             return Ok(());
@@ -212,7 +215,7 @@ impl Checkpoints {
         // The one before is complete: it was waited for before this one began.
         let archive = self.archive.clone();
         self.writer.start(move || {
-            archive.complete(&state, true, parts)?;
+            archive.complete(&state, trained, true, parts)?;
             let write_seconds = since.elapsed().as_secs_f64();
             Ok(Saved { step: state.step, stall_seconds, write_seconds })
         })
@@ -277,7 +280,7 @@ impl Checkpoints {
                 let why = "another rank says so of its part";
                 warn!(checkpoint = name, why, "skipped a damaged checkpoint");
             } else {
-                stored.fill(model, &tensors(model, optimizer))?;
+                fill(&stored.files, model, &tensors(model, optimizer))?;
                 model.trained_mut().refresh_compute();
                 break Some(stored.state);
             }
@@ -297,7 +300,7 @@ impl Checkpoints {
                 format!("the best weights at {} are gone or damaged", self.archive.uri(&name));
             return Err(Failure::new(FailureReason::NotProven, message));
         };
-        stored.fill(model, &[(MASTER, Flat::Floats(model.trained().master()))])?;
+        fill(&stored.files, model, &[(MASTER, Flat::Floats(model.trained().master()))])?;
         model.trained_mut().refresh_compute();
         Ok(())
     }
@@ -312,26 +315,9 @@ impl Checkpoints {
 
     /// Fetches what this rank needs of a checkpoint; `None`, with a warning, if it is damaged.
     fn read(&self, name: &str, model: &Model) -> Result<Option<Stored>, Failure> {
-        let Some(fetched) = self.archive.fetch(name, share(model), &self.scratch)? else {
-            return Ok(None);
-        };
-        let files = fetched.files.iter().map(|(share, path)| {
-            let tensors = Tensors::open_file(path).map_err(unlike)?;
-            // The map keeps the bytes; the name is not needed any more.
-            let _ = std::fs::remove_file(path);
-            let (spans, length) = match *share {
-                Share::Part(place) => {
-                    let layout = model.layout_of(place);
-                    (layout.spans(), layout.part_length())
-                }
-                Share::Whole => {
-                    let length = model.layout_of([0, 1]).undivided_length();
-                    (vec![Span::all(length)], length)
-                }
-            };
-            Ok(StoredFile { tensors, spans, length })
-        });
-        Ok(Some(Stored { state: fetched.state, files: files.collect::<Result<_, Failure>>()? }))
+        let fetched = self.archive.fetch(name, share(model), &self.scratch)?;
+        let open = |Fetched { state, files }| Ok(Stored { state, files: open(&files, model)? });
+        fetched.map(open).transpose()
     }
 
     fn now(&self) -> f64 {
@@ -339,10 +325,31 @@ impl Checkpoints {
     }
 }
 
-/// A checkpoint's files, open.
+/// A checkpoint, open.
 struct Stored {
     state: TrainState,
     files: Vec<StoredFile>,
+}
+
+/// Opens fetched files, and leaves no name of them behind.
+fn open(files: &[(Share, PathBuf)], model: &Model) -> Result<Vec<StoredFile>, Failure> {
+    let open = |(share, path): &(Share, PathBuf)| {
+        let tensors = Tensors::open_file(path).map_err(unlike)?;
+        // The map keeps the bytes.
+        let _ = std::fs::remove_file(path);
+        let (spans, length) = match *share {
+            Share::Part(place) => {
+                let layout = model.layout_of(place);
+                (layout.spans(), layout.part_length())
+            }
+            Share::Whole => {
+                let length = model.layout_of([0, 1]).undivided_length();
+                (vec![Span::all(length)], length)
+            }
+        };
+        Ok(StoredFile { tensors, spans, length })
+    };
+    files.iter().map(open).collect()
 }
 
 struct StoredFile {
@@ -353,19 +360,17 @@ struct StoredFile {
     length: usize,
 }
 
-impl Stored {
-    /// Copies what a rank has of each named tensor into it.
-    fn fill(&self, model: &Model, into: &[(&str, Flat<'_>)]) -> Result<(), Failure> {
-        let own = model.trained_spans();
-        for (name, target) in into {
-            let values = self.files.iter().map(|file| {
-                let values = file.tensors.tensor_of(name, &[file.length])?;
-                Ok((values, moves(&file.spans, &own)))
-            });
-            target.fill(&values.collect::<Result<Vec<_>, _>>().map_err(unlike)?);
-        }
-        Ok(())
+/// Copies what a rank has of each named tensor into it.
+fn fill(files: &[StoredFile], model: &Model, into: &[(&str, Flat<'_>)]) -> Result<(), Failure> {
+    let own = model.trained_spans();
+    for (name, target) in into {
+        let values = files.iter().map(|file| {
+            let values = file.tensors.tensor_of(name, &[file.length])?;
+            Ok((values, moves(&file.spans, &own)))
+        });
+        target.fill(&values.collect::<Result<Vec<_>, _>>().map_err(unlike)?);
     }
+    Ok(())
 }
 
 fn unlike(error: weights::Error) -> Failure {

@@ -129,8 +129,8 @@ pub fn fetch(store: &Store, to: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Lists where an adapter asked for is not of a published one's shape, by field of `loraConfig`, with
-/// both values.
+/// Lists where an adapter asked for is not of the shape of one that is there, by field of
+/// `loraConfig`, with both values.
 ///
 /// Dropout may differ: it is no part of what was trained.
 ///
@@ -157,8 +157,9 @@ pub fn differences(
     let mut found = Vec::new();
     let mut compare = |field, is_same: bool, asked: String, published: String| {
         if !is_same {
-            let message =
-                format!("is {asked}, but the initial adapter has {published}: set it to that");
+            let message = format!(
+                "is {asked}, but what training starts from has {published}: set it to that"
+            );
             found.push((field, message));
         }
     };

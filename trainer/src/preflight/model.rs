@@ -9,6 +9,7 @@ use finetune_contract::{LoraSettings, ModelFacts, PreflightConfig, ProblemReason
 
 use super::{Findings, adapter, open};
 use crate::{
+    checkpoint::initial,
     data::{Tokenizer, format::nearest},
     failure::Failure,
     import,
@@ -86,6 +87,9 @@ pub(super) fn check(
             adapter::check(uri, lora, &model, environment, findings);
         }
     }
+    if let Some(uri) = &config.initial_checkpoint {
+        check_initial_checkpoint(uri, config.lora.as_ref(), &model, environment, findings);
+    }
     let tokenizer = match Tokenizer::load(&directory) {
         Ok(tokenizer) => tokenizer,
         Err(failure) => {
@@ -95,6 +99,28 @@ pub(super) fn check(
     };
     let (weight_bytes, weight_dtype) = weights.unwrap_or((0, String::new()));
     Some((facts(&model, &store, &tokenizer, weight_bytes, weight_dtype), tokenizer))
+}
+
+/// Checks that training can start from a checkpoint of another run.
+fn check_initial_checkpoint(
+    uri: &str,
+    lora: Option<&LoraSettings>,
+    model: &ModelConfig,
+    environment: &Environment,
+    findings: &mut Findings,
+) {
+    let location = initial::LOCATION;
+    let Some(store) = open(uri, None, Role::Checkpoint, environment, location, findings) else {
+        return;
+    };
+    match initial::check(&store, lora, model) {
+        Err(error) => findings.store_problem(location, &error),
+        Ok(faults) => {
+            for initial::Unfit { reason, location, message } in faults {
+                findings.problem(reason, &location, message);
+            }
+        }
+    }
 }
 
 fn facts(

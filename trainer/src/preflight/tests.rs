@@ -39,6 +39,7 @@ impl Fixture {
             },
             lora: None,
             initial_adapter: None,
+            initial_checkpoint: None,
             context_length: None,
             output: OutputTarget {
                 uri: at("output"),
@@ -351,10 +352,40 @@ fn an_initial_adapter_is_of_the_shape_asked_for() {
         false,
     );
     insta::assert_snapshot!(other.check(), @r"
-    InvalidSpec spec.loraConfig.r: is 8, but the initial adapter has 4: set it to that
-    InvalidSpec spec.loraConfig.targetModules: is [down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj], but the initial adapter has [q_proj, v_proj]: set it to that
-    InvalidSpec spec.loraConfig.loraAlpha: is 16, but the initial adapter has 32: set it to that
+    InvalidSpec spec.loraConfig.r: is 8, but what training starts from has 4: set it to that
+    InvalidSpec spec.loraConfig.targetModules: is [down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj], but what training starts from has [q_proj, v_proj]: set it to that
+    InvalidSpec spec.loraConfig.loraAlpha: is 16, but what training starts from has 32: set it to that
     ");
+}
+
+#[test]
+fn an_initial_checkpoint_is_one_of_what_is_trained() {
+    let mut fixture = Fixture::new();
+    let checkpoint = fixture.path("step-00000006");
+    fixture.config.initial_checkpoint = Some(format!("file://{}", checkpoint.display()));
+    insta::assert_snapshot!(fixture.check(), @"NotFound spec.initialCheckpoint.uri: file:///step-00000006 has no checkpoint-manifest.json: name one step of a run, as OUTPUT.checkpoints/RUN/step-00000600; a published adapter is gone on from with initialAdapter, a published model by naming it as model.uri");
+    fs::create_dir(&checkpoint).unwrap();
+    let manifest = |trained: u64| {
+        json!({
+            "version": CONTRACT_VERSION, "runId": "other", "settingsSha256": "", "trained": trained,
+            "state": {
+                "step": 6, "tokensSeen": 9, "firstLoss": 2.0, "lastLoss": 1.0, "baseEvalLoss": null,
+                "lastEval": null, "best": null, "evaluationsSinceBest": 0,
+            },
+            "files": [{"size": 1, "sha256": ""}],
+        })
+    };
+    let text = fs::read_to_string(fixture.path("model/config.json")).unwrap();
+    let parameters = ModelConfig::parse(&text).unwrap().parameters();
+    fixture.write("step-00000006/checkpoint-manifest.json", &manifest(parameters).to_string());
+    insta::assert_snapshot!(fixture.check(), @"");
+    fixture.write("step-00000006/checkpoint-manifest.json", &manifest(7).to_string());
+    insta::assert_snapshot!(fixture.check(), @"InvalidSpec spec.initialCheckpoint.uri: has 7 trained parameters, but this model and loraConfig have 7472: it is of another model");
+    fixture.write("step-00000006/checkpoint-manifest.json", "{}");
+    insta::assert_snapshot!(fixture.check(), @"InvalidModel spec.initialCheckpoint.uri: file:///step-00000006/checkpoint-manifest.json cannot be used: checkpoint manifest is not valid: the field `version` is missing");
+    let adapter = fixture.with_lora(|_| {});
+    adapter.write("step-00000006/checkpoint-manifest.json", &manifest(parameters).to_string());
+    insta::assert_snapshot!(adapter.check(), @"InvalidSpec spec.initialCheckpoint.uri: is of a model trained whole: remove loraConfig to go on with it");
 }
 
 #[test]

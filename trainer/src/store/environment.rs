@@ -17,6 +17,8 @@ pub enum Role {
     Model,
     /// The adapter that training starts from: `FINETUNE_ADAPTER_…`.
     Adapter,
+    /// The checkpoint of another run that training starts from: `FINETUNE_CHECKPOINT_…`.
+    Checkpoint,
     /// The rows: `FINETUNE_DATASET_…`.
     Dataset,
     /// The result and its checkpoints: `FINETUNE_OUTPUT_…`.
@@ -29,6 +31,7 @@ impl Role {
         match self {
             Self::Model => "FINETUNE_MODEL_",
             Self::Adapter => "FINETUNE_ADAPTER_",
+            Self::Checkpoint => "FINETUNE_CHECKPOINT_",
             Self::Dataset => "FINETUNE_DATASET_",
             Self::Output => "FINETUNE_OUTPUT_",
         }
@@ -84,7 +87,7 @@ impl Environment {
         let is_allowed = |server: &str, host: &str| {
             allowed.split(',').map(str::trim).any(|entry| entry == server || entry == host)
         };
-        let roles = [Role::Model, Role::Adapter, Role::Dataset, Role::Output];
+        let roles = [Role::Model, Role::Adapter, Role::Checkpoint, Role::Dataset, Role::Output];
         self.0.iter().find_map(|(name, value)| {
             let key =
                 roles.iter().find_map(|role| name.strip_prefix(role.prefix())).unwrap_or(name);

@@ -81,7 +81,7 @@ impl Repository {
         let connection = Connection::new(uri, role, environment)?;
         let (api, kind) = match role {
             Role::Dataset => ("api/datasets", "datasets/"),
-            Role::Model | Role::Adapter | Role::Output => ("api/models", ""),
+            Role::Model | Role::Adapter | Role::Checkpoint | Role::Output => ("api/models", ""),
         };
         let revision = revision.unwrap_or("main");
         let mut url = connection.url(&format!("{api}/{}/revision", uri.authority));

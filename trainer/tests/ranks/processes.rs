@@ -76,6 +76,7 @@ impl Case {
             },
             lora: is_lora.then(|| lora(&["all-linear"], &[])),
             initial_adapter: None,
+            initial_checkpoint: None,
             training: training(total_steps),
             device: Device::Cpu,
             parallelism: Parallelism::SINGLE,
@@ -109,6 +110,7 @@ impl Case {
             dataset: config.dataset.clone(),
             lora: config.lora.clone(),
             initial_adapter: config.initial_adapter.clone(),
+            initial_checkpoint: config.initial_checkpoint.clone(),
             context_length: Some(config.training.context_length),
             output: config.output.clone(),
             measure_machine: false,
@@ -379,7 +381,73 @@ fn a_published_adapter_is_gone_on_from_where_it_was() {
     let Outcome::Failed { message, .. } = ended.report.unwrap().outcome else {
         panic!("no failure")
     };
-    insta::assert_snapshot!(message, @"spec.loraConfig.r: is 2, but the initial adapter has 4: set it to that");
+    insta::assert_snapshot!(message, @"spec.loraConfig.r: is 2, but what training starts from has 4: set it to that");
+}
+
+/// Runs over two ranks until there are checkpoints, and returns one that was evaluated, with its loss.
+fn stopped_at_a_step(case: &Case, strategy: Strategy) -> (PathBuf, f64) {
+    let mut ranks = case.start(&case.over(2, strategy), |_, _| {});
+    ranks[0].wait_for_step(7);
+    ranks[0].signal("TERM");
+    for rank in ranks {
+        rank.end(PATIENCE);
+    }
+    let before = case.directory.path().join("before");
+    let _ = fs::remove_dir_all(&before);
+    fs::rename(case.directory.path().join("checkpoints"), &before).unwrap();
+    let evaluated = fs::read_dir(&before).unwrap().find_map(|entry| {
+        let step = entry.unwrap().path();
+        let text = fs::read_to_string(step.join("checkpoint-manifest.json")).ok()?;
+        let manifest: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let state = &manifest["state"];
+        let is_evaluated = state["lastEval"]["step"] == state["step"];
+        is_evaluated.then(|| (step, state["lastEval"]["loss"].as_f64().unwrap()))
+    });
+    evaluated.expect("every second step is evaluated and saved")
+}
+
+#[test]
+fn a_step_of_another_run_is_started_from_over_any_number_of_ranks() {
+    for (is_lora, strategy) in [(true, Strategy::Ddp), (false, Strategy::Zero2)] {
+        let mut case = Case::new(is_lora, 1_000_000);
+        let (step, loss) = stopped_at_a_step(&case, strategy);
+        case.config.run_id = RunId("another".to_owned());
+        case.config.training.total_steps = 4;
+        case.config.initial_checkpoint = Some(format!("file://{}", step.display()));
+        for (world_size, strategy) in [(1, Strategy::None), (2, Strategy::Zero3)] {
+            case.forget_output();
+            let (report, _) = case.finish(&case.over(world_size, strategy));
+            let [start, end] = report.eval_loss.unwrap();
+            assert!((start - loss).abs() < 1e-6, "{start} {loss}");
+            assert!(end < start, "{start} → {end}");
+            assert_eq!((report.steps, report.resumed_from_step), (4, None));
+        }
+        // What does not fit is said by the preflight, and by the trainer itself.
+        let refusal = |case: &Case| {
+            case.forget_output();
+            let mut ranks = case.start(&case.over(1, Strategy::None), |_, _| {});
+            let ended = ranks.swap_remove(0).end(PATIENCE);
+            assert_eq!(ended.code, Some(78), "{}", ended.said);
+            let Outcome::Failed { message, .. } = ended.report.unwrap().outcome else {
+                panic!("no failure")
+            };
+            message
+        };
+        if let Some(lora) = case.config.lora.as_mut() {
+            lora.r = 2;
+            insta::assert_snapshot!(refusal(&case), @"spec.loraConfig.r: is 2, but what training starts from has 4: set it to that");
+            case.config.lora = None;
+            insta::assert_snapshot!(refusal(&case), @"spec.initialCheckpoint.uri: is of an adapter: set loraConfig to its shape");
+        } else {
+            case.config.lora = Some(lora(&["all-linear"], &[]));
+            insta::assert_snapshot!(refusal(&case), @"spec.initialCheckpoint.uri: is of a model trained whole: remove loraConfig to go on with it");
+            case.config.lora = None;
+            let part = step.join("state-00002-of-00002.safetensors");
+            fs::write(&part, "not that").unwrap();
+            let message = refusal(&case).replace(&step.display().to_string(), "STEP");
+            insta::assert_snapshot!(message, @"spec.initialCheckpoint.uri: file://STEP: state-00002-of-00002.safetensors is missing or truncated");
+        }
+    }
 }
 
 #[test]

@@ -1,0 +1,124 @@
+//! A step of another run, whose weights a run starts from.
+
+use std::path::Path;
+
+use finetune_contract::{
+    FailureReason, LoraSettings, ProblemReason, artifact::CHECKPOINT_MANIFEST_NAME,
+};
+
+use super::{
+    MASTER,
+    archive::{self, CheckpointManifest},
+    fill, open, share,
+};
+use crate::{
+    failure::Failure,
+    model::{Model, adapter::differences, attach::Attachment, config::ModelConfig, params::Flat},
+    store::{self, Store},
+};
+
+/// The manifest's field that names it.
+pub const LOCATION: &str = "spec.initialCheckpoint.uri";
+
+/// Why a run cannot start from a checkpoint.
+#[derive(Debug)]
+pub struct Unfit {
+    /// The kind of the fault.
+    pub reason: ProblemReason,
+    /// The field to change.
+    pub location: String,
+    /// What is wrong and what would be right.
+    pub message: String,
+}
+
+/// Checks that a directory is a checkpoint of what is to be trained; reads no weights.
+///
+/// # Errors
+/// [`store::Error`].
+pub fn check(
+    store: &Store,
+    lora: Option<&LoraSettings>,
+    model: &ModelConfig,
+) -> Result<Vec<Unfit>, store::Error> {
+    Ok(read(store)?.map_or_else(|unfit| vec![unfit], |manifest| faults(&manifest, lora, model)))
+}
+
+/// Gives a model the weights of a checkpoint, on every rank what it has of them.
+///
+/// # Errors
+/// A [`Failure`] if it is not one of what is trained, is damaged, or cannot be fetched.
+pub fn start_from(
+    store: &Store,
+    lora: Option<&LoraSettings>,
+    model: &mut Model,
+    scratch: &Path,
+) -> Result<(), Failure> {
+    let invalid = |message| Failure::new(FailureReason::InvalidConfiguration, message);
+    let unfit = |unfit: Unfit| invalid(format!("{}: {}", unfit.location, unfit.message));
+    let manifest = read(store)?.map_err(unfit)?;
+    if let Some(fault) = faults(&manifest, lora, model.config()).into_iter().next() {
+        return Err(unfit(fault));
+    }
+    let files = archive::fetch_files(store, "", &manifest, share(model), scratch)?;
+    let files = files.map_err(|why| invalid(format!("{LOCATION}: {}: {why}", store.uri())))?;
+    let files = open(&files, model)?;
+    fill(&files, model, &[(MASTER, Flat::Floats(model.trained().master()))])?;
+    model.trained_mut().refresh_compute();
+    Ok(())
+}
+
+fn read(store: &Store) -> Result<Result<CheckpointManifest, Unfit>, store::Error> {
+    let unfit = |reason, message| Unfit { reason, location: LOCATION.to_owned(), message };
+    let uri = store.uri();
+    if store.size(CHECKPOINT_MANIFEST_NAME)?.is_none() {
+        let message = format!(
+            "{uri} has no {CHECKPOINT_MANIFEST_NAME}: name one step of a run, as OUTPUT.checkpoints/RUN/step-00000600; a published adapter is gone on from with initialAdapter, a published model by naming it as model.uri"
+        );
+        return Ok(Err(unfit(ProblemReason::NotFound, message)));
+    }
+    let damaged = |why| {
+        let message = format!("{uri}/{CHECKPOINT_MANIFEST_NAME} cannot be used: {why}");
+        unfit(ProblemReason::InvalidModel, message)
+    };
+    Ok(archive::read_manifest(store, "")?.map_err(damaged))
+}
+
+/// Lists why weights cannot be those of a model and adapter.
+fn faults(
+    manifest: &CheckpointManifest,
+    lora: Option<&LoraSettings>,
+    model: &ModelConfig,
+) -> Vec<Unfit> {
+    let unfit = |location: String, message: String| Unfit {
+        reason: ProblemReason::InvalidSpec,
+        location,
+        message,
+    };
+    let at_uri = |message: &str| vec![unfit(LOCATION.to_owned(), message.to_owned())];
+    let attachment = match (lora, &manifest.lora) {
+        (None, None) => Some(Attachment::Full),
+        (Some(asked), Some(there)) => {
+            // What is wrong with the settings asked for is already said.
+            let found = differences(model, asked, there).unwrap_or_default();
+            if !found.is_empty() {
+                let fault = |(field, message)| unfit(format!("spec.loraConfig.{field}"), message);
+                return found.into_iter().map(fault).collect();
+            }
+            Attachment::lora(model, asked).ok()
+        }
+        (None, Some(_)) => return at_uri("is of an adapter: set loraConfig to its shape"),
+        (Some(_), None) => {
+            return at_uri("is of a model trained whole: remove loraConfig to go on with it");
+        }
+    };
+    let Some(attachment) = attachment else { return Vec::new() };
+    let specs = attachment.trained(model);
+    let trained: usize = specs.iter().map(|spec| spec.shape.iter().product::<usize>()).sum();
+    if trained as u64 == manifest.trained {
+        return Vec::new();
+    }
+    at_uri(&format!(
+        "has {} trained parameters, but this model and loraConfig have {trained}: it is of another model",
+        manifest.trained
+    ))
+}
