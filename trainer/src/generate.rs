@@ -164,7 +164,7 @@ impl<'a> Continuation<'a> {
         self.position += tokens.len() as i64;
         let (norm, lm_head) = self.model.head();
         let last = x.narrow(0, tokens.len() as i64 - 1, 1);
-        let [logits] = lm_head.forward(&Input::plain(norm.forward(&last)));
+        let [logits] = lm_head.apply(&Input::plain(norm.forward(&last)));
         logits.to_kind(Kind::Float).view(-1)
     }
 
@@ -199,7 +199,7 @@ fn step(
     cache: &mut Option<(Tensor, Tensor)>,
 ) -> Tensor {
     let split = |x: &Tensor| x.view([x.size()[0], -1, block.head_dim]);
-    let qkv = block.qkv_proj.forward(&Input::plain(block.input_layernorm.forward(x)));
+    let qkv = block.qkv_proj.apply(&Input::plain(block.input_layernorm.forward(x)));
     let [mut q, mut k, mut v] = qkv.each_ref().map(split);
     if let Some((q_norm, k_norm)) = &block.qk_norm {
         (q, k) = (q_norm.forward(&q), k_norm.forward(&k));
@@ -210,11 +210,11 @@ fn step(
     }
     let attended = attend(block, &q, &k, &v);
     *cache = Some((k, v));
-    let [o] = block.o_proj.forward(&Input::plain(attended));
+    let [o] = block.o_proj.apply(&Input::plain(attended));
     let x = o + x;
     let normed = Input::plain(block.post_attention_layernorm.forward(&x));
-    let [gate, up] = block.gate_up_proj.forward(&normed);
-    let [down] = block.down_proj.forward(&Input::plain(ops::swiglu(&gate, &up)));
+    let [gate, up] = block.gate_up_proj.apply(&normed);
+    let [down] = block.down_proj.apply(&Input::plain(ops::swiglu(&gate, &up)));
     down + x
 }
 

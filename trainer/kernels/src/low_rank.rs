@@ -117,6 +117,9 @@ pub fn add_outer<const TRANSPOSED: bool>(
     assert_eq!(grad.len(), left.columns * right.columns);
     let rows = right.rows;
     assert_eq!(rows, left.rows);
+    if rows == 0 || grad.is_empty() {
+        return;
+    }
     // Parts of a length that does not depend on the number of threads, nor do their sums.
     let part = rows.div_ceil(PARTS).next_multiple_of(DEPTH).max(DEPTH);
     let parts = rows.div_ceil(part);
@@ -133,15 +136,15 @@ pub fn add_outer<const TRANSPOSED: bool>(
                 outer(left, right, range, sums, pairs);
             });
         });
-        for sums in sums.chunks_exact(grad.len()) {
-            if TRANSPOSED {
-                for (row, sums) in sums.chunks_exact(right.columns).enumerate() {
-                    let grad = grad[row..].iter_mut().step_by(left.columns);
-                    grad.zip(sums).for_each(|(grad, sum)| *grad += sum);
-                }
-            } else {
-                crate::sum::add(grad, sums);
+        let (total, others) = sums.split_at_mut(grad.len());
+        others.chunks_exact(grad.len()).for_each(|sums| crate::sum::add(total, sums));
+        if TRANSPOSED {
+            for (column, grad) in grad.chunks_exact_mut(left.columns).enumerate() {
+                let sums = total[column..].iter().step_by(right.columns);
+                grad.iter_mut().zip(sums).for_each(|(grad, sum)| *grad += sum);
             }
+        } else {
+            crate::sum::add(grad, total);
         }
     });
 }

@@ -7,7 +7,7 @@ use tch::Tensor;
 use super::{
     attention::{Attended, Attention, Segments},
     dropout::Dropout,
-    linear::{Input, Projections},
+    linear::{Input, Low, Projections},
     norm::RmsNorm,
     rope::Rotary,
 };
@@ -51,8 +51,9 @@ pub struct Surroundings<'a> {
 /// What a block keeps for its backward pass.
 ///
 /// Always its input. Unless it is recomputed, also queries, keys and values as attention saw them,
-/// attention's result, the residual stream between the halves, gate and up. Norm outputs and the
-/// gated product are computed again: they cost less than the memory traffic of keeping them.
+/// attention's result, the residual stream between the halves, gate and up, and what adapters' first
+/// halves give. Norm outputs and the gated product are computed again: they cost less than the memory
+/// traffic of keeping them.
 pub struct Kept {
     x: Tensor,
     inner: Option<Inner>,
@@ -68,6 +69,8 @@ struct Inner {
     x_mid: Tensor,
     gate: Tensor,
     up: Tensor,
+    /// By [`Site`].
+    low: [Low; 4],
 }
 
 /// The four inputs of linear layers in a block, as numbers for the dropout's counter.
@@ -113,21 +116,25 @@ impl Block {
         wants_input_grad: bool,
     ) -> Option<Tensor> {
         let Kept { x, inner } = kept;
-        let Inner { qk_raw, q, k, v, attended, x_mid, gate, up } =
+        let Inner { qk_raw, q, k, v, attended, x_mid, gate, up, low } =
             inner.unwrap_or_else(|| self.compute(&x, around).1);
+
+        let [low_qkv, low_o, low_gate_up, low_down] = &low;
 
         // Feed-forward half.
         let noise = self.noise(around, Site::Down, &gate);
         let mut passed = self.down_proj.pass_back([dy], noise, true);
         let d_product = passed.take_input_grad().expect("it was wanted"); // [T, F]
         let (product, d_gate, d_up) = ops::swiglu_backward(d_product, gate, up);
-        self.down_proj.add_gradients(&self.input(product, around, Site::Down), [dy], &passed);
+        let product = self.input(product, around, Site::Down);
+        self.down_proj.add_gradients(&product, low_down, [dy], &passed);
+        drop(product);
         let grads = [&d_gate, &d_up];
         let noise = self.noise(around, Site::GateUp, &x_mid);
         let mut passed = self.gate_up_proj.pass_back(grads, noise, true);
         let normed =
             self.input(self.post_attention_layernorm.forward(&x_mid), around, Site::GateUp);
-        self.gate_up_proj.add_gradients(&normed, grads, &passed);
+        self.gate_up_proj.add_gradients(&normed, low_gate_up, grads, &passed);
         drop((normed, d_gate, d_up));
         let d_normed = passed.take_input_grad().expect("it was wanted"); // [T, D]
         let d_mid = self.post_attention_layernorm.backward(&x_mid, d_normed, Some(dy));
@@ -136,7 +143,7 @@ impl Block {
         let noise = self.noise(around, Site::O, &attended.out);
         let mut passed = self.o_proj.pass_back([&d_mid], noise, true);
         let heads = self.input(flatten_heads(&attended.out), around, Site::O);
-        self.o_proj.add_gradients(&heads, [&d_mid], &passed);
+        self.o_proj.add_gradients(&heads, low_o, [&d_mid], &passed);
         let d_heads = self.split_heads(&passed.take_input_grad().expect("it was wanted")); // [T, H, E]
         let [dq, dk, dv] =
             self.attention.backward(&d_heads, [&q, &k, &v], &attended, around.segments);
@@ -152,7 +159,7 @@ impl Block {
         let noise = self.noise(around, Site::Qkv, &x);
         let mut passed = self.qkv_proj.pass_back(grads, noise, wants_norm_grad);
         let normed = self.input(self.input_layernorm.forward(&x), around, Site::Qkv);
-        self.qkv_proj.add_gradients(&normed, grads, &passed);
+        self.qkv_proj.add_gradients(&normed, low_qkv, grads, &passed);
         let dx = self.input_layernorm.backward(&x, passed.take_input_grad()?, Some(&d_mid));
         wants_input_grad.then_some(dx)
     }
@@ -171,7 +178,7 @@ impl Block {
 
     fn compute(&self, x: &Tensor, around: &Surroundings<'_>) -> (Tensor, Inner) {
         let normed = self.input(self.input_layernorm.forward(x), around, Site::Qkv);
-        let qkv = self.qkv_proj.forward(&normed);
+        let (qkv, low_qkv) = self.qkv_proj.forward(&normed);
         drop(normed);
         let [mut q, mut k, v] = qkv.each_ref().map(|x| self.split_heads(x)); // [T, H or K, E]
         drop(qkv);
@@ -184,18 +191,19 @@ impl Block {
         let (q, k) = (around.rotary.rotate(q), around.rotary.rotate(k));
         let attended = self.attention.forward(&q, &k, &v, around.segments);
         let heads = self.input(flatten_heads(&attended.out), around, Site::O);
-        let [o] = self.o_proj.forward(&heads);
+        let ([o], low_o) = self.o_proj.forward(&heads);
         let x_mid = o + x; // [T, D]
         drop(heads);
 
         let normed =
             self.input(self.post_attention_layernorm.forward(&x_mid), around, Site::GateUp);
-        let [gate, up] = self.gate_up_proj.forward(&normed); // [T, F] each
+        let ([gate, up], low_gate_up) = self.gate_up_proj.forward(&normed); // [T, F] each
         drop(normed);
         let product = self.input(ops::swiglu(&gate, &up), around, Site::Down);
-        let [down] = self.down_proj.forward(&product);
+        let ([down], low_down) = self.down_proj.forward(&product);
         let y = down + &x_mid; // [T, D]
-        (y, Inner { qk_raw, q, k, v, attended, x_mid, gate, up })
+        let low = [low_qkv, low_o, low_gate_up, low_down];
+        (y, Inner { qk_raw, q, k, v, attended, x_mid, gate, up, low })
     }
 
     /// Returns the noise on an input that is as wide as `like`, `[T, …]`.

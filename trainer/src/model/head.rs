@@ -30,11 +30,11 @@ pub fn loss_and_gradient(
     for_each_chunk(rows, labels, |start, rows, labels| {
         let noise = dropout.map(|dropout| dropout.noise_of_head(SITE, start as usize, width));
         let input = Input::new(rows, noise);
-        let [logits] = lm_head.forward(&input); // [C, V]
+        let ([logits], low) = lm_head.forward(&input); // [C, V]
         let (chunk_loss, d_logits) = ops::cross_entropy_backward(logits, &labels);
         loss += chunk_loss;
         let mut passed = lm_head.pass_back([&d_logits], noise, true);
-        lm_head.add_gradients(&input, [&d_logits], &passed);
+        lm_head.add_gradients(&input, &low, [&d_logits], &passed);
         if let Some(dx) = passed.take_input_grad() {
             d_rows.narrow(0, start, labels.size()[0]).copy_(&dx);
         }
@@ -46,7 +46,7 @@ pub fn loss_and_gradient(
 pub fn loss(lm_head: &Projections<1>, rows: &Tensor, labels: &Tensor) -> f64 {
     let mut loss = 0.0;
     for_each_chunk(rows, labels, |_, rows, labels| {
-        let [logits] = lm_head.forward(&Input::plain(rows));
+        let [logits] = lm_head.apply(&Input::plain(rows));
         loss += ops::cross_entropy(&logits, &labels);
     });
     loss

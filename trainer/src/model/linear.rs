@@ -60,6 +60,9 @@ pub struct Input {
     dropped: Option<Tensor>,
 }
 
+/// What adapters' first halves give, `[T, ΣR]`: small enough to be kept for the backward pass.
+pub struct Low(Option<Tensor>);
+
 /// Gradients on their way through some layers.
 pub struct Passed {
     /// That of the input, `[T, in]`.
@@ -101,19 +104,28 @@ impl<const N: usize> Projections<N> {
             })
     }
 
-    /// Computes the layers.
+    /// Computes the layers, and keeps nothing.
     ///
     /// # Shapes
     /// Results are `[T, out]`.
-    pub fn forward(&self, input: &Input) -> [Tensor; N] {
+    pub fn apply(&self, input: &Input) -> [Tensor; N] {
+        self.forward(input).0
+    }
+
+    /// Computes the layers, with what the backward pass wants.
+    ///
+    /// # Shapes
+    /// Results are `[T, out]`.
+    pub fn forward(&self, input: &Input) -> ([Tensor; N], Low) {
         let low = self.down.as_ref().map(|down| down.forward(input));
-        self.layers.each_ref().map(|layer| {
+        let results = self.layers.each_ref().map(|layer| {
             let mut y = profile::time("linear", || layer.forward(&input.x));
             if let (Some(up), Some(low)) = (&layer.up, &low) {
                 ops::add_product(&up.rows(low), Factor::Transposed(&up.b.value), &mut y);
             }
             y
-        })
+        });
+        (results, Low(low))
     }
 
     /// Takes gradients `[T, out]` to the layers' input, `noise` being that of its dropout.
@@ -158,11 +170,11 @@ impl<const N: usize> Projections<N> {
         Passed { dx, d_low }
     }
 
-    /// Adds the gradients of trained parameters.
+    /// Adds the gradients of trained parameters; `low` is the forward pass's.
     ///
     /// # Shapes
     /// `dy` are `[T, out]`.
-    pub fn add_gradients(&self, input: &Input, dy: [&Tensor; N], passed: &Passed) {
+    pub fn add_gradients(&self, input: &Input, low: &Low, dy: [&Tensor; N], passed: &Passed) {
         for (layer, dy) in self.layers.iter().zip(dy) {
             if let Some(grad) = &layer.weight.grad {
                 ops::add_outer(dy, &input.x, grad);
@@ -171,13 +183,14 @@ impl<const N: usize> Projections<N> {
                 ops::accumulate(grad, &dy.sum_dim_intlist(0, false, Kind::Float));
             }
         }
-        let (Some(down), Some(d_low)) = (&self.down, &passed.d_low) else { return };
-        let low = down.forward(input); // cheap enough to compute again
+        let (Some(down), Some(d_low), Low(Some(low))) = (&self.down, &passed.d_low, low) else {
+            return;
+        };
         for (layer, dy) in self.layers.iter().zip(dy) {
             if let Some(up) = &layer.up
                 && let Some(grad) = &up.b.grad
             {
-                ops::add_outer(dy, &up.rows(&low), grad);
+                ops::add_outer(dy, &up.rows(low), grad);
             }
         }
         if let Some(grad) = &down.a.grad {

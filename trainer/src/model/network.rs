@@ -350,7 +350,7 @@ impl Model {
             labels: Vec::new(),
         };
         let hidden = self.hidden(&Flow::new(self, &batch, None)).narrow(0, 0, tokens.len() as i64);
-        let [logits] = self.lm_head.forward(&Input::plain(self.norm.forward(&hidden)));
+        let [logits] = self.lm_head.apply(&Input::plain(self.norm.forward(&hidden)));
         logits.to_kind(Kind::Float)
     }
 
