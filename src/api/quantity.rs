@@ -16,19 +16,26 @@ impl FineTuneJobSpec {
 /// # Source
 /// `Quantity` of apimachinery/pkg/api/resource.
 fn bytes(quantity: &str) -> Option<u64> {
-    let end = quantity.find(|character: char| !matches!(character, '0'..='9' | '.'));
-    let (number, unit) = quantity.split_at(end.unwrap_or(quantity.len()));
+    let is_of_number = |character: char| character.is_ascii_digit() || character == '.';
+    let (number, unit) =
+        quantity.split_at(quantity.find(|c| !is_of_number(c)).unwrap_or(quantity.len()));
     let factor = match unit {
+        "m" => 1e-3,
         "" => 1.0,
         "k" => 1e3,
         "M" => 1e6,
         "G" => 1e9,
         "T" => 1e12,
+        "P" => 1e15,
+        "E" => 1e18,
         "Ki" => 1024.0,
         "Mi" => 1024.0 * 1024.0,
         "Gi" => GIB,
         "Ti" => 1024.0 * GIB,
-        _ => return None,
+        "Pi" => 1024.0 * 1024.0 * GIB,
+        "Ei" => GIB * GIB,
+        // An exponent is part of the number.
+        _ => return quantity.parse::<f64>().ok().map(|bytes| bytes as u64),
     };
     Some((number.parse::<f64>().ok()? * factor) as u64)
 }
@@ -44,7 +51,11 @@ mod tests {
             ("1.5Gi", Some(3 << 29)),
             ("512Mi", Some(512 << 20)),
             ("1024", Some(1024)),
+            ("2e9", Some(2_000_000_000)),
+            ("2000000000000m", Some(2_000_000_000)),
+            ("1Pi", Some(1 << 50)),
             ("many", None),
+            ("1Gib", None),
         ] {
             assert_eq!(bytes(quantity), expected, "{quantity}");
         }

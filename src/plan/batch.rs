@@ -1,5 +1,7 @@
 //! Decides the micro-batch, the accumulation and whether blocks are computed again.
 
+use std::cmp::Reverse;
+
 use finetune_contract::{ModelFacts, Recompute, Strategy};
 
 use super::{Decisions, recompute, render, sizing, sizing::Load, word};
@@ -68,7 +70,7 @@ impl Sizes {
 }
 
 /// Decides how a step is cut into pieces: of what fits, what computes nothing twice; of that, what
-/// sends least; of that, the largest micro-batch.
+/// sends least; of that, the largest micro-batch, then what holds least.
 pub(super) fn decide(
     training: &Training,
     model: &ModelFacts,
@@ -93,8 +95,11 @@ pub(super) fn decide(
         let cut = |strategy| cut(Load { recompute, strategy, ..load });
         strategies(&load).iter().map(|&strategy| cut(strategy)).collect::<Vec<_>>()
     };
-    let least_sent =
-        |ways: Vec<Load>| ways.into_iter().filter(|way| needs(way) <= usable).min_by_key(sends);
+    let least_sent = |ways: Vec<Load>| {
+        ways.into_iter()
+            .filter(|way| needs(way) <= usable)
+            .min_by_key(|way| (sends(way), Reverse(way.micro_batch), needs(way)))
+    };
     let set = recompute(training.recompute);
     let allowed = set.map_or(vec![Recompute::None, Recompute::Block], |set| vec![set]);
     let fitting = allowed.iter().find_map(|&recompute| least_sent(ways(recompute)));
@@ -175,8 +180,12 @@ fn explain_strategy(
         let reason = if needs(way) > usable {
             does_not_fit(needs(way), usable)
         } else {
-            let [more, least] = [way, chosen].map(|way| render::bytes(sends(way)));
-            format!("sends {more} in a step where {least} are enough")
+            let [there, here] = [way, chosen].map(|way| render::bytes(sends(way)));
+            if sends(way) == sends(chosen) {
+                format!("sends as much in a step, {here}, and needs {}", render::bytes(needs(way)))
+            } else {
+                format!("sends {there} in a step where {here} are enough")
+            }
         };
         rejected.add("strategy", word(&way.strategy), reason);
     }

@@ -264,6 +264,16 @@ mod tests {
     }
 
     #[test]
+    fn ranks_that_hold_weights_whole_divide_them_before_anything_is_computed_again() {
+        let job = manifest::parse(include_str!("../../examples/minimal.yaml")).unwrap();
+        let report = fixture::report(fixture::smollm2(), 16_000_000_000);
+        let plan = plan_over(2, &job, &report, Place::Here(&[])).unwrap();
+        let strategy = plan.run_config.parallelism.strategy;
+        let ladder = describe(&plan.run_config, &plan.fallbacks).unwrap();
+        insta::assert_snapshot!(format!("{strategy:?}: {ladder}"), @"Zero2: trainBatchSizePerDevice 4, 2, 1; then strategy zero3; then recompute block");
+    }
+
+    #[test]
     fn a_micro_batch_without_halves_is_divided_otherwise() {
         let lines = "  training: {trainBatchSizePerDevice: 15, gradientAccumulationSteps: 1, recompute: block}\n  loraConfig: {}\n";
         let (config, ladder) = planned(lines, 8.0);

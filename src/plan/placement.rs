@@ -104,7 +104,10 @@ fn place_each<'a>(
     for accelerator in accelerators {
         match plan(job, report, on(accelerator)) {
             Ok(plan) if accelerator.has_trainer() => {
-                return Ok(placed(plan, accelerator, report, &lacking));
+                match placed(plan, accelerator, job, report, &lacking) {
+                    Ok(placement) => return Ok(placement),
+                    Err(problem) => lacking.push(problem),
+                }
             }
             Ok(_) => {
                 without_trainer.get_or_insert((accelerator, 1));
@@ -131,12 +134,19 @@ fn place_each<'a>(
     // Sorted stably: of equally many the preferred kind.
     over_several.sort_by_key(|(_, plan)| plan.run_config.parallelism.world_size);
     for (accelerator, plan) in over_several {
+        let ranks = plan.run_config.parallelism.world_size;
         if accelerator.has_trainer() {
-            return Ok(placed(plan, accelerator, report, &lacking));
+            match placed(plan, accelerator, job, report, &lacking) {
+                Ok(placement) => return Ok(placement),
+                Err(problem) => lacking.push(problem),
+            }
+        } else {
+            without_trainer.get_or_insert((accelerator, ranks));
         }
-        without_trainer.get_or_insert((accelerator, plan.run_config.parallelism.world_size));
     }
-    if let Some((accelerator, ranks)) = without_trainer {
+    // What a limit kept from a processor is not said as the want of a device's trainer.
+    let is_limited = accelerators.iter().any(|kind| on(kind).users_limit().is_some());
+    if let Some((accelerator, ranks)) = without_trainer.filter(|_| !is_limited) {
         return Err(Unplaced::NoTrainer { accelerator: accelerator.name.clone(), ranks });
     }
     if lacking.is_empty() {
@@ -148,19 +158,35 @@ fn place_each<'a>(
     Err(Unplaced::TooLarge(lacking))
 }
 
+/// Puts a plan on an accelerator.
+///
+/// # Errors
+/// Why not: the pod of a device needs more of the host's memory than the user's limit.
 fn placed(
     mut plan: RunPlan,
     accelerator: &Accelerator,
+    job: &FineTuneJob,
     report: &PreflightReport,
     lacking: &[Problem],
-) -> Placement {
+) -> Result<Placement, Problem> {
+    let mut pod = pod_size(&plan, accelerator, report);
+    if let Some(limit) = job.spec.memory_limit() {
+        if accelerator.is_device() && limit < pod.memory_bytes {
+            let message = format!(
+                "a pod with it needs {} of the host's memory, but resources.limits.memory is {}: raise it",
+                render::bytes(pod.memory_bytes),
+                render::bytes(limit)
+            );
+            return Err(invalid(&accelerator.name, message));
+        }
+        pod.memory_bytes = limit;
+    }
     plan.rejected.extend(lacking.iter().map(|problem| Decision {
         field: "accelerator",
         value: problem.location.clone(),
         reason: problem.message.clone(),
     }));
-    let pod = pod_size(&plan, accelerator, report);
-    Placement { plan, accelerator: accelerator.name.clone(), pod }
+    Ok(Placement { plan, accelerator: accelerator.name.clone(), pod })
 }
 
 /// Plans `job` over the fewest of an accelerator that hold it, if some number does.
@@ -206,8 +232,8 @@ fn pod_size(plan: &RunPlan, accelerator: &Accelerator, report: &PreflightReport)
         pod_bytes(plan.memory.total(), plan.memory.mapped_weights)
     };
     // The model as fetched, once for all ranks of the pod, and as exported; the checkpoint gone on
-    // from, which each rank fetches for itself, or the one before and the one on its way out.
-    let checkpoints = ranks.max(2) * plan.checkpoint_bytes;
+    // from, which each rank may have fetched whole and has open, and the one on its way out.
+    let checkpoints = (ranks + 1) * plan.checkpoint_bytes;
     let storage_bytes = SCRATCH_BYTES * ranks + 2 * on_disk + checkpoints;
     PodSize {
         cpu_millis: (accelerator.cpu.unwrap_or(DEFAULT_CPU) * 1000.0).round() as i64
@@ -316,7 +342,7 @@ mod tests {
         assert_eq!((asked.parallelism.world_size, asked.parallelism.local_world_size), (4, 4));
         let said = placement.plan.decisions.iter().find(|decision| decision.field == "ranks");
         insta::assert_snapshot!(said.unwrap().reason, @"the fewest that hold it, each on one A100-80GB, all in one pod");
-        insta::assert_snapshot!(describe(&placement.pod), @"32 CPU, 37.54 GB memory, 421.87 GB storage");
+        insta::assert_snapshot!(describe(&placement.pod), @"32 CPU, 37.54 GB memory, 518.23 GB storage");
     }
 
     #[test]
@@ -346,8 +372,21 @@ mod tests {
         assert_eq!(both.plan.run_config.training.micro_batch_size, 8);
         let said = both.plan.warnings.iter().map(ToString::to_string).collect::<Vec<_>>();
         insta::assert_snapshot!(said.join("\n"), @"spec.resources.limits.memory: is less than this plan needs with the micro-batch that is set: both are tried, and the micro-batch is made smaller if the kernel ends the trainer");
+        assert_eq!(within.pod.memory_bytes, 700 << 20, "what the pod gets");
         let little = job("  resources: {limits: {memory: 24Mi}}\n  loraConfig: {}\n");
         let lacking = place(&little, &report, accelerators).unwrap_err().to_string();
+        insta::assert_snapshot!(lacking, @"cpu: the run needs 190 MB, but only 23 MB of the 25 MB on one cpu within resources.limits.memory may be used, 167 MB too little: raise resources.limits.memory, or lower training.contextLength below 256");
+        // Nor is a device taken whose pod the limit would end, with a trainer or without.
+        let devices = &super::tests::accelerators();
+        let lacking = place(&little, &report, devices).unwrap_err().to_string();
+        insta::assert_snapshot!(lacking, @r#"
+        cpu: the run needs 190 MB, but only 23 MB of the 25 MB on one cpu within resources.limits.memory may be used, 167 MB too little: raise resources.limits.memory, or lower training.contextLength below 256
+        A100-80GB: a pod with it needs 5.64 GB of the host's memory, but resources.limits.memory is 25 MB: raise it
+        A100-80GB: a pod with it needs 11.01 GB of the host's memory, but resources.limits.memory is 25 MB: raise it
+        "#);
+        let mut devices = devices.clone();
+        devices[1].image = None;
+        let lacking = place(&little, &report, &devices).unwrap_err().to_string();
         insta::assert_snapshot!(lacking, @"cpu: the run needs 190 MB, but only 23 MB of the 25 MB on one cpu within resources.limits.memory may be used, 167 MB too little: raise resources.limits.memory, or lower training.contextLength below 256");
     }
 

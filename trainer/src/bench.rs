@@ -88,17 +88,13 @@ pub struct Arguments {
     /// Ranks that train together, each on rows of its own; torch's variables say which this is.
     #[arg(long, default_value_t = 1)]
     ranks: u32,
-    /// What is divided over the ranks.
-    #[arg(long, value_enum, default_value_t = StrategyArgument::Ddp)]
-    strategy: StrategyArgument,
+    /// What is divided over the ranks, as a `RunConfig` says it.
+    #[arg(long, value_parser = parse_strategy, default_value = "ddp")]
+    strategy: Strategy,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum StrategyArgument {
-    Ddp,
-    Zero1,
-    Zero2,
-    Zero3,
+fn parse_strategy(word: &str) -> Result<Strategy, String> {
+    serde_json::from_value(word.into()).map_err(|error| error.to_string())
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -221,11 +217,8 @@ pub fn run(arguments: &Arguments, environment: &Environment) -> Result<String, F
 
 fn strategy(arguments: &Arguments) -> Strategy {
     match arguments.strategy {
-        StrategyArgument::Ddp if arguments.ranks == 1 => Strategy::None,
-        StrategyArgument::Ddp => Strategy::Ddp,
-        StrategyArgument::Zero1 => Strategy::Zero1,
-        StrategyArgument::Zero2 => Strategy::Zero2,
-        StrategyArgument::Zero3 => Strategy::Zero3,
+        Strategy::Ddp if arguments.ranks == 1 => Strategy::None,
+        strategy => strategy,
     }
 }
 

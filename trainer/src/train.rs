@@ -104,6 +104,7 @@ impl Training<'_> {
             if written >= f64::from(ranks.world_size()) {
                 self.checkpoints.join_parts()?;
             }
+            let is_time = is_time && !self.checkpoints.is_waiting_for_parts();
             if self.is_over() || is_stopped || is_best || is_time {
                 self.checkpoints.save(&self.state, &self.model, &self.optimizer)?;
             }
@@ -246,6 +247,8 @@ impl Training<'_> {
                 step + 1,
                 settings.learning_rate,
             );
+            // The last good step is what one may want to start from.
+            self.checkpoints.settle()?;
             return Err(Failure::new(FailureReason::Diverged, message));
         }
         self.optimizer.step(self.model.trained_mut(), scale, learning_rate, step + 1);

@@ -1,11 +1,15 @@
 //! The checkpoints of a run in its store: written, counted, fetched and removed.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
 
 use bytes::Bytes;
 use finetune_contract::{
-    CONTRACT_VERSION, Document, FailureReason, LoraSettings, ObjectUri, RunConfig, RunId,
-    artifact::{CHECKPOINT_MANIFEST_NAME, checkpoint_name},
+    CONTRACT_VERSION, Document, FailureReason, LoraSettings, ModelSource, ObjectUri, RunConfig,
+    RunId,
+    artifact::{CHECKPOINT_MANIFEST_NAME, checkpoint_name, checkpoint_step},
     parse, render,
 };
 use serde::{Deserialize, Serialize};
@@ -26,16 +30,44 @@ pub(super) struct CheckpointManifest {
     version: u32,
     run_id: RunId,
     settings_sha256: String,
+    /// The base model; it and the next two are absent in what was written before they were there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) model: Option<ModelSource>,
     /// The adapter's shape; absent if all of the model is trained.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) lora: Option<LoraSettings>,
     /// Parameters trained.
-    pub(super) trained: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) trained: Option<u64>,
     state: TrainState,
     /// Whether each file has the part of one of as many ranks; else the only one has everything.
     #[serde(default)]
     is_divided: bool,
+    #[serde(default)]
     files: Vec<StateFile>,
+    /// What an earlier release wrote of its one file.
+    #[serde(default, skip_serializing)]
+    size: Option<u64>,
+    #[serde(default, skip_serializing)]
+    sha256: Option<String>,
+}
+
+impl CheckpointManifest {
+    /// Lists its files; the reason if there cannot be a checkpoint of these.
+    fn files(&self) -> Result<Vec<(Share, StateFile)>, String> {
+        let ranks = self.files.len() as u32;
+        match (&self.files[..], self.is_divided, self.size, &self.sha256) {
+            ([], false, Some(size), Some(sha256)) => {
+                Ok(vec![(Share::Whole, StateFile { size, sha256: sha256.clone() })])
+            }
+            ([file], false, None, None) => Ok(vec![(Share::Whole, file.clone())]),
+            ([_, ..], true, None, None) => {
+                let parts = self.files.iter().enumerate();
+                Ok(parts.map(|(rank, f)| (Share::Part([rank as u32, ranks]), f.clone())).collect())
+            }
+            _ => Err(format!("it has {ranks} files, which are no checkpoint")),
+        }
+    }
 }
 
 /// A file of a checkpoint; its name follows from its place among all.
@@ -93,6 +125,7 @@ pub(super) struct Archive {
     store: Store,
     run_id: RunId,
     settings_sha256: String,
+    model: ModelSource,
     lora: Option<LoraSettings>,
     keep: usize,
 }
@@ -103,6 +136,7 @@ impl Archive {
             store,
             run_id: config.run_id.clone(),
             settings_sha256: settings_sha256(config),
+            model: config.model.clone(),
             lora: config.lora.clone(),
             keep: config.training.num_checkpoints_to_keep.max(1) as usize,
         }
@@ -131,8 +165,9 @@ impl Archive {
         Ok(StateFile { size, sha256: hex(&hash.finalize()) })
     }
 
-    /// Completes a checkpoint whose files are there, then removes those beyond the ones to keep: the
-    /// newest, and the one of the best evaluation.
+    /// Completes a checkpoint whose files are there, then removes what is older and not kept: kept are
+    /// the newest up to this one, and the one of the best evaluation. What is of later steps was passed
+    /// over, damaged, and counts for nothing.
     ///
     /// # Errors
     /// [`store::Error`]; the checkpoints before stay.
@@ -147,20 +182,27 @@ impl Archive {
             version: CONTRACT_VERSION,
             run_id: self.run_id.clone(),
             settings_sha256: self.settings_sha256.clone(),
+            model: Some(self.model.clone()),
             lora: self.lora.clone(),
-            trained,
+            trained: Some(trained),
             state: state.clone(),
             is_divided,
             files,
+            size: None,
+            sha256: None,
         };
         let name = checkpoint_name(state.step);
         self.store
             .put(&format!("{name}/{CHECKPOINT_MANIFEST_NAME}"), Bytes::from(render(&manifest)))?;
+        let complete = self.names()?;
+        let mut kept: Vec<_> = complete.iter().rev().filter(|other| **other <= name).collect();
+        kept.truncate(self.keep);
         let best = state.best.map(|best| checkpoint_name(best.step));
-        for name in self.names()?.iter().rev().skip(self.keep) {
-            if best.as_ref() != Some(name) {
-                self.remove(name)?;
-            }
+        kept.extend(best.as_ref());
+        // Of a try that was killed there may be files without a manifest, too.
+        let is_over = |other: &str| *other < *name && kept.iter().all(|kept| *kept != other);
+        for name in self.directories()?.iter().filter(|other| is_over(other)) {
+            self.remove(name)?;
         }
         Ok(())
     }
@@ -169,11 +211,20 @@ impl Archive {
     pub(super) fn names(&self) -> Result<Vec<String>, store::Error> {
         let names = self.store.list()?.into_iter().filter_map(|entry| {
             let name = entry.path.strip_suffix(CHECKPOINT_MANIFEST_NAME)?.strip_suffix('/')?;
-            name.starts_with("step-").then(|| name.to_owned())
+            checkpoint_step(name).map(|_| name.to_owned())
         });
         let mut names: Vec<_> = names.collect();
         names.sort();
         Ok(names)
+    }
+
+    /// Lists the names of all checkpoints of which there is anything.
+    fn directories(&self) -> Result<BTreeSet<String>, store::Error> {
+        let names = self.store.list()?.into_iter().filter_map(|entry| {
+            let (name, _) = entry.path.split_once('/')?;
+            checkpoint_step(name).map(|_| name.to_owned())
+        });
+        Ok(names.collect())
     }
 
     /// Fetches the files of a checkpoint that a rank needs: its own part, if the state was divided as
@@ -249,6 +300,29 @@ pub(super) fn read_manifest(
     Ok(parse(&String::from_utf8_lossy(&text)).map_err(|error| error.to_string()))
 }
 
+/// Checks that all files of a checkpoint are there and as long as they should be, or says which is
+/// not.
+///
+/// # Errors
+/// [`store::Error`].
+pub(super) fn check_sizes(
+    store: &Store,
+    prefix: &str,
+    manifest: &CheckpointManifest,
+) -> Result<Result<(), String>, store::Error> {
+    let files = match manifest.files() {
+        Ok(files) => files,
+        Err(why) => return Ok(Err(why)),
+    };
+    for (share, file) in files {
+        let name = share.file_name();
+        if store.size(&format!("{prefix}{name}"))? != Some(file.size) {
+            return Ok(Err(format!("{name} is missing or truncated")));
+        }
+    }
+    Ok(Ok(()))
+}
+
 /// Fetches the files of a checkpoint that a rank needs, or says how they are damaged.
 ///
 /// # Errors
@@ -260,23 +334,17 @@ pub(super) fn fetch_files(
     share: Share,
     directory: &Path,
 ) -> Result<Result<Vec<(Share, PathBuf)>, String>, Failure> {
-    let ranks = manifest.files.len() as u32;
-    let shares = if manifest.is_divided {
-        (0..ranks).map(|rank| Share::Part([rank, ranks])).collect()
-    } else {
-        vec![Share::Whole]
-    };
-    let is_own = shares.contains(&share);
+    if let Err(why) = check_sizes(store, prefix, manifest)? {
+        return Ok(Err(why));
+    }
+    let mut there = manifest.files().unwrap_or_default();
+    if there.iter().any(|(kept, _)| *kept == share) {
+        there.retain(|(kept, _)| *kept == share);
+    }
     let mut files = Vec::new();
-    for (kept, file) in shares.into_iter().zip(&manifest.files) {
-        if is_own && kept != share {
-            continue;
-        }
+    for (kept, file) in there {
         let name = kept.file_name();
         let from = format!("{prefix}{name}");
-        if store.size(&from)? != Some(file.size) {
-            return Ok(Err(format!("{name} is missing or truncated")));
-        }
         let path = directory.join(format!("restore-{}.tmp", files.len()));
         store.fetch(&from, &path)?;
         if hash_file(&path)?.1 != file.sha256 {
@@ -326,21 +394,93 @@ fn settings_sha256(config: &RunConfig) -> String {
 mod tests {
     use std::sync::Arc;
 
-    use finetune_contract::{ObjectUri, RunId};
+    use finetune_contract::{ModelSource, ObjectUri, RunId};
+    use sha2::{Digest, Sha256};
 
-    use super::{Archive, Share, Snapshot, TrainState};
-    use crate::{checkpoint::Evaluated, store::Store};
+    use super::{Archive, Share, Snapshot, StateFile, TrainState};
+    use crate::{checkpoint::Evaluated, hex, store::Store};
 
-    #[test]
-    fn keeps_the_newest_and_the_best_and_reads_what_it_wrote() {
+    fn archive(keep: usize) -> Archive {
         let uri = ObjectUri::parse("s3://bucket/run").unwrap();
-        let archive = Archive {
+        Archive {
             store: Store::over(&uri, Arc::new(object_store::memory::InMemory::new())),
             run_id: RunId("a-1".to_owned()),
             settings_sha256: String::new(),
+            model: ModelSource { uri: "file:///base".to_owned(), revision: None },
             lora: None,
-            keep: 2,
+            keep,
+        }
+    }
+
+    const PARTS: [Share; 2] = [Share::Part([0, 2]), Share::Part([1, 2])];
+
+    fn write(archive: &Archive, step: u64) -> Vec<StateFile> {
+        let snapshot = Snapshot::Memory(vec![step as u8; 9].into());
+        PARTS.iter().map(|&share| archive.write(step, share, &snapshot).unwrap()).collect()
+    }
+
+    fn complete(archive: &Archive, step: u64) {
+        let files = write(archive, step);
+        let state = TrainState { step, ..TrainState::default() };
+        archive.complete(&state, 1, true, files).unwrap();
+    }
+
+    #[test]
+    fn what_is_damaged_or_was_never_complete_takes_no_place() {
+        let archive = archive(1);
+        let directory = tempfile::tempdir().unwrap();
+        let is_sound =
+            |name: &str| archive.fetch(name, PARTS[1], directory.path()).unwrap().is_some();
+        complete(&archive, 4);
+        // One that is never complete, and one whose part is another of the same length.
+        write(&archive, 6);
+        complete(&archive, 8);
+        assert_eq!(archive.names().unwrap(), ["step-00000008"]);
+        assert!(is_sound("step-00000008"));
+        let part = "step-00000008/state-00002-of-00002.safetensors";
+        archive.store.put(part, vec![7; 9].into()).unwrap();
+        assert!(!is_sound("step-00000008"));
+        // The run went on from before it.
+        write(&archive, 4);
+        complete(&archive, 5);
+        assert_eq!(archive.names().unwrap(), ["step-00000005", "step-00000008"]);
+        assert!(is_sound("step-00000005"));
+        write(&archive, 6);
+        complete(&archive, 9);
+        assert_eq!(archive.names().unwrap(), ["step-00000009"]);
+        assert_eq!(archive.store.list().unwrap().len(), 3, "two parts and a manifest");
+    }
+
+    #[test]
+    fn a_manifest_of_an_earlier_release_is_read_and_one_without_files_is_not() {
+        let archive = archive(1);
+        let directory = tempfile::tempdir().unwrap();
+        let manifest = |files: &str| {
+            format!(
+                r#"{{"version": 1, "runId": "a-1", "settingsSha256": "", "state": {{"step": 6,
+                "tokensSeen": 9, "firstLoss": 2.0, "lastLoss": 1.0, "baseEvalLoss": null, "lastEval": null,
+                "best": null, "evaluationsSinceBest": 0}}, {files}}}"#
+            )
         };
+        archive.store.put("step-00000006/state.safetensors", vec![1; 9].into()).unwrap();
+        let sha256 = hex(&Sha256::digest([1; 9]));
+        let fetched = |files: &str| {
+            let name = "step-00000006/checkpoint-manifest.json";
+            archive.store.put(name, manifest(files).into()).unwrap();
+            archive.fetch("step-00000006", PARTS[0], directory.path()).unwrap()
+        };
+        let before = fetched(&format!(r#""size": 9, "sha256": "{sha256}""#)).unwrap();
+        assert_eq!((before.state.step, before.files[0].0), (6, Share::Whole));
+        let file = format!(r#"{{"size": 9, "sha256": "{sha256}"}}"#);
+        assert!(fetched(&format!(r#""files": [{file}]"#)).is_some());
+        assert!(fetched(r#""files": []"#).is_none());
+        assert!(fetched(r#""files": [], "isDivided": true"#).is_none());
+        assert!(fetched(&format!(r#""files": [{file}, {file}]"#)).is_none());
+    }
+
+    #[test]
+    fn keeps_the_newest_and_the_best_and_reads_what_it_wrote() {
+        let archive = archive(2);
         let directory = tempfile::tempdir().unwrap();
         let mut state = TrainState::default();
         for step in [2, 4, 6, 8, 10] {
@@ -358,8 +498,7 @@ mod tests {
                 Snapshot::Memory(bytes.clone().into())
             };
             // Two files of parts, or one of all.
-            let shares = [Share::Part([0, 2]), Share::Part([1, 2])];
-            let shares = if step == 6 { &shares[..] } else { &[Share::Whole] };
+            let shares = if step == 6 { &PARTS[..] } else { &[Share::Whole] };
             let files = shares.iter().map(|&share| archive.write(step, share, &snapshot).unwrap());
             let files = files.collect();
             let name = format!("step-{step:08}");

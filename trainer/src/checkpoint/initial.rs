@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use finetune_contract::{
-    FailureReason, LoraSettings, ProblemReason, artifact::CHECKPOINT_MANIFEST_NAME,
+    FailureReason, LoraSettings, ModelSource, ProblemReason, TargetModules,
+    artifact::CHECKPOINT_MANIFEST_NAME,
 };
 
 use super::{
@@ -40,7 +41,23 @@ pub fn check(
     lora: Option<&LoraSettings>,
     model: &ModelConfig,
 ) -> Result<Vec<Unfit>, store::Error> {
-    Ok(read(store)?.map_or_else(|unfit| vec![unfit], |manifest| faults(&manifest, lora, model)))
+    let manifest = match read(store)? {
+        Ok(manifest) => manifest,
+        Err(unfit) => return Ok(vec![unfit]),
+    };
+    let mut found = faults(&manifest, lora, model);
+    found.extend(archive::check_sizes(store, "", &manifest)?.err().map(|why| damaged(store, &why)));
+    Ok(found)
+}
+
+/// Returns the base model of an adapter's checkpoint, if it is known and not the one `asked` for.
+///
+/// # Errors
+/// [`store::Error`].
+pub fn other_base(store: &Store, asked: &ModelSource) -> Result<Option<String>, store::Error> {
+    let manifest = read(store)?.ok().filter(|manifest| manifest.lora.is_some());
+    let base = manifest.and_then(|manifest| manifest.model);
+    Ok(base.map(|base| base.uri).filter(|uri| *uri != asked.uri))
 }
 
 /// Gives a model the weights of a checkpoint, on every rank what it has of them.
@@ -60,7 +77,7 @@ pub fn start_from(
         return Err(unfit(fault));
     }
     let files = archive::fetch_files(store, "", &manifest, share(model), scratch)?;
-    let files = files.map_err(|why| invalid(format!("{LOCATION}: {}: {why}", store.uri())))?;
+    let files = files.map_err(|why| unfit(damaged(store, &why)))?;
     let files = open(&files, model)?;
     fill(&files, model, &[(MASTER, Flat::Floats(model.trained().master()))])?;
     model.trained_mut().refresh_compute();
@@ -76,11 +93,15 @@ fn read(store: &Store) -> Result<Result<CheckpointManifest, Unfit>, store::Error
         );
         return Ok(Err(unfit(ProblemReason::NotFound, message)));
     }
-    let damaged = |why| {
-        let message = format!("{uri}/{CHECKPOINT_MANIFEST_NAME} cannot be used: {why}");
-        unfit(ProblemReason::InvalidModel, message)
-    };
-    Ok(archive::read_manifest(store, "")?.map_err(damaged))
+    Ok(archive::read_manifest(store, "")?.map_err(|why| damaged(store, &why)))
+}
+
+fn damaged(store: &Store, why: &str) -> Unfit {
+    Unfit {
+        reason: ProblemReason::InvalidModel,
+        location: LOCATION.to_owned(),
+        message: format!("{} cannot be used: {why}; name another step", store.uri()),
+    }
 }
 
 /// Lists why weights cannot be those of a model and adapter.
@@ -106,7 +127,9 @@ fn faults(
             }
             Attachment::lora(model, asked).ok()
         }
-        (None, Some(_)) => return at_uri("is of an adapter: set loraConfig to its shape"),
+        (None, Some(there)) => {
+            return at_uri(&format!("is of an adapter: set loraConfig to {}", shape(there)));
+        }
         (Some(_), None) => {
             return at_uri("is of a model trained whole: remove loraConfig to go on with it");
         }
@@ -114,11 +137,26 @@ fn faults(
     let Some(attachment) = attachment else { return Vec::new() };
     let specs = attachment.trained(model);
     let trained: usize = specs.iter().map(|spec| spec.shape.iter().product::<usize>()).sum();
-    if trained as u64 == manifest.trained {
-        return Vec::new();
+    match manifest.trained {
+        Some(there) if there == trained as u64 => Vec::new(),
+        Some(there) => at_uri(&format!(
+            "has {there} trained parameters, but this model and loraConfig have {trained}: it is of another model"
+        )),
+        None => at_uri(
+            "is of an earlier release, which did not write what it is of: only its own run can go on from it",
+        ),
     }
-    at_uri(&format!(
-        "has {} trained parameters, but this model and loraConfig have {trained}: it is of another model",
-        manifest.trained
-    ))
+}
+
+/// Writes an adapter's shape as a manifest has it.
+fn shape(lora: &LoraSettings) -> String {
+    let LoraSettings { r, lora_alpha, target_modules, modules_to_save, use_rslora, .. } = lora;
+    let targets = match target_modules {
+        TargetModules::AllLinear => "all-linear".to_owned(),
+        TargetModules::List(names) => names.join(", "),
+    };
+    let saved = modules_to_save.join(", ");
+    format!(
+        "{{r: {r}, loraAlpha: {lora_alpha}, targetModules: [{targets}], modulesToSave: [{saved}], useRslora: {use_rslora}}}"
+    )
 }

@@ -110,6 +110,13 @@ pub struct Checkpoints {
     started: Instant,
 }
 
+impl Drop for Checkpoints {
+    /// Without the other ranks a part is worth nothing, and they may be waiting for this one.
+    fn drop(&mut self) {
+        self.part.abandon();
+    }
+}
+
 /// A checkpoint of which not all parts are there.
 #[derive(Debug)]
 struct Begun {
@@ -137,11 +144,15 @@ impl Checkpoints {
         }
     }
 
-    /// Tells, on rank 0, whether to save after `step`, the last of which took `step_seconds`. While
-    /// another checkpoint is being written there is none to begin.
+    /// Tells, on rank 0, whether to save after `step`, the last of which took `step_seconds`, unless
+    /// parts of the one before are being written ([`Self::is_waiting_for_parts`]).
     pub fn is_due(&self, step: u64, step_seconds: f64) -> bool {
-        let is_free = self.begun.is_none() && !self.writer.is_busy();
-        is_free && self.pace.is_due(step, self.now(), step_seconds)
+        !self.writer.is_busy() && self.pace.is_due(step, self.now(), step_seconds)
+    }
+
+    /// Tells whether a checkpoint is begun that waits for parts of some rank, as all ranks know.
+    pub fn is_waiting_for_parts(&self) -> bool {
+        self.begun.is_some()
     }
 
     /// Begins a checkpoint to go on from, and to publish from if it is the best; training may go on
@@ -274,10 +285,14 @@ impl Checkpoints {
             let name = checkpoint_name(chosen - 1);
             let stored = self.read(&name, model)?;
             // No tensor has changed yet, so the one before can still be taken.
-            let is_damaged = self.ranks.any(stored.is_none())?;
+            let number = f64::from(self.ranks.rank());
+            let said = if stored.is_some() { [0.0, 0.0] } else { [1.0, number] };
+            let [damaged, numbers] = self.ranks.sum(said)?;
             let Some(stored) = stored else { continue };
-            if is_damaged {
-                let why = "another rank says so of its part";
+            if damaged > 0.0 {
+                let who =
+                    if damaged > 1.0 { "several ranks".into() } else { format!("rank {numbers}") };
+                let why = format!("{who} cannot use its part: see its log");
                 warn!(checkpoint = name, why, "skipped a damaged checkpoint");
             } else {
                 fill(&stored.files, model, &tensors(model, optimizer))?;
@@ -363,6 +378,11 @@ struct StoredFile {
 /// Copies what a rank has of each named tensor into it.
 fn fill(files: &[StoredFile], model: &Model, into: &[(&str, Flat<'_>)]) -> Result<(), Failure> {
     let own = model.trained_spans();
+    let moved = files.iter().flat_map(|file| moves(&file.spans, &own)).map(|moved| moved.length);
+    if moved.sum::<usize>() != own.iter().map(|span| span.length).sum::<usize>() {
+        let message = "the files of a checkpoint do not have all that is trained";
+        return Err(Failure::new(FailureReason::CheckpointMismatch, message));
+    }
     for (name, target) in into {
         let values = files.iter().map(|file| {
             let values = file.tensors.tensor_of(name, &[file.length])?;

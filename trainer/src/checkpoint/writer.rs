@@ -48,6 +48,11 @@ impl<T: Send + 'static> Writer<T> {
         Ok(())
     }
 
+    /// Lets go of what is being written: it ends by itself, or with the process.
+    pub(super) fn abandon(&mut self) {
+        self.0 = None;
+    }
+
     /// Waits until nothing is being written; returns what was, unless that was asked before.
     ///
     /// # Errors

@@ -20,7 +20,7 @@ use super::{
     norm::RmsNorm,
     params::{FlatParams, Param},
     rope::{Rotary, frequencies},
-    sharded::{Sharded, Stage},
+    sharded::{Sharded, ZeroStage},
     weights::{self, Checkpoint},
 };
 use crate::{
@@ -121,10 +121,10 @@ impl Model {
                 (trained, Some(sharded))
             }
             // Adapters are small and whole everywhere; what they adapt is divided at stage 3.
-            (_, None | Some(Stage::One | Stage::Two)) => {
+            (_, None | Some(ZeroStage::One | ZeroStage::Two)) => {
                 (FlatParams::new(&specs, dtype, device), None)
             }
-            (Attachment::Lora(_) | Attachment::Frozen, Some(Stage::Three)) => {
+            (Attachment::Lora(_) | Attachment::Frozen, Some(ZeroStage::Three)) => {
                 let mut frozen = config.tensors();
                 frozen.retain(|spec| specs.iter().all(|trained| trained.name != spec.name));
                 let layout = Layout::new(&frozen, place);
@@ -417,12 +417,12 @@ pub fn kind_of(dtype: Dtype) -> Kind {
 }
 
 /// Returns what stays whole where state is divided; `None` where it is not.
-const fn stage(strategy: Strategy) -> Option<Stage> {
+const fn stage(strategy: Strategy) -> Option<ZeroStage> {
     match strategy {
         Strategy::None | Strategy::Ddp => None,
-        Strategy::Zero1 => Some(Stage::One),
-        Strategy::Zero2 => Some(Stage::Two),
-        Strategy::Zero3 => Some(Stage::Three),
+        Strategy::Zero1 => Some(ZeroStage::One),
+        Strategy::Zero2 => Some(ZeroStage::Two),
+        Strategy::Zero3 => Some(ZeroStage::Three),
     }
 }
 

@@ -27,7 +27,7 @@ const TURNS: usize = 2;
 
 /// What a rank has whole of a model whose state is divided.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stage {
+pub enum ZeroStage {
     /// Weights and gradients: masters and moments are divided.
     One,
     /// Weights: gradients too are divided.
@@ -104,18 +104,18 @@ struct Gradients {
 
 impl Sharded {
     /// Makes room for divided tensors that are trained: `trained` has this rank's parts.
-    pub fn trained(layout: Layout, ranks: Ranks, stage: Stage, trained: &FlatParams) -> Self {
+    pub fn trained(layout: Layout, ranks: Ranks, stage: ZeroStage, trained: &FlatParams) -> Self {
         let device = trained.master().device();
-        let turns = if stage == Stage::One { layout.units() } else { TURNS };
+        let turns = if stage == ZeroStage::One { layout.units() } else { TURNS };
         let gradients = Gradients {
             rooms: Rooms::new(&layout, turns, Kind::Float, device),
             parts: trained.grad().shallow_clone(),
-            waits: stage == Stage::One,
+            waits: stage == ZeroStage::One,
             is_last: Cell::new(false),
             full: vec![Cell::new(false); layout.units()],
             leaving: RefCell::new(None),
         };
-        let turns = if stage == Stage::Three { TURNS } else { layout.units() };
+        let turns = if stage == ZeroStage::Three { TURNS } else { layout.units() };
         Self::new(layout, ranks, turns, trained.compute().shallow_clone(), Some(gradients))
     }
 

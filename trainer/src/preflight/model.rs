@@ -88,7 +88,7 @@ pub(super) fn check(
         }
     }
     if let Some(uri) = &config.initial_checkpoint {
-        check_initial_checkpoint(uri, config.lora.as_ref(), &model, environment, findings);
+        check_initial_checkpoint(uri, config, &model, environment, findings);
     }
     let tokenizer = match Tokenizer::load(&directory) {
         Ok(tokenizer) => tokenizer,
@@ -104,7 +104,7 @@ pub(super) fn check(
 /// Checks that training can start from a checkpoint of another run.
 fn check_initial_checkpoint(
     uri: &str,
-    lora: Option<&LoraSettings>,
+    config: &PreflightConfig,
     model: &ModelConfig,
     environment: &Environment,
     findings: &mut Findings,
@@ -113,13 +113,19 @@ fn check_initial_checkpoint(
     let Some(store) = open(uri, None, Role::Checkpoint, environment, location, findings) else {
         return;
     };
-    match initial::check(&store, lora, model) {
-        Err(error) => findings.store_problem(location, &error),
-        Ok(faults) => {
-            for initial::Unfit { reason, location, message } in faults {
-                findings.problem(reason, &location, message);
-            }
+    let mut check = || -> Result<(), store::Error> {
+        for fault in initial::check(&store, config.lora.as_ref(), model)? {
+            findings.problem(fault.reason, &fault.location, fault.message);
         }
+        if let Some(base) = initial::other_base(&store, &config.model)? {
+            let message =
+                format!("is of an adapter of {base}: on another base its weights may mean nothing");
+            findings.warning(ProblemReason::InvalidModel, location, message);
+        }
+        Ok(())
+    };
+    if let Err(error) = check() {
+        findings.store_problem(location, &error);
     }
 }
 

@@ -377,15 +377,23 @@ fn an_initial_checkpoint_is_one_of_what_is_trained() {
     };
     let text = fs::read_to_string(fixture.path("model/config.json")).unwrap();
     let parameters = ModelConfig::parse(&text).unwrap().parameters();
+    fixture.write("step-00000006/state.safetensors", "7");
     fixture.write("step-00000006/checkpoint-manifest.json", &manifest(parameters).to_string());
     insta::assert_snapshot!(fixture.check(), @"");
     fixture.write("step-00000006/checkpoint-manifest.json", &manifest(7).to_string());
     insta::assert_snapshot!(fixture.check(), @"InvalidSpec spec.initialCheckpoint.uri: has 7 trained parameters, but this model and loraConfig have 7472: it is of another model");
     fixture.write("step-00000006/checkpoint-manifest.json", "{}");
-    insta::assert_snapshot!(fixture.check(), @"InvalidModel spec.initialCheckpoint.uri: file:///step-00000006/checkpoint-manifest.json cannot be used: checkpoint manifest is not valid: the field `version` is missing");
+    insta::assert_snapshot!(fixture.check(), @"InvalidModel spec.initialCheckpoint.uri: file:///step-00000006 cannot be used: checkpoint manifest is not valid: the field `version` is missing; name another step");
+    // A part is too short.
+    fixture.write("step-00000006/checkpoint-manifest.json", &manifest(parameters).to_string());
+    fixture.write("step-00000006/state.safetensors", "");
+    insta::assert_snapshot!(fixture.check(), @"InvalidModel spec.initialCheckpoint.uri: file:///step-00000006 cannot be used: state.safetensors is missing or truncated; name another step");
     let adapter = fixture.with_lora(|_| {});
     adapter.write("step-00000006/checkpoint-manifest.json", &manifest(parameters).to_string());
-    insta::assert_snapshot!(adapter.check(), @"InvalidSpec spec.initialCheckpoint.uri: is of a model trained whole: remove loraConfig to go on with it");
+    insta::assert_snapshot!(adapter.check(), @r#"
+    InvalidSpec spec.initialCheckpoint.uri: is of a model trained whole: remove loraConfig to go on with it
+    InvalidModel spec.initialCheckpoint.uri: file:///step-00000006 cannot be used: state.safetensors is missing or truncated; name another step
+    "#);
 }
 
 #[test]

@@ -26,6 +26,10 @@ pub enum Role {
 }
 
 impl Role {
+    /// Each of them.
+    const ALL: [Self; 5] =
+        [Self::Model, Self::Adapter, Self::Checkpoint, Self::Dataset, Self::Output];
+
     /// Returns what the operator writes before each key of the role's Secret.
     pub const fn prefix(self) -> &'static str {
         match self {
@@ -87,10 +91,9 @@ impl Environment {
         let is_allowed = |server: &str, host: &str| {
             allowed.split(',').map(str::trim).any(|entry| entry == server || entry == host)
         };
-        let roles = [Role::Model, Role::Adapter, Role::Checkpoint, Role::Dataset, Role::Output];
         self.0.iter().find_map(|(name, value)| {
             let key =
-                roles.iter().find_map(|role| name.strip_prefix(role.prefix())).unwrap_or(name);
+                Role::ALL.iter().find_map(|role| name.strip_prefix(role.prefix())).unwrap_or(name);
             let is_a_stores = STORES.iter().any(|store| key.starts_with(store));
             let url = Url::parse(value).ok().filter(|_| is_a_stores)?;
             let host = url.host_str()?;
@@ -169,6 +172,10 @@ mod tests {
             forbidden("a", "HF_ENDPOINT", "https://b"),
             Some("HF_ENDPOINT b:443".to_owned())
         );
+        for role in super::Role::ALL {
+            let name = &format!("{}AWS_ENDPOINT_URL", role.prefix());
+            assert_eq!(forbidden("a", name, "https://b"), Some(format!("{name} b:443")));
+        }
         assert_eq!(forbidden("a", "MY_URL", "https://b"), None, "no store reads it");
         assert_eq!(forbidden("a", "AWS_REGION", "us-east-1"), None);
     }
