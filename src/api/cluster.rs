@@ -60,6 +60,11 @@ pub struct PodTemplate {
     #[schemars(length(min = 1, max = 253))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub runtime_class_name: Option<String>,
+    /// The scheduler that finds nodes for the pods, such as one that places all pods of a run or
+    /// none. Default: `default-scheduler`. Example: `volcano`.
+    #[schemars(length(min = 1, max = 253))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scheduler_name: Option<String>,
     /// Environment variables of the trainer, beside those it gets. Names that begin with
     /// `FINETUNE_`, `LD_` or `KUBERNETES_` are the operator's.
     #[schemars(length(max = 64))]

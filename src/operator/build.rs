@@ -53,6 +53,10 @@ pub const MANAGED_BY: (&str, &str) = ("app.kubernetes.io/managed-by", "finetune-
 /// The label by which Kueue knows the queue of a workload.
 pub const QUEUE_LABEL: &str = "kueue.x-k8s.io/queue-name";
 
+/// The label by which the coscheduling plugin knows the members of a gang.
+const GANG_LABEL: &str = "scheduling.x-k8s.io/pod-group";
+/// The annotation of a Job by which Volcano knows how many of its pods start together or not at all.
+const GANG_SIZE_ANNOTATION: &str = "scheduling.volcano.sh/group-min-member";
 const CONFIG_ANNOTATION: &str = "finetune.dev/config";
 const CONFIG_DIRECTORY: &str = "/etc/finetune";
 const WORK_DIRECTORY: &str = "/work";
@@ -155,6 +159,8 @@ pub fn job(job: &FineTuneJob, settings: &Settings, attempt: &Attempt<'_>) -> Job
             name: Some(job_name(&name, attempt.step, attempt.number)),
             namespace: job.metadata.namespace.clone(),
             labels: Some(labels),
+            annotations: has_ranks
+                .then(|| BTreeMap::from([(GANG_SIZE_ANNOTATION.to_owned(), pods.to_string())])),
             owner_references: Some(owner(job).into_iter().collect()),
             ..ObjectMeta::default()
         },
@@ -187,7 +193,11 @@ fn owner(job: &FineTuneJob) -> Option<OwnerReference> {
 
 fn labels(job: &FineTuneJob, name: &str, step: Step) -> BTreeMap<String, String> {
     let template = job.spec.pod_template.as_ref();
-    let users = template.and_then(|template| template.labels.clone()).unwrap_or_default();
+    let mut users = template.and_then(|template| template.labels.clone()).unwrap_or_default();
+    if step == Step::Preflight {
+        // It runs alone: one more member would let a gang start that is not complete.
+        users.remove(GANG_LABEL);
+    }
     // Ours last: they are what children are found by.
     users.into_iter().chain(own_labels(name, step)).collect()
 }
@@ -250,6 +260,7 @@ fn pod_template(
             service_account_name: template.service_account_name.clone(),
             priority_class_name: template.priority_class_name.clone(),
             runtime_class_name: template.runtime_class_name.clone(),
+            scheduler_name: template.scheduler_name.clone(),
             image_pull_secrets: Some(
                 secrets.map(|name| LocalObjectReference { name: name.clone() }).collect(),
             ),
@@ -621,9 +632,23 @@ mod tests {
     #[test]
     fn a_training_pod_has_its_accelerator_and_the_users_words() {
         insta::assert_snapshot!(build(
-            "  podTemplate:\n    labels: {team: search, finetune.dev/job: other}\n    priorityClassName: low\n    env: [{name: LOG, value: debug}, {name: KEY, secretKeyRef: {name: s, key: k}}]\n  resources: {limits: {memory: 8Gi}}\n",
+            "  podTemplate:\n    labels: {team: search, finetune.dev/job: other}\n    priorityClassName: low\n    schedulerName: volcano\n    env: [{name: LOG, value: debug}, {name: KEY, secretKeyRef: {name: s, key: k}}]\n  resources: {limits: {memory: 8Gi}}\n",
             Step::Training
         ));
+    }
+
+    #[test]
+    fn a_preflight_is_no_member_of_a_gang() {
+        let lines =
+            "  podTemplate: {labels: {scheduling.x-k8s.io/pod-group: gang, team: search}}\n";
+        let labels = |step| {
+            let job = build(lines, step);
+            let count = |label: &str| job.matches(&format!("{label}\n")).count();
+            [count("scheduling.x-k8s.io/pod-group: gang"), count("team: search")]
+        };
+        // Of the Job and of its pod.
+        assert_eq!(labels(Step::Preflight), [0, 2]);
+        assert_eq!(labels(Step::Training), [2, 2]);
     }
 
     #[test]
@@ -636,6 +661,8 @@ mod tests {
         let removed: Vec<&str> = one.lines().filter(is_gone).collect();
         insta::assert_snapshot!(removed.join("\n"), @"  backoffLimit: 0");
         insta::assert_snapshot!(added.join("\n"), @r#"
+        annotations:
+          scheduling.volcano.sh/group-min-member: "2"
         backoffLimitPerIndex: 0
         completionMode: Indexed
         completions: 2

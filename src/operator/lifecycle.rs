@@ -734,8 +734,13 @@ impl<'a> Visit<'a> {
         // The run is where its slowest rank is: the others wait for that one.
         let slowest = pods.iter().enumerate().min_by_key(|(_, pod)| readiness(**pod));
         let Some((rank, pod)) = slowest.map(|(rank, pod)| (rank, *pod)) else { return };
+        let has_node = |pod: &&ObservedPod| pod.scheduled.is_some();
         let who = match pods {
             [_] => String::new(),
+            // Which of several finds no room left when all are placed together is chance.
+            _ if !pods.iter().flatten().any(has_node) => {
+                format!("none of {} pods has a node yet, and the run needs them all: ", pods.len())
+            }
             _ => format!("pod {rank} of {}, for which the others wait: ", pods.len()),
         };
         match pod.map(|pod| &pod.state) {
@@ -894,13 +899,19 @@ fn pod_size(pod: &PodStatus) -> PodSize {
 /// Orders ranks by how far they are: the first is what the others wait for.
 fn readiness(pod: Option<&ObservedPod>) -> u8 {
     match pod.map(|pod| &pod.state) {
-        Some(PodState::Unschedulable(_)) => 0,
+        Some(PodState::Unschedulable(message)) => u8::from(!says_what_lacks(message)),
         // What keeps a container from starting is said before that another is early.
-        Some(PodState::Waiting { reason, .. }) => 1 + u8::from(reason.is_empty()),
-        None => 3,
-        Some(PodState::Running) => 4,
-        Some(PodState::Ended { .. }) => 5,
+        Some(PodState::Waiting { reason, .. }) => 2 + u8::from(reason.is_empty()),
+        None => 4,
+        Some(PodState::Running) => 5,
+        Some(PodState::Ended { .. }) => 6,
     }
+}
+
+/// Tells whether a scheduler's words name what nodes lack, such as `0/3 nodes are available: 3
+/// Insufficient memory`. Of a gang, a pod for which there would be room is only told that it waits.
+fn says_what_lacks(message: &str) -> bool {
+    message.contains("nodes are ")
 }
 
 /// Says how a try ended: with several ranks, by the cause. That a rank lost another, or was told to

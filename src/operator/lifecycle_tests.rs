@@ -657,6 +657,25 @@ fn a_rank_without_a_place_is_named() {
 }
 
 #[test]
+fn pods_that_are_placed_together_say_what_lacks() {
+    // The words of Kubernetes 1.36 where the node has one slot and two pods ask for one each.
+    let waits = "pod group is unschedulable, waiting for minCount pods from a gang to be scheduled, one or more plugins asked to wait and no plugin rejected pod";
+    let lacks = "0/1 nodes are available: 1 Insufficient finetune.dev/test-slot";
+    for words in [[waits, lacks], [lacks, waits]] {
+        let mut world = World::of_two_ranks();
+        for (pod, words) in world.observed.pods.iter_mut().rev().zip(words) {
+            pod.scheduled = None;
+            pod.state = PodState::Unschedulable(words.to_owned());
+        }
+        world.settle();
+        assert_eq!(world.summary(), "Unknown Unschedulable");
+        insta::allow_duplicates! {
+            insta::assert_snapshot!(world.message(), @"none of 2 pods has a node yet, and the run needs them all: 0/1 nodes are available: 1 Insufficient finetune.dev/test-slot");
+        }
+    }
+}
+
+#[test]
 fn a_queue_decides_when_the_pod_starts() {
     let mut world = World::new("  loraConfig: {}\n");
     world.job.metadata.labels =

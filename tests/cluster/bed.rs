@@ -10,11 +10,11 @@ use std::{
 use finetune_operator::api::{FineTuneJob, FineTuneJobStatus};
 use k8s_openapi::api::{
     batch::v1::Job,
-    core::v1::{Namespace, Pod, Secret},
+    core::v1::{Namespace, Node, Pod, Secret},
 };
 use kube::{
-    Api, Client,
-    api::{DeleteParams, ListParams, PostParams},
+    Api, Client, ResourceExt,
+    api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -191,6 +191,16 @@ impl Bed {
         job["spec"]["training"]["maxSteps"] = json!(1500);
         job["spec"]["training"]["checkpointSteps"] = json!(100);
         job
+    }
+
+    /// Makes the node say that it has `count` of a resource that it does not have.
+    pub async fn advertise(&self, resource: &str, count: u32) {
+        let nodes: Api<Node> = Api::all(self.client.clone());
+        let node = nodes.list(&ListParams::default()).await.unwrap().items.remove(0).name_any();
+        // What can be allocated follows from the capacity at the kubelet's next report.
+        let patch = json!({"status": {"capacity": {resource: count.to_string()}}});
+        let patch = Patch::Strategic(patch);
+        nodes.patch_status(&node, &PatchParams::default(), &patch).await.unwrap();
     }
 
     pub async fn apply(&self, job: &Value) -> FineTuneJob {

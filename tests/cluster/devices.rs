@@ -6,11 +6,7 @@
 use std::sync::Arc;
 
 use finetune_operator::operator::{controller::Operator, metrics::Metrics, settings::Settings};
-use k8s_openapi::api::core::v1::{Node, Pod};
-use kube::{
-    Api, ResourceExt,
-    api::{ListParams, Patch, PatchParams},
-};
+use k8s_openapi::api::core::v1::Pod;
 use serde_json::json;
 
 use crate::bed::{Bed, real_model, variable};
@@ -27,14 +23,6 @@ fn settings(namespace: &str) -> Settings {
     .unwrap()
 }
 
-async fn advertise(bed: &Bed) {
-    let nodes: Api<Node> = Api::all(bed.client.clone());
-    let node = nodes.list(&ListParams::default()).await.unwrap().items.remove(0).name_any();
-    let patch = json!({"status": {"capacity": {RESOURCE: "2"}}});
-    let patch = Patch::Strategic(patch);
-    nodes.patch_status(&node, &PatchParams::default(), &patch).await.unwrap();
-}
-
 /// Returns how many devices a pod asks for.
 fn devices(pod: &Pod) -> Option<&str> {
     let resources = pod.spec.as_ref()?.containers[0].resources.as_ref()?;
@@ -44,7 +32,7 @@ fn devices(pod: &Pod) -> Option<&str> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_run_for_devices_gets_them_and_says_when_they_do_not_work() {
     let Some(bed) = Bed::new("devices").await else { return };
-    advertise(&bed).await;
+    bed.advertise(RESOURCE, 2).await;
     let scope = Some(bed.namespace.clone());
     let metrics = Metrics::new().unwrap();
     let operator =

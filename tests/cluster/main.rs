@@ -17,6 +17,7 @@ mod crashes;
 mod devices;
 mod disruptions;
 mod faults;
+mod gangs;
 mod helm;
 #[path = "../e2e/model.rs"]
 mod model;

@@ -17,7 +17,7 @@ use crate::{
 const NAMESPACE: &str = "finetune-system";
 const RELEASE: &str = "finetune";
 /// Tests with operators of their own, of some namespaces: they must not meet one of all.
-const WITHOUT_CHART: [&str; 4] = ["crashes::", "devices::", "namespaces::", "ranks::"];
+const WITHOUT_CHART: [&str; 5] = ["crashes::", "devices::", "gangs::", "namespaces::", "ranks::"];
 /// Tests at once: more would wait for the node's two processors.
 const AT_ONCE: u32 = 4;
 

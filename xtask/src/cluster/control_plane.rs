@@ -16,6 +16,10 @@ const APISERVER: &str = "kube-apiserver";
 const CONTROLLER_MANAGER: &str = "kube-controller-manager";
 const SCHEDULER: &str = "kube-scheduler";
 
+/// Places all pods of a Job of ranks or none, which Kubernetes 1.36 has but does not do unasked: the
+/// Job controller makes a group of pods of each such Job, and the scheduler minds it.
+const GANGS: &str = "--feature-gates=GenericWorkload=true,GangScheduling=true,WorkloadWithJob=true";
+
 /// Starts everything and waits until it is ready.
 pub(crate) fn start(cluster: &Cluster) -> Result<()> {
     let processes = cluster.processes();
@@ -74,6 +78,9 @@ fn apiserver(cluster: &Cluster) -> Vec<String> {
         "--service-account-issuer=https://kubernetes.default.svc".to_owned(),
         format!("--service-cluster-ip-range={}", network::SERVICES),
         "--authorization-mode=Node,RBAC".to_owned(),
+        GANGS.to_owned(),
+        // Where such groups are kept.
+        "--runtime-config=scheduling.k8s.io/v1alpha2=true".to_owned(),
         "--enable-admission-plugins=NodeRestriction".to_owned(),
         "--allow-privileged=true".to_owned(),
         format!("--kubelet-client-certificate={}", pki("admin.crt")),
@@ -94,6 +101,7 @@ fn controller_manager(cluster: &Cluster) -> Vec<String> {
         format!("--cluster-signing-key-file={}", pki("ca.key")),
         "--use-service-account-credentials=true".to_owned(),
         "--leader-elect=false".to_owned(),
+        GANGS.to_owned(),
     ]
 }
 
@@ -101,5 +109,6 @@ fn scheduler(cluster: &Cluster) -> Vec<String> {
     vec![
         format!("--kubeconfig={}", cluster.kubeconfig().display()),
         "--leader-elect=false".to_owned(),
+        GANGS.to_owned(),
     ]
 }

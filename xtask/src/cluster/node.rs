@@ -195,6 +195,8 @@ fn kubelet(cluster: &Cluster) -> serde_json::Value {
             "nodefs.inodesFree": "1%",
             "imagefs.available": "1%",
         },
+        // Nor are images removed for it, which nothing would load again: 100 switches that off.
+        "imageGCHighThresholdPercent": 100,
         "podLogsDir": path("data/pod-logs"),
         "volumePluginDir": path("data/volume-plugins"),
     })
