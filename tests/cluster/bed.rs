@@ -197,9 +197,10 @@ impl Bed {
     pub async fn advertise(&self, resource: &str, count: u32) {
         let nodes: Api<Node> = Api::all(self.client.clone());
         let node = nodes.list(&ListParams::default()).await.unwrap().items.remove(0).name_any();
-        // What can be allocated follows from the capacity at the kubelet's next report.
-        let patch = json!({"status": {"capacity": {resource: count.to_string()}}});
-        let patch = Patch::Strategic(patch);
+        // What can be allocated would follow from the capacity, but not before the kubelet's next
+        // report: until then, what an earlier run on the same cluster said would hold.
+        let said = json!({resource: count.to_string()});
+        let patch = Patch::Strategic(json!({"status": {"capacity": said, "allocatable": said}}));
         nodes.patch_status(&node, &PatchParams::default(), &patch).await.unwrap();
     }
 
