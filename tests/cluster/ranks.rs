@@ -19,7 +19,7 @@ use crate::{
     sockets::Watcher,
 };
 
-const STEPS: i64 = 16;
+const STEPS: i64 = 12;
 /// What a pod of this test may take: enough for one of two ranks.
 const LIMIT_BYTES: u64 = 2000 << 20;
 /// What one process was measured to take of memory for the whole of this model.

@@ -32,6 +32,7 @@ fn examples_are_accepted() {
         include_str!("../../examples/lora.yaml"),
         include_str!("../../examples/full-parameter.yaml"),
         include_str!("../../examples/continue.yaml"),
+        include_str!("../../examples/from-checkpoint.yaml"),
     ] {
         assert_eq!(messages(text), "accepted", "{text}");
     }
