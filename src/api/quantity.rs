@@ -2,7 +2,8 @@
 
 use super::FineTuneJobSpec;
 
-const GIB: f64 = 1024.0 * 1024.0 * 1024.0;
+/// Bytes of a GiB.
+pub const GIB: f64 = 1024.0 * 1024.0 * 1024.0;
 
 impl FineTuneJobSpec {
     /// Returns the user's limit of a training pod's memory, in bytes, if there is one that can be read.

@@ -34,7 +34,7 @@ use kube::Resource;
 
 use super::settings::Settings;
 use crate::{
-    api::{self, FineTuneJob, Step},
+    api::{self, FineTuneJob, GIB, Step},
     plan::{accelerators::Accelerator, placement::PodSize},
 };
 
@@ -62,7 +62,6 @@ const CONFIG_DIRECTORY: &str = "/etc/finetune";
 const WORK_DIRECTORY: &str = "/work";
 /// The user of the image; any number but 0 does.
 const USER: i64 = 65532;
-const GIB: f64 = 1024.0 * 1024.0 * 1024.0;
 
 /// One try of one step.
 #[derive(Debug, Clone, Copy)]

@@ -6,7 +6,7 @@ use finetune_contract::{Dtype, MachineFacts, ModelFacts, Strategy};
 use serde::{Deserialize, Serialize};
 
 use super::sizing::{self, Load, Memory};
-use crate::api::Toleration;
+use crate::api::{GIB, Toleration};
 
 /// One kind of accelerator, as the user or the administrator describes it; the processor is one.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -157,5 +157,3 @@ fn ranks(memory: &Memory, available: u64) -> Option<u64> {
     let room = available.saturating_sub(memory.total() - sharded);
     (room > 0).then(|| sharded.div_ceil(room))
 }
-
-const GIB: f64 = 1024.0 * 1024.0 * 1024.0;

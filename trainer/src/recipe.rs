@@ -91,7 +91,7 @@ pub fn run(
     let optimizer =
         AdamW::new(model.trained(), config.training.optimizer, config.training.weight_decay);
     let store = open(&config.checkpoints_uri, Role::Output, host)?;
-    let checkpoints = Checkpoints::new(store, host.work_dir, config, ranks);
+    let checkpoints = Checkpoints::new(store, host.work_dir, config, &model);
     let mut training = Training {
         config,
         model,

@@ -1,9 +1,6 @@
 //! The checkpoints of a run in its store: written, counted, fetched and removed.
 
-use std::{
-    collections::BTreeSet,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use finetune_contract::{
@@ -54,7 +51,7 @@ pub(super) struct CheckpointManifest {
 
 impl CheckpointManifest {
     /// Lists its files; the reason if there cannot be a checkpoint of these.
-    fn files(&self) -> Result<Vec<(Share, StateFile)>, String> {
+    pub(super) fn files(&self) -> Result<Vec<(Share, StateFile)>, String> {
         let ranks = self.files.len() as u32;
         match (&self.files[..], self.is_divided, self.size, &self.sha256) {
             ([], false, Some(size), Some(sha256)) => {
@@ -127,17 +124,20 @@ pub(super) struct Archive {
     settings_sha256: String,
     model: ModelSource,
     lora: Option<LoraSettings>,
+    trained: u64,
     keep: usize,
 }
 
 impl Archive {
-    pub(super) fn new(store: Store, config: &RunConfig) -> Self {
+    /// Opens the checkpoints of a run of so many trained parameters.
+    pub(super) fn new(store: Store, config: &RunConfig, trained: u64) -> Self {
         Self {
             store,
             run_id: config.run_id.clone(),
             settings_sha256: settings_sha256(config),
             model: config.model.clone(),
             lora: config.lora.clone(),
+            trained,
             keep: config.training.num_checkpoints_to_keep.max(1) as usize,
         }
     }
@@ -174,7 +174,6 @@ impl Archive {
     pub(super) fn complete(
         &self,
         state: &TrainState,
-        trained: u64,
         is_divided: bool,
         files: Vec<StateFile>,
     ) -> Result<(), store::Error> {
@@ -184,7 +183,7 @@ impl Archive {
             settings_sha256: self.settings_sha256.clone(),
             model: Some(self.model.clone()),
             lora: self.lora.clone(),
-            trained: Some(trained),
+            trained: Some(self.trained),
             state: state.clone(),
             is_divided,
             files,
@@ -194,37 +193,34 @@ impl Archive {
         let name = checkpoint_name(state.step);
         self.store
             .put(&format!("{name}/{CHECKPOINT_MANIFEST_NAME}"), Bytes::from(render(&manifest)))?;
-        let complete = self.names()?;
-        let mut kept: Vec<_> = complete.iter().rev().filter(|other| **other <= name).collect();
-        kept.truncate(self.keep);
-        let best = state.best.map(|best| checkpoint_name(best.step));
-        kept.extend(best.as_ref());
-        // Of a try that was killed there may be files without a manifest, too.
-        let is_over = |other: &str| *other < *name && kept.iter().all(|kept| *kept != other);
-        for name in self.directories()?.iter().filter(|other| is_over(other)) {
-            self.remove(name)?;
-        }
-        Ok(())
+        self.remove_older(&name, state.best.map(|best| checkpoint_name(best.step)))
+    }
+
+    /// Removes what is of steps before `newest` and neither among those to keep nor the best: of a try
+    /// that was killed there may be files without a manifest, too.
+    fn remove_older(&self, newest: &str, best: Option<String>) -> Result<(), store::Error> {
+        let paths = self.paths()?;
+        let mut kept = complete_names(&paths);
+        kept.retain(|name| **name <= *newest);
+        kept.drain(..kept.len().saturating_sub(self.keep));
+        kept.extend(best);
+        let is_over = |path: &String| {
+            path.split_once('/').is_some_and(|(name, _)| {
+                checkpoint_step(name).is_some()
+                    && name < newest
+                    && kept.iter().all(|kept| kept != name)
+            })
+        };
+        self.remove(paths.into_iter().filter(is_over))
     }
 
     /// Lists the names of complete checkpoints, oldest first.
     pub(super) fn names(&self) -> Result<Vec<String>, store::Error> {
-        let names = self.store.list()?.into_iter().filter_map(|entry| {
-            let name = entry.path.strip_suffix(CHECKPOINT_MANIFEST_NAME)?.strip_suffix('/')?;
-            checkpoint_step(name).map(|_| name.to_owned())
-        });
-        let mut names: Vec<_> = names.collect();
-        names.sort();
-        Ok(names)
+        Ok(complete_names(&self.paths()?))
     }
 
-    /// Lists the names of all checkpoints of which there is anything.
-    fn directories(&self) -> Result<BTreeSet<String>, store::Error> {
-        let names = self.store.list()?.into_iter().filter_map(|entry| {
-            let (name, _) = entry.path.split_once('/')?;
-            checkpoint_step(name).map(|_| name.to_owned())
-        });
-        Ok(names.collect())
+    fn paths(&self) -> Result<Vec<String>, store::Error> {
+        Ok(self.store.list()?.into_iter().map(|entry| entry.path).collect())
     }
 
     /// Fetches the files of a checkpoint that a rank needs: its own part, if the state was divided as
@@ -266,26 +262,26 @@ impl Archive {
 
     /// Removes every checkpoint of the run.
     pub(super) fn clear(&self) -> Result<(), store::Error> {
-        for name in self.names()? {
-            self.remove(&name)?;
-        }
-        for entry in self.store.list()? {
-            self.store.delete(&entry.path)?;
-        }
-        Ok(())
+        self.remove(self.paths()?.into_iter())
     }
 
-    fn remove(&self, name: &str) -> Result<(), store::Error> {
-        // The manifest first: a half-removed checkpoint must not look complete.
-        self.store.delete(&format!("{name}/{CHECKPOINT_MANIFEST_NAME}"))?;
-        let directory = format!("{name}/");
-        for entry in self.store.list()? {
-            if entry.path.starts_with(&directory) {
-                self.store.delete(&entry.path)?;
-            }
-        }
-        Ok(())
+    /// Removes files, manifests first: a half-removed checkpoint must not look complete.
+    fn remove(&self, paths: impl Iterator<Item = String>) -> Result<(), store::Error> {
+        let is_manifest = |path: &String| path.ends_with(CHECKPOINT_MANIFEST_NAME);
+        let (manifests, files): (Vec<_>, Vec<_>) = paths.partition(is_manifest);
+        manifests.iter().chain(&files).try_for_each(|path| self.store.delete(path))
     }
+}
+
+/// Returns the names of the checkpoints that have a manifest among `paths`, oldest first.
+fn complete_names(paths: &[String]) -> Vec<String> {
+    let names = paths.iter().filter_map(|path| {
+        let name = path.strip_suffix(CHECKPOINT_MANIFEST_NAME)?.strip_suffix('/')?;
+        checkpoint_step(name).map(|_| name.to_owned())
+    });
+    let mut names: Vec<_> = names.collect();
+    names.sort();
+    names
 }
 
 /// Reads the manifest below a prefix, or says how it is damaged.
@@ -300,20 +296,15 @@ pub(super) fn read_manifest(
     Ok(parse(&String::from_utf8_lossy(&text)).map_err(|error| error.to_string()))
 }
 
-/// Checks that all files of a checkpoint are there and as long as they should be, or says which is
-/// not.
+/// Checks that files of a checkpoint are there and as long as they should be, or says which is not.
 ///
 /// # Errors
 /// [`store::Error`].
 pub(super) fn check_sizes(
     store: &Store,
     prefix: &str,
-    manifest: &CheckpointManifest,
+    files: &[(Share, StateFile)],
 ) -> Result<Result<(), String>, store::Error> {
-    let files = match manifest.files() {
-        Ok(files) => files,
-        Err(why) => return Ok(Err(why)),
-    };
     for (share, file) in files {
         let name = share.file_name();
         if store.size(&format!("{prefix}{name}"))? != Some(file.size) {
@@ -334,12 +325,15 @@ pub(super) fn fetch_files(
     share: Share,
     directory: &Path,
 ) -> Result<Result<Vec<(Share, PathBuf)>, String>, Failure> {
-    if let Err(why) = check_sizes(store, prefix, manifest)? {
-        return Ok(Err(why));
-    }
-    let mut there = manifest.files().unwrap_or_default();
+    let mut there = match manifest.files() {
+        Ok(files) => files,
+        Err(why) => return Ok(Err(why)),
+    };
     if there.iter().any(|(kept, _)| *kept == share) {
         there.retain(|(kept, _)| *kept == share);
+    }
+    if let Err(why) = check_sizes(store, prefix, &there)? {
+        return Ok(Err(why));
     }
     let mut files = Vec::new();
     for (kept, file) in there {
@@ -408,6 +402,7 @@ mod tests {
             settings_sha256: String::new(),
             model: ModelSource { uri: "file:///base".to_owned(), revision: None },
             lora: None,
+            trained: 1,
             keep,
         }
     }
@@ -422,7 +417,7 @@ mod tests {
     fn complete(archive: &Archive, step: u64) {
         let files = write(archive, step);
         let state = TrainState { step, ..TrainState::default() };
-        archive.complete(&state, 1, true, files).unwrap();
+        archive.complete(&state, true, files).unwrap();
     }
 
     #[test]
@@ -503,7 +498,7 @@ mod tests {
             let files = files.collect();
             let name = format!("step-{step:08}");
             assert!(!archive.names().unwrap().contains(&name), "it has no manifest");
-            archive.complete(&state, 1, step == 6, files).unwrap();
+            archive.complete(&state, step == 6, files).unwrap();
             drop(snapshot);
             assert!(!path.exists(), "the file goes with the snapshot");
             for asked in [Share::Whole, Share::Part([1, 2]), Share::Part([0, 4])] {

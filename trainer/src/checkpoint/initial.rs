@@ -32,32 +32,38 @@ pub struct Unfit {
     pub message: String,
 }
 
+/// What was found of a checkpoint.
+#[derive(Debug)]
+pub struct Checked {
+    /// Why a run cannot start from it; none if it can.
+    pub faults: Vec<Unfit>,
+    /// The base model of an adapter's, if it is known and not the one asked for.
+    pub other_base: Option<String>,
+}
+
 /// Checks that a directory is a checkpoint of what is to be trained; reads no weights.
 ///
 /// # Errors
 /// [`store::Error`].
 pub fn check(
     store: &Store,
+    base: &ModelSource,
     lora: Option<&LoraSettings>,
     model: &ModelConfig,
-) -> Result<Vec<Unfit>, store::Error> {
+) -> Result<Checked, store::Error> {
     let manifest = match read(store)? {
         Ok(manifest) => manifest,
-        Err(unfit) => return Ok(vec![unfit]),
+        Err(unfit) => return Ok(Checked { faults: vec![unfit], other_base: None }),
     };
-    let mut found = faults(&manifest, lora, model);
-    found.extend(archive::check_sizes(store, "", &manifest)?.err().map(|why| damaged(store, &why)));
-    Ok(found)
-}
-
-/// Returns the base model of an adapter's checkpoint, if it is known and not the one `asked` for.
-///
-/// # Errors
-/// [`store::Error`].
-pub fn other_base(store: &Store, asked: &ModelSource) -> Result<Option<String>, store::Error> {
-    let manifest = read(store)?.ok().filter(|manifest| manifest.lora.is_some());
-    let base = manifest.and_then(|manifest| manifest.model);
-    Ok(base.map(|base| base.uri).filter(|uri| *uri != asked.uri))
+    let mut faults = faults(&manifest, lora, model);
+    let sizes = match manifest.files() {
+        Ok(files) => archive::check_sizes(store, "", &files)?,
+        Err(why) => Err(why),
+    };
+    faults.extend(sizes.err().map(|why| damaged(store, &why)));
+    let there = manifest.model.filter(|_| manifest.lora.is_some());
+    let other_base = there.map(|there| there.uri).filter(|uri| *uri != base.uri);
+    Ok(Checked { faults, other_base })
 }
 
 /// Gives a model the weights of a checkpoint, on every rank what it has of them.

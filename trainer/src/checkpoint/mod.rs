@@ -36,12 +36,12 @@ use crate::{
     failure::Failure,
     model::{
         Model,
-        layout::{Span, moves},
+        layout::{Move, Span, moves},
         params::Flat,
         weights::{self, Checkpoint as Tensors},
     },
     optimizer::AdamW,
-    store::Store,
+    store::{self, Store},
 };
 use archive::{Archive, Fetched, Share, StateFile};
 use pace::Pace;
@@ -117,24 +117,23 @@ impl Drop for Checkpoints {
     }
 }
 
-/// A checkpoint of which not all parts are there.
+/// A checkpoint on its way.
 #[derive(Debug)]
 struct Begun {
     state: TrainState,
-    trained: u64,
     stall_seconds: f64,
     since: Instant,
 }
 
 impl Checkpoints {
     /// Opens the checkpoints of a run; files pass through `scratch`.
-    pub fn new(store: Store, scratch: &Path, config: &RunConfig, ranks: &Ranks) -> Self {
+    pub fn new(store: Store, scratch: &Path, config: &RunConfig, model: &Model) -> Self {
         Self {
-            archive: Archive::new(store, config),
+            archive: Archive::new(store, config, model.trained_parameters() as u64),
             scratch: scratch.to_owned(),
             is_copied: config.lora.is_some(),
             room: Room::default(),
-            ranks: ranks.clone(),
+            ranks: model.ranks().clone(),
             part: Writer::default(),
             begun: None,
             writer: Writer::default(),
@@ -185,16 +184,27 @@ impl Checkpoints {
         self.pace.safe(state.step, self.now());
         // What the writer before was waited for is no price of this one.
         self.pace.stalled(settled.elapsed().as_secs_f64());
-        let (archive, state, since) = (self.archive.clone(), state.clone(), clock::now());
-        let trained = model.layout_of([0, 1]).undivided_length() as u64;
+        let begun = Begun { state: state.clone(), stall_seconds, since: clock::now() };
+        let step = state.step;
         if let Share::Part(_) = share {
-            let step = state.step;
-            self.begun = Some(Begun { state, trained, stall_seconds, since });
+            let archive = self.archive.clone();
+            self.begun = Some(begun);
             return self.part.start(move || Ok(archive.write(step, share, &snapshot)?));
         }
+        self.complete(begun, false, move |archive| Ok(vec![archive.write(step, share, &snapshot)?]))
+    }
+
+    /// Lets the writer complete a checkpoint as soon as it has its files.
+    fn complete(
+        &mut self,
+        begun: Begun,
+        is_divided: bool,
+        files: impl FnOnce(&Archive) -> Result<Vec<StateFile>, store::Error> + Send + 'static,
+    ) -> Result<(), Failure> {
+        let Begun { state, stall_seconds, since } = begun;
+        let archive = self.archive.clone();
         self.writer.start(move || {
-            let file = archive.write(state.step, share, &snapshot)?;
-            archive.complete(&state, trained, false, vec![file])?;
+            archive.complete(&state, is_divided, files(&archive)?)?;
             let write_seconds = since.elapsed().as_secs_f64();
             Ok(Saved { step: state.step, stall_seconds, write_seconds })
         })
@@ -211,12 +221,10 @@ impl Checkpoints {
     /// # Errors
     /// A [`Failure`] if a part could not be written or another rank is lost.
     pub fn join_parts(&mut self) -> Result<(), Failure> {
-        let (Some(Begun { state, trained, stall_seconds, since }), Some(part)) =
-            (self.begun.take(), self.part.wait()?)
-        else {
+        let (Some(begun), Some(part)) = (self.begun.take(), self.part.wait()?) else {
             return Ok(());
         };
-        let place = format!("checkpoint/{}", state.step);
+        let place = format!("checkpoint/{}", begun.state.step);
         let Some(parts) = self.ranks.tell_first(&place, &part.to_text())? else { return Ok(()) };
         let parts: Option<Vec<_>> = parts.iter().map(|text| StateFile::from_text(text)).collect();
         let parts = parts.ok_or_else(|| {
@@ -224,12 +232,7 @@ impl Checkpoints {
             Failure::new(FailureReason::Internal, message)
         })?;
         // The one before is complete: it was waited for before this one began.
-        let archive = self.archive.clone();
-        self.writer.start(move || {
-            archive.complete(&state, trained, true, parts)?;
-            let write_seconds = since.elapsed().as_secs_f64();
-            Ok(Saved { step: state.step, stall_seconds, write_seconds })
-        })
+        self.complete(begun, true, move |_| Ok(parts))
     }
 
     /// Takes note of a checkpoint that became complete meanwhile.
@@ -358,7 +361,7 @@ fn open(files: &[(Share, PathBuf)], model: &Model) -> Result<Vec<StoredFile>, Fa
                 (layout.spans(), layout.part_length())
             }
             Share::Whole => {
-                let length = model.layout_of([0, 1]).undivided_length();
+                let length = model.trained_parameters();
                 (vec![Span::all(length)], length)
             }
         };
@@ -378,15 +381,15 @@ struct StoredFile {
 /// Copies what a rank has of each named tensor into it.
 fn fill(files: &[StoredFile], model: &Model, into: &[(&str, Flat<'_>)]) -> Result<(), Failure> {
     let own = model.trained_spans();
-    let moved = files.iter().flat_map(|file| moves(&file.spans, &own)).map(|moved| moved.length);
+    let moves: Vec<Vec<Move>> = files.iter().map(|file| moves(&file.spans, &own)).collect();
+    let moved = moves.iter().flatten().map(|moved| moved.length);
     if moved.sum::<usize>() != own.iter().map(|span| span.length).sum::<usize>() {
         let message = "the files of a checkpoint do not have all that is trained";
         return Err(Failure::new(FailureReason::CheckpointMismatch, message));
     }
     for (name, target) in into {
-        let values = files.iter().map(|file| {
-            let values = file.tensors.tensor_of(name, &[file.length])?;
-            Ok((values, moves(&file.spans, &own)))
+        let values = files.iter().zip(&moves).map(|(file, moves)| {
+            Ok((file.tensors.tensor_of(name, &[file.length])?, moves.as_slice()))
         });
         target.fill(&values.collect::<Result<Vec<_>, _>>().map_err(unlike)?);
     }

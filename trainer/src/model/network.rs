@@ -208,6 +208,14 @@ impl Model {
         self.sharded.as_ref().filter(|sharded| sharded.is_trained())
     }
 
+    /// Returns how many parameters are trained, on all ranks together.
+    pub fn trained_parameters(&self) -> usize {
+        self.sharded_training().map_or_else(
+            || self.trained.master().numel(),
+            |sharded| sharded.layout().undivided_length(),
+        )
+    }
+
     /// Lists which elements of all that is trained, undivided, this rank has in its flat tensors.
     pub fn trained_spans(&self) -> Vec<Span> {
         self.sharded_training().map_or_else(

@@ -43,7 +43,7 @@ impl Flat<'_> {
 
     /// Replaces some of them, or zeroes, by values elsewhere: each of `moves` is from a tensor of
     /// `values` to here.
-    pub fn fill(self, values: &[(Tensor, Vec<Move>)]) {
+    pub fn fill(self, values: &[(Tensor, &[Move])]) {
         match self {
             Self::Floats(target) => copy_into(target, 0, values),
             Self::Codes(codes) => codes.replace(|start, length| {
@@ -56,10 +56,10 @@ impl Flat<'_> {
 }
 
 /// Copies what is moved to a window that begins at `start`.
-fn copy_into(window: &Tensor, start: i64, values: &[(Tensor, Vec<Move>)]) {
+fn copy_into(window: &Tensor, start: i64, values: &[(Tensor, &[Move])]) {
     let end = start + window.numel() as i64;
     for (values, moves) in values {
-        for &Move { from, to, length } in moves {
+        for &Move { from, to, length } in *moves {
             let [from, to, length] = [from, to, length].map(|index| index as i64);
             let (first, last) = (to.max(start), (to + length).min(end));
             if first < last {

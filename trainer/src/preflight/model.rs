@@ -113,19 +113,17 @@ fn check_initial_checkpoint(
     let Some(store) = open(uri, None, Role::Checkpoint, environment, location, findings) else {
         return;
     };
-    let mut check = || -> Result<(), store::Error> {
-        for fault in initial::check(&store, config.lora.as_ref(), model)? {
-            findings.problem(fault.reason, &fault.location, fault.message);
-        }
-        if let Some(base) = initial::other_base(&store, &config.model)? {
-            let message =
-                format!("is of an adapter of {base}: on another base its weights may mean nothing");
-            findings.warning(ProblemReason::InvalidModel, location, message);
-        }
-        Ok(())
+    let checked = match initial::check(&store, &config.model, config.lora.as_ref(), model) {
+        Ok(checked) => checked,
+        Err(error) => return findings.store_problem(location, &error),
     };
-    if let Err(error) = check() {
-        findings.store_problem(location, &error);
+    for fault in checked.faults {
+        findings.problem(fault.reason, &fault.location, fault.message);
+    }
+    if let Some(base) = checked.other_base {
+        let message =
+            format!("is of an adapter of {base}: on another base its weights may mean nothing");
+        findings.warning(ProblemReason::InvalidModel, location, message);
     }
 }
 
