@@ -8,6 +8,8 @@ use finetune_kernels::{
     adamw_8bit::{self, BLOCK, Moments},
     attention, cross_entropy,
     dropout::{self, Noise},
+    matmul::{self, Side, Target},
+    matrix::Matrix,
     pool::Serial,
     rms_norm, rope, swiglu,
 };
@@ -68,9 +70,47 @@ fn main() {
         let moments = Moments { exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale };
         adamw_8bit::step(step, 1, 0, &grad, &mut state[0], moments, &mut compute);
     });
+    matmul(&values);
     for (segments, length) in [(4, 256), (2, 1024), (16, 64)] {
         attention(segments, length, &values);
     }
+}
+
+fn matmul(values: &dyn Fn(usize) -> Vec<bf16>) {
+    if !matmul::is_supported() {
+        println!("matmul: skipped, this processor has no AVX512-BF16, or has AMX");
+        return;
+    }
+    for (depth, columns) in [(WIDTH, FEED_FORWARD), (FEED_FORWARD, WIDTH), (WIDTH, VOCABULARY)] {
+        let (x, weight) = (values(POSITIONS * depth), values(columns * depth));
+        let mut y = vec![bf16::ZERO; POSITIONS * columns];
+        let mut grad = vec![0.0; depth * columns];
+        let size = [POSITIONS, columns];
+        time_product("forward", [POSITIONS, depth, columns], || {
+            let right = Side::Transposed(matrix(&weight, columns, depth));
+            let terms = [(Side::Plain(matrix(&x, POSITIONS, depth)), right)];
+            matmul::multiply(&Serial, &terms, size, Target::Write(&mut y, None));
+        });
+        time_product("input's gradient", [POSITIONS, depth, columns], || {
+            let right = Side::Plain(matrix(&weight, depth, columns));
+            let terms = [(Side::Plain(matrix(&x, POSITIONS, depth)), right)];
+            matmul::multiply(&Serial, &terms, size, Target::Write(&mut y, None));
+        });
+        time_product("weight's gradient", [depth, POSITIONS, columns], || {
+            let left = Side::Transposed(matrix(&x, POSITIONS, depth));
+            let terms = [(left, Side::Plain(matrix(&y, POSITIONS, columns)))];
+            matmul::multiply(&Serial, &terms, [depth, columns], Target::Add(&mut grad));
+        });
+    }
+}
+
+fn matrix(data: &[bf16], rows: usize, columns: usize) -> Matrix<'_> {
+    Matrix { data, rows, columns, stride: columns }
+}
+
+fn time_product(what: &str, [rows, depth, columns]: [usize; 3], run: impl FnMut()) {
+    let best = time(&format!("matmul, {what}, {rows}x{depth}x{columns}"), run);
+    println!("{:40} {:.0} GFLOP/s", "", 2e-6 * (rows * depth * columns) as f64 / best);
 }
 
 fn attention(segments: usize, length: usize, values: &dyn Fn(usize) -> Vec<bf16>) {
@@ -94,8 +134,8 @@ fn attention(segments: usize, length: usize, values: &dyn Fn(usize) -> Vec<bf16>
     });
 }
 
-/// Prints the best and the middle of some runs.
-fn time(what: &str, mut run: impl FnMut()) {
+/// Prints the best and the middle of some runs, and returns the best, in milliseconds.
+fn time(what: &str, mut run: impl FnMut()) -> f64 {
     let mut times: Vec<f64> = (0..30)
         .map(|_| {
             let start = Instant::now();
@@ -105,4 +145,5 @@ fn time(what: &str, mut run: impl FnMut()) {
         .collect();
     times.sort_by(f64::total_cmp);
     println!("{what:<40} best {:8.3} ms, median {:8.3} ms", times[0], times[times.len() / 2]);
+    times[0]
 }

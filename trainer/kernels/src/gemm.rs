@@ -1,4 +1,5 @@
-//! Small matrix products in bf16 with fp32 sums, out of registers and the first caches.
+//! Small matrix products in bf16 with fp32 sums, out of registers and the first caches; larger ones
+//! are made of their tiles (`matmul`).
 //!
 //! # Source
 //! The blocking is the usual one for outer products in registers (Goto, van de Geijn: Anatomy of
@@ -11,8 +12,9 @@ use std::arch::x86_64::{
 
 /// Elements of one register.
 pub(crate) const LANES: usize = 16;
-/// Rows of one register tile: with two registers each, sums fill half of the registers.
-const ROWS: usize = 8;
+/// Rows of one register tile: with two registers each, sums fill half of the registers, with three,
+/// what a register of the right side is read for hides its reading.
+pub(crate) const ROWS: usize = 8;
 
 /// Tells whether this processor can.
 pub(crate) fn is_supported() -> bool {
@@ -62,6 +64,7 @@ pub(crate) fn product<const ADD: bool>(
                 pairs,
                 left: left.data[row * left.stride..].as_ptr(),
                 left_stride: left.stride,
+                left_step: 1,
                 right: right.data[column..].as_ptr(),
                 right_stride: right.stride,
                 c: c[row * columns + column..].as_mut_ptr(),
@@ -81,14 +84,24 @@ pub(crate) fn product<const ADD: bool>(
 }
 
 /// Where a register tile reads and writes.
-struct Tile {
-    pairs: usize,
-    left: *const u32,
-    left_stride: usize,
-    right: *const u32,
-    right_stride: usize,
-    c: *mut f32,
-    columns: usize,
+#[derive(Clone, Copy)]
+pub(crate) struct Tile {
+    /// Pairs that are multiplied for each sum.
+    pub pairs: usize,
+    /// The first pair of the first row.
+    pub left: *const u32,
+    /// From one row to the next.
+    pub left_stride: usize,
+    /// From one pair of a row to the next.
+    pub left_step: usize,
+    /// The first pair of the first column.
+    pub right: *const u32,
+    /// From one pair of a column to the next.
+    pub right_stride: usize,
+    /// The first sum.
+    pub c: *mut f32,
+    /// From one row of sums to the next.
+    pub columns: usize,
 }
 
 impl Tile {
@@ -99,7 +112,10 @@ impl Tile {
     #[expect(unsafe_code, reason = "the inner loop reads through pointers")]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
     #[inline]
-    unsafe fn compute_some<const W: usize, const ADD: bool>(&self, rows: usize) -> usize {
+    pub(crate) unsafe fn compute_some<const W: usize, const ADD: bool>(
+        &self,
+        rows: usize,
+    ) -> usize {
         // SAFETY: the caller's.
         unsafe {
             match rows {
@@ -133,18 +149,20 @@ impl Tile {
                     }
                 }
             }
-            for pair in 0..self.pairs {
-                let right = self.right.add(pair * self.right_stride);
-                let right: [__m512bh; W] = std::array::from_fn(|part| {
+            let (mut left, mut right) = (self.left, self.right);
+            for _ in 0..self.pairs {
+                let columns: [__m512bh; W] = std::array::from_fn(|part| {
                     bf16s(_mm512_loadu_si512(right.add(LANES * part).cast()))
                 });
                 for (row, sums) in sums.iter_mut().enumerate() {
-                    let left = *self.left.add(row * self.left_stride + pair);
-                    let left = bf16s(_mm512_set1_epi32(left.cast_signed()));
-                    for (sum, right) in sums.iter_mut().zip(right) {
-                        *sum = _mm512_dpbf16_ps(*sum, left, right);
+                    let pair = *left.add(row * self.left_stride);
+                    let pair = bf16s(_mm512_set1_epi32(pair.cast_signed()));
+                    for (sum, column) in sums.iter_mut().zip(columns) {
+                        *sum = _mm512_dpbf16_ps(*sum, pair, column);
                     }
                 }
+                left = left.wrapping_add(self.left_step);
+                right = right.wrapping_add(self.right_stride);
             }
             for (row, sums) in sums.iter().enumerate() {
                 for (part, sum) in sums.iter().enumerate() {

@@ -11,6 +11,7 @@ use half::bf16;
 use crate::{
     Element,
     gemm::{self, LANES, Pairs, product},
+    matrix::Matrix,
     pairs::{pair_of, pairs_of},
     pool::{Pool, Shared},
 };
@@ -32,19 +33,6 @@ pub fn is_supported(width: usize, rank: usize) -> bool {
         && rank.is_multiple_of(2)
         && rank <= HIGHEST_RANK
         && gemm::is_supported()
-}
-
-/// A matrix in rows, perhaps some columns of a wider one.
-#[derive(Debug, Clone, Copy)]
-pub struct Matrix<'a> {
-    /// From its first element to its last.
-    pub data: &'a [bf16],
-    /// Its rows, `T`.
-    pub rows: usize,
-    /// Its columns, an even number.
-    pub columns: usize,
-    /// From one row to the next, an even number.
-    pub stride: usize,
 }
 
 /// A matrix that is written to, perhaps some columns of a wider one.
@@ -280,8 +268,9 @@ fn interleave(low: &[bf16], high: &[bf16], to: &mut [u32]) {
 mod tests {
     use half::bf16;
 
-    use super::{Factor, Matrix, MatrixMut, add_outer, is_supported, multiply};
+    use super::{Factor, MatrixMut, add_outer, is_supported, multiply};
     use crate::{
+        matrix::Matrix,
         pool::Serial,
         testing::{assert_close, numbers, rounded},
     };

@@ -4,10 +4,7 @@ use finetune_kernels::dropout::Noise;
 use tch::{Kind, Tensor};
 
 use super::params::Param;
-use crate::{
-    ops::{self, Factor},
-    profile,
-};
+use crate::ops::{self, Factor};
 
 /// Layers that read one input, each `y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ`.
 ///
@@ -119,7 +116,8 @@ impl<const N: usize> Projections<N> {
     pub fn forward(&self, input: &Input) -> ([Tensor; N], Low) {
         let low = self.down.as_ref().map(|down| down.forward(input));
         let results = self.layers.each_ref().map(|layer| {
-            let mut y = profile::time("linear", || layer.forward(&input.x));
+            let bias = layer.bias.as_ref().map(|bias| &bias.value);
+            let mut y = ops::linear(&input.x, &layer.weight.value, bias);
             if let (Some(up), Some(low)) = (&layer.up, &low) {
                 ops::add_product(&up.rows(low), Factor::Transposed(&up.b.value), &mut y);
             }
@@ -146,14 +144,9 @@ impl<const N: usize> Projections<N> {
             d_low
         });
         let dx = wants_input_grad.then(|| {
-            let mut dx = profile::time("linear, input gradient", || {
-                let [first, rest @ ..] = &self.layers[..] else { unreachable!("N is at least 1") };
-                let mut dx = dy[0].mm(&first.weight.value);
-                for (layer, dy) in rest.iter().zip(&dy[1..]) {
-                    let _ = dx.addmm_(dy, &layer.weight.value);
-                }
-                dx
-            });
+            let weights = self.layers.each_ref().map(|layer| &layer.weight.value);
+            let layers: [_; N] = std::array::from_fn(|index| (dy[index], weights[index]));
+            let mut dx = ops::linear_backward(&layers);
             if let (Some(down), Some(d_low)) = (&self.down, &d_low) {
                 let factor = Factor::Plain(&down.a.value);
                 match noise {
@@ -195,15 +188,6 @@ impl<const N: usize> Projections<N> {
         }
         if let Some(grad) = &down.a.grad {
             ops::add_outer(d_low, input.for_adapter(), grad);
-        }
-    }
-}
-
-impl Linear {
-    fn forward(&self, x: &Tensor) -> Tensor {
-        match &self.bias {
-            Some(bias) => bias.value.addmm(x, &self.weight.value.tr()),
-            None => x.mm(&self.weight.value.tr()),
         }
     }
 }

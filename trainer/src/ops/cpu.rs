@@ -7,7 +7,7 @@ use finetune_kernels::{
     adamw_8bit::{self, BLOCK, Moments},
     cross_entropy as entropy,
     dropout::{self as noise, Noise},
-    pool::Shared,
+    pool::{Pool, Shared},
     rms_norm as norm, rope, sum, swiglu as gated,
 };
 use half::bf16;
@@ -15,7 +15,7 @@ use tch::{Kind, Tensor};
 
 use super::{
     Codes,
-    pool::rows,
+    pool::{Threads, rows},
     view::{elements, elements_mut},
 };
 
@@ -132,7 +132,7 @@ pub(super) fn cross_entropy_backward(mut logits: Tensor, labels: &Tensor) -> (f6
         let logits = elements_mut::<E>(&mut logits);
         let vocabulary = logits.len() / labels.len().max(1);
         let logits = Shared::new(logits);
-        sum_by_row(labels.len(), |row| {
+        sum_units(labels.len(), |row| {
             #[expect(unsafe_code, reason = "units write side by side")]
             // SAFETY: this row belongs to this unit.
             let logits = unsafe { logits.range(row * vocabulary..(row + 1) * vocabulary) };
@@ -147,7 +147,7 @@ pub(super) fn cross_entropy(logits: &Tensor, labels: &Tensor) -> f64 {
     by_kind!(logits.kind(), E => {
         let logits = elements::<E>(logits);
         let vocabulary = logits.len() / labels.len().max(1);
-        sum_by_row(labels.len(), |row| {
+        sum_units(labels.len(), |row| {
             entropy::loss(&logits[row * vocabulary..(row + 1) * vocabulary], &labels[row..=row])
         })
     })
@@ -257,13 +257,9 @@ pub(super) fn adamw_8bit(
 
 pub(super) fn sum_of_squares(values: &Tensor) -> f64 {
     let values = elements::<f32>(values);
-    let mut sums = vec![0.0; values.len().div_ceil(AT_ONCE)];
-    write_rows(&mut sums, AT_ONCE, |range, sums| {
-        for (unit, sum) in range.zip(sums) {
-            *sum = sum::squares(&values[unit * AT_ONCE..values.len().min((unit + 1) * AT_ONCE)]);
-        }
-    });
-    sums.iter().sum()
+    sum_units(values.len().div_ceil(AT_ONCE), |unit| {
+        sum::squares(&values[unit * AT_ONCE..values.len().min((unit + 1) * AT_ONCE)])
+    })
 }
 
 /// Calls `task` with runs of whole rows of `out`, and where in `out` they are.
@@ -278,13 +274,14 @@ fn write_rows<T: Send>(out: &mut [T], width: usize, task: impl Fn(Range<usize>, 
     });
 }
 
-/// Sums what rows give, in their order.
-fn sum_by_row(count: usize, task: impl Fn(usize) -> f64 + Sync) -> f64 {
+/// Sums what units give, in their order.
+fn sum_units(count: usize, task: impl Fn(usize) -> f64 + Sync) -> f64 {
     let mut sums = vec![0.0; count];
-    write_rows(&mut sums, AT_ONCE / 4, |range, sums| {
-        for (row, sum) in range.zip(sums) {
-            *sum = task(row);
-        }
+    let shared = Shared::new(&mut sums);
+    Threads.run(count, &|unit| {
+        #[expect(unsafe_code, reason = "units write side by side")]
+        // SAFETY: this sum belongs to this unit.
+        unsafe { shared.range(unit..unit + 1) }.fill(task(unit));
     });
     sums.iter().sum()
 }

@@ -1,6 +1,6 @@
 //! Products with a factor of low rank, on our kernels.
 
-use finetune_kernels::low_rank::{self as kernels, Matrix, MatrixMut, is_supported};
+use finetune_kernels::low_rank::{self as kernels, MatrixMut, is_supported};
 use tch::{Kind, Tensor};
 
 use super::{
@@ -45,7 +45,7 @@ pub(super) fn multiply(
     let (columns, stride) = (to.size()[1] as usize, to.stride()[0] as usize);
     let to = MatrixMut { data: matrix_mut(to), columns, stride };
     let multiply = if is_added { kernels::multiply::<true> } else { kernels::multiply::<false> };
-    multiply(&Threads, view(left), factor, scale as f32, to);
+    multiply(&Threads, matrix(left), factor, scale as f32, to);
 }
 
 pub(super) fn add_outer(left: &Tensor, right: &Tensor, grad: &Tensor) {
@@ -53,17 +53,8 @@ pub(super) fn add_outer(left: &Tensor, right: &Tensor, grad: &Tensor) {
     let grad = elements_mut::<f32>(&mut grad);
     // The kernel's left side is the narrow one.
     if left.size()[1] <= right.size()[1] {
-        kernels::add_outer::<false>(&Threads, view(left), view(right), grad);
+        kernels::add_outer::<false>(&Threads, matrix(left), matrix(right), grad);
     } else {
-        kernels::add_outer::<true>(&Threads, view(right), view(left), grad);
-    }
-}
-
-fn view(tensor: &Tensor) -> Matrix<'_> {
-    Matrix {
-        data: matrix(tensor),
-        rows: tensor.size()[0] as usize,
-        columns: tensor.size()[1] as usize,
-        stride: tensor.stride()[0] as usize,
+        kernels::add_outer::<true>(&Threads, matrix(right), matrix(left), grad);
     }
 }

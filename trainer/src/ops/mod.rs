@@ -9,6 +9,8 @@ mod cpu;
 mod flash;
 #[cfg(target_arch = "x86_64")]
 mod low_rank;
+#[cfg(target_arch = "x86_64")]
+mod matmul;
 pub mod plain;
 mod pool;
 mod runs;
@@ -123,6 +125,34 @@ pub fn accumulate(sum: &Tensor, more: &Tensor) {
     });
 }
 
+/// Returns `x · weightᵀ + bias`.
+///
+/// # Shapes
+/// `x` is `[T, K]`, `weight` is `[N, K]`, `bias` is `[N]`.
+pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
+    profile::time("linear", || {
+        #[cfg(target_arch = "x86_64")]
+        if matmul::can(x, weight) {
+            return matmul::linear(x, weight, bias);
+        }
+        plain::linear(x, weight, bias)
+    })
+}
+
+/// Returns the gradient of the input of some layers, `Σ dy · weight`.
+///
+/// # Shapes
+/// Each `dy` is `[T, N]`, its `weight` `[N, K]`, and there is one at least.
+pub fn linear_backward(layers: &[(&Tensor, &Tensor)]) -> Tensor {
+    profile::time("linear, input gradient", || {
+        #[cfg(target_arch = "x86_64")]
+        if layers.iter().all(|(dy, weight)| matmul::can(dy, weight)) {
+            return matmul::linear_backward(layers);
+        }
+        plain::linear_backward(layers)
+    })
+}
+
 /// The right side of a product.
 #[derive(Debug, Clone, Copy)]
 pub enum Factor<'a> {
@@ -174,7 +204,13 @@ pub fn add_outer(left: &Tensor, right: &Tensor, grad: &Tensor) {
     if low_rank::can_add_outer(left, right, grad) {
         return profile::time("adapter", || low_rank::add_outer(left, right, grad));
     }
-    profile::time("weight gradient", || plain::add_outer(left, right, grad));
+    profile::time("weight gradient", || {
+        #[cfg(target_arch = "x86_64")]
+        if matmul::can_add_outer(left, right, grad) {
+            return matmul::add_outer(left, right, grad);
+        }
+        plain::add_outer(left, right, grad);
+    });
 }
 
 /// Updates masters and moments, `[master, exp_avg, exp_avg_sq]` in fp32, and copies the masters to

@@ -1,5 +1,6 @@
 //! The elements of tensors as slices.
 
+use finetune_kernels::matrix::Matrix;
 use half::bf16;
 use tch::{Device, Kind, Tensor};
 
@@ -74,24 +75,27 @@ pub(super) fn is_matrix_of_pairs(tensor: &Tensor) -> bool {
         && tensor.data_ptr().addr().is_multiple_of(align_of::<u32>())
 }
 
-/// Returns the elements of a matrix of pairs, from the first to the last, with those between its
-/// rows if it is a part of a wider one.
+/// Views a matrix of pairs, which may be some columns of a wider one.
 ///
 /// # Panics
 /// If it is none.
-pub(super) fn matrix(tensor: &Tensor) -> &[bf16] {
+pub(super) fn matrix(tensor: &Tensor) -> Matrix<'_> {
     assert!(is_matrix_of_pairs(tensor), "{:?} {:?}", tensor.size(), tensor.stride());
     #[expect(unsafe_code, reason = "libtorch's memory")]
     // SAFETY: it holds them for as long as the tensor lives.
-    unsafe {
+    let data = unsafe {
         match extent(tensor) {
             0 => &[],
             length => std::slice::from_raw_parts(tensor.data_ptr().cast(), length),
         }
-    }
+    };
+    let [rows, columns, stride] =
+        [tensor.size()[0], tensor.size()[1], tensor.stride()[0]].map(|size| size as usize);
+    Matrix { data, rows, columns, stride }
 }
 
-/// As [`matrix`], to be written to.
+/// Returns the elements of a matrix of pairs, from the first to the last, with those between its
+/// rows if it is a part of a wider one, to be written to.
 ///
 /// # Panics
 /// If it is none.

@@ -1,0 +1,737 @@
+//! Products of large matrices in bf16 with fp32 sums: what linear layers compute forward and backward.
+//!
+//! The right side is brought into panels of pairs that the second cache holds, the left side is read
+//! where it lies unless it is to be transposed, and register tiles (`gemm`) do the rest. Sums of
+//! several products, fp32 gradients and biases need no pass of their own.
+//!
+//! # Source
+//! Goto, van de Geijn: Anatomy of High-Performance Matrix Multiplication, 2008, without its blocks of
+//! the left side: rows are read ahead by the processor itself.
+
+use std::{
+    arch::x86_64::{__cpuid_count, _MM_HINT_T0, _mm_prefetch},
+    cell::RefCell,
+    ops::Range,
+};
+
+use half::bf16;
+
+use crate::{
+    Element,
+    gemm::{self, LANES, ROWS, Tile},
+    matrix::Matrix,
+    pairs::{pair_of, pairs_of},
+    pool::{Pool, Shared},
+    transpose::{SIDE, transpose_block},
+};
+
+/// Columns of one panel: three registers, whose tiles of 8 rows fill 24 of 32.
+const PANEL: usize = 3 * LANES;
+/// Rows and panels of one unit. Its columns are whole lines of the cache, or units side by side would
+/// take lines from each other.
+const BLOCK: usize = 64;
+const PANELS: usize = 4;
+/// Pairs of a panel's columns multiplied at once: 384 KiB stay in the second cache.
+const DEPTH: usize = 2048;
+/// Pairs in panels at once, 4 MiB, unless that leaves less than [`UNITS`] units.
+const PACKED: usize = 1 << 20;
+/// The least units to divide work into.
+const UNITS: usize = 8;
+/// Columns of the left side that are transposed in one unit: a line of the cache.
+const LINE: usize = 32;
+
+/// Pairs of rows that are asked for before they are read.
+const AHEAD: usize = 8;
+
+/// Tells whether this processor can, and has no AMX, with which libtorch is faster.
+pub fn is_supported() -> bool {
+    gemm::is_supported() && !has_amx_bf16()
+}
+
+fn has_amx_bf16() -> bool {
+    __cpuid_count(7, 0).edx & 1 << 22 != 0
+}
+
+/// One side of a product.
+#[derive(Debug, Clone, Copy)]
+pub enum Side<'a> {
+    /// As it is multiplied.
+    Plain(Matrix<'a>),
+    /// To be transposed.
+    Transposed(Matrix<'a>),
+}
+
+impl Side<'_> {
+    /// Returns its size as it is multiplied.
+    fn size(&self) -> [usize; 2] {
+        match self {
+            Self::Plain(matrix) => [matrix.rows, matrix.columns],
+            Self::Transposed(matrix) => [matrix.columns, matrix.rows],
+        }
+    }
+}
+
+/// Where a product goes, `[M, N]`, row by row.
+#[derive(Debug)]
+pub enum Target<'a> {
+    /// It is written, with a bias `[N]` if there is one.
+    Write(&'a mut [bf16], Option<&'a [bf16]>),
+    /// It is added in fp32.
+    Add(&'a mut [f32]),
+}
+
+/// Computes the sum of some products.
+///
+/// # Shapes
+/// Every product is of `[M, K]` and `[K, N]`; their `K` may differ. It is even where a left side is
+/// plain or a right side to be transposed: what lies in pairs is read in pairs.
+///
+/// # Panics
+/// If a size is wrong, or the processor cannot ([`is_supported`]).
+pub fn multiply(
+    pool: &dyn Pool,
+    terms: &[(Side<'_>, Side<'_>)],
+    [rows, columns]: [usize; 2],
+    to: Target<'_>,
+) {
+    assert!(gemm::is_supported());
+    for term in terms {
+        check(*term, [rows, columns]);
+    }
+    if rows == 0 || columns == 0 {
+        return;
+    }
+    let to = Output::new(to, [rows, columns]);
+    let depth: usize = terms.iter().map(depth_of).sum();
+    let blocks = rows.div_ceil(BLOCK);
+    let at_once = (PACKED / (depth * PANEL).max(1)).max(UNITS.div_ceil(blocks) * PANELS);
+    let panels = columns.div_ceil(PANEL);
+    PACKED_SIDES.with_borrow_mut(|[left, right]| {
+        for first in (0..panels).step_by(at_once) {
+            let chunk = first * PANEL..columns.min((first + at_once) * PANEL);
+            pack(pool, terms, chunk.clone(), [left, right], first == 0);
+            let lefts = Packed::of_terms(terms, rows, left);
+            let (groups, size) = (chunk.len().div_ceil(PANELS * PANEL), depth * PANEL);
+            pool.run(blocks * groups, &|unit| {
+                // Neighbours share rows, which then stay in the second cache.
+                let (block, group) = (unit / groups, unit % groups);
+                let rows = block * BLOCK..rows.min((block + 1) * BLOCK);
+                let columns = part(&chunk, group * PANELS * PANEL, PANELS * PANEL);
+                for start in (0..columns.len()).step_by(PANEL) {
+                    let panel = (group * PANELS + start / PANEL) * size;
+                    let panel = &right[panel..panel + size];
+                    #[expect(
+                        unsafe_code,
+                        reason = "units write side by side; for certain processors"
+                    )]
+                    // SAFETY: these rows of these columns belong to this unit, and the processor
+                    // was asked.
+                    unsafe {
+                        multiply_panel(
+                            &lefts,
+                            panel,
+                            rows.clone(),
+                            part(&columns, start, PANEL),
+                            &to,
+                        );
+                    }
+                }
+            });
+        }
+    });
+}
+
+/// Returns what of a range starts after some and is not longer than others.
+fn part(of: &Range<usize>, after: usize, length: usize) -> Range<usize> {
+    let start = of.start + after;
+    start..of.end.min(start + length)
+}
+
+/// Returns the pairs of a term, `⌈K / 2⌉`.
+fn depth_of((_, right): &(Side<'_>, Side<'_>)) -> usize {
+    right.size()[0].div_ceil(2)
+}
+
+/// Multiplies some rows with a panel.
+///
+/// # Safety
+/// No other unit that runs at the same time may have the same rows and columns.
+#[expect(unsafe_code, reason = "units write side by side")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn multiply_panel(
+    lefts: &[Packed<'_>],
+    panel: &[u32],
+    rows: Range<usize>,
+    columns: Range<usize>,
+    to: &Output<'_>,
+) {
+    SUMS.with_borrow_mut(|sums| {
+        grow(sums, BLOCK * PANEL);
+        // Unless depths are divided, sums go from the first cache to where they belong.
+        let at_once = if panel.len() <= DEPTH * PANEL { ROWS } else { BLOCK };
+        for start in (0..rows.len()).step_by(at_once) {
+            let rows = part(&rows, start, at_once);
+            // SAFETY: the caller's.
+            unsafe {
+                to.prefetch(rows.clone(), columns.clone());
+                sum(lefts, panel, rows.clone(), columns.len(), sums);
+                to.take(sums, rows, columns.clone());
+            }
+        }
+    });
+}
+
+// Kept by each thread: fresh memory costs page faults, and freeing it stops the other threads.
+thread_local! {
+    static PACKED_SIDES: RefCell<[Vec<u32>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
+    static SUMS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Asks for the lines of a slice.
+#[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
+#[inline(always)]
+fn prefetch<T>(slice: &[T]) {
+    let start = slice.as_ptr().cast::<i8>();
+    for line in (0..size_of_val(slice)).step_by(64) {
+        #[expect(unsafe_code, reason = "a hint that reads nothing")]
+        // SAFETY: any address may be asked for.
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(line));
+        }
+    }
+}
+
+fn grow<T: Default + Clone>(buffer: &mut Vec<T>, length: usize) {
+    if buffer.len() < length {
+        buffer.resize(length, T::default());
+    }
+}
+
+fn check((left, right): (Side<'_>, Side<'_>), [rows, columns]: [usize; 2]) {
+    let ([left_rows, depth], [right_depth, right_columns]) = (left.size(), right.size());
+    assert_eq!((left_rows, right_depth, right_columns), (rows, depth, columns));
+    for side in [left, right] {
+        let (Side::Plain(matrix) | Side::Transposed(matrix)) = side;
+        matrix.check();
+    }
+    // These have their pairs along rows, and are read or moved as such.
+    if let Side::Plain(matrix) = left {
+        matrix.check_pairs();
+    }
+    if let Side::Transposed(matrix) = right {
+        matrix.check_pairs();
+    }
+}
+
+/// The left side of a term, as tiles read it.
+struct Packed<'a> {
+    data: &'a [u32],
+    /// From one group of [`ROWS`] rows to the next.
+    group: usize,
+    /// From one row of a group to the next.
+    stride: usize,
+    /// From one pair of a row to the next.
+    step: usize,
+    /// Its depth, `⌈K / 2⌉`.
+    pairs: usize,
+}
+
+impl<'a> Packed<'a> {
+    /// Makes those of some terms; what was transposed lies in `packed`.
+    fn of_terms(terms: &[(Side<'a>, Side<'_>)], rows: usize, mut packed: &'a [u32]) -> Vec<Self> {
+        let one = |term: &(Side<'a>, Side<'_>)| match term.0 {
+            Side::Plain(matrix) => Self {
+                data: pairs_of(matrix.data),
+                group: ROWS * matrix.stride / 2,
+                stride: matrix.stride / 2,
+                step: 1,
+                pairs: matrix.columns / 2,
+            },
+            Side::Transposed(_) => {
+                let pairs = depth_of(term);
+                let (data, rest) = packed.split_at(rows.next_multiple_of(LINE) * pairs);
+                packed = rest;
+                Self { data, group: ROWS * pairs, stride: 1, step: ROWS, pairs }
+            }
+        };
+        terms.iter().map(one).collect()
+    }
+}
+
+/// Brings right sides of some columns into panels, and left sides that are to be transposed into
+/// groups of rows if that is `wanted`.
+fn pack(
+    pool: &dyn Pool,
+    terms: &[(Side<'_>, Side<'_>)],
+    columns: Range<usize>,
+    [left, right]: [&mut Vec<u32>; 2],
+    wants_left: bool,
+) {
+    let mut lines = Vec::new();
+    let mut length = 0;
+    for term in terms.iter().filter(|_| wants_left) {
+        if let Side::Transposed(matrix) = term.0 {
+            for first in (0..matrix.columns).step_by(LINE) {
+                lines.push((matrix, first, length));
+                length += LINE * depth_of(term);
+            }
+        }
+    }
+    grow(left, length);
+    let size = terms.iter().map(depth_of).sum::<usize>() * PANEL;
+    grow(right, columns.len().div_ceil(PANEL) * size);
+    let (left, right) = (Shared::new(left), Shared::new(right));
+    pool.run(lines.len() + columns.len().div_ceil(2 * PANEL), &|unit| {
+        #[expect(unsafe_code, reason = "units write side by side; for certain processors")]
+        // SAFETY: these groups or panels belong to this unit, and the processor was asked.
+        unsafe {
+            match unit.checked_sub(lines.len()) {
+                None => {
+                    let (matrix, first, start) = lines[unit];
+                    let end = start + LINE * matrix.rows.div_ceil(2);
+                    transpose_line(matrix, first, left.range(start..end));
+                }
+                Some(unit) => {
+                    let columns = part(&columns, unit * 2 * PANEL, 2 * PANEL);
+                    let end = 2 * unit + columns.len().div_ceil(PANEL);
+                    let to = right.range(2 * unit * size..end * size);
+                    if size > 0 {
+                        pack_panels(terms, columns, to, size);
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// Writes [`LINE`] columns in groups of [`ROWS`], each `[pairs, ROWS]`, with zeros where there are
+/// none.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn transpose_line(matrix: Matrix<'_>, first: usize, to: &mut [u32]) {
+    let pairs = matrix.rows.div_ceil(2);
+    let columns = first..matrix.columns.min(first + LINE);
+    for pair in 0..pairs {
+        for row in 2 * (pair + AHEAD)..matrix.rows.min(2 * (pair + AHEAD + 1)) {
+            prefetch(&matrix.data[row * matrix.stride..][columns.clone()]);
+        }
+        let mut both = [[bf16::ZERO; LINE]; 2];
+        for (row, both) in (2 * pair..matrix.rows).zip(&mut both) {
+            let from = &matrix.data[row * matrix.stride..][columns.clone()];
+            match <&[bf16; LINE]>::try_from(from) {
+                Ok(from) => *both = *from,
+                Err(_) => both[..from.len()].copy_from_slice(from),
+            }
+        }
+        let [low, high] = both;
+        for group in 0..LINE / ROWS {
+            let to = &mut to[(group * pairs + pair) * ROWS..][..ROWS];
+            for (index, to) in to.iter_mut().enumerate() {
+                *to = pair_of(low[group * ROWS + index], high[group * ROWS + index]);
+            }
+        }
+    }
+}
+
+/// Writes the right sides of some columns in panels of a size, each `[pairs, PANEL]` of one term
+/// below those of another, with zeros where there are none.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+fn pack_panels(terms: &[(Side<'_>, Side<'_>)], columns: Range<usize>, to: &mut [u32], size: usize) {
+    let mut start = 0;
+    for term in terms {
+        let range = start..start + depth_of(term) * PANEL;
+        start = range.end;
+        match term.1 {
+            Side::Plain(matrix) => interleave_rows(matrix, columns.clone(), to, size, range),
+            Side::Transposed(matrix) => {
+                for (panel, to) in to.chunks_exact_mut(size).enumerate() {
+                    let rows = part(&columns, panel * PANEL, PANEL);
+                    transpose_rows(matrix, rows, &mut to[range.clone()]);
+                }
+            }
+        }
+    }
+}
+
+/// Writes pairs of rows to a range of each panel; panels lie `size` apart.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+fn interleave_rows(
+    matrix: Matrix<'_>,
+    columns: Range<usize>,
+    to: &mut [u32],
+    size: usize,
+    range: Range<usize>,
+) {
+    for (pair, start) in range.step_by(PANEL).enumerate() {
+        for row in 2 * (pair + AHEAD)..matrix.rows.min(2 * (pair + AHEAD + 1)) {
+            prefetch(&matrix.data[row * matrix.stride..][columns.clone()]);
+        }
+        for (panel, to) in to.chunks_exact_mut(size).enumerate() {
+            let columns = part(&columns, panel * PANEL, PANEL);
+            let mut both = [[bf16::ZERO; PANEL]; 2];
+            for (row, both) in (2 * pair..matrix.rows).zip(&mut both) {
+                let from = &matrix.data[row * matrix.stride..][columns.clone()];
+                match <&[bf16; PANEL]>::try_from(from) {
+                    Ok(from) => *both = *from,
+                    Err(_) => both[..from.len()].copy_from_slice(from),
+                }
+            }
+            let [low, high] = both;
+            for ((to, low), high) in to[start..start + PANEL].iter_mut().zip(low).zip(high) {
+                *to = pair_of(low, high);
+            }
+        }
+    }
+}
+
+/// Writes pairs of a panel's columns, which are rows of the matrix.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+fn transpose_rows(matrix: Matrix<'_>, rows: Range<usize>, to: &mut [u32]) {
+    let (pairs, stride) = (matrix.columns / 2, matrix.stride / 2);
+    let data = pairs_of(matrix.data);
+    let whole = pairs / SIDE * SIDE;
+    for part in (0..PANEL).step_by(SIDE) {
+        let first = rows.start + part;
+        let count = rows.end.saturating_sub(first).min(SIDE);
+        if count == 0 {
+            for to in to.chunks_exact_mut(PANEL) {
+                to[part..part + SIDE].fill(0);
+            }
+            continue;
+        }
+        for pair in (0..whole).step_by(SIDE) {
+            for row in first + SIDE..matrix.rows.min(first + 2 * SIDE) {
+                prefetch(&data[row * stride + pair..][..1]);
+            }
+            let from = &data[first * stride + pair..];
+            transpose_block(from, stride, count, &mut to[pair * PANEL + part..], PANEL);
+        }
+        for pair in whole..pairs {
+            let to = &mut to[pair * PANEL + part..][..SIDE];
+            for (index, to) in to.iter_mut().enumerate() {
+                *to = if index < count { data[(first + index) * stride + pair] } else { 0 };
+            }
+        }
+    }
+}
+
+/// Writes the sums of some rows and one panel, [`PANEL`] from row to row.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+fn sum(
+    lefts: &[Packed<'_>],
+    mut right: &[u32],
+    rows: Range<usize>,
+    columns: usize,
+    sums: &mut [f32],
+) {
+    assert!(rows.start.is_multiple_of(ROWS) && rows.len() <= BLOCK && sums.len() >= BLOCK * PANEL);
+    let mut is_first = true;
+    for left in lefts {
+        for start in (0..left.pairs).step_by(DEPTH) {
+            let pairs = DEPTH.min(left.pairs - start);
+            let (panel, rest) = right.split_at(pairs * PANEL);
+            right = rest;
+            for row in rows.clone().step_by(ROWS) {
+                let data = &left.data[row / ROWS * left.group + start * left.step..];
+                let most = ROWS.min(rows.end - row);
+                assert!(data.len() > (most - 1) * left.stride + (pairs - 1) * left.step);
+                let mut tile = Tile {
+                    pairs,
+                    left: data.as_ptr(),
+                    left_stride: left.stride,
+                    left_step: left.step,
+                    right: panel.as_ptr(),
+                    right_stride: PANEL,
+                    c: sums[(row - rows.start) * PANEL..].as_mut_ptr(),
+                    columns: PANEL,
+                };
+                let mut left_over = most;
+                while left_over > 0 {
+                    #[expect(unsafe_code, reason = "the inner loop reads through pointers")]
+                    // SAFETY: the left side was checked above, the panel is `[pairs, PANEL]`, and
+                    // there are sums for all rows of a block.
+                    unsafe {
+                        let done = match (columns.div_ceil(LANES), is_first) {
+                            (1, true) => tile.compute_some::<1, false>(left_over),
+                            (1, false) => tile.compute_some::<1, true>(left_over),
+                            (2, true) => tile.compute_some::<2, false>(left_over),
+                            (2, false) => tile.compute_some::<2, true>(left_over),
+                            (_, true) => tile.compute_some::<3, false>(left_over),
+                            (_, false) => tile.compute_some::<3, true>(left_over),
+                        };
+                        left_over -= done;
+                        tile.left = tile.left.wrapping_add(done * left.stride);
+                        tile.c = tile.c.wrapping_add(done * PANEL);
+                    }
+                }
+            }
+            is_first = false;
+        }
+    }
+    if is_first {
+        sums.fill(0.0);
+    }
+}
+
+/// A [`Target`] that several units write to.
+enum Output<'a> {
+    Write(Shared<'a, bf16>, Option<&'a [bf16]>, usize),
+    Add(Shared<'a, f32>, usize),
+}
+
+impl<'a> Output<'a> {
+    fn new(to: Target<'a>, [rows, columns]: [usize; 2]) -> Self {
+        match to {
+            Target::Write(to, bias) => {
+                assert_eq!(to.len(), rows * columns);
+                assert!(bias.is_none_or(|bias| bias.len() == columns));
+                Self::Write(Shared::new(to), bias, columns)
+            }
+            Target::Add(to) => {
+                assert_eq!(to.len(), rows * columns);
+                Self::Add(Shared::new(to), columns)
+            }
+        }
+    }
+
+    /// Brings what is written next into the first cache, while sums are computed.
+    #[expect(unsafe_code, reason = "a hint that reads nothing")]
+    #[target_feature(enable = "avx512f")]
+    fn prefetch(&self, rows: Range<usize>, columns: Range<usize>) {
+        for row in rows {
+            match self {
+                // SAFETY: as in `take`; nothing is read or written.
+                Self::Write(to, _, width) => {
+                    prefetch(unsafe {
+                        to.range(row * width + columns.start..row * width + columns.end)
+                    });
+                }
+                Self::Add(to, width) => {
+                    prefetch(unsafe {
+                        to.range(row * width + columns.start..row * width + columns.end)
+                    });
+                }
+            }
+        }
+    }
+
+    /// Takes the sums of some rows and columns.
+    ///
+    /// # Safety
+    /// No other unit that runs at the same time may take the same.
+    #[expect(unsafe_code, reason = "units write side by side")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    unsafe fn take(&self, sums: &[f32], rows: Range<usize>, columns: Range<usize>) {
+        for (row, sums) in rows.zip(sums.chunks_exact(PANEL)) {
+            let range = |width: usize| row * width + columns.start..row * width + columns.end;
+            // SAFETY: the caller's.
+            unsafe {
+                match self {
+                    Self::Write(to, None, width) => {
+                        for (to, &sum) in to.range(range(*width)).iter_mut().zip(sums) {
+                            *to = Element::from_f32(sum);
+                        }
+                    }
+                    Self::Write(to, Some(bias), width) => {
+                        let to = to.range(range(*width)).iter_mut();
+                        for ((to, &sum), bias) in to.zip(sums).zip(&bias[columns.clone()]) {
+                            *to = Element::from_f32(sum + bias.to_f32());
+                        }
+                    }
+                    Self::Add(to, width) => {
+                        for (to, &sum) in to.range(range(*width)).iter_mut().zip(sums) {
+                            *to += sum;
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::{Side, Target, gemm, multiply};
+    use crate::{
+        matrix::Matrix,
+        pool::Serial,
+        testing::{assert_close, numbers, rounded},
+    };
+
+    /// Rows, depth and columns: below, at and beside the sizes of tiles, panels, blocks and depths.
+    const SHAPES: [[usize; 3]; 9] = [
+        [1, 2, 1],
+        [7, 34, 50],
+        [8, 32, 48],
+        [129, 66, 97],
+        [130, 576, 24],
+        [33, 4098, 33],
+        [300, 10, 400],
+        [5, 0, 3],
+        [64, 40_000, 100],
+    ];
+
+    fn can() -> bool {
+        let can = gemm::is_supported();
+        if !can {
+            eprintln!("skipped: this processor has no AVX512-BF16");
+        }
+        can
+    }
+
+    /// A matrix of random numbers in rows that lie apart, and the same dense.
+    struct Random {
+        strided: Vec<bf16>,
+        dense: Vec<bf16>,
+        size: [usize; 2],
+        stride: usize,
+    }
+
+    impl Random {
+        fn new([rows, columns]: [usize; 2], seed: u64) -> Self {
+            let stride = columns + 2 + columns % 2;
+            let strided = rounded(&numbers(rows * stride, seed));
+            let dense = strided.chunks(stride).flat_map(|row| row[..columns].to_vec()).collect();
+            Self { strided, dense, size: [rows, columns], stride }
+        }
+
+        fn matrix(&self) -> Matrix<'_> {
+            let [rows, columns] = self.size;
+            Matrix { data: &self.strided, rows, columns, stride: self.stride }
+        }
+
+        fn at(&self, is_transposed: bool, row: usize, column: usize) -> f64 {
+            let (row, column) = if is_transposed { (column, row) } else { (row, column) };
+            self.dense[row * self.size[1] + column].to_f64()
+        }
+    }
+
+    fn flipped(size: [usize; 2], is_transposed: bool) -> [usize; 2] {
+        if is_transposed { [size[1], size[0]] } else { size }
+    }
+
+    fn exact(terms: &[[(&Random, bool); 2]], [rows, columns]: [usize; 2]) -> Vec<f64> {
+        let mut sums = vec![0.0; rows * columns];
+        for [(left, left_transposed), (right, right_transposed)] in terms {
+            let depth = left.size[usize::from(!*left_transposed)];
+            for (index, sum) in sums.iter_mut().enumerate() {
+                let (row, column) = (index / columns, index % columns);
+                *sum += (0..depth)
+                    .map(|k| {
+                        left.at(*left_transposed, row, k) * right.at(*right_transposed, k, column)
+                    })
+                    .sum::<f64>();
+            }
+        }
+        sums
+    }
+
+    fn term<'a>(left: (&'a Random, bool), right: (&'a Random, bool)) -> (Side<'a>, Side<'a>) {
+        let [(left, left_transposed), (right, right_transposed)] = [left, right];
+        let (left, right) = (left.matrix(), right.matrix());
+        (
+            if left_transposed { Side::Transposed(left) } else { Side::Plain(left) },
+            if right_transposed { Side::Transposed(right) } else { Side::Plain(right) },
+        )
+    }
+
+    #[test]
+    fn products_follow_the_formula_in_every_layout() {
+        if !can() {
+            return;
+        }
+        for [rows, depth, columns] in SHAPES {
+            for [flip_left, flip_right] in
+                [[false, true], [false, false], [true, false], [true, true]]
+            {
+                let left = Random::new(flipped([rows, depth], flip_left), 1);
+                let right = Random::new(flipped([depth, columns], flip_right), 2);
+                let exact = exact(&[[(&left, flip_left), (&right, flip_right)]], [rows, columns]);
+                let mut sums = vec![1.0; rows * columns];
+                multiply(
+                    &Serial,
+                    &[term((&left, flip_left), (&right, flip_right))],
+                    [rows, columns],
+                    Target::Add(&mut sums),
+                );
+                let sums: Vec<f32> = sums.iter().map(|sum| sum - 1.0).collect();
+                assert_close(&sums, &exact, if depth > 0 { 1e-5 } else { 0.0 });
+            }
+        }
+    }
+
+    #[test]
+    fn an_odd_number_of_rows_is_summed_over() {
+        if !can() {
+            return;
+        }
+        let (left, right) = (Random::new([77, 40], 1), Random::new([77, 60], 2));
+        let mut sums = vec![0.0; 40 * 60];
+        let terms = [term((&left, true), (&right, false))];
+        multiply(&Serial, &terms, [40, 60], Target::Add(&mut sums));
+        assert_close(&sums, &exact(&[[(&left, true), (&right, false)]], [40, 60]), 1e-6);
+    }
+
+    #[test]
+    fn terms_are_summed_before_they_are_rounded_and_a_bias_is_added() {
+        if !can() {
+            return;
+        }
+        let (rows, columns) = (140, 70);
+        let lefts = [64, 4_100, 2].map(|depth| Random::new([rows, depth], depth as u64));
+        let rights = [64, 4_100, 2].map(|depth| Random::new([depth, columns], depth as u64 + 1));
+        let pairs: Vec<_> = lefts
+            .iter()
+            .zip(&rights)
+            .map(|(left, right)| [(left, false), (right, false)])
+            .collect();
+        let terms: Vec<_> = pairs.iter().map(|[left, right]| term(*left, *right)).collect();
+        let bias = rounded(&numbers(columns, 9));
+        for bias in [None, Some(&bias[..])] {
+            let mut exact = exact(&pairs, [rows, columns]);
+            if let Some(bias) = bias {
+                for row in exact.chunks_mut(columns) {
+                    row.iter_mut().zip(bias).for_each(|(sum, bias)| *sum += bias.to_f64());
+                }
+            }
+            let mut y = vec![bf16::ZERO; rows * columns];
+            multiply(&Serial, &terms, [rows, columns], Target::Write(&mut y, bias));
+            for (y, exact) in y.iter().zip(exact) {
+                assert!((y.to_f64() - exact).abs() <= exact.abs() / 256.0 + 1e-4, "{y} {exact}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_does_not_depend_on_the_rows_beside_it() {
+        if !can() {
+            return;
+        }
+        let (left, right) = (Random::new([200, 300], 1), Random::new([90, 300], 2));
+        let mut all = vec![bf16::ZERO; 200 * 90];
+        let terms = [term((&left, false), (&right, true))];
+        multiply(&Serial, &terms, [200, 90], Target::Write(&mut all, None));
+        for first in [0, 3, 150] {
+            let data = &left.strided[first * left.stride..];
+            let some = Side::Plain(Matrix { data, rows: 50, columns: 300, stride: left.stride });
+            let mut rows = vec![bf16::ZERO; 50 * 90];
+            let terms = [(some, Side::Transposed(right.matrix()))];
+            multiply(&Serial, &terms, [50, 90], Target::Write(&mut rows, None));
+            assert_eq!(rows, all[first * 90..(first + 50) * 90]);
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "assertion")]
+    fn sizes_that_do_not_fit_are_refused() {
+        assert!(can(), "assertion: skipped");
+        let (left, right) = (Random::new([4, 6], 1), Random::new([8, 4], 2));
+        multiply(
+            &Serial,
+            &[term((&left, false), (&right, false))],
+            [4, 4],
+            Target::Add(&mut [0.0; 16]),
+        );
+    }
+}
