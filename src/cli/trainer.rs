@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use finetune_contract::{Document, ExitCode, Progress};
+use finetune_contract::{Document, ExitCode, Progress, parallelism::environment::GOMP_SPINCOUNT};
 use rustix::process::{Pid, Signal, kill_process};
 use signal_hook::{
     consts::{SIGINT, SIGTERM},
@@ -98,10 +98,6 @@ pub(super) fn pass_on(
     }
 }
 
-/// Lets threads of libtorch sleep while they wait for each other. Spinning costs nothing on an idle
-/// machine, but on a shared or throttled one it takes the very time the other threads need.
-const PATIENCE: [(&str, &str); 1] = [("OMP_WAIT_POLICY", "PASSIVE")];
-
 impl Trainer {
     /// Runs one step with `config`; returns how it ended and the text of its report, if it left one.
     pub(super) fn run<D: Document>(
@@ -139,7 +135,7 @@ impl Trainer {
             .arg(&documents.report_path)
             .arg("--work-dir")
             .arg(&self.work_dir)
-            .envs(PATIENCE)
+            .env(GOMP_SPINCOUNT.0, GOMP_SPINCOUNT.1)
             .stdin(Stdio::null());
         command
     }

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use finetune_contract::{
     ObjectUri, Parallelism, Scheme,
-    parallelism::environment::{MASTER_ADDR, MASTER_PORT, WORLD_SIZE},
+    parallelism::environment::{GOMP_SPINCOUNT, MASTER_ADDR, MASTER_PORT, WORLD_SIZE},
 };
 use k8s_openapi::{
     api::{
@@ -376,8 +376,7 @@ fn variables(
     let mut own = vec![
         plain("HOME", WORK_DIRECTORY),
         plain("OMP_NUM_THREADS", &cores.to_string()),
-        // A quota of processor time must not be spent waiting.
-        plain("OMP_WAIT_POLICY", "PASSIVE"),
+        plain(GOMP_SPINCOUNT.0, GOMP_SPINCOUNT.1),
     ];
     if attempt.place.is_some_and(|(accelerator, _)| accelerator.is_device()) {
         // Micro-batches of ever other sizes leave no holes that nothing fits.

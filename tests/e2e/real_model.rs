@@ -50,8 +50,6 @@ fn bench() -> Option<(Bench, MutexGuard<'static, ()>)> {
     let mut bench = Bench::new()?;
     let processors = std::thread::available_parallelism().unwrap();
     bench.set("OMP_NUM_THREADS", &processors.to_string());
-    // The small runs beside it need the processors as well.
-    bench.set("OMP_WAIT_POLICY", "PASSIVE");
     Some((bench, machine))
 }
 

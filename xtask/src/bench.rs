@@ -9,6 +9,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, Subcommand, ValueEnum};
+use finetune_contract::parallelism::environment::GOMP_SPINCOUNT;
 use serde::Deserialize;
 
 use crate::{
@@ -263,6 +264,7 @@ impl Bench<'_> {
 /// Returns the command that times steps of ours.
 pub(crate) fn ours(trainer: &Path) -> Command {
     let mut command = Command::new(trainer);
+    command.env(GOMP_SPINCOUNT.0, GOMP_SPINCOUNT.1);
     command.arg("bench");
     command
 }
