@@ -4,7 +4,10 @@ use finetune_kernels::dropout::Noise;
 use tch::{Kind, Tensor};
 
 use super::params::Param;
-use crate::ops::{self, Factor};
+use crate::{
+    ops::{self, Factor},
+    profile,
+};
 
 /// Layers that read one input, each `y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ`.
 ///
@@ -116,12 +119,12 @@ impl<const N: usize> Projections<N> {
     pub fn forward(&self, input: &Input) -> ([Tensor; N], Low) {
         let low = self.down.as_ref().map(|down| down.forward(input));
         let results = self.layers.each_ref().map(|layer| {
+            let adapter = layer.up.as_ref().zip(low.as_ref());
+            let adapter = adapter.map(|(up, low)| (up.rows(low), Factor::Transposed(&up.b.value)));
+            let mut terms = vec![(&input.x, Factor::Transposed(&layer.weight.value))];
+            terms.extend(adapter.as_ref().map(|(low, b)| (low, *b)));
             let bias = layer.bias.as_ref().map(|bias| &bias.value);
-            let mut y = ops::linear(&input.x, &layer.weight.value, bias);
-            if let (Some(up), Some(low)) = (&layer.up, &low) {
-                ops::add_product(&up.rows(low), Factor::Transposed(&up.b.value), &mut y);
-            }
-            y
+            profile::time("linear", || ops::products(&terms, bias))
         });
         (results, Low(low))
     }
@@ -144,19 +147,21 @@ impl<const N: usize> Projections<N> {
             d_low
         });
         let dx = wants_input_grad.then(|| {
-            let weights = self.layers.each_ref().map(|layer| &layer.weight.value);
-            let layers: [_; N] = std::array::from_fn(|index| (dy[index], weights[index]));
-            let mut dx = ops::linear_backward(&layers);
-            if let (Some(down), Some(d_low)) = (&self.down, &d_low) {
-                let factor = Factor::Plain(&down.a.value);
-                match noise {
-                    None => ops::add_product(d_low, factor, &mut dx),
-                    Some(noise) => {
-                        let mut product = dx.empty_like();
-                        ops::multiply(d_low, factor, 1.0, &mut product);
-                        ops::add_masked(&mut dx, &product, noise);
-                    }
-                }
+            let weights = self.layers.iter().map(|layer| Factor::Plain(&layer.weight.value));
+            let mut terms: Vec<_> = dy.into_iter().zip(weights).collect();
+            let adapters = self.down.as_ref().zip(d_low.as_ref());
+            let adapters = adapters.map(|(down, d_low)| (d_low, Factor::Plain(&down.a.value)));
+            // Their inputs have gradients of their own where there is noise on them.
+            let (plain, noisy) = match noise {
+                None => (adapters, None),
+                Some(noise) => (None, adapters.zip(Some(noise))),
+            };
+            terms.extend(plain);
+            let mut dx = profile::time("linear, input gradient", || ops::products(&terms, None));
+            if let Some(((d_low, a), noise)) = noisy {
+                let mut product = dx.empty_like();
+                ops::multiply(d_low, a, 1.0, &mut product);
+                ops::add_masked(&mut dx, &product, noise);
             }
             dx
         });

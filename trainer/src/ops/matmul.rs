@@ -5,6 +5,7 @@ use half::bf16;
 use tch::{Kind, Tensor};
 
 use super::{
+    Factor,
     pool::Threads,
     view::{elements, elements_mut, is_matrix_of_pairs, matrix},
 };
@@ -12,11 +13,11 @@ use super::{
 /// From here on it pays to bring a weight into panels first.
 const FEWEST_ROWS: i64 = 32;
 
-/// Tells whether `x · weightᵀ` or `dy · weight` can be computed here.
-pub(super) fn can(x: &Tensor, weight: &Tensor) -> bool {
-    is_matrix_of_pairs(x)
-        && is_matrix_of_pairs(weight)
-        && x.size()[0] >= FEWEST_ROWS
+/// Tells whether a product of `left` and a factor, transposed or not, can be computed here.
+pub(super) fn can(left: &Tensor, factor: &Tensor) -> bool {
+    is_matrix_of_pairs(left)
+        && is_matrix_of_pairs(factor)
+        && left.size()[0] >= FEWEST_ROWS
         && is_supported()
 }
 
@@ -25,29 +26,26 @@ pub(super) fn can_add_outer(left: &Tensor, right: &Tensor, grad: &Tensor) -> boo
     can(left, right) && grad.is_contiguous() && grad.kind() == Kind::Float
 }
 
-pub(super) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
-    let terms = [(Side::Plain(matrix(x)), Side::Transposed(matrix(weight)))];
-    write(&terms, [x.size()[0], weight.size()[0]], x, bias)
+pub(super) fn products(terms: &[(&Tensor, Factor<'_>)], bias: Option<&Tensor>) -> Tensor {
+    let (left, factor) = terms[0];
+    let columns = match factor {
+        Factor::Plain(factor) => factor.size()[1],
+        Factor::Transposed(factor) => factor.size()[0],
+    };
+    let size = [left.size()[0], columns];
+    let mut sum = Tensor::empty(size, (Kind::BFloat16, left.device()));
+    let terms: Vec<_> = terms.iter().map(|&(left, factor)| sides(left, factor)).collect();
+    let target = Target::Write(elements_mut::<bf16>(&mut sum), bias.map(elements));
+    multiply(&Threads, &terms, size.map(|size| size as usize), target);
+    sum
 }
 
-pub(super) fn linear_backward(terms: &[(&Tensor, &Tensor)]) -> Tensor {
-    let (dy, weight) = terms[0];
-    let size = [dy.size()[0], weight.size()[1]];
-    let plain = |of| Side::Plain(matrix(of));
-    let terms: Vec<_> = terms.iter().map(|&(dy, weight)| (plain(dy), plain(weight))).collect();
-    write(&terms, size, dy, None)
-}
-
-fn write(
-    terms: &[(Side<'_>, Side<'_>)],
-    size: [i64; 2],
-    like: &Tensor,
-    bias: Option<&Tensor>,
-) -> Tensor {
-    let mut y = Tensor::empty(size, (Kind::BFloat16, like.device()));
-    let target = Target::Write(elements_mut::<bf16>(&mut y), bias.map(elements));
-    multiply(&Threads, terms, size.map(|size| size as usize), target);
-    y
+fn sides<'a>(left: &'a Tensor, factor: Factor<'a>) -> (Side<'a>, Side<'a>) {
+    let right = match factor {
+        Factor::Plain(factor) => Side::Plain(matrix(factor)),
+        Factor::Transposed(factor) => Side::Transposed(matrix(factor)),
+    };
+    (Side::Plain(matrix(left)), right)
 }
 
 pub(super) fn add_outer(left: &Tensor, right: &Tensor, grad: &Tensor) {

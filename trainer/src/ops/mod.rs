@@ -125,34 +125,6 @@ pub fn accumulate(sum: &Tensor, more: &Tensor) {
     });
 }
 
-/// Returns `x · weightᵀ + bias`.
-///
-/// # Shapes
-/// `x` is `[T, K]`, `weight` is `[N, K]`, `bias` is `[N]`.
-pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
-    profile::time("linear", || {
-        #[cfg(target_arch = "x86_64")]
-        if matmul::can(x, weight) {
-            return matmul::linear(x, weight, bias);
-        }
-        plain::linear(x, weight, bias)
-    })
-}
-
-/// Returns the gradient of the input of some layers, `Σ dy · weight`.
-///
-/// # Shapes
-/// Each `dy` is `[T, N]`, its `weight` `[N, K]`, and there is one at least.
-pub fn linear_backward(layers: &[(&Tensor, &Tensor)]) -> Tensor {
-    profile::time("linear, input gradient", || {
-        #[cfg(target_arch = "x86_64")]
-        if layers.iter().all(|(dy, weight)| matmul::can(dy, weight)) {
-            return matmul::linear_backward(layers);
-        }
-        plain::linear_backward(layers)
-    })
-}
-
 /// The right side of a product.
 #[derive(Debug, Clone, Copy)]
 pub enum Factor<'a> {
@@ -168,6 +140,24 @@ impl Factor<'_> {
             Self::Plain(factor) | Self::Transposed(factor) => factor,
         }
     }
+}
+
+/// Returns the sum of some products, one at least, and a bias: a linear layer with its adapter, or the
+/// gradient of the input of several.
+///
+/// # Shapes
+/// Each is of `[T, K]` and `[K, N]`, the bias is `[N]`.
+pub fn products(terms: &[(&Tensor, Factor<'_>)], bias: Option<&Tensor>) -> Tensor {
+    #[cfg(target_arch = "x86_64")]
+    if terms.iter().all(|(left, factor)| matmul::can(left, factor.tensor())) {
+        return matmul::products(terms, bias);
+    }
+    let [(left, factor), rest @ ..] = terms else { unreachable!("there is one at least") };
+    let mut sum = plain::product(left, *factor, bias);
+    for (left, factor) in rest {
+        add_product(left, *factor, &mut sum);
+    }
+    sum
 }
 
 /// Writes `scale · left · factor` to `to`, where `K` or `N` is low.
@@ -186,13 +176,11 @@ pub fn multiply(left: &Tensor, factor: Factor<'_>, scale: f64, to: &mut Tensor) 
 
 /// Adds `left · factor` to `to`, where `K` or `N` is low; shapes as in [`multiply`].
 pub fn add_product(left: &Tensor, factor: Factor<'_>, to: &mut Tensor) {
-    profile::time("adapter", || {
-        #[cfg(target_arch = "x86_64")]
-        if low_rank::can_multiply(left, factor, to) {
-            return low_rank::multiply(left, factor, 1.0, to, true);
-        }
-        plain::add_product(left, factor, to);
-    });
+    #[cfg(target_arch = "x86_64")]
+    if low_rank::can_multiply(left, factor, to) {
+        return low_rank::multiply(left, factor, 1.0, to, true);
+    }
+    plain::add_product(left, factor, to);
 }
 
 /// Adds `leftᵀ · right` to a gradient in fp32.

@@ -153,22 +153,12 @@ pub fn accumulate(sum: &Tensor, more: &Tensor) {
     let _ = sum.shallow_clone().g_add_(more);
 }
 
-/// As [`super::linear`].
-pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
+/// Returns a product and a bias.
+pub fn product(left: &Tensor, factor: Factor<'_>, bias: Option<&Tensor>) -> Tensor {
     match bias {
-        Some(bias) => bias.addmm(x, &weight.tr()),
-        None => x.mm(&weight.tr()),
+        Some(bias) => bias.addmm(left, &as_it_multiplies(factor)),
+        None => left.mm(&as_it_multiplies(factor)),
     }
-}
-
-/// As [`super::linear_backward`].
-pub fn linear_backward(layers: &[(&Tensor, &Tensor)]) -> Tensor {
-    let [(dy, weight), rest @ ..] = layers else { unreachable!("there is one at least") };
-    let mut dx = dy.mm(weight);
-    for (dy, weight) in rest {
-        let _ = dx.addmm_(dy, weight);
-    }
-    dx
 }
 
 /// As [`super::multiply`].

@@ -259,6 +259,49 @@ fn attention_by_tiles_equals_libtorch() {
 }
 
 #[test]
+fn products_of_layers_equal_libtorchs() {
+    type Products = fn(&[(&Tensor, Factor<'_>)], Option<&Tensor>) -> Tensor;
+    fn plain(terms: &[(&Tensor, Factor<'_>)], bias: Option<&Tensor>) -> Tensor {
+        let mut sum = plain::product(terms[0].0, terms[0].1, bias);
+        for (left, factor) in &terms[1..] {
+            plain::add_product(left, *factor, &mut sum);
+        }
+        sum
+    }
+    // Few rows, and a rank without pairs, are libtorch's.
+    for (rows, width, out, rank) in
+        [(37, 96, 50, 8), (300, 576, 192, 2), (5, 64, 64, 4), (64, 48, 98, 3)]
+    {
+        let inputs = [
+            numbers(&[rows, width], 1),
+            numbers(&[out, width], 2),
+            numbers(&[rows, rank + 6], 3),
+            numbers(&[out, rank], 4),
+            numbers(&[out], 5),
+            numbers(&[rows, out], 6),
+        ];
+        let all = |products: Products, add_outer: fn(&Tensor, &Tensor, &Tensor)| {
+            move |inputs: &[Tensor]| {
+                let [x, weight, low, b, bias, dy] = inputs else { unreachable!() };
+                let low = low.narrow(1, 6, rank);
+                let [weights, bs] = [weight, b].map(Factor::Transposed);
+                let y = products(&[(x, weights), (&low, bs)], Some(bias));
+                let terms = [(dy, Factor::Plain(weight)), (&y, Factor::Plain(weight))];
+                let grad = Tensor::ones([out, width], (Kind::Float, Device::Cpu));
+                add_outer(dy, x, &grad);
+                vec![products(&terms[..1], None), products(&terms, None), y, grad]
+            }
+        };
+        compare(
+            &format!("layers of {width} and {out}"),
+            &inputs,
+            all(ops::products, ops::add_outer),
+            all(plain, plain::add_outer),
+        );
+    }
+}
+
+#[test]
 fn products_of_low_rank_equal_libtorchs() {
     type Multiply = fn(&Tensor, Factor<'_>, f64, &mut Tensor);
     type Add = fn(&Tensor, Factor<'_>, &mut Tensor);
