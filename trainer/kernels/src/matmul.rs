@@ -37,8 +37,8 @@ const DEPTH: usize = 2048;
 const PACKED: usize = 1 << 20;
 /// The least units to divide work into.
 const UNITS: usize = 8;
-/// Columns of the left side that are transposed in one unit: a line of the cache.
-const LINE: usize = 32;
+/// Columns of the left side that are transposed in one unit: two lines of the cache.
+const LINE: usize = 64;
 
 /// Pairs of rows that are asked for before they are read.
 const AHEAD: usize = 8;
@@ -62,6 +62,22 @@ pub enum Side<'a> {
 }
 
 impl Side<'_> {
+    /// Returns some rows of it as it is multiplied.
+    fn rows(self, range: Range<usize>) -> Self {
+        match self {
+            Self::Plain(matrix) => Self::Plain(matrix.part(range, 0..matrix.columns)),
+            Self::Transposed(matrix) => Self::Transposed(matrix.part(0..matrix.rows, range)),
+        }
+    }
+
+    /// Returns some columns of it as it is multiplied.
+    fn columns(self, range: Range<usize>) -> Self {
+        match self {
+            Self::Plain(matrix) => Self::Plain(matrix.part(0..matrix.rows, range)),
+            Self::Transposed(matrix) => Self::Transposed(matrix.part(range, 0..matrix.columns)),
+        }
+    }
+
     /// Returns its size as it is multiplied.
     fn size(&self) -> [usize; 2] {
         match self {
@@ -78,6 +94,21 @@ pub enum Target<'a> {
     Write(&'a mut [bf16], Option<&'a [bf16]>),
     /// It is added in fp32.
     Add(&'a mut [f32]),
+}
+
+impl<'a> Target<'a> {
+    fn split_at(self, index: usize) -> (Self, Self) {
+        match self {
+            Self::Write(to, bias) => {
+                let (some, rest) = to.split_at_mut(index);
+                (Target::Write(some, bias), Target::Write(rest, bias))
+            }
+            Self::Add(to) => {
+                let (some, rest) = to.split_at_mut(index);
+                (Target::Add(some), Target::Add(rest))
+            }
+        }
+    }
 }
 
 /// Computes the sum of some products.
@@ -101,6 +132,64 @@ pub fn multiply(
     if rows == 0 || columns == 0 {
         return;
     }
+    let depth: usize = terms.iter().map(depth_of).sum();
+    if rows * columns + PACKED < depth * PANELS * PANEL {
+        return multiply_deep(pool, terms, [rows, columns], to);
+    }
+    let is_transposed = terms.iter().any(|(left, _)| matches!(left, Side::Transposed(_)));
+    let at_once = match is_transposed {
+        true => (2 * PACKED / depth.max(1) / BLOCK * BLOCK).max(UNITS * BLOCK),
+        false => rows,
+    };
+    let mut to = to;
+    for first in (0..rows).step_by(at_once) {
+        let range = first..rows.min(first + at_once);
+        let terms: Vec<_> =
+            terms.iter().map(|&(left, right)| (left.rows(range.clone()), right)).collect();
+        let (some, rest) = to.split_at(range.len() * columns);
+        multiply_at_once(pool, &terms, [range.len(), columns], some);
+        to = rest;
+    }
+}
+
+/// Multiplies what has fewer sums than panels would have pairs, as the gradient of a head's input:
+/// some of the depth after the other.
+fn multiply_deep(
+    pool: &dyn Pool,
+    terms: &[(Side<'_>, Side<'_>)],
+    [rows, columns]: [usize; 2],
+    to: Target<'_>,
+) {
+    let add = |sums: &mut [f32]| {
+        for &(left, right) in terms {
+            let depth = left.size()[1];
+            for first in (0..depth).step_by(2 * DEPTH) {
+                let range = first..depth.min(first + 2 * DEPTH);
+                let terms = [(left.columns(range.clone()), right.rows(range))];
+                multiply_at_once(pool, &terms, [rows, columns], Target::Add(sums));
+            }
+        }
+    };
+    match to {
+        Target::Add(to) => add(to),
+        Target::Write(to, bias) => DEEP_SUMS.with_borrow_mut(|sums| {
+            sums.clear();
+            sums.resize(rows * columns, 0.0);
+            add(sums);
+            for (to, sums) in to.chunks_exact_mut(columns).zip(sums.chunks_exact(columns)) {
+                round(sums, bias, to);
+            }
+        }),
+    }
+}
+
+/// Multiplies with the left side in pairs at once.
+fn multiply_at_once(
+    pool: &dyn Pool,
+    terms: &[(Side<'_>, Side<'_>)],
+    [rows, columns]: [usize; 2],
+    to: Target<'_>,
+) {
     let to = Output::new(to, [rows, columns]);
     let depth: usize = terms.iter().map(depth_of).sum();
     let blocks = rows.div_ceil(BLOCK);
@@ -184,6 +273,7 @@ unsafe fn multiply_panel(
 // Kept by each thread: fresh memory costs page faults, and freeing it stops the other threads.
 thread_local! {
     static PACKED_SIDES: RefCell<[Vec<u32>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
+    static DEEP_SUMS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
     static SUMS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -526,16 +616,9 @@ impl<'a> Output<'a> {
             // SAFETY: the caller's.
             unsafe {
                 match self {
-                    Self::Write(to, None, width) => {
-                        for (to, &sum) in to.range(range(*width)).iter_mut().zip(sums) {
-                            *to = Element::from_f32(sum);
-                        }
-                    }
-                    Self::Write(to, Some(bias), width) => {
-                        let to = to.range(range(*width)).iter_mut();
-                        for ((to, &sum), bias) in to.zip(sums).zip(&bias[columns.clone()]) {
-                            *to = Element::from_f32(sum + bias.to_f32());
-                        }
+                    Self::Write(to, bias, width) => {
+                        let bias = bias.map(|bias| &bias[columns.clone()]);
+                        round(sums, bias, to.range(range(*width)));
                     }
                     Self::Add(to, width) => {
                         for (to, &sum) in to.range(range(*width)).iter_mut().zip(sums) {
@@ -543,6 +626,20 @@ impl<'a> Output<'a> {
                         }
                     }
                 }
+            }
+        }
+    }
+}
+
+/// Rounds sums to bf16, with a bias if there is one.
+#[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
+#[inline(always)]
+fn round(sums: &[f32], bias: Option<&[bf16]>, to: &mut [bf16]) {
+    match bias {
+        None => to.iter_mut().zip(sums).for_each(|(to, &sum)| *to = Element::from_f32(sum)),
+        Some(bias) => {
+            for ((to, &sum), bias) in to.iter_mut().zip(sums).zip(bias) {
+                *to = Element::from_f32(sum + bias.to_f32());
             }
         }
     }
@@ -560,7 +657,7 @@ mod tests {
     };
 
     /// Rows, depth and columns: below, at and beside the sizes of tiles, panels, blocks and depths.
-    const SHAPES: [[usize; 3]; 9] = [
+    const SHAPES: [[usize; 3]; 10] = [
         [1, 2, 1],
         [7, 34, 50],
         [8, 32, 48],
@@ -570,6 +667,7 @@ mod tests {
         [300, 10, 400],
         [5, 0, 3],
         [64, 40_000, 100],
+        [9_000, 600, 10],
     ];
 
     fn can() -> bool {
@@ -679,26 +777,31 @@ mod tests {
             return;
         }
         let (rows, columns) = (140, 70);
-        let lefts = [64, 4_100, 2].map(|depth| Random::new([rows, depth], depth as u64));
-        let rights = [64, 4_100, 2].map(|depth| Random::new([depth, columns], depth as u64 + 1));
-        let pairs: Vec<_> = lefts
-            .iter()
-            .zip(&rights)
-            .map(|(left, right)| [(left, false), (right, false)])
-            .collect();
-        let terms: Vec<_> = pairs.iter().map(|[left, right]| term(*left, *right)).collect();
-        let bias = rounded(&numbers(columns, 9));
-        for bias in [None, Some(&bias[..])] {
-            let mut exact = exact(&pairs, [rows, columns]);
-            if let Some(bias) = bias {
-                for row in exact.chunks_mut(columns) {
-                    row.iter_mut().zip(bias).for_each(|(sum, bias)| *sum += bias.to_f64());
+        for depths in [[64, 4_100, 2], [64, 24_000, 2]] {
+            let lefts = depths.map(|depth| Random::new([rows, depth], depth as u64));
+            let rights = depths.map(|depth| Random::new([depth, columns], depth as u64 + 1));
+            let pairs: Vec<_> = lefts
+                .iter()
+                .zip(&rights)
+                .map(|(left, right)| [(left, false), (right, false)])
+                .collect();
+            let terms: Vec<_> = pairs.iter().map(|[left, right]| term(*left, *right)).collect();
+            let bias = rounded(&numbers(columns, 9));
+            for bias in [None, Some(&bias[..])] {
+                let mut exact = exact(&pairs, [rows, columns]);
+                if let Some(bias) = bias {
+                    for row in exact.chunks_mut(columns) {
+                        row.iter_mut().zip(bias).for_each(|(sum, bias)| *sum += bias.to_f64());
+                    }
                 }
-            }
-            let mut y = vec![bf16::ZERO; rows * columns];
-            multiply(&Serial, &terms, [rows, columns], Target::Write(&mut y, bias));
-            for (y, exact) in y.iter().zip(exact) {
-                assert!((y.to_f64() - exact).abs() <= exact.abs() / 256.0 + 1e-4, "{y} {exact}");
+                let mut y = vec![bf16::ZERO; rows * columns];
+                multiply(&Serial, &terms, [rows, columns], Target::Write(&mut y, bias));
+                for (y, exact) in y.iter().zip(exact) {
+                    assert!(
+                        (y.to_f64() - exact).abs() <= exact.abs() / 256.0 + 1e-4,
+                        "{y} {exact}"
+                    );
+                }
             }
         }
     }

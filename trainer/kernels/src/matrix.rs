@@ -1,5 +1,7 @@
 //! Matrices of bf16 where they lie.
 
+use std::ops::Range;
+
 use half::bf16;
 
 /// A matrix in rows, perhaps some columns of a wider one.
@@ -16,6 +18,13 @@ pub struct Matrix<'a> {
 }
 
 impl Matrix<'_> {
+    /// Returns some of it.
+    pub(crate) fn part(self, rows: Range<usize>, columns: Range<usize>) -> Self {
+        let start = rows.start * self.stride + columns.start;
+        let data = self.data.get(start..).unwrap_or_default();
+        Self { data, rows: rows.len(), columns: columns.len(), stride: self.stride }
+    }
+
     /// Panics if a row could lie outside.
     pub(crate) fn check(&self) {
         let last = self.rows.checked_sub(1);
