@@ -5,8 +5,8 @@
 //! alone, so results do not change with the number of threads.
 //!
 //! One plain text is compiled for AVX-512, for AVX2 and for any processor (`versions`); only what
-//! multiplies matrices, `attention`, `low_rank` and `matmul`, is written with instructions of its own, because
-//! it needs AVX512-BF16.
+//! multiplies matrices, `attention`, `low_rank` and `matmul`, is written with instructions of its
+//! own, because it needs AVX512-BF16.
 
 mod versions;
 
@@ -25,6 +25,8 @@ pub mod low_rank;
 #[cfg(target_arch = "x86_64")]
 pub mod matmul;
 pub mod matrix;
+#[cfg(target_arch = "x86_64")]
+mod pack;
 #[cfg(target_arch = "x86_64")]
 mod pairs;
 pub mod pool;

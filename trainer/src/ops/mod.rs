@@ -1,4 +1,4 @@
-//! The operators between matrix products.
+//! The operators a step is made of.
 //!
 //! Each exists twice: as one pass of our own on CPU tensors (`cpu`), and as a chain of libtorch's
 //! operators (`plain`), which is what other devices run and what tests compare the former with.

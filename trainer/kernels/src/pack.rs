@@ -1,0 +1,285 @@
+//! The sides of large products in the order in which register tiles read them: as pairs, side by side.
+
+use std::{
+    arch::x86_64::{_MM_HINT_T0, _mm_prefetch},
+    ops::Range,
+};
+
+use half::bf16;
+
+use crate::{
+    gemm::{LANES, ROWS},
+    matrix::Matrix,
+    pairs::{pair_of, pairs_of},
+    pool::{Pool, Shared},
+    transpose::{SIDE, transpose_block},
+};
+
+/// Columns of one panel: three registers, whose tiles of 8 rows fill 24 of 32.
+pub(crate) const PANEL: usize = 3 * LANES;
+/// Columns of the left side that are transposed in one unit: two lines of the cache.
+const LINE: usize = 64;
+/// Pairs of rows that are asked for before they are read.
+const AHEAD: usize = 8;
+
+/// One side of a product.
+#[derive(Debug, Clone, Copy)]
+pub enum Side<'a> {
+    /// As it is multiplied.
+    Plain(Matrix<'a>),
+    /// To be transposed.
+    Transposed(Matrix<'a>),
+}
+
+impl Side<'_> {
+    /// Returns some rows of it as it is multiplied.
+    pub(crate) fn rows(self, range: Range<usize>) -> Self {
+        match self {
+            Self::Plain(matrix) => Self::Plain(matrix.part(range, 0..matrix.columns)),
+            Self::Transposed(matrix) => Self::Transposed(matrix.part(0..matrix.rows, range)),
+        }
+    }
+
+    /// Returns some columns of it as it is multiplied.
+    pub(crate) fn columns(self, range: Range<usize>) -> Self {
+        match self {
+            Self::Plain(matrix) => Self::Plain(matrix.part(0..matrix.rows, range)),
+            Self::Transposed(matrix) => Self::Transposed(matrix.part(range, 0..matrix.columns)),
+        }
+    }
+
+    /// Returns its size as it is multiplied.
+    pub(crate) fn size(&self) -> [usize; 2] {
+        match self {
+            Self::Plain(matrix) => [matrix.rows, matrix.columns],
+            Self::Transposed(matrix) => [matrix.columns, matrix.rows],
+        }
+    }
+}
+
+/// Returns what of a range starts after some and is not longer than others.
+pub(crate) fn part(of: &Range<usize>, after: usize, length: usize) -> Range<usize> {
+    let start = of.start + after;
+    start..of.end.min(start + length)
+}
+
+/// Returns the pairs of a term, `⌈K / 2⌉`.
+pub(crate) fn depth_of((_, right): &(Side<'_>, Side<'_>)) -> usize {
+    right.size()[0].div_ceil(2)
+}
+
+/// The left side of a term, as tiles read it.
+pub(crate) struct Packed<'a> {
+    pub data: &'a [u32],
+    /// From one group of [`ROWS`] rows to the next.
+    pub group: usize,
+    /// From one row of a group to the next.
+    pub stride: usize,
+    /// From one pair of a row to the next.
+    pub step: usize,
+    /// Its depth, `⌈K / 2⌉`.
+    pub pairs: usize,
+}
+
+impl<'a> Packed<'a> {
+    /// Makes those of some terms; what was transposed lies in `packed`.
+    pub(crate) fn of_terms(
+        terms: &[(Side<'a>, Side<'_>)],
+        rows: usize,
+        mut packed: &'a [u32],
+    ) -> Vec<Self> {
+        let one = |term: &(Side<'a>, Side<'_>)| match term.0 {
+            Side::Plain(matrix) => Self {
+                data: pairs_of(matrix.data),
+                group: ROWS * matrix.stride / 2,
+                stride: matrix.stride / 2,
+                step: 1,
+                pairs: matrix.columns / 2,
+            },
+            Side::Transposed(_) => {
+                let pairs = depth_of(term);
+                let (data, rest) = packed.split_at(rows.next_multiple_of(LINE) * pairs);
+                packed = rest;
+                Self { data, group: ROWS * pairs, stride: 1, step: ROWS, pairs }
+            }
+        };
+        terms.iter().map(one).collect()
+    }
+}
+
+/// Brings right sides of some columns into panels, and left sides that are to be transposed into
+/// groups of rows if that is `wanted`.
+pub(crate) fn pack(
+    pool: &dyn Pool,
+    terms: &[(Side<'_>, Side<'_>)],
+    columns: Range<usize>,
+    [left, right]: [&mut Vec<u32>; 2],
+    wants_left: bool,
+) {
+    let mut lines = Vec::new();
+    let mut length = 0;
+    for term in terms.iter().filter(|_| wants_left) {
+        if let Side::Transposed(matrix) = term.0 {
+            for first in (0..matrix.columns).step_by(LINE) {
+                lines.push((matrix, first, length));
+                length += LINE * depth_of(term);
+            }
+        }
+    }
+    grow(left, length);
+    let size = terms.iter().map(depth_of).sum::<usize>() * PANEL;
+    grow(right, columns.len().div_ceil(PANEL) * size);
+    let (left, right) = (Shared::new(left), Shared::new(right));
+    pool.run(lines.len() + columns.len().div_ceil(2 * PANEL), &|unit| {
+        #[expect(unsafe_code, reason = "units write side by side; for certain processors")]
+        // SAFETY: these groups or panels belong to this unit, and the processor was asked.
+        unsafe {
+            match unit.checked_sub(lines.len()) {
+                None => {
+                    let (matrix, first, start) = lines[unit];
+                    let end = start + LINE * matrix.rows.div_ceil(2);
+                    transpose_line(matrix, first, left.range(start..end));
+                }
+                Some(unit) => {
+                    let columns = part(&columns, unit * 2 * PANEL, 2 * PANEL);
+                    let end = 2 * unit + columns.len().div_ceil(PANEL);
+                    let to = right.range(2 * unit * size..end * size);
+                    if size > 0 {
+                        pack_panels(terms, columns, to, size);
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// Writes [`LINE`] columns in groups of [`ROWS`], each `[pairs, ROWS]`, with zeros where there are
+/// none.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn transpose_line(matrix: Matrix<'_>, first: usize, to: &mut [u32]) {
+    let pairs = matrix.rows.div_ceil(2);
+    let columns = first..matrix.columns.min(first + LINE);
+    for pair in 0..pairs {
+        for row in 2 * (pair + AHEAD)..matrix.rows.min(2 * (pair + AHEAD + 1)) {
+            prefetch(&matrix.data[row * matrix.stride..][columns.clone()]);
+        }
+        let mut both = [[bf16::ZERO; LINE]; 2];
+        for (row, both) in (2 * pair..matrix.rows).zip(&mut both) {
+            let from = &matrix.data[row * matrix.stride..][columns.clone()];
+            match <&[bf16; LINE]>::try_from(from) {
+                Ok(from) => *both = *from,
+                Err(_) => both[..from.len()].copy_from_slice(from),
+            }
+        }
+        let [low, high] = both;
+        for group in 0..LINE / ROWS {
+            let to = &mut to[(group * pairs + pair) * ROWS..][..ROWS];
+            for (index, to) in to.iter_mut().enumerate() {
+                *to = pair_of(low[group * ROWS + index], high[group * ROWS + index]);
+            }
+        }
+    }
+}
+
+/// Writes the right sides of some columns in panels of a size, each `[pairs, PANEL]` of one term
+/// below those of another, with zeros where there are none.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+fn pack_panels(terms: &[(Side<'_>, Side<'_>)], columns: Range<usize>, to: &mut [u32], size: usize) {
+    let mut start = 0;
+    for term in terms {
+        let range = start..start + depth_of(term) * PANEL;
+        start = range.end;
+        match term.1 {
+            Side::Plain(matrix) => interleave_rows(matrix, columns.clone(), to, size, range),
+            Side::Transposed(matrix) => {
+                for (panel, to) in to.chunks_exact_mut(size).enumerate() {
+                    let rows = part(&columns, panel * PANEL, PANEL);
+                    transpose_rows(matrix, rows, &mut to[range.clone()]);
+                }
+            }
+        }
+    }
+}
+
+/// Writes pairs of rows to a range of each panel; panels lie `size` apart.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+fn interleave_rows(
+    matrix: Matrix<'_>,
+    columns: Range<usize>,
+    to: &mut [u32],
+    size: usize,
+    range: Range<usize>,
+) {
+    for (pair, start) in range.step_by(PANEL).enumerate() {
+        for row in 2 * (pair + AHEAD)..matrix.rows.min(2 * (pair + AHEAD + 1)) {
+            prefetch(&matrix.data[row * matrix.stride..][columns.clone()]);
+        }
+        for (panel, to) in to.chunks_exact_mut(size).enumerate() {
+            let columns = part(&columns, panel * PANEL, PANEL);
+            let mut both = [[bf16::ZERO; PANEL]; 2];
+            for (row, both) in (2 * pair..matrix.rows).zip(&mut both) {
+                let from = &matrix.data[row * matrix.stride..][columns.clone()];
+                match <&[bf16; PANEL]>::try_from(from) {
+                    Ok(from) => *both = *from,
+                    Err(_) => both[..from.len()].copy_from_slice(from),
+                }
+            }
+            let [low, high] = both;
+            for ((to, low), high) in to[start..start + PANEL].iter_mut().zip(low).zip(high) {
+                *to = pair_of(low, high);
+            }
+        }
+    }
+}
+
+/// Writes pairs of a panel's columns, which are rows of the matrix.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+fn transpose_rows(matrix: Matrix<'_>, rows: Range<usize>, to: &mut [u32]) {
+    let (pairs, stride) = (matrix.columns / 2, matrix.stride / 2);
+    let data = pairs_of(matrix.data);
+    let whole = pairs / SIDE * SIDE;
+    for part in (0..PANEL).step_by(SIDE) {
+        let first = rows.start + part;
+        let count = rows.end.saturating_sub(first).min(SIDE);
+        if count == 0 {
+            for to in to.chunks_exact_mut(PANEL) {
+                to[part..part + SIDE].fill(0);
+            }
+            continue;
+        }
+        for pair in (0..whole).step_by(SIDE) {
+            for row in first + SIDE..matrix.rows.min(first + 2 * SIDE) {
+                prefetch(&data[row * stride + pair..][..1]);
+            }
+            let from = &data[first * stride + pair..];
+            transpose_block(from, stride, count, &mut to[pair * PANEL + part..], PANEL);
+        }
+        for pair in whole..pairs {
+            let to = &mut to[pair * PANEL + part..][..SIDE];
+            for (index, to) in to.iter_mut().enumerate() {
+                *to = if index < count { data[(first + index) * stride + pair] } else { 0 };
+            }
+        }
+    }
+}
+
+/// Asks for the lines of a slice.
+#[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
+#[inline(always)]
+pub(crate) fn prefetch<T>(slice: &[T]) {
+    let start = slice.as_ptr().cast::<i8>();
+    for line in (0..size_of_val(slice)).step_by(64) {
+        #[expect(unsafe_code, reason = "a hint that reads nothing")]
+        // SAFETY: any address may be asked for.
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(line));
+        }
+    }
+}
+
+/// Makes a buffer long enough; what is in it stays as it is.
+pub(crate) fn grow<T: Default + Clone>(buffer: &mut Vec<T>, length: usize) {
+    if buffer.len() < length {
+        buffer.resize(length, T::default());
+    }
+}
