@@ -356,7 +356,10 @@ fn word(value: impl ValueEnum) -> String {
 fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
-    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
+    match sorted.len() {
+        0 => f64::NAN,
+        length => f64::midpoint(sorted[(length - 1) / 2], sorted[length / 2]),
+    }
 }
 
 fn spread(ratios: &[f64]) -> String {

@@ -8,7 +8,7 @@
 //! Goto, van de Geijn: Anatomy of High-Performance Matrix Multiplication, 2008, without its blocks of
 //! the left side: rows are read ahead by the processor itself.
 
-use std::{arch::x86_64::__cpuid_count, cell::RefCell, ops::Range};
+use std::{arch::x86_64::__cpuid_count, cell::RefCell, ops::Range, sync::LazyLock};
 
 use half::bf16;
 
@@ -34,7 +34,9 @@ const UNITS: usize = 8;
 
 /// Tells whether this processor can, and has no AMX, with which libtorch is faster.
 pub fn is_supported() -> bool {
-    gemm::is_supported() && !has_amx_bf16()
+    // Asking a virtual machine's processor takes a microsecond and more.
+    static IS_SUPPORTED: LazyLock<bool> = LazyLock::new(|| gemm::is_supported() && !has_amx_bf16());
+    *IS_SUPPORTED
 }
 
 fn has_amx_bf16() -> bool {
