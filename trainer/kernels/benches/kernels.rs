@@ -8,8 +8,8 @@ use finetune_kernels::{
     adamw_8bit::{self, BLOCK, Moments},
     attention, cross_entropy,
     dropout::{self, Noise},
-    matmul::{self, Side, Target},
-    matrix::Matrix,
+    matmul::{self, Target},
+    matrix::{Matrix, Side},
     pool::Serial,
     rms_norm, rope, swiglu,
 };

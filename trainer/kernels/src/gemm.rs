@@ -84,7 +84,6 @@ pub(crate) fn product<const ADD: bool>(
 }
 
 /// Where a register tile reads and writes.
-#[derive(Clone, Copy)]
 pub(crate) struct Tile {
     /// Pairs that are multiplied for each sum.
     pub pairs: usize,

@@ -11,8 +11,8 @@ use half::bf16;
 use crate::{
     Element,
     gemm::{self, LANES, Pairs, product},
-    matrix::Matrix,
-    pairs::{pair_of, pairs_of},
+    matrix::{Matrix, Side},
+    pairs::{interleave, pair_of, pairs_of},
     pool::{Pool, Shared},
 };
 
@@ -46,15 +46,6 @@ pub struct MatrixMut<'a> {
     pub stride: usize,
 }
 
-/// The right side of a product.
-#[derive(Debug, Clone, Copy)]
-pub enum Factor<'a> {
-    /// `[K, N]`, row by row.
-    Plain(&'a [bf16]),
-    /// `[N, K]`, row by row, to be transposed.
-    Transposed(&'a [bf16]),
-}
-
 /// Writes `scale · left · factor` to `to`, or adds it.
 ///
 /// # Shapes
@@ -65,7 +56,7 @@ pub enum Factor<'a> {
 pub fn multiply<const ADD: bool>(
     pool: &dyn Pool,
     left: Matrix<'_>,
-    factor: Factor<'_>,
+    factor: Side<'_>,
     scale: f32,
     to: MatrixMut<'_>,
 ) {
@@ -152,24 +143,21 @@ struct Packed<'a> {
 }
 
 impl<'a> Packed<'a> {
-    fn new(factor: Factor<'_>, depth: usize, columns: usize, pairs: &'a mut Vec<u32>) -> Self {
+    fn new(factor: Side<'_>, depth: usize, columns: usize, pairs: &'a mut Vec<u32>) -> Self {
         let stride = columns.next_multiple_of(LANES);
         pairs.clear();
         pairs.resize(depth / 2 * stride, 0);
+        assert_eq!(factor.size(), [depth, columns]);
         match factor {
-            Factor::Plain(data) => {
-                assert_eq!(data.len(), depth * columns);
-                let rows = data.chunks_exact(2 * columns);
-                for (to, rows) in pairs.chunks_exact_mut(stride).zip(rows) {
-                    let (low, high) = rows.split_at(columns);
-                    interleave(low, high, to);
+            Side::Plain(matrix) => {
+                for (pair, to) in pairs.chunks_exact_mut(stride).enumerate() {
+                    interleave(matrix.row(2 * pair), matrix.row(2 * pair + 1), to);
                 }
             }
-            Factor::Transposed(data) => {
-                assert_eq!(data.len(), depth * columns);
-                for (column, row) in pairs_of(data).chunks_exact(depth / 2).enumerate() {
+            Side::Transposed(matrix) => {
+                for column in 0..columns {
                     let to = pairs[column..].iter_mut().step_by(stride);
-                    to.zip(row).for_each(|(to, &pair)| *to = pair);
+                    to.zip(pairs_of(matrix.row(column))).for_each(|(to, &pair)| *to = pair);
                 }
             }
         }
@@ -232,8 +220,8 @@ fn outer(
         for pair in 0..pairs {
             let both = |of| {
                 let row = first + 2 * pair;
-                let high = if row + 1 < rows.end { row_of(of, row + 1) } else { &nothing };
-                (row_of(of, row), high)
+                let high = if row + 1 < rows.end { Matrix::row(of, row + 1) } else { &nothing };
+                (Matrix::row(of, row), high)
             };
             let (low, high) = both(left);
             let to = left_pairs[pair..].iter_mut().step_by(DEPTH / 2);
@@ -251,26 +239,13 @@ fn outer(
     }
 }
 
-fn row_of(matrix: Matrix<'_>, row: usize) -> &[bf16] {
-    &matrix.data[row * matrix.stride..][..matrix.columns]
-}
-
-/// Writes the pairs of two rows' neighbours.
-#[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
-#[inline(always)]
-fn interleave(low: &[bf16], high: &[bf16], to: &mut [u32]) {
-    for ((to, &low), &high) in to.iter_mut().zip(low).zip(high) {
-        *to = pair_of(low, high);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use half::bf16;
 
-    use super::{Factor, MatrixMut, add_outer, is_supported, multiply};
+    use super::{MatrixMut, add_outer, is_supported, multiply};
     use crate::{
-        matrix::Matrix,
+        matrix::{Matrix, Side},
         pool::Serial,
         testing::{assert_close, numbers, rounded},
     };
@@ -319,7 +294,9 @@ mod tests {
                 let right = rounded(&numbers(depth * columns, 2));
                 let expected = exact(&left, &right, [rows, depth, columns]);
                 let turned = transposed(&right, columns);
-                for factor in [Factor::Plain(&right), Factor::Transposed(&turned)] {
+                let plain = Matrix { data: &right, rows: depth, columns, stride: columns };
+                let turned = Matrix { data: &turned, rows: columns, columns: depth, stride: depth };
+                for factor in [Side::Plain(plain), Side::Transposed(turned)] {
                     // The result lies between other columns, which stay.
                     let (stride, first) = (columns + 5, 3);
                     let before = rounded(&numbers(rows * stride, 3));

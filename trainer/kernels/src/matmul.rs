@@ -15,11 +15,10 @@ use half::bf16;
 use crate::{
     Element,
     gemm::{self, LANES, ROWS, Tile},
+    matrix::Side,
     pack::{PANEL, Packed, depth_of, grow, pack, part, prefetch},
     pool::{Pool, Shared},
 };
-
-pub use crate::pack::Side;
 
 /// Rows of one unit.
 const BLOCK: usize = 64;
@@ -298,42 +297,47 @@ fn sum(
 }
 
 /// A [`Target`] that several units write to.
-enum Output<'a> {
-    Write(Shared<'a, bf16>, Option<&'a [bf16]>, usize),
-    Add(Shared<'a, f32>, usize),
+struct Output<'a> {
+    to: SharedTarget<'a>,
+    /// Its columns, `N`.
+    width: usize,
+}
+
+enum SharedTarget<'a> {
+    Write(Shared<'a, bf16>, Option<&'a [bf16]>),
+    Add(Shared<'a, f32>),
 }
 
 impl<'a> Output<'a> {
     fn new(to: Target<'a>, [rows, columns]: [usize; 2]) -> Self {
-        match to {
+        let to = match to {
             Target::Write(to, bias) => {
                 assert_eq!(to.len(), rows * columns);
                 assert!(bias.is_none_or(|bias| bias.len() == columns));
-                Self::Write(Shared::new(to), bias, columns)
+                SharedTarget::Write(Shared::new(to), bias)
             }
             Target::Add(to) => {
                 assert_eq!(to.len(), rows * columns);
-                Self::Add(Shared::new(to), columns)
+                SharedTarget::Add(Shared::new(to))
             }
-        }
+        };
+        Self { to, width: columns }
     }
 
-    /// Brings what is written next into the first cache, while sums are computed.
-    #[expect(unsafe_code, reason = "a hint that reads nothing")]
-    #[target_feature(enable = "avx512f")]
-    fn prefetch(&self, rows: Range<usize>, columns: Range<usize>) {
+    /// Brings what is taken next into the first cache, while sums are computed.
+    ///
+    /// # Safety
+    /// As [`Self::take`]'s.
+    #[expect(unsafe_code, reason = "units write side by side")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    unsafe fn prefetch(&self, rows: Range<usize>, columns: Range<usize>) {
         for row in rows {
-            match self {
-                // SAFETY: as in `take`; nothing is read or written.
-                Self::Write(to, _, width) => {
-                    prefetch(unsafe {
-                        to.range(row * width + columns.start..row * width + columns.end)
-                    });
-                }
-                Self::Add(to, width) => {
-                    prefetch(unsafe {
-                        to.range(row * width + columns.start..row * width + columns.end)
-                    });
+            let range = row * self.width + columns.start..row * self.width + columns.end;
+            // SAFETY: the caller's.
+            unsafe {
+                match &self.to {
+                    SharedTarget::Write(to, _) => prefetch(to.range(range)),
+                    SharedTarget::Add(to) => prefetch(to.range(range)),
                 }
             }
         }
@@ -347,16 +351,16 @@ impl<'a> Output<'a> {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     unsafe fn take(&self, sums: &[f32], rows: Range<usize>, columns: Range<usize>) {
         for (row, sums) in rows.zip(sums.chunks_exact(PANEL)) {
-            let range = |width: usize| row * width + columns.start..row * width + columns.end;
+            let range = row * self.width + columns.start..row * self.width + columns.end;
             // SAFETY: the caller's.
             unsafe {
-                match self {
-                    Self::Write(to, bias, width) => {
+                match &self.to {
+                    SharedTarget::Write(to, bias) => {
                         let bias = bias.map(|bias| &bias[columns.clone()]);
-                        round(sums, bias, to.range(range(*width)));
+                        round(sums, bias, to.range(range));
                     }
-                    Self::Add(to, width) => {
-                        for (to, &sum) in to.range(range(*width)).iter_mut().zip(sums) {
+                    SharedTarget::Add(to) => {
+                        for (to, &sum) in to.range(range).iter_mut().zip(sums) {
                             *to += sum;
                         }
                     }
@@ -384,9 +388,9 @@ fn round(sums: &[f32], bias: Option<&[bf16]>, to: &mut [bf16]) {
 mod tests {
     use half::bf16;
 
-    use super::{Side, Target, gemm, multiply};
+    use super::{Target, gemm, multiply};
     use crate::{
-        matrix::Matrix,
+        matrix::{Matrix, Side},
         pool::Serial,
         testing::{assert_close, numbers, rounded},
     };

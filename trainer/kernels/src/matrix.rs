@@ -17,7 +17,12 @@ pub struct Matrix<'a> {
     pub stride: usize,
 }
 
-impl Matrix<'_> {
+impl<'a> Matrix<'a> {
+    /// Returns a row.
+    pub(crate) fn row(self, row: usize) -> &'a [bf16] {
+        &self.data[row * self.stride..][..self.columns]
+    }
+
     /// Returns some of it.
     pub(crate) fn part(self, rows: Range<usize>, columns: Range<usize>) -> Self {
         let start = rows.start * self.stride + columns.start;
@@ -35,5 +40,40 @@ impl Matrix<'_> {
     /// Panics if neighbours of a row are no pairs in the same places in all rows.
     pub(crate) fn check_pairs(&self) {
         assert!(self.columns.is_multiple_of(2) && self.stride.is_multiple_of(2));
+    }
+}
+
+/// One side of a product.
+#[derive(Debug, Clone, Copy)]
+pub enum Side<'a> {
+    /// As it is multiplied.
+    Plain(Matrix<'a>),
+    /// To be transposed.
+    Transposed(Matrix<'a>),
+}
+
+impl Side<'_> {
+    /// Returns some rows of it as it is multiplied.
+    pub(crate) fn rows(self, range: Range<usize>) -> Self {
+        match self {
+            Self::Plain(matrix) => Self::Plain(matrix.part(range, 0..matrix.columns)),
+            Self::Transposed(matrix) => Self::Transposed(matrix.part(0..matrix.rows, range)),
+        }
+    }
+
+    /// Returns some columns of it as it is multiplied.
+    pub(crate) fn columns(self, range: Range<usize>) -> Self {
+        match self {
+            Self::Plain(matrix) => Self::Plain(matrix.part(0..matrix.rows, range)),
+            Self::Transposed(matrix) => Self::Transposed(matrix.part(range, 0..matrix.columns)),
+        }
+    }
+
+    /// Returns its size as it is multiplied.
+    pub(crate) fn size(&self) -> [usize; 2] {
+        match self {
+            Self::Plain(matrix) => [matrix.rows, matrix.columns],
+            Self::Transposed(matrix) => [matrix.columns, matrix.rows],
+        }
     }
 }

@@ -9,8 +9,8 @@ use half::bf16;
 
 use crate::{
     gemm::{LANES, ROWS},
-    matrix::Matrix,
-    pairs::{pair_of, pairs_of},
+    matrix::{Matrix, Side},
+    pairs::{interleave, pairs_of},
     pool::{Pool, Shared},
     transpose::{SIDE, transpose_block},
 };
@@ -21,41 +21,6 @@ pub(crate) const PANEL: usize = 3 * LANES;
 const LINE: usize = 64;
 /// Pairs of rows that are asked for before they are read.
 const AHEAD: usize = 8;
-
-/// One side of a product.
-#[derive(Debug, Clone, Copy)]
-pub enum Side<'a> {
-    /// As it is multiplied.
-    Plain(Matrix<'a>),
-    /// To be transposed.
-    Transposed(Matrix<'a>),
-}
-
-impl Side<'_> {
-    /// Returns some rows of it as it is multiplied.
-    pub(crate) fn rows(self, range: Range<usize>) -> Self {
-        match self {
-            Self::Plain(matrix) => Self::Plain(matrix.part(range, 0..matrix.columns)),
-            Self::Transposed(matrix) => Self::Transposed(matrix.part(0..matrix.rows, range)),
-        }
-    }
-
-    /// Returns some columns of it as it is multiplied.
-    pub(crate) fn columns(self, range: Range<usize>) -> Self {
-        match self {
-            Self::Plain(matrix) => Self::Plain(matrix.part(0..matrix.rows, range)),
-            Self::Transposed(matrix) => Self::Transposed(matrix.part(range, 0..matrix.columns)),
-        }
-    }
-
-    /// Returns its size as it is multiplied.
-    pub(crate) fn size(&self) -> [usize; 2] {
-        match self {
-            Self::Plain(matrix) => [matrix.rows, matrix.columns],
-            Self::Transposed(matrix) => [matrix.columns, matrix.rows],
-        }
-    }
-}
 
 /// Returns what of a range starts after some and is not longer than others.
 pub(crate) fn part(of: &Range<usize>, after: usize, length: usize) -> Range<usize> {
@@ -160,23 +125,11 @@ fn transpose_line(matrix: Matrix<'_>, first: usize, to: &mut [u32]) {
     let pairs = matrix.rows.div_ceil(2);
     let columns = first..matrix.columns.min(first + LINE);
     for pair in 0..pairs {
-        for row in 2 * (pair + AHEAD)..matrix.rows.min(2 * (pair + AHEAD + 1)) {
-            prefetch(&matrix.data[row * matrix.stride..][columns.clone()]);
-        }
-        let mut both = [[bf16::ZERO; LINE]; 2];
-        for (row, both) in (2 * pair..matrix.rows).zip(&mut both) {
-            let from = &matrix.data[row * matrix.stride..][columns.clone()];
-            match <&[bf16; LINE]>::try_from(from) {
-                Ok(from) => *both = *from,
-                Err(_) => both[..from.len()].copy_from_slice(from),
-            }
-        }
-        let [low, high] = both;
+        ask_ahead(matrix, pair, columns.clone());
+        let [low, high] = pair_of_rows::<LINE>(matrix, pair, columns.clone());
         for group in 0..LINE / ROWS {
             let to = &mut to[(group * pairs + pair) * ROWS..][..ROWS];
-            for (index, to) in to.iter_mut().enumerate() {
-                *to = pair_of(low[group * ROWS + index], high[group * ROWS + index]);
-            }
+            interleave(&low[group * ROWS..], &high[group * ROWS..], to);
         }
     }
 }
@@ -211,24 +164,41 @@ fn interleave_rows(
     range: Range<usize>,
 ) {
     for (pair, start) in range.step_by(PANEL).enumerate() {
-        for row in 2 * (pair + AHEAD)..matrix.rows.min(2 * (pair + AHEAD + 1)) {
-            prefetch(&matrix.data[row * matrix.stride..][columns.clone()]);
-        }
+        ask_ahead(matrix, pair, columns.clone());
         for (panel, to) in to.chunks_exact_mut(size).enumerate() {
             let columns = part(&columns, panel * PANEL, PANEL);
-            let mut both = [[bf16::ZERO; PANEL]; 2];
-            for (row, both) in (2 * pair..matrix.rows).zip(&mut both) {
-                let from = &matrix.data[row * matrix.stride..][columns.clone()];
-                match <&[bf16; PANEL]>::try_from(from) {
-                    Ok(from) => *both = *from,
-                    Err(_) => both[..from.len()].copy_from_slice(from),
-                }
-            }
-            let [low, high] = both;
-            for ((to, low), high) in to[start..start + PANEL].iter_mut().zip(low).zip(high) {
-                *to = pair_of(low, high);
-            }
+            let [low, high] = pair_of_rows::<PANEL>(matrix, pair, columns);
+            interleave(&low, &high, &mut to[start..start + PANEL]);
         }
+    }
+}
+
+/// Returns some columns of two neighbouring rows, with zeros where there are none.
+#[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
+#[inline(always)]
+fn pair_of_rows<const WIDTH: usize>(
+    matrix: Matrix<'_>,
+    pair: usize,
+    columns: Range<usize>,
+) -> [[bf16; WIDTH]; 2] {
+    let mut both = [[bf16::ZERO; WIDTH]; 2];
+    for (row, both) in (2 * pair..matrix.rows).zip(&mut both) {
+        let from = &matrix.row(row)[columns.clone()];
+        match <&[bf16; WIDTH]>::try_from(from) {
+            Ok(from) => *both = *from,
+            Err(_) => both[..from.len()].copy_from_slice(from),
+        }
+    }
+    both
+}
+
+/// Asks for the rows that are read [`AHEAD`] pairs later.
+#[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
+#[inline(always)]
+fn ask_ahead(matrix: Matrix<'_>, pair: usize, columns: Range<usize>) {
+    let first = 2 * (pair + AHEAD);
+    for row in first..matrix.rows.min(first + 2) {
+        prefetch(&matrix.row(row)[columns.clone()]);
     }
 }
 

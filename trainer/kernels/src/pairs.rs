@@ -9,6 +9,15 @@ pub(crate) fn pair_of(low: bf16, high: bf16) -> u32 {
     u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16
 }
 
+/// Writes the pairs of two rows' neighbours.
+#[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
+#[inline(always)]
+pub(crate) fn interleave(low: &[bf16], high: &[bf16], to: &mut [u32]) {
+    for ((to, &low), &high) in to.iter_mut().zip(low).zip(high) {
+        *to = pair_of(low, high);
+    }
+}
+
 /// Views fp32 as bits.
 pub(crate) fn bits_of(values: &[f32]) -> &[u32] {
     #[expect(unsafe_code, reason = "a number under another name")]

@@ -151,14 +151,11 @@ impl<const N: usize> Projections<N> {
             let mut terms: Vec<_> = dy.into_iter().zip(weights).collect();
             let adapters = self.down.as_ref().zip(d_low.as_ref());
             let adapters = adapters.map(|(down, d_low)| (d_low, Factor::Plain(&down.a.value)));
-            // Their inputs have gradients of their own where there is noise on them.
-            let (plain, noisy) = match noise {
-                None => (adapters, None),
-                Some(noise) => (None, adapters.zip(Some(noise))),
-            };
-            terms.extend(plain);
+            if noise.is_none() {
+                terms.extend(adapters);
+            }
             let mut dx = profile::time("linear, input gradient", || ops::products(&terms, None));
-            if let Some(((d_low, a), noise)) = noisy {
+            if let (Some((d_low, a)), Some(noise)) = (adapters, noise) {
                 let mut product = dx.empty_like();
                 ops::multiply(d_low, a, 1.0, &mut product);
                 ops::add_masked(&mut dx, &product, noise);

@@ -6,7 +6,7 @@ use tch::{Kind, Tensor};
 use super::{
     Factor,
     pool::Threads,
-    view::{elements, elements_mut, is_matrix_of_pairs, matrix, matrix_mut},
+    view::{elements_mut, is_matrix_of_pairs, matrix, matrix_mut, side},
 };
 
 /// Tells whether a product `[T, K] · [K, N]` can be computed here; either `K` or `N` is low.
@@ -38,14 +38,10 @@ pub(super) fn multiply(
     to: &mut Tensor,
     is_added: bool,
 ) {
-    let factor = match factor {
-        Factor::Plain(factor) => kernels::Factor::Plain(elements(factor)),
-        Factor::Transposed(factor) => kernels::Factor::Transposed(elements(factor)),
-    };
     let (columns, stride) = (to.size()[1] as usize, to.stride()[0] as usize);
     let to = MatrixMut { data: matrix_mut(to), columns, stride };
     let multiply = if is_added { kernels::multiply::<true> } else { kernels::multiply::<false> };
-    multiply(&Threads, matrix(left), factor, scale as f32, to);
+    multiply(&Threads, matrix(left), side(factor), scale as f32, to);
 }
 
 pub(super) fn add_outer(left: &Tensor, right: &Tensor, grad: &Tensor) {

@@ -1,13 +1,16 @@
 //! Products of large matrices, on our kernels.
 
-use finetune_kernels::matmul::{Side, Target, is_supported, multiply};
+use finetune_kernels::{
+    matmul::{Target, is_supported, multiply},
+    matrix::Side,
+};
 use half::bf16;
 use tch::{Kind, Tensor};
 
 use super::{
     Factor,
     pool::Threads,
-    view::{elements, elements_mut, is_matrix_of_pairs, matrix},
+    view::{elements, elements_mut, is_matrix_of_pairs, matrix, side},
 };
 
 /// From here on it pays to bring a weight into panels first.
@@ -34,18 +37,11 @@ pub(super) fn products(terms: &[(&Tensor, Factor<'_>)], bias: Option<&Tensor>) -
     };
     let size = [left.size()[0], columns];
     let mut sum = Tensor::empty(size, (Kind::BFloat16, left.device()));
-    let terms: Vec<_> = terms.iter().map(|&(left, factor)| sides(left, factor)).collect();
+    let terms: Vec<_> =
+        terms.iter().map(|&(left, factor)| (Side::Plain(matrix(left)), side(factor))).collect();
     let target = Target::Write(elements_mut::<bf16>(&mut sum), bias.map(elements));
     multiply(&Threads, &terms, size.map(|size| size as usize), target);
     sum
-}
-
-fn sides<'a>(left: &'a Tensor, factor: Factor<'a>) -> (Side<'a>, Side<'a>) {
-    let right = match factor {
-        Factor::Plain(factor) => Side::Plain(matrix(factor)),
-        Factor::Transposed(factor) => Side::Transposed(matrix(factor)),
-    };
-    (Side::Plain(matrix(left)), right)
 }
 
 pub(super) fn add_outer(left: &Tensor, right: &Tensor, grad: &Tensor) {

@@ -1,8 +1,10 @@
 //! The elements of tensors as slices.
 
-use finetune_kernels::matrix::Matrix;
+use finetune_kernels::matrix::{Matrix, Side};
 use half::bf16;
 use tch::{Device, Kind, Tensor};
+
+use super::Factor;
 
 /// A type that tensors are made of.
 pub(super) trait Native: Copy {
@@ -92,6 +94,17 @@ pub(super) fn matrix(tensor: &Tensor) -> Matrix<'_> {
     let [rows, columns, stride] =
         [tensor.size()[0], tensor.size()[1], tensor.stride()[0]].map(|size| size as usize);
     Matrix { data, rows, columns, stride }
+}
+
+/// Views the right side of a product.
+///
+/// # Panics
+/// If it is no matrix of pairs.
+pub(super) fn side(factor: Factor<'_>) -> Side<'_> {
+    match factor {
+        Factor::Plain(factor) => Side::Plain(matrix(factor)),
+        Factor::Transposed(factor) => Side::Transposed(matrix(factor)),
+    }
 }
 
 /// Returns the elements of a matrix of pairs, from the first to the last, with those between its
