@@ -1,6 +1,6 @@
 //! The operators in one pass over memory, on our kernels.
 
-use std::ops::Range;
+use std::{cell::RefCell, ops::Range};
 
 use finetune_kernels::{
     adamw,
@@ -21,6 +21,11 @@ use super::{
 
 /// Elements of one unit of work: they and their results stay in the second cache.
 const AT_ONCE: usize = 1 << 15;
+
+// Kept by each thread: fresh memory costs page faults.
+thread_local! {
+    static PARTIALS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
 
 /// Calls with `$E` as the type of a kind's elements.
 macro_rules! by_kind {
@@ -65,21 +70,24 @@ pub(super) fn rms_norm_backward(
         // Each unit sums on its own, so that the sum does not depend on the number of threads.
         let partial_width = if weight_grad.is_some() { width } else { 0 };
         let unit = width * (AT_ONCE / width).max(1);
-        let mut partial = vec![0.0; x.len().div_ceil(unit) * partial_width];
-        let partials = Shared::new(&mut partial);
-        write_rows(elements_mut(&mut dy), width, |range, dy| {
-            let index = range.start / unit * partial_width;
-            #[expect(unsafe_code, reason = "units write side by side")]
-            // SAFETY: these elements belong to this unit.
-            let weight_grad = unsafe { partials.range(index..index + partial_width) };
-            let residual = residual.map(|residual| &residual[range.clone()]);
-            norm::backward(&x[range], weight, eps as f32, dy, residual, weight_grad);
+        PARTIALS.with_borrow_mut(|partial| {
+            partial.clear();
+            partial.resize(x.len().div_ceil(unit) * partial_width, 0.0);
+            let partials = Shared::new(partial);
+            write_rows(elements_mut(&mut dy), width, |range, dy| {
+                let index = range.start / unit * partial_width;
+                #[expect(unsafe_code, reason = "units write side by side")]
+                // SAFETY: these elements belong to this unit.
+                let weight_grad = unsafe { partials.range(index..index + partial_width) };
+                let residual = residual.map(|residual| &residual[range.clone()]);
+                norm::backward(&x[range], weight, eps as f32, dy, residual, weight_grad);
+            });
+            if let Some(grad) = weight_grad {
+                let mut grad = grad.shallow_clone();
+                let grad = elements_mut::<f32>(&mut grad);
+                partial.chunks(width).for_each(|partial| sum::add(grad, partial));
+            }
         });
-        if let Some(grad) = weight_grad {
-            let mut grad = grad.shallow_clone();
-            let grad = elements_mut::<f32>(&mut grad);
-            partial.chunks(width).for_each(|partial| sum::add(grad, partial));
-        }
     });
     dy
 }
