@@ -185,7 +185,7 @@ pub fn run(arguments: &Arguments, environment: &Environment) -> Result<String, F
         }
         let (step_started, sent) = (clock::now(), ranks.sent_bytes());
         let dropout = Dropout::new(arguments.dropout, seed.fold(step as u64));
-        optimizer::zero_gradient(model.trained());
+        model.trained().forget_gradients();
         model.expect_last();
         let loss = model.accumulate_gradients(&batch, recompute, dropout.as_ref());
         model.reduce_gradients()?;

@@ -130,11 +130,6 @@ pub fn clip(square: f64, target_tokens: u64, max_grad_norm: f64) -> Clipped {
     Clipped { norm, scale: scale / targets }
 }
 
-/// Sets the summed gradient to zero.
-pub fn zero_gradient(params: &FlatParams) {
-    let _ = params.grad().shallow_clone().zero_();
-}
-
 /// Returns the learning rate of a step, counted from 0.
 ///
 /// # Source

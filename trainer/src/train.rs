@@ -203,7 +203,7 @@ impl Training<'_> {
         let step = self.state.step;
         let (mut loss, mut targets, mut tokens) = (0.0, 0, 0);
         let sent_before = self.model.ranks().sent_bytes();
-        optimizer::zero_gradient(self.model.trained());
+        self.model.trained().forget_gradients();
         let ranks = self.model.ranks().clone();
         let world_size = u64::from(ranks.world_size());
         let noise = self.dropout(step);

@@ -47,6 +47,8 @@ fn has_amx_bf16() -> bool {
 pub enum Target<'a> {
     /// It is written, with a bias `[N]` if there is one.
     Write(&'a mut [bf16], Option<&'a [bf16]>),
+    /// It is written in fp32.
+    Set(&'a mut [f32]),
     /// It is added in fp32.
     Add(&'a mut [f32]),
 }
@@ -57,6 +59,10 @@ impl Target<'_> {
             Self::Write(to, bias) => {
                 let (some, rest) = to.split_at_mut(index);
                 (Target::Write(some, bias), Target::Write(rest, bias))
+            }
+            Self::Set(to) => {
+                let (some, rest) = to.split_at_mut(index);
+                (Target::Set(some), Target::Set(rest))
             }
             Self::Add(to) => {
                 let (some, rest) = to.split_at_mut(index);
@@ -128,6 +134,10 @@ fn multiply_deep(
     };
     match to {
         Target::Add(to) => add(to),
+        Target::Set(to) => {
+            to.fill(0.0);
+            add(to);
+        }
         Target::Write(to, bias) => DEEP_SUMS.with_borrow_mut(|sums| {
             sums.clear();
             sums.resize(rows * columns, 0.0);
@@ -305,6 +315,7 @@ struct Output<'a> {
 
 enum SharedTarget<'a> {
     Write(Shared<'a, bf16>, Option<&'a [bf16]>),
+    Set(Shared<'a, f32>),
     Add(Shared<'a, f32>),
 }
 
@@ -315,6 +326,10 @@ impl<'a> Output<'a> {
                 assert_eq!(to.len(), rows * columns);
                 assert!(bias.is_none_or(|bias| bias.len() == columns));
                 SharedTarget::Write(Shared::new(to), bias)
+            }
+            Target::Set(to) => {
+                assert_eq!(to.len(), rows * columns);
+                SharedTarget::Set(Shared::new(to))
             }
             Target::Add(to) => {
                 assert_eq!(to.len(), rows * columns);
@@ -337,6 +352,8 @@ impl<'a> Output<'a> {
             unsafe {
                 match &self.to {
                     SharedTarget::Write(to, _) => prefetch(to.range(range)),
+                    // Whole lines are written, which nobody has to read.
+                    SharedTarget::Set(_) => {}
                     SharedTarget::Add(to) => prefetch(to.range(range)),
                 }
             }
@@ -358,6 +375,10 @@ impl<'a> Output<'a> {
                     SharedTarget::Write(to, bias) => {
                         let bias = bias.map(|bias| &bias[columns.clone()]);
                         round(sums, bias, to.range(range));
+                    }
+                    SharedTarget::Set(to) => {
+                        let to = to.range(range);
+                        to.copy_from_slice(&sums[..to.len()]);
                     }
                     SharedTarget::Add(to) => {
                         for (to, &sum) in to.range(range).iter_mut().zip(sums) {
@@ -492,7 +513,10 @@ mod tests {
                     [rows, columns],
                     Target::Add(&mut sums),
                 );
-                let sums: Vec<f32> = sums.iter().map(|sum| sum - 1.0).collect();
+                let added: Vec<f32> = sums.iter().map(|sum| sum - 1.0).collect();
+                assert_close(&added, &exact, if depth > 0 { 1e-5 } else { 0.0 });
+                let terms = [term((&left, flip_left), (&right, flip_right))];
+                multiply(&Serial, &terms, [rows, columns], Target::Set(&mut sums));
                 assert_close(&sums, &exact, if depth > 0 { 1e-5 } else { 0.0 });
             }
         }

@@ -41,16 +41,17 @@ impl Embedding {
     /// Adds the gradients of trained parameters; `dy` is `[T, D]`.
     pub fn backward(&self, tokens: &Tensor, dy: &Tensor) {
         if let Some(grad) = &self.weight.grad {
-            let _ = grad.shallow_clone().index_add_(0, tokens, &dy.to_kind(Kind::Float));
+            let _ = grad.sum().shallow_clone().index_add_(0, tokens, &dy.to_kind(Kind::Float));
         }
         let Some(adapter) = &self.adapter else { return };
         let u = adapter.a.value.index_select(1, tokens) * adapter.scaling; // [R, T]
         if let Some(grad) = &adapter.b.grad {
-            let _ = grad.shallow_clone().g_add_(&dy.tr().mm(&u.tr())); // [D, R]
+            let _ = grad.sum().shallow_clone().g_add_(&dy.tr().mm(&u.tr())); // [D, R]
         }
         if let Some(grad) = &adapter.a.grad {
             let d_a = dy.mm(&adapter.b.value) * adapter.scaling; // [T, R]
-            let _ = grad.shallow_clone().index_add_(1, tokens, &d_a.to_kind(Kind::Float).tr());
+            let _ =
+                grad.sum().shallow_clone().index_add_(1, tokens, &d_a.to_kind(Kind::Float).tr());
         }
     }
 

@@ -172,10 +172,10 @@ impl<const N: usize> Projections<N> {
     pub fn add_gradients(&self, input: &Input, low: &Low, dy: [&Tensor; N], passed: &Passed) {
         for (layer, dy) in self.layers.iter().zip(dy) {
             if let Some(grad) = &layer.weight.grad {
-                ops::add_outer(dy, &input.x, grad);
+                grad.add_outer(dy, &input.x);
             }
             if let Some(grad) = layer.bias.as_ref().and_then(|bias| bias.grad.as_ref()) {
-                ops::accumulate(grad, &dy.sum_dim_intlist(0, false, Kind::Float));
+                ops::accumulate(grad.sum(), &dy.sum_dim_intlist(0, false, Kind::Float));
             }
         }
         let (Some(down), Some(d_low), Low(Some(low))) = (&self.down, &passed.d_low, low) else {
@@ -185,11 +185,11 @@ impl<const N: usize> Projections<N> {
             if let Some(up) = &layer.up
                 && let Some(grad) = &up.b.grad
             {
-                ops::add_outer(dy, &up.rows(low), grad);
+                grad.add_outer(dy, &up.rows(low));
             }
         }
         if let Some(grad) = &down.a.grad {
-            ops::add_outer(d_low, input.for_adapter(), grad);
+            grad.add_outer(d_low, input.for_adapter());
         }
     }
 }

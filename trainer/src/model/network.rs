@@ -245,6 +245,7 @@ impl Model {
     /// # Errors
     /// [`dist::Error`] if another rank was lost, now or during the micro-batches.
     pub fn reduce_gradients(&self) -> Result<(), dist::Error> {
+        self.trained.settle_gradients();
         match (self.sharded_training(), &self.buckets) {
             (Some(sharded), _) => sharded.finish_gradients()?,
             (None, Some(buckets)) => buckets.finish()?,

@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use super::params::Param;
+use super::params::{Gradient, Param};
 use crate::ops;
 
 /// `y = x / rms(x) · weight`, over the last axis.
@@ -27,7 +27,7 @@ impl RmsNorm {
     ///
     /// The memory of `dy` is used for the result.
     pub fn backward(&self, x: &Tensor, dy: Tensor, residual: Option<&Tensor>) -> Tensor {
-        let grad = self.weight.grad.as_ref();
+        let grad = self.weight.grad.as_ref().map(Gradient::sum);
         ops::rms_norm_backward(x, &self.weight.value, self.eps, dy, residual, grad)
     }
 }

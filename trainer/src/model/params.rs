@@ -4,7 +4,11 @@
 //! updates, reduces, clips or stores everything. Of a model divided over ranks they hold this
 //! rank's parts, of which no parameter need be whole.
 
-use std::collections::BTreeMap;
+use std::{
+    cell::{Cell, RefCell},
+    collections::BTreeMap,
+    rc::Rc,
+};
 
 use finetune_contract::Dtype;
 use tch::{Device, Kind, Tensor};
@@ -13,7 +17,7 @@ use super::{
     config::TensorSpec,
     layout::{Layout, Move},
 };
-use crate::ops::Codes;
+use crate::ops::{self, Codes};
 
 /// Flat numbers as a checkpoint has them, fp32, whatever holds them.
 #[derive(Debug, Clone, Copy)]
@@ -75,8 +79,39 @@ fn copy_into(window: &Tensor, start: i64, values: &[(Tensor, &[Move])]) {
 pub struct Param {
     /// The value computed with, in the computation's dtype.
     pub value: Tensor,
-    /// Where its gradient is summed, in fp32; `None` for a frozen parameter.
-    pub grad: Option<Tensor>,
+    /// Its gradient; `None` for a frozen parameter.
+    pub grad: Option<Gradient>,
+}
+
+/// Where a parameter's gradient is summed, in fp32.
+///
+/// What a step computes first is written over what the last one left: zeros in between would be
+/// written and read for nothing.
+#[derive(Debug, Clone)]
+pub struct Gradient {
+    sum: Rc<Tensor>,
+    is_stale: Rc<Cell<bool>>,
+}
+
+impl Gradient {
+    /// Wraps a sum that is there.
+    pub fn new(sum: Tensor) -> Self {
+        Self { sum: Rc::new(sum), is_stale: Rc::new(Cell::new(false)) }
+    }
+
+    /// Returns the sum, zeros before anything was added.
+    pub fn sum(&self) -> &Tensor {
+        if self.is_stale.take() {
+            let _ = self.sum.shallow_clone().zero_();
+        }
+        &self.sum
+    }
+
+    /// Adds `leftᵀ · right`, of `[T, M]` and `[T, N]`.
+    pub fn add_outer(&self, left: &Tensor, right: &Tensor) {
+        let add = if self.is_stale.take() { ops::write_outer } else { ops::add_outer };
+        add(left, right, &self.sum);
+    }
 }
 
 impl Param {
@@ -93,10 +128,7 @@ impl Param {
     /// Returns a second handle on the same parameter, as a tied head needs.
     #[must_use]
     pub fn share(&self) -> Self {
-        Self {
-            value: self.value.shallow_clone(),
-            grad: self.grad.as_ref().map(Tensor::shallow_clone),
-        }
+        Self { value: self.value.shallow_clone(), grad: self.grad.clone() }
     }
 }
 
@@ -112,6 +144,8 @@ pub struct FlatParams {
     decay_spans: Vec<(usize, usize, bool)>,
     master: Tensor,
     grad: Tensor,
+    /// Those given out, by their first element.
+    gradients: RefCell<BTreeMap<usize, Gradient>>,
     compute: Tensor,
 }
 
@@ -162,7 +196,8 @@ impl FlatParams {
             Dtype::Fp32 => master.shallow_clone(),
             Dtype::Bf16 => zeros(Kind::BFloat16),
         };
-        Self { places, names, decay_spans, grad: zeros(Kind::Float), master, compute }
+        let (grad, gradients) = (zeros(Kind::Float), RefCell::default());
+        Self { places, names, decay_spans, master, grad, gradients, compute }
     }
 
     /// Lists the names, in flat order.
@@ -175,9 +210,27 @@ impl FlatParams {
         &self.master
     }
 
-    /// Returns the fp32 gradients, flat.
+    /// Returns the fp32 gradients, flat; between [`Self::forget_gradients`] and
+    /// [`Self::settle_gradients`] some may be the last step's.
     pub fn grad(&self) -> &Tensor {
         &self.grad
+    }
+
+    /// Begins a step: gradients start anew.
+    pub fn forget_gradients(&self) {
+        let gradients = self.gradients.borrow();
+        if gradients.is_empty() {
+            // Parts of divided parameters are added to whole.
+            let _ = self.grad.shallow_clone().zero_();
+        }
+        gradients.values().for_each(|gradient| gradient.is_stale.set(true));
+    }
+
+    /// Ends the micro-batches of a step: what they computed nothing of is zero.
+    pub fn settle_gradients(&self) {
+        self.gradients.borrow().values().for_each(|gradient| {
+            gradient.sum();
+        });
     }
 
     /// Returns what modules compute with, flat; in fp32 the masters themselves.
@@ -197,7 +250,14 @@ impl FlatParams {
 
     /// Returns one parameter as a module uses it; `None` if it is not trained.
     pub fn param(&self, name: &str) -> Option<Param> {
-        Some(Param { value: self.view(&self.compute, name)?, grad: self.view(&self.grad, name) })
+        let grad = self.gradient(self.places.get(name)?.0, self.view(&self.grad, name)?);
+        Some(Param { value: self.view(&self.compute, name)?, grad: Some(grad) })
+    }
+
+    /// Gives a gradient out: every holder of one knows what others added to it.
+    fn gradient(&self, first: usize, view: Tensor) -> Gradient {
+        let mut gradients = self.gradients.borrow_mut();
+        gradients.entry(first).or_insert_with(|| Gradient::new(view)).clone()
     }
 
     /// Returns matrices that lie one after another as one, `[Σ rows, columns]`; `None` if there are
@@ -217,7 +277,8 @@ impl FlatParams {
         let view = |flat: &Tensor| {
             flat.narrow(0, first as i64, (end - first) as i64).view([rows, shape[1]])
         };
-        Some(Param { value: view(&self.compute), grad: Some(view(&self.grad)) })
+        let grad = self.gradient(first, view(&self.grad));
+        Some(Param { value: view(&self.compute), grad: Some(grad) })
     }
 
     /// Returns where a parameter begins in the flat tensors; `None` if it is not trained whole.
@@ -251,4 +312,35 @@ impl FlatParams {
 /// which zero is no sensible prior for.
 const fn decays(dimensions: usize) -> bool {
     dimensions >= 2
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_begins_anew_whoever_adds_first() {
+        let specs = ["first", "second", "third"]
+            .map(|name| TensorSpec { name: name.to_owned(), shape: vec![2, 2] });
+        let params = FlatParams::new(&specs, Dtype::Fp32, Device::Cpu);
+        let [first, second, _third] = ["first", "second", "third"]
+            .map(|name| params.param(name).and_then(|param| param.grad).unwrap());
+        let again = params.param("first").and_then(|param| param.grad).unwrap();
+        let (one, two) = (Tensor::ones([1, 2], (Kind::Float, Device::Cpu)), Tensor::from(2.0_f32));
+        for step in 0..2 {
+            let _ = params.grad().shallow_clone().fill_(7.0);
+            params.forget_gradients();
+            first.add_outer(&one, &one);
+            again.add_outer(&one, &one);
+            let _ = second.sum().shallow_clone().g_add_(&two);
+            second.add_outer(&one, &one);
+            params.settle_gradients();
+            let found = Vec::<f32>::try_from(params.grad()).unwrap();
+            assert_eq!(
+                found,
+                [2.0, 2.0, 2.0, 2.0, 3.0, 3.0, 3.0, 3.0, 0.0, 0.0, 0.0, 0.0],
+                "{step}"
+            );
+        }
+    }
 }

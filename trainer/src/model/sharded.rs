@@ -18,7 +18,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::{
     layout::{Layout, OUTER},
-    params::{Flat, FlatParams, Param},
+    params::{Flat, FlatParams, Gradient, Param},
 };
 use crate::dist::{Error, Pending, Ranks, Reducing};
 
@@ -154,7 +154,7 @@ impl Sharded {
             let whole = rooms.room(place.unit);
             whole.narrow(0, place.offset as i64, place.length() as i64).view(place.shape.as_slice())
         };
-        let grad = self.gradients.as_ref().map(|gradients| view(&gradients.rooms));
+        let grad = self.gradients.as_ref().map(|gradients| Gradient::new(view(&gradients.rooms)));
         Some(Param { value: view(&self.rooms), grad })
     }
 

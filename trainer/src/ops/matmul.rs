@@ -24,8 +24,8 @@ pub(super) fn can(left: &Tensor, factor: &Tensor) -> bool {
         && is_supported()
 }
 
-/// Tells whether `leftᵀ · right` can be added to a gradient here.
-pub(super) fn can_add_outer(left: &Tensor, right: &Tensor, grad: &Tensor) -> bool {
+/// Tells whether `leftᵀ · right` can be added to a gradient, or be one, here.
+pub(super) fn can_outer(left: &Tensor, right: &Tensor, grad: &Tensor) -> bool {
     can(left, right) && grad.is_contiguous() && grad.kind() == Kind::Float
 }
 
@@ -44,9 +44,11 @@ pub(super) fn products(terms: &[(&Tensor, Factor<'_>)], bias: Option<&Tensor>) -
     sum
 }
 
-pub(super) fn add_outer(left: &Tensor, right: &Tensor, grad: &Tensor) {
+pub(super) fn outer(left: &Tensor, right: &Tensor, grad: &Tensor, has_sums: bool) {
     let size = [left.size()[1], right.size()[1]].map(|size| size as usize);
     let terms = [(Side::Transposed(matrix(left)), Side::Plain(matrix(right)))];
     let mut grad = grad.shallow_clone();
-    multiply(&Threads, &terms, size, Target::Add(elements_mut(&mut grad)));
+    let grad = elements_mut(&mut grad);
+    let target = if has_sums { Target::Add(grad) } else { Target::Set(grad) };
+    multiply(&Threads, &terms, size, target);
 }

@@ -194,11 +194,22 @@ pub fn add_outer(left: &Tensor, right: &Tensor, grad: &Tensor) {
     }
     profile::time("weight gradient", || {
         #[cfg(target_arch = "x86_64")]
-        if matmul::can_add_outer(left, right, grad) {
-            return matmul::add_outer(left, right, grad);
+        if matmul::can_outer(left, right, grad) {
+            return matmul::outer(left, right, grad, true);
         }
         plain::add_outer(left, right, grad);
     });
+}
+
+/// Writes `leftᵀ · right` to a gradient of which nothing was computed yet; shapes as in
+/// [`add_outer`].
+pub fn write_outer(left: &Tensor, right: &Tensor, grad: &Tensor) {
+    #[cfg(target_arch = "x86_64")]
+    if matmul::can_outer(left, right, grad) && !low_rank::can_add_outer(left, right, grad) {
+        return profile::time("weight gradient", || matmul::outer(left, right, grad, false));
+    }
+    let _ = grad.shallow_clone().zero_();
+    add_outer(left, right, grad);
 }
 
 /// Updates masters and moments, `[master, exp_avg, exp_avg_sq]` in fp32, and copies the masters to

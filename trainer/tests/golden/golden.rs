@@ -9,7 +9,7 @@ use finetune_contract::{Dtype, LoraSettings, Optimizer, Recompute};
 use finetune_trainer::{
     data::Batch,
     model::{Model, attach::Attachment, config::ModelConfig},
-    optimizer::{AdamW, Clipped, clip, zero_gradient},
+    optimizer::{AdamW, Clipped, clip},
     seed::Counter,
 };
 use serde::Deserialize;
@@ -145,8 +145,9 @@ impl Golden {
         for (step, rows) in training.rows_of_step.iter().enumerate() {
             let batch = self.batch(rows.iter().copied());
             let count = batch.labels.len() as u64;
-            zero_gradient(model.trained());
+            model.trained().forget_gradients();
             let loss = model.accumulate_gradients(&batch, Recompute::None, None) / count as f64;
+            model.reduce_gradients().unwrap();
             let square = model.gradient_square().unwrap();
             let Clipped { norm, scale } = clip(square, count, training.max_grad_norm);
             let rate = trajectory.learning_rate;

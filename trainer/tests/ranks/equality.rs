@@ -117,7 +117,7 @@ fn run(
     let (mut losses, mut norms, mut sent) = (Vec::new(), Vec::new(), 0);
     for step in 0..STEPS {
         let before = ranks.sent_bytes();
-        optimizer::zero_gradient(model.trained());
+        model.trained().forget_gradients();
         let (mut loss, mut targets) = (0.0, 0);
         for micro in (0..MICRO_BATCHES)
             .filter(|micro| micro % u64::from(ranks.world_size()) == u64::from(ranks.rank()))
