@@ -4,7 +4,7 @@
 use std::{hint::black_box, time::Instant};
 
 use finetune_kernels::{
-    adamw,
+    Element, Multiplied, adamw,
     adamw_8bit::{self, BLOCK, Moments},
     attention, cross_entropy,
     dropout::{self, Noise},
@@ -21,11 +21,7 @@ const FEED_FORWARD: usize = 1536;
 const VOCABULARY: usize = 49152;
 
 fn main() {
-    let values = |length: usize| -> Vec<bf16> {
-        (0..length)
-            .map(|index| bf16::from_f32((dropout::mix(index as u64) % 2048) as f32 / 1024.0 - 1.0))
-            .collect()
-    };
+    let values = values::<bf16>;
     let (x, weight) = (values(POSITIONS * WIDTH), values(WIDTH));
     let mut y = x.clone();
     time("rms_norm::forward", || rms_norm::forward(&x, &weight, 1e-5, &mut y));
@@ -70,20 +66,32 @@ fn main() {
         let moments = Moments { exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale };
         adamw_8bit::step(step, 1, 0, &grad, &mut state[0], moments, &mut compute);
     });
-    matmul(&values);
+    multiplied::<bf16>("bf16");
+    multiplied::<f32>("fp32");
+}
+
+fn values<E: Element>(length: usize) -> Vec<E> {
+    (0..length)
+        .map(|index| E::from_f32((dropout::mix(index as u64) % 2048) as f32 / 1024.0 - 1.0))
+        .collect()
+}
+
+fn multiplied<E: Multiplied>(dtype: &str) {
+    if !matmul::is_supported::<E>() {
+        println!("{dtype}: skipped, this processor has no AVX-512 for it, or has AMX");
+        return;
+    }
+    println!("{dtype}:");
+    matmul::<E>();
     for (segments, length) in [(4, 256), (2, 1024), (16, 64)] {
-        attention(segments, length, &values);
+        attention::<E>(segments, length);
     }
 }
 
-fn matmul(values: &dyn Fn(usize) -> Vec<bf16>) {
-    if !matmul::is_supported() {
-        println!("matmul: skipped, this processor has no AVX512-BF16, or has AMX");
-        return;
-    }
+fn matmul<E: Multiplied>() {
     for (depth, columns) in [(WIDTH, FEED_FORWARD), (FEED_FORWARD, WIDTH), (WIDTH, VOCABULARY)] {
-        let (x, weight) = (values(POSITIONS * depth), values(columns * depth));
-        let mut y = vec![bf16::ZERO; POSITIONS * columns];
+        let (x, weight) = (values::<E>(POSITIONS * depth), values::<E>(columns * depth));
+        let mut y = vec![E::default(); POSITIONS * columns];
         let mut grad = vec![0.0; depth * columns];
         let size = [POSITIONS, columns];
         time_product("forward", [POSITIONS, depth, columns], || {
@@ -104,7 +112,7 @@ fn matmul(values: &dyn Fn(usize) -> Vec<bf16>) {
     }
 }
 
-fn matrix(data: &[bf16], rows: usize, columns: usize) -> Matrix<'_> {
+fn matrix<E>(data: &[E], rows: usize, columns: usize) -> Matrix<'_, E> {
     Matrix { data, rows, columns, stride: columns }
 }
 
@@ -113,15 +121,11 @@ fn time_product(what: &str, [rows, depth, columns]: [usize; 3], run: impl FnMut(
     println!("{:40} {:.0} GFLOP/s", "", 2e-6 * (rows * depth * columns) as f64 / best);
 }
 
-fn attention(segments: usize, length: usize, values: &dyn Fn(usize) -> Vec<bf16>) {
+fn attention<E: Multiplied>(segments: usize, length: usize) {
     let shape = attention::Shape { heads: 9, kv_heads: 3, width: 64, window: usize::MAX };
-    if !attention::is_supported(shape.width) {
-        println!("attention: skipped, this processor has no AVX512-BF16");
-        return;
-    }
     let positions = segments * length;
     let lengths = vec![length; segments];
-    let (q, k) = (values(positions * 576), values(positions * 192));
+    let (q, k) = (values::<E>(positions * 576), values::<E>(positions * 192));
     let (mut out, mut lse) = (q.clone(), vec![0.0; positions * 9]);
     time(&format!("attention::forward, {segments}x{length}"), || {
         attention::forward(&Serial, shape, &lengths, [&q, &k, &k], &mut out, &mut lse);

@@ -6,21 +6,11 @@
 //! sum; scores are computed transposed, keys by queries, so that whatever belongs to a query is a
 //! lane of a register and nothing is summed across lanes.
 
-use std::{
-    arch::x86_64::{
-        __m256bh, __m256i, _mm256_storeu_si256, _mm512_cvtepu16_epi32, _mm512_cvtneps_pbh,
-        _mm512_loadu_ps, _mm512_or_si512, _mm512_slli_epi32, _mm512_storeu_si512,
-    },
-    cell::RefCell,
-};
-
-use half::bf16;
+use std::cell::RefCell;
 
 use crate::{
-    Element,
     exp::exp,
-    gemm::{self, LANES, Pairs, product},
-    pairs::{bits_of, pair_of, pairs_of},
+    gemm::{LANES, Multiplied, Words, interleave, words_of},
     pool::{Pool, Shared},
     transpose::{SIDE, transpose, transpose_block},
 };
@@ -47,27 +37,27 @@ pub struct Shape {
 }
 
 /// Tells whether this processor can, for heads of a width.
-pub fn is_supported(width: usize) -> bool {
-    width.is_multiple_of(2 * LANES) && width <= WIDEST && gemm::is_supported()
+pub fn is_supported<E: Multiplied>(width: usize) -> bool {
+    width.is_multiple_of(2 * LANES) && width <= WIDEST && E::is_supported()
 }
 
 /// Computes attention inside each segment.
 ///
 /// # Shapes
-/// `q` and `out` are `[T, H · E]`, `k` and `v` are `[T, K · E]`, all bf16; `logsumexp` is `[H, T]`.
+/// `q` and `out` are `[T, H · E]`, `k` and `v` are `[T, K · E]`; `logsumexp` is `[H, T]`.
 /// `lengths` sum to `T` at most.
 ///
 /// # Panics
 /// If a size is wrong, or the processor cannot ([`is_supported`]).
-pub fn forward(
+pub fn forward<E: Multiplied>(
     pool: &dyn Pool,
     shape: Shape,
     lengths: &[usize],
-    [q, k, v]: [&[bf16]; 3],
-    out: &mut [bf16],
+    [q, k, v]: [&[E]; 3],
+    out: &mut [E],
     logsumexp: &mut [f32],
 ) {
-    assert!(is_supported(shape.width), "heads of {}", shape.width);
+    assert!(is_supported::<E>(shape.width), "heads of {}", shape.width);
     let positions = logsumexp.len() / shape.heads;
     let mut units = Vec::new();
     for (start, length) in starts(lengths) {
@@ -85,20 +75,22 @@ pub fn forward(
         #[expect(unsafe_code, reason = "for certain processors")]
         // SAFETY: the processor was asked.
         BUFFERS.with_borrow_mut(|buffers| unsafe {
-            units[unit].forward(shape, positions, [q, k, v], &out, &logsumexp, buffers);
+            let unit = &units[unit];
+            let forward = if E::PER_WORD == 2 { forward_bf16 } else { forward_fp32 };
+            forward(unit, shape, positions, [q, k, v], &out, &logsumexp, buffers);
         });
     });
 }
 
 /// What the forward pass left, and the gradient it is asked with.
 #[derive(Debug, Clone, Copy)]
-pub struct Attended<'a> {
+pub struct Attended<'a, E> {
     /// Its result, `[T, H · E]`.
-    pub out: &'a [bf16],
+    pub out: &'a [E],
     /// Its denominators' logarithms, `[H, T]`.
     pub logsumexp: &'a [f32],
     /// The gradient of `out`.
-    pub d_out: &'a [bf16],
+    pub d_out: &'a [E],
 }
 
 /// Writes the gradients of `q`, `k` and `v`.
@@ -108,15 +100,15 @@ pub struct Attended<'a> {
 ///
 /// # Panics
 /// If a size is wrong, or the processor cannot ([`is_supported`]).
-pub fn backward(
+pub fn backward<E: Multiplied>(
     pool: &dyn Pool,
     shape: Shape,
     lengths: &[usize],
-    [q, k, v]: [&[bf16]; 3],
-    attended: Attended<'_>,
-    [dq, dk, dv]: [&mut [bf16]; 3],
+    [q, k, v]: [&[E]; 3],
+    attended: Attended<'_, E>,
+    [dq, dk, dv]: [&mut [E]; 3],
 ) {
-    assert!(is_supported(shape.width), "heads of {}", shape.width);
+    assert!(is_supported::<E>(shape.width), "heads of {}", shape.width);
     let positions = attended.logsumexp.len() / shape.heads;
     let mut units: Vec<Unit> = starts(lengths)
         .flat_map(|(start, length)| {
@@ -135,7 +127,9 @@ pub fn backward(
         #[expect(unsafe_code, reason = "for certain processors")]
         // SAFETY: the processor was asked.
         BUFFERS.with_borrow_mut(|buffers| unsafe {
-            units[unit].backward(shape, positions, [q, k, v], attended, &grads, buffers);
+            let unit = &units[unit];
+            let backward = if E::PER_WORD == 2 { backward_bf16 } else { backward_fp32 };
+            backward(unit, shape, positions, [q, k, v], attended, &grads, buffers);
         });
     });
 }
@@ -154,12 +148,12 @@ fn starts(lengths: &[usize]) -> impl Iterator<Item = (usize, usize)> {
 /// Kept by each thread: fresh memory costs page faults, and freeing it stops the other threads.
 #[derive(Default)]
 struct Buffers {
-    row_pairs: Vec<u32>,
+    row_words: Vec<u32>,
     transposed: Vec<u32>,
     q_columns: Vec<u32>,
-    q_pairs: Vec<u32>,
+    q_words: Vec<u32>,
     d_columns: Vec<u32>,
-    d_pairs: Vec<u32>,
+    d_words: Vec<u32>,
     q_sums: Vec<f32>,
     k_sums: Vec<f32>,
     v_sums: Vec<f32>,
@@ -185,14 +179,35 @@ struct Unit {
     queries: usize,
 }
 
+/// Compiles a method of [`Unit`] for the processors of a type.
+macro_rules! compiled {
+    ($name:ident, $method:ident, $features:literal, ($($argument:ident: $type:ty),*)) => {
+        #[expect(unsafe_code, reason = "for certain processors")]
+        #[target_feature(enable = $features)]
+        unsafe fn $name<E: Multiplied>(unit: &Unit, $($argument: $type),*) {
+            // SAFETY: the caller's.
+            unsafe { unit.$method($($argument),*) }
+        }
+    };
+}
+
+compiled!(forward_bf16, forward, "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16", (shape: Shape, positions: usize, inputs: [&[E]; 3], out: &Shared<'_, E>, logsumexp: &Shared<'_, f32>, buffers: &mut Buffers));
+compiled!(forward_fp32, forward, "avx512f,avx512bw,avx512dq,avx512vl", (shape: Shape, positions: usize, inputs: [&[E]; 3], out: &Shared<'_, E>, logsumexp: &Shared<'_, f32>, buffers: &mut Buffers));
+compiled!(backward_bf16, backward, "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16", (shape: Shape, positions: usize, inputs: [&[E]; 3], attended: Attended<'_, E>, grads: &[Shared<'_, E>; 3], buffers: &mut Buffers));
+compiled!(backward_fp32, backward, "avx512f,avx512bw,avx512dq,avx512vl", (shape: Shape, positions: usize, inputs: [&[E]; 3], attended: Attended<'_, E>, grads: &[Shared<'_, E>; 3], buffers: &mut Buffers));
+
+#[expect(unsafe_code, reason = "for certain processors")]
+#[expect(clippy::inline_always, reason = "compiled with their callers' instructions")]
 impl Unit {
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    fn forward(
+    /// # Safety
+    /// The processor can.
+    #[inline(always)]
+    unsafe fn forward<E: Multiplied>(
         &self,
         shape: Shape,
         positions: usize,
-        [q, k, v]: [&[bf16]; 3],
-        out: &Shared<'_, bf16>,
+        [q, k, v]: [&[E]; 3],
+        out: &Shared<'_, E>,
         logsumexp: &Shared<'_, f32>,
         buffers: &mut Buffers,
     ) {
@@ -207,13 +222,15 @@ impl Unit {
             column: self.kv_head * width,
             width,
         };
-        let k_pairs = pairs_of(&k[kv_rows.start * kv_rows.stride + kv_rows.column..]);
-        let k_stride = kv_rows.stride / 2;
-        let Buffers { row_pairs, transposed, q_sums: sums, q_columns, .. } = buffers;
-        kv_rows.pack_pairs(v, end - lowest, keys, row_pairs);
-        transpose(row_pairs, [keys / 2, width], transposed); // [E, keys/2]
+        let k_words = words_of(&k[kv_rows.start * kv_rows.stride + kv_rows.column..]);
+        let k_stride = kv_rows.stride / E::PER_WORD;
+        let Buffers { row_words, transposed, q_sums: sums, q_columns, .. } = buffers;
+        kv_rows.pack_words(v, end - lowest, keys, row_words);
+        let key_words = keys / E::PER_WORD;
+        // SAFETY: the caller's.
+        unsafe { transpose(row_words, [key_words, width], transposed) }; // [E, key words]
         let mut scores = [0.0; TILE * TILE]; // [keys, queries]
-        let mut p_pairs = [0_u32; TILE / 2 * TILE];
+        let mut p_words = [0_u32; TILE * TILE];
         for head in self.kv_head * (heads / kv_heads)..(self.kv_head + 1) * (heads / kv_heads) {
             for first in (self.first..end).step_by(TILE) {
                 let count = TILE.min(end - first);
@@ -223,28 +240,36 @@ impl Unit {
                     column: head * width,
                     width,
                 };
-                rows.pack_columns(q, count, q_columns);
+                // SAFETY: the caller's.
+                unsafe { rows.pack_columns(q, count, q_columns) };
                 let mut softmax = OnlineSoftmax::new(scale);
                 set_zero(sums, width * TILE); // [E, queries]
                 let mut tile = (first + 1).saturating_sub(window) / TILE * TILE;
                 while tile < first + count {
                     let keys_here = TILE.min(self.length - tile);
-                    let left = &k_pairs[(tile - lowest) * k_stride..];
-                    product::<false>(
-                        [keys_here, width / 2, TILE],
-                        Pairs { data: left, stride: k_stride },
-                        Pairs { data: q_columns, stride: TILE },
-                        &mut scores,
-                    );
+                    let left = &k_words[(tile - lowest) * k_stride..];
+                    // SAFETY: the caller's.
+                    unsafe {
+                        E::product::<false>(
+                            [keys_here, width / E::PER_WORD, TILE],
+                            Words { data: left, stride: k_stride },
+                            Words { data: q_columns, stride: TILE },
+                            &mut scores,
+                        );
+                    }
                     scores[keys_here * TILE..].fill(f32::NEG_INFINITY);
                     hide(&mut scores, [tile, keys_here], [first, count], window);
-                    softmax.add(&scores, &mut p_pairs, sums);
-                    product::<true>(
-                        [width, TILE / 2, TILE],
-                        Pairs { data: &transposed[(tile - lowest) / 2..], stride: keys / 2 },
-                        Pairs { data: &p_pairs, stride: TILE },
-                        sums,
-                    );
+                    let first_word = (tile - lowest) / E::PER_WORD;
+                    // SAFETY: the caller's.
+                    unsafe {
+                        softmax.add::<E>(&scores, &mut p_words, sums);
+                        E::product::<true>(
+                            [width, TILE / E::PER_WORD, TILE],
+                            Words { data: &transposed[first_word..], stride: key_words },
+                            Words { data: &p_words, stride: TILE },
+                            sums,
+                        );
+                    }
                     tile += TILE;
                 }
                 let at = head * positions + self.start + first;
@@ -262,15 +287,17 @@ impl Unit {
         }
     }
 
+    /// # Safety
+    /// The processor can.
     #[expect(clippy::too_many_lines, reason = "one loop nest whose parts share a dozen buffers")]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    fn backward(
+    #[inline(always)]
+    unsafe fn backward<E: Multiplied>(
         &self,
         shape: Shape,
         positions: usize,
-        [q, k, v]: [&[bf16]; 3],
-        attended: Attended<'_>,
-        [dq, dk, dv]: &[Shared<'_, bf16>; 3],
+        [q, k, v]: [&[E]; 3],
+        attended: Attended<'_, E>,
+        [dq, dk, dv]: &[Shared<'_, E>; 3],
         buffers: &mut Buffers,
     ) {
         let Shape { heads, kv_heads, width, window } = shape;
@@ -284,17 +311,19 @@ impl Unit {
             width,
         };
         let k_at = self.start * kv_heads * width + self.kv_head * width;
-        let k_stride = kv_heads * width / 2;
-        let (k_pairs, v_pairs) = (pairs_of(&k[k_at..]), pairs_of(&v[k_at..]));
-        let Buffers { row_pairs, transposed: k_transposed, k_sums, v_sums, q_sums, .. } = buffers;
-        let Buffers { q_columns, q_pairs, d_columns, d_pairs, .. } = buffers;
-        k_rows.pack_pairs(k, length, padded, row_pairs);
-        transpose(row_pairs, [padded / 2, width], k_transposed); // [E, padded/2]
+        let k_stride = kv_heads * width / E::PER_WORD;
+        let (k_words, v_words) = (words_of(&k[k_at..]), words_of(&v[k_at..]));
+        let Buffers { row_words, transposed: k_transposed, k_sums, v_sums, q_sums, .. } = buffers;
+        let Buffers { q_columns, q_words, d_columns, d_words, .. } = buffers;
+        k_rows.pack_words(k, length, padded, row_words);
+        let key_words = padded / E::PER_WORD;
+        // SAFETY: the caller's.
+        unsafe { transpose(row_words, [key_words, width], k_transposed) }; // [E, key words]
         set_zero(k_sums, padded * width);
         set_zero(v_sums, padded * width);
         let (mut scores, mut d_scores) = ([0.0; TILE * TILE], [0.0; TILE * TILE]);
-        let (mut p, mut ds) = ([bf16::ZERO; TILE * TILE], [bf16::ZERO; TILE * TILE]);
-        let mut ds_pairs = [0_u32; TILE / 2 * TILE];
+        let (mut p, mut ds) = ([E::default(); TILE * TILE], [E::default(); TILE * TILE]);
+        let mut ds_words = [0_u32; TILE * TILE];
         for head in self.kv_head * (heads / kv_heads)..(self.kv_head + 1) * (heads / kv_heads) {
             for first in (0..length).step_by(TILE) {
                 let count = TILE.min(length - first);
@@ -304,10 +333,13 @@ impl Unit {
                     column: head * width,
                     width,
                 };
-                rows.pack_columns(q, count, q_columns);
-                rows.pack_pairs(q, count, TILE, q_pairs);
-                rows.pack_columns(attended.d_out, count, d_columns);
-                rows.pack_pairs(attended.d_out, count, TILE, d_pairs);
+                // SAFETY: the caller's.
+                unsafe {
+                    rows.pack_columns(q, count, q_columns);
+                    rows.pack_columns(attended.d_out, count, d_columns);
+                }
+                rows.pack_words(q, count, TILE, q_words);
+                rows.pack_words(attended.d_out, count, TILE, d_words);
                 // Queries past the end get probability 0.
                 let (mut lse, mut delta) = ([f32::INFINITY; TILE], [0.0; TILE]);
                 let at = head * positions + self.start + first;
@@ -321,44 +353,47 @@ impl Unit {
                 while tile < first + count {
                     let keys = TILE.min(length - tile);
                     let of_tile = tile * k_stride..;
-                    let sizes = [keys, width / 2, TILE];
-                    let columns = |data| Pairs { data, stride: TILE };
-                    product::<false>(
-                        sizes,
-                        Pairs { data: &k_pairs[of_tile.clone()], stride: k_stride },
-                        columns(q_columns),
-                        &mut scores,
-                    );
-                    product::<false>(
-                        sizes,
-                        Pairs { data: &v_pairs[of_tile], stride: k_stride },
-                        columns(d_columns),
-                        &mut d_scores,
-                    );
+                    let sizes = [keys, width / E::PER_WORD, TILE];
+                    let columns = |data| Words { data, stride: TILE };
+                    let left = |data| Words { data, stride: k_stride };
+                    let (k_left, v_left) =
+                        (left(&k_words[of_tile.clone()]), left(&v_words[of_tile]));
+                    // SAFETY: the caller's.
+                    unsafe {
+                        E::product::<false>(sizes, k_left, columns(q_columns), &mut scores);
+                        E::product::<false>(sizes, v_left, columns(d_columns), &mut d_scores);
+                    }
                     scores[keys * TILE..].fill(f32::NEG_INFINITY);
                     hide(&mut scores, [tile, keys], [first, count], window);
                     for key in (0..keys).step_by(2) {
-                        gradients_of_scores(
-                            [
-                                &scores[key * TILE..][..2 * TILE],
-                                &d_scores[key * TILE..][..2 * TILE],
-                            ],
-                            scale,
-                            &lse,
-                            &delta,
-                            [&mut p[key * TILE..][..2 * TILE], &mut ds[key * TILE..][..2 * TILE]],
-                            &mut ds_pairs[key / 2 * TILE..][..TILE],
-                        );
+                        let both = key * TILE..(key + 2) * TILE;
+                        // SAFETY: the caller's.
+                        unsafe {
+                            gradients_of_scores(
+                                [&scores[both.clone()], &d_scores[both.clone()]],
+                                scale,
+                                &lse,
+                                &delta,
+                                [&mut p[both.clone()], &mut ds[both]],
+                                &mut ds_words[key / E::PER_WORD * TILE..],
+                            );
+                        }
                     }
-                    let left = |data| Pairs { data: pairs_of(data), stride: TILE / 2 };
-                    let right = |data| Pairs { data, stride: width };
-                    let sizes = [keys, TILE / 2, width];
+                    let left = |data| Words { data: words_of(data), stride: TILE / E::PER_WORD };
+                    let right = |data| Words { data, stride: width };
+                    let sizes = [keys, TILE / E::PER_WORD, width];
                     let sums = tile * width..(tile + keys) * width;
-                    product::<true>(sizes, left(&p), right(d_pairs), &mut v_sums[sums.clone()]);
-                    product::<true>(sizes, left(&ds), right(q_pairs), &mut k_sums[sums]);
-                    let left = Pairs { data: &k_transposed[tile / 2..], stride: padded / 2 };
-                    let right = Pairs { data: &ds_pairs, stride: TILE };
-                    product::<true>([width, keys.div_ceil(2), TILE], left, right, q_sums);
+                    let (v_sums, k_sums) = (&mut v_sums[sums.clone()], &mut k_sums[sums]);
+                    let first_word = tile / E::PER_WORD;
+                    let k_left = Words { data: &k_transposed[first_word..], stride: key_words };
+                    let ds_right = Words { data: &ds_words, stride: TILE };
+                    let q_sizes = [width, keys.div_ceil(E::PER_WORD), TILE];
+                    // SAFETY: the caller's.
+                    unsafe {
+                        E::product::<true>(sizes, left(&p), right(d_words), v_sums);
+                        E::product::<true>(sizes, left(&ds), right(q_words), k_sums);
+                        E::product::<true>(q_sizes, k_left, ds_right, q_sums);
+                    }
                     tile += TILE;
                 }
                 scale_columns(q_sums, &[scale; TILE]);
@@ -375,10 +410,10 @@ impl Unit {
             // SAFETY: this head's keys and values belong to this unit.
             let (dk, dv) = unsafe { (dk.range(at..at + width), dv.range(at..at + width)) };
             for (dk, &sum) in dk.iter_mut().zip(&k_sums[row * width..]) {
-                *dk = Element::from_f32(sum * scale);
+                *dk = E::from_f32(sum * scale);
             }
             for (dv, &sum) in dv.iter_mut().zip(&v_sums[row * width..]) {
-                *dv = Element::from_f32(sum);
+                *dv = E::from_f32(sum);
             }
         }
     }
@@ -422,14 +457,18 @@ impl OnlineSoftmax {
         Self { scale, largest: [f32::NEG_INFINITY; TILE], total: [0.0; TILE] }
     }
 
-    /// Takes a tile of scores `[keys, queries]`: writes its probabilities in pairs of keys and
+    /// Takes a tile of scores `[keys, queries]`: writes its probabilities in words of keys and
     /// brings `sums`, `[E, queries]`, to their scale.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    #[inline]
-    fn add(
+    ///
+    /// # Safety
+    /// The processor can.
+    #[expect(unsafe_code, reason = "for certain processors")]
+    #[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
+    #[inline(always)]
+    unsafe fn add<E: Multiplied>(
         &mut self,
         scores: &[f32; TILE * TILE],
-        pairs: &mut [u32; TILE / 2 * TILE],
+        words: &mut [u32; TILE * TILE],
         sums: &mut [f32],
     ) {
         let mut largest = [f32::NEG_INFINITY; TILE];
@@ -458,7 +497,8 @@ impl OnlineSoftmax {
         // Hidden scores are -∞; a query that sees nothing subtracts 0, not -∞, from them.
         let subtract = self.largest.map(|largest| if largest < f32::MIN { 0.0 } else { largest });
         let (scale, total) = (self.scale, &mut self.total);
-        for (rows, pairs) in scores.chunks_exact(2 * TILE).zip(pairs.chunks_exact_mut(TILE)) {
+        let words = words.chunks_exact_mut(2 * TILE / E::PER_WORD);
+        for (rows, words) in scores.chunks_exact(2 * TILE).zip(words) {
             let (low, high) = rows.split_at(TILE);
             for lane in (0..TILE).step_by(LANES) {
                 let (low, high) = (lanes(low, lane), lanes(high, lane));
@@ -471,7 +511,9 @@ impl OnlineSoftmax {
                 for (total, (low, high)) in total[lane..].iter_mut().zip(p_low.iter().zip(p_high)) {
                     *total += low + high;
                 }
-                store_pairs(rounded(&p_low), rounded(&p_high), &mut pairs[lane..]);
+                // SAFETY: the caller's.
+                let p = unsafe { [E::round(&p_low), E::round(&p_high)] };
+                store_words(&p, &mut words[lane..]);
             }
         }
     }
@@ -493,32 +535,38 @@ fn scale_columns(matrix: &mut [f32], factors: &[f32; TILE]) {
     }
 }
 
-/// For two keys: probabilities `p`, `ds = p ∘ (dp − delta)`, and the latter once more as pairs.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-#[inline]
-fn gradients_of_scores(
+/// For two keys: probabilities `p`, `ds = p ∘ (dp − delta)`, and the latter once more as words of keys.
+///
+/// # Safety
+/// The processor can.
+#[expect(unsafe_code, reason = "for certain processors")]
+#[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
+#[inline(always)]
+unsafe fn gradients_of_scores<E: Multiplied>(
     [scores, d_scores]: [&[f32]; 2],
     scale: f32,
     lse: &[f32; TILE],
     delta: &[f32; TILE],
-    [p, ds]: [&mut [bf16]; 2],
-    pairs: &mut [u32],
+    [p, ds]: [&mut [E]; 2],
+    words: &mut [u32],
 ) {
     for lane in (0..TILE).step_by(LANES) {
         let (lse, delta) = (lanes(lse, lane), lanes(delta, lane));
-        let both = [0, TILE].map(|key| {
+        let mut both = [[E::default(); LANES]; 2];
+        for (key, to) in [0, TILE].into_iter().zip(&mut both) {
             let (score, d_score) = (lanes(scores, key + lane), lanes(d_scores, key + lane));
             let (mut probability, mut d) = ([0.0; LANES], [0.0; LANES]);
             for query in 0..LANES {
                 probability[query] = exp::<true>(score[query] * scale - lse[query]);
                 d[query] = probability[query] * (d_score[query] - delta[query]);
             }
-            let d = rounded(&d);
-            store(rounded(&probability), &mut p[key + lane..]);
-            store(d, &mut ds[key + lane..]);
-            d
-        });
-        store_pairs(both[0], both[1], &mut pairs[lane..]);
+            // SAFETY: the caller's.
+            let (probability, d) = unsafe { (E::round(&probability), E::round(&d)) };
+            p[key + lane..][..LANES].copy_from_slice(&probability);
+            ds[key + lane..][..LANES].copy_from_slice(&d);
+            *to = d;
+        }
+        store_words(&both, &mut words[lane..]);
     }
 }
 
@@ -528,42 +576,12 @@ fn lanes(values: &[f32], first: usize) -> &[f32; LANES] {
     values[first..].first_chunk().expect("tiles are whole registers")
 }
 
-/// Rounds to nearest, ties to even.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-#[inline]
-fn rounded(values: &[f32; LANES]) -> __m256i {
-    #[expect(unsafe_code, reason = "reads a register; the same 256 bits under another name")]
-    // SAFETY: there are 16 values.
-    unsafe {
-        let rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(values.as_ptr()));
-        std::mem::transmute::<__m256bh, __m256i>(rounded)
-    }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-#[inline]
-fn store(values: __m256i, to: &mut [bf16]) {
-    let to = &mut to[..LANES];
-    #[expect(unsafe_code, reason = "writes a register")]
-    // SAFETY: there is room for 16 values.
-    unsafe {
-        _mm256_storeu_si256(to.as_mut_ptr().cast(), values);
-    }
-}
-
-/// Stores pairs of two rows' neighbours, the first in the low half.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-#[inline]
-fn store_pairs(low: __m256i, high: __m256i, to: &mut [u32]) {
-    let to = &mut to[..LANES];
-    let high = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(high));
-    #[expect(unsafe_code, reason = "writes a register")]
-    // SAFETY: there is room for 16 pairs.
-    unsafe {
-        _mm512_storeu_si512(
-            to.as_mut_ptr().cast(),
-            _mm512_or_si512(_mm512_cvtepu16_epi32(low), high),
-        );
+/// Stores two rows as words of neighbours: one row of pairs, or two a tile apart.
+#[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
+#[inline(always)]
+fn store_words<E: Multiplied>(rows: &[[E; LANES]; 2], to: &mut [u32]) {
+    for (word, rows) in rows.chunks_exact(E::PER_WORD).enumerate() {
+        interleave(&rows[0], &rows[E::PER_WORD - 1], &mut to[word * TILE..][..LANES]);
     }
 }
 
@@ -578,74 +596,77 @@ struct Rows {
 #[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
 impl Rows {
     #[inline(always)]
-    fn row<'a>(&self, from: &'a [bf16], row: usize) -> &'a [bf16] {
+    fn row<'a, E>(&self, from: &'a [E], row: usize) -> &'a [E] {
         &from[(self.start + row) * self.stride + self.column..][..self.width]
     }
 
-    /// Packs up to [`TILE`] rows as columns of pairs, `[E/2, TILE]`; what is missing is zero.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    #[inline]
-    fn pack_columns(&self, from: &[bf16], count: usize, to: &mut Vec<u32>) {
+    /// Packs up to [`TILE`] rows as columns of words, `[words, TILE]`; what is missing is zero.
+    ///
+    /// # Safety
+    /// The processor can.
+    #[expect(unsafe_code, reason = "for certain processors")]
+    #[inline(always)]
+    unsafe fn pack_columns<E: Multiplied>(&self, from: &[E], count: usize, to: &mut Vec<u32>) {
+        let [width, stride] = [self.width, self.stride].map(|length| length / E::PER_WORD);
         to.clear();
-        to.resize(self.width / 2 * TILE, 0);
-        let pairs = pairs_of(&from[self.start * self.stride + self.column..]);
+        to.resize(width * TILE, 0);
+        let words = words_of(&from[self.start * self.stride + self.column..]);
         for row in (0..count).step_by(SIDE) {
-            for column in (0..self.width / 2).step_by(SIDE) {
-                transpose_block(
-                    &pairs[row * self.stride / 2 + column..],
-                    self.stride / 2,
-                    SIDE.min(count - row),
-                    &mut to[column * TILE + row..],
-                    TILE,
-                );
+            for column in (0..width).step_by(SIDE) {
+                let (from, to) = (&words[row * stride + column..], &mut to[column * TILE + row..]);
+                // SAFETY: the caller's.
+                unsafe { transpose_block(from, stride, SIDE.min(count - row), to, TILE) };
             }
         }
     }
 
-    /// Packs each two rows as pairs, `[padded/2, E]`; what is missing is zero.
+    /// Packs neighbouring rows as words, `[words, E]`; what is missing is zero.
     #[inline(always)]
-    fn pack_pairs(&self, from: &[bf16], count: usize, padded: usize, to: &mut Vec<u32>) {
+    fn pack_words<E: Multiplied>(
+        &self,
+        from: &[E],
+        count: usize,
+        padded: usize,
+        to: &mut Vec<u32>,
+    ) {
         to.clear();
-        to.resize(padded / 2 * self.width, 0);
-        for (pair, to) in to.chunks_exact_mut(self.width).enumerate().take(count.div_ceil(2)) {
-            let low = self.row(from, 2 * pair);
-            if 2 * pair + 1 < count {
-                let high = self.row(from, 2 * pair + 1);
-                for ((to, &low), &high) in to.iter_mut().zip(low).zip(high) {
-                    *to = pair_of(low, high);
-                }
-            } else {
-                for (to, &low) in to.iter_mut().zip(low) {
-                    *to = pair_of(low, bf16::ZERO);
-                }
+        to.resize(padded / E::PER_WORD * self.width, 0);
+        let nothing = [E::default(); WIDEST];
+        for (word, to) in to.chunks_exact_mut(self.width).enumerate() {
+            let first = word * E::PER_WORD;
+            if first >= count {
+                break;
             }
+            let second = first + E::PER_WORD - 1;
+            let second = if second < count { self.row(from, second) } else { &nothing };
+            interleave(self.row(from, first), second, to);
         }
     }
 
     /// Rounds the columns of `[E, TILE]` to rows of a matrix.
     ///
     /// # Safety
-    /// No other unit may touch those rows of this head.
+    /// No other unit may touch those rows of this head, and the processor can.
     #[expect(unsafe_code, reason = "see above")]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    #[inline]
-    unsafe fn write_transposed(&self, columns: &[f32], count: usize, to: &Shared<'_, bf16>) {
+    #[inline(always)]
+    unsafe fn write_transposed<E: Multiplied>(
+        &self,
+        columns: &[f32],
+        count: usize,
+        to: &Shared<'_, E>,
+    ) {
         let mut block = [0_u32; SIDE * SIDE];
         for row in (0..count).step_by(SIDE) {
             for column in (0..self.width).step_by(SIDE) {
-                transpose_block(
-                    bits_of(&columns[column * TILE + row..]),
-                    TILE,
-                    SIDE,
-                    &mut block,
-                    SIDE,
-                );
+                let from = words_of(&columns[column * TILE + row..]);
+                // SAFETY: the caller's.
+                unsafe { transpose_block(from, TILE, SIDE, &mut block, SIDE) };
                 for (index, values) in block.chunks_exact(SIDE).enumerate().take(count - row) {
                     let at = (self.start + row + index) * self.stride + self.column + column;
                     // SAFETY: the caller's.
                     let to = unsafe { to.range(at..at + SIDE) };
                     for (to, &value) in to.iter_mut().zip(values) {
-                        *to = Element::from_f32(f32::from_bits(value));
+                        *to = E::from_f32(f32::from_bits(value));
                     }
                 }
             }
@@ -659,12 +680,18 @@ mod tests {
 
     use super::{Attended, Shape, backward, forward, is_supported};
     use crate::{
+        gemm::Multiplied,
         pool::Serial,
-        testing::{assert_close, numbers, rounded},
+        testing::{assert_close, numbers, of_type},
     };
 
     /// The formulas in f64: result, and gradients of q, k and v.
-    fn exact(shape: Shape, lengths: &[usize], [q, k, v, d_out]: [&[bf16]; 4]) -> [Vec<f64>; 4] {
+    fn exact<E: Multiplied>(
+        shape: Shape,
+        lengths: &[usize],
+        [q, k, v, d_out]: [&[E]; 4],
+    ) -> [Vec<f64>; 4] {
+        let wide = |x: E| f64::from(x.to_f32());
         let Shape { heads, kv_heads, width, window } = shape;
         let [mut out, mut dq] = [vec![0.0; q.len()], vec![0.0; q.len()]];
         let [mut dk, mut dv] = [vec![0.0; k.len()], vec![0.0; k.len()]];
@@ -675,8 +702,8 @@ mod tests {
                 let kv_head = head / (heads / kv_heads);
                 let q_at = |i: usize| ((start + i) * heads + head) * width;
                 let k_at = |j: usize| ((start + j) * kv_heads + kv_head) * width;
-                let dot = |a: &[bf16], b: &[bf16]| -> f64 {
-                    a[..width].iter().zip(b).map(|(a, b)| a.to_f64() * b.to_f64()).sum()
+                let dot = |a: &[E], b: &[E]| -> f64 {
+                    a[..width].iter().zip(b).map(|(&a, &b)| wide(a) * wide(b)).sum()
                 };
                 for i in 0..length {
                     let keys = (i + 1).saturating_sub(window)..i + 1;
@@ -692,10 +719,10 @@ mod tests {
                         let p = weight / total;
                         let ds = p * (dp - delta) * scale;
                         for e in 0..width {
-                            out[q_at(i) + e] += p * v[k_at(j) + e].to_f64();
-                            dq[q_at(i) + e] += ds * k[k_at(j) + e].to_f64();
-                            dk[k_at(j) + e] += ds * q[q_at(i) + e].to_f64();
-                            dv[k_at(j) + e] += p * d_out[q_at(i) + e].to_f64();
+                            out[q_at(i) + e] += p * wide(v[k_at(j) + e]);
+                            dq[q_at(i) + e] += ds * wide(k[k_at(j) + e]);
+                            dk[k_at(j) + e] += ds * wide(q[q_at(i) + e]);
+                            dv[k_at(j) + e] += p * wide(d_out[q_at(i) + e]);
                         }
                     }
                 }
@@ -705,34 +732,41 @@ mod tests {
         [out, dq, dk, dv]
     }
 
-    fn check(shape: Shape, lengths: &[usize]) {
+    fn check<E: Multiplied>(shape: Shape, lengths: &[usize], rounding: f64) {
         let positions: usize = lengths.iter().sum();
         let of = |heads: usize, factor: f32, seed| {
             let values = numbers(positions * heads * shape.width, seed);
-            rounded(&values.iter().map(|value| factor * value).collect::<Vec<_>>())
+            of_type::<E>(&values.iter().map(|value| factor * value).collect::<Vec<_>>())
         };
         let (q, k) = (of(shape.heads, 2.0, 1), of(shape.kv_heads, 2.0, 2));
         let (v, d_out) = (of(shape.kv_heads, 1.0, 3), of(shape.heads, 1.0, 4));
         let [out, dq, dk, dv] = exact(shape, lengths, [&q, &k, &v, &d_out]);
-        let mut found = vec![bf16::NAN; q.len()];
+        let mut found = vec![E::from_f32(f32::NAN); q.len()];
         let mut logsumexp = vec![f32::NAN; positions * shape.heads];
         forward(&Serial, shape, lengths, [&q, &k, &v], &mut found, &mut logsumexp);
-        let wide = |values: &[bf16]| values.iter().map(|value| value.to_f32()).collect::<Vec<_>>();
-        // bf16 has 8 bits: results, and probabilities on the way, are off by 1/512 each.
-        assert_close(&wide(&found), &out, 1.0 / 128.0);
-        let mut grads = [q.len(), k.len(), v.len()].map(|length| vec![bf16::NAN; length]);
+        let wide = |values: &[E]| values.iter().map(|value| value.to_f32()).collect::<Vec<_>>();
+        // Results, and probabilities on the way, are off by as much.
+        assert_close(&wide(&found), &out, 4.0 * rounding);
+        let mut grads =
+            [q.len(), k.len(), v.len()].map(|length| vec![E::from_f32(f32::NAN); length]);
         let attended = Attended { out: &found, logsumexp: &logsumexp, d_out: &d_out };
         let [a, b, c] = &mut grads;
         backward(&Serial, shape, lengths, [&q, &k, &v], attended, [a, b, c]);
         for (found, exact) in grads.iter().zip([dq, dk, dv]) {
-            assert_close(&wide(found), &exact, 1.0 / 64.0);
+            assert_close(&wide(found), &exact, 8.0 * rounding);
         }
     }
 
     #[test]
     fn follows_the_formula_for_all_shapes_of_heads_and_lengths() {
-        if !is_supported(64) {
-            eprintln!("skipped: this processor has no AVX512-BF16");
+        // bf16 has 8 bits.
+        check_shapes::<bf16>(1.0 / 512.0);
+        check_shapes::<f32>(1e-6);
+    }
+
+    fn check_shapes<E: Multiplied>(rounding: f64) {
+        if !is_supported::<E>(64) {
+            eprintln!("skipped: this processor has no AVX-512 or no AVX512-BF16");
             return;
         }
         let all = usize::MAX;
@@ -748,7 +782,7 @@ mod tests {
             (2, 1, 32, 64, &[200]),
             (2, 1, 32, 100, &[300, 3]),
         ] {
-            check(Shape { heads, kv_heads, width, window }, lengths);
+            check::<E>(Shape { heads, kv_heads, width, window }, lengths, rounding);
         }
     }
 }

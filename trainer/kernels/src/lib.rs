@@ -6,7 +6,7 @@
 //!
 //! One plain text is compiled for AVX-512, for AVX2 and for any processor (`versions`); only what
 //! multiplies matrices, `attention`, `low_rank` and `matmul`, is written with instructions of its
-//! own, because it needs AVX512-BF16.
+//! own: it needs AVX-512, and AVX512-BF16 for bf16.
 
 mod versions;
 
@@ -27,8 +27,6 @@ pub mod matmul;
 pub mod matrix;
 #[cfg(target_arch = "x86_64")]
 mod pack;
-#[cfg(target_arch = "x86_64")]
-mod pairs;
 pub mod pool;
 pub mod rms_norm;
 pub mod rope;
@@ -38,6 +36,8 @@ pub mod swiglu;
 mod transpose;
 
 pub use element::Element;
+#[cfg(target_arch = "x86_64")]
+pub use gemm::Multiplied;
 
 #[cfg(test)]
 mod testing;

@@ -1,4 +1,4 @@
-//! Products with a factor of low rank, in bf16: what a LoRA adapter adds to a layer, and its
+//! Products with a factor of low rank: what a LoRA adapter adds to a layer, and its
 //! gradients.
 //!
 //! The long matrix is passed over once and in place. A general product reads and writes it several
@@ -6,13 +6,9 @@
 
 use std::cell::RefCell;
 
-use half::bf16;
-
 use crate::{
-    Element,
-    gemm::{self, LANES, Pairs, product},
+    gemm::{LANES, Multiplied, Words, interleave, words_of},
     matrix::{Matrix, Side},
-    pairs::{interleave, pair_of, pairs_of},
     pool::{Pool, Shared},
 };
 
@@ -20,7 +16,7 @@ use crate::{
 const ROWS: usize = 128;
 /// Rows and columns whose sums are kept in the first cache.
 const AT_ONCE: [usize; 2] = [16, 512];
-/// Rows of the long matrix that [`add_outer`] brings into pairs at once.
+/// Rows of the long matrix that [`add_outer`] brings into words at once.
 const DEPTH: usize = 64;
 /// The most units of [`add_outer`], each with sums of its own.
 const PARTS: usize = 8;
@@ -28,18 +24,18 @@ const PARTS: usize = 8;
 const HIGHEST_RANK: usize = 128;
 
 /// Tells whether this processor can, for a layer's width and the sum of its adapters' ranks.
-pub fn is_supported(width: usize, rank: usize) -> bool {
+pub fn is_supported<E: Multiplied>(width: usize, rank: usize) -> bool {
     width.is_multiple_of(LANES)
-        && rank.is_multiple_of(2)
+        && rank.is_multiple_of(E::PER_WORD)
         && rank <= HIGHEST_RANK
-        && gemm::is_supported()
+        && E::is_supported()
 }
 
 /// A matrix that is written to, perhaps some columns of a wider one.
 #[derive(Debug)]
-pub struct MatrixMut<'a> {
+pub struct MatrixMut<'a, E> {
     /// From its first element to its last.
-    pub data: &'a mut [bf16],
+    pub data: &'a mut [E],
     /// Its columns, `N`.
     pub columns: usize,
     /// From one row to the next.
@@ -53,18 +49,18 @@ pub struct MatrixMut<'a> {
 ///
 /// # Panics
 /// If a size is wrong, or the processor cannot ([`is_supported`]).
-pub fn multiply<const ADD: bool>(
+pub fn multiply<E: Multiplied, const ADD: bool>(
     pool: &dyn Pool,
-    left: Matrix<'_>,
-    factor: Side<'_>,
+    left: Matrix<'_, E>,
+    factor: Side<'_, E>,
     scale: f32,
-    to: MatrixMut<'_>,
+    to: MatrixMut<'_, E>,
 ) {
     let MatrixMut { data, columns, stride } = to;
     let (rows, length) = (left.rows, data.len());
     assert!(columns <= stride && (rows == 0 || length == (rows - 1) * stride + columns));
-    PACKED.with_borrow_mut(|pairs| {
-        let right = Packed::new(factor, left.columns, columns, pairs);
+    PACKED.with_borrow_mut(|words| {
+        let right = Packed::new(factor, left.columns, columns, words);
         let data = Shared::new(data);
         pool.run(rows.div_ceil(ROWS), &|unit| {
             let range = unit * ROWS..rows.min((unit + 1) * ROWS);
@@ -73,7 +69,7 @@ pub fn multiply<const ADD: bool>(
             unsafe {
                 let data = data.range(range.start * stride..length.min(range.end * stride));
                 let mut to = MatrixMut { data, columns, stride };
-                right.multiply::<ADD>(left, range, scale, &mut to);
+                right.multiply::<E, ADD>(left, range, scale, &mut to);
             }
         });
     });
@@ -87,10 +83,10 @@ pub fn multiply<const ADD: bool>(
 ///
 /// # Panics
 /// If a size is wrong, or the processor cannot ([`is_supported`]).
-pub fn add_outer<const TRANSPOSED: bool>(
+pub fn add_outer<E: Multiplied, const TRANSPOSED: bool>(
     pool: &dyn Pool,
-    left: Matrix<'_>,
-    right: Matrix<'_>,
+    left: Matrix<'_, E>,
+    right: Matrix<'_, E>,
     grad: &mut [f32],
 ) {
     assert_eq!(grad.len(), left.columns * right.columns);
@@ -110,9 +106,9 @@ pub fn add_outer<const TRANSPOSED: bool>(
             let range = unit * part..rows.min((unit + 1) * part);
             #[expect(unsafe_code, reason = "units write side by side; for certain processors")]
             // SAFETY: these sums belong to this unit, and the processor was asked.
-            PAIRS.with_borrow_mut(|pairs| unsafe {
+            WORDS.with_borrow_mut(|words| unsafe {
                 let sums = shared.range(unit * grad.len()..(unit + 1) * grad.len());
-                outer(left, right, range, sums, pairs);
+                outer(left, right, range, sums, words);
             });
         });
         let (total, others) = sums.split_at_mut(grad.len());
@@ -132,67 +128,81 @@ pub fn add_outer<const TRANSPOSED: bool>(
 thread_local! {
     static PACKED: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) };
     static SUMS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-    static PAIRS: RefCell<[Vec<u32>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
+    static WORDS: RefCell<[Vec<u32>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
 }
 
-/// A factor in pairs, `[K/2, N]`, filled up with zeros to whole registers.
+/// A factor in words, by the depth and `N`, filled up with zeros to whole registers.
 struct Packed<'a> {
-    pairs: &'a [u32],
+    words: &'a [u32],
+    /// Its rows.
     depth: usize,
     stride: usize,
 }
 
 impl<'a> Packed<'a> {
-    fn new(factor: Side<'_>, depth: usize, columns: usize, pairs: &'a mut Vec<u32>) -> Self {
+    fn new<E: Multiplied>(
+        factor: Side<'_, E>,
+        depth: usize,
+        columns: usize,
+        words: &'a mut Vec<u32>,
+    ) -> Self {
         let stride = columns.next_multiple_of(LANES);
-        pairs.clear();
-        pairs.resize(depth / 2 * stride, 0);
-        assert_eq!(factor.size(), [depth, columns]);
+        let size = depth;
+        let depth = depth / E::PER_WORD;
+        words.clear();
+        words.resize(depth * stride, 0);
+        assert_eq!(factor.size(), [size, columns]);
         match factor {
             Side::Plain(matrix) => {
-                for (pair, to) in pairs.chunks_exact_mut(stride).enumerate() {
-                    interleave(matrix.row(2 * pair), matrix.row(2 * pair + 1), to);
+                for (word, to) in words.chunks_exact_mut(stride).enumerate() {
+                    let first = word * E::PER_WORD;
+                    interleave(matrix.row(first), matrix.row(first + E::PER_WORD - 1), to);
                 }
             }
             Side::Transposed(matrix) => {
                 for column in 0..columns {
-                    let to = pairs[column..].iter_mut().step_by(stride);
-                    to.zip(pairs_of(matrix.row(column))).for_each(|(to, &pair)| *to = pair);
+                    let to = words[column..].iter_mut().step_by(stride);
+                    to.zip(words_of(matrix.row(column))).for_each(|(to, &word)| *to = word);
                 }
             }
         }
-        Self { pairs, depth, stride }
+        Self { words, depth, stride }
     }
 
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    fn multiply<const ADD: bool>(
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    fn multiply<E: Multiplied, const ADD: bool>(
         &self,
-        left: Matrix<'_>,
+        left: Matrix<'_, E>,
         rows: std::ops::Range<usize>,
         scale: f32,
-        to: &mut MatrixMut<'_>,
+        to: &mut MatrixMut<'_, E>,
     ) {
         let [most_rows, most_columns] = AT_ONCE;
         #[expect(clippy::large_stack_arrays, reason = "32 KiB of a stack of megabytes")]
         let mut sums = [0.0; AT_ONCE[0] * AT_ONCE[1]];
-        let pairs = pairs_of(&left.data[rows.start * left.stride..]);
+        let words = words_of(&left.data[rows.start * left.stride..]);
+        let left_stride = left.stride / E::PER_WORD;
         for row in (0..rows.len()).step_by(most_rows) {
             let count = most_rows.min(rows.len() - row);
             for column in (0..self.stride).step_by(most_columns) {
                 let width = most_columns.min(self.stride - column);
-                product::<false>(
-                    [count, self.depth / 2, width],
-                    Pairs { data: &pairs[row * left.stride / 2..], stride: left.stride / 2 },
-                    Pairs { data: &self.pairs[column..], stride: self.stride },
-                    &mut sums,
-                );
+                #[expect(unsafe_code, reason = "for certain processors")]
+                // SAFETY: the processor was asked.
+                unsafe {
+                    E::product::<false>(
+                        [count, self.depth, width],
+                        Words { data: &words[row * left_stride..], stride: left_stride },
+                        Words { data: &self.words[column..], stride: self.stride },
+                        &mut sums,
+                    );
+                }
                 let end = to.columns.min(column + width);
                 for (index, sums) in sums.chunks_exact(width).enumerate().take(count) {
                     let start = (row + index) * to.stride;
                     let to = &mut to.data[start + column..start + end];
                     for (to, &sum) in to.iter_mut().zip(sums) {
                         let before = if ADD { to.to_f32() } else { 0.0 };
-                        *to = Element::from_f32(before + scale * sum);
+                        *to = E::from_f32(before + scale * sum);
                     }
                 }
             }
@@ -201,41 +211,47 @@ impl<'a> Packed<'a> {
 }
 
 /// Writes `leftᵀ · right` of some rows to `sums`, which are zero.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-fn outer(
-    left: Matrix<'_>,
-    right: Matrix<'_>,
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn outer<E: Multiplied>(
+    left: Matrix<'_, E>,
+    right: Matrix<'_, E>,
     rows: std::ops::Range<usize>,
     sums: &mut [f32],
-    [left_pairs, right_pairs]: &mut [Vec<u32>; 2],
+    [left_words, right_words]: &mut [Vec<u32>; 2],
 ) {
     let width = right.columns;
-    left_pairs.resize(left.columns * DEPTH / 2, 0); // [S, DEPTH/2]
-    right_pairs.resize(DEPTH / 2 * width, 0);
-    let nothing = vec![bf16::ZERO; left.columns.max(width)];
+    let depth = DEPTH / E::PER_WORD;
+    left_words.resize(left.columns * depth, 0); // [S, depth]
+    right_words.resize(depth * width, 0);
+    let nothing = vec![E::default(); left.columns.max(width)];
     for first in rows.clone().step_by(DEPTH) {
         let count = DEPTH.min(rows.end - first);
         // A row too few is filled up with zeros.
-        let pairs = count.div_ceil(2);
-        for pair in 0..pairs {
+        let words = count.div_ceil(E::PER_WORD);
+        for word in 0..words {
             let both = |of| {
-                let row = first + 2 * pair;
-                let high = if row + 1 < rows.end { Matrix::row(of, row + 1) } else { &nothing };
-                (Matrix::row(of, row), high)
+                let row = first + word * E::PER_WORD;
+                let second = if row + 1 < rows.end { Matrix::row(of, row + 1) } else { &nothing };
+                (Matrix::row(of, row), second)
             };
-            let (low, high) = both(left);
-            let to = left_pairs[pair..].iter_mut().step_by(DEPTH / 2);
-            to.zip(low.iter().zip(high)).for_each(|(to, (&low, &high))| *to = pair_of(low, high));
-            let to = &mut right_pairs[pair * width..][..width];
-            let (low, high) = both(right);
-            interleave(low, high, to);
+            let (one, other) = both(left);
+            let to = left_words[word..].iter_mut().step_by(depth);
+            to.zip(one.iter().zip(other))
+                .for_each(|(to, (&one, &other))| *to = E::word(one, other));
+            let to = &mut right_words[word * width..][..width];
+            let (one, other) = both(right);
+            interleave(one, other, to);
         }
-        product::<true>(
-            [left.columns, pairs, width],
-            Pairs { data: left_pairs, stride: DEPTH / 2 },
-            Pairs { data: right_pairs, stride: width },
-            sums,
-        );
+        #[expect(unsafe_code, reason = "for certain processors")]
+        // SAFETY: the processor was asked.
+        unsafe {
+            E::product::<true>(
+                [left.columns, words, width],
+                Words { data: left_words, stride: depth },
+                Words { data: right_words, stride: width },
+                sums,
+            );
+        }
     }
 }
 
@@ -245,24 +261,30 @@ mod tests {
 
     use super::{MatrixMut, add_outer, is_supported, multiply};
     use crate::{
+        gemm::Multiplied,
         matrix::{Matrix, Side},
         pool::Serial,
-        testing::{assert_close, numbers, rounded},
+        testing::{assert_close, numbers, of_type},
     };
 
     /// `[rows, depth] · [depth, columns]` in f64.
-    fn exact(left: &[bf16], right: &[bf16], [rows, depth, columns]: [usize; 3]) -> Vec<f64> {
+    fn exact<E: Multiplied>(
+        left: &[E],
+        right: &[E],
+        [rows, depth, columns]: [usize; 3],
+    ) -> Vec<f64> {
+        let wide = |x: E| f64::from(x.to_f32());
         (0..rows * columns)
             .map(|index| {
                 let (row, column) = (index / columns, index % columns);
                 (0..depth)
-                    .map(|k| left[row * depth + k].to_f64() * right[k * columns + column].to_f64())
+                    .map(|k| wide(left[row * depth + k]) * wide(right[k * columns + column]))
                     .sum()
             })
             .collect()
     }
 
-    fn transposed(of: &[bf16], columns: usize) -> Vec<bf16> {
+    fn transposed<E: Multiplied>(of: &[E], columns: usize) -> Vec<E> {
         (0..of.len())
             .map(|index| {
                 let rows = of.len() / columns;
@@ -275,23 +297,28 @@ mod tests {
     const SHAPES: [[usize; 3]; 6] =
         [[1, 16, 2], [17, 48, 8], [130, 576, 24], [65, 1552, 16], [700, 32, 64], [3, 64, 6]];
 
-    fn can() -> bool {
-        let can = is_supported(16, 2);
+    fn can<E: Multiplied>() -> bool {
+        let can = is_supported::<E>(16, 2);
         if !can {
-            eprintln!("skipped: this processor has no AVX512-BF16");
+            eprintln!("skipped: this processor has no AVX-512 or no AVX512-BF16");
         }
         can
     }
 
     #[test]
     fn products_follow_the_formula_in_both_directions_and_both_layouts() {
-        if !can() {
+        check_products::<bf16>(1.0 / 256.0);
+        check_products::<f32>(1e-5);
+    }
+
+    fn check_products<E: Multiplied>(rounding: f64) {
+        if !can::<E>() {
             return;
         }
         for [rows, width, rank] in SHAPES {
             for [depth, columns] in [[width, rank], [rank, width]] {
-                let left = rounded(&numbers(rows * depth, 1));
-                let right = rounded(&numbers(depth * columns, 2));
+                let left: Vec<E> = of_type(&numbers(rows * depth, 1));
+                let right: Vec<E> = of_type(&numbers(depth * columns, 2));
                 let expected = exact(&left, &right, [rows, depth, columns]);
                 let turned = transposed(&right, columns);
                 let plain = Matrix { data: &right, rows: depth, columns, stride: columns };
@@ -299,13 +326,13 @@ mod tests {
                 for factor in [Side::Plain(plain), Side::Transposed(turned)] {
                     // The result lies between other columns, which stay.
                     let (stride, first) = (columns + 5, 3);
-                    let before = rounded(&numbers(rows * stride, 3));
+                    let before: Vec<E> = of_type(&numbers(rows * stride, 3));
                     for add in [false, true] {
                         let mut data = before.clone();
                         let end = (rows - 1) * stride + first + columns;
                         let to = MatrixMut { data: &mut data[first..end], columns, stride };
                         let left = Matrix { data: &left, rows, columns: depth, stride: depth };
-                        let multiply = if add { multiply::<true> } else { multiply::<false> };
+                        let multiply = if add { multiply::<E, true> } else { multiply::<E, false> };
                         multiply(&Serial, left, factor, 0.5, to);
                         let inside = |index: usize| {
                             index % stride >= first && index % stride < first + columns
@@ -316,13 +343,13 @@ mod tests {
                             if inside(index) {
                                 found.push(value.to_f32());
                                 let at = index / stride * columns + index % stride - first;
-                                let before = if add { before.to_f64() } else { 0.0 };
+                                let before = if add { f64::from(before.to_f32()) } else { 0.0 };
                                 sums.push(before + 0.5 * expected[at]);
                             } else {
-                                assert_eq!(value, before);
+                                assert_eq!(value.to_f32().to_bits(), before.to_f32().to_bits());
                             }
                         }
-                        assert_close(&found, &sums, 1.0 / 256.0);
+                        assert_close(&found, &sums, rounding);
                     }
                 }
             }
@@ -331,22 +358,27 @@ mod tests {
 
     #[test]
     fn gradients_of_factors_follow_the_formula_in_both_layouts() {
-        if !can() {
+        check_gradients::<bf16>();
+        check_gradients::<f32>();
+    }
+
+    fn check_gradients<E: Multiplied>() {
+        if !can::<E>() {
             return;
         }
         for [rows, width, rank] in SHAPES {
             // The left side is a part of a wider matrix.
-            let wide = rounded(&numbers(rows * (rank + 4), 1));
-            let left: Vec<bf16> =
+            let wide: Vec<E> = of_type(&numbers(rows * (rank + 4), 1));
+            let left: Vec<E> =
                 wide.chunks(rank + 4).flat_map(|row| &row[2..rank + 2]).copied().collect();
-            let right = rounded(&numbers(rows * width, 2));
+            let right: Vec<E> = of_type(&numbers(rows * width, 2));
             let expected = exact(&transposed(&left, rank), &right, [rank, rows, width]);
             let left = Matrix { data: &wide[2..], rows, columns: rank, stride: rank + 4 };
             let right = Matrix { data: &right, rows, columns: width, stride: width };
             let mut grad = vec![1.0; rank * width];
-            add_outer::<false>(&Serial, left, right, &mut grad);
+            add_outer::<E, false>(&Serial, left, right, &mut grad);
             let mut turned = vec![1.0; rank * width];
-            add_outer::<true>(&Serial, left, right, &mut turned);
+            add_outer::<E, true>(&Serial, left, right, &mut turned);
             let plus_one: Vec<f64> = expected.iter().map(|value| value + 1.0).collect();
             assert_close(&grad, &plus_one, 1e-5);
             for (index, value) in turned.iter().enumerate() {

@@ -1,6 +1,6 @@
-//! Products of large matrices in bf16 with fp32 sums: what linear layers compute forward and backward.
+//! Products of large matrices with fp32 sums: what linear layers compute forward and backward.
 //!
-//! The right side is brought into panels of pairs that the second cache holds, the left side is read
+//! The right side is brought into panels of words that the second cache holds, the left side is read
 //! where it lies unless it is to be transposed, and register tiles (`gemm`) do the rest. Sums of
 //! several products, fp32 gradients and biases need no pass of their own.
 //!
@@ -10,13 +10,10 @@
 
 use std::{arch::x86_64::__cpuid_count, cell::RefCell, ops::Range, sync::LazyLock};
 
-use half::bf16;
-
 use crate::{
-    Element,
-    gemm::{self, LANES, ROWS, Tile},
+    gemm::{LANES, Multiplied, ROWS, Tile},
     matrix::Side,
-    pack::{PANEL, Packed, depth_of, grow, pack, part, prefetch},
+    pack::{PANEL, Packed, Term, depth_of, grow, pack, part, prefetch},
     pool::{Pool, Shared},
 };
 
@@ -24,36 +21,32 @@ use crate::{
 const BLOCK: usize = 64;
 /// Panels of one unit: whole lines of the cache, which units side by side would take from each other.
 const PANELS: usize = 4;
-/// Pairs of a panel's columns multiplied at once: 384 KiB stay in the second cache.
+/// Words of a panel's columns multiplied at once: 384 KiB stay in the second cache.
 const DEPTH: usize = 2048;
-/// Pairs in panels at once, 4 MiB, unless that leaves less than [`UNITS`] units.
+/// Words in panels at once, 4 MiB, unless that leaves less than [`UNITS`] units.
 const PACKED: usize = 1 << 20;
 /// The least units to divide work into.
 const UNITS: usize = 8;
 
-/// Tells whether this processor can, and has no AMX, with which libtorch is faster.
-pub fn is_supported() -> bool {
+/// Tells whether this processor can, and has no AMX, with which libtorch multiplies bf16 faster.
+pub fn is_supported<E: Multiplied>() -> bool {
     // Asking a virtual machine's processor takes a microsecond and more.
-    static IS_SUPPORTED: LazyLock<bool> = LazyLock::new(|| gemm::is_supported() && !has_amx_bf16());
-    *IS_SUPPORTED
-}
-
-fn has_amx_bf16() -> bool {
-    __cpuid_count(7, 0).edx & 1 << 22 != 0
+    static HAS_AMX_BF16: LazyLock<bool> = LazyLock::new(|| __cpuid_count(7, 0).edx & 1 << 22 != 0);
+    E::is_supported() && (E::PER_WORD == 1 || !*HAS_AMX_BF16)
 }
 
 /// Where a product goes, `[M, N]`, row by row.
 #[derive(Debug)]
-pub enum Target<'a> {
+pub enum Target<'a, E> {
     /// It is written, with a bias `[N]` if there is one.
-    Write(&'a mut [bf16], Option<&'a [bf16]>),
+    Write(&'a mut [E], Option<&'a [E]>),
     /// It is written in fp32.
     Set(&'a mut [f32]),
     /// It is added in fp32.
     Add(&'a mut [f32]),
 }
 
-impl Target<'_> {
+impl<E> Target<'_, E> {
     fn split_at(self, index: usize) -> (Self, Self) {
         match self {
             Self::Write(to, bias) => {
@@ -75,18 +68,18 @@ impl Target<'_> {
 /// Computes the sum of some products.
 ///
 /// # Shapes
-/// Every product is of `[M, K]` and `[K, N]`; their `K` may differ. It is even where a left side is
-/// plain or a right side to be transposed: what lies in pairs is read in pairs.
+/// Every product is of `[M, K]` and `[K, N]`; their `K` may differ. In bf16 it is even where a left
+/// side is plain or a right side to be transposed: what lies in pairs is read in pairs.
 ///
 /// # Panics
 /// If a size is wrong, or the processor cannot ([`is_supported`]).
-pub fn multiply(
+pub fn multiply<E: Multiplied>(
     pool: &dyn Pool,
-    terms: &[(Side<'_>, Side<'_>)],
+    terms: &[(Side<'_, E>, Side<'_, E>)],
     [rows, columns]: [usize; 2],
-    mut to: Target<'_>,
+    mut to: Target<'_, E>,
 ) {
-    assert!(gemm::is_supported());
+    assert!(E::is_supported());
     for term in terms {
         check(*term, [rows, columns]);
     }
@@ -114,19 +107,19 @@ pub fn multiply(
     }
 }
 
-/// Multiplies what has fewer sums than panels would have pairs, as the gradient of a head's input:
+/// Multiplies what has fewer sums than panels would have words, as the gradient of a head's input:
 /// some of the depth after the other.
-fn multiply_deep(
+fn multiply_deep<E: Multiplied>(
     pool: &dyn Pool,
-    terms: &[(Side<'_>, Side<'_>)],
+    terms: &[Term<'_, E>],
     [rows, columns]: [usize; 2],
-    to: Target<'_>,
+    to: Target<'_, E>,
 ) {
     let add = |sums: &mut [f32]| {
         for &(left, right) in terms {
             let depth = left.size()[1];
-            for first in (0..depth).step_by(2 * DEPTH) {
-                let range = first..depth.min(first + 2 * DEPTH);
+            for first in (0..depth).step_by(DEPTH * E::PER_WORD) {
+                let range = first..depth.min(first + DEPTH * E::PER_WORD);
                 let terms = [(left.columns(range.clone()), right.rows(range))];
                 multiply_at_once(pool, &terms, [rows, columns], Target::Add(sums));
             }
@@ -149,12 +142,12 @@ fn multiply_deep(
     }
 }
 
-/// Multiplies with the left side in pairs at once.
-fn multiply_at_once(
+/// Multiplies with all of the left side at once.
+fn multiply_at_once<E: Multiplied>(
     pool: &dyn Pool,
-    terms: &[(Side<'_>, Side<'_>)],
+    terms: &[Term<'_, E>],
     [rows, columns]: [usize; 2],
-    to: Target<'_>,
+    to: Target<'_, E>,
 ) {
     let to = Output::new(to, [rows, columns]);
     let depth: usize = terms.iter().map(depth_of).sum();
@@ -201,13 +194,13 @@ fn multiply_at_once(
 /// # Safety
 /// No other unit that runs at the same time may have the same rows and columns.
 #[expect(unsafe_code, reason = "units write side by side")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-unsafe fn multiply_panel(
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn multiply_panel<E: Multiplied>(
     lefts: &[Packed<'_>],
     panel: &[u32],
     rows: Range<usize>,
     columns: Range<usize>,
-    to: &Output<'_>,
+    to: &Output<'_, E>,
 ) {
     SUMS.with_borrow_mut(|sums| {
         grow(sums, BLOCK * PANEL);
@@ -218,7 +211,7 @@ unsafe fn multiply_panel(
             // SAFETY: the caller's.
             unsafe {
                 to.prefetch(rows.clone(), columns.clone());
-                sum(lefts, panel, rows.clone(), columns.len(), sums);
+                sum::<E>(lefts, panel, rows.clone(), columns.len(), sums);
                 to.take(sums, rows, columns.clone());
             }
         }
@@ -232,25 +225,25 @@ thread_local! {
     static SUMS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-fn check((left, right): (Side<'_>, Side<'_>), [rows, columns]: [usize; 2]) {
+fn check<E: Multiplied>((left, right): Term<'_, E>, [rows, columns]: [usize; 2]) {
     let ([left_rows, depth], [right_depth, right_columns]) = (left.size(), right.size());
     assert_eq!((left_rows, right_depth, right_columns), (rows, depth, columns));
     for side in [left, right] {
         let (Side::Plain(matrix) | Side::Transposed(matrix)) = side;
         matrix.check();
     }
-    // These have their pairs along rows, and are read or moved as such.
+    // These have their words along rows, and are read or moved as such.
     if let Side::Plain(matrix) = left {
-        matrix.check_pairs();
+        matrix.check_words(E::PER_WORD);
     }
     if let Side::Transposed(matrix) = right {
-        matrix.check_pairs();
+        matrix.check_words(E::PER_WORD);
     }
 }
 
 /// Writes the sums of some rows and one panel, [`PANEL`] from row to row.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-fn sum(
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn sum<E: Multiplied>(
     lefts: &[Packed<'_>],
     mut right: &[u32],
     rows: Range<usize>,
@@ -260,16 +253,16 @@ fn sum(
     assert!(rows.start.is_multiple_of(ROWS) && rows.len() <= BLOCK && sums.len() >= BLOCK * PANEL);
     let mut is_first = true;
     for left in lefts {
-        for start in (0..left.pairs).step_by(DEPTH) {
-            let pairs = DEPTH.min(left.pairs - start);
-            let (panel, rest) = right.split_at(pairs * PANEL);
+        for start in (0..left.words).step_by(DEPTH) {
+            let words = DEPTH.min(left.words - start);
+            let (panel, rest) = right.split_at(words * PANEL);
             right = rest;
             for row in rows.clone().step_by(ROWS) {
                 let data = &left.data[row / ROWS * left.group + start * left.step..];
                 let most = ROWS.min(rows.end - row);
-                assert!(data.len() > (most - 1) * left.stride + (pairs - 1) * left.step);
+                assert!(data.len() > (most - 1) * left.stride + (words - 1) * left.step);
                 let mut tile = Tile {
-                    pairs,
+                    words,
                     left: data.as_ptr(),
                     left_stride: left.stride,
                     left_step: left.step,
@@ -283,14 +276,15 @@ fn sum(
                     #[expect(unsafe_code, reason = "the inner loop reads through pointers")]
                     // SAFETY: the left side was checked above, the panel is `[pairs, PANEL]`, and
                     // there are sums for all rows of a block.
+                    // The processor can.
                     unsafe {
                         let done = match (columns.div_ceil(LANES), is_first) {
-                            (1, true) => tile.compute_some::<1, false>(left_over),
-                            (1, false) => tile.compute_some::<1, true>(left_over),
-                            (2, true) => tile.compute_some::<2, false>(left_over),
-                            (2, false) => tile.compute_some::<2, true>(left_over),
-                            (_, true) => tile.compute_some::<3, false>(left_over),
-                            (_, false) => tile.compute_some::<3, true>(left_over),
+                            (1, true) => E::compute_some::<1, false>(&tile, left_over),
+                            (1, false) => E::compute_some::<1, true>(&tile, left_over),
+                            (2, true) => E::compute_some::<2, false>(&tile, left_over),
+                            (2, false) => E::compute_some::<2, true>(&tile, left_over),
+                            (_, true) => E::compute_some::<3, false>(&tile, left_over),
+                            (_, false) => E::compute_some::<3, true>(&tile, left_over),
                         };
                         left_over -= done;
                         tile.left = tile.left.wrapping_add(done * left.stride);
@@ -307,20 +301,20 @@ fn sum(
 }
 
 /// A [`Target`] that several units write to.
-struct Output<'a> {
-    to: SharedTarget<'a>,
+struct Output<'a, E> {
+    to: SharedTarget<'a, E>,
     /// Its columns, `N`.
     width: usize,
 }
 
-enum SharedTarget<'a> {
-    Write(Shared<'a, bf16>, Option<&'a [bf16]>),
+enum SharedTarget<'a, E> {
+    Write(Shared<'a, E>, Option<&'a [E]>),
     Set(Shared<'a, f32>),
     Add(Shared<'a, f32>),
 }
 
-impl<'a> Output<'a> {
-    fn new(to: Target<'a>, [rows, columns]: [usize; 2]) -> Self {
+impl<'a, E: Multiplied> Output<'a, E> {
+    fn new(to: Target<'a, E>, [rows, columns]: [usize; 2]) -> Self {
         let to = match to {
             Target::Write(to, bias) => {
                 assert_eq!(to.len(), rows * columns);
@@ -391,15 +385,15 @@ impl<'a> Output<'a> {
     }
 }
 
-/// Rounds sums to bf16, with a bias if there is one.
+/// Rounds sums, with a bias if there is one.
 #[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
 #[inline(always)]
-fn round(sums: &[f32], bias: Option<&[bf16]>, to: &mut [bf16]) {
+fn round<E: Multiplied>(sums: &[f32], bias: Option<&[E]>, to: &mut [E]) {
     match bias {
-        None => to.iter_mut().zip(sums).for_each(|(to, &sum)| *to = Element::from_f32(sum)),
+        None => to.iter_mut().zip(sums).for_each(|(to, &sum)| *to = E::from_f32(sum)),
         Some(bias) => {
             for ((to, &sum), bias) in to.iter_mut().zip(sums).zip(bias) {
-                *to = Element::from_f32(sum + bias.to_f32());
+                *to = E::from_f32(sum + bias.to_f32());
             }
         }
     }
@@ -409,11 +403,12 @@ fn round(sums: &[f32], bias: Option<&[bf16]>, to: &mut [bf16]) {
 mod tests {
     use half::bf16;
 
-    use super::{Target, gemm, multiply};
+    use super::{Target, multiply};
     use crate::{
+        gemm::Multiplied,
         matrix::{Matrix, Side},
         pool::Serial,
-        testing::{assert_close, numbers, rounded},
+        testing::{assert_close, numbers, of_type},
     };
 
     /// Rows, depth and columns: below, at and beside the sizes of tiles, panels, blocks and depths.
@@ -430,38 +425,38 @@ mod tests {
         [9_000, 600, 10],
     ];
 
-    fn can() -> bool {
-        let can = gemm::is_supported();
+    fn can<E: Multiplied>() -> bool {
+        let can = E::is_supported();
         if !can {
-            eprintln!("skipped: this processor has no AVX512-BF16");
+            eprintln!("skipped: this processor has no AVX-512 or no AVX512-BF16");
         }
         can
     }
 
     /// A matrix of random numbers in rows that lie apart, and the same dense.
-    struct Random {
-        strided: Vec<bf16>,
-        dense: Vec<bf16>,
+    struct Random<E> {
+        strided: Vec<E>,
+        dense: Vec<E>,
         size: [usize; 2],
         stride: usize,
     }
 
-    impl Random {
+    impl<E: Multiplied> Random<E> {
         fn new([rows, columns]: [usize; 2], seed: u64) -> Self {
             let stride = columns + 2 + columns % 2;
-            let strided = rounded(&numbers(rows * stride, seed));
+            let strided: Vec<E> = of_type(&numbers(rows * stride, seed));
             let dense = strided.chunks(stride).flat_map(|row| row[..columns].to_vec()).collect();
             Self { strided, dense, size: [rows, columns], stride }
         }
 
-        fn matrix(&self) -> Matrix<'_> {
+        fn matrix(&self) -> Matrix<'_, E> {
             let [rows, columns] = self.size;
             Matrix { data: &self.strided, rows, columns, stride: self.stride }
         }
 
         fn at(&self, is_transposed: bool, row: usize, column: usize) -> f64 {
             let (row, column) = if is_transposed { (column, row) } else { (row, column) };
-            self.dense[row * self.size[1] + column].to_f64()
+            f64::from(self.dense[row * self.size[1] + column].to_f32())
         }
     }
 
@@ -469,7 +464,10 @@ mod tests {
         if is_transposed { [size[1], size[0]] } else { size }
     }
 
-    fn exact(terms: &[[(&Random, bool); 2]], [rows, columns]: [usize; 2]) -> Vec<f64> {
+    fn exact<E: Multiplied>(
+        terms: &[[(&Random<E>, bool); 2]],
+        [rows, columns]: [usize; 2],
+    ) -> Vec<f64> {
         let mut sums = vec![0.0; rows * columns];
         for [(left, left_transposed), (right, right_transposed)] in terms {
             let depth = left.size[usize::from(!*left_transposed)];
@@ -485,7 +483,10 @@ mod tests {
         sums
     }
 
-    fn term<'a>(left: (&'a Random, bool), right: (&'a Random, bool)) -> (Side<'a>, Side<'a>) {
+    fn term<'a, E: Multiplied>(
+        left: (&'a Random<E>, bool),
+        right: (&'a Random<E>, bool),
+    ) -> (Side<'a, E>, Side<'a, E>) {
         let [(left, left_transposed), (right, right_transposed)] = [left, right];
         let (left, right) = (left.matrix(), right.matrix());
         (
@@ -496,14 +497,19 @@ mod tests {
 
     #[test]
     fn products_follow_the_formula_in_every_layout() {
-        if !can() {
+        check_layouts::<bf16>();
+        check_layouts::<f32>();
+    }
+
+    fn check_layouts<E: Multiplied>() {
+        if !can::<E>() {
             return;
         }
         for [rows, depth, columns] in SHAPES {
             for [flip_left, flip_right] in
                 [[false, true], [false, false], [true, false], [true, true]]
             {
-                let left = Random::new(flipped([rows, depth], flip_left), 1);
+                let left = Random::<E>::new(flipped([rows, depth], flip_left), 1);
                 let right = Random::new(flipped([depth, columns], flip_right), 2);
                 let exact = exact(&[[(&left, flip_left), (&right, flip_right)]], [rows, columns]);
                 let mut sums = vec![1.0; rows * columns];
@@ -524,10 +530,10 @@ mod tests {
 
     #[test]
     fn an_odd_number_of_rows_is_summed_over() {
-        if !can() {
+        if !can::<bf16>() {
             return;
         }
-        let (left, right) = (Random::new([77, 40], 1), Random::new([77, 60], 2));
+        let (left, right) = (Random::<bf16>::new([77, 40], 1), Random::new([77, 60], 2));
         let mut sums = vec![0.0; 40 * 60];
         let terms = [term((&left, true), (&right, false))];
         multiply(&Serial, &terms, [40, 60], Target::Add(&mut sums));
@@ -536,12 +542,17 @@ mod tests {
 
     #[test]
     fn terms_are_summed_before_they_are_rounded_and_a_bias_is_added() {
-        if !can() {
+        check_terms::<bf16>(1.0 / 256.0);
+        check_terms::<f32>(1e-5);
+    }
+
+    fn check_terms<E: Multiplied>(rounding: f64) {
+        if !can::<E>() {
             return;
         }
         let (rows, columns) = (140, 70);
         for depths in [[64, 4_100, 2], [64, 24_000, 2]] {
-            let lefts = depths.map(|depth| Random::new([rows, depth], depth as u64));
+            let lefts = depths.map(|depth| Random::<E>::new([rows, depth], depth as u64));
             let rights = depths.map(|depth| Random::new([depth, columns], depth as u64 + 1));
             let pairs: Vec<_> = lefts
                 .iter()
@@ -549,21 +560,21 @@ mod tests {
                 .map(|(left, right)| [(left, false), (right, false)])
                 .collect();
             let terms: Vec<_> = pairs.iter().map(|[left, right]| term(*left, *right)).collect();
-            let bias = rounded(&numbers(columns, 9));
+            let bias: Vec<E> = of_type(&numbers(columns, 9));
             for bias in [None, Some(&bias[..])] {
                 let mut exact = exact(&pairs, [rows, columns]);
                 if let Some(bias) = bias {
                     for row in exact.chunks_mut(columns) {
-                        row.iter_mut().zip(bias).for_each(|(sum, bias)| *sum += bias.to_f64());
+                        row.iter_mut()
+                            .zip(bias)
+                            .for_each(|(sum, bias)| *sum += f64::from(bias.to_f32()));
                     }
                 }
-                let mut y = vec![bf16::ZERO; rows * columns];
+                let mut y = vec![E::default(); rows * columns];
                 multiply(&Serial, &terms, [rows, columns], Target::Write(&mut y, bias));
                 for (y, exact) in y.iter().zip(exact) {
-                    assert!(
-                        (y.to_f64() - exact).abs() <= exact.abs() / 256.0 + 1e-4,
-                        "{y} {exact}"
-                    );
+                    let y = f64::from(y.to_f32());
+                    assert!((y - exact).abs() <= exact.abs() * rounding + 5e-4, "{y} {exact}");
                 }
             }
         }
@@ -571,28 +582,35 @@ mod tests {
 
     #[test]
     fn a_row_does_not_depend_on_the_rows_beside_it() {
-        if !can() {
+        check_rows::<bf16>();
+        check_rows::<f32>();
+    }
+
+    fn check_rows<E: Multiplied>() {
+        if !can::<E>() {
             return;
         }
-        let (left, right) = (Random::new([200, 300], 1), Random::new([90, 300], 2));
-        let mut all = vec![bf16::ZERO; 200 * 90];
+        let (left, right) = (Random::<E>::new([200, 300], 1), Random::new([90, 300], 2));
+        let mut all = vec![E::default(); 200 * 90];
         let terms = [term((&left, false), (&right, true))];
         multiply(&Serial, &terms, [200, 90], Target::Write(&mut all, None));
         for first in [0, 3, 150] {
             let data = &left.strided[first * left.stride..];
             let some = Side::Plain(Matrix { data, rows: 50, columns: 300, stride: left.stride });
-            let mut rows = vec![bf16::ZERO; 50 * 90];
+            let mut rows = vec![E::default(); 50 * 90];
             let terms = [(some, Side::Transposed(right.matrix()))];
             multiply(&Serial, &terms, [50, 90], Target::Write(&mut rows, None));
-            assert_eq!(rows, all[first * 90..(first + 50) * 90]);
+            let bits =
+                |values: &[E]| values.iter().map(|x| x.to_f32().to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(&rows), bits(&all[first * 90..(first + 50) * 90]));
         }
     }
 
     #[test]
     #[should_panic(expected = "assertion")]
     fn sizes_that_do_not_fit_are_refused() {
-        assert!(can(), "assertion: skipped");
-        let (left, right) = (Random::new([4, 6], 1), Random::new([8, 4], 2));
+        assert!(can::<f32>(), "assertion: skipped");
+        let (left, right) = (Random::<f32>::new([4, 6], 1), Random::new([8, 4], 2));
         multiply(
             &Serial,
             &[term((&left, false), (&right, false))],

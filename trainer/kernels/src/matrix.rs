@@ -1,14 +1,12 @@
-//! Matrices of bf16 where they lie.
+//! Matrices where they lie.
 
 use std::ops::Range;
 
-use half::bf16;
-
 /// A matrix in rows, perhaps some columns of a wider one.
 #[derive(Debug, Clone, Copy)]
-pub struct Matrix<'a> {
+pub struct Matrix<'a, E> {
     /// From its first element to its last.
-    pub data: &'a [bf16],
+    pub data: &'a [E],
     /// Its rows, `T`.
     pub rows: usize,
     /// Its columns, `K`.
@@ -17,9 +15,9 @@ pub struct Matrix<'a> {
     pub stride: usize,
 }
 
-impl<'a> Matrix<'a> {
+impl<'a, E: Copy> Matrix<'a, E> {
     /// Returns a row.
-    pub(crate) fn row(self, row: usize) -> &'a [bf16] {
+    pub(crate) fn row(self, row: usize) -> &'a [E] {
         &self.data[row * self.stride..][..self.columns]
     }
 
@@ -37,22 +35,22 @@ impl<'a> Matrix<'a> {
         assert!(self.columns <= self.stride && self.data.len() >= extent);
     }
 
-    /// Panics if neighbours of a row are no pairs in the same places in all rows.
-    pub(crate) fn check_pairs(&self) {
-        assert!(self.columns.is_multiple_of(2) && self.stride.is_multiple_of(2));
+    /// Panics if neighbours of a row are no words of so many in the same places in all rows.
+    pub(crate) fn check_words(&self, per_word: usize) {
+        assert!(self.columns.is_multiple_of(per_word) && self.stride.is_multiple_of(per_word));
     }
 }
 
 /// One side of a product.
 #[derive(Debug, Clone, Copy)]
-pub enum Side<'a> {
+pub enum Side<'a, E> {
     /// As it is multiplied.
-    Plain(Matrix<'a>),
+    Plain(Matrix<'a, E>),
     /// To be transposed.
-    Transposed(Matrix<'a>),
+    Transposed(Matrix<'a, E>),
 }
 
-impl Side<'_> {
+impl<E: Copy> Side<'_, E> {
     /// Returns some rows of it as it is multiplied.
     pub(crate) fn rows(self, range: Range<usize>) -> Self {
         match self {

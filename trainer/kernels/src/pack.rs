@@ -1,16 +1,13 @@
-//! The sides of large products in the order in which register tiles read them: as pairs, side by side.
+//! The sides of large products in the order in which register tiles read them: as words, side by side.
 
 use std::{
     arch::x86_64::{_MM_HINT_T0, _mm_prefetch},
     ops::Range,
 };
 
-use half::bf16;
-
 use crate::{
-    gemm::{LANES, ROWS},
+    gemm::{LANES, Multiplied, ROWS, interleave, words_of},
     matrix::{Matrix, Side},
-    pairs::{interleave, pairs_of},
     pool::{Pool, Shared},
     transpose::{SIDE, transpose_block},
 };
@@ -19,7 +16,7 @@ use crate::{
 pub(crate) const PANEL: usize = 3 * LANES;
 /// Columns of the left side that are transposed in one unit: two lines of the cache.
 const LINE: usize = 64;
-/// Pairs of rows that are asked for before they are read.
+/// Words of rows that are asked for before they are read.
 const AHEAD: usize = 8;
 
 /// Returns what of a range starts after some and is not longer than others.
@@ -28,9 +25,12 @@ pub(crate) fn part(of: &Range<usize>, after: usize, length: usize) -> Range<usiz
     start..of.end.min(start + length)
 }
 
-/// Returns the pairs of a term, `⌈K / 2⌉`.
-pub(crate) fn depth_of((_, right): &(Side<'_>, Side<'_>)) -> usize {
-    right.size()[0].div_ceil(2)
+/// A product that is summed with others.
+pub(crate) type Term<'a, E> = (Side<'a, E>, Side<'a, E>);
+
+/// Returns the depth of a term in words.
+pub(crate) fn depth_of<E: Multiplied>((_, right): &Term<'_, E>) -> usize {
+    right.size()[0].div_ceil(E::PER_WORD)
 }
 
 /// The left side of a term, as tiles read it.
@@ -40,32 +40,32 @@ pub(crate) struct Packed<'a> {
     pub group: usize,
     /// From one row of a group to the next.
     pub stride: usize,
-    /// From one pair of a row to the next.
+    /// From one word of a row to the next.
     pub step: usize,
-    /// Its depth, `⌈K / 2⌉`.
-    pub pairs: usize,
+    /// Its depth.
+    pub words: usize,
 }
 
 impl<'a> Packed<'a> {
     /// Makes those of some terms; what was transposed lies in `packed`.
-    pub(crate) fn of_terms(
-        terms: &[(Side<'a>, Side<'_>)],
+    pub(crate) fn of_terms<E: Multiplied>(
+        terms: &[Term<'a, E>],
         rows: usize,
         mut packed: &'a [u32],
     ) -> Vec<Self> {
-        let one = |term: &(Side<'a>, Side<'_>)| match term.0 {
+        let one = |term: &Term<'a, E>| match term.0 {
             Side::Plain(matrix) => Self {
-                data: pairs_of(matrix.data),
-                group: ROWS * matrix.stride / 2,
-                stride: matrix.stride / 2,
+                data: words_of(matrix.data),
+                group: ROWS * matrix.stride / E::PER_WORD,
+                stride: matrix.stride / E::PER_WORD,
                 step: 1,
-                pairs: matrix.columns / 2,
+                words: matrix.columns / E::PER_WORD,
             },
             Side::Transposed(_) => {
-                let pairs = depth_of(term);
-                let (data, rest) = packed.split_at(rows.next_multiple_of(LINE) * pairs);
+                let words = depth_of(term);
+                let (data, rest) = packed.split_at(rows.next_multiple_of(LINE) * words);
                 packed = rest;
-                Self { data, group: ROWS * pairs, stride: 1, step: ROWS, pairs }
+                Self { data, group: ROWS * words, stride: 1, step: ROWS, words }
             }
         };
         terms.iter().map(one).collect()
@@ -74,9 +74,9 @@ impl<'a> Packed<'a> {
 
 /// Brings right sides of some columns into panels, and left sides that are to be transposed into
 /// groups of rows if that is `wanted`.
-pub(crate) fn pack(
+pub(crate) fn pack<E: Multiplied>(
     pool: &dyn Pool,
-    terms: &[(Side<'_>, Side<'_>)],
+    terms: &[Term<'_, E>],
     columns: Range<usize>,
     [left, right]: [&mut Vec<u32>; 2],
     wants_left: bool,
@@ -102,7 +102,7 @@ pub(crate) fn pack(
             match unit.checked_sub(lines.len()) {
                 None => {
                     let (matrix, first, start) = lines[unit];
-                    let end = start + LINE * matrix.rows.div_ceil(2);
+                    let end = start + LINE * matrix.rows.div_ceil(E::PER_WORD);
                     transpose_line(matrix, first, left.range(start..end));
                 }
                 Some(unit) => {
@@ -118,26 +118,31 @@ pub(crate) fn pack(
     });
 }
 
-/// Writes [`LINE`] columns in groups of [`ROWS`], each `[pairs, ROWS]`, with zeros where there are
+/// Writes [`LINE`] columns in groups of [`ROWS`], each `[words, ROWS]`, with zeros where there are
 /// none.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn transpose_line(matrix: Matrix<'_>, first: usize, to: &mut [u32]) {
-    let pairs = matrix.rows.div_ceil(2);
+fn transpose_line<E: Multiplied>(matrix: Matrix<'_, E>, first: usize, to: &mut [u32]) {
+    let words = matrix.rows.div_ceil(E::PER_WORD);
     let columns = first..matrix.columns.min(first + LINE);
-    for pair in 0..pairs {
-        ask_ahead(matrix, pair, columns.clone());
-        let [low, high] = pair_of_rows::<LINE>(matrix, pair, columns.clone());
+    for word in 0..words {
+        ask_ahead(matrix, word, columns.clone());
+        let [first, second] = rows_of_word::<E, LINE>(matrix, word, columns.clone());
         for group in 0..LINE / ROWS {
-            let to = &mut to[(group * pairs + pair) * ROWS..][..ROWS];
-            interleave(&low[group * ROWS..], &high[group * ROWS..], to);
+            let to = &mut to[(group * words + word) * ROWS..][..ROWS];
+            interleave(&first[group * ROWS..], &second[group * ROWS..], to);
         }
     }
 }
 
-/// Writes the right sides of some columns in panels of a size, each `[pairs, PANEL]` of one term
+/// Writes the right sides of some columns in panels of a size, each `[words, PANEL]` of one term
 /// below those of another, with zeros where there are none.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-fn pack_panels(terms: &[(Side<'_>, Side<'_>)], columns: Range<usize>, to: &mut [u32], size: usize) {
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn pack_panels<E: Multiplied>(
+    terms: &[Term<'_, E>],
+    columns: Range<usize>,
+    to: &mut [u32],
+    size: usize,
+) {
     let mut start = 0;
     for term in terms {
         let range = start..start + depth_of(term) * PANEL;
@@ -154,60 +159,61 @@ fn pack_panels(terms: &[(Side<'_>, Side<'_>)], columns: Range<usize>, to: &mut [
     }
 }
 
-/// Writes pairs of rows to a range of each panel; panels lie `size` apart.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-fn interleave_rows(
-    matrix: Matrix<'_>,
+/// Writes words of rows to a range of each panel; panels lie `size` apart.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn interleave_rows<E: Multiplied>(
+    matrix: Matrix<'_, E>,
     columns: Range<usize>,
     to: &mut [u32],
     size: usize,
     range: Range<usize>,
 ) {
-    for (pair, start) in range.step_by(PANEL).enumerate() {
-        ask_ahead(matrix, pair, columns.clone());
+    for (word, start) in range.step_by(PANEL).enumerate() {
+        ask_ahead(matrix, word, columns.clone());
         for (panel, to) in to.chunks_exact_mut(size).enumerate() {
             let columns = part(&columns, panel * PANEL, PANEL);
-            let [low, high] = pair_of_rows::<PANEL>(matrix, pair, columns);
-            interleave(&low, &high, &mut to[start..start + PANEL]);
+            let [first, second] = rows_of_word::<E, PANEL>(matrix, word, columns);
+            interleave(&first, &second, &mut to[start..start + PANEL]);
         }
     }
 }
 
-/// Returns some columns of two neighbouring rows, with zeros where there are none.
+/// Returns some columns of the rows of a word, with zeros where there are none.
 #[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
 #[inline(always)]
-fn pair_of_rows<const WIDTH: usize>(
-    matrix: Matrix<'_>,
-    pair: usize,
+fn rows_of_word<E: Multiplied, const WIDTH: usize>(
+    matrix: Matrix<'_, E>,
+    word: usize,
     columns: Range<usize>,
-) -> [[bf16; WIDTH]; 2] {
-    let mut both = [[bf16::ZERO; WIDTH]; 2];
-    for (row, both) in (2 * pair..matrix.rows).zip(&mut both) {
+) -> [[E; WIDTH]; 2] {
+    let mut both = [[E::default(); WIDTH]; 2];
+    let rows = word * E::PER_WORD..matrix.rows.min((word + 1) * E::PER_WORD);
+    for (row, to) in rows.zip(&mut both) {
         let from = &matrix.row(row)[columns.clone()];
-        match <&[bf16; WIDTH]>::try_from(from) {
-            Ok(from) => *both = *from,
-            Err(_) => both[..from.len()].copy_from_slice(from),
+        match <&[E; WIDTH]>::try_from(from) {
+            Ok(from) => *to = *from,
+            Err(_) => to[..from.len()].copy_from_slice(from),
         }
     }
     both
 }
 
-/// Asks for the rows that are read [`AHEAD`] pairs later.
+/// Asks for the rows that are read [`AHEAD`] words later.
 #[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
 #[inline(always)]
-fn ask_ahead(matrix: Matrix<'_>, pair: usize, columns: Range<usize>) {
-    let first = 2 * (pair + AHEAD);
-    for row in first..matrix.rows.min(first + 2) {
+fn ask_ahead<E: Multiplied>(matrix: Matrix<'_, E>, word: usize, columns: Range<usize>) {
+    let first = (word + AHEAD) * E::PER_WORD;
+    for row in first..matrix.rows.min(first + E::PER_WORD) {
         prefetch(&matrix.row(row)[columns.clone()]);
     }
 }
 
-/// Writes pairs of a panel's columns, which are rows of the matrix.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-fn transpose_rows(matrix: Matrix<'_>, rows: Range<usize>, to: &mut [u32]) {
-    let (pairs, stride) = (matrix.columns / 2, matrix.stride / 2);
-    let data = pairs_of(matrix.data);
-    let whole = pairs / SIDE * SIDE;
+/// Writes words of a panel's columns, which are rows of the matrix.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn transpose_rows<E: Multiplied>(matrix: Matrix<'_, E>, rows: Range<usize>, to: &mut [u32]) {
+    let [words, stride] = [matrix.columns, matrix.stride].map(|length| length / E::PER_WORD);
+    let data = words_of(matrix.data);
+    let whole = words / SIDE * SIDE;
     for part in (0..PANEL).step_by(SIDE) {
         let first = rows.start + part;
         let count = rows.end.saturating_sub(first).min(SIDE);
@@ -217,17 +223,17 @@ fn transpose_rows(matrix: Matrix<'_>, rows: Range<usize>, to: &mut [u32]) {
             }
             continue;
         }
-        for pair in (0..whole).step_by(SIDE) {
+        for word in (0..whole).step_by(SIDE) {
             for row in first + SIDE..matrix.rows.min(first + 2 * SIDE) {
-                prefetch(&data[row * stride + pair..][..1]);
+                prefetch(&data[row * stride + word..][..1]);
             }
-            let from = &data[first * stride + pair..];
-            transpose_block(from, stride, count, &mut to[pair * PANEL + part..], PANEL);
+            let from = &data[first * stride + word..];
+            transpose_block(from, stride, count, &mut to[word * PANEL + part..], PANEL);
         }
-        for pair in whole..pairs {
-            let to = &mut to[pair * PANEL + part..][..SIDE];
+        for word in whole..words {
+            let to = &mut to[word * PANEL + part..][..SIDE];
             for (index, to) in to.iter_mut().enumerate() {
-                *to = if index < count { data[(first + index) * stride + pair] } else { 0 };
+                *to = if index < count { data[(first + index) * stride + word] } else { 0 };
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use crate::dropout::mix;
+use crate::{Element, dropout::mix};
 
 /// Returns numbers in `[-1, 1)`, always the same for a seed.
 pub(crate) fn numbers(length: usize, seed: u64) -> Vec<f32> {
@@ -17,6 +17,11 @@ pub(crate) fn numbers(length: usize, seed: u64) -> Vec<f32> {
 /// Rounds to bf16.
 pub(crate) fn rounded(values: &[f32]) -> Vec<bf16> {
     values.iter().map(|value| bf16::from_f32(*value)).collect()
+}
+
+/// Rounds to a type.
+pub(crate) fn of_type<E: Element>(values: &[f32]) -> Vec<E> {
+    values.iter().map(|value| E::from_f32(*value)).collect()
 }
 
 /// Compares with exact values, relative to the largest of them.

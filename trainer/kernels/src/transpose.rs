@@ -9,7 +9,7 @@ use std::arch::x86_64::{
 pub(crate) const SIDE: usize = 16;
 
 /// Writes the transpose of `[rows, columns]`, both multiples of [`SIDE`].
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 pub(crate) fn transpose(from: &[u32], [rows, columns]: [usize; 2], to: &mut Vec<u32>) {
     to.clear();
     to.resize(rows * columns, 0);
@@ -25,7 +25,7 @@ pub(crate) fn transpose(from: &[u32], [rows, columns]: [usize; 2], to: &mut Vec<
 ///
 /// # Panics
 /// If a block does not fit.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 #[inline]
 pub(crate) fn transpose_block(
     from: &[u32],
@@ -90,12 +90,12 @@ fn odd_quarters(a: __m512i, b: __m512i) -> __m512i {
 #[cfg(test)]
 mod tests {
     use super::{SIDE, transpose, transpose_block};
-    use crate::attention::is_supported;
+    use crate::gemm::Multiplied;
 
     #[test]
     fn swaps_rows_and_columns_and_fills_with_zeros() {
-        if !is_supported(64) {
-            eprintln!("skipped: this processor has no AVX512-BF16");
+        if !f32::is_supported() {
+            eprintln!("skipped: this processor has no AVX-512");
             return;
         }
         let (rows, columns) = (32, 48);

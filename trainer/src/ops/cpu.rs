@@ -10,13 +10,12 @@ use finetune_kernels::{
     pool::{Pool, Shared},
     rms_norm as norm, rope, sum, swiglu as gated,
 };
-use half::bf16;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use super::{
     Codes,
     pool::{Threads, rows},
-    view::{elements, elements_mut},
+    view::{by_kind, elements, elements_mut},
 };
 
 /// Elements of one unit of work: they and their results stay in the second cache.
@@ -25,23 +24,6 @@ const AT_ONCE: usize = 1 << 15;
 // Kept by each thread: fresh memory costs page faults.
 thread_local! {
     static PARTIALS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-}
-
-/// Calls with `$E` as the type of a kind's elements.
-macro_rules! by_kind {
-    ($kind:expr, $E:ident => $call:expr) => {
-        match $kind {
-            Kind::Float => {
-                type $E = f32;
-                $call
-            }
-            Kind::BFloat16 => {
-                type $E = bf16;
-                $call
-            }
-            kind => unreachable!("models are computed in fp32 or bf16, not {kind:?}"),
-        }
-    };
 }
 
 pub(super) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {

@@ -6,29 +6,35 @@ use tch::{Kind, Tensor};
 use super::{
     Factor,
     pool::Threads,
-    view::{elements_mut, is_matrix_of_pairs, matrix, matrix_mut, side},
+    view::{by_kind, elements_mut, is_matrix_of_words, matrix, matrix_mut, side},
 };
 
 /// Tells whether a product `[T, K] · [K, N]` can be computed here; either `K` or `N` is low.
 pub(super) fn can_multiply(left: &Tensor, factor: Factor<'_>, to: &Tensor) -> bool {
     let dense = factor.tensor();
-    [left, dense, to].into_iter().all(is_matrix_of_pairs)
-        && dense.is_contiguous()
-        && has_low_rank(left, to)
+    dense.is_contiguous()
+        && by_kind!(left.kind(), E => {
+            [left, dense, to].into_iter().all(is_matrix_of_words::<E>)
+                && is_supported::<E>(wide(left, to), low(left, to))
+        })
 }
 
 /// Tells whether `leftᵀ · right` can be added to a gradient here; `left` or `right` is low.
 pub(super) fn can_add_outer(left: &Tensor, right: &Tensor, grad: &Tensor) -> bool {
-    is_matrix_of_pairs(left)
-        && is_matrix_of_pairs(right)
-        && grad.is_contiguous()
+    grad.is_contiguous()
         && grad.kind() == Kind::Float
-        && has_low_rank(left, right)
+        && by_kind!(left.kind(), E => {
+            [left, right].into_iter().all(is_matrix_of_words::<E>)
+                && is_supported::<E>(wide(left, right), low(left, right))
+        })
 }
 
-fn has_low_rank(one: &Tensor, other: &Tensor) -> bool {
-    let [one, other] = [one, other].map(|matrix| matrix.size()[1] as usize);
-    is_supported(one.max(other), one.min(other))
+fn wide(one: &Tensor, other: &Tensor) -> usize {
+    one.size()[1].max(other.size()[1]) as usize
+}
+
+fn low(one: &Tensor, other: &Tensor) -> usize {
+    one.size()[1].min(other.size()[1]) as usize
 }
 
 pub(super) fn multiply(
@@ -39,18 +45,23 @@ pub(super) fn multiply(
     is_added: bool,
 ) {
     let (columns, stride) = (to.size()[1] as usize, to.stride()[0] as usize);
-    let to = MatrixMut { data: matrix_mut(to), columns, stride };
-    let multiply = if is_added { kernels::multiply::<true> } else { kernels::multiply::<false> };
-    multiply(&Threads, matrix(left), side(factor), scale as f32, to);
+    by_kind!(left.kind(), E => {
+        let to = MatrixMut { data: matrix_mut::<E>(to), columns, stride };
+        let multiply =
+            if is_added { kernels::multiply::<E, true> } else { kernels::multiply::<E, false> };
+        multiply(&Threads, matrix(left), side(factor), scale as f32, to);
+    });
 }
 
 pub(super) fn add_outer(left: &Tensor, right: &Tensor, grad: &Tensor) {
     let mut grad = grad.shallow_clone();
     let grad = elements_mut::<f32>(&mut grad);
-    // The kernel's left side is the narrow one.
-    if left.size()[1] <= right.size()[1] {
-        kernels::add_outer::<false>(&Threads, matrix(left), matrix(right), grad);
-    } else {
-        kernels::add_outer::<true>(&Threads, matrix(right), matrix(left), grad);
-    }
+    by_kind!(left.kind(), E => {
+        // The kernel's left side is the narrow one.
+        if left.size()[1] <= right.size()[1] {
+            kernels::add_outer::<E, false>(&Threads, matrix(left), matrix(right), grad);
+        } else {
+            kernels::add_outer::<E, true>(&Threads, matrix(right), matrix(left), grad);
+        }
+    });
 }

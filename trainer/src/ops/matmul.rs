@@ -4,13 +4,12 @@ use finetune_kernels::{
     matmul::{Target, is_supported, multiply},
     matrix::Side,
 };
-use half::bf16;
 use tch::{Kind, Tensor};
 
 use super::{
     Factor,
     pool::Threads,
-    view::{elements, elements_mut, is_matrix_of_pairs, matrix, side},
+    view::{by_kind, elements, elements_mut, is_matrix_of_words, matrix, side},
 };
 
 /// From here on it pays to bring a weight into panels first.
@@ -18,10 +17,10 @@ const FEWEST_ROWS: i64 = 32;
 
 /// Tells whether a product of `left` and a factor, transposed or not, can be computed here.
 pub(super) fn can(left: &Tensor, factor: &Tensor) -> bool {
-    is_matrix_of_pairs(left)
-        && is_matrix_of_pairs(factor)
-        && left.size()[0] >= FEWEST_ROWS
-        && is_supported()
+    left.size()[0] >= FEWEST_ROWS
+        && by_kind!(left.kind(), E => {
+            [left, factor].into_iter().all(is_matrix_of_words::<E>) && is_supported::<E>()
+        })
 }
 
 /// Tells whether `leftᵀ · right` can be added to a gradient, or be one, here.
@@ -36,19 +35,23 @@ pub(super) fn products(terms: &[(&Tensor, Factor<'_>)], bias: Option<&Tensor>) -
         Factor::Transposed(factor) => factor.size()[0],
     };
     let size = [left.size()[0], columns];
-    let mut sum = Tensor::empty(size, (Kind::BFloat16, left.device()));
-    let terms: Vec<_> =
-        terms.iter().map(|&(left, factor)| (Side::Plain(matrix(left)), side(factor))).collect();
-    let target = Target::Write(elements_mut::<bf16>(&mut sum), bias.map(elements));
-    multiply(&Threads, &terms, size.map(|size| size as usize), target);
+    let mut sum = Tensor::empty(size, (left.kind(), left.device()));
+    by_kind!(left.kind(), E => {
+        let terms: Vec<_> =
+            terms.iter().map(|&(left, factor)| (Side::Plain(matrix(left)), side(factor))).collect();
+        let target = Target::Write(elements_mut::<E>(&mut sum), bias.map(elements));
+        multiply(&Threads, &terms, size.map(|size| size as usize), target);
+    });
     sum
 }
 
 pub(super) fn outer(left: &Tensor, right: &Tensor, grad: &Tensor, has_sums: bool) {
     let size = [left.size()[1], right.size()[1]].map(|size| size as usize);
-    let terms = [(Side::Transposed(matrix(left)), Side::Plain(matrix(right)))];
     let mut grad = grad.shallow_clone();
     let grad = elements_mut(&mut grad);
-    let target = if has_sums { Target::Add(grad) } else { Target::Set(grad) };
-    multiply(&Threads, &terms, size, target);
+    by_kind!(left.kind(), E => {
+        let terms = [(Side::Transposed(matrix::<E>(left)), Side::Plain(matrix(right)))];
+        let target = if has_sums { Target::Add(grad) } else { Target::Set(grad) };
+        multiply(&Threads, &terms, size, target);
+    });
 }

@@ -1,20 +1,18 @@
-//! Attention in bf16, tile by tile.
+//! Attention tile by tile, on our kernels.
 
 use finetune_kernels::attention::{Attended, Shape, backward, forward, is_supported};
-use half::bf16;
 use tch::{Device, Kind, Tensor};
 
 use super::{
     Attention, Run,
     pool::Threads,
-    view::{elements, elements_mut},
+    view::{by_kind, elements, elements_mut},
 };
 
 /// Tells whether queries `[T, H, E]` can be attended with here.
 pub(super) fn can(q: &Tensor) -> bool {
-    q.device() == Device::Cpu
-        && q.kind() == Kind::BFloat16
-        && is_supported(usize::try_from(q.size()[2]).unwrap_or(0))
+    let width = usize::try_from(q.size()[2]).unwrap_or(0);
+    q.device() == Device::Cpu && by_kind!(q.kind(), E => is_supported::<E>(width))
 }
 
 pub(super) fn attention(inputs: [&Tensor; 3], how: Attention<'_>) -> (Tensor, Vec<Tensor>) {
@@ -22,14 +20,14 @@ pub(super) fn attention(inputs: [&Tensor; 3], how: Attention<'_>) -> (Tensor, Ve
     let size = q.size();
     let mut out = q.empty_like();
     let mut logsumexp = Tensor::zeros([size[1], size[0]], (Kind::Float, Device::Cpu));
-    forward(
+    by_kind!(q.kind(), E => forward(
         &Threads,
         shape(q, k, how),
         &lengths(how.runs),
-        inputs.map(elements::<bf16>),
+        inputs.map(elements::<E>),
         elements_mut(&mut out),
         elements_mut(&mut logsumexp),
-    );
+    ));
     (out, vec![logsumexp])
 }
 
@@ -42,14 +40,15 @@ pub(super) fn attention_backward(
 ) -> [Tensor; 3] {
     let mut grads = inputs.map(Tensor::empty_like);
     let [dq, dk, dv] = &mut grads;
-    backward(
+    let logsumexp = elements(&logsumexp[0]);
+    by_kind!(out.kind(), E => backward(
         &Threads,
         shape(inputs[0], inputs[1], how),
         &lengths(how.runs),
-        inputs.map(elements::<bf16>),
-        Attended { out: elements(out), logsumexp: elements(&logsumexp[0]), d_out: elements(d_out) },
+        inputs.map(elements::<E>),
+        Attended { out: elements(out), logsumexp, d_out: elements(d_out) },
         [elements_mut(dq), elements_mut(dk), elements_mut(dv)],
-    );
+    ));
     grads
 }
 

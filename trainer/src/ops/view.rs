@@ -6,6 +6,25 @@ use tch::{Device, Kind, Tensor};
 
 use super::Factor;
 
+/// Calls with `$E` as the type of a kind's elements.
+macro_rules! by_kind {
+    ($kind:expr, $E:ident => $call:expr) => {
+        match $kind {
+            ::tch::Kind::Float => {
+                type $E = f32;
+                $call
+            }
+            ::tch::Kind::BFloat16 => {
+                type $E = ::half::bf16;
+                $call
+            }
+            kind => unreachable!("models are computed in fp32 or bf16, not {kind:?}"),
+        }
+    };
+}
+
+pub(super) use by_kind;
+
 /// A type that tensors are made of.
 pub(super) trait Native: Copy {
     /// libtorch's name for it.
@@ -65,24 +84,26 @@ pub(super) fn elements_mut<E: Native>(tensor: &mut Tensor) -> &mut [E] {
     }
 }
 
-/// Tells whether [`matrix`] has a matrix's elements, each two neighbours of a row aligned as one.
-pub(super) fn is_matrix_of_pairs(tensor: &Tensor) -> bool {
+/// Tells whether [`matrix`] has a matrix's elements, in words of 32 bits: in bf16 each two neighbours
+/// of a row are aligned as one.
+pub(super) fn is_matrix_of_words<E: Native>(tensor: &Tensor) -> bool {
     let (size, stride) = (tensor.size(), tensor.stride());
+    let per_word = (size_of::<u32>() / size_of::<E>()).max(1) as i64;
     tensor.device() == Device::Cpu
-        && tensor.kind() == Kind::BFloat16
+        && tensor.kind() == E::KIND
         && size.len() == 2
-        && size[1] % 2 == 0
+        && size[1] % per_word == 0
         && stride[1] == 1
-        && stride[0] % 2 == 0
+        && stride[0] % per_word == 0
         && tensor.data_ptr().addr().is_multiple_of(align_of::<u32>())
 }
 
-/// Views a matrix of pairs, which may be some columns of a wider one.
+/// Views a matrix of words, which may be some columns of a wider one.
 ///
 /// # Panics
 /// If it is none.
-pub(super) fn matrix(tensor: &Tensor) -> Matrix<'_> {
-    assert!(is_matrix_of_pairs(tensor), "{:?} {:?}", tensor.size(), tensor.stride());
+pub(super) fn matrix<E: Native>(tensor: &Tensor) -> Matrix<'_, E> {
+    assert!(is_matrix_of_words::<E>(tensor), "{:?} {:?}", tensor.size(), tensor.stride());
     #[expect(unsafe_code, reason = "libtorch's memory")]
     // SAFETY: it holds them for as long as the tensor lives.
     let data = unsafe {
@@ -99,21 +120,21 @@ pub(super) fn matrix(tensor: &Tensor) -> Matrix<'_> {
 /// Views the right side of a product.
 ///
 /// # Panics
-/// If it is no matrix of pairs.
-pub(super) fn side(factor: Factor<'_>) -> Side<'_> {
+/// If it is no matrix of words.
+pub(super) fn side<E: Native>(factor: Factor<'_>) -> Side<'_, E> {
     match factor {
         Factor::Plain(factor) => Side::Plain(matrix(factor)),
         Factor::Transposed(factor) => Side::Transposed(matrix(factor)),
     }
 }
 
-/// Returns the elements of a matrix of pairs, from the first to the last, with those between its
+/// Returns the elements of a matrix of words, from the first to the last, with those between its
 /// rows if it is a part of a wider one, to be written to.
 ///
 /// # Panics
 /// If it is none.
-pub(super) fn matrix_mut(tensor: &mut Tensor) -> &mut [bf16] {
-    assert!(is_matrix_of_pairs(tensor), "{:?} {:?}", tensor.size(), tensor.stride());
+pub(super) fn matrix_mut<E: Native>(tensor: &mut Tensor) -> &mut [E] {
+    assert!(is_matrix_of_words::<E>(tensor), "{:?} {:?}", tensor.size(), tensor.stride());
     #[expect(unsafe_code, reason = "libtorch's memory")]
     // SAFETY: as above; the trainer has one thread that touches tensors.
     unsafe {
