@@ -31,7 +31,7 @@ const PURGE: &CStr = c"arena.4096.purge";
 /// What buffers' sizes follow from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Work {
-    /// A micro-batch of so many positions, forward and backward.
+    /// A micro-batch of about so many positions, forward and backward.
     Train(i64),
     /// The same, forward only.
     Evaluate(i64),

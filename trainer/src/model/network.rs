@@ -32,11 +32,9 @@ use crate::{
     seed::Counter,
 };
 
-/// Positions of a micro-batch are filled up to a multiple of this.
-///
-/// oneDNN compiles and keeps its kernels by shape. Micro-batches without padding have ever other
-/// numbers of positions, so every step added some 20 MB to what it keeps (`docs/LOG.md`).
-const POSITIONS: usize = 64;
+/// Micro-batches whose positions round up to the same multiple of this want buffers of about the same
+/// sizes.
+const ALIKE: i64 = 64;
 
 /// A model with what is trained of it.
 #[derive(Debug)]
@@ -300,7 +298,7 @@ impl Model {
         dropout: Option<&Dropout>,
     ) -> f64 {
         let flow = Flow::new(self, batch, dropout);
-        allocator::begin(Work::Train(flow.positions()));
+        allocator::begin(Work::Train(flow.about()));
         let around = flow.surroundings();
         let lowest = self.lowest_trained_block();
         self.gather(OUTER, None);
@@ -345,7 +343,7 @@ impl Model {
     /// Computes the summed loss of a micro-batch, without noise and gradients.
     pub fn loss(&self, batch: &Batch) -> f64 {
         let flow = Flow::new(self, batch, None);
-        allocator::begin(Work::Evaluate(flow.positions()));
+        allocator::begin(Work::Evaluate(flow.about()));
         let rows = self.hidden(&flow).index_select(0, &flow.predicting);
         head::loss(&self.lm_head, &self.norm.forward(&rows), &flow.labels)
     }
@@ -451,7 +449,7 @@ impl<'a> Flow<'a> {
         // The filling is a segment of its own that predicts nothing: no other position sees it, and
         // its gradients are zero.
         let length = batch.tokens.len();
-        let filling = length.next_multiple_of(POSITIONS) - length;
+        let filling = ops::whole_positions(length, model.kind(), model.device) - length;
         let mut tokens = batch.tokens.clone();
         tokens.resize(length + filling, 0);
         let mut segment_lengths = batch.segment_lengths.clone();
@@ -468,8 +466,9 @@ impl<'a> Flow<'a> {
         }
     }
 
-    fn positions(&self) -> i64 {
-        self.tokens.size()[0]
+    /// Returns about how many positions there are.
+    fn about(&self) -> i64 {
+        (self.tokens.size()[0] + ALIKE - 1) / ALIKE * ALIKE
     }
 
     fn surroundings(&self) -> Surroundings<'_> {

@@ -15,6 +15,11 @@ use super::{
 /// From here on it pays to bring a weight into panels first.
 const FEWEST_ROWS: i64 = 32;
 
+/// Tells whether this processor's large products are ours.
+pub(super) fn is_ours(kind: Kind) -> bool {
+    by_kind!(kind, E => is_supported::<E>())
+}
+
 /// Tells whether a product of `left` and a factor, transposed or not, can be computed here.
 pub(super) fn can(left: &Tensor, factor: &Tensor) -> bool {
     left.size()[0] >= FEWEST_ROWS

@@ -20,7 +20,7 @@ mod tiles;
 mod view;
 
 use finetune_kernels::dropout::Noise;
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 pub use finetune_kernels::adamw::Step;
 
@@ -28,6 +28,19 @@ use crate::profile;
 
 pub use codes::Codes;
 pub use runs::Run;
+
+/// Returns to how many positions a micro-batch is best filled up: to whole rows of register tiles, or
+/// where oneDNN multiplies to a multiple of 64.
+///
+/// It compiles and keeps kernels by shape. Micro-batches without padding have ever other numbers of
+/// positions, so every step added some 20 MB to what it keeps (`docs/LOG.md`).
+pub fn whole_positions(positions: usize, kind: Kind, device: Device) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    if device == Device::Cpu && matmul::is_ours(kind) {
+        return positions.next_multiple_of(8);
+    }
+    positions.next_multiple_of(64)
+}
 
 /// Writes `x / rms(x) · weight` over the last axis.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
