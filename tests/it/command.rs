@@ -136,10 +136,10 @@ Memory
   trained state                  144 MB
   activations                     10 MB
   output head                      2 MB
-  temporaries                     15 MB
+  temporaries                     13 MB
   checkpoint                      34 MB
   runtime                         75 MB
-  peak                           279 MB
+  peak                           277 MB
   if that is too little      trainBatchSizePerDevice 4, 2, 1; then recompute block
   weights, mapped                 18 MB  read in place, given back under pressure
     "#);
@@ -273,8 +273,8 @@ fn goes_on_in_smaller_pieces_where_memory_is_too_little() {
     let (output, directory) = run_in_little_memory(&[2]);
     insta::assert_snapshot!(said_after_plan(&output), @r"
     exit 0
-    going on with trainBatchSizePerDevice 4 instead of 8, gradientAccumulationSteps 2 instead of 1: 8 sequences a step and the same result, in 267 MB instead of 279 MB, because the device ran out of memory
-    going on with trainBatchSizePerDevice 2 instead of 4, gradientAccumulationSteps 4 instead of 2: 8 sequences a step and the same result, in 261 MB instead of 267 MB, because the device ran out of memory
+    going on with trainBatchSizePerDevice 4 instead of 8, gradientAccumulationSteps 2 instead of 1: 8 sequences a step and the same result, in 266 MB instead of 277 MB, because the device ran out of memory
+    going on with trainBatchSizePerDevice 2 instead of 4, gradientAccumulationSteps 4 instead of 2: 8 sequences a step and the same result, in 260 MB instead of 266 MB, because the device ran out of memory
     ");
     let told = fs::read_to_string(directory.path().join("told")).unwrap();
     let told: Vec<finetune_contract::RunConfig> =
@@ -294,11 +294,11 @@ fn says_what_is_missing_when_the_smallest_pieces_are_too_large() {
     let (output, directory) = run_in_little_memory(&[]);
     insta::assert_snapshot!(said_after_plan(&output), @r"
     exit 71
-    going on with trainBatchSizePerDevice 4 instead of 8, gradientAccumulationSteps 2 instead of 1: 8 sequences a step and the same result, in 267 MB instead of 279 MB, because the device ran out of memory
-    going on with trainBatchSizePerDevice 2 instead of 4, gradientAccumulationSteps 4 instead of 2: 8 sequences a step and the same result, in 261 MB instead of 267 MB, because the device ran out of memory
-    going on with trainBatchSizePerDevice 1 instead of 2, gradientAccumulationSteps 8 instead of 4: 8 sequences a step and the same result, in 257 MB instead of 261 MB, because the device ran out of memory
-    going on with recompute block instead of none: 8 sequences a step and the same result, in 256 MB instead of 257 MB, because the device ran out of memory
-    error: the device ran out of memory, and no way is left to make its micro-batches smaller: 256 MB are predicted. Lower training.contextLength, or use a machine with more memory
+    going on with trainBatchSizePerDevice 4 instead of 8, gradientAccumulationSteps 2 instead of 1: 8 sequences a step and the same result, in 266 MB instead of 277 MB, because the device ran out of memory
+    going on with trainBatchSizePerDevice 2 instead of 4, gradientAccumulationSteps 4 instead of 2: 8 sequences a step and the same result, in 260 MB instead of 266 MB, because the device ran out of memory
+    going on with trainBatchSizePerDevice 1 instead of 2, gradientAccumulationSteps 8 instead of 4: 8 sequences a step and the same result, in 256 MB instead of 260 MB, because the device ran out of memory
+    going on with recompute block instead of none: 8 sequences a step and the same result, in 255 MB instead of 256 MB, because the device ran out of memory
+    error: the device ran out of memory, and no way is left to make its micro-batches smaller: 255 MB are predicted. Lower training.contextLength, or use a machine with more memory
     ");
     let told = fs::read_to_string(directory.path().join("told")).unwrap();
     assert_eq!(told.lines().count(), 5, "8, 4, 2, 1, and blocks computed again");
