@@ -179,22 +179,43 @@ struct Unit {
     queries: usize,
 }
 
-/// Compiles a method of [`Unit`] for the processors of a type.
+/// Compiles what a [`Unit`] does for processors with some features.
 macro_rules! compiled {
-    ($name:ident, $method:ident, $features:literal, ($($argument:ident: $type:ty),*)) => {
+    ($features:literal, $forward:ident, $backward:ident) => {
         #[expect(unsafe_code, reason = "for certain processors")]
         #[target_feature(enable = $features)]
-        unsafe fn $name<E: Multiplied>(unit: &Unit, $($argument: $type),*) {
+        unsafe fn $forward<E: Multiplied>(
+            unit: &Unit,
+            shape: Shape,
+            positions: usize,
+            inputs: [&[E]; 3],
+            out: &Shared<'_, E>,
+            logsumexp: &Shared<'_, f32>,
+            buffers: &mut Buffers,
+        ) {
             // SAFETY: the caller's.
-            unsafe { unit.$method($($argument),*) }
+            unsafe { unit.forward(shape, positions, inputs, out, logsumexp, buffers) }
+        }
+
+        #[expect(unsafe_code, reason = "for certain processors")]
+        #[target_feature(enable = $features)]
+        unsafe fn $backward<E: Multiplied>(
+            unit: &Unit,
+            shape: Shape,
+            positions: usize,
+            inputs: [&[E]; 3],
+            attended: Attended<'_, E>,
+            grads: &[Shared<'_, E>; 3],
+            buffers: &mut Buffers,
+        ) {
+            // SAFETY: the caller's.
+            unsafe { unit.backward(shape, positions, inputs, attended, grads, buffers) }
         }
     };
 }
 
-compiled!(forward_bf16, forward, "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16", (shape: Shape, positions: usize, inputs: [&[E]; 3], out: &Shared<'_, E>, logsumexp: &Shared<'_, f32>, buffers: &mut Buffers));
-compiled!(forward_fp32, forward, "avx512f,avx512bw,avx512dq,avx512vl", (shape: Shape, positions: usize, inputs: [&[E]; 3], out: &Shared<'_, E>, logsumexp: &Shared<'_, f32>, buffers: &mut Buffers));
-compiled!(backward_bf16, backward, "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16", (shape: Shape, positions: usize, inputs: [&[E]; 3], attended: Attended<'_, E>, grads: &[Shared<'_, E>; 3], buffers: &mut Buffers));
-compiled!(backward_fp32, backward, "avx512f,avx512bw,avx512dq,avx512vl", (shape: Shape, positions: usize, inputs: [&[E]; 3], attended: Attended<'_, E>, grads: &[Shared<'_, E>; 3], buffers: &mut Buffers));
+compiled!("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16", forward_bf16, backward_bf16);
+compiled!("avx512f,avx512bw,avx512dq,avx512vl", forward_fp32, backward_fp32);
 
 #[expect(unsafe_code, reason = "for certain processors")]
 #[expect(clippy::inline_always, reason = "compiled with their callers' instructions")]

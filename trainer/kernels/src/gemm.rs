@@ -71,6 +71,7 @@ pub trait Multiplied: Element {
 /// # Panics
 /// If they do not start where a word may.
 pub(crate) fn words_of<E: Multiplied>(values: &[E]) -> &[u32] {
+    const { assert!(size_of::<E>() * E::PER_WORD == size_of::<u32>()) };
     assert!(values.as_ptr().addr().is_multiple_of(align_of::<u32>()));
     #[expect(unsafe_code, reason = "numbers under another name")]
     // SAFETY: aligned as asserted, inside the slice, and any bits are a u32.
@@ -173,7 +174,7 @@ impl Multiplied for f32 {
         unsafe { _mm512_fmadd_ps(_mm512_castsi512_ps(left), _mm512_castsi512_ps(right), sum) }
     }
 
-    #[expect(unsafe_code, reason = "see above")]
+    #[expect(unsafe_code, reason = "where bf16 needs a certain processor")]
     #[inline(always)]
     unsafe fn round(values: &[f32; LANES]) -> [Self; LANES] {
         *values
