@@ -46,14 +46,14 @@ pub trait Multiplied: Element {
     #[expect(unsafe_code, reason = "for certain processors")]
     unsafe fn round(values: &[f32; LANES]) -> [Self; LANES];
 
-    /// [`Tile::compute_some`], compiled for processors that can.
+    /// Computes as many of a tile's rows as there are instructions for, and returns how many.
     ///
     /// # Safety
     /// All of the tile's places must exist, and the processor can.
     #[expect(unsafe_code, reason = "for certain processors")]
     unsafe fn compute_some<const W: usize, const ADD: bool>(tile: &Tile, rows: usize) -> usize;
 
-    /// [`product`], compiled for processors that can.
+    /// Writes a small product to `c`, or adds it; sizes are rows, words and columns.
     ///
     /// # Safety
     /// The processor can.
