@@ -107,7 +107,8 @@ fn matmul<E: Multiplied>() {
         time_product("weight's gradient", [depth, POSITIONS, columns], || {
             let left = Side::Transposed(matrix(&x, POSITIONS, depth));
             let terms = [(left, Side::Plain(matrix(&y, POSITIONS, columns)))];
-            matmul::multiply(&Serial, &terms, [depth, columns], Target::Add(&mut grad));
+            let target = Target::Sum { to: &mut grad, is_added: true };
+            matmul::multiply(&Serial, &terms, [depth, columns], target);
         });
     }
 }

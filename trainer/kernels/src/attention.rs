@@ -703,7 +703,7 @@ mod tests {
     use crate::{
         gemm::Multiplied,
         pool::Serial,
-        testing::{assert_close, numbers, of_type},
+        testing::{assert_close, numbers, rounded},
     };
 
     /// The formulas in f64: result, and gradients of q, k and v.
@@ -757,7 +757,7 @@ mod tests {
         let positions: usize = lengths.iter().sum();
         let of = |heads: usize, factor: f32, seed| {
             let values = numbers(positions * heads * shape.width, seed);
-            of_type::<E>(&values.iter().map(|value| factor * value).collect::<Vec<_>>())
+            rounded::<E>(&values.iter().map(|value| factor * value).collect::<Vec<_>>())
         };
         let (q, k) = (of(shape.heads, 2.0, 1), of(shape.kv_heads, 2.0, 2));
         let (v, d_out) = (of(shape.kv_heads, 1.0, 3), of(shape.heads, 1.0, 4));

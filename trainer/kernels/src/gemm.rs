@@ -13,7 +13,7 @@ use std::arch::x86_64::{
 
 use half::bf16;
 
-use crate::Element;
+use crate::{Element, versions::Level};
 
 /// Elements of one register.
 pub(crate) const LANES: usize = 16;
@@ -156,10 +156,7 @@ impl Multiplied for f32 {
     const PER_WORD: usize = 1;
 
     fn is_supported() -> bool {
-        is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512dq")
-            && is_x86_feature_detected!("avx512vl")
+        Level::here() == Level::Avx512
     }
 
     #[inline(always)]
@@ -339,7 +336,7 @@ mod tests {
     use half::bf16;
 
     use super::{Multiplied, Words, interleave, words_of};
-    use crate::testing::{assert_close, numbers, of_type};
+    use crate::testing::{assert_close, numbers, rounded};
 
     #[test]
     fn equals_the_sum_of_products_for_every_remainder_of_rows() {
@@ -355,8 +352,8 @@ mod tests {
         let depth = 10;
         let words = depth / E::PER_WORD;
         for (rows, columns) in (1..20).flat_map(|rows| [(rows, 64), (rows, 48)]) {
-            let a: Vec<E> = of_type(&numbers(rows * depth, 1));
-            let b: Vec<E> = of_type(&numbers(depth * columns, 2));
+            let a: Vec<E> = rounded(&numbers(rows * depth, 1));
+            let b: Vec<E> = rounded(&numbers(depth * columns, 2));
             let mut right = vec![0; words * columns];
             for (word, to) in right.chunks_mut(columns).enumerate() {
                 let row = |k: usize| &b[k * columns..(k + 1) * columns];

@@ -147,11 +147,10 @@ impl<'a> Packed<'a> {
         words: &'a mut Vec<u32>,
     ) -> Self {
         let stride = columns.next_multiple_of(LANES);
-        let size = depth;
+        assert_eq!(factor.size(), [depth, columns]);
         let depth = depth / E::PER_WORD;
         words.clear();
         words.resize(depth * stride, 0);
-        assert_eq!(factor.size(), [size, columns]);
         match factor {
             Side::Plain(matrix) => {
                 for (word, to) in words.chunks_exact_mut(stride).enumerate() {
@@ -264,7 +263,7 @@ mod tests {
         gemm::Multiplied,
         matrix::{Matrix, Side},
         pool::Serial,
-        testing::{assert_close, numbers, of_type},
+        testing::{assert_close, numbers, rounded},
     };
 
     /// `[rows, depth] · [depth, columns]` in f64.
@@ -317,8 +316,8 @@ mod tests {
         }
         for [rows, width, rank] in SHAPES {
             for [depth, columns] in [[width, rank], [rank, width]] {
-                let left: Vec<E> = of_type(&numbers(rows * depth, 1));
-                let right: Vec<E> = of_type(&numbers(depth * columns, 2));
+                let left: Vec<E> = rounded(&numbers(rows * depth, 1));
+                let right: Vec<E> = rounded(&numbers(depth * columns, 2));
                 let expected = exact(&left, &right, [rows, depth, columns]);
                 let turned = transposed(&right, columns);
                 let plain = Matrix { data: &right, rows: depth, columns, stride: columns };
@@ -326,7 +325,7 @@ mod tests {
                 for factor in [Side::Plain(plain), Side::Transposed(turned)] {
                     // The result lies between other columns, which stay.
                     let (stride, first) = (columns + 5, 3);
-                    let before: Vec<E> = of_type(&numbers(rows * stride, 3));
+                    let before: Vec<E> = rounded(&numbers(rows * stride, 3));
                     for add in [false, true] {
                         let mut data = before.clone();
                         let end = (rows - 1) * stride + first + columns;
@@ -368,10 +367,10 @@ mod tests {
         }
         for [rows, width, rank] in SHAPES {
             // The left side is a part of a wider matrix.
-            let wide: Vec<E> = of_type(&numbers(rows * (rank + 4), 1));
+            let wide: Vec<E> = rounded(&numbers(rows * (rank + 4), 1));
             let left: Vec<E> =
                 wide.chunks(rank + 4).flat_map(|row| &row[2..rank + 2]).copied().collect();
-            let right: Vec<E> = of_type(&numbers(rows * width, 2));
+            let right: Vec<E> = rounded(&numbers(rows * width, 2));
             let expected = exact(&transposed(&left, rank), &right, [rank, rows, width]);
             let left = Matrix { data: &wide[2..], rows, columns: rank, stride: rank + 4 };
             let right = Matrix { data: &right, rows, columns: width, stride: width };

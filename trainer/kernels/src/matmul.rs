@@ -40,10 +40,13 @@ pub fn is_supported<E: Multiplied>() -> bool {
 pub enum Target<'a, E> {
     /// It is written, with a bias `[N]` if there is one.
     Write(&'a mut [E], Option<&'a [E]>),
-    /// It is written in fp32.
-    Set(&'a mut [f32]),
-    /// It is added in fp32.
-    Add(&'a mut [f32]),
+    /// It is kept in fp32: added to what is there, or written over it.
+    Sum {
+        /// Where.
+        to: &'a mut [f32],
+        /// Whether it is added.
+        is_added: bool,
+    },
 }
 
 impl<E> Target<'_, E> {
@@ -53,13 +56,9 @@ impl<E> Target<'_, E> {
                 let (some, rest) = to.split_at_mut(index);
                 (Target::Write(some, bias), Target::Write(rest, bias))
             }
-            Self::Set(to) => {
+            Self::Sum { to, is_added } => {
                 let (some, rest) = to.split_at_mut(index);
-                (Target::Set(some), Target::Set(rest))
-            }
-            Self::Add(to) => {
-                let (some, rest) = to.split_at_mut(index);
-                (Target::Add(some), Target::Add(rest))
+                (Target::Sum { to: some, is_added }, Target::Sum { to: rest, is_added })
             }
         }
     }
@@ -121,14 +120,16 @@ fn multiply_deep<E: Multiplied>(
             for first in (0..depth).step_by(DEPTH * E::PER_WORD) {
                 let range = first..depth.min(first + DEPTH * E::PER_WORD);
                 let terms = [(left.columns(range.clone()), right.rows(range))];
-                multiply_at_once(pool, &terms, [rows, columns], Target::Add(sums));
+                let target = Target::Sum { to: sums, is_added: true };
+                multiply_at_once(pool, &terms, [rows, columns], target);
             }
         }
     };
     match to {
-        Target::Add(to) => add(to),
-        Target::Set(to) => {
-            to.fill(0.0);
+        Target::Sum { to, is_added } => {
+            if !is_added {
+                to.fill(0.0);
+            }
             add(to);
         }
         Target::Write(to, bias) => DEEP_SUMS.with_borrow_mut(|sums| {
@@ -309,8 +310,7 @@ struct Output<'a, E> {
 
 enum SharedTarget<'a, E> {
     Write(Shared<'a, E>, Option<&'a [E]>),
-    Set(Shared<'a, f32>),
-    Add(Shared<'a, f32>),
+    Sum { to: Shared<'a, f32>, is_added: bool },
 }
 
 impl<'a, E: Multiplied> Output<'a, E> {
@@ -321,13 +321,9 @@ impl<'a, E: Multiplied> Output<'a, E> {
                 assert!(bias.is_none_or(|bias| bias.len() == columns));
                 SharedTarget::Write(Shared::new(to), bias)
             }
-            Target::Set(to) => {
+            Target::Sum { to, is_added } => {
                 assert_eq!(to.len(), rows * columns);
-                SharedTarget::Set(Shared::new(to))
-            }
-            Target::Add(to) => {
-                assert_eq!(to.len(), rows * columns);
-                SharedTarget::Add(Shared::new(to))
+                SharedTarget::Sum { to: Shared::new(to), is_added }
             }
         };
         Self { to, width: columns }
@@ -347,8 +343,8 @@ impl<'a, E: Multiplied> Output<'a, E> {
                 match &self.to {
                     SharedTarget::Write(to, _) => prefetch(to.range(range)),
                     // Whole lines are written, which nobody has to read.
-                    SharedTarget::Set(_) => {}
-                    SharedTarget::Add(to) => prefetch(to.range(range)),
+                    SharedTarget::Sum { is_added: false, .. } => {}
+                    SharedTarget::Sum { to, .. } => prefetch(to.range(range)),
                 }
             }
         }
@@ -370,11 +366,11 @@ impl<'a, E: Multiplied> Output<'a, E> {
                         let bias = bias.map(|bias| &bias[columns.clone()]);
                         round(sums, bias, to.range(range));
                     }
-                    SharedTarget::Set(to) => {
+                    SharedTarget::Sum { to, is_added: false } => {
                         let to = to.range(range);
                         to.copy_from_slice(&sums[..to.len()]);
                     }
-                    SharedTarget::Add(to) => {
+                    SharedTarget::Sum { to, .. } => {
                         for (to, &sum) in to.range(range).iter_mut().zip(sums) {
                             *to += sum;
                         }
@@ -408,7 +404,7 @@ mod tests {
         gemm::Multiplied,
         matrix::{Matrix, Side},
         pool::Serial,
-        testing::{assert_close, numbers, of_type},
+        testing::{assert_close, numbers, rounded},
     };
 
     /// Rows, depth and columns: below, at and beside the sizes of tiles, panels, blocks and depths.
@@ -444,7 +440,7 @@ mod tests {
     impl<E: Multiplied> Random<E> {
         fn new([rows, columns]: [usize; 2], seed: u64) -> Self {
             let stride = columns + 2 + columns % 2;
-            let strided: Vec<E> = of_type(&numbers(rows * stride, seed));
+            let strided: Vec<E> = rounded(&numbers(rows * stride, seed));
             let dense = strided.chunks(stride).flat_map(|row| row[..columns].to_vec()).collect();
             Self { strided, dense, size: [rows, columns], stride }
         }
@@ -517,12 +513,13 @@ mod tests {
                     &Serial,
                     &[term((&left, flip_left), (&right, flip_right))],
                     [rows, columns],
-                    Target::Add(&mut sums),
+                    Target::Sum { to: &mut sums, is_added: true },
                 );
                 let added: Vec<f32> = sums.iter().map(|sum| sum - 1.0).collect();
                 assert_close(&added, &exact, if depth > 0 { 1e-5 } else { 0.0 });
                 let terms = [term((&left, flip_left), (&right, flip_right))];
-                multiply(&Serial, &terms, [rows, columns], Target::Set(&mut sums));
+                let target = Target::Sum { to: &mut sums, is_added: false };
+                multiply(&Serial, &terms, [rows, columns], target);
                 assert_close(&sums, &exact, if depth > 0 { 1e-5 } else { 0.0 });
             }
         }
@@ -536,17 +533,17 @@ mod tests {
         let (left, right) = (Random::<bf16>::new([77, 40], 1), Random::new([77, 60], 2));
         let mut sums = vec![0.0; 40 * 60];
         let terms = [term((&left, true), (&right, false))];
-        multiply(&Serial, &terms, [40, 60], Target::Add(&mut sums));
+        multiply(&Serial, &terms, [40, 60], Target::Sum { to: &mut sums, is_added: true });
         assert_close(&sums, &exact(&[[(&left, true), (&right, false)]], [40, 60]), 1e-6);
     }
 
     #[test]
     fn terms_are_summed_before_they_are_rounded_and_a_bias_is_added() {
-        check_terms::<bf16>(1.0 / 256.0);
-        check_terms::<f32>(1e-5);
+        check_terms::<bf16>(1.0 / 256.0, 1e-4);
+        check_terms::<f32>(1e-5, 5e-4);
     }
 
-    fn check_terms<E: Multiplied>(rounding: f64) {
+    fn check_terms<E: Multiplied>(rounding: f64, cancelled: f64) {
         if !can::<E>() {
             return;
         }
@@ -560,7 +557,7 @@ mod tests {
                 .map(|(left, right)| [(left, false), (right, false)])
                 .collect();
             let terms: Vec<_> = pairs.iter().map(|[left, right]| term(*left, *right)).collect();
-            let bias: Vec<E> = of_type(&numbers(columns, 9));
+            let bias: Vec<E> = rounded(&numbers(columns, 9));
             for bias in [None, Some(&bias[..])] {
                 let mut exact = exact(&pairs, [rows, columns]);
                 if let Some(bias) = bias {
@@ -574,7 +571,7 @@ mod tests {
                 multiply(&Serial, &terms, [rows, columns], Target::Write(&mut y, bias));
                 for (y, exact) in y.iter().zip(exact) {
                     let y = f64::from(y.to_f32());
-                    assert!((y - exact).abs() <= exact.abs() * rounding + 5e-4, "{y} {exact}");
+                    assert!((y - exact).abs() <= exact.abs() * rounding + cancelled, "{y} {exact}");
                 }
             }
         }
@@ -615,7 +612,7 @@ mod tests {
             &Serial,
             &[term((&left, false), (&right, false))],
             [4, 4],
-            Target::Add(&mut [0.0; 16]),
+            Target::Sum { to: &mut [0.0; 16], is_added: true },
         );
     }
 }

@@ -82,7 +82,7 @@ mod tests {
             let exact: f64 = values.iter().map(|x| f64::from(*x) * f64::from(*x)).sum();
             let found = super::squares(&values);
             assert!((found - exact).abs() <= 1e-6 * exact, "{found} is not {exact}");
-            let more = rounded(&numbers(length, 6));
+            let more: Vec<half::bf16> = rounded(&numbers(length, 6));
             let mut sum = values.clone();
             super::add(&mut sum, &more);
             let sums: Vec<f64> =

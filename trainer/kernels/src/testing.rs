@@ -1,7 +1,5 @@
 //! Numbers for tests, and their comparison.
 
-use half::bf16;
-
 use crate::{Element, dropout::mix};
 
 /// Returns numbers in `[-1, 1)`, always the same for a seed.
@@ -14,13 +12,8 @@ pub(crate) fn numbers(length: usize, seed: u64) -> Vec<f32> {
         .collect()
 }
 
-/// Rounds to bf16.
-pub(crate) fn rounded(values: &[f32]) -> Vec<bf16> {
-    values.iter().map(|value| bf16::from_f32(*value)).collect()
-}
-
 /// Rounds to a type.
-pub(crate) fn of_type<E: Element>(values: &[f32]) -> Vec<E> {
+pub(crate) fn rounded<E: Element>(values: &[f32]) -> Vec<E> {
     values.iter().map(|value| E::from_f32(*value)).collect()
 }
 

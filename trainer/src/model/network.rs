@@ -34,7 +34,7 @@ use crate::{
 
 /// Micro-batches whose positions round up to the same multiple of this want buffers of about the same
 /// sizes.
-const ALIKE: i64 = 64;
+const ALIKE: usize = 64;
 
 /// A model with what is trained of it.
 #[derive(Debug)]
@@ -468,7 +468,7 @@ impl<'a> Flow<'a> {
 
     /// Returns about how many positions there are.
     fn about(&self) -> i64 {
-        (self.tokens.size()[0] + ALIKE - 1) / ALIKE * ALIKE
+        self.tokens.numel().next_multiple_of(ALIKE) as i64
     }
 
     fn surroundings(&self) -> Surroundings<'_> {

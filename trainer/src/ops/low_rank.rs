@@ -1,6 +1,9 @@
 //! Products with a factor of low rank, on our kernels.
 
-use finetune_kernels::low_rank::{self as kernels, MatrixMut, is_supported};
+use finetune_kernels::{
+    Multiplied,
+    low_rank::{self as kernels, MatrixMut, is_supported},
+};
 use tch::{Kind, Tensor};
 
 use super::{
@@ -15,7 +18,7 @@ pub(super) fn can_multiply(left: &Tensor, factor: Factor<'_>, to: &Tensor) -> bo
     dense.is_contiguous()
         && by_kind!(left.kind(), E => {
             [left, dense, to].into_iter().all(is_matrix_of_words::<E>)
-                && is_supported::<E>(wide(left, to), low(left, to))
+                && has_low_rank::<E>(left, to)
         })
 }
 
@@ -25,16 +28,13 @@ pub(super) fn can_add_outer(left: &Tensor, right: &Tensor, grad: &Tensor) -> boo
         && grad.kind() == Kind::Float
         && by_kind!(left.kind(), E => {
             [left, right].into_iter().all(is_matrix_of_words::<E>)
-                && is_supported::<E>(wide(left, right), low(left, right))
+                && has_low_rank::<E>(left, right)
         })
 }
 
-fn wide(one: &Tensor, other: &Tensor) -> usize {
-    one.size()[1].max(other.size()[1]) as usize
-}
-
-fn low(one: &Tensor, other: &Tensor) -> usize {
-    one.size()[1].min(other.size()[1]) as usize
+fn has_low_rank<E: Multiplied>(one: &Tensor, other: &Tensor) -> bool {
+    let [one, other] = [one, other].map(|matrix| matrix.size()[1] as usize);
+    is_supported::<E>(one.max(other), one.min(other))
 }
 
 pub(super) fn multiply(

@@ -50,13 +50,12 @@ pub(super) fn products(terms: &[(&Tensor, Factor<'_>)], bias: Option<&Tensor>) -
     sum
 }
 
-pub(super) fn outer(left: &Tensor, right: &Tensor, grad: &Tensor, has_sums: bool) {
+pub(super) fn outer(left: &Tensor, right: &Tensor, grad: &Tensor, is_added: bool) {
     let size = [left.size()[1], right.size()[1]].map(|size| size as usize);
     let mut grad = grad.shallow_clone();
     let grad = elements_mut(&mut grad);
     by_kind!(left.kind(), E => {
         let terms = [(Side::Transposed(matrix::<E>(left)), Side::Plain(matrix(right)))];
-        let target = if has_sums { Target::Add(grad) } else { Target::Set(grad) };
-        multiply(&Threads, &terms, size, target);
+        multiply(&Threads, &terms, size, Target::Sum { to: grad, is_added });
     });
 }

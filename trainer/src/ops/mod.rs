@@ -201,28 +201,34 @@ pub fn add_product(left: &Tensor, factor: Factor<'_>, to: &mut Tensor) {
 /// # Shapes
 /// `left` is `[T, M]`, `right` is `[T, N]`, `grad` is `[M, N]`.
 pub fn add_outer(left: &Tensor, right: &Tensor, grad: &Tensor) {
-    #[cfg(target_arch = "x86_64")]
-    if low_rank::can_add_outer(left, right, grad) {
-        return profile::time("adapter", || low_rank::add_outer(left, right, grad));
-    }
-    profile::time("weight gradient", || {
-        #[cfg(target_arch = "x86_64")]
-        if matmul::can_outer(left, right, grad) {
-            return matmul::outer(left, right, grad, true);
-        }
-        plain::add_outer(left, right, grad);
-    });
+    outer(left, right, grad, true);
 }
 
 /// Writes `leftᵀ · right` to a gradient of which nothing was computed yet; shapes as in
 /// [`add_outer`].
 pub fn write_outer(left: &Tensor, right: &Tensor, grad: &Tensor) {
+    outer(left, right, grad, false);
+}
+
+fn outer(left: &Tensor, right: &Tensor, grad: &Tensor, is_added: bool) {
+    let begin = || {
+        if !is_added {
+            let _ = grad.shallow_clone().zero_();
+        }
+    };
     #[cfg(target_arch = "x86_64")]
-    if matmul::can_outer(left, right, grad) && !low_rank::can_add_outer(left, right, grad) {
-        return profile::time("weight gradient", || matmul::outer(left, right, grad, false));
+    if low_rank::can_add_outer(left, right, grad) {
+        begin();
+        return profile::time("adapter", || low_rank::add_outer(left, right, grad));
     }
-    let _ = grad.shallow_clone().zero_();
-    add_outer(left, right, grad);
+    profile::time("weight gradient", || {
+        #[cfg(target_arch = "x86_64")]
+        if matmul::can_outer(left, right, grad) {
+            return matmul::outer(left, right, grad, is_added);
+        }
+        begin();
+        plain::add_outer(left, right, grad);
+    });
 }
 
 /// Updates masters and moments, `[master, exp_avg, exp_avg_sq]` in fp32, and copies the masters to
