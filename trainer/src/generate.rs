@@ -12,7 +12,10 @@ use finetune_contract::{Dtype, FailureReason};
 use tch::{Device, Kind, Tensor};
 
 use crate::{
-    data::{Tokenizer, format::Message},
+    data::{
+        Tokenizer,
+        conversation::{ChatRole, Message},
+    },
     failure::Failure,
     model::{Model, block::Block, linear::Input, read_config},
     ops,
@@ -96,12 +99,9 @@ fn prompt_tokens(tokenizer: &Tokenizer, arguments: &Arguments) -> Result<Vec<u32
     let tokens = if is_raw {
         tokenizer.encode(&arguments.prompt, true)?
     } else {
-        let turn = |role: &str, content: &String| Message {
-            role: role.to_owned(),
-            content: content.clone(),
-        };
-        let system = arguments.system.iter().map(|system| turn("system", system));
-        let messages: Vec<Message> = system.chain([turn("user", &arguments.prompt)]).collect();
+        let system = arguments.system.iter().map(|system| Message::new(ChatRole::System, system));
+        let user = Message::new(ChatRole::User, &arguments.prompt);
+        let messages: Vec<Message> = system.chain([user]).collect();
         tokenizer.encode(&tokenizer.render_chat(&messages, true)?, false)?
     };
     if tokens.is_empty() { Err("the prompt has no tokens".to_owned()) } else { Ok(tokens) }

@@ -3,30 +3,7 @@
 use finetune_contract::DatasetFormat;
 use serde_json::{Map, Value};
 
-/// A row, understood.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Example {
-    /// A conversation; every assistant turn is trained on.
-    Chat(Vec<Message>),
-    /// A text to continue and its continuation.
-    PromptCompletion {
-        /// Not trained on.
-        prompt: String,
-        /// Trained on.
-        completion: String,
-    },
-    /// A text, all of it trained on.
-    Text(String),
-}
-
-/// One turn.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
-pub struct Message {
-    /// `system`, `user`, `assistant` or `tool`.
-    pub role: String,
-    /// What is said.
-    pub content: String,
-}
+use super::conversation::{ChatRole, Conversation, Example, Message, WithoutTemplate};
 
 /// The shapes `auto` finds, with the key that gives each away.
 const SIGNATURES: [(&str, DatasetFormat); 5] = [
@@ -85,8 +62,12 @@ pub fn read(text: &str, format: DatasetFormat) -> Result<(DatasetFormat, Example
     let format = if format == DatasetFormat::Auto { detect(&row)? } else { format };
     let example = match format {
         DatasetFormat::Auto => return Err("the shape of the rows is unknown".to_owned()),
-        DatasetFormat::Messages => Example::Chat(turns(&row, "messages", "role", "content")?),
-        DatasetFormat::Sharegpt => Example::Chat(turns(&row, "conversations", "from", "value")?),
+        DatasetFormat::Messages => {
+            Example::Chat(Conversation::new(turns(&row, "messages", "role", "content")?))
+        }
+        DatasetFormat::Sharegpt => {
+            Example::Chat(Conversation::new(turns(&row, "conversations", "from", "value")?))
+        }
         DatasetFormat::PromptCompletion => {
             let (prompt, completion) = (string(&row, "prompt")?, string(&row, "completion")?);
             Example::PromptCompletion { prompt, completion: filled(completion, "completion")? }
@@ -121,16 +102,18 @@ fn turns(
             refuse_unsupported(turn).map_err(at)?;
             let role = role(&string(turn, role_key).map_err(at)?).map_err(at)?;
             let content = string(turn, content_key).map_err(at)?;
-            if content.is_empty() && role == "assistant" {
+            if content.is_empty() && role == ChatRole::Assistant {
                 return Err(at(format!("the assistant's {content_key} is empty")));
             }
-            Ok(Message { role: role.to_owned(), content })
+            Ok(Message::new(role, content))
         })
         .collect::<Result<Vec<_>, String>>()?;
-    if let Some(index) = messages.iter().skip(1).position(|message| message.role == "system") {
+    if let Some(index) =
+        messages.iter().skip(1).position(|message| message.role == ChatRole::System)
+    {
         return Err(format!("{key}[{}]: a system turn must be the first", index + 1));
     }
-    if messages.iter().all(|message| message.role != "assistant") {
+    if messages.iter().all(|message| message.role != ChatRole::Assistant) {
         return Err(format!("{key:?} has no assistant turn, so there is nothing to train on"));
     }
     Ok(messages)
@@ -156,12 +139,12 @@ fn refuse_unsupported(object: &Map<String, Value>) -> Result<(), String> {
 }
 
 /// Names a role as chat templates do; ShareGPT has names of its own.
-fn role(name: &str) -> Result<&'static str, String> {
+fn role(name: &str) -> Result<ChatRole, String> {
     match name {
-        "system" | "developer" => Ok("system"),
-        "user" | "human" => Ok("user"),
-        "assistant" | "gpt" | "model" | "bot" => Ok("assistant"),
-        "tool" | "function" | "observation" => Ok("tool"),
+        "system" | "developer" => Ok(ChatRole::System),
+        "user" | "human" => Ok(ChatRole::User),
+        "assistant" | "gpt" | "model" | "bot" => Ok(ChatRole::Assistant),
+        "tool" | "function" | "observation" => Ok(ChatRole::Tool),
         other => Err(format!("the role {other:?} is unknown: use system, user, assistant or tool")),
     }
 }
@@ -173,15 +156,18 @@ fn alpaca(row: &Map<String, Value>) -> Result<Example, String> {
     let input = if row.contains_key("input") { string(row, "input")? } else { String::new() };
     let content = if input.is_empty() { instruction } else { format!("{instruction}\n\n{input}") };
     let output = filled(string(row, "output")?, "output")?;
-    let turn = |role: &str, content| Message { role: role.to_owned(), content };
-    let mut messages = vec![turn("user", content), turn("assistant", output)];
+    let mut messages =
+        vec![Message::new(ChatRole::User, content), Message::new(ChatRole::Assistant, output)];
     if row.contains_key("system") {
         let system = string(row, "system")?;
         if !system.is_empty() {
-            messages.insert(0, turn("system", system));
+            messages.insert(0, Message::new(ChatRole::System, system));
         }
     }
-    Ok(Example::Chat(messages))
+    Ok(Example::Chat(Conversation {
+        without_template: WithoutTemplate::AlpacaPrompt,
+        ..Conversation::new(messages)
+    }))
 }
 
 fn field<'a>(row: &'a Map<String, Value>, key: &str) -> Result<&'a Value, String> {
@@ -235,9 +221,11 @@ mod tests {
 
     fn check_as(text: &str, format: DatasetFormat) -> String {
         match read(text, format) {
-            Ok((format, Example::Chat(messages))) => {
-                let turns: Vec<_> =
-                    messages.iter().map(|turn| format!("{}={}", turn.role, turn.content)).collect();
+            Ok((format, Example::Chat(Conversation { messages, .. }))) => {
+                let turns: Vec<_> = messages
+                    .iter()
+                    .map(|turn| format!("{}={}", turn.role.as_str(), turn.content))
+                    .collect();
                 format!("{format:?}: {}", turns.join(" "))
             }
             Ok((format, example)) => format!("{format:?}: {example:?}"),

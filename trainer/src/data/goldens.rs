@@ -6,7 +6,7 @@
 use serde_json::json;
 
 use super::{
-    format::{Example, Message},
+    conversation::{ChatRole, Conversation, Example, Message},
     template::Template,
     tokenizer::Tokenizer,
 };
@@ -111,11 +111,16 @@ fn show(tokenizer: &Tokenizer, example: &Example) -> String {
 }
 
 fn chat(turns: &[(&str, &str)]) -> Example {
-    let turn = |&(role, content): &(&str, &str)| Message {
-        role: role.to_owned(),
-        content: content.to_owned(),
+    let turn = |&(role, content): &(&str, &str)| {
+        let role = match role {
+            "system" => ChatRole::System,
+            "user" => ChatRole::User,
+            "assistant" => ChatRole::Assistant,
+            _ => ChatRole::Tool,
+        };
+        Message::new(role, content)
     };
-    Example::Chat(turns.iter().map(turn).collect())
+    Example::Chat(Conversation::new(turns.iter().map(turn).collect()))
 }
 
 fn two_turns() -> Example {

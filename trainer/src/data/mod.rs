@@ -1,10 +1,11 @@
 //! From rows of text to micro-batches of tokens.
 //!
-//! In the order data flows: [`jsonl`] streams lines, [`format`](mod@format) understands a row,
-//! [`tokenizer`] and [`template`] turn it into tokens with targets, [`rows`] does so for a whole
+//! In the order data flows: [`jsonl`] streams lines, [`format`](mod@format) understands a row as what
+//! [`conversation`] defines, [`tokenizer`] and [`template`] turn it into tokens with targets, [`rows`] does so for a whole
 //! split, [`census`] counts or [`dataset`] stores them, [`packing`] and [`sequences`] arrange them.
 
 pub mod census;
+pub mod conversation;
 pub mod dataset;
 pub mod format;
 #[cfg(test)]

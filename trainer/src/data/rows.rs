@@ -4,7 +4,8 @@ use finetune_contract::DatasetFormat;
 use sha2::{Digest, Sha256};
 
 use super::{
-    format::{self, Example},
+    conversation::Example,
+    format,
     jsonl::{self, Line},
     tokenizer::{TokenRow, Tokenizer},
 };

@@ -10,7 +10,7 @@ use std::{collections::BTreeMap, ops::Range};
 
 use minijinja::{Environment, Error, ErrorKind, Value, syntax::SyntaxConfig, value::Serde};
 
-use super::format::Message;
+use super::conversation::Message;
 
 /// Stands for `{% generation %}` in rendered text; private use, and rows that have it are refused.
 const GENERATION_START: char = '\u{F8F0}';
@@ -231,19 +231,19 @@ impl serde_json::ser::Formatter for PythonFormatter {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::conversation::ChatRole;
 
     fn render(source: &str) -> String {
         render_answer(source, "c")
     }
 
     fn render_answer(source: &str, answer: &str) -> String {
-        let message = |role: &str, content: &str| Message {
-            role: role.to_owned(),
-            content: content.to_owned(),
-        };
         let special = vec![("bos_token".to_owned(), "<s>".to_owned())];
         let rendered = Template::compile(source, special).and_then(|template| {
-            template.render(&[message("user", " a<b "), message("assistant", answer)], false)
+            template.render(
+                &[Message::new(ChatRole::User, " a<b "), Message::new(ChatRole::Assistant, answer)],
+                false,
+            )
         });
         match rendered {
             Ok(Rendered { text, generation }) => {

@@ -6,7 +6,7 @@ use finetune_contract::FailureReason;
 use serde_json::Value;
 
 use super::{
-    format::{Example, Message},
+    conversation::{ChatRole, Conversation, Example, Message},
     template::{Rendered, Template, refuse_marks},
 };
 use crate::failure::Failure;
@@ -135,13 +135,12 @@ impl Tokenizer {
     /// A text that says why this row cannot be trained on.
     pub fn tokenize(&self, example: &Example) -> Result<TokenRow, String> {
         let row = match example {
-            Example::Chat(messages) => self.chat(messages)?,
+            Example::Chat(Conversation { messages, .. }) => self.chat(messages)?,
             Example::PromptCompletion { prompt, completion } if self.has_template() => {
-                let turn = |role: &str, content: &String| Message {
-                    role: role.to_owned(),
-                    content: content.clone(),
-                };
-                self.chat(&[turn("user", prompt), turn("assistant", completion)])?
+                self.chat(&[
+                    Message::new(ChatRole::User, prompt),
+                    Message::new(ChatRole::Assistant, completion),
+                ])?
             }
             Example::PromptCompletion { prompt, completion } => {
                 // Apart, so that no token spans the border.
@@ -151,6 +150,13 @@ impl Tokenizer {
                 self.with_eos(tokens, border)
             }
             Example::Text(text) => self.with_eos(self.encode(text, true)?, 1),
+            Example::Prerendered { prompt, completion } => {
+                let mut tokens = self.encode(prompt, false)?;
+                let border = tokens.len();
+                tokens.extend(self.encode(completion, false)?);
+                let targets = (0..tokens.len()).map(|at| at > 0 && at >= border).collect();
+                TokenRow { tokens, targets }
+            }
         };
         if row.targets.iter().any(|&is_target| is_target) {
             Ok(row)
@@ -212,7 +218,7 @@ impl Tokenizer {
     ) -> Result<Vec<std::ops::Range<usize>>, String> {
         refuse_marks(messages, &[CONTENT])?;
         let mut spans = Vec::new();
-        for index in (0..messages.len()).filter(|&index| messages[index].role == "assistant") {
+        for index in (0..messages.len()).filter(|&index| messages[index].is_target) {
             let rewrites = || {
                 format!(
                     "the chat template renders turn {index} differently when more turns follow, so what to train on is \

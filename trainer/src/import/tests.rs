@@ -13,7 +13,10 @@ use tch::{Kind, Tensor};
 
 use super::{Arguments, import, local_directory, run};
 use crate::{
-    data::{Tokenizer, format::Message},
+    data::{
+        Tokenizer,
+        conversation::{ChatRole, Message},
+    },
     model::{read_config, weights::Checkpoint},
     proof::load_frozen,
     store::{Environment, Role, Store, sha256_hex},
@@ -92,7 +95,7 @@ fn keeps_the_chat_template_and_the_end_of_a_turn() {
     let to = directory.path().join("model");
     import(&golden("llama-smollm.gguf"), &to).unwrap();
     let tokenizer = Tokenizer::load(&to).unwrap();
-    let message = Message { role: "user".to_owned(), content: "hello".to_owned() };
+    let message = Message::new(ChatRole::User, "hello");
     let text = tokenizer.render_chat(&[message], false).unwrap();
     assert_eq!(text, "<|start|>user\nhello<|end|>\n");
     let tokens = tokenizer.encode(&text, false).unwrap();
