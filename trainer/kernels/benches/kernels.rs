@@ -23,13 +23,13 @@ const VOCABULARY: usize = 49152;
 fn main() {
     let values = values::<bf16>;
     let (x, weight) = (values(POSITIONS * WIDTH), values(WIDTH));
-    let mut y = x.clone();
+    let mut y = x.to_vec();
     time("rms_norm::forward", || rms_norm::forward(&x, &weight, 1e-5, &mut y));
     time("rms_norm::backward", || {
         rms_norm::backward(&x, &weight, 1e-5, &mut y, Some(&x), &mut []);
     });
     let (mut d_product, up) = (values(POSITIONS * FEED_FORWARD), values(POSITIONS * FEED_FORWARD));
-    let (mut gate, mut product) = (up.clone(), up.clone());
+    let (mut gate, mut product) = (up.to_vec(), up.to_vec());
     time("swiglu::forward", || swiglu::forward(&gate, &up, &mut product));
     time("swiglu::backward", || swiglu::backward(&mut d_product, &mut gate, &mut product));
     let angles = values(POSITIONS * 32);
@@ -70,18 +70,26 @@ fn main() {
     multiplied::<f32>("fp32");
 }
 
-fn values<E: Element>(length: usize) -> Vec<E> {
+/// Returns numbers that start a line of the cache, as libtorch's do.
+fn values<E: Element>(length: usize) -> &'static mut [E] {
+    let all: Vec<E> = numbers(length + 64 / size_of::<E>());
+    let all = all.leak();
+    let first = all.as_ptr().align_offset(64);
+    &mut all[first..first + length]
+}
+
+fn numbers<E: Element>(length: usize) -> Vec<E> {
     (0..length)
         .map(|index| E::from_f32((dropout::mix(index as u64) % 2048) as f32 / 1024.0 - 1.0))
         .collect()
 }
 
 fn multiplied<E: Multiplied>(dtype: &str) {
-    if !matmul::is_supported::<E>() {
-        println!("{dtype}: skipped, this processor has no AVX-512 for it, or has AMX");
+    let Some(kernel) = E::kernel() else {
+        println!("{dtype}: skipped, no kernel of ours multiplies it here");
         return;
-    }
-    println!("{dtype}:");
+    };
+    println!("{dtype}, by {kernel}:");
     matmul::<E>();
     for (segments, length) in [(4, 256), (2, 1024), (16, 64)] {
         attention::<E>(segments, length);
@@ -91,7 +99,7 @@ fn multiplied<E: Multiplied>(dtype: &str) {
 fn matmul<E: Multiplied>() {
     for (depth, columns) in [(WIDTH, FEED_FORWARD), (FEED_FORWARD, WIDTH), (WIDTH, VOCABULARY)] {
         let (x, weight) = (values::<E>(POSITIONS * depth), values::<E>(columns * depth));
-        let mut y = vec![E::default(); POSITIONS * columns];
+        let mut y = values::<E>(POSITIONS * columns);
         let mut grad = vec![0.0; depth * columns];
         let size = [POSITIONS, columns];
         time_product("forward", [POSITIONS, depth, columns], || {
@@ -119,6 +127,9 @@ fn matrix<E>(data: &[E], rows: usize, columns: usize) -> Matrix<'_, E> {
 
 fn time_product(what: &str, [rows, depth, columns]: [usize; 3], run: impl FnMut()) {
     let best = time(&format!("matmul, {what}, {rows}x{depth}x{columns}"), run);
+    if best.is_nan() {
+        return;
+    }
     println!("{:40} {:.0} GFLOP/s", "", 2e-6 * (rows * depth * columns) as f64 / best);
 }
 
@@ -127,11 +138,11 @@ fn attention<E: Multiplied>(segments: usize, length: usize) {
     let positions = segments * length;
     let lengths = vec![length; segments];
     let (q, k) = (values::<E>(positions * 576), values::<E>(positions * 192));
-    let (mut out, mut lse) = (q.clone(), vec![0.0; positions * 9]);
+    let (mut out, mut lse) = (q.to_vec(), vec![0.0; positions * 9]);
     time(&format!("attention::forward, {segments}x{length}"), || {
         attention::forward(&Serial, shape, &lengths, [&q, &k, &k], &mut out, &mut lse);
     });
-    let (mut dq, mut dk, mut dv) = (q.clone(), k.clone(), k.clone());
+    let (mut dq, mut dk, mut dv) = (q.to_vec(), k.to_vec(), k.to_vec());
     let attended = attention::Attended { out: &out, logsumexp: &lse, d_out: &q };
     time(&format!("attention::backward, {segments}x{length}"), || {
         let grads = [&mut dq[..], &mut dk, &mut dv];
@@ -140,7 +151,12 @@ fn attention<E: Multiplied>(segments: usize, length: usize) {
 }
 
 /// Prints the best and the middle of some runs, and returns the best, in milliseconds.
+/// Measures what has the command line's first word in its name, or everything.
 fn time(what: &str, mut run: impl FnMut()) -> f64 {
+    let wanted = std::env::args().skip(1).find(|word| !word.starts_with('-'));
+    if wanted.is_some_and(|wanted| !what.contains(&wanted)) {
+        return f64::NAN;
+    }
     let mut times: Vec<f64> = (0..30)
         .map(|_| {
             let start = Instant::now();

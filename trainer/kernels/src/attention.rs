@@ -9,8 +9,11 @@
 use std::cell::RefCell;
 
 use crate::{
+    Element,
+    aligned::{Aligned, Buffer},
+    choice::{Multiplied, by_kernel},
     exp::exp,
-    gemm::{LANES, Multiplied, Words, interleave, words_of},
+    gemm::{Held, LANES, MicroKernel, Words, interleave, words_of},
     pool::{Pool, Shared},
     transpose::{SIDE, transpose, transpose_block},
 };
@@ -38,7 +41,7 @@ pub struct Shape {
 
 /// Tells whether this processor can, for heads of a width.
 pub fn is_supported<E: Multiplied>(width: usize) -> bool {
-    width.is_multiple_of(2 * LANES) && width <= WIDEST && E::is_supported()
+    width.is_multiple_of(2 * LANES) && width <= WIDEST && E::kernel().is_some()
 }
 
 /// Computes attention inside each segment.
@@ -58,6 +61,20 @@ pub fn forward<E: Multiplied>(
     logsumexp: &mut [f32],
 ) {
     assert!(is_supported::<E>(shape.width), "heads of {}", shape.width);
+    by_kernel!(E, K => {
+        forward_with::<E, K>(pool, shape, lengths, [q, k, v], out, logsumexp);
+    });
+}
+
+fn forward_with<E: Element, K: MicroKernel>(
+    pool: &dyn Pool,
+    shape: Shape,
+    lengths: &[usize],
+    [q, k, v]: [&[E]; 3],
+    out: &mut [E],
+    logsumexp: &mut [f32],
+) {
+    assert!(K::is_supported());
     let positions = logsumexp.len() / shape.heads;
     let mut units = Vec::new();
     for (start, length) in starts(lengths) {
@@ -75,8 +92,10 @@ pub fn forward<E: Multiplied>(
         #[expect(unsafe_code, reason = "for certain processors")]
         // SAFETY: the processor was asked.
         BUFFERS.with_borrow_mut(|buffers| unsafe {
+            let _held = Held::<K>::new();
             let unit = &units[unit];
-            let forward = if E::PER_WORD == 2 { forward_bf16 } else { forward_fp32 };
+            let forward =
+                if K::PER_WORD == 2 { forward_bf16::<E, K> } else { forward_fp32::<E, K> };
             forward(unit, shape, positions, [q, k, v], &out, &logsumexp, buffers);
         });
     });
@@ -109,6 +128,20 @@ pub fn backward<E: Multiplied>(
     [dq, dk, dv]: [&mut [E]; 3],
 ) {
     assert!(is_supported::<E>(shape.width), "heads of {}", shape.width);
+    by_kernel!(E, K => {
+        backward_with::<E, K>(pool, shape, lengths, [q, k, v], attended, [dq, dk, dv]);
+    });
+}
+
+fn backward_with<E: Element, K: MicroKernel>(
+    pool: &dyn Pool,
+    shape: Shape,
+    lengths: &[usize],
+    [q, k, v]: [&[E]; 3],
+    attended: Attended<'_, E>,
+    [dq, dk, dv]: [&mut [E]; 3],
+) {
+    assert!(K::is_supported());
     let positions = attended.logsumexp.len() / shape.heads;
     let mut units: Vec<Unit> = starts(lengths)
         .flat_map(|(start, length)| {
@@ -127,8 +160,10 @@ pub fn backward<E: Multiplied>(
         #[expect(unsafe_code, reason = "for certain processors")]
         // SAFETY: the processor was asked.
         BUFFERS.with_borrow_mut(|buffers| unsafe {
+            let _held = Held::<K>::new();
             let unit = &units[unit];
-            let backward = if E::PER_WORD == 2 { backward_bf16 } else { backward_fp32 };
+            let backward =
+                if K::PER_WORD == 2 { backward_bf16::<E, K> } else { backward_fp32::<E, K> };
             backward(unit, shape, positions, [q, k, v], attended, &grads, buffers);
         });
     });
@@ -148,25 +183,21 @@ fn starts(lengths: &[usize]) -> impl Iterator<Item = (usize, usize)> {
 /// Kept by each thread: fresh memory costs page faults, and freeing it stops the other threads.
 #[derive(Default)]
 struct Buffers {
-    row_words: Vec<u32>,
-    transposed: Vec<u32>,
-    q_columns: Vec<u32>,
-    q_words: Vec<u32>,
-    d_columns: Vec<u32>,
-    d_words: Vec<u32>,
-    q_sums: Vec<f32>,
-    k_sums: Vec<f32>,
-    v_sums: Vec<f32>,
+    k_rows: Buffer<u32>,
+    v_rows: Buffer<u32>,
+    row_words: Buffer<u32>,
+    transposed: Buffer<u32>,
+    q_columns: Buffer<u32>,
+    q_words: Buffer<u32>,
+    d_columns: Buffer<u32>,
+    d_words: Buffer<u32>,
+    q_sums: Buffer<f32>,
+    k_sums: Buffer<f32>,
+    v_sums: Buffer<f32>,
 }
 
 thread_local! {
     static BUFFERS: RefCell<Buffers> = RefCell::default();
-}
-
-/// Makes a buffer a number of zeros.
-fn set_zero(buffer: &mut Vec<f32>, length: usize) {
-    buffer.clear();
-    buffer.resize(length, 0.0);
 }
 
 /// Some queries of a segment, in all heads that share a key head.
@@ -184,7 +215,7 @@ macro_rules! compiled {
     ($features:literal, $forward:ident, $backward:ident) => {
         #[expect(unsafe_code, reason = "for certain processors")]
         #[target_feature(enable = $features)]
-        unsafe fn $forward<E: Multiplied>(
+        unsafe fn $forward<E: Element, K: MicroKernel>(
             unit: &Unit,
             shape: Shape,
             positions: usize,
@@ -194,12 +225,12 @@ macro_rules! compiled {
             buffers: &mut Buffers,
         ) {
             // SAFETY: the caller's.
-            unsafe { unit.forward(shape, positions, inputs, out, logsumexp, buffers) }
+            unsafe { unit.forward::<E, K>(shape, positions, inputs, out, logsumexp, buffers) }
         }
 
         #[expect(unsafe_code, reason = "for certain processors")]
         #[target_feature(enable = $features)]
-        unsafe fn $backward<E: Multiplied>(
+        unsafe fn $backward<E: Element, K: MicroKernel>(
             unit: &Unit,
             shape: Shape,
             positions: usize,
@@ -209,11 +240,12 @@ macro_rules! compiled {
             buffers: &mut Buffers,
         ) {
             // SAFETY: the caller's.
-            unsafe { unit.backward(shape, positions, inputs, attended, grads, buffers) }
+            unsafe { unit.backward::<E, K>(shape, positions, inputs, attended, grads, buffers) }
         }
     };
 }
 
+// The kernel's own loops are compiled apart, with what they need.
 compiled!("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16", forward_bf16, backward_bf16);
 compiled!("avx512f,avx512bw,avx512dq,avx512vl", forward_fp32, backward_fp32);
 
@@ -223,7 +255,7 @@ impl Unit {
     /// # Safety
     /// The processor can.
     #[inline(always)]
-    unsafe fn forward<E: Multiplied>(
+    unsafe fn forward<E: Element, K: MicroKernel>(
         &self,
         shape: Shape,
         positions: usize,
@@ -243,15 +275,14 @@ impl Unit {
             column: self.kv_head * width,
             width,
         };
-        let k_words = words_of(&k[kv_rows.start * kv_rows.stride + kv_rows.column..]);
-        let k_stride = kv_rows.stride / E::PER_WORD;
-        let Buffers { row_words, transposed, q_sums: sums, q_columns, .. } = buffers;
-        kv_rows.pack_words(v, end - lowest, keys, row_words);
-        let key_words = keys / E::PER_WORD;
+        let Buffers { row_words, transposed, q_sums: sums, q_columns, k_rows, .. } = buffers;
+        let k_words = kv_rows.words::<E, K>(k, end - lowest, k_rows);
+        kv_rows.pack_words::<E, K>(v, end - lowest, keys, row_words);
+        let key_words = keys / K::PER_WORD;
         // SAFETY: the caller's.
         unsafe { transpose(row_words, [key_words, width], transposed) }; // [E, key words]
-        let mut scores = [0.0; TILE * TILE]; // [keys, queries]
-        let mut p_words = [0_u32; TILE * TILE];
+        let mut scores = Aligned([0.0; TILE * TILE]); // [keys, queries]
+        let mut p_words = Aligned([0_u32; TILE * TILE]);
         for head in self.kv_head * (heads / kv_heads)..(self.kv_head + 1) * (heads / kv_heads) {
             for first in (self.first..end).step_by(TILE) {
                 let count = TILE.min(end - first);
@@ -262,32 +293,31 @@ impl Unit {
                     width,
                 };
                 // SAFETY: the caller's.
-                unsafe { rows.pack_columns(q, count, q_columns) };
+                unsafe { rows.pack_columns::<E, K>(q, count, q_columns) };
                 let mut softmax = OnlineSoftmax::new(scale);
-                set_zero(sums, width * TILE); // [E, queries]
+                sums.set_zero(width * TILE); // [E, queries]
                 let mut tile = (first + 1).saturating_sub(window) / TILE * TILE;
                 while tile < first + count {
                     let keys_here = TILE.min(self.length - tile);
-                    let left = &k_words[(tile - lowest) * k_stride..];
                     // SAFETY: the caller's.
                     unsafe {
-                        E::product::<false>(
-                            [keys_here, width / E::PER_WORD, TILE],
-                            Words { data: left, stride: k_stride },
+                        K::product::<false>(
+                            [keys_here, width / K::PER_WORD, TILE],
+                            k_words.from_row(tile - lowest),
                             Words { data: q_columns, stride: TILE },
-                            &mut scores,
+                            &mut *scores,
                         );
                     }
                     scores[keys_here * TILE..].fill(f32::NEG_INFINITY);
                     hide(&mut scores, [tile, keys_here], [first, count], window);
-                    let first_word = (tile - lowest) / E::PER_WORD;
+                    let first_word = (tile - lowest) / K::PER_WORD;
                     // SAFETY: the caller's.
                     unsafe {
-                        softmax.add::<E>(&scores, &mut p_words, sums);
-                        E::product::<true>(
-                            [width, TILE / E::PER_WORD, TILE],
+                        softmax.add::<K>(&scores, &mut p_words, sums);
+                        K::product::<true>(
+                            [width, TILE / K::PER_WORD, TILE],
                             Words { data: &transposed[first_word..], stride: key_words },
-                            Words { data: &p_words, stride: TILE },
+                            Words { data: &*p_words, stride: TILE },
                             sums,
                         );
                     }
@@ -312,7 +342,7 @@ impl Unit {
     /// The processor can.
     #[expect(clippy::too_many_lines, reason = "one loop nest whose parts share a dozen buffers")]
     #[inline(always)]
-    unsafe fn backward<E: Multiplied>(
+    unsafe fn backward<E: Element, K: MicroKernel>(
         &self,
         shape: Shape,
         positions: usize,
@@ -332,19 +362,20 @@ impl Unit {
             width,
         };
         let k_at = self.start * kv_heads * width + self.kv_head * width;
-        let k_stride = kv_heads * width / E::PER_WORD;
-        let (k_words, v_words) = (words_of(&k[k_at..]), words_of(&v[k_at..]));
         let Buffers { row_words, transposed: k_transposed, k_sums, v_sums, q_sums, .. } = buffers;
         let Buffers { q_columns, q_words, d_columns, d_words, .. } = buffers;
-        k_rows.pack_words(k, length, padded, row_words);
-        let key_words = padded / E::PER_WORD;
+        let k_words = k_rows.words::<E, K>(k, length, &mut buffers.k_rows);
+        let v_words = k_rows.words::<E, K>(v, length, &mut buffers.v_rows);
+        k_rows.pack_words::<E, K>(k, length, padded, row_words);
+        let key_words = padded / K::PER_WORD;
         // SAFETY: the caller's.
         unsafe { transpose(row_words, [key_words, width], k_transposed) }; // [E, key words]
-        set_zero(k_sums, padded * width);
-        set_zero(v_sums, padded * width);
-        let (mut scores, mut d_scores) = ([0.0; TILE * TILE], [0.0; TILE * TILE]);
-        let (mut p, mut ds) = ([E::default(); TILE * TILE], [E::default(); TILE * TILE]);
-        let mut ds_words = [0_u32; TILE * TILE];
+        k_sums.set_zero(padded * width);
+        v_sums.set_zero(padded * width);
+        let (mut scores, mut d_scores) = (Aligned([0.0; TILE * TILE]), Aligned([0.0; TILE * TILE]));
+        let mut p = Aligned([K::Number::default(); TILE * TILE]);
+        let mut ds = p;
+        let mut ds_words = Aligned([0_u32; TILE * TILE]);
         for head in self.kv_head * (heads / kv_heads)..(self.kv_head + 1) * (heads / kv_heads) {
             for first in (0..length).step_by(TILE) {
                 let count = TILE.min(length - first);
@@ -356,11 +387,11 @@ impl Unit {
                 };
                 // SAFETY: the caller's.
                 unsafe {
-                    rows.pack_columns(q, count, q_columns);
-                    rows.pack_columns(attended.d_out, count, d_columns);
+                    rows.pack_columns::<E, K>(q, count, q_columns);
+                    rows.pack_columns::<E, K>(attended.d_out, count, d_columns);
                 }
-                rows.pack_words(q, count, TILE, q_words);
-                rows.pack_words(attended.d_out, count, TILE, d_words);
+                rows.pack_words::<E, K>(q, count, TILE, q_words);
+                rows.pack_words::<E, K>(attended.d_out, count, TILE, d_words);
                 // Queries past the end get probability 0.
                 let (mut lse, mut delta) = ([f32::INFINITY; TILE], [0.0; TILE]);
                 let at = head * positions + self.start + first;
@@ -369,20 +400,17 @@ impl Unit {
                     let (d_out, out) = (rows.row(attended.d_out, row), rows.row(attended.out, row));
                     *delta = crate::sum::of_pairs(d_out, out, |d_out, out| d_out * out);
                 }
-                set_zero(q_sums, width * TILE); // transposed
+                q_sums.set_zero(width * TILE); // transposed
                 let mut tile = (first + 1).saturating_sub(window) / TILE * TILE;
                 while tile < first + count {
                     let keys = TILE.min(length - tile);
-                    let of_tile = tile * k_stride..;
-                    let sizes = [keys, width / E::PER_WORD, TILE];
+                    let sizes = [keys, width / K::PER_WORD, TILE];
                     let columns = |data| Words { data, stride: TILE };
-                    let left = |data| Words { data, stride: k_stride };
-                    let (k_left, v_left) =
-                        (left(&k_words[of_tile.clone()]), left(&v_words[of_tile]));
+                    let (k_left, v_left) = (k_words.from_row(tile), v_words.from_row(tile));
                     // SAFETY: the caller's.
                     unsafe {
-                        E::product::<false>(sizes, k_left, columns(q_columns), &mut scores);
-                        E::product::<false>(sizes, v_left, columns(d_columns), &mut d_scores);
+                        K::product::<false>(sizes, k_left, columns(q_columns), &mut *scores);
+                        K::product::<false>(sizes, v_left, columns(d_columns), &mut *d_scores);
                     }
                     scores[keys * TILE..].fill(f32::NEG_INFINITY);
                     hide(&mut scores, [tile, keys], [first, count], window);
@@ -390,30 +418,30 @@ impl Unit {
                         let both = key * TILE..(key + 2) * TILE;
                         // SAFETY: the caller's.
                         unsafe {
-                            gradients_of_scores(
+                            gradients_of_scores::<K>(
                                 [&scores[both.clone()], &d_scores[both.clone()]],
                                 scale,
                                 &lse,
                                 &delta,
                                 [&mut p[both.clone()], &mut ds[both]],
-                                &mut ds_words[key / E::PER_WORD * TILE..],
+                                &mut ds_words[key / K::PER_WORD * TILE..],
                             );
                         }
                     }
-                    let left = |data| Words { data: words_of(data), stride: TILE / E::PER_WORD };
+                    let left = |data| Words { data: words_of(data), stride: TILE / K::PER_WORD };
                     let right = |data| Words { data, stride: width };
-                    let sizes = [keys, TILE / E::PER_WORD, width];
+                    let sizes = [keys, TILE / K::PER_WORD, width];
                     let sums = tile * width..(tile + keys) * width;
                     let (v_sums, k_sums) = (&mut v_sums[sums.clone()], &mut k_sums[sums]);
-                    let first_word = tile / E::PER_WORD;
+                    let first_word = tile / K::PER_WORD;
                     let k_left = Words { data: &k_transposed[first_word..], stride: key_words };
-                    let ds_right = Words { data: &ds_words, stride: TILE };
-                    let q_sizes = [width, keys.div_ceil(E::PER_WORD), TILE];
+                    let ds_right = Words { data: &*ds_words, stride: TILE };
+                    let q_sizes = [width, keys.div_ceil(K::PER_WORD), TILE];
                     // SAFETY: the caller's.
                     unsafe {
-                        E::product::<true>(sizes, left(&p), right(d_words), v_sums);
-                        E::product::<true>(sizes, left(&ds), right(q_words), k_sums);
-                        E::product::<true>(q_sizes, k_left, ds_right, q_sums);
+                        K::product::<true>(sizes, left(&*p), right(d_words), v_sums);
+                        K::product::<true>(sizes, left(&*ds), right(q_words), k_sums);
+                        K::product::<true>(q_sizes, k_left, ds_right, q_sums);
                     }
                     tile += TILE;
                 }
@@ -486,7 +514,7 @@ impl OnlineSoftmax {
     #[expect(unsafe_code, reason = "for certain processors")]
     #[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
     #[inline(always)]
-    unsafe fn add<E: Multiplied>(
+    unsafe fn add<K: MicroKernel>(
         &mut self,
         scores: &[f32; TILE * TILE],
         words: &mut [u32; TILE * TILE],
@@ -518,7 +546,7 @@ impl OnlineSoftmax {
         // Hidden scores are -∞; a query that sees nothing subtracts 0, not -∞, from them.
         let subtract = self.largest.map(|largest| if largest < f32::MIN { 0.0 } else { largest });
         let (scale, total) = (self.scale, &mut self.total);
-        let words = words.chunks_exact_mut(2 * TILE / E::PER_WORD);
+        let words = words.chunks_exact_mut(2 * TILE / K::PER_WORD);
         for (rows, words) in scores.chunks_exact(2 * TILE).zip(words) {
             let (low, high) = rows.split_at(TILE);
             for lane in (0..TILE).step_by(LANES) {
@@ -533,8 +561,8 @@ impl OnlineSoftmax {
                     *total += low + high;
                 }
                 // SAFETY: the caller's.
-                let p = unsafe { [E::round(&p_low), E::round(&p_high)] };
-                store_words(&p, &mut words[lane..]);
+                let p = unsafe { [K::round(&p_low), K::round(&p_high)] };
+                store_words::<K>(&p, &mut words[lane..]);
             }
         }
     }
@@ -563,17 +591,17 @@ fn scale_columns(matrix: &mut [f32], factors: &[f32; TILE]) {
 #[expect(unsafe_code, reason = "for certain processors")]
 #[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
 #[inline(always)]
-unsafe fn gradients_of_scores<E: Multiplied>(
+unsafe fn gradients_of_scores<K: MicroKernel>(
     [scores, d_scores]: [&[f32]; 2],
     scale: f32,
     lse: &[f32; TILE],
     delta: &[f32; TILE],
-    [p, ds]: [&mut [E]; 2],
+    [p, ds]: [&mut [K::Number]; 2],
     words: &mut [u32],
 ) {
     for lane in (0..TILE).step_by(LANES) {
         let (lse, delta) = (lanes(lse, lane), lanes(delta, lane));
-        let mut both = [[E::default(); LANES]; 2];
+        let mut both = [[K::Number::default(); LANES]; 2];
         for (key, to) in [0, TILE].into_iter().zip(&mut both) {
             let (score, d_score) = (lanes(scores, key + lane), lanes(d_scores, key + lane));
             let (mut probability, mut d) = ([0.0; LANES], [0.0; LANES]);
@@ -582,12 +610,12 @@ unsafe fn gradients_of_scores<E: Multiplied>(
                 d[query] = probability[query] * (d_score[query] - delta[query]);
             }
             // SAFETY: the caller's.
-            let (probability, d) = unsafe { (E::round(&probability), E::round(&d)) };
+            let (probability, d) = unsafe { (K::round(&probability), K::round(&d)) };
             p[key + lane..][..LANES].copy_from_slice(&probability);
             ds[key + lane..][..LANES].copy_from_slice(&d);
             *to = d;
         }
-        store_words(&both, &mut words[lane..]);
+        store_words::<K>(&both, &mut words[lane..]);
     }
 }
 
@@ -600,9 +628,13 @@ fn lanes(values: &[f32], first: usize) -> &[f32; LANES] {
 /// Stores two rows as words of neighbours: one row of pairs, or two a tile apart.
 #[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
 #[inline(always)]
-fn store_words<E: Multiplied>(rows: &[[E; LANES]; 2], to: &mut [u32]) {
-    for (word, rows) in rows.chunks_exact(E::PER_WORD).enumerate() {
-        interleave(&rows[0], &rows[E::PER_WORD - 1], &mut to[word * TILE..][..LANES]);
+fn store_words<K: MicroKernel>(rows: &[[K::Number; LANES]; 2], to: &mut [u32]) {
+    for (word, rows) in rows.chunks_exact(K::PER_WORD).enumerate() {
+        interleave::<K::Number, K>(
+            &rows[0],
+            &rows[K::PER_WORD - 1],
+            &mut to[word * TILE..][..LANES],
+        );
     }
 }
 
@@ -621,46 +653,86 @@ impl Rows {
         &from[(self.start + row) * self.stride + self.column..][..self.width]
     }
 
+    /// Returns rows as words, where they lie if they are words there.
+    #[inline(always)]
+    fn words<'a, E: Element, K: MicroKernel>(
+        &self,
+        from: &'a [E],
+        count: usize,
+        packed: &'a mut Buffer<u32>,
+    ) -> Words<'a> {
+        if K::reads::<E>() {
+            let data = words_of(&from[self.start * self.stride + self.column..]);
+            return Words { data, stride: self.stride / K::PER_WORD };
+        }
+        packed.grow(count * self.width / K::PER_WORD);
+        for (row, to) in packed.chunks_exact_mut(self.width / K::PER_WORD).enumerate().take(count) {
+            let pairs = self.row(from, row).chunks_exact(K::PER_WORD);
+            for (to, pair) in to.iter_mut().zip(pairs) {
+                *to = K::word(pair[0], pair[K::PER_WORD - 1]);
+            }
+        }
+        Words { data: packed, stride: self.width / K::PER_WORD }
+    }
+
     /// Packs up to [`TILE`] rows as columns of words, `[words, TILE]`; what is missing is zero.
     ///
     /// # Safety
     /// The processor can.
     #[expect(unsafe_code, reason = "for certain processors")]
     #[inline(always)]
-    unsafe fn pack_columns<E: Multiplied>(&self, from: &[E], count: usize, to: &mut Vec<u32>) {
-        let [width, stride] = [self.width, self.stride].map(|length| length / E::PER_WORD);
-        to.clear();
-        to.resize(width * TILE, 0);
-        let words = words_of(&from[self.start * self.stride + self.column..]);
+    unsafe fn pack_columns<E: Element, K: MicroKernel>(
+        &self,
+        from: &[E],
+        count: usize,
+        to: &mut Buffer<u32>,
+    ) {
+        let width = self.width / K::PER_WORD;
+        to.set_zero(width * TILE);
+        let mut block = [0; SIDE * SIDE];
         for row in (0..count).step_by(SIDE) {
+            let rows = SIDE.min(count - row);
             for column in (0..width).step_by(SIDE) {
-                let (from, to) = (&words[row * stride + column..], &mut to[column * TILE + row..]);
-                // SAFETY: the caller's.
-                unsafe { transpose_block(from, stride, SIDE.min(count - row), to, TILE) };
+                let to = &mut to[column * TILE + row..];
+                if K::reads::<E>() {
+                    let at = (self.start + row) * self.stride + self.column;
+                    let from = &words_of(&from[at..])[column..];
+                    // SAFETY: the caller's.
+                    unsafe { transpose_block(from, self.stride / K::PER_WORD, rows, to, TILE) };
+                } else {
+                    for (index, block) in block.chunks_exact_mut(SIDE).enumerate().take(rows) {
+                        let from = &self.row(from, row + index)[column * K::PER_WORD..];
+                        let pairs = from.chunks_exact(K::PER_WORD);
+                        for (to, pair) in block.iter_mut().zip(pairs) {
+                            *to = K::word(pair[0], pair[K::PER_WORD - 1]);
+                        }
+                    }
+                    // SAFETY: the caller's.
+                    unsafe { transpose_block(&block, SIDE, rows, to, TILE) };
+                }
             }
         }
     }
 
     /// Packs neighbouring rows as words, `[words, E]`; what is missing is zero.
     #[inline(always)]
-    fn pack_words<E: Multiplied>(
+    fn pack_words<E: Element, K: MicroKernel>(
         &self,
         from: &[E],
         count: usize,
         padded: usize,
-        to: &mut Vec<u32>,
+        to: &mut Buffer<u32>,
     ) {
-        to.clear();
-        to.resize(padded / E::PER_WORD * self.width, 0);
+        to.set_zero(padded / K::PER_WORD * self.width);
         let nothing = [E::default(); WIDEST];
         for (word, to) in to.chunks_exact_mut(self.width).enumerate() {
-            let first = word * E::PER_WORD;
+            let first = word * K::PER_WORD;
             if first >= count {
                 break;
             }
-            let second = first + E::PER_WORD - 1;
+            let second = first + K::PER_WORD - 1;
             let second = if second < count { self.row(from, second) } else { &nothing };
-            interleave(self.row(from, first), second, to);
+            interleave::<E, K>(self.row(from, first), second, to);
         }
     }
 
@@ -670,7 +742,7 @@ impl Rows {
     /// No other unit may touch those rows of this head, and the processor can.
     #[expect(unsafe_code, reason = "see above")]
     #[inline(always)]
-    unsafe fn write_transposed<E: Multiplied>(
+    unsafe fn write_transposed<E: Element>(
         &self,
         columns: &[f32],
         count: usize,
@@ -699,15 +771,17 @@ impl Rows {
 mod tests {
     use half::bf16;
 
-    use super::{Attended, Shape, backward, forward, is_supported};
+    use super::{Attended, Shape, backward_with, forward_with};
     use crate::{
-        gemm::Multiplied,
+        Element,
+        amx::Amx,
+        gemm::{Avx512, Avx512Bf16, MicroKernel},
         pool::Serial,
         testing::{assert_close, numbers, rounded},
     };
 
     /// The formulas in f64: result, and gradients of q, k and v.
-    fn exact<E: Multiplied>(
+    fn exact<E: Element>(
         shape: Shape,
         lengths: &[usize],
         [q, k, v, d_out]: [&[E]; 4],
@@ -753,7 +827,7 @@ mod tests {
         [out, dq, dk, dv]
     }
 
-    fn check<E: Multiplied>(shape: Shape, lengths: &[usize], rounding: f64) {
+    fn check<E: Element, K: MicroKernel>(shape: Shape, lengths: &[usize], rounding: f64) {
         let positions: usize = lengths.iter().sum();
         let of = |heads: usize, factor: f32, seed| {
             let values = numbers(positions * heads * shape.width, seed);
@@ -764,7 +838,7 @@ mod tests {
         let [out, dq, dk, dv] = exact(shape, lengths, [&q, &k, &v, &d_out]);
         let mut found = vec![E::from_f32(f32::NAN); q.len()];
         let mut logsumexp = vec![f32::NAN; positions * shape.heads];
-        forward(&Serial, shape, lengths, [&q, &k, &v], &mut found, &mut logsumexp);
+        forward_with::<E, K>(&Serial, shape, lengths, [&q, &k, &v], &mut found, &mut logsumexp);
         let wide = |values: &[E]| values.iter().map(|value| value.to_f32()).collect::<Vec<_>>();
         // Results, and probabilities on the way, are off by as much.
         assert_close(&wide(&found), &out, 4.0 * rounding);
@@ -772,7 +846,7 @@ mod tests {
             [q.len(), k.len(), v.len()].map(|length| vec![E::from_f32(f32::NAN); length]);
         let attended = Attended { out: &found, logsumexp: &logsumexp, d_out: &d_out };
         let [a, b, c] = &mut grads;
-        backward(&Serial, shape, lengths, [&q, &k, &v], attended, [a, b, c]);
+        backward_with::<E, K>(&Serial, shape, lengths, [&q, &k, &v], attended, [a, b, c]);
         for (found, exact) in grads.iter().zip([dq, dk, dv]) {
             assert_close(&wide(found), &exact, 8.0 * rounding);
         }
@@ -781,13 +855,15 @@ mod tests {
     #[test]
     fn follows_the_formula_for_all_shapes_of_heads_and_lengths() {
         // bf16 has 8 bits.
-        check_shapes::<bf16>(1.0 / 512.0);
-        check_shapes::<f32>(1e-6);
+        check_shapes::<bf16, Amx>(1.0 / 512.0);
+        check_shapes::<bf16, Avx512Bf16>(1.0 / 512.0);
+        check_shapes::<bf16, Avx512>(1.0 / 512.0);
+        check_shapes::<f32, Avx512>(1e-6);
     }
 
-    fn check_shapes<E: Multiplied>(rounding: f64) {
-        if !is_supported::<E>(64) {
-            eprintln!("skipped: this processor has no AVX-512 or no AVX512-BF16");
+    fn check_shapes<E: Element, K: MicroKernel>(rounding: f64) {
+        if !K::is_supported() {
+            eprintln!("skipped: this processor has no {}", std::any::type_name::<K>());
             return;
         }
         let all = usize::MAX;
@@ -803,7 +879,7 @@ mod tests {
             (2, 1, 32, 64, &[200]),
             (2, 1, 32, 100, &[300, 3]),
         ] {
-            check::<E>(Shape { heads, kv_heads, width, window }, lengths, rounding);
+            check::<E, K>(Shape { heads, kv_heads, width, window }, lengths, rounding);
         }
     }
 }

@@ -8,6 +8,8 @@ pub trait Element: Copy + Default + Send + Sync + 'static {
     fn to_f32(self) -> f32;
     /// Rounds to nearest, ties to even.
     fn from_f32(value: f32) -> Self;
+    /// Narrows to bf16, to nearest.
+    fn to_bf16(self) -> bf16;
 }
 
 #[expect(clippy::inline_always, reason = "called in every version of every kernel")]
@@ -20,6 +22,11 @@ impl Element for f32 {
     #[inline(always)]
     fn from_f32(value: f32) -> Self {
         value
+    }
+
+    #[inline(always)]
+    fn to_bf16(self) -> bf16 {
+        <bf16 as Element>::from_f32(self)
     }
 }
 
@@ -36,6 +43,11 @@ impl Element for bf16 {
         let bits = value.to_bits();
         let rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
         Self::from_bits(if value.is_nan() { 0x7FC0 } else { rounded as u16 })
+    }
+
+    #[inline(always)]
+    fn to_bf16(self) -> bf16 {
+        self
     }
 }
 

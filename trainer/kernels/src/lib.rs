@@ -13,7 +13,13 @@ mod versions;
 pub mod adamw;
 pub mod adamw_8bit;
 #[cfg(target_arch = "x86_64")]
+mod aligned;
+#[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 pub mod attention;
+#[cfg(target_arch = "x86_64")]
+mod choice;
 pub mod cross_entropy;
 pub mod dropout;
 mod element;
@@ -35,9 +41,9 @@ pub mod swiglu;
 #[cfg(target_arch = "x86_64")]
 mod transpose;
 
-pub use element::Element;
 #[cfg(target_arch = "x86_64")]
-pub use gemm::Multiplied;
+pub use choice::{Kernel, Multiplied};
+pub use element::Element;
 
 #[cfg(test)]
 mod testing;

@@ -7,7 +7,10 @@
 use std::cell::RefCell;
 
 use crate::{
-    gemm::{LANES, Multiplied, Words, interleave, words_of},
+    Element,
+    aligned::{Aligned, Buffer},
+    choice::{Multiplied, by_kernel},
+    gemm::{Held, LANES, MicroKernel, Words, interleave, words_of},
     matrix::{Matrix, Side},
     pool::{Pool, Shared},
 };
@@ -26,9 +29,9 @@ const HIGHEST_RANK: usize = 128;
 /// Tells whether this processor can, for a layer's width and the sum of its adapters' ranks.
 pub fn is_supported<E: Multiplied>(width: usize, rank: usize) -> bool {
     width.is_multiple_of(LANES)
-        && rank.is_multiple_of(E::PER_WORD)
+        && rank.is_multiple_of(size_of::<u32>() / size_of::<E>())
         && rank <= HIGHEST_RANK
-        && E::is_supported()
+        && E::kernel().is_some()
 }
 
 /// A matrix that is written to, perhaps some columns of a wider one.
@@ -56,20 +59,32 @@ pub fn multiply<E: Multiplied, const ADD: bool>(
     scale: f32,
     to: MatrixMut<'_, E>,
 ) {
+    by_kernel!(E, K => multiply_with::<E, K, ADD>(pool, left, factor, scale, to));
+}
+
+fn multiply_with<E: Element, K: MicroKernel, const ADD: bool>(
+    pool: &dyn Pool,
+    left: Matrix<'_, E>,
+    factor: Side<'_, E>,
+    scale: f32,
+    to: MatrixMut<'_, E>,
+) {
+    assert!(K::is_supported());
     let MatrixMut { data, columns, stride } = to;
     let (rows, length) = (left.rows, data.len());
     assert!(columns <= stride && (rows == 0 || length == (rows - 1) * stride + columns));
     PACKED.with_borrow_mut(|words| {
-        let right = Packed::new(factor, left.columns, columns, words);
+        let right = Packed::new::<E, K>(factor, left.columns, columns, words);
         let data = Shared::new(data);
         pool.run(rows.div_ceil(ROWS), &|unit| {
             let range = unit * ROWS..rows.min((unit + 1) * ROWS);
             #[expect(unsafe_code, reason = "units write side by side; for certain processors")]
             // SAFETY: these rows belong to this unit, and the processor was asked.
             unsafe {
+                let _held = Held::<K>::new();
                 let data = data.range(range.start * stride..length.min(range.end * stride));
                 let mut to = MatrixMut { data, columns, stride };
-                right.multiply::<E, ADD>(left, range, scale, &mut to);
+                right.multiply::<E, K, ADD>(left, range, scale, &mut to);
             }
         });
     });
@@ -89,6 +104,16 @@ pub fn add_outer<E: Multiplied, const TRANSPOSED: bool>(
     right: Matrix<'_, E>,
     grad: &mut [f32],
 ) {
+    by_kernel!(E, K => add_outer_with::<E, K, TRANSPOSED>(pool, left, right, grad));
+}
+
+fn add_outer_with<E: Element, K: MicroKernel, const TRANSPOSED: bool>(
+    pool: &dyn Pool,
+    left: Matrix<'_, E>,
+    right: Matrix<'_, E>,
+    grad: &mut [f32],
+) {
+    assert!(K::is_supported());
     assert_eq!(grad.len(), left.columns * right.columns);
     let rows = right.rows;
     assert_eq!(rows, left.rows);
@@ -99,16 +124,16 @@ pub fn add_outer<E: Multiplied, const TRANSPOSED: bool>(
     let part = rows.div_ceil(PARTS).next_multiple_of(DEPTH).max(DEPTH);
     let parts = rows.div_ceil(part);
     SUMS.with_borrow_mut(|sums| {
-        sums.clear();
-        sums.resize(parts * grad.len(), 0.0);
+        sums.set_zero(parts * grad.len());
         let shared = Shared::new(sums);
         pool.run(parts, &|unit| {
             let range = unit * part..rows.min((unit + 1) * part);
             #[expect(unsafe_code, reason = "units write side by side; for certain processors")]
             // SAFETY: these sums belong to this unit, and the processor was asked.
             WORDS.with_borrow_mut(|words| unsafe {
+                let _held = Held::<K>::new();
                 let sums = shared.range(unit * grad.len()..(unit + 1) * grad.len());
-                outer(left, right, range, sums, words);
+                outer::<E, K>(left, right, range, sums, words);
             });
         });
         let (total, others) = sums.split_at_mut(grad.len());
@@ -126,9 +151,10 @@ pub fn add_outer<E: Multiplied, const TRANSPOSED: bool>(
 
 // Kept by each thread: fresh memory costs page faults, and freeing it stops the other threads.
 thread_local! {
-    static PACKED: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) };
-    static SUMS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-    static WORDS: RefCell<[Vec<u32>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
+    static PACKED: RefCell<Buffer<u32>> = const { RefCell::new(Buffer::new()) };
+    static SUMS: RefCell<Buffer<f32>> = const { RefCell::new(Buffer::new()) };
+    static WORDS: RefCell<[Buffer<u32>; 2]> =
+        const { RefCell::new([Buffer::new(), Buffer::new()]) };
 }
 
 /// A factor in words, by the depth and `N`, filled up with zeros to whole registers.
@@ -140,28 +166,31 @@ struct Packed<'a> {
 }
 
 impl<'a> Packed<'a> {
-    fn new<E: Multiplied>(
+    fn new<E: Element, K: MicroKernel>(
         factor: Side<'_, E>,
         depth: usize,
         columns: usize,
-        words: &'a mut Vec<u32>,
+        words: &'a mut Buffer<u32>,
     ) -> Self {
         let stride = columns.next_multiple_of(LANES);
         assert_eq!(factor.size(), [depth, columns]);
-        let depth = depth / E::PER_WORD;
-        words.clear();
-        words.resize(depth * stride, 0);
+        let depth = depth / K::PER_WORD;
+        words.set_zero(depth * stride);
         match factor {
             Side::Plain(matrix) => {
                 for (word, to) in words.chunks_exact_mut(stride).enumerate() {
-                    let first = word * E::PER_WORD;
-                    interleave(matrix.row(first), matrix.row(first + E::PER_WORD - 1), to);
+                    let first = word * K::PER_WORD;
+                    let [first, second] =
+                        [first, first + K::PER_WORD - 1].map(|row| matrix.row(row));
+                    interleave::<E, K>(first, second, to);
                 }
             }
             Side::Transposed(matrix) => {
                 for column in 0..columns {
                     let to = words[column..].iter_mut().step_by(stride);
-                    to.zip(words_of(matrix.row(column))).for_each(|(to, &word)| *to = word);
+                    let pairs = matrix.row(column).chunks_exact(K::PER_WORD);
+                    to.zip(pairs)
+                        .for_each(|(to, pair)| *to = K::word(pair[0], pair[K::PER_WORD - 1]));
                 }
             }
         }
@@ -169,7 +198,7 @@ impl<'a> Packed<'a> {
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    fn multiply<E: Multiplied, const ADD: bool>(
+    fn multiply<E: Element, K: MicroKernel, const ADD: bool>(
         &self,
         left: Matrix<'_, E>,
         rows: std::ops::Range<usize>,
@@ -178,9 +207,18 @@ impl<'a> Packed<'a> {
     ) {
         let [most_rows, most_columns] = AT_ONCE;
         #[expect(clippy::large_stack_arrays, reason = "32 KiB of a stack of megabytes")]
-        let mut sums = [0.0; AT_ONCE[0] * AT_ONCE[1]];
-        let words = words_of(&left.data[rows.start * left.stride..]);
-        let left_stride = left.stride / E::PER_WORD;
+        let mut sums = Aligned([0.0; AT_ONCE[0] * AT_ONCE[1]]);
+        let mut widened: Vec<u32> = Vec::new();
+        let left = if K::reads::<E>() {
+            let data = words_of(&left.data[rows.start * left.stride..]);
+            Words { data, stride: left.stride / K::PER_WORD }
+        } else {
+            for row in rows.clone() {
+                let pairs = left.row(row).chunks_exact(K::PER_WORD);
+                widened.extend(pairs.map(|pair| K::word(pair[0], pair[K::PER_WORD - 1])));
+            }
+            Words { data: &widened, stride: self.depth }
+        };
         for row in (0..rows.len()).step_by(most_rows) {
             let count = most_rows.min(rows.len() - row);
             for column in (0..self.stride).step_by(most_columns) {
@@ -188,11 +226,11 @@ impl<'a> Packed<'a> {
                 #[expect(unsafe_code, reason = "for certain processors")]
                 // SAFETY: the processor was asked.
                 unsafe {
-                    E::product::<false>(
+                    K::product::<false>(
                         [count, self.depth, width],
-                        Words { data: &words[row * left_stride..], stride: left_stride },
+                        left.from_row(row),
                         Words { data: &self.words[column..], stride: self.stride },
-                        &mut sums,
+                        &mut *sums,
                     );
                 }
                 let end = to.columns.min(column + width);
@@ -211,40 +249,40 @@ impl<'a> Packed<'a> {
 
 /// Writes `leftᵀ · right` of some rows to `sums`, which are zero.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn outer<E: Multiplied>(
+fn outer<E: Element, K: MicroKernel>(
     left: Matrix<'_, E>,
     right: Matrix<'_, E>,
     rows: std::ops::Range<usize>,
     sums: &mut [f32],
-    [left_words, right_words]: &mut [Vec<u32>; 2],
+    [left_words, right_words]: &mut [Buffer<u32>; 2],
 ) {
     let width = right.columns;
-    let depth = DEPTH / E::PER_WORD;
-    left_words.resize(left.columns * depth, 0); // [S, depth]
-    right_words.resize(depth * width, 0);
+    let depth = DEPTH / K::PER_WORD;
+    left_words.grow(left.columns * depth); // [S, depth]
+    right_words.grow(depth * width);
     let nothing = vec![E::default(); left.columns.max(width)];
     for first in rows.clone().step_by(DEPTH) {
         let count = DEPTH.min(rows.end - first);
         // A row too few is filled up with zeros.
-        let words = count.div_ceil(E::PER_WORD);
+        let words = count.div_ceil(K::PER_WORD);
         for word in 0..words {
             let both = |of| {
-                let row = first + word * E::PER_WORD;
+                let row = first + word * K::PER_WORD;
                 let second = if row + 1 < rows.end { Matrix::row(of, row + 1) } else { &nothing };
                 (Matrix::row(of, row), second)
             };
             let (one, other) = both(left);
             let to = left_words[word..].iter_mut().step_by(depth);
             to.zip(one.iter().zip(other))
-                .for_each(|(to, (&one, &other))| *to = E::word(one, other));
+                .for_each(|(to, (&one, &other))| *to = K::word(one, other));
             let to = &mut right_words[word * width..][..width];
             let (one, other) = both(right);
-            interleave(one, other, to);
+            interleave::<E, K>(one, other, to);
         }
         #[expect(unsafe_code, reason = "for certain processors")]
         // SAFETY: the processor was asked.
         unsafe {
-            E::product::<true>(
+            K::product::<true>(
                 [left.columns, words, width],
                 Words { data: left_words, stride: depth },
                 Words { data: right_words, stride: width },
@@ -258,20 +296,18 @@ fn outer<E: Multiplied>(
 mod tests {
     use half::bf16;
 
-    use super::{MatrixMut, add_outer, is_supported, multiply};
+    use super::{MatrixMut, add_outer_with, multiply_with};
     use crate::{
-        gemm::Multiplied,
+        Element,
+        amx::Amx,
+        gemm::{Avx512, Avx512Bf16, MicroKernel},
         matrix::{Matrix, Side},
         pool::Serial,
         testing::{assert_close, numbers, rounded},
     };
 
     /// `[rows, depth] · [depth, columns]` in f64.
-    fn exact<E: Multiplied>(
-        left: &[E],
-        right: &[E],
-        [rows, depth, columns]: [usize; 3],
-    ) -> Vec<f64> {
+    fn exact<E: Element>(left: &[E], right: &[E], [rows, depth, columns]: [usize; 3]) -> Vec<f64> {
         let wide = |x: E| f64::from(x.to_f32());
         (0..rows * columns)
             .map(|index| {
@@ -283,7 +319,7 @@ mod tests {
             .collect()
     }
 
-    fn transposed<E: Multiplied>(of: &[E], columns: usize) -> Vec<E> {
+    fn transposed<E: Element>(of: &[E], columns: usize) -> Vec<E> {
         (0..of.len())
             .map(|index| {
                 let rows = of.len() / columns;
@@ -296,22 +332,24 @@ mod tests {
     const SHAPES: [[usize; 3]; 6] =
         [[1, 16, 2], [17, 48, 8], [130, 576, 24], [65, 1552, 16], [700, 32, 64], [3, 64, 6]];
 
-    fn can<E: Multiplied>() -> bool {
-        let can = is_supported::<E>(16, 2);
+    fn can<K: MicroKernel>() -> bool {
+        let can = K::is_supported();
         if !can {
-            eprintln!("skipped: this processor has no AVX-512 or no AVX512-BF16");
+            eprintln!("skipped: this processor has no {}", std::any::type_name::<K>());
         }
         can
     }
 
     #[test]
     fn products_follow_the_formula_in_both_directions_and_both_layouts() {
-        check_products::<bf16>(1.0 / 256.0);
-        check_products::<f32>(1e-5);
+        check_products::<bf16, Amx>(1.0 / 256.0);
+        check_products::<bf16, Avx512Bf16>(1.0 / 256.0);
+        check_products::<bf16, Avx512>(1.0 / 256.0);
+        check_products::<f32, Avx512>(1e-5);
     }
 
-    fn check_products<E: Multiplied>(rounding: f64) {
-        if !can::<E>() {
+    fn check_products<E: Element, K: MicroKernel>(rounding: f64) {
+        if !can::<K>() {
             return;
         }
         for [rows, width, rank] in SHAPES {
@@ -331,7 +369,11 @@ mod tests {
                         let end = (rows - 1) * stride + first + columns;
                         let to = MatrixMut { data: &mut data[first..end], columns, stride };
                         let left = Matrix { data: &left, rows, columns: depth, stride: depth };
-                        let multiply = if add { multiply::<E, true> } else { multiply::<E, false> };
+                        let multiply = if add {
+                            multiply_with::<E, K, true>
+                        } else {
+                            multiply_with::<E, K, false>
+                        };
                         multiply(&Serial, left, factor, 0.5, to);
                         let inside = |index: usize| {
                             index % stride >= first && index % stride < first + columns
@@ -357,12 +399,14 @@ mod tests {
 
     #[test]
     fn gradients_of_factors_follow_the_formula_in_both_layouts() {
-        check_gradients::<bf16>();
-        check_gradients::<f32>();
+        check_gradients::<bf16, Amx>();
+        check_gradients::<bf16, Avx512Bf16>();
+        check_gradients::<bf16, Avx512>();
+        check_gradients::<f32, Avx512>();
     }
 
-    fn check_gradients<E: Multiplied>() {
-        if !can::<E>() {
+    fn check_gradients<E: Element, K: MicroKernel>() {
+        if !can::<K>() {
             return;
         }
         for [rows, width, rank] in SHAPES {
@@ -375,9 +419,9 @@ mod tests {
             let left = Matrix { data: &wide[2..], rows, columns: rank, stride: rank + 4 };
             let right = Matrix { data: &right, rows, columns: width, stride: width };
             let mut grad = vec![1.0; rank * width];
-            add_outer::<E, false>(&Serial, left, right, &mut grad);
+            add_outer_with::<E, K, false>(&Serial, left, right, &mut grad);
             let mut turned = vec![1.0; rank * width];
-            add_outer::<E, true>(&Serial, left, right, &mut turned);
+            add_outer_with::<E, K, true>(&Serial, left, right, &mut turned);
             let plus_one: Vec<f64> = expected.iter().map(|value| value + 1.0).collect();
             assert_close(&grad, &plus_one, 1e-5);
             for (index, value) in turned.iter().enumerate() {

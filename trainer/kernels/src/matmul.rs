@@ -8,12 +8,15 @@
 //! Goto, van de Geijn: Anatomy of High-Performance Matrix Multiplication, 2008, without its blocks of
 //! the left side: rows are read ahead by the processor itself.
 
-use std::{arch::x86_64::__cpuid_count, cell::RefCell, ops::Range, sync::LazyLock};
+use std::{cell::RefCell, ops::Range};
 
 use crate::{
-    gemm::{LANES, Multiplied, ROWS, Tile},
+    Element,
+    aligned::Buffer,
+    choice::{Multiplied, by_kernel},
+    gemm::{Held, LANES, MicroKernel, Tile},
     matrix::Side,
-    pack::{PANEL, Packed, Term, depth_of, grow, pack, part, prefetch},
+    pack::{PANEL, Packed, Term, depth_of, is_in_place, pack, part, prefetch},
     pool::{Pool, Shared},
 };
 
@@ -28,11 +31,9 @@ const PACKED: usize = 1 << 20;
 /// The least units to divide work into.
 const UNITS: usize = 8;
 
-/// Tells whether this processor can, and has no AMX, with which libtorch multiplies bf16 faster.
+/// Tells whether this processor can.
 pub fn is_supported<E: Multiplied>() -> bool {
-    // Asking a virtual machine's processor takes a microsecond and more.
-    static HAS_AMX_BF16: LazyLock<bool> = LazyLock::new(|| __cpuid_count(7, 0).edx & 1 << 22 != 0);
-    E::is_supported() && (E::PER_WORD == 1 || !*HAS_AMX_BF16)
+    E::kernel().is_some()
 }
 
 /// Where a product goes, `[M, N]`, row by row.
@@ -75,23 +76,32 @@ impl<E> Target<'_, E> {
 pub fn multiply<E: Multiplied>(
     pool: &dyn Pool,
     terms: &[(Side<'_, E>, Side<'_, E>)],
+    size: [usize; 2],
+    to: Target<'_, E>,
+) {
+    by_kernel!(E, K => multiply_with::<E, K>(pool, terms, size, to));
+}
+
+fn multiply_with<E: Element, K: MicroKernel>(
+    pool: &dyn Pool,
+    terms: &[Term<'_, E>],
     [rows, columns]: [usize; 2],
     mut to: Target<'_, E>,
 ) {
-    assert!(E::is_supported());
+    assert!(K::is_supported());
     for term in terms {
-        check(*term, [rows, columns]);
+        check::<E, K>(*term, [rows, columns]);
     }
     if rows == 0 || columns == 0 {
         return;
     }
-    let depth: usize = terms.iter().map(depth_of).sum();
+    let depth: usize = terms.iter().map(depth_of::<E, K>).sum();
     if rows * columns + PACKED < depth * PANELS * PANEL {
-        return multiply_deep(pool, terms, [rows, columns], to);
+        return multiply_deep::<E, K>(pool, terms, [rows, columns], to);
     }
-    let is_transposed = terms.iter().any(|(left, _)| matches!(left, Side::Transposed(_)));
-    let at_once = if is_transposed {
-        // What is transposed takes 8 MiB at most.
+    let is_packed = terms.iter().any(|term| !is_in_place::<E, K>(term));
+    let at_once = if is_packed {
+        // What is packed of left sides takes 8 MiB at most.
         (2 * PACKED / depth.max(1) / BLOCK * BLOCK).max(UNITS * BLOCK)
     } else {
         rows
@@ -101,14 +111,14 @@ pub fn multiply<E: Multiplied>(
         let terms: Vec<_> =
             terms.iter().map(|&(left, right)| (left.rows(range.clone()), right)).collect();
         let (some, rest) = to.split_at(range.len() * columns);
-        multiply_at_once(pool, &terms, [range.len(), columns], some);
+        multiply_at_once::<E, K>(pool, &terms, [range.len(), columns], some);
         to = rest;
     }
 }
 
 /// Multiplies what has fewer sums than panels would have words, as the gradient of a head's input:
 /// some of the depth after the other.
-fn multiply_deep<E: Multiplied>(
+fn multiply_deep<E: Element, K: MicroKernel>(
     pool: &dyn Pool,
     terms: &[Term<'_, E>],
     [rows, columns]: [usize; 2],
@@ -117,11 +127,11 @@ fn multiply_deep<E: Multiplied>(
     let add = |sums: &mut [f32]| {
         for &(left, right) in terms {
             let depth = left.size()[1];
-            for first in (0..depth).step_by(DEPTH * E::PER_WORD) {
-                let range = first..depth.min(first + DEPTH * E::PER_WORD);
+            for first in (0..depth).step_by(DEPTH * K::PER_WORD) {
+                let range = first..depth.min(first + DEPTH * K::PER_WORD);
                 let terms = [(left.columns(range.clone()), right.rows(range))];
                 let target = Target::Sum { to: sums, is_added: true };
-                multiply_at_once(pool, &terms, [rows, columns], target);
+                multiply_at_once::<E, K>(pool, &terms, [rows, columns], target);
             }
         }
     };
@@ -144,24 +154,25 @@ fn multiply_deep<E: Multiplied>(
 }
 
 /// Multiplies with all of the left side at once.
-fn multiply_at_once<E: Multiplied>(
+fn multiply_at_once<E: Element, K: MicroKernel>(
     pool: &dyn Pool,
     terms: &[Term<'_, E>],
     [rows, columns]: [usize; 2],
     to: Target<'_, E>,
 ) {
     let to = Output::new(to, [rows, columns]);
-    let depth: usize = terms.iter().map(depth_of).sum();
+    let depth: usize = terms.iter().map(depth_of::<E, K>).sum();
     let blocks = rows.div_ceil(BLOCK);
     let at_once = (PACKED / (depth * PANEL).max(1)).max(UNITS.div_ceil(blocks) * PANELS);
     let panels = columns.div_ceil(PANEL);
     PACKED_SIDES.with_borrow_mut(|[left, right]| {
         for first in (0..panels).step_by(at_once) {
             let chunk = first * PANEL..columns.min((first + at_once) * PANEL);
-            pack(pool, terms, chunk.clone(), [left, right], first == 0);
-            let lefts = Packed::of_terms(terms, rows, left);
+            pack::<E, K>(pool, terms, chunk.clone(), [left, right], first == 0);
+            let lefts = Packed::of_terms::<E, K>(terms, rows, left);
             let (groups, size) = (chunk.len().div_ceil(PANELS * PANEL), depth * PANEL);
             pool.run(blocks * groups, &|unit| {
+                let _held = Held::<K>::new();
                 // Neighbours share rows, which then stay in the second cache.
                 let (block, group) = (unit / groups, unit % groups);
                 let rows = block * BLOCK..rows.min((block + 1) * BLOCK);
@@ -176,7 +187,7 @@ fn multiply_at_once<E: Multiplied>(
                     // SAFETY: these rows of these columns belong to this unit, and the processor
                     // was asked.
                     unsafe {
-                        multiply_panel(
+                        multiply_panel::<E, K>(
                             &lefts,
                             panel,
                             rows.clone(),
@@ -196,7 +207,7 @@ fn multiply_at_once<E: Multiplied>(
 /// No other unit that runs at the same time may have the same rows and columns.
 #[expect(unsafe_code, reason = "units write side by side")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn multiply_panel<E: Multiplied>(
+unsafe fn multiply_panel<E: Element, K: MicroKernel>(
     lefts: &[Packed<'_>],
     panel: &[u32],
     rows: Range<usize>,
@@ -204,15 +215,15 @@ unsafe fn multiply_panel<E: Multiplied>(
     to: &Output<'_, E>,
 ) {
     SUMS.with_borrow_mut(|sums| {
-        grow(sums, BLOCK * PANEL);
+        sums.grow(BLOCK * PANEL);
         // Unless depths are divided, sums go from the first cache to where they belong.
-        let at_once = if panel.len() <= DEPTH * PANEL { ROWS } else { BLOCK };
+        let at_once = if panel.len() <= DEPTH * PANEL { K::ROWS } else { BLOCK };
         for start in (0..rows.len()).step_by(at_once) {
             let rows = part(&rows, start, at_once);
             // SAFETY: the caller's.
             unsafe {
                 to.prefetch(rows.clone(), columns.clone());
-                sum::<E>(lefts, panel, rows.clone(), columns.len(), sums);
+                sum::<K>(lefts, panel, rows.clone(), columns.len(), sums);
                 to.take(sums, rows, columns.clone());
             }
         }
@@ -221,12 +232,13 @@ unsafe fn multiply_panel<E: Multiplied>(
 
 // Kept by each thread: fresh memory costs page faults, and freeing it stops the other threads.
 thread_local! {
-    static PACKED_SIDES: RefCell<[Vec<u32>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
+    static PACKED_SIDES: RefCell<[Buffer<u32>; 2]> =
+        const { RefCell::new([Buffer::new(), Buffer::new()]) };
     static DEEP_SUMS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-    static SUMS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    static SUMS: RefCell<Buffer<f32>> = const { RefCell::new(Buffer::new()) };
 }
 
-fn check<E: Multiplied>((left, right): Term<'_, E>, [rows, columns]: [usize; 2]) {
+fn check<E: Element, K: MicroKernel>((left, right): Term<'_, E>, [rows, columns]: [usize; 2]) {
     let ([left_rows, depth], [right_depth, right_columns]) = (left.size(), right.size());
     assert_eq!((left_rows, right_depth, right_columns), (rows, depth, columns));
     for side in [left, right] {
@@ -235,32 +247,34 @@ fn check<E: Multiplied>((left, right): Term<'_, E>, [rows, columns]: [usize; 2])
     }
     // These have their words along rows, and are read or moved as such.
     if let Side::Plain(matrix) = left {
-        matrix.check_words(E::PER_WORD);
+        matrix.check_words(K::PER_WORD);
     }
     if let Side::Transposed(matrix) = right {
-        matrix.check_words(E::PER_WORD);
+        matrix.check_words(K::PER_WORD);
     }
 }
 
 /// Writes the sums of some rows and one panel, [`PANEL`] from row to row.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn sum<E: Multiplied>(
+fn sum<K: MicroKernel>(
     lefts: &[Packed<'_>],
     mut right: &[u32],
     rows: Range<usize>,
     columns: usize,
     sums: &mut [f32],
 ) {
-    assert!(rows.start.is_multiple_of(ROWS) && rows.len() <= BLOCK && sums.len() >= BLOCK * PANEL);
+    assert!(
+        rows.start.is_multiple_of(K::ROWS) && rows.len() <= BLOCK && sums.len() >= BLOCK * PANEL
+    );
     let mut is_first = true;
     for left in lefts {
         for start in (0..left.words).step_by(DEPTH) {
             let words = DEPTH.min(left.words - start);
             let (panel, rest) = right.split_at(words * PANEL);
             right = rest;
-            for row in rows.clone().step_by(ROWS) {
-                let data = &left.data[row / ROWS * left.group + start * left.step..];
-                let most = ROWS.min(rows.end - row);
+            for row in rows.clone().step_by(K::ROWS) {
+                let data = &left.data[row / K::ROWS * left.group + start * left.step..];
+                let most = K::ROWS.min(rows.end - row);
                 assert!(data.len() > (most - 1) * left.stride + (words - 1) * left.step);
                 let mut tile = Tile {
                     words,
@@ -280,12 +294,12 @@ fn sum<E: Multiplied>(
                     // The processor can.
                     unsafe {
                         let done = match (columns.div_ceil(LANES), is_first) {
-                            (1, true) => E::compute_some::<1, false>(&tile, left_over),
-                            (1, false) => E::compute_some::<1, true>(&tile, left_over),
-                            (2, true) => E::compute_some::<2, false>(&tile, left_over),
-                            (2, false) => E::compute_some::<2, true>(&tile, left_over),
-                            (_, true) => E::compute_some::<3, false>(&tile, left_over),
-                            (_, false) => E::compute_some::<3, true>(&tile, left_over),
+                            (1, true) => K::compute_some::<1, false>(&tile, left_over),
+                            (1, false) => K::compute_some::<1, true>(&tile, left_over),
+                            (2, true) => K::compute_some::<2, false>(&tile, left_over),
+                            (2, false) => K::compute_some::<2, true>(&tile, left_over),
+                            (_, true) => K::compute_some::<3, false>(&tile, left_over),
+                            (_, false) => K::compute_some::<3, true>(&tile, left_over),
                         };
                         left_over -= done;
                         tile.left = tile.left.wrapping_add(done * left.stride);
@@ -313,7 +327,7 @@ enum SharedTarget<'a, E> {
     Sum { to: Shared<'a, f32>, is_added: bool },
 }
 
-impl<'a, E: Multiplied> Output<'a, E> {
+impl<'a, E: Element> Output<'a, E> {
     fn new(to: Target<'a, E>, [rows, columns]: [usize; 2]) -> Self {
         let to = match to {
             Target::Write(to, bias) => {
@@ -384,7 +398,7 @@ impl<'a, E: Multiplied> Output<'a, E> {
 /// Rounds sums, with a bias if there is one.
 #[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
 #[inline(always)]
-fn round<E: Multiplied>(sums: &[f32], bias: Option<&[E]>, to: &mut [E]) {
+fn round<E: Element>(sums: &[f32], bias: Option<&[E]>, to: &mut [E]) {
     match bias {
         None => to.iter_mut().zip(sums).for_each(|(to, &sum)| *to = E::from_f32(sum)),
         Some(bias) => {
@@ -399,9 +413,11 @@ fn round<E: Multiplied>(sums: &[f32], bias: Option<&[E]>, to: &mut [E]) {
 mod tests {
     use half::bf16;
 
-    use super::{Target, multiply};
+    use super::{Target, multiply_with};
     use crate::{
-        gemm::Multiplied,
+        Element,
+        amx::Amx,
+        gemm::{Avx512, Avx512Bf16, MicroKernel},
         matrix::{Matrix, Side},
         pool::Serial,
         testing::{assert_close, numbers, rounded},
@@ -421,10 +437,10 @@ mod tests {
         [9_000, 600, 10],
     ];
 
-    fn can<E: Multiplied>() -> bool {
-        let can = E::is_supported();
+    fn can<K: MicroKernel>() -> bool {
+        let can = K::is_supported();
         if !can {
-            eprintln!("skipped: this processor has no AVX-512 or no AVX512-BF16");
+            eprintln!("skipped: this processor has no {}", std::any::type_name::<K>());
         }
         can
     }
@@ -437,7 +453,7 @@ mod tests {
         stride: usize,
     }
 
-    impl<E: Multiplied> Random<E> {
+    impl<E: Element> Random<E> {
         fn new([rows, columns]: [usize; 2], seed: u64) -> Self {
             let stride = columns + 2 + columns % 2;
             let strided: Vec<E> = rounded(&numbers(rows * stride, seed));
@@ -460,7 +476,7 @@ mod tests {
         if is_transposed { [size[1], size[0]] } else { size }
     }
 
-    fn exact<E: Multiplied>(
+    fn exact<E: Element>(
         terms: &[[(&Random<E>, bool); 2]],
         [rows, columns]: [usize; 2],
     ) -> Vec<f64> {
@@ -479,7 +495,7 @@ mod tests {
         sums
     }
 
-    fn term<'a, E: Multiplied>(
+    fn term<'a, E: Element>(
         left: (&'a Random<E>, bool),
         right: (&'a Random<E>, bool),
     ) -> (Side<'a, E>, Side<'a, E>) {
@@ -493,12 +509,14 @@ mod tests {
 
     #[test]
     fn products_follow_the_formula_in_every_layout() {
-        check_layouts::<bf16>();
-        check_layouts::<f32>();
+        check_layouts::<bf16, Amx>();
+        check_layouts::<bf16, Avx512Bf16>();
+        check_layouts::<bf16, Avx512>();
+        check_layouts::<f32, Avx512>();
     }
 
-    fn check_layouts<E: Multiplied>() {
-        if !can::<E>() {
+    fn check_layouts<E: Element, K: MicroKernel>() {
+        if !can::<K>() {
             return;
         }
         for [rows, depth, columns] in SHAPES {
@@ -509,7 +527,7 @@ mod tests {
                 let right = Random::new(flipped([depth, columns], flip_right), 2);
                 let exact = exact(&[[(&left, flip_left), (&right, flip_right)]], [rows, columns]);
                 let mut sums = vec![1.0; rows * columns];
-                multiply(
+                multiply_with::<_, K>(
                     &Serial,
                     &[term((&left, flip_left), (&right, flip_right))],
                     [rows, columns],
@@ -519,7 +537,7 @@ mod tests {
                 assert_close(&added, &exact, if depth > 0 { 1e-5 } else { 0.0 });
                 let terms = [term((&left, flip_left), (&right, flip_right))];
                 let target = Target::Sum { to: &mut sums, is_added: false };
-                multiply(&Serial, &terms, [rows, columns], target);
+                multiply_with::<_, K>(&Serial, &terms, [rows, columns], target);
                 assert_close(&sums, &exact, if depth > 0 { 1e-5 } else { 0.0 });
             }
         }
@@ -527,24 +545,37 @@ mod tests {
 
     #[test]
     fn an_odd_number_of_rows_is_summed_over() {
-        if !can::<bf16>() {
+        check_odd::<Amx>();
+        check_odd::<Avx512Bf16>();
+        check_odd::<Avx512>();
+    }
+
+    fn check_odd<K: MicroKernel>() {
+        if !can::<K>() {
             return;
         }
         let (left, right) = (Random::<bf16>::new([77, 40], 1), Random::new([77, 60], 2));
         let mut sums = vec![0.0; 40 * 60];
         let terms = [term((&left, true), (&right, false))];
-        multiply(&Serial, &terms, [40, 60], Target::Sum { to: &mut sums, is_added: true });
+        multiply_with::<_, K>(
+            &Serial,
+            &terms,
+            [40, 60],
+            Target::Sum { to: &mut sums, is_added: true },
+        );
         assert_close(&sums, &exact(&[[(&left, true), (&right, false)]], [40, 60]), 1e-6);
     }
 
     #[test]
     fn terms_are_summed_before_they_are_rounded_and_a_bias_is_added() {
-        check_terms::<bf16>(1.0 / 256.0, 1e-4);
-        check_terms::<f32>(1e-5, 5e-4);
+        check_terms::<bf16, Amx>(1.0 / 256.0, 1e-4);
+        check_terms::<bf16, Avx512Bf16>(1.0 / 256.0, 1e-4);
+        check_terms::<bf16, Avx512>(1.0 / 256.0, 1e-4);
+        check_terms::<f32, Avx512>(1e-5, 5e-4);
     }
 
-    fn check_terms<E: Multiplied>(rounding: f64, cancelled: f64) {
-        if !can::<E>() {
+    fn check_terms<E: Element, K: MicroKernel>(rounding: f64, cancelled: f64) {
+        if !can::<K>() {
             return;
         }
         let (rows, columns) = (140, 70);
@@ -568,7 +599,12 @@ mod tests {
                     }
                 }
                 let mut y = vec![E::default(); rows * columns];
-                multiply(&Serial, &terms, [rows, columns], Target::Write(&mut y, bias));
+                multiply_with::<_, K>(
+                    &Serial,
+                    &terms,
+                    [rows, columns],
+                    Target::Write(&mut y, bias),
+                );
                 for (y, exact) in y.iter().zip(exact) {
                     let y = f64::from(y.to_f32());
                     assert!((y - exact).abs() <= exact.abs() * rounding + cancelled, "{y} {exact}");
@@ -579,24 +615,26 @@ mod tests {
 
     #[test]
     fn a_row_does_not_depend_on_the_rows_beside_it() {
-        check_rows::<bf16>();
-        check_rows::<f32>();
+        check_rows::<bf16, Amx>();
+        check_rows::<bf16, Avx512Bf16>();
+        check_rows::<bf16, Avx512>();
+        check_rows::<f32, Avx512>();
     }
 
-    fn check_rows<E: Multiplied>() {
-        if !can::<E>() {
+    fn check_rows<E: Element, K: MicroKernel>() {
+        if !can::<K>() {
             return;
         }
         let (left, right) = (Random::<E>::new([200, 300], 1), Random::new([90, 300], 2));
         let mut all = vec![E::default(); 200 * 90];
         let terms = [term((&left, false), (&right, true))];
-        multiply(&Serial, &terms, [200, 90], Target::Write(&mut all, None));
+        multiply_with::<_, K>(&Serial, &terms, [200, 90], Target::Write(&mut all, None));
         for first in [0, 3, 150] {
             let data = &left.strided[first * left.stride..];
             let some = Side::Plain(Matrix { data, rows: 50, columns: 300, stride: left.stride });
             let mut rows = vec![E::default(); 50 * 90];
             let terms = [(some, Side::Transposed(right.matrix()))];
-            multiply(&Serial, &terms, [50, 90], Target::Write(&mut rows, None));
+            multiply_with::<_, K>(&Serial, &terms, [50, 90], Target::Write(&mut rows, None));
             let bits =
                 |values: &[E]| values.iter().map(|x| x.to_f32().to_bits()).collect::<Vec<_>>();
             assert_eq!(bits(&rows), bits(&all[first * 90..(first + 50) * 90]));
@@ -606,9 +644,9 @@ mod tests {
     #[test]
     #[should_panic(expected = "assertion")]
     fn sizes_that_do_not_fit_are_refused() {
-        assert!(can::<f32>(), "assertion: skipped");
+        assert!(can::<Avx512>(), "assertion: skipped");
         let (left, right) = (Random::<f32>::new([4, 6], 1), Random::new([8, 4], 2));
-        multiply(
+        multiply_with::<_, Avx512>(
             &Serial,
             &[term((&left, false), (&right, false))],
             [4, 4],

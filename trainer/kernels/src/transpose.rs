@@ -5,14 +5,15 @@ use std::arch::x86_64::{
     _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
 };
 
+use crate::aligned::Buffer;
+
 /// Rows and columns of a block.
 pub(crate) const SIDE: usize = 16;
 
 /// Writes the transpose of `[rows, columns]`, both multiples of [`SIDE`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub(crate) fn transpose(from: &[u32], [rows, columns]: [usize; 2], to: &mut Vec<u32>) {
-    to.clear();
-    to.resize(rows * columns, 0);
+pub(crate) fn transpose(from: &[u32], [rows, columns]: [usize; 2], to: &mut Buffer<u32>) {
+    to.set_zero(rows * columns);
     for row in (0..rows).step_by(SIDE) {
         for column in (0..columns).step_by(SIDE) {
             let from = &from[row * columns + column..];
@@ -90,17 +91,18 @@ fn odd_quarters(a: __m512i, b: __m512i) -> __m512i {
 #[cfg(test)]
 mod tests {
     use super::{SIDE, transpose, transpose_block};
-    use crate::gemm::Multiplied;
+    use crate::aligned::Buffer;
+    use crate::gemm::{Avx512, MicroKernel};
 
     #[test]
     fn swaps_rows_and_columns_and_fills_with_zeros() {
-        if !f32::is_supported() {
+        if !Avx512::is_supported() {
             eprintln!("skipped: this processor has no AVX-512");
             return;
         }
         let (rows, columns) = (32, 48);
         let from: Vec<u32> = (0..rows * columns).map(|index| index as u32 + 1).collect();
-        let mut to = Vec::new();
+        let mut to = Buffer::new();
         #[expect(unsafe_code, reason = "for certain processors")]
         // SAFETY: the processor was asked.
         unsafe {
