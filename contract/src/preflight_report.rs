@@ -300,6 +300,10 @@ pub struct MachineFacts {
     pub memory_bytes: u64,
     /// Whether the processor multiplies bf16 natively (AVX512-BF16 or AMX).
     pub native_bf16: bool,
+    /// The instructions that multiply bf16 fastest, as measured: `amx`, `avx512-bf16` or `avx512`;
+    /// absent where libtorch multiplies.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bf16_kernel: Option<String>,
     /// Measured speed of an fp32 matrix product; absent if not measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fp32_gflops: Option<f64>,

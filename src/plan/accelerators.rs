@@ -81,6 +81,7 @@ impl Accelerator {
             cores: self.cpu.map_or(1, |cores| cores.ceil() as u32),
             memory_bytes: self.memory_bytes(),
             native_bf16: self.has_bf16,
+            bf16_kernel: None,
             fp32_gflops: Some(self.fp32_tflops * 1e3),
             bf16_gflops: Some(self.bf16_tflops * 1e3),
         }

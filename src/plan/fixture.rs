@@ -98,6 +98,7 @@ pub(crate) fn report(model: ModelFacts, memory_bytes: u64) -> PreflightReport {
             cores: 2,
             memory_bytes,
             native_bf16: true,
+            bf16_kernel: None,
             fp32_gflops: Some(100.0),
             bf16_gflops: Some(400.0),
         }),

@@ -548,7 +548,9 @@ fn dtype(
         ),
         (Some(Precision::Fp32), _) => (Dtype::Fp32, "set in the manifest".to_owned()),
         (Some(Precision::Auto) | None, true) => {
-            (Dtype::Bf16, format!("{who} multiplies bf16 natively"))
+            let kernel = machine.and_then(|machine| machine.bf16_kernel.as_deref());
+            let by = kernel.map_or(String::new(), |kernel| format!(", here by {kernel}"));
+            (Dtype::Bf16, format!("{who} multiplies bf16 natively{by}"))
         }
         (Some(Precision::Auto) | None, false) => {
             (Dtype::Fp32, format!("{who} does not multiply bf16 natively"))

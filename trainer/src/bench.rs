@@ -25,6 +25,7 @@ use crate::{
     failure::Failure,
     memory::PeakMemory,
     model::{Division, Model, attach::Attachment, dropout::Dropout, read_config},
+    ops,
     optimizer::{self, AdamW},
     profile,
     seed::Counter,
@@ -64,6 +65,9 @@ pub struct Arguments {
     /// Element type.
     #[arg(long, value_enum, default_value = "bf16")]
     dtype: DtypeArgument,
+    /// Multiply bf16 by these instructions instead of the fastest: amx, avx512-bf16 or avx512.
+    #[arg(long)]
+    kernel: Option<String>,
     /// Keep AdamW's moments in a byte each.
     #[arg(long = "adamw-8bit")]
     adamw_8bit: bool,
@@ -134,6 +138,9 @@ pub fn run(arguments: &Arguments, environment: &Environment) -> Result<String, F
     let started = clock::now();
     let memory = PeakMemory::watch(device);
     let invalid = |message: String| Failure::new(FailureReason::InvalidConfiguration, message);
+    if let Some(kernel) = &arguments.kernel {
+        ops::choose_bf16_kernel(kernel).map_err(invalid)?;
+    }
     if let Some(text) = &arguments.text {
         write_rows(arguments, text).map_err(invalid)?;
     }

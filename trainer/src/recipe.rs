@@ -9,8 +9,8 @@ use std::{
 };
 
 use finetune_contract::{
-    ArtifactKind, CONTRACT_VERSION, DatasetSource, FailureReason, Manifest, ModelSource, ObjectUri,
-    Outcome, OutputState, RunConfig, Stage, artifact::MANIFEST_NAME,
+    ArtifactKind, CONTRACT_VERSION, DatasetSource, Dtype, FailureReason, Manifest, ModelSource,
+    ObjectUri, Outcome, OutputState, RunConfig, Stage, artifact::MANIFEST_NAME,
 };
 use tch::Device;
 use tracing::{info, warn};
@@ -23,6 +23,7 @@ use crate::{
     failure::Failure,
     import,
     model::{Division, Model, adapter, attach::Attachment, read_config},
+    ops,
     optimizer::AdamW,
     progress::Teller,
     proof::{self, Probe},
@@ -101,7 +102,7 @@ pub fn run(
         checkpoints,
         state: TrainState::default(),
     };
-    resume(&mut training, teller)?;
+    resume(&mut training, teller, host.device)?;
     if let (Some(uri), 0) = (&config.initial_adapter, training.state.step) {
         start_from(uri, &mut training, host)?;
     }
@@ -258,14 +259,30 @@ fn unchanged(uri: &str, expected: &str, found: &str) -> Result<(), Failure> {
     Err(Failure::new(FailureReason::InvalidDataset, message))
 }
 
-fn resume(training: &mut Training<'_>, teller: &mut Teller<'_>) -> Result<(), Failure> {
-    let Training { checkpoints, model, optimizer, state, .. } = training;
+fn resume(
+    training: &mut Training<'_>,
+    teller: &mut Teller<'_>,
+    device: Device,
+) -> Result<(), Failure> {
+    let Training { checkpoints, model, optimizer, state, config, .. } = training;
     if let Some(restored) = checkpoints.restore_newest(model, optimizer)? {
-        info!(step = restored.step, "going on from a checkpoint");
+        info!(step = restored.step, "continuing from a checkpoint");
         *state = restored;
+    }
+    if config.training.dtype == Dtype::Bf16 && device == Device::Cpu {
+        keep_kernel(state);
     }
     teller.resume(state);
     Ok(())
+}
+
+/// Multiplies with the kernel of the checkpoint, so that the run continues bit for bit.
+fn keep_kernel(state: &mut TrainState) {
+    let before = state.bf16_kernel.take();
+    if let Some(Err(why)) = before.as_deref().map(ops::choose_bf16_kernel) {
+        warn!(why, "the run continues with another kernel, and not equal bit for bit");
+    }
+    state.bf16_kernel = ops::bf16_kernel().map(str::to_owned);
 }
 
 /// Gives the adapter the weights of a published one; a run that goes on has its own.

@@ -24,24 +24,24 @@ fn main() {
     let values = values::<bf16>;
     let (x, weight) = (values(POSITIONS * WIDTH), values(WIDTH));
     let mut y = x.to_vec();
-    time("rms_norm::forward", || rms_norm::forward(&x, &weight, 1e-5, &mut y));
+    time("rms_norm::forward", || rms_norm::forward(x, weight, 1e-5, &mut y));
     time("rms_norm::backward", || {
-        rms_norm::backward(&x, &weight, 1e-5, &mut y, Some(&x), &mut []);
+        rms_norm::backward(x, weight, 1e-5, &mut y, Some(x), &mut []);
     });
-    let (mut d_product, up) = (values(POSITIONS * FEED_FORWARD), values(POSITIONS * FEED_FORWARD));
+    let (d_product, up) = (values(POSITIONS * FEED_FORWARD), values(POSITIONS * FEED_FORWARD));
     let (mut gate, mut product) = (up.to_vec(), up.to_vec());
-    time("swiglu::forward", || swiglu::forward(&gate, &up, &mut product));
-    time("swiglu::backward", || swiglu::backward(&mut d_product, &mut gate, &mut product));
+    time("swiglu::forward", || swiglu::forward(&gate, up, &mut product));
+    time("swiglu::backward", || swiglu::backward(d_product, &mut gate, &mut product));
     let angles = values(POSITIONS * 32);
     time("rope::rotate, queries", || {
-        rope::rotate(&mut y, &angles, &angles, WIDTH, 32, 1.0);
+        rope::rotate(&mut y, angles, angles, WIDTH, 32, 1.0);
     });
     let noise = Noise { key: 1, threshold: 3277 };
-    time("dropout::apply", || dropout::apply(noise, 0, &x, &mut y));
+    time("dropout::apply", || dropout::apply(noise, 0, x, &mut y));
     let labels = vec![1_i64; 64];
-    let mut logits = values(64 * VOCABULARY);
+    let logits = values(64 * VOCABULARY);
     time("cross_entropy::backward, 64 rows", || {
-        black_box(cross_entropy::backward(&mut logits, &labels));
+        black_box(cross_entropy::backward(logits, &labels));
     });
     let mut state = [const { Vec::new() }; 3].map(|_: Vec<f32>| vec![1.0_f32; 1 << 20]);
     let (grad, mut compute) = (vec![1.0_f32; 1 << 20], vec![bf16::ZERO; 1 << 20]);
@@ -99,22 +99,22 @@ fn multiplied<E: Multiplied>(dtype: &str) {
 fn matmul<E: Multiplied>() {
     for (depth, columns) in [(WIDTH, FEED_FORWARD), (FEED_FORWARD, WIDTH), (WIDTH, VOCABULARY)] {
         let (x, weight) = (values::<E>(POSITIONS * depth), values::<E>(columns * depth));
-        let mut y = values::<E>(POSITIONS * columns);
+        let y = values::<E>(POSITIONS * columns);
         let mut grad = vec![0.0; depth * columns];
         let size = [POSITIONS, columns];
         time_product("forward", [POSITIONS, depth, columns], || {
-            let right = Side::Transposed(matrix(&weight, columns, depth));
-            let terms = [(Side::Plain(matrix(&x, POSITIONS, depth)), right)];
-            matmul::multiply(&Serial, &terms, size, Target::Write(&mut y, None));
+            let right = Side::Transposed(matrix(weight, columns, depth));
+            let terms = [(Side::Plain(matrix(x, POSITIONS, depth)), right)];
+            matmul::multiply(&Serial, &terms, size, Target::Write(y, None));
         });
         time_product("input's gradient", [POSITIONS, depth, columns], || {
-            let right = Side::Plain(matrix(&weight, depth, columns));
-            let terms = [(Side::Plain(matrix(&x, POSITIONS, depth)), right)];
-            matmul::multiply(&Serial, &terms, size, Target::Write(&mut y, None));
+            let right = Side::Plain(matrix(weight, depth, columns));
+            let terms = [(Side::Plain(matrix(x, POSITIONS, depth)), right)];
+            matmul::multiply(&Serial, &terms, size, Target::Write(y, None));
         });
         time_product("weight's gradient", [depth, POSITIONS, columns], || {
-            let left = Side::Transposed(matrix(&x, POSITIONS, depth));
-            let terms = [(left, Side::Plain(matrix(&y, POSITIONS, columns)))];
+            let left = Side::Transposed(matrix(x, POSITIONS, depth));
+            let terms = [(left, Side::Plain(matrix(y, POSITIONS, columns)))];
             let target = Target::Sum { to: &mut grad, is_added: true };
             matmul::multiply(&Serial, &terms, [depth, columns], target);
         });
@@ -140,13 +140,13 @@ fn attention<E: Multiplied>(segments: usize, length: usize) {
     let (q, k) = (values::<E>(positions * 576), values::<E>(positions * 192));
     let (mut out, mut lse) = (q.to_vec(), vec![0.0; positions * 9]);
     time(&format!("attention::forward, {segments}x{length}"), || {
-        attention::forward(&Serial, shape, &lengths, [&q, &k, &k], &mut out, &mut lse);
+        attention::forward(&Serial, shape, &lengths, [q, k, k], &mut out, &mut lse);
     });
     let (mut dq, mut dk, mut dv) = (q.to_vec(), k.to_vec(), k.to_vec());
-    let attended = attention::Attended { out: &out, logsumexp: &lse, d_out: &q };
+    let attended = attention::Attended { out: &out, logsumexp: &lse, d_out: q };
     time(&format!("attention::backward, {segments}x{length}"), || {
         let grads = [&mut dq[..], &mut dk, &mut dv];
-        attention::backward(&Serial, shape, &lengths, [&q, &k, &k], attended, grads);
+        attention::backward(&Serial, shape, &lengths, [q, k, k], attended, grads);
     });
 }
 

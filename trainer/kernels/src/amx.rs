@@ -255,6 +255,9 @@ impl MicroKernel for Amx {
     type Number = bf16;
     const ROWS: usize = 2 * TILE_ROWS;
     const REGISTERS: usize = 3;
+    // Products are so fast that panels must not come from the third cache for each block of rows.
+    const PANELS: usize = 8;
+    const KEEPS_PANELS: bool = true;
     const STEP: usize = TILE_WORDS;
     const READS_ROWS: bool = true;
 

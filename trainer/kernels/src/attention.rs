@@ -303,7 +303,7 @@ impl Unit {
                     unsafe {
                         K::product::<false>(
                             [keys_here, width / K::PER_WORD, TILE],
-                            k_words.from_row(tile - lowest),
+                            k_words.below(tile - lowest),
                             Words { data: q_columns, stride: TILE },
                             &mut *scores,
                         );
@@ -406,7 +406,7 @@ impl Unit {
                     let keys = TILE.min(length - tile);
                     let sizes = [keys, width / K::PER_WORD, TILE];
                     let columns = |data| Words { data, stride: TILE };
-                    let (k_left, v_left) = (k_words.from_row(tile), v_words.from_row(tile));
+                    let (k_left, v_left) = (k_words.below(tile), v_words.below(tile));
                     // SAFETY: the caller's.
                     unsafe {
                         K::product::<false>(sizes, k_left, columns(q_columns), &mut *scores);

@@ -3,7 +3,16 @@
 //! What a processor says it has does not tell which is fast: on Intel's, `VDPBF16PS` multiplies half
 //! as much in a second as `VFMADD` does in fp32, on AMD's twice as much.
 
-use std::{fmt, hint::black_box, sync::LazyLock, time::Instant};
+use std::{
+    fmt,
+    hint::black_box,
+    str::FromStr,
+    sync::{
+        LazyLock,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Instant,
+};
 
 use half::bf16;
 
@@ -24,13 +33,67 @@ pub enum Kernel {
     Avx512,
 }
 
+/// What multiplies bf16 in this process, as its place in [`Kernel::ALL`] and one, if it was chosen.
+static CHOSEN: AtomicUsize = AtomicUsize::new(0);
+
+impl Kernel {
+    /// All of them, the widest first.
+    pub const ALL: [Self; 3] = [Self::Amx, Self::Avx512Bf16, Self::Avx512];
+
+    /// Returns its name, as reports and the command line have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Amx => "amx",
+            Self::Avx512Bf16 => "avx512-bf16",
+            Self::Avx512 => "avx512",
+        }
+    }
+
+    /// Tells whether this processor has the instructions.
+    pub fn is_supported(self) -> bool {
+        match self {
+            Self::Amx => Amx::is_supported(),
+            Self::Avx512Bf16 => Avx512Bf16::is_supported(),
+            Self::Avx512 => Avx512::is_supported(),
+        }
+    }
+
+    /// Makes it multiply bf16 in this process from now on, whatever is fastest.
+    ///
+    /// # Errors
+    /// If this processor cannot.
+    pub fn choose(self) -> Result<(), String> {
+        if !self.is_supported() {
+            return Err(format!("this processor lacks the instructions of {self}"));
+        }
+        let place = Self::ALL.into_iter().position(|kernel| kernel == self);
+        CHOSEN.store(place.map_or(0, |place| place + 1), Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Returns the numbers it multiplies in a second, measured some 20 microseconds long.
+    fn measure(self) -> f64 {
+        match self {
+            Self::Amx => measure::<Amx>(),
+            Self::Avx512Bf16 => measure::<Avx512Bf16>(),
+            Self::Avx512 => measure::<Avx512>(),
+        }
+    }
+}
+
 impl fmt::Display for Kernel {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str(match self {
-            Self::Amx => "AMX",
-            Self::Avx512Bf16 => "AVX512-BF16",
-            Self::Avx512 => "AVX-512 in fp32",
-        })
+        formatter.write_str(self.name())
+    }
+}
+
+impl FromStr for Kernel {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|kernel| kernel.name() == name);
+        let names = || Self::ALL.map(Self::name).join(", ");
+        found.ok_or_else(|| format!("{name:?} is no kernel, must be one of {}", names()))
     }
 }
 
@@ -49,7 +112,10 @@ impl Multiplied for f32 {
 impl Multiplied for bf16 {
     fn kernel() -> Option<Kernel> {
         static FASTEST: LazyLock<Option<Kernel>> = LazyLock::new(fastest);
-        *FASTEST
+        match CHOSEN.load(Ordering::Relaxed) {
+            0 => *FASTEST,
+            place => Some(Kernel::ALL[place - 1]),
+        }
     }
 }
 
@@ -87,26 +153,24 @@ const ROUNDS: usize = 8;
 const PRODUCTS: usize = 16;
 
 /// Returns the kernel that multiplies most bf16 numbers in a second.
+///
+/// They differ by a factor of two and more, so that noise does not change the choice.
 fn fastest() -> Option<Kernel> {
-    let candidates: Vec<(Kernel, fn() -> f64)> = [
-        (Kernel::Amx, Amx::is_supported(), measure::<Amx> as fn() -> f64),
-        (Kernel::Avx512Bf16, Avx512Bf16::is_supported(), measure::<Avx512Bf16>),
-        (Kernel::Avx512, Avx512::is_supported(), measure::<Avx512>),
-    ]
-    .into_iter()
-    .filter_map(|(kernel, is_supported, measure)| is_supported.then_some((kernel, measure)))
-    .collect();
-    let mut speeds = vec![0.0_f64; candidates.len()];
+    let mut candidates: Vec<(Kernel, f64)> = Kernel::ALL
+        .into_iter()
+        .filter(|kernel| kernel.is_supported())
+        .map(|kernel| (kernel, 0.0))
+        .collect();
     for _ in 0..ROUNDS {
-        for (speed, (_, measure)) in speeds.iter_mut().zip(&candidates) {
-            *speed = speed.max(measure());
+        for (kernel, speed) in &mut candidates {
+            *speed = kernel.measure().max(*speed);
         }
     }
-    let fastest = speeds.iter().zip(candidates).max_by(|(a, _), (b, _)| a.total_cmp(b));
-    fastest.map(|(_, (kernel, _))| kernel)
+    let fastest = candidates.into_iter().max_by(|(_, one), (_, other)| one.total_cmp(other));
+    fastest.map(|(kernel, _)| kernel)
 }
 
-/// Returns the numbers multiplied in a second, some 20 microseconds long.
+/// Returns the numbers multiplied in a second.
 fn measure<K: MicroKernel>() -> f64 {
     let [rows, words, columns] = MEASURED;
     let one = K::word(1.0_f32, 1.0);
@@ -126,4 +190,42 @@ fn measure<K: MicroKernel>() -> f64 {
     let speed = numbers as f64 / started.elapsed().as_secs_f64();
     K::release();
     speed
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::{CHOSEN, Kernel, Multiplied, Ordering, fastest};
+
+    #[test]
+    fn the_fastest_is_one_that_the_processor_has_and_amx_where_it_has_that() {
+        let fastest = fastest();
+        assert!(fastest.is_none_or(Kernel::is_supported));
+        assert_eq!(fastest.is_none(), !Kernel::ALL.into_iter().any(Kernel::is_supported));
+        if Kernel::Amx.is_supported() {
+            assert_eq!(fastest, Some(Kernel::Amx));
+        }
+    }
+
+    #[test]
+    fn names_are_read_as_they_are_written() {
+        for kernel in Kernel::ALL {
+            assert_eq!(kernel.to_string().parse(), Ok(kernel));
+        }
+        let error = "sse2".parse::<Kernel>().unwrap_err();
+        assert_eq!(error, "\"sse2\" is no kernel, must be one of amx, avx512-bf16, avx512");
+    }
+
+    #[test]
+    fn what_is_chosen_multiplies_and_what_is_not_there_cannot_be_chosen() {
+        for kernel in Kernel::ALL {
+            match kernel.choose() {
+                Ok(()) => assert_eq!(bf16::kernel(), Some(kernel)),
+                Err(_) => assert!(!kernel.is_supported()),
+            }
+        }
+        CHOSEN.store(0, Ordering::Relaxed);
+        assert_eq!(bf16::kernel(), fastest());
+    }
 }

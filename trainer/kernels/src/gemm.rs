@@ -36,6 +36,11 @@ pub(crate) trait MicroKernel {
     const ROWS: usize;
     /// Registers side by side that small products compute at once, 3 at most.
     const REGISTERS: usize;
+    /// Panels of one unit of a large product: whole lines of the cache, which units side by side would
+    /// take from each other.
+    const PANELS: usize;
+    /// Whether units one after another share panels, and not rows.
+    const KEEPS_PANELS: bool;
     /// Depths of panels are filled up with zeros to a multiple of so many words.
     const STEP: usize;
     /// Whether the words of a left side's row must lie side by side.
@@ -149,6 +154,8 @@ macro_rules! compiled {
     ($features:literal) => {
         const ROWS: usize = ROWS;
         const REGISTERS: usize = 2;
+        const PANELS: usize = 4;
+        const KEEPS_PANELS: bool = false;
         const STEP: usize = 1;
         const READS_ROWS: bool = false;
 
@@ -256,9 +263,9 @@ pub(crate) struct Words<'a> {
     pub stride: usize,
 }
 
-impl<'a> Words<'a> {
-    /// Returns the matrix from a row on.
-    pub(crate) fn from_row(self, row: usize) -> Self {
+impl Words<'_> {
+    /// Returns the matrix without some rows at its start.
+    pub(crate) fn below(self, row: usize) -> Self {
         Self { data: &self.data[row * self.stride..], ..self }
     }
 }

@@ -6,7 +6,7 @@
 //!
 //! One plain text is compiled for AVX-512, for AVX2 and for any processor (`versions`); only what
 //! multiplies matrices, `attention`, `low_rank` and `matmul`, is written with instructions of its
-//! own: it needs AVX-512, and AVX512-BF16 for bf16.
+//! own: it needs AVX-512, and takes what multiplies bf16 fastest (`choice`).
 
 mod versions;
 

@@ -228,7 +228,7 @@ impl<'a> Packed<'a> {
                 unsafe {
                     K::product::<false>(
                         [count, self.depth, width],
-                        left.from_row(row),
+                        left.below(row),
                         Words { data: &self.words[column..], stride: self.stride },
                         &mut *sums,
                     );

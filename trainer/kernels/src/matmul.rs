@@ -22,8 +22,6 @@ use crate::{
 
 /// Rows of one unit.
 const BLOCK: usize = 64;
-/// Panels of one unit: whole lines of the cache, which units side by side would take from each other.
-const PANELS: usize = 4;
 /// Words of a panel's columns multiplied at once: 384 KiB stay in the second cache.
 const DEPTH: usize = 2048;
 /// Words in panels at once, 4 MiB, unless that leaves less than [`UNITS`] units.
@@ -96,7 +94,7 @@ fn multiply_with<E: Element, K: MicroKernel>(
         return;
     }
     let depth: usize = terms.iter().map(depth_of::<E, K>).sum();
-    if rows * columns + PACKED < depth * PANELS * PANEL {
+    if rows * columns + PACKED < depth * K::PANELS * PANEL {
         return multiply_deep::<E, K>(pool, terms, [rows, columns], to);
     }
     let is_packed = terms.iter().any(|term| !is_in_place::<E, K>(term));
@@ -163,22 +161,26 @@ fn multiply_at_once<E: Element, K: MicroKernel>(
     let to = Output::new(to, [rows, columns]);
     let depth: usize = terms.iter().map(depth_of::<E, K>).sum();
     let blocks = rows.div_ceil(BLOCK);
-    let at_once = (PACKED / (depth * PANEL).max(1)).max(UNITS.div_ceil(blocks) * PANELS);
+    let at_once = (PACKED / (depth * PANEL).max(1)).max(UNITS.div_ceil(blocks) * K::PANELS);
     let panels = columns.div_ceil(PANEL);
     PACKED_SIDES.with_borrow_mut(|[left, right]| {
         for first in (0..panels).step_by(at_once) {
             let chunk = first * PANEL..columns.min((first + at_once) * PANEL);
             pack::<E, K>(pool, terms, chunk.clone(), [left, right], first == 0);
             let lefts = Packed::of_terms::<E, K>(terms, rows, left);
-            let (groups, size) = (chunk.len().div_ceil(PANELS * PANEL), depth * PANEL);
+            let (groups, size) = (chunk.len().div_ceil(K::PANELS * PANEL), depth * PANEL);
             pool.run(blocks * groups, &|unit| {
                 let _held = Held::<K>::new();
-                // Neighbours share rows, which then stay in the second cache.
-                let (block, group) = (unit / groups, unit % groups);
+                // Neighbours share what then stays in the second cache.
+                let (block, group) = if K::KEEPS_PANELS {
+                    (unit % blocks, unit / blocks)
+                } else {
+                    (unit / groups, unit % groups)
+                };
                 let rows = block * BLOCK..rows.min((block + 1) * BLOCK);
-                let columns = part(&chunk, group * PANELS * PANEL, PANELS * PANEL);
+                let columns = part(&chunk, group * K::PANELS * PANEL, K::PANELS * PANEL);
                 for start in (0..columns.len()).step_by(PANEL) {
-                    let panel = (group * PANELS + start / PANEL) * size;
+                    let panel = (group * K::PANELS + start / PANEL) * size;
                     let panel = &right[panel..panel + size];
                     #[expect(
                         unsafe_code,

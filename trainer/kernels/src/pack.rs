@@ -212,7 +212,7 @@ fn pack_panels<E: Element, K: MicroKernel>(
         start = range.end;
         match term.1 {
             Side::Plain(matrix) => {
-                interleave_rows::<E, K>(matrix, columns.clone(), to, size, range)
+                interleave_rows::<E, K>(matrix, columns.clone(), to, size, range);
             }
             Side::Transposed(matrix) => {
                 for (panel, to) in to.chunks_exact_mut(size).enumerate() {

@@ -78,6 +78,9 @@ pub struct TrainState {
     /// Why training is over before its last step.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stopped_early: Option<StoppedEarly>,
+    /// The kernel that multiplied bf16: with another, a continued run is not equal bit for bit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bf16_kernel: Option<String>,
 }
 
 /// A validation loss and the step it belongs to.

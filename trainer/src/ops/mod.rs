@@ -29,8 +29,8 @@ use crate::profile;
 pub use codes::Codes;
 pub use runs::Run;
 
-/// Returns to how many positions a micro-batch is best filled up: to whole rows of register tiles, or
-/// where oneDNN multiplies to a multiple of 64.
+/// Returns to how many positions a micro-batch is best filled up: to whole blocks of rows, or where
+/// oneDNN multiplies to a multiple of 64.
 ///
 /// It compiles and keeps kernels by shape. Micro-batches without padding have ever other numbers of
 /// positions, so every step added some 20 MB to what it keeps (`docs/LOG.md`).
@@ -40,6 +40,29 @@ pub fn whole_positions(positions: usize, kind: Kind, device: Device) -> usize {
         return positions.next_multiple_of(8);
     }
     positions.next_multiple_of(64)
+}
+
+/// Returns the name of the kernel that multiplies bf16 on this processor, if it is one of ours.
+pub fn bf16_kernel() -> Option<&'static str> {
+    #[cfg(target_arch = "x86_64")]
+    {
+        <half::bf16 as finetune_kernels::Multiplied>::kernel().map(finetune_kernels::Kernel::name)
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    None
+}
+
+/// Makes a kernel multiply bf16 in this process, by its name.
+///
+/// # Errors
+/// If there is no such kernel, this processor lacks its instructions, or another has multiplied before.
+pub fn choose_bf16_kernel(name: &str) -> Result<(), String> {
+    #[cfg(target_arch = "x86_64")]
+    {
+        name.parse::<finetune_kernels::Kernel>()?.choose()
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    Err(format!("{name:?} is for other processors"))
 }
 
 /// Writes `x / rms(x) · weight` over the last axis.

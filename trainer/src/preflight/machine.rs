@@ -35,6 +35,7 @@ pub(super) fn facts(measure: bool) -> MachineFacts {
         cores: std::thread::available_parallelism().map_or(1, std::num::NonZero::get) as u32,
         memory_bytes: memory_bytes(),
         native_bf16,
+        bf16_kernel: ops::bf16_kernel().map(str::to_owned),
         fp32_gflops: measure.then(|| gflops(Kind::Float)),
         bf16_gflops: (measure && native_bf16).then(|| gflops(Kind::BFloat16)),
     }
