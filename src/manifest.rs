@@ -113,14 +113,20 @@ fn is_name(name: &str) -> bool {
 
 /// Parses every URI, for messages a pattern cannot give.
 fn unknown_uris(document: &Value, violations: &mut Vec<Violation>) {
-    for (section, field) in
-        [("model", "uri"), ("dataset", "train"), ("dataset", "validation"), ("output", "uri")]
-    {
-        let Some(text) = document["spec"][section][field].as_str().filter(|text| !text.is_empty())
-        else {
-            continue;
-        };
-        let path = format!("spec.{section}.{field}");
+    let spec = &document["spec"];
+    let mut fields = vec![
+        ("model.uri".to_owned(), &spec["model"]["uri"]),
+        ("output.uri".to_owned(), &spec["output"]["uri"]),
+    ];
+    for field in ["train", "validation"] {
+        fields.push((format!("dataset.{field}"), &spec["dataset"][field]));
+    }
+    for (index, source) in spec["dataset"]["sources"].as_array().into_iter().flatten().enumerate() {
+        fields.push((format!("dataset.sources[{index}].uri"), &source["uri"]));
+    }
+    for (field, value) in fields {
+        let Some(text) = value.as_str().filter(|text| !text.is_empty()) else { continue };
+        let path = format!("spec.{field}");
         match ObjectUri::parse(text) {
             Err(finetune_contract::ParseUriError::NoScheme { uri }) => {
                 let absolute = std::path::absolute(&uri).unwrap_or_else(|_| uri.clone().into());
@@ -133,7 +139,7 @@ fn unknown_uris(document: &Value, violations: &mut Vec<Violation>) {
                 ));
             }
             Err(error) => violations.push(Violation::new(path, error.to_string())),
-            Ok(uri) if section == "output" && uri.scheme == finetune_contract::Scheme::Hf => violations.push(
+            Ok(uri) if field == "output.uri" && uri.scheme == finetune_contract::Scheme::Hf => violations.push(
                 Violation::new(path, format!("{text:?} is a hub repository, which is read only here: use s3, gs, az, pvc or file")),
             ),
             Ok(_) => {}

@@ -39,7 +39,8 @@ pub use progress::{Progress, Stage};
 pub use run_config::{ExpectedData, RunConfig, TrainingSettings};
 pub use run_report::{FailureReason, Outcome, Proof, RunReport, StoppedEarly};
 pub use settings::{
-    DatasetFormat, DatasetSource, Device, Dtype, LoraSettings, LrScheduler, ModelSource,
-    OnOverflow, Optimizer, OutputTarget, Recompute, RunId, TargetModules,
+    DatasetFormat, DatasetSource, Device, Dtype, LoraSettings, LrScheduler, MAX_INVALID_SHARE,
+    ModelSource, OnInvalidRow, OnOverflow, Optimizer, OutputTarget, Recompute, RowSource, RunId,
+    TargetModules, TrainOn,
 };
 pub use uri::{ObjectUri, ParseUriError, Scheme};

@@ -61,9 +61,9 @@ impl PreflightReport {
             } else if [&mut self.validation, &mut self.train]
                 .into_iter()
                 .flatten()
-                .any(|census| census.lengths.pop().is_some())
+                .any(|census| census.file_names.pop().is_some() || census.lengths.pop().is_some())
             {
-                // One point was dropped.
+                // One name or point was dropped.
             } else if let Some(problem) =
                 self.problems.first_mut().filter(|problem| problem.message.len() > 200)
             {
@@ -236,9 +236,12 @@ pub struct DatasetCensus {
     pub format: DatasetFormat,
     /// Files read.
     pub files: u64,
+    /// The names of the first ones.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub file_names: Vec<String>,
     /// Usable rows.
     pub rows: u64,
-    /// Rows that cannot be used; each is a problem.
+    /// Rows that cannot be used: each is a problem, or left out if that was asked for.
     pub bad_rows: u64,
     /// Tokens of all usable rows, before any truncation.
     pub tokens: u64,

@@ -69,6 +69,21 @@ impl RunConfig {
     }
 }
 
+impl RunConfig {
+    /// Returns the sequences of a step, over all ranks, counting steps from 0: fewer in a last step, but
+    /// at least one for each rank.
+    pub fn sequences_of_step(&self, step: u64) -> u64 {
+        let whole = self.global_batch_size();
+        match self.training.total_sequences {
+            Some(total) if step + 1 >= self.training.total_steps => {
+                let left = total.saturating_sub(step * whole);
+                left.clamp(u64::from(self.parallelism.world_size).min(whole), whole)
+            }
+            _ => whole,
+        }
+    }
+}
+
 impl Document for RunConfig {
     const NAME: &'static str = "run config";
 }
@@ -81,6 +96,9 @@ pub struct TrainingSettings {
     pub context_length: u32,
     /// Optimizer steps of the whole run.
     pub total_steps: u64,
+    /// Sequences of the whole run: the last step has those that are left. Absent if every step is full.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub total_sequences: Option<u64>,
     /// Peak learning rate.
     pub learning_rate: f64,
     /// How the learning rate falls.

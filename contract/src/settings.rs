@@ -27,18 +27,93 @@ pub struct ModelSource {
 }
 
 /// Where the rows come from and how to read them.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct DatasetSource {
-    /// A JSONL file (`.jsonl`, `.jsonl.gz`, `.jsonl.zst`) or a prefix that ends in `/`.
-    pub train: String,
+    /// The training rows: a file or a prefix; absent if `sources` has them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub train: Option<String>,
+    /// Several sources of training rows, instead of `train`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sources: Vec<RowSource>,
     /// The held-out rows, in the same forms.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub validation: Option<String>,
-    /// The rows' shape.
+    /// The share of the training rows that is held out, instead of `validation`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub validation_fraction: Option<f64>,
+    /// The rows' shape, unless a source has its own.
     pub format: DatasetFormat,
+    /// Which turns of a conversation are trained on.
+    #[serde(default, skip_serializing_if = "TrainOn::is_default")]
+    pub train_on: TrainOn,
+    /// Keys of rows that are left out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ignored_keys: Vec<String>,
+    /// What happens to a row that cannot be used.
+    #[serde(default, skip_serializing_if = "OnInvalidRow::is_default")]
+    pub on_invalid_row: OnInvalidRow,
     /// What happens to a row longer than the context.
     pub on_overflow: OnOverflow,
+    /// Decides which rows are held out and which a source's weight takes; absent if neither is asked
+    /// for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
+}
+
+impl DatasetSource {
+    /// Makes a source of one file or prefix, with every default.
+    pub fn of(train: impl Into<String>) -> Self {
+        Self {
+            train: Some(train.into()),
+            sources: Vec::new(),
+            validation: None,
+            validation_fraction: None,
+            format: DatasetFormat::Auto,
+            train_on: TrainOn::AllTurns,
+            ignored_keys: Vec::new(),
+            on_invalid_row: OnInvalidRow::Error,
+            on_overflow: OnOverflow::Truncate,
+            seed: None,
+        }
+    }
+
+    /// Returns every source of training rows, in order.
+    pub fn train_sources(&self) -> Vec<RowSource> {
+        let one = self.train.iter().map(|uri| RowSource {
+            uri: uri.clone(),
+            format: self.format,
+            weight: 1.0,
+        });
+        one.chain(self.sources.iter().cloned()).collect()
+    }
+
+    /// Returns where the held-out rows come from; empty if there are none. They are not weighted.
+    pub fn validation_sources(&self) -> Vec<RowSource> {
+        if self.validation_fraction.is_some() {
+            let unweighted = |source| RowSource { weight: 1.0, ..source };
+            return self.train_sources().into_iter().map(unweighted).collect();
+        }
+        let uris = self.validation.iter().cloned();
+        uris.map(|uri| RowSource { uri, format: self.format, weight: 1.0 }).collect()
+    }
+
+    /// Tells whether rows are held out to measure the loss on.
+    pub fn has_validation(&self) -> bool {
+        self.validation.is_some() || self.validation_fraction.is_some()
+    }
+}
+
+/// One of several sources of rows.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct RowSource {
+    /// A file, or a prefix that ends in `/`.
+    pub uri: String,
+    /// The rows' shape.
+    pub format: DatasetFormat,
+    /// How often each of its rows occurs in an epoch: 2 is twice, 0.5 is half of the rows.
+    pub weight: f64,
 }
 
 /// The shape of a row.
@@ -57,7 +132,49 @@ pub enum DatasetFormat {
     Sharegpt,
     /// `{"instruction": …, "input": …, "output": …}`.
     Alpaca,
+    /// As `promptCompletion` or `text`, with a chat template's special tokens already in the text.
+    Prerendered,
 }
+
+/// Which turns of a conversation are trained on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum TrainOn {
+    /// Every turn of the assistant's, but those the row marks.
+    #[default]
+    AllTurns,
+    /// The assistant's last turn only.
+    LastTurn,
+}
+
+impl TrainOn {
+    /// Tells whether it is the default, which needs no word in a document.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// What happens to a row that cannot be used.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum OnInvalidRow {
+    /// The dataset is refused.
+    #[default]
+    Error,
+    /// It is left out and counted, up to [`MAX_INVALID_SHARE`] of all rows.
+    Drop,
+}
+
+impl OnInvalidRow {
+    /// Tells whether it is the default, which needs no word in a document.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// The largest share of a dataset's rows that may be dropped as invalid: more is a wrong format, not
+/// a few bad rows.
+pub const MAX_INVALID_SHARE: f64 = 0.1;
 
 /// What happens to a row with more tokens than the context length.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

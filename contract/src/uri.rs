@@ -45,7 +45,8 @@ impl Scheme {
 pub struct ObjectUri {
     /// The scheme.
     pub scheme: Scheme,
-    /// The bucket, container or claim; for `hf` the owner and name (`owner/name`); empty for `file`.
+    /// The bucket, container or claim; for `hf` the owner and name (`owner/name`, after `datasets/` or
+    /// `models/` if the text has it); empty for `file`.
     pub authority: String,
     /// The key or path below it, without a leading slash.
     pub path: String,
@@ -129,7 +130,8 @@ impl ObjectUri {
                 }
             },
             Scheme::Hf => {
-                let mut parts = rest.splitn(3, '/');
+                let (kind, below) = hub_kind(rest);
+                let mut parts = below.splitn(3, '/');
                 let (owner, name) =
                     (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
                 if owner.is_empty() || name.is_empty() {
@@ -138,7 +140,7 @@ impl ObjectUri {
                         missing: "a repository (hf://owner/name)",
                     });
                 }
-                (format!("{owner}/{name}"), parts.next().unwrap_or_default())
+                (format!("{kind}{owner}/{name}"), parts.next().unwrap_or_default())
             }
             Scheme::S3 | Scheme::Gs | Scheme::Az | Scheme::Pvc => {
                 let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
@@ -188,6 +190,30 @@ impl ObjectUri {
     }
 }
 
+/// Splits `datasets/` or `models/` off a hub's repository, as its own libraries write it. An owner may
+/// have such a name, so it counts only before an owner and a name.
+fn hub_kind(repository: &str) -> (&str, &str) {
+    for kind in ["datasets/", "models/"] {
+        if let Some(below) = repository.strip_prefix(kind)
+            && below.split('/').filter(|part| !part.is_empty()).count() >= 2
+        {
+            return repository.split_at(kind.len());
+        }
+    }
+    ("", repository)
+}
+
+impl ObjectUri {
+    /// Returns the kind of a hub's repository, `datasets` or `models`, if the URI names it, and the
+    /// repository's owner and name.
+    pub fn hub_repository(&self) -> (Option<&str>, &str) {
+        match hub_kind(&self.authority) {
+            ("", repository) => (None, repository),
+            (kind, repository) => (Some(kind.trim_end_matches('/')), repository),
+        }
+    }
+}
+
 impl fmt::Display for ObjectUri {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { scheme, authority, path, is_prefix } = self;
@@ -217,6 +243,8 @@ mod tests {
     fn parses_every_scheme_and_prints_it_back() {
         insta::assert_snapshot!(check("hf://HuggingFaceTB/SmolLM2-135M"), @r#"Hf "HuggingFaceTB/SmolLM2-135M" "" false"#);
         insta::assert_snapshot!(check("hf://o/n/sub/model.gguf"), @r#"Hf "o/n" "sub/model.gguf" false"#);
+        insta::assert_snapshot!(check("hf://datasets/o/n/data/train.jsonl"), @r#"Hf "datasets/o/n" "data/train.jsonl" false"#);
+        insta::assert_snapshot!(check("hf://datasets/n"), @r#"Hf "datasets/n" "" false"#);
         insta::assert_snapshot!(check("s3://acme/tickets/"), @r#"S3 "acme" "tickets" true"#);
         insta::assert_snapshot!(check("pvc://models/llama"), @r#"Pvc "models" "llama" false"#);
         insta::assert_snapshot!(check("file:///data/train.jsonl"), @r#"File "" "data/train.jsonl" false"#);

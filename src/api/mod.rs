@@ -132,7 +132,10 @@ pub struct FineTuneJobSpec {
 
 impl FineTuneJobSpec {
     /// Returns every URI of the spec with its field's path.
-    pub fn uris(&self) -> impl Iterator<Item = (&'static str, &str)> {
+    pub fn uris(&self) -> impl Iterator<Item = (String, &str)> {
+        let sources = self.dataset.sources.iter().flatten().enumerate().map(|(index, source)| {
+            (format!("spec.dataset.sources[{index}].uri"), source.uri.as_str())
+        });
         [
             ("spec.model.uri", Some(&self.model.uri)),
             ("spec.initialAdapter.uri", self.initial_adapter.as_ref().map(|adapter| &adapter.uri)),
@@ -140,12 +143,13 @@ impl FineTuneJobSpec {
                 "spec.initialCheckpoint.uri",
                 self.initial_checkpoint.as_ref().map(|checkpoint| &checkpoint.uri),
             ),
-            ("spec.dataset.train", Some(&self.dataset.train)),
+            ("spec.dataset.train", self.dataset.train.as_ref()),
             ("spec.dataset.validation", self.dataset.validation.as_ref()),
             ("spec.output.uri", Some(&self.output.uri)),
         ]
         .into_iter()
-        .filter_map(|(path, uri)| Some((path, uri?.as_str())))
+        .filter_map(|(path, uri)| Some((path.to_owned(), uri?.as_str())))
+        .chain(sources)
     }
 }
 
@@ -173,22 +177,60 @@ pub struct Model {
 
 /// The rows.
 #[derive(KubeSchema, Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[x_kube(validation = Rule::new("has(self.train) != has(self.sources)").message("needs the training rows: set train, or list several under sources, but not both"))]
+#[x_kube(validation = Rule::new("!(has(self.validation) && has(self.validationFraction))").message("validation and validationFraction both say which rows are held out: keep one"))]
+#[x_kube(validation = Rule::new("!has(self.sources) || !has(self.format)").message("format is set for each of sources: move it there"))]
 #[serde(rename_all = "camelCase")]
 pub struct Dataset {
-    /// The training rows: a `.jsonl`, `.jsonl.gz` or `.jsonl.zst` file, or a prefix that ends in
-    /// `/` and stands for all such files below it. Example: `s3://data/tickets/train.jsonl`.
+    /// The training rows: one file, or a prefix that ends in `/` and stands for the files below it,
+    /// but for hidden ones and those named for another split. Files are JSONL, JSON arrays, CSV or TSV
+    /// (`.jsonl`, `.json`, `.csv`, `.tsv`, each also with `.gz` or `.zst`) or Parquet (`.parquet`).
+    /// Not together with `sources`. Examples: `s3://data/tickets/train.jsonl`,
+    /// `hf://datasets/owner/name`.
     #[schemars(length(min = 1, max = 1024))]
     #[x_kube(validation = Rule::new("self.matches('^(hf|s3|gs|az|pvc|file)://')").message("must be an object URI of scheme hf, s3, gs, az, pvc or file, such as s3://bucket/train.jsonl"))]
-    pub train: String,
-    /// The rows held out to measure the loss on, in the same forms. Default: none, and no
-    /// validation loss. Example: `s3://data/tickets/validation.jsonl`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub train: Option<String>,
+    /// Several sources of training rows, read one after the other and shuffled together. Not together
+    /// with `train`.
+    #[schemars(length(min = 1, max = 16))]
+    #[schemars(extend("x-kubernetes-list-type" = "atomic"))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sources: Option<Vec<DatasetPart>>,
+    /// The rows held out to measure the loss on, in the same forms as `train`. Default: none, and no
+    /// validation loss. Not together with `validationFraction`. Example:
+    /// `s3://data/tickets/validation.jsonl`.
     #[schemars(length(min = 1, max = 1024))]
     #[x_kube(validation = Rule::new("self.matches('^(hf|s3|gs|az|pvc|file)://')").message("must be an object URI of scheme hf, s3, gs, az, pvc or file, such as s3://bucket/validation.jsonl"))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub validation: Option<String>,
-    /// The shape of a row; `auto` decides by the keys of the first one. Default: `auto`.
+    /// The share of the training rows to hold out instead, from 0.0001 to 0.5, chosen by
+    /// `training.seed`; equal rows are never in both. Default: none. Example: 0.05.
+    #[schemars(range(min = 0.0001, max = 0.5))]
+    // An apiserver compares whole numbers with the bound's whole part: 0 would pass.
+    #[x_kube(validation = Rule::new("self > 0.0").message("must be above 0"))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub validation_fraction: Option<f64>,
+    /// The shape of a row; `auto` decides by the keys of the first one. `prerendered` rows are a text,
+    /// or a prompt and its completion, with a chat template's special tokens already in them. Default:
+    /// `auto`. With `sources` each has its own.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub format: Option<Format>,
+    /// Which turns of a conversation are trained on: `allTurns` of the assistant, or only its
+    /// `lastTurn`; never those that a row itself marks with `"weight": 0` or the like. Default:
+    /// `allTurns`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub train_on: Option<TrainedTurns>,
+    /// Keys of rows and turns that say nothing to be trained on. A key that is neither known nor
+    /// listed here is refused. Default: none. Example: `[rationale, reward]`.
+    #[schemars(length(max = 64), inner(length(min = 1, max = 128)))]
+    #[schemars(extend("x-kubernetes-list-type" = "atomic"))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ignored_keys: Option<Vec<String>>,
+    /// What happens to a row that cannot be used: `error` refuses the dataset, `drop` leaves such rows
+    /// out, counts them and names the first; more than 10 % are refused all the same. Default: `error`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub on_invalid_row: Option<InvalidRow>,
     /// What happens to a row with more tokens than `training.contextLength`: `truncate` keeps its
     /// beginning, `drop` leaves it out, `error` refuses the dataset. Default: `truncate`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -197,6 +239,26 @@ pub struct Dataset {
     /// environment.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub secret_ref: Option<SecretRef>,
+}
+
+/// One of several sources of training rows.
+#[derive(KubeSchema, Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DatasetPart {
+    /// A file or prefix, as `dataset.train`. Example: `s3://data/tickets/`.
+    #[schemars(length(min = 1, max = 1024))]
+    #[x_kube(validation = Rule::new("self.matches('^(hf|s3|gs|az|pvc|file)://')").message("must be an object URI of scheme hf, s3, gs, az, pvc or file, such as s3://bucket/train.jsonl"))]
+    pub uri: String,
+    /// The shape of its rows. Default: `auto`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub format: Option<Format>,
+    /// How often each of its rows occurs in an epoch, from 0.001 to 100: 3 is three times, 0.5 is half
+    /// of the rows, chosen by `training.seed`. Default: 1.
+    #[schemars(range(min = 0.001, max = 100.0))]
+    // An apiserver compares whole numbers with the bound's whole part: 0 would pass.
+    #[x_kube(validation = Rule::new("self > 0.0").message("must be above 0"))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weight: Option<f64>,
 }
 
 /// A LoRA adapter's shape, in PEFT's words.
@@ -275,11 +337,14 @@ pub struct Training {
     #[schemars(range(min = 16, max = 1_048_576))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub context_length: Option<i32>,
-    /// Passes over the training rows, from 1 to 1000. Default: what gives about 100 steps, at most
-    /// 10. Not together with `maxSteps`.
-    #[schemars(range(min = 1, max = 1000))]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub num_epochs: Option<i32>,
+    /// Passes over the training rows, from 0.001 to 1000; 0.5 is half of them. The last step has the
+    /// rows that are left. Default: what gives about 100 steps, from 1 to 10. Not together with
+    /// `maxSteps`. Example: 3.
+    #[schemars(with = "Option<f64>", range(min = 0.001, max = 1000.0))]
+    // An apiserver compares whole numbers with the bound's whole part: 0 would pass.
+    #[x_kube(validation = Rule::new("self > 0.0").message("must be above 0"))]
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "quantity::as_written")]
+    pub num_epochs: Option<f64>,
     /// Optimizer steps of the whole run, from 1 to 10000000. Default: from `numEpochs`. Not together
     /// with `numEpochs`.
     #[schemars(range(min = 1, max = 10_000_000))]
@@ -411,6 +476,25 @@ pub enum Format {
     Text,
     Sharegpt,
     Alpaca,
+    Prerendered,
+}
+
+/// Which turns of a conversation are trained on.
+#[derive(JsonSchema, Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[expect(missing_docs, reason = "the words are described at the field")]
+pub enum TrainedTurns {
+    AllTurns,
+    LastTurn,
+}
+
+/// What happens to a row that cannot be used.
+#[derive(JsonSchema, Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[expect(missing_docs, reason = "the words are described at the field")]
+pub enum InvalidRow {
+    Error,
+    Drop,
 }
 
 /// What happens to a row longer than the context.

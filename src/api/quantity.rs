@@ -5,6 +5,22 @@ use super::FineTuneJobSpec;
 /// Bytes of a GiB.
 pub const GIB: f64 = 1024.0 * 1024.0 * 1024.0;
 
+/// Writes a number without a fraction as people do, `3` and not `3.0`: what is derived from a manifest,
+/// such as the name of its run, must not depend on it.
+#[expect(clippy::ref_option, reason = "serde gives a field by reference")]
+pub(super) fn as_written<S: serde::Serializer>(
+    number: &Option<f64>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    match number {
+        None => serializer.serialize_none(),
+        Some(number) if number.fract() == 0.0 && number.abs() < 1e15 => {
+            serializer.serialize_i64(*number as i64)
+        }
+        Some(number) => serializer.serialize_f64(*number),
+    }
+}
+
 impl FineTuneJobSpec {
     /// Returns the user's limit of a training pod's memory, in bytes, if there is one that can be read.
     pub fn memory_limit(&self) -> Option<u64> {

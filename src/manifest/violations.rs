@@ -45,7 +45,12 @@ pub(super) fn walk(path: &str, schema: &Value, value: &Value, violations: &mut V
         if !(path == "spec" && value.is_null()) {
             violations.push(Violation::new(
                 path,
-                format!("is {}, must be {}", seen(value), article(wanted)),
+                format!(
+                    "is {}, must be {}{}",
+                    seen(value),
+                    article(wanted),
+                    unquoted(value, wanted)
+                ),
             ));
         }
         return;
@@ -140,11 +145,62 @@ pub(super) fn unknown_fields(
 ) {
     for name in object.keys().filter(|name| !known.contains(&name.as_str())) {
         let place = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
-        let hint = nearest(name, known);
+        let hint = match elsewhere(name).filter(|(word, _)| known.contains(word)) {
+            Some((word, note)) => format!("; it is {word} here{note}"),
+            None => nearest(name, known),
+        };
         let hint =
             if hint.is_empty() { format!("; known here: {}", known.join(", ")) } else { hint };
         violations.push(Violation::new(place, format!("is not a field{hint}")));
     }
+}
+
+/// What trainers call a field that has another name here, and what differs.
+///
+/// # Source
+/// `TrainingArguments` of transformers, PEFT's `LoraConfig`, Axolotl and LLaMA-Factory.
+const ELSEWHERE: [(&str, &str, &str); 30] = [
+    ("warmupratio", "numWarmupSteps", ", a number of steps and not a share of them"),
+    ("warmupsteps", "numWarmupSteps", ""),
+    ("numtrainepochs", "numEpochs", ""),
+    ("epochs", "numEpochs", ""),
+    ("lr", "learningRate", ""),
+    ("batchsize", "trainBatchSizePerDevice", ""),
+    ("perdevicetrainbatchsize", "trainBatchSizePerDevice", ""),
+    ("microbatchsize", "trainBatchSizePerDevice", ""),
+    ("gradientaccumulation", "gradientAccumulationSteps", ""),
+    ("maxseqlength", "contextLength", ""),
+    ("maxlength", "contextLength", ""),
+    ("sequencelen", "contextLength", ""),
+    ("cutofflen", "contextLength", ""),
+    ("samplepacking", "packing", ""),
+    ("lrscheduler", "lrSchedulerType", ""),
+    ("optim", "optimizer", ""),
+    ("bf16", "dtype", ": write dtype: bf16"),
+    ("fp16", "dtype", ": bf16 or fp32"),
+    ("gradientcheckpointing", "recompute", ": write recompute: block"),
+    ("evalsteps", "evaluationSteps", ""),
+    ("savesteps", "checkpointSteps", ""),
+    ("savetotallimit", "numCheckpointsToKeep", ""),
+    ("rank", "r", ""),
+    ("lorar", "r", ""),
+    ("alpha", "loraAlpha", ""),
+    ("dropout", "loraDropout", ""),
+    ("valsetsize", "validationFraction", ""),
+    ("valsize", "validationFraction", ""),
+    ("datasets", "sources", ""),
+    ("path", "uri", ""),
+];
+
+/// Returns our word for a field of other trainers, in whichever spelling.
+fn elsewhere(name: &str) -> Option<(&'static str, &'static str)> {
+    let plain: String = name
+        .chars()
+        .filter(char::is_ascii_alphanumeric)
+        .map(|character| character.to_ascii_lowercase())
+        .collect();
+    let found = ELSEWHERE.iter().find(|(word, _, _)| *word == plain)?;
+    Some((found.1, found.2))
 }
 
 fn nearest(text: &str, known: &[&str]) -> String {
@@ -190,6 +246,16 @@ fn article(wanted: &str) -> &str {
         "boolean" => "true or false",
         "integer" => "a whole number",
         _ => "a number",
+    }
+}
+
+/// Says how to write a number that is given as a text.
+fn unquoted(value: &Value, wanted: &str) -> String {
+    match value.as_str() {
+        Some(text) if ["number", "integer"].contains(&wanted) && text.parse::<f64>().is_ok() => {
+            format!(": write {text} without quotation marks")
+        }
+        _ => String::new(),
     }
 }
 

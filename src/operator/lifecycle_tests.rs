@@ -730,7 +730,7 @@ fn a_report_of_another_release_says_so() {
 #[test]
 fn files_of_ones_own_machine_are_refused_before_any_pod() {
     let mut world = World::new("");
-    world.job.spec.dataset.train = "file:///data/train.jsonl".to_owned();
+    world.job.spec.dataset.train = Some("file:///data/train.jsonl".to_owned());
     world.settle();
     assert_eq!(world.summary(), "False InvalidSpec");
     assert!(world.message().contains("spec.dataset.train"), "{}", world.message());

@@ -26,6 +26,8 @@ struct Sizes {
     asked: Option<u64>,
     /// The accumulation asked for.
     accumulation: Option<u64>,
+    /// Whether either was lowered to the sequences there are.
+    is_lowered: bool,
     /// Sequences of a step, unless something was asked for that gives another number.
     global: u64,
     /// A rank's share of them; what does not divide makes the step larger.
@@ -37,10 +39,20 @@ impl Sizes {
         // A power of two, so that large micro-batches divide it.
         let few = (sequences / 4).max(1);
         let global = DEFAULT_BATCH.min(1 << few.ilog2());
-        let whole = |value: Option<i64>| value.map(i64::unsigned_abs);
+        let whole = |value: Option<i32>| value.map(|value| u64::from(value.unsigned_abs()));
+        // Copies of rows teach nothing; who counts steps himself has his reasons.
+        let at_most = |value: u64, most: u64| {
+            if training.max_steps.is_some() { value } else { value.min(most.max(1)) }
+        };
+        let share = sequences.div_ceil(ranks);
+        let asked = whole(training.train_batch_size_per_device).map(|size| at_most(size, share));
+        let accumulation = whole(training.gradient_accumulation_steps)
+            .map(|steps| at_most(steps, share.div_ceil(asked.unwrap_or(1))));
         Self {
-            asked: whole(training.train_batch_size_per_device.map(i64::from)),
-            accumulation: whole(training.gradient_accumulation_steps.map(i64::from)),
+            asked,
+            accumulation,
+            is_lowered: asked != whole(training.train_batch_size_per_device)
+                || accumulation != whole(training.gradient_accumulation_steps),
             global,
             share: global.div_ceil(ranks),
         }
@@ -122,10 +134,11 @@ pub(super) fn decide(
         let reason = does_not_fit(needs(&Load { micro_batch, ..chosen }), usable);
         rejected.add("trainBatchSizePerDevice", micro_batch, reason);
     }
-    let why = if sizes.asked.is_some() {
-        "set in the manifest"
-    } else {
-        "as many as fit the memory, at most 8"
+    let lowered = format!("set in the manifest, lowered: there are only {sequences} sequences");
+    let why = match (sizes.asked, sizes.is_lowered) {
+        (Some(_), false) => "set in the manifest",
+        (Some(_), true) => &lowered,
+        (None, _) => "as many as fit the memory, at most 8",
     };
     decisions.add("trainBatchSizePerDevice", chosen.micro_batch, why);
     let usual = sizes.usual_accumulation(chosen.micro_batch);

@@ -27,6 +27,10 @@ pub(super) fn decide(
     decisions: &mut Decisions,
     problems: &mut Vec<Problem>,
 ) -> Option<Data> {
+    if census.rows == 0 && !problems.is_empty() {
+        // Why there is no row is said, and no context would change it.
+        return None;
+    }
     let longest = model.max_position_embeddings;
     let place = "spec.training.contextLength";
     let point = if let Some(asked) = training.context_length.map(i32::unsigned_abs) {
@@ -87,6 +91,10 @@ pub(super) fn decide(
     }
     let sequences = sequences(&point, census, source.on_overflow, packing);
     if sequences == 0 {
+        let is_said = problems.iter().any(|known| known.reason == ProblemReason::NothingToTrain);
+        if is_said {
+            return None;
+        }
         problems.push(Problem {
             reason: ProblemReason::NothingToTrain,
             location: "spec.dataset.train".to_owned(),

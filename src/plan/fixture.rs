@@ -74,6 +74,7 @@ pub(crate) fn report(model: ModelFacts, memory_bytes: u64) -> PreflightReport {
         train: Some(DatasetCensus {
             format: DatasetFormat::Messages,
             files: 1,
+            file_names: Vec::new(),
             rows: 1000,
             bad_rows: 0,
             tokens: 150_000,

@@ -9,9 +9,11 @@ mod context;
 pub mod fallbacks;
 #[cfg(test)]
 pub(crate) mod fixture;
+mod length;
 mod lora;
 pub mod placement;
 pub mod render;
+mod rows;
 pub mod settings;
 pub mod sizing;
 
@@ -275,9 +277,10 @@ pub fn plan_over(
         "rows share sequences, so no position is padding",
     );
     let source = settings::dataset(&job.spec);
+    rows::explain(&source, report, &mut decisions);
     let data =
         context::decide(&training, &source, model, census, packing, &mut decisions, &mut problems);
-    check_patience(&training, source.validation.is_some(), &mut problems);
+    check_patience(&training, source.has_validation(), &mut problems);
     let Some(data) = data else { return Err(problems) };
     let limit = machine.as_ref().map(|machine| machine.memory_bytes);
     let sharing = if matches!(place, Place::Here(_)) { u64::from(ranks) } else { 1 };
@@ -318,16 +321,16 @@ pub fn plan_over(
     }
 
     let global = load.ranks * load.micro_batch * u64::from(batch.accumulation);
-    let total_steps = total_steps(&training, data.sequences, global, &mut decisions);
+    let length = length::decide(&training, data.sequences, global, &mut decisions);
     let settings = training_settings(
         &training,
         &batch,
         &TrainingFacts {
             context_length: data.context,
-            total_steps,
+            length,
             packing,
             is_lora: lora.is_some(),
-            has_validation: source.validation.is_some(),
+            has_validation: source.has_validation(),
         },
         &mut decisions,
     );
@@ -373,7 +376,8 @@ pub fn plan_over(
         predicted_sent_bytes: (ranks > 1)
             .then(|| sizing::sent_bytes(model, &load, u64::from(batch.accumulation))),
     };
-    let tokens = total_steps as f64 * global as f64 * data.positions_per_sequence;
+    let all_sequences = length.total_sequences.unwrap_or(length.total_steps * global);
+    let tokens = all_sequences as f64 * data.positions_per_sequence;
     Ok(RunPlan {
         checkpoint_bytes: trained * sizing::CHECKPOINT_BYTES,
         fallbacks: fallbacks::ladder(model, load, batch.accumulation, place.has_more()),
@@ -425,7 +429,7 @@ fn optimizer(set: Option<OptimizerName>, decisions: &mut Decisions) -> Optimizer
 /// What the hyper-parameters' defaults depend on.
 struct TrainingFacts {
     context_length: u32,
-    total_steps: u64,
+    length: length::Length,
     packing: bool,
     is_lora: bool,
     has_validation: bool,
@@ -437,7 +441,8 @@ fn training_settings(
     facts: &TrainingFacts,
     decisions: &mut Decisions,
 ) -> TrainingSettings {
-    let TrainingFacts { context_length, total_steps, packing, is_lora, has_validation } = facts;
+    let TrainingFacts { context_length, length, packing, is_lora, has_validation } = facts;
+    let length::Length { total_steps, total_sequences } = length;
     let load = batch.load;
     let tenth = (total_steps / 10).max(1);
     let learning_rate = decisions.pick(
@@ -464,6 +469,7 @@ fn training_settings(
     TrainingSettings {
         context_length: *context_length,
         total_steps: *total_steps,
+        total_sequences: *total_sequences,
         learning_rate,
         lr_scheduler_type: scheduler,
         num_warmup_steps: decisions.pick(
@@ -493,7 +499,7 @@ fn training_settings(
         seed: decisions.pick(
             "seed",
             whole(training.seed),
-            42,
+            settings::DEFAULT_SEED,
             "fixed, so that a run can be repeated",
         ),
         evaluation_steps: if *has_validation {
@@ -558,41 +564,6 @@ fn dtype(
     };
     decisions.add("dtype", word(&dtype), reason);
     dtype
-}
-
-fn total_steps(
-    training: &crate::api::Training,
-    sequences: u64,
-    global: u64,
-    decisions: &mut Decisions,
-) -> u64 {
-    if let Some(steps) = training.max_steps {
-        let steps = steps.unsigned_abs();
-        decisions.add(
-            "maxSteps",
-            steps,
-            format!(
-                "set in the manifest; {:.1} epochs of {sequences} sequences",
-                (steps * global) as f64 / sequences as f64
-            ),
-        );
-        return steps;
-    }
-    let per_epoch = sequences.div_ceil(global);
-    let default = 100_u64.div_ceil(per_epoch).clamp(1, 10);
-    let epochs = decisions.pick(
-        "numEpochs",
-        training.num_epochs.map(|epochs| u64::from(epochs.unsigned_abs())),
-        default,
-        "as many as give about 100 steps, from 1 to 10",
-    );
-    let steps = (sequences * epochs).div_ceil(global);
-    decisions.add(
-        "steps",
-        steps,
-        format!("{sequences} sequences × {epochs} epochs / {global} a step"),
-    );
-    steps
 }
 
 fn seconds(
@@ -758,7 +729,7 @@ mod tests {
           trainBatchSizePerDevice    8               as many as fit the memory, at most 8
           gradientAccumulationSteps  2               16 sequences a step
           numEpochs                  3               as many as give about 100 steps, from 1 to 10
-          steps                      111             590 sequences × 3 epochs / 16 a step
+          steps                      111             590 sequences × 3 epochs / 16 a step; the last has the 10 that are left
           learningRate               0.0001          usual for LoRA
           lrSchedulerType            cosine          falls smoothly to zero
           numWarmupSteps             10              10 % of the steps, at most 10
@@ -799,7 +770,7 @@ mod tests {
           trainBatchSizePerDevice    2               as many as fit the memory, at most 8
           gradientAccumulationSteps  8               16 sequences a step
           numEpochs                  10              as many as give about 100 steps, from 1 to 10
-          steps                      94              150 sequences × 10 epochs / 16 a step
+          steps                      94              150 sequences × 10 epochs / 16 a step; the last has the 12 that are left
           learningRate               0.0001          usual for LoRA
           lrSchedulerType            cosine          falls smoothly to zero
           numWarmupSteps             9               10 % of the steps, at most 10
@@ -858,7 +829,7 @@ mod tests {
           trainBatchSizePerDevice    8               as many as fit the memory, at most 8
           gradientAccumulationSteps  2               16 sequences a step
           numEpochs                  3               as many as give about 100 steps, from 1 to 10
-          steps                      111             590 sequences × 3 epochs / 16 a step
+          steps                      111             590 sequences × 3 epochs / 16 a step; the last has the 10 that are left
           learningRate               0.0001          usual for LoRA
           lrSchedulerType            cosine          falls smoothly to zero
           numWarmupSteps             10              10 % of the steps, at most 10
@@ -878,7 +849,7 @@ mod tests {
           if that is too little      trainBatchSizePerDevice 4, 2, 1; then recompute block
           weights, mapped              16.06 GB  read in place, given back under pressure
 
-        Time  about 19.8 h here, at 50 % of its matrix speed
+        Time  about 19.7 h here, at 50 % of its matrix speed
 
         Elsewhere (assuming 35 % of the stated speed)
           Test 80GB                    26.50 GB  fits, about 2 min, costs 0.08

@@ -1,12 +1,15 @@
 //! Turns the manifest's words into the contract's, with the defaults that need no facts.
 
 use finetune_contract::{
-    CONTRACT_VERSION, DatasetFormat, DatasetSource, LoraSettings, ModelSource, OnOverflow,
-    OutputTarget, PreflightConfig, RunId, TargetModules,
+    CONTRACT_VERSION, DatasetFormat, DatasetSource, LoraSettings, ModelSource, OnInvalidRow,
+    OnOverflow, OutputTarget, PreflightConfig, RowSource, RunId, TargetModules, TrainOn,
 };
 use sha2::{Digest, Sha256};
 
-use crate::api::{FineTuneJob, FineTuneJobSpec, Format, Overflow};
+use crate::api::{FineTuneJob, FineTuneJobSpec, Format, InvalidRow, Overflow, TrainedTurns};
+
+/// The seed unless one is set: fixed, so that a run can be repeated.
+pub(super) const DEFAULT_SEED: u64 = 42;
 
 /// Returns what the preflight of `job` is told.
 pub fn preflight_config(job: &FineTuneJob, measure_machine: bool) -> PreflightConfig {
@@ -56,22 +59,56 @@ pub(super) fn model(spec: &FineTuneJobSpec) -> ModelSource {
 
 pub(super) fn dataset(spec: &FineTuneJobSpec) -> DatasetSource {
     let dataset = &spec.dataset;
+    let sources: Vec<RowSource> = dataset
+        .sources
+        .iter()
+        .flatten()
+        .map(|source| RowSource {
+            uri: source.uri.clone(),
+            format: format(source.format),
+            weight: source.weight.unwrap_or(1.0),
+        })
+        .collect();
+    let needs_seed = !sources.is_empty() || dataset.validation_fraction.is_some();
     DatasetSource {
         train: dataset.train.clone(),
         validation: dataset.validation.clone(),
-        format: match dataset.format {
-            Some(Format::Auto) | None => DatasetFormat::Auto,
-            Some(Format::Messages) => DatasetFormat::Messages,
-            Some(Format::PromptCompletion) => DatasetFormat::PromptCompletion,
-            Some(Format::Text) => DatasetFormat::Text,
-            Some(Format::Sharegpt) => DatasetFormat::Sharegpt,
-            Some(Format::Alpaca) => DatasetFormat::Alpaca,
+        validation_fraction: dataset.validation_fraction,
+        format: format(dataset.format),
+        train_on: match dataset.train_on {
+            Some(TrainedTurns::AllTurns) | None => TrainOn::AllTurns,
+            Some(TrainedTurns::LastTurn) => TrainOn::LastTurn,
+        },
+        ignored_keys: dataset.ignored_keys.clone().unwrap_or_default(),
+        on_invalid_row: match dataset.on_invalid_row {
+            Some(InvalidRow::Error) | None => OnInvalidRow::Error,
+            Some(InvalidRow::Drop) => OnInvalidRow::Drop,
         },
         on_overflow: match dataset.on_overflow {
             Some(Overflow::Truncate) | None => OnOverflow::Truncate,
             Some(Overflow::Drop) => OnOverflow::Drop,
             Some(Overflow::Error) => OnOverflow::Error,
         },
+        seed: needs_seed.then(|| seed(spec)),
+        sources,
+    }
+}
+
+/// Returns the seed of all randomness.
+pub(super) fn seed(spec: &FineTuneJobSpec) -> u64 {
+    let seed = spec.training.as_ref().and_then(|training| training.seed);
+    seed.map_or(DEFAULT_SEED, i64::unsigned_abs)
+}
+
+fn format(format: Option<Format>) -> DatasetFormat {
+    match format {
+        Some(Format::Auto) | None => DatasetFormat::Auto,
+        Some(Format::Messages) => DatasetFormat::Messages,
+        Some(Format::PromptCompletion) => DatasetFormat::PromptCompletion,
+        Some(Format::Text) => DatasetFormat::Text,
+        Some(Format::Sharegpt) => DatasetFormat::Sharegpt,
+        Some(Format::Alpaca) => DatasetFormat::Alpaca,
+        Some(Format::Prerendered) => DatasetFormat::Prerendered,
     }
 }
 

@@ -152,8 +152,8 @@ fn refuses_a_typo_with_the_likely_word() {
     insta::assert_snapshot!(check("run", &manifest, Some(&trainer)), @r#"
 exit 78
 error: job.yaml cannot run:
-  spec.dataset.train: is missing and has no default
   spec.dataset.trian: is not a field; did you mean train?
+  spec.dataset: needs the training rows: set train, or list several under sources, but not both
     "#);
 }
 

@@ -33,9 +33,56 @@ fn examples_are_accepted() {
         include_str!("../../examples/full-parameter.yaml"),
         include_str!("../../examples/continue.yaml"),
         include_str!("../../examples/from-checkpoint.yaml"),
+        include_str!("../../examples/several-datasets.yaml"),
     ] {
         assert_eq!(messages(text), "accepted", "{text}");
     }
+}
+
+#[test]
+fn knows_what_other_trainers_call_a_field() {
+    insta::assert_snapshot!(with("  training: {warmupRatio: 0.1, num_train_epochs: 1, max_seq_length: 64}\n"), @r#"
+spec.training.warmupRatio: is not a field; it is numWarmupSteps here, a number of steps and not a share of them
+spec.training.num_train_epochs: is not a field; it is numEpochs here
+spec.training.max_seq_length: is not a field; it is contextLength here
+"#);
+    insta::assert_snapshot!(with("  training: {learningRate: \"2e-4\", numEpochs: \"3\", packing: \"1\"}\n"), @r#"
+spec.training.learningRate: is "2e-4", must be a number: write 2e-4 without quotation marks
+spec.training.numEpochs: is "3", must be a number: write 3 without quotation marks
+spec.training.packing: is "1", must be true or false
+"#);
+    assert_eq!(with("  training: {numEpochs: 0.5}\n"), "accepted");
+    assert_eq!(with("  training: {numEpochs: 2.0}\n"), "accepted");
+    insta::assert_snapshot!(with("  training: {numEpochs: 0}\n"), @"spec.training.numEpochs: is 0, must be from 0.001 to 1000");
+}
+
+#[test]
+fn training_rows_come_from_one_place_or_from_sources() {
+    let dataset = |fields: &str| {
+        let text = format!(
+            "{{apiVersion: finetune.dev/v1alpha1, kind: FineTuneJob, metadata: {{name: a}}, spec: {{model: {{uri: 'hf://a/b'}}, output: {{uri: 's3://a/c'}}, dataset: {{{fields}}}}}}}"
+        );
+        messages(&text)
+    };
+    assert_eq!(dataset("train: 'hf://datasets/a/b'"), "accepted");
+    assert_eq!(
+        dataset("sources: [{uri: 's3://a/b.jsonl', weight: 0.5}], validationFraction: 0.1"),
+        "accepted"
+    );
+    insta::assert_snapshot!(dataset("format: auto"), @"spec.dataset: needs the training rows: set train, or list several under sources, but not both");
+    insta::assert_snapshot!(dataset("train: 's3://a/b.jsonl', sources: [{uri: 's3://a/b.jsonl'}]"), @"spec.dataset: needs the training rows: set train, or list several under sources, but not both");
+    insta::assert_snapshot!(dataset("train: 's3://a/b.jsonl', validation: 's3://a/c.jsonl', validationFraction: 0.1"), @"spec.dataset: validation and validationFraction both say which rows are held out: keep one");
+    insta::assert_snapshot!(dataset("sources: [{uri: 'ftp://a/b', weight: 0}, {format: text}], format: text"), @r#"
+spec.dataset.sources[0].weight: is 0, must be from 0.001 to 100
+spec.dataset.sources[1].uri: is missing and has no default
+spec.dataset.sources[0].uri: "ftp://a/b" has the unknown scheme "ftp": use hf, s3, gs, az, pvc or file
+spec.dataset: format is set for each of sources: move it there
+"#);
+    insta::assert_snapshot!(dataset("train: 's3://a/b.jsonl', validationFraction: 0.9, trainOn: last, onInvalidRow: skip"), @r#"
+spec.dataset.onInvalidRow: is "skip"; allowed: error, drop
+spec.dataset.trainOn: is "last"; did you mean lastTurn?; allowed: allTurns, lastTurn
+spec.dataset.validationFraction: is 0.9, must be from 1e-4 to 0.5
+"#);
 }
 
 #[test]
@@ -85,14 +132,14 @@ the manifest is not valid YAML or JSON: error: line 10 column 28: non-finite flo
 10 |   training: {learningRate: 1e400}
    |                            ^ non-finite float `1e400` rejected by the configured policy
     "#);
-    insta::assert_snapshot!(with("  training: {numEpochs: 1000000000}\n"), @r#"spec.training.numEpochs: is 1000000000, must be from 1 to 1000"#);
+    insta::assert_snapshot!(with("  training: {numEpochs: 1000000000}\n"), @r#"spec.training.numEpochs: is 1000000000, must be from 0.001 to 1000"#);
     insta::assert_snapshot!(with("  activeDeadlineSeconds: 0\n"), @r#"spec.activeDeadlineSeconds: is 0, must be from 1 to 31536000"#);
 }
 
 #[test]
 fn reports_unknown_words() {
     insta::assert_snapshot!(with("  training: {dtype: fp8}\n"), @r#"spec.training.dtype: is "fp8"; allowed: auto, bf16, fp32"#);
-    insta::assert_snapshot!(check("train.jsonl}", "train.jsonl, format: sharegtp}"), @r#"spec.dataset.format: is "sharegtp"; did you mean sharegpt?; allowed: auto, messages, promptCompletion, text, sharegpt, alpaca"#);
+    insta::assert_snapshot!(check("train.jsonl}", "train.jsonl, format: sharegtp}"), @r#"spec.dataset.format: is "sharegtp"; did you mean sharegpt?; allowed: auto, messages, promptCompletion, text, sharegpt, alpaca, prerendered"#);
 }
 
 #[test]

@@ -162,6 +162,7 @@ mod tests {
         TrainingSettings {
             context_length: 64,
             total_steps: 10,
+            total_sequences: None,
             learning_rate: 1.0,
             lr_scheduler_type,
             num_warmup_steps: 4,

@@ -9,15 +9,15 @@ use std::{
 };
 
 use finetune_contract::{
-    ArtifactKind, CONTRACT_VERSION, DatasetSource, Dtype, FailureReason, Manifest, ModelSource,
-    ObjectUri, Outcome, OutputState, RunConfig, Stage, artifact::MANIFEST_NAME,
+    ArtifactKind, CONTRACT_VERSION, Dtype, FailureReason, Manifest, ModelSource, ObjectUri,
+    Outcome, OutputState, RunConfig, Stage, artifact::MANIFEST_NAME,
 };
 use tch::Device;
 use tracing::{info, warn};
 
 use crate::{
     checkpoint::{Checkpoints, TrainState, initial},
-    data::{Dataset, Sequences, Tokenizer},
+    data::{Dataset, RowSources, Sequences, Tokenizer},
     dist::Ranks,
     export::{self, Export},
     failure::Failure,
@@ -202,9 +202,12 @@ fn prepare_train(
     host: &Host<'_>,
     tokenizer: &Tokenizer,
 ) -> Result<Split, Failure> {
-    let DatasetSource { train, .. } = &config.dataset;
-    let split = prepare(config, host, tokenizer, train, "train")?;
-    unchanged(train, &config.expected.train_sha256, split.dataset.sha256())?;
+    let rows = open_rows(config, host, finetune_contract::Split::Train)?.ok_or_else(|| {
+        Failure::new(FailureReason::InvalidConfiguration, "the dataset names no training rows")
+    })?;
+    let split = prepare(config, host, tokenizer, &rows, "train")?;
+    let train = rows.names();
+    unchanged(&train, &config.expected.train_sha256, split.dataset.sha256())?;
     let (found, planned) = (split.sequences.len() as u64, config.expected.sequences);
     if found != planned {
         let message = format!(
@@ -215,15 +218,26 @@ fn prepare_train(
     Ok(split)
 }
 
+/// Opens the sources of a split's rows; `None` if there is no such split.
+fn open_rows(
+    config: &RunConfig,
+    host: &Host<'_>,
+    split: finetune_contract::Split,
+) -> Result<Option<RowSources>, Failure> {
+    RowSources::open(&config.dataset, split, |uri, _| open(uri, Role::Dataset, host))
+}
+
 fn prepare_validation(
     config: &RunConfig,
     host: &Host<'_>,
     tokenizer: &Tokenizer,
 ) -> Result<Option<Split>, Failure> {
-    let Some(validation) = &config.dataset.validation else { return Ok(None) };
-    let split = prepare(config, host, tokenizer, validation, "validation")?;
+    let Some(rows) = open_rows(config, host, finetune_contract::Split::Validation)? else {
+        return Ok(None);
+    };
+    let split = prepare(config, host, tokenizer, &rows, "validation")?;
     let expected = config.expected.validation_sha256.as_deref().unwrap_or_default();
-    unchanged(validation, expected, split.dataset.sha256())?;
+    unchanged(&rows.names(), expected, split.dataset.sha256())?;
     Ok(Some(split))
 }
 
@@ -231,15 +245,13 @@ fn prepare(
     config: &RunConfig,
     host: &Host<'_>,
     tokenizer: &Tokenizer,
-    uri: &str,
+    rows: &RowSources,
     name: &str,
 ) -> Result<Split, Failure> {
-    let store = open(uri, Role::Dataset, host)?;
     let scratch = fresh_directory(host, name)?;
     let training = &config.training;
     let dataset = Dataset::prepare(
-        &store,
-        config.dataset.format,
+        rows,
         tokenizer,
         training.context_length,
         config.dataset.on_overflow,

@@ -172,6 +172,10 @@ impl Training<'_> {
     /// Returns the passes over the data done.
     fn epoch(&self) -> f64 {
         let sequences = self.state.step * self.config.global_batch_size();
+        let sequences = self.config.training.total_sequences.map_or(sequences, |total| {
+            let is_whole = self.state.step < self.config.training.total_steps;
+            if is_whole { sequences } else { sequences.min(total) }
+        });
         sequences as f64 / self.train.sequences.len() as f64
     }
 
@@ -184,8 +188,8 @@ impl Training<'_> {
         let Split { dataset, sequences } = &self.train;
         let largest = sequences.largest(dataset, settings.micro_batch_size as usize);
         let largest = sequences.batch(dataset, &largest);
-        let first = self.config.global_batch_size() / u64::from(settings.micro_batch_size);
-        let first = (0..first).map(|micro| self.micro_batch(order, self.state.step, micro));
+        let first = (0..self.micro_batches(self.state.step))
+            .map(|micro| self.micro_batch(order, self.state.step, micro));
         let first = first.map(|batch| batch.tokens.len()).max().unwrap_or(0);
         if (first as f64) < NEARLY * largest.tokens.len() as f64 {
             let noise = self.dropout(self.state.step);
@@ -208,7 +212,7 @@ impl Training<'_> {
         let world_size = u64::from(ranks.world_size());
         let noise = self.dropout(step);
         let (mut tokens_before, mut targets_before) = (0, 0);
-        let micro_batches = u64::from(settings.gradient_accumulation_steps) * world_size;
+        let micro_batches = self.micro_batches(step);
         for micro in 0..micro_batches {
             let is_own = micro % world_size == u64::from(ranks.rank());
             // Of the others' only the sizes matter, and only to noise.
@@ -282,13 +286,22 @@ impl Training<'_> {
         Ok(is_best)
     }
 
+    /// Returns the micro-batches of a step over all ranks, the same number on each.
+    fn micro_batches(&self, step: u64) -> u64 {
+        let world_size = u64::from(self.config.parallelism.world_size);
+        let of_all_ranks = u64::from(self.config.training.micro_batch_size) * world_size;
+        self.config.sequences_of_step(step).div_ceil(of_all_ranks) * world_size
+    }
+
     fn micro_batch(&self, order: &mut Order, step: u64, micro: u64) -> Batch {
-        let settings = &self.config.training;
-        let size = u64::from(settings.micro_batch_size);
-        let first = step * self.config.global_batch_size() + micro * size;
+        let start = step * self.config.global_batch_size();
+        // All of equal size but in a short last step, whose sequences are dealt out evenly.
+        let (sequences_of_step, micro_batches) =
+            (self.config.sequences_of_step(step), self.micro_batches(step));
+        let until = |micro: u64| start + sequences_of_step * micro / micro_batches;
         let Split { dataset, sequences } = &self.train;
         let chosen: Vec<usize> =
-            (first..first + size).map(|index| order.at(sequences, index)).collect();
+            (until(micro)..until(micro + 1)).map(|index| order.at(sequences, index)).collect();
         sequences.batch(dataset, &chosen)
     }
 

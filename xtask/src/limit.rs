@@ -4,8 +4,8 @@ use std::{path::Path, process::Command};
 
 use anyhow::{Context, Result};
 use finetune_contract::{
-    CONTRACT_VERSION, DatasetFormat, DatasetSource, MachineFacts, ModelFacts, ModelSource,
-    OnOverflow, OutputTarget, PreflightConfig, PreflightReport, RunId,
+    CONTRACT_VERSION, DatasetSource, MachineFacts, ModelFacts, ModelSource, OutputTarget,
+    PreflightConfig, PreflightReport, RunId,
 };
 
 use crate::{build::Binaries, dataset, shell};
@@ -59,12 +59,7 @@ pub(crate) fn measure(binaries: &Binaries, model: &Path) -> Result<Limit> {
         version: CONTRACT_VERSION,
         run_id: RunId("bench".to_owned()),
         model: ModelSource { uri: uri(model), revision: None },
-        dataset: DatasetSource {
-            train: uri(&dataset::files()?.train),
-            validation: None,
-            format: DatasetFormat::Auto,
-            on_overflow: OnOverflow::Truncate,
-        },
+        dataset: DatasetSource::of(uri(&dataset::files()?.train)),
         lora: None,
         initial_adapter: None,
         initial_checkpoint: None,

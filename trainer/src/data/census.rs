@@ -2,14 +2,15 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use finetune_contract::{DatasetCensus, DatasetFormat, LengthPoint, OnOverflow};
+use finetune_contract::{DatasetCensus, LengthPoint, OnOverflow, Split};
 
 use super::{
     packing::packed_count,
-    rows::{BadRow, for_each_row},
+    row_sources::RowSources,
+    rows::{Read, for_each_row},
     tokenizer::Tokenizer,
 };
-use crate::{failure::Failure, store::Store};
+use crate::failure::Failure;
 
 /// Context lengths that are looked at, beside those the data suggests.
 const LADDER: [u32; 17] = [
@@ -25,8 +26,10 @@ const REMEMBERED: usize = 4_000_000;
 pub struct Counted {
     /// The figures.
     pub census: DatasetCensus,
-    /// The first bad rows.
-    pub bad: Vec<BadRow>,
+    /// Which split it is.
+    pub split: Split,
+    /// What was read beside the usable rows.
+    pub read: Read,
     /// Digests of the rows.
     pub digests: HashSet<u128>,
     /// The largest token id of all usable rows; 0 if there are none.
@@ -38,8 +41,7 @@ pub struct Counted {
 /// # Errors
 /// A [`Failure`] if its files cannot be read.
 pub fn count(
-    store: &Store,
-    format: DatasetFormat,
+    rows: &RowSources,
     tokenizer: &Tokenizer,
     on_overflow: OnOverflow,
     context_length: Option<u32>,
@@ -48,9 +50,11 @@ pub fn count(
     let mut lengths = Lengths::default();
     let mut digests = HashSet::new();
     let (mut duplicate_rows, mut largest_token) = (0, 0);
-    let read = for_each_row(store, format, tokenizer, &mut |split_row| {
+    let read = for_each_row(rows, tokenizer, &mut |split_row| {
         let row = &split_row.row;
-        lengths.add(&row.tokens, &row.targets);
+        for _ in 0..split_row.copies {
+            lengths.add(&row.tokens, &row.targets);
+        }
         largest_token = row.tokens.iter().copied().fold(largest_token, u32::max);
         if digests.contains(&split_row.digest) {
             duplicate_rows += 1;
@@ -62,6 +66,7 @@ pub fn count(
     let census = DatasetCensus {
         format: read.format,
         files: read.files,
+        file_names: read.file_names.clone(),
         rows: lengths.rows,
         bad_rows: read.bad_rows,
         tokens: lengths.tokens,
@@ -70,10 +75,10 @@ pub fn count(
         max_tokens: lengths.max(),
         p50_tokens: lengths.quantile(50),
         p95_tokens: lengths.quantile(95),
-        sha256: read.sha256,
+        sha256: read.sha256.clone(),
         lengths: lengths.points(on_overflow, context_length, max_context),
     };
-    Ok(Counted { census, bad: read.bad, digests, largest_token })
+    Ok(Counted { census, split: rows.split, read, digests, largest_token })
 }
 
 /// Rows by length, and by where their first target is: all that truncation and packing depend on.

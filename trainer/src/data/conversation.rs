@@ -53,13 +53,16 @@ impl Conversation {
 }
 
 /// How a conversation becomes text for a model that has no chat template.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum WithoutTemplate {
     /// It does not: the row is refused.
     #[default]
     Refused,
-    /// With the prompt of Stanford Alpaca.
-    AlpacaPrompt,
+    /// With the prompt of Stanford Alpaca, see [`super::alpaca_prompt`].
+    AlpacaPrompt {
+        /// The input with which the last user message ends, after a blank line.
+        input: Option<String>,
+    },
 }
 
 /// Who speaks, in the words of chat templates.

@@ -6,14 +6,15 @@ use std::{
     path::Path,
 };
 
-use finetune_contract::{DatasetFormat, FailureReason, OnOverflow};
+use finetune_contract::{FailureReason, OnOverflow};
 use memmap2::Mmap;
 
 use super::{
-    rows::{Read, for_each_row},
+    row_sources::RowSources,
+    rows::for_each_row,
     tokenizer::{TokenRow, Tokenizer},
 };
-use crate::{failure::Failure, store::Store};
+use crate::failure::Failure;
 
 /// Set in a stored token that is predicted; no vocabulary reaches it.
 const TARGET: u32 = 1 << 31;
@@ -42,8 +43,7 @@ impl Dataset {
     /// # Errors
     /// A [`Failure`] if a row is bad, none is left, or a row is too long and that is an error.
     pub fn prepare(
-        store: &Store,
-        format: DatasetFormat,
+        sources: &RowSources,
         tokenizer: &Tokenizer,
         context_length: u32,
         on_overflow: OnOverflow,
@@ -54,7 +54,7 @@ impl Dataset {
             |error: std::io::Error| Failure::from_io(&error, &format!("cannot write {path:?}"));
         let mut file = BufWriter::with_capacity(1 << 20, File::create(&path).map_err(disk)?);
         let (mut rows, mut start, mut too_long) = (Vec::new(), 0_u64, 0_u64);
-        let read = for_each_row(store, format, tokenizer, &mut |split_row| {
+        let read = for_each_row(sources, tokenizer, &mut |split_row| {
             let TokenRow { tokens, targets } = split_row.row;
             if tokens.len() > context_length as usize {
                 too_long += 1;
@@ -70,20 +70,26 @@ impl Dataset {
                 let stored = if *is_target { token | TARGET } else { *token };
                 file.write_all(&stored.to_le_bytes()).map_err(disk)?;
             }
-            rows.push((start, length as u32));
+            rows.extend((0..split_row.copies).map(|_| (start, length as u32)));
             start += length as u64;
             Ok(())
         })?;
-        refuse_bad(store, &read)?;
         let invalid = |message: String| Err(Failure::new(FailureReason::InvalidDataset, message));
+        if let Some(refusal) = read.refusal(sources.on_invalid_row) {
+            let fault = read.faults.first();
+            let first = fault.map_or(String::new(), |fault| {
+                format!("; the first is {}: {}", fault.places[0], fault.reason)
+            });
+            return invalid(format!("{}: {refusal}{first}", sources.names()));
+        }
         if too_long > 0 && on_overflow == OnOverflow::Error {
             return invalid(format!(
                 "{}: {too_long} rows have more than {context_length} tokens",
-                store.uri()
+                sources.names()
             ));
         }
         if rows.is_empty() {
-            return invalid(format!("{} has no row that can be trained on", store.uri()));
+            return invalid(format!("{} has no row that can be trained on", sources.names()));
         }
         let file = file.into_inner().map_err(|error| disk(error.into_error()))?;
         drop(file);
@@ -147,16 +153,4 @@ impl Dataset {
         let (tokens, targets) = stored.map(|token| (token & !TARGET, token & TARGET != 0)).unzip();
         Row { tokens, targets }
     }
-}
-
-fn refuse_bad(store: &Store, read: &Read) -> Result<(), Failure> {
-    let Some(first) = read.bad.first() else { return Ok(()) };
-    let message = format!(
-        "{}: {} rows cannot be used; the first is {}: {}",
-        store.uri(),
-        read.bad_rows,
-        first.location,
-        first.reason
-    );
-    Err(Failure::new(FailureReason::InvalidDataset, message))
 }

@@ -5,8 +5,11 @@
 
 use serde_json::json;
 
+use finetune_contract::DatasetFormat;
+
 use super::{
     conversation::{ChatRole, Conversation, Example, Message},
+    format::{self, ReadOptions},
     template::Template,
     tokenizer::Tokenizer,
 };
@@ -200,6 +203,15 @@ fn text_and_pairs_start_with_bos_and_end_with_eos() {
     let pair = Example::PromptCompletion { prompt: "2+2=".to_owned(), completion: "4".to_owned() };
     insta::assert_snapshot!(show(&tokenizer, &pair), @"<s>2+2=[4</s>]");
     insta::assert_snapshot!(show(&tokenizer, &two_turns()), @"error: the model has no chat template, so a conversation cannot be rendered: use an instruction-tuned model, put a chat_template.jinja beside its tokenizer, or give rows of prompt and completion");
+}
+
+#[test]
+fn instructions_have_alpacas_prompt_where_there_is_no_template() {
+    let row = r#"{"instruction": "Add.", "input": "1 2", "output": "3"}"#;
+    let options = ReadOptions::for_format(DatasetFormat::Auto);
+    let (_, example) = format::read(row, &options).unwrap();
+    insta::assert_snapshot!(show(&tokenizer(None, "<s>", "</s>"), &example), @"<s>Below is an instruction that describes a task, paired with an input that provides further context. Write a response that appropriately completes the request.⏎⏎### Instruction:⏎Add.⏎⏎### Input:⏎1 2⏎⏎### Response:⏎[3</s>]");
+    insta::assert_snapshot!(show(&tokenizer(Some(CHATML), "<s>", "<|im_end|>"), &example), @"<|im_start|>system⏎Be kind<|im_end|>⏎<|im_start|>user⏎Add.⏎⏎1 2<|im_end|>⏎<|im_start|>assistant⏎[3<|im_end|>]⏎");
 }
 
 #[test]

@@ -1,139 +1,238 @@
 //! Every row of a split as tokens, in order, on all processors, with bounded memory.
 
-use finetune_contract::DatasetFormat;
+use finetune_contract::{DatasetFormat, MAX_INVALID_SHARE, OnInvalidRow};
 use sha2::{Digest, Sha256};
 
 use super::{
-    conversation::Example,
-    format,
-    jsonl::{self, Line},
+    files,
+    format::{self, ReadOptions, RowError},
+    records::{self, Record},
+    row_sources::RowSources,
     tokenizer::{TokenRow, Tokenizer},
 };
-use crate::{failure::Failure, hex, store::Store};
+use crate::{failure::Failure, hex};
 
 /// Rows handed to the processors at once.
 const BATCH: usize = 512;
-/// Fewer are, once their lines add up to this: it bounds memory when lines are long.
+/// Fewer are, once their texts add up to this: it bounds memory when rows are long.
 const BATCH_BYTES: usize = 16 << 20;
-/// Bad rows that are remembered; all are counted.
-const SHOWN: usize = 20;
+/// Kinds of faults that are remembered; all bad rows are counted.
+const KINDS: usize = 20;
+/// Places of one kind of fault that are remembered.
+const PLACES: usize = 4;
+/// Names of files that are remembered.
+const NAMES: usize = 8;
 
 /// A usable row.
 pub struct SplitRow {
     /// Its tokens.
     pub row: TokenRow,
-    /// The first half of the SHA-256 of its line: equal rows have equal digests.
+    /// The first half of the SHA-256 of its text: equal rows have equal digests.
     pub digest: u128,
+    /// How often it occurs in an epoch, at least once.
+    pub copies: u64,
 }
 
-/// A row that cannot be used.
+/// A kind of fault, and the rows that have it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BadRow {
-    /// `file.jsonl:17`.
-    pub location: String,
-    /// What is wrong.
+pub struct Fault {
+    kind: String,
+    /// What is wrong with the first row that has it.
     pub reason: String,
+    /// The first places, each `file.jsonl:17`.
+    pub places: Vec<String>,
+    /// How many rows have it.
+    pub rows: u64,
+}
+
+impl Fault {
+    /// Says what is wrong, with the number of rows and where more of them are.
+    pub fn message(&self) -> String {
+        let Self { kind: _, reason, places, rows } = self;
+        if *rows <= 1 {
+            return reason.clone();
+        }
+        let others: Vec<&str> = places.iter().skip(1).map(String::as_str).collect();
+        let more = if *rows > places.len() as u64 { ", …" } else { "" };
+        format!("{reason} ({rows} rows; the next are {}{more})", others.join(", "))
+    }
 }
 
 /// What was read beside the usable rows.
 #[derive(Debug)]
 pub struct Read {
-    /// The shape of the rows.
+    /// The shape of the rows of the first source.
     pub format: DatasetFormat,
     /// Files read.
     pub files: u64,
-    /// SHA-256 over all lines, each ended by a newline.
+    /// The names of the first ones.
+    pub file_names: Vec<String>,
+    /// Data files below a prefix that were left out as another split's.
+    pub left_out: Vec<String>,
+    /// SHA-256 over the texts of all rows, each ended by a newline.
     pub sha256: String,
-    /// The first bad rows.
-    pub bad: Vec<BadRow>,
-    /// How many there are.
+    /// The kinds of faults of bad rows.
+    pub faults: Vec<Fault>,
+    /// How many rows are bad.
     pub bad_rows: u64,
+    /// How many are usable.
+    pub good_rows: u64,
 }
 
-/// Visits every usable row of a split in file order, until a visit fails.
+impl Read {
+    /// Returns why the rows as a whole are refused for those that are bad; `None` if they are not.
+    pub fn refusal(&self, on_invalid_row: OnInvalidRow) -> Option<String> {
+        let Self { bad_rows, good_rows, .. } = self;
+        let all = bad_rows + good_rows;
+        match on_invalid_row {
+            _ if *bad_rows == 0 => None,
+            OnInvalidRow::Error => Some(format!(
+                "{bad_rows} of {all} rows cannot be used: mend them, or set dataset.onInvalidRow: drop to leave them out"
+            )),
+            OnInvalidRow::Drop if *bad_rows as f64 > MAX_INVALID_SHARE * all as f64 => {
+                Some(format!(
+                    "{bad_rows} of {all} rows cannot be used, more than the {} % that dataset.onInvalidRow: drop may leave out: that is no accident of a few rows",
+                    MAX_INVALID_SHARE * 100.0
+                ))
+            }
+            OnInvalidRow::Drop => None,
+        }
+    }
+
+    fn add_faults(&mut self, location: &str, errors: &[RowError]) {
+        self.bad_rows += 1;
+        for error in errors {
+            if let Some(fault) = self.faults.iter_mut().find(|fault| fault.kind == error.kind) {
+                fault.rows += 1;
+                if fault.places.len() < PLACES {
+                    fault.places.push(location.to_owned());
+                }
+            } else if self.faults.len() < KINDS {
+                self.faults.push(Fault {
+                    kind: error.kind.clone(),
+                    reason: error.to_string(),
+                    places: vec![location.to_owned()],
+                    rows: 1,
+                });
+            }
+        }
+    }
+}
+
+/// A row that waits for the processors.
+struct Waiting {
+    record: Record,
+    digest: u128,
+    copies: u64,
+}
+
+/// Visits every usable row of a split in order, until a visit fails.
 ///
 /// # Errors
 /// A [`Failure`] if the files cannot be read, or that of a visit; bad rows are in the result.
 pub fn for_each_row(
-    store: &Store,
-    format: DatasetFormat,
+    rows: &RowSources,
     tokenizer: &Tokenizer,
     visit: &mut dyn FnMut(SplitRow) -> Result<(), Failure>,
 ) -> Result<Read, Failure> {
-    let files = jsonl::files(store)?;
     let mut read = Read {
-        format,
-        files: files.len() as u64,
+        format: rows.format(),
+        files: 0,
+        file_names: Vec::new(),
+        left_out: Vec::new(),
         sha256: String::new(),
-        bad: Vec::new(),
+        faults: Vec::new(),
         bad_rows: 0,
+        good_rows: 0,
     };
     let mut hash = Sha256::new();
-    let mut waiting: Vec<(Line, u128)> = Vec::new();
-    let mut waiting_bytes = 0;
-    for file in &files {
-        jsonl::for_each_line(store, file, |line, bytes| {
-            hash.update(bytes);
-            hash.update(b"\n");
-            let digest = Sha256::digest(bytes);
-            let half = digest.first_chunk::<16>().expect("SHA-256 has 32 bytes");
-            waiting.push((line, u128::from_le_bytes(*half)));
-            waiting_bytes += bytes.len();
-            if waiting.len() == BATCH || waiting_bytes >= BATCH_BYTES {
-                waiting_bytes = 0;
-                flush(&mut waiting, &mut read, tokenizer, visit)?;
+    for (index, source) in rows.sources.iter().enumerate() {
+        let found = files::list(&source.store, rows.split)?;
+        read.files += found.taken.len() as u64;
+        read.left_out.extend(found.left_out);
+        let mut options = source.options.clone();
+        let (mut waiting, mut waiting_bytes, mut number) = (Vec::new(), 0, 0);
+        for file in &found.taken {
+            if read.file_names.len() < NAMES {
+                let name =
+                    if file.path.is_empty() { source.store.uri().file_name() } else { &file.path };
+                read.file_names.push(name.to_owned());
             }
-            Ok(())
-        })?;
+            records::for_each_record(&source.store, file, &mut |record, bytes| {
+                let digest = Sha256::digest(bytes);
+                let half = digest.first_chunk::<16>().expect("SHA-256 has 32 bytes");
+                let digest = u128::from_le_bytes(*half);
+                number += 1;
+                if !rows.has(digest) {
+                    return Ok(());
+                }
+                hash.update(bytes);
+                hash.update(b"\n");
+                let copies = rows.copies(index, number - 1);
+                if copies == 0 {
+                    return Ok(());
+                }
+                waiting.push(Waiting { record, digest, copies });
+                waiting_bytes += bytes.len();
+                if waiting.len() == BATCH || waiting_bytes >= BATCH_BYTES {
+                    waiting_bytes = 0;
+                    flush(&mut waiting, &mut options, &mut read, tokenizer, visit)?;
+                }
+                Ok(())
+            })?;
+        }
+        flush(&mut waiting, &mut options, &mut read, tokenizer, visit)?;
+        if index == 0 {
+            read.format = options.format;
+        }
     }
-    flush(&mut waiting, &mut read, tokenizer, visit)?;
     read.sha256 = hex(&hash.finalize());
     Ok(read)
 }
 
 fn flush(
-    waiting: &mut Vec<(Line, u128)>,
+    waiting: &mut Vec<Waiting>,
+    options: &mut ReadOptions,
     read: &mut Read,
     tokenizer: &Tokenizer,
     visit: &mut dyn FnMut(SplitRow) -> Result<(), Failure>,
 ) -> Result<(), Failure> {
-    let lines = std::mem::take(waiting);
-    if read.format == DatasetFormat::Auto {
+    let batch = std::mem::take(waiting);
+    if options.format == DatasetFormat::Auto {
         // The first row that can be understood decides for all.
-        let mut texts = lines.iter().filter_map(|(line, _)| line.text.as_ref().ok());
-        if let Some(found) = texts.find_map(|text| format::read(text, DatasetFormat::Auto).ok()) {
-            read.format = found.0;
+        let mut texts = batch.iter().filter_map(|row| row.record.text.as_ref().ok());
+        if let Some(found) = texts.find_map(|text| format::read(text, options).ok()) {
+            options.format = found.0;
         }
     }
-    for ((line, digest), result) in lines.iter().zip(tokenize(&lines, read.format, tokenizer)) {
+    let results = tokenize(&batch, options, tokenizer);
+    for (Waiting { record, digest, copies }, result) in batch.into_iter().zip(results) {
         match result {
-            Ok(row) => visit(SplitRow { row, digest: *digest })?,
-            Err(reason) => {
-                read.bad_rows += 1;
-                if read.bad.len() < SHOWN {
-                    read.bad.push(BadRow { location: line.location.clone(), reason });
-                }
+            Ok(row) => {
+                read.good_rows += 1;
+                visit(SplitRow { row, digest, copies })?;
             }
+            Err(errors) => read.add_faults(&record.location, &errors),
         }
     }
     Ok(())
 }
 
-/// Tokenises lines on all processors, in order.
+/// Tokenises rows on all processors, in order.
 fn tokenize(
-    lines: &[(Line, u128)],
-    format: DatasetFormat,
+    batch: &[Waiting],
+    options: &ReadOptions,
     tokenizer: &Tokenizer,
-) -> Vec<Result<TokenRow, String>> {
-    let one = |(line, _): &(Line, u128)| {
-        let (_, example): (_, Example) =
-            format::read(line.text.as_ref().map_err(Clone::clone)?, format)?;
-        tokenizer.tokenize(&example)
+) -> Vec<Result<TokenRow, Vec<RowError>>> {
+    let one = |row: &Waiting| {
+        let text = row.record.text.as_ref().map_err(|reason| vec![reason.clone().into()])?;
+        let (_, example) = format::read(text, options)?;
+        tokenizer.tokenize(&example).map_err(|reason| vec![reason.into()])
     };
     let workers = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let share = lines.len().div_ceil(workers).max(1);
+    let share = batch.len().div_ceil(workers).max(1);
     std::thread::scope(|scope| {
-        let handles: Vec<_> = lines
+        let handles: Vec<_> = batch
             .chunks(share)
             .map(|chunk| scope.spawn(move || chunk.iter().map(one).collect::<Vec<_>>()))
             .collect();

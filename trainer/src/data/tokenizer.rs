@@ -6,7 +6,8 @@ use finetune_contract::FailureReason;
 use serde_json::Value;
 
 use super::{
-    conversation::{ChatRole, Conversation, Example, Message},
+    alpaca_prompt::{self, Segment},
+    conversation::{ChatRole, Example, Message},
     template::{Rendered, Template, refuse_marks},
 };
 use crate::failure::Failure;
@@ -135,7 +136,10 @@ impl Tokenizer {
     /// A text that says why this row cannot be trained on.
     pub fn tokenize(&self, example: &Example) -> Result<TokenRow, String> {
         let row = match example {
-            Example::Chat(Conversation { messages, .. }) => self.chat(messages)?,
+            Example::Chat(conversation) => match alpaca_prompt::segments(conversation) {
+                Some(segments) if !self.has_template() => self.segments(&segments)?,
+                _ => self.chat(&conversation.messages)?,
+            },
             Example::PromptCompletion { prompt, completion } if self.has_template() => {
                 self.chat(&[
                     Message::new(ChatRole::User, prompt),
@@ -163,6 +167,20 @@ impl Tokenizer {
         } else {
             Err("no token of the row would be trained on".to_owned())
         }
+    }
+
+    /// Puts segments one after the other, apart, so that no token spans a border, and the end of text
+    /// after each answer.
+    fn segments(&self, segments: &[Segment]) -> Result<TokenRow, String> {
+        let mut row = TokenRow { tokens: Vec::new(), targets: Vec::new() };
+        for Segment { text, is_answer, is_target } in segments {
+            row.tokens.extend(self.encode(text, row.tokens.is_empty())?);
+            if *is_answer {
+                row.tokens.extend(self.eos_ids.first());
+            }
+            row.targets.resize(row.tokens.len(), *is_target);
+        }
+        Ok(row)
     }
 
     fn with_eos(&self, mut tokens: Vec<u32>, first_target: usize) -> TokenRow {

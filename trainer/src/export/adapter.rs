@@ -6,7 +6,7 @@
 
 use std::path::Path;
 
-use finetune_contract::LoraSettings;
+use finetune_contract::{LoraSettings, ObjectUri};
 use serde_json::{Value, json};
 use tch::Kind;
 
@@ -99,7 +99,14 @@ pub(super) fn base_name(export: &Export<'_>) -> String {
     let config = export.config;
     config.output.base_model_name.clone().unwrap_or_else(|| {
         let uri = &config.model.uri;
-        uri.split_once("://").map_or(uri.as_str(), |(_, name)| name).to_owned()
+        let name = uri.split_once("://").map_or(uri.as_str(), |(_, name)| name);
+        match ObjectUri::parse(uri) {
+            // A hub's own libraries know a model without the word before it.
+            Ok(parsed) if parsed.hub_repository().0 == Some("models") => {
+                name.trim_start_matches("models/").to_owned()
+            }
+            _ => name.to_owned(),
+        }
     })
 }
 

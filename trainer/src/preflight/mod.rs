@@ -12,18 +12,20 @@ mod tests;
 use std::path::Path;
 
 use finetune_contract::{
-    CONTRACT_VERSION, DatasetCensus, FailureReason, ModelFacts, ObjectUri, OnOverflow, OutputState,
-    PreflightConfig, PreflightReport, Problem, ProblemReason,
+    CONTRACT_VERSION, DatasetCensus, FailureReason, ModelFacts, ObjectUri, OnInvalidRow,
+    OnOverflow, OutputState, PreflightConfig, PreflightReport, Problem, ProblemReason, Split,
 };
 
 use crate::{
-    data::{Tokenizer, census},
+    data::{RowSources, Tokenizer, census, rows::Read},
     failure::Failure,
     store::{self, Environment, Role, Store, publish},
 };
 
 /// Problems shown in full; all are counted.
 const SHOWN: usize = 20;
+/// Names of files shown.
+const SHOWN_FILES: usize = 8;
 
 /// Checks a run.
 pub fn run(
@@ -36,12 +38,8 @@ pub fn run(
     let (mut train, mut validation, mut overlapping_rows) = (None, None, 0);
     if let Some((facts, tokenizer)) = &model {
         let check = SplitCheck { config, environment, facts, tokenizer };
-        let counted = check.count("spec.dataset.train", &config.dataset.train, &mut findings);
-        let held_out = config
-            .dataset
-            .validation
-            .as_ref()
-            .and_then(|uri| check.count("spec.dataset.validation", uri, &mut findings));
+        let counted = check.count(Split::Train, &mut findings);
+        let held_out = check.count(Split::Validation, &mut findings);
         if let (Some(counted), Some(held_out)) = (&counted, &held_out) {
             overlapping_rows = held_out.digests.intersection(&counted.digests).count() as u64;
             findings.warn_of_overlap(overlapping_rows, held_out.census.rows);
@@ -163,11 +161,14 @@ struct SplitCheck<'a> {
 }
 
 impl SplitCheck<'_> {
-    fn count(&self, location: &str, uri: &str, findings: &mut Findings) -> Option<census::Counted> {
-        let store = open(uri, None, Role::Dataset, self.environment, location, findings)?;
+    fn count(&self, split: Split, findings: &mut Findings) -> Option<census::Counted> {
+        let rows = RowSources::open(&self.config.dataset, split, |uri, location| {
+            open(uri, None, Role::Dataset, self.environment, location, findings).ok_or(())
+        });
+        let rows = rows.ok().flatten()?;
+        let location = rows.location();
         let counted = census::count(
-            &store,
-            self.config.dataset.format,
+            &rows,
             self.tokenizer,
             self.config.dataset.on_overflow,
             self.config.context_length,
@@ -186,18 +187,53 @@ impl SplitCheck<'_> {
 
     fn judge(&self, location: &str, counted: &census::Counted, findings: &mut Findings) {
         let DatasetCensus { rows, bad_rows, duplicate_rows, max_tokens, .. } = counted.census;
-        for bad in &counted.bad {
-            findings.problem(ProblemReason::InvalidDataset, &bad.location, bad.reason.clone());
-        }
-        findings.problems_total += bad_rows - counted.bad.len() as u64;
+        self.judge_bad_rows(location, &counted.read, findings);
         if rows == 0 && bad_rows == 0 {
-            findings.problem(ProblemReason::NothingToTrain, location, "the dataset has no rows");
+            let message = match self.config.dataset.validation_fraction {
+                Some(fraction) if location == "spec.dataset.validationFraction" => {
+                    format!("holds out none of the few rows there are: raise it above {fraction}")
+                }
+                _ => "the dataset has no rows".to_owned(),
+            };
+            findings.problem(ProblemReason::NothingToTrain, location, message);
+        }
+        if !counted.read.left_out.is_empty() {
+            let names = &counted.read.left_out;
+            let shown: Vec<&str> = names.iter().take(SHOWN_FILES).map(String::as_str).collect();
+            let more = if names.len() > shown.len() { ", …" } else { "" };
+            let message = format!(
+                "{} files are named for another split and left out: {}{more}; name a file itself to use it",
+                names.len(),
+                shown.join(", ")
+            );
+            findings.warning(ProblemReason::InvalidDataset, location, message);
         }
         if duplicate_rows > 0 {
             let message = format!("{duplicate_rows} of {rows} rows repeat an earlier row");
             findings.warning(ProblemReason::DuplicateRows, location, message);
         }
         self.judge_overflow(location, rows, max_tokens, counted, findings);
+    }
+
+    /// One problem for each kind of fault, or one warning if such rows are to be left out.
+    fn judge_bad_rows(&self, location: &str, read: &Read, findings: &mut Findings) {
+        let on_invalid_row = self.config.dataset.on_invalid_row;
+        let refusal = read.refusal(on_invalid_row);
+        if refusal.is_none() {
+            for fault in &read.faults {
+                let message = format!("left out: {}", fault.message());
+                findings.warning(ProblemReason::InvalidDataset, &fault.places[0], message);
+            }
+            return;
+        }
+        let before = findings.problems_total;
+        if let (Some(refusal), OnInvalidRow::Drop) = (refusal, on_invalid_row) {
+            findings.problem(ProblemReason::InvalidDataset, location, refusal);
+        }
+        for fault in &read.faults {
+            findings.problem(ProblemReason::InvalidDataset, &fault.places[0], fault.message());
+        }
+        findings.problems_total = findings.problems_total.max(before + read.bad_rows);
     }
 
     fn judge_overflow(
@@ -214,7 +250,7 @@ impl SplitCheck<'_> {
                 let message = format!(
                     "contextLength is {context}, but the model was made for at most {max} positions: set it to {max} or less"
                 );
-                if location == "spec.dataset.train" {
+                if counted.split == Split::Train {
                     findings.problem(
                         ProblemReason::InvalidSpec,
                         "spec.training.contextLength",

@@ -3,9 +3,9 @@
 use std::{collections::BTreeMap, fs, path::Path};
 
 use finetune_contract::{
-    CONTRACT_VERSION, DatasetFormat, DatasetSource, LoraSettings, ModelSource, OnOverflow,
-    OutputTarget, PreflightConfig, PreflightReport, RunId, TERMINATION_MESSAGE_LIMIT,
-    TargetModules, render,
+    CONTRACT_VERSION, DatasetFormat, DatasetSource, LoraSettings, ModelSource, OnInvalidRow,
+    OnOverflow, OutputTarget, PreflightConfig, PreflightReport, RowSource, RunId,
+    TERMINATION_MESSAGE_LIMIT, TargetModules, render,
 };
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
@@ -31,12 +31,7 @@ impl Fixture {
             version: CONTRACT_VERSION,
             run_id: RunId("run-1".to_owned()),
             model: ModelSource { uri: at("model"), revision: None },
-            dataset: DatasetSource {
-                train: at("train.jsonl"),
-                validation: None,
-                format: DatasetFormat::Auto,
-                on_overflow: OnOverflow::Truncate,
-            },
+            dataset: DatasetSource::of(at("train.jsonl")),
             lora: None,
             initial_adapter: None,
             initial_checkpoint: None,
@@ -65,6 +60,10 @@ impl Fixture {
         fixture.write_weights(|_| {});
         fixture.write("train.jsonl", "{\"text\": \"one\"}\n{\"text\": \"two\"}\n");
         fixture
+    }
+
+    fn at(&self, name: &str) -> String {
+        format!("file://{}", self.path(name).display())
     }
 
     fn path(&self, name: &str) -> std::path::PathBuf {
@@ -211,8 +210,7 @@ fn wants_a_tokenizer_of_this_model() {
     let mut fixture = Fixture::new();
     // Said once, though both splits show it.
     fixture.write("valid.jsonl", "{\"text\": \"three\"}\n");
-    let train = fixture.config.dataset.train.clone();
-    fixture.config.dataset.validation = Some(train.replace("train", "valid"));
+    fixture.config.dataset.validation = Some(fixture.at("valid.jsonl"));
     let config = fs::read_to_string(fixture.path("model/config.json")).unwrap();
     fixture.write("model/config.json", &config.replace("320", "258"));
     fixture.write_weights(|_| {});
@@ -225,7 +223,7 @@ fn counts_all_bad_lines_and_shows_the_first() {
     fixture.write("train.jsonl", &format!("{{\"text\": \"a\"}}\n{}", "{\"txt\": 1}\n".repeat(500)));
     let report = fixture.report();
     assert_eq!(report.problems_total, 500);
-    insta::assert_snapshot!(report.problems[0], @r#"train.jsonl:2: "text" is missing (did you mean "text" instead of "txt"?)"#);
+    insta::assert_snapshot!(report.problems[0], @r#"train.jsonl:2: "text" is missing (did you mean "text" instead of "txt"?) (500 rows; the next are train.jsonl:3, train.jsonl:4, train.jsonl:5, …)"#);
     assert!(render(&report).len() <= TERMINATION_MESSAGE_LIMIT);
 }
 
@@ -284,8 +282,7 @@ fn warns_of_rows_that_occur_again() {
     let mut fixture = Fixture::new();
     fixture.write("train.jsonl", "{\"text\": \"a\"}\n{\"text\": \"b\"}\n{\"text\": \"a\"}\n");
     fixture.write("valid.jsonl", "{\"text\": \"b\"}\n{\"text\": \"c\"}\n");
-    let train = fixture.config.dataset.train.clone();
-    fixture.config.dataset.validation = Some(train.replace("train", "valid"));
+    fixture.config.dataset.validation = Some(fixture.at("valid.jsonl"));
     insta::assert_snapshot!(fixture.check(), @"
         warning: spec.dataset.train: 1 of 3 rows repeat an earlier row
         warning: spec.dataset.validation: 1 of 2 validation rows are also training rows: the validation loss will look better than it is
@@ -306,7 +303,7 @@ fn checks_the_adapter_against_the_model() {
 fn sees_all_there_is_to_mend_at_once() {
     let mut fixture = Fixture::new();
     fixture.config.output.uri = "ftp://x/y".to_owned();
-    fixture.config.dataset.train += ".missing";
+    fixture.config.dataset.train = Some(fixture.at("train.jsonl.missing"));
     insta::assert_snapshot!(fixture.check(), @r#"
         NotFound spec.dataset.train: nothing is at file:///train.jsonl.missing
         InvalidSpec spec.output.uri: "ftp://x/y" has the unknown scheme "ftp": use hf, s3, gs, az, pvc or file
@@ -404,4 +401,92 @@ fn an_initial_adapter_that_is_damaged_or_not_there_is_said() {
     let gone = with_adapter(|_| {}, false);
     fs::remove_file(gone.path("adapter/adapter_model.safetensors")).unwrap();
     insta::assert_snapshot!(gone.check(), @"NotFound spec.initialAdapter.uri: file:///adapter has no adapter_config.json and adapter_model.safetensors: name the directory of a LoRA adapter, which of a merged result is adapter/ below it; a full-parameter result is gone on from by naming it as model.uri");
+}
+
+#[test]
+fn rows_with_one_fault_are_one_problem() {
+    let fixture = Fixture::new();
+    let text =
+        "{\"text\": \"a\"}\n{\"text\": \"b\", \"why\": \"c\"}\n{\"text\": 1}\n{\"text\": 2}\n";
+    fixture.write("train.jsonl", &text.repeat(3));
+    insta::assert_snapshot!(fixture.check(), @r#"
+InvalidDataset train.jsonl:2: the key "why" is not known, and what it says would be lost: remove it, or list it in dataset.ignoredKeys if nothing of it is to be trained on (3 rows; the next are train.jsonl:6, train.jsonl:10)
+InvalidDataset train.jsonl:3: "text" is 1, it must be a string (6 rows; the next are train.jsonl:4, train.jsonl:7, train.jsonl:8, …)
+warning: spec.dataset.train: 2 of 3 rows repeat an earlier row
+"#);
+    assert_eq!(fixture.report().problems_total, 9);
+}
+
+#[test]
+fn a_few_bad_rows_are_left_out_if_asked_for() {
+    let mut fixture = Fixture::new();
+    fixture.config.dataset.on_invalid_row = OnInvalidRow::Drop;
+    fixture.write("train.jsonl", &("{\"text\": \"a\"}\n".repeat(9) + "{\"text\": \"\"}\n"));
+    let bad = fixture.report().train.unwrap().bad_rows;
+    assert_eq!(bad, 1);
+    insta::assert_snapshot!(fixture.check(), @r#"
+warning: train.jsonl:10: left out: "text" is empty
+warning: spec.dataset.train: 8 of 9 rows repeat an earlier row
+"#);
+    fixture.write("train.jsonl", &("{\"text\": \"a\"}\n".repeat(8) + "{\"text\": \"\"}\n"));
+    insta::assert_snapshot!(fixture.check(), @r#"
+InvalidDataset spec.dataset.train: 1 of 9 rows cannot be used, more than the 10 % that dataset.onInvalidRow: drop may leave out: that is no accident of a few rows
+InvalidDataset train.jsonl:9: "text" is empty
+warning: spec.dataset.train: 7 of 8 rows repeat an earlier row
+"#);
+}
+
+#[test]
+fn a_prefix_says_what_it_leaves_out() {
+    let mut fixture = Fixture::new();
+    fs::create_dir(fixture.path("rows")).unwrap();
+    for name in
+        ["train.jsonl", "test.jsonl", "validation.jsonl", "._train.jsonl", "dataset_info.json"]
+    {
+        fixture.write(&format!("rows/{name}"), &format!("{{\"text\": \"{name}\"}}\n"));
+    }
+    fixture.config.dataset.train = Some(fixture.at("rows/"));
+    insta::assert_snapshot!(fixture.check(), @"warning: spec.dataset.train: 2 files are named for another split and left out: test.jsonl, validation.jsonl; name a file itself to use it");
+    let census = fixture.report().train.unwrap();
+    assert_eq!(
+        (census.files, census.rows, census.file_names),
+        (1, 1, vec!["train.jsonl".to_owned()])
+    );
+    fs::remove_file(fixture.path("rows/train.jsonl")).unwrap();
+    insta::assert_snapshot!(fixture.check(), @"InvalidDataset spec.dataset.train: file:///rows/ has no file for training: test.jsonl, validation.jsonl are named for another split; to use one of them all the same, name the file itself");
+}
+
+#[test]
+fn several_sources_are_read_each_in_its_format() {
+    let mut fixture = Fixture::new();
+    fixture.write("a.json", r#"[{"text": "one"}, {"text": "two"}]"#);
+    fixture.write("b.csv", "prompt,completion\nthree,four\n");
+    let source = |name: &str, format, weight| RowSource { uri: fixture.at(name), format, weight };
+    let sources = vec![
+        source("a.json", DatasetFormat::Auto, 2.0),
+        source("b.csv", DatasetFormat::PromptCompletion, 1.0),
+    ];
+    (fixture.config.dataset.train, fixture.config.dataset.sources) = (None, sources);
+    assert_eq!(fixture.check(), "");
+    let census = fixture.report().train.unwrap();
+    assert_eq!((census.files, census.rows, census.duplicate_rows), (2, 5, 0));
+    fixture.config.dataset.sources[1].uri += ".missing";
+    insta::assert_snapshot!(fixture.check(), @"NotFound spec.dataset.sources: nothing is at file:///b.csv.missing");
+}
+
+#[test]
+fn a_fraction_of_the_rows_is_held_out() {
+    let mut fixture = Fixture::new();
+    let rows: String = (0..200).map(|row| format!("{{\"text\": \"{}\"}}\n", row % 100)).collect();
+    fixture.write("train.jsonl", &rows);
+    let dataset = &mut fixture.config.dataset;
+    (dataset.validation_fraction, dataset.seed) = (Some(0.2), Some(42));
+    let report = fixture.report();
+    let (train, validation) = (report.train.unwrap(), report.validation.unwrap());
+    assert_eq!(train.rows + validation.rows, 200);
+    assert!((20..60).contains(&validation.rows), "{}", validation.rows);
+    assert_eq!(report.overlapping_rows, 0);
+    fixture.write("train.jsonl", "{\"text\": \"a\"}\n");
+    fixture.config.dataset.validation_fraction = Some(0.0001);
+    insta::assert_snapshot!(fixture.check(), @"NothingToTrain spec.dataset.validationFraction: holds out none of the few rows there are: raise it above 0.0001");
 }

@@ -79,12 +79,20 @@ impl Repository {
         environment: &Environment,
     ) -> Result<Self, Error> {
         let connection = Connection::new(uri, role, environment)?;
-        let (api, kind) = match role {
-            Role::Dataset => ("api/datasets", "datasets/"),
-            Role::Model | Role::Adapter | Role::Checkpoint | Role::Output => ("api/models", ""),
+        let (expected, kind) = match role {
+            Role::Dataset => ("datasets", "datasets/"),
+            Role::Model | Role::Adapter | Role::Checkpoint | Role::Output => ("models", ""),
         };
+        let (named, repository) = uri.hub_repository();
+        if let Some(named) = named.filter(|named| *named != expected) {
+            let detail = format!(
+                "it names a repository of {named}, where one of {expected} is wanted; write hf://OWNER/NAME or hf://{expected}/OWNER/NAME"
+            );
+            return Err(Error::Misconfigured { action: "open", uri: uri.to_string(), detail });
+        }
+        let api = format!("api/{expected}");
         let revision = revision.unwrap_or("main");
-        let mut url = connection.url(&format!("{api}/{}/revision", uri.authority));
+        let mut url = connection.url(&format!("{api}/{repository}/revision"));
         push_segments(&mut url, [revision]);
         url.set_query(Some("blobs=true"));
         let what = format!("revision {revision:?}");
@@ -196,7 +204,8 @@ impl Repository {
     }
 
     fn resolve(&self, name: &str) -> Url {
-        let path = format!("{}{}/resolve/{}", self.kind, self.uri.authority, self.commit);
+        let (_, repository) = self.uri.hub_repository();
+        let path = format!("{}{repository}/resolve/{}", self.kind, self.commit);
         let mut url = self.connection.url(&path);
         push_segments(&mut url, name.split('/'));
         url

@@ -90,10 +90,9 @@ impl<'a> Case<'a> {
         let run_id = RunId(self.name.clone());
         let model = ModelSource { uri: uri(&self.golden.directory), revision: None };
         let dataset = DatasetSource {
-            train: uri(&self.directory.join("train.jsonl")),
-            validation: None,
             format: DatasetFormat::Text,
             on_overflow: OnOverflow::Error,
+            ..DatasetSource::of(uri(&self.directory.join("train.jsonl")))
         };
         let target = OutputTarget {
             uri: uri(&output),
@@ -188,6 +187,7 @@ fn training() -> TrainingSettings {
     TrainingSettings {
         context_length: CONTEXT_LENGTH,
         total_steps: 5,
+        total_sequences: None,
         learning_rate: 1e-2,
         lr_scheduler_type: LrScheduler::Constant,
         num_warmup_steps: 0,

@@ -69,10 +69,10 @@ impl Case {
             attempt: 0,
             model: ModelSource { uri: format!("file://{}", model.display()), revision: None },
             dataset: DatasetSource {
-                train: uri("train.jsonl"),
                 validation: Some(uri("validation.jsonl")),
                 format: DatasetFormat::Text,
                 on_overflow: OnOverflow::Error,
+                ..DatasetSource::of(uri("train.jsonl"))
             },
             lora: is_lora.then(|| lora(&["all-linear"], &[])),
             initial_adapter: None,
@@ -250,6 +250,7 @@ fn training(total_steps: u64) -> TrainingSettings {
     TrainingSettings {
         context_length: 64,
         total_steps,
+        total_sequences: None,
         learning_rate: 1e-3,
         lr_scheduler_type: LrScheduler::Constant,
         num_warmup_steps: 0,

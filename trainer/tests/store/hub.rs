@@ -55,6 +55,30 @@ fn refusal(status: &'static str, code: &'static str) -> String {
 }
 
 #[test]
+fn a_repository_may_be_named_with_its_kind() {
+    let asked = Arc::new(Mutex::new(Vec::new()));
+    let seen = Arc::clone(&asked);
+    let endpoint = serve(move |head| {
+        seen.lock().unwrap().push(head[0].clone());
+        revision()
+    });
+    let environment = Environment::from_pairs([("HF_ENDPOINT", endpoint.as_str())]);
+    let open = |text: &str, role| Store::open(&uri(text), None, role, &environment);
+    open("hf://datasets/o/n/train.jsonl", Role::Dataset).unwrap();
+    open("hf://o/n/train.jsonl", Role::Dataset).unwrap();
+    open("hf://models/o/n", Role::Model).unwrap();
+    open("hf://datasets/n", Role::Model).unwrap();
+    insta::assert_snapshot!(asked.lock().unwrap().join("\n"), @"
+    GET /api/datasets/o/n/revision/main?blobs=true HTTP/1.1
+    GET /api/datasets/o/n/revision/main?blobs=true HTTP/1.1
+    GET /api/models/o/n/revision/main?blobs=true HTTP/1.1
+    GET /api/models/datasets/n/revision/main?blobs=true HTTP/1.1
+    ");
+    let refused = open("hf://datasets/o/n", Role::Model).unwrap_err().to_string();
+    insta::assert_snapshot!(refused, @"cannot open hf://datasets/o/n: it names a repository of datasets, where one of models is wanted; write hf://OWNER/NAME or hf://models/OWNER/NAME");
+}
+
+#[test]
 fn says_gated_missing_repository_and_missing_revision_apart() {
     insta::assert_snapshot!(refusal("403 Forbidden", "GatedRepo"), @"cannot open hf://o/n: the repository is gated; accept its terms on the hub with the account of the token (asked HUB/api/models/o/n/revision/main?blobs=true with the token of FINETUNE_MODEL_HF_TOKEN)");
     insta::assert_snapshot!(refusal("401 Unauthorized", "RepoNotFound"), @"cannot open hf://o/n: the repository does not exist, or is private and the token may not see it (asked HUB/api/models/o/n/revision/main?blobs=true with the token of FINETUNE_MODEL_HF_TOKEN)");

@@ -1,0 +1,171 @@
+//! Where a split's rows come from, and which rows of their files are its own.
+
+use finetune_contract::{DatasetFormat, DatasetSource, OnInvalidRow, Split};
+
+use super::format::ReadOptions;
+use crate::{seed::Counter, store::Store};
+
+/// The sources of one split, opened.
+#[derive(Debug)]
+pub struct RowSources {
+    /// In the manifest's order.
+    pub sources: Vec<Source>,
+    /// Which split it is.
+    pub split: Split,
+    /// What happens to a row that cannot be used.
+    pub on_invalid_row: OnInvalidRow,
+    /// The share of the rows that validation has, if it is taken from the training rows.
+    validation_fraction: Option<f64>,
+    seed: u64,
+}
+
+/// One source.
+#[derive(Debug)]
+pub struct Source {
+    /// Its field in the manifest, such as `spec.dataset.train`.
+    pub location: String,
+    /// Where it is.
+    pub store: Store,
+    /// How its rows are read.
+    pub options: ReadOptions,
+    /// How often each row occurs in an epoch.
+    weight: f64,
+}
+
+impl RowSources {
+    /// Opens the sources of a split with `open`, which is given a URI and the field it stands in;
+    /// `None` if the dataset has no such split.
+    ///
+    /// # Errors
+    /// That of `open`.
+    pub fn open<E>(
+        dataset: &DatasetSource,
+        split: Split,
+        mut open: impl FnMut(&str, &str) -> Result<Store, E>,
+    ) -> Result<Option<Self>, E> {
+        let rows = match split {
+            Split::Train => dataset.train_sources(),
+            Split::Validation => dataset.validation_sources(),
+        };
+        let mut sources = Vec::with_capacity(rows.len());
+        for (index, row_source) in rows.into_iter().enumerate() {
+            let location = location(dataset, split, index);
+            sources.push(Source {
+                store: open(&row_source.uri, &location)?,
+                location,
+                options: ReadOptions::of(dataset, row_source.format),
+                weight: row_source.weight,
+            });
+        }
+        let this = Self {
+            sources,
+            split,
+            on_invalid_row: dataset.on_invalid_row,
+            validation_fraction: dataset.validation_fraction,
+            seed: dataset.seed.unwrap_or(0),
+        };
+        Ok(if this.sources.is_empty() { None } else { Some(this) })
+    }
+
+    /// Returns the field that stands for all of them.
+    pub fn location(&self) -> &'static str {
+        match (self.split, self.validation_fraction, self.sources.len()) {
+            (Split::Train, _, 1) => "spec.dataset.train",
+            (Split::Train, _, _) => "spec.dataset.sources",
+            (Split::Validation, None, _) => "spec.dataset.validation",
+            (Split::Validation, Some(_), _) => "spec.dataset.validationFraction",
+        }
+    }
+
+    /// Returns the URIs, for messages.
+    pub fn names(&self) -> String {
+        let uris: Vec<_> =
+            self.sources.iter().map(|source| source.store.uri().to_string()).collect();
+        uris.join(", ")
+    }
+
+    /// Tells whether a row belongs to the split. Rows are told apart by their text, so that equal rows
+    /// are never in both.
+    pub fn has(&self, digest: u128) -> bool {
+        let Some(fraction) = self.validation_fraction else { return true };
+        let numbers = Counter::from_seed(self.seed).fold_name("validation fraction");
+        let is_held_out = numbers.fold((digest >> 64) as u64).uniform(digest as u64) < fraction;
+        is_held_out == (self.split == Split::Validation)
+    }
+
+    /// Returns how often a row of a source occurs; `number` counts the source's rows.
+    pub fn copies(&self, source: usize, number: u64) -> u64 {
+        let weight = self.sources[source].weight;
+        let numbers = Counter::from_seed(self.seed).fold_name("source weight").fold(source as u64);
+        weight.trunc() as u64 + u64::from(numbers.uniform(number) < weight.fract())
+    }
+
+    /// Returns the shape that the manifest gives the first source.
+    pub fn format(&self) -> DatasetFormat {
+        self.sources.first().map_or(DatasetFormat::Auto, |source| source.options.format)
+    }
+}
+
+fn location(dataset: &DatasetSource, split: Split, index: usize) -> String {
+    match (split, &dataset.validation, &dataset.train) {
+        (Split::Validation, Some(_), _) => "spec.dataset.validation".to_owned(),
+        (_, _, Some(_)) => "spec.dataset.train".to_owned(),
+        (_, _, None) => format!("spec.dataset.sources[{index}].uri"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use finetune_contract::{ObjectUri, RowSource};
+
+    use super::*;
+    use crate::store::{Environment, Role};
+
+    fn sources(change: impl FnOnce(&mut DatasetSource), split: Split) -> RowSources {
+        let mut dataset = DatasetSource::of("file:///a.jsonl");
+        change(&mut dataset);
+        let open = |uri: &str, _: &str| {
+            let uri = ObjectUri::parse(uri).unwrap();
+            Store::open(&uri, None, Role::Dataset, &Environment::default())
+        };
+        RowSources::open(&dataset, split, open).unwrap().unwrap()
+    }
+
+    fn digest(row: u64) -> u128 {
+        let numbers = Counter::from_seed(row);
+        u128::from(numbers.draw(0)) << 64 | u128::from(numbers.draw(1))
+    }
+
+    #[test]
+    fn every_row_is_in_one_split_and_equal_rows_in_the_same() {
+        let with_fraction = |split| {
+            sources(
+                |dataset| (dataset.validation_fraction, dataset.seed) = (Some(0.1), Some(7)),
+                split,
+            )
+        };
+        let (train, validation) = (with_fraction(Split::Train), with_fraction(Split::Validation));
+        let held_out = (0..10_000).filter(|&row| validation.has(digest(row))).count();
+        assert!((900..1100).contains(&held_out), "{held_out}");
+        assert!((0..10_000).all(|row| train.has(digest(row)) != validation.has(digest(row))));
+    }
+
+    #[test]
+    fn a_weight_is_how_often_a_row_occurs() {
+        let weighted = |weight| {
+            let set = |dataset: &mut DatasetSource| {
+                dataset.train = None;
+                dataset.sources = vec![RowSource {
+                    uri: "file:///b.jsonl".to_owned(),
+                    format: DatasetFormat::Auto,
+                    weight,
+                }];
+            };
+            let sources = sources(set, Split::Train);
+            (0..1000).map(|number| sources.copies(0, number)).sum::<u64>()
+        };
+        assert_eq!([weighted(1.0), weighted(3.0)], [1000, 3000]);
+        assert!((450..550).contains(&weighted(0.5)), "{}", weighted(0.5));
+        assert!((2200..2300).contains(&weighted(2.25)), "{}", weighted(2.25));
+    }
+}
