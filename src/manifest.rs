@@ -10,7 +10,7 @@ use finetune_contract::ObjectUri;
 use kube::core::cel::{ErrorKind, Validator};
 use serde_json::Value;
 
-use crate::api::{FineTuneJob, schema};
+use crate::api::{FineTuneJob, FineTuneJobSpec, OUTPUT, schema};
 
 pub use violations::Violation;
 
@@ -58,10 +58,15 @@ pub fn parse(text: &str) -> Result<FineTuneJob, Error> {
     violations::walk("spec", &schema["properties"]["spec"], &document["spec"], &mut violations);
     unknown_uris(&document, &mut violations);
     rules(&schema, &document, &mut violations);
+    overlaps(&document, &mut violations);
     if !violations.is_empty() {
         return Err(Error::Violations(violations));
     }
-    serde_json::from_value(document).map_err(|error| Error::Syntax { reason: error.to_string() })
+    let job: Result<FineTuneJob, _> = serde_json::from_value(document);
+    let mut job = job.map_err(|error| Error::Syntax { reason: error.to_string() })?;
+    // What was read from a cluster is no object of it: its runs are others.
+    job.metadata.uid = None;
+    Ok(job)
 }
 
 /// Checks what the apiserver itself checks: the kind, the name and the top-level fields.
@@ -145,6 +150,14 @@ fn unknown_uris(document: &Value, violations: &mut Vec<Violation>) {
             Ok(_) => {}
         }
     }
+}
+
+/// Refuses an output that touches an input, in what could be read.
+fn overlaps(document: &Value, violations: &mut Vec<Violation>) {
+    let Ok(spec) = serde_json::from_value::<FineTuneJobSpec>(document["spec"].clone()) else {
+        return; // What cannot be read is reported above.
+    };
+    violations.extend(spec.overlaps().into_iter().map(|message| Violation::new(OUTPUT, message)));
 }
 
 /// Runs the CRD's CEL rules; a place already found faulty is not reported twice.

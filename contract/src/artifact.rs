@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     document::Document,
+    inputs::{DecisiveSettings, InputDigests, settings_differences},
     settings::{ModelSource, RunId},
 };
 
@@ -50,10 +51,62 @@ pub struct Manifest {
     pub base_model: ModelSource,
     /// SHA-256 of the training rows.
     pub train_sha256: String,
+    /// Digests of everything that was read; absent in what earlier releases published.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub inputs: Option<InputDigests>,
+    /// The settings that decided the result; absent in what earlier releases published.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub settings: Option<DecisiveSettings>,
     /// Optimizer steps of the weights.
     pub step: u64,
     /// Every file, sorted by path; the manifest itself is not among them.
     pub files: Vec<ManifestFile>,
+}
+
+/// What two manifests say about each other's inputs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Comparison {
+    /// The inputs are equal.
+    Equal,
+    /// These differ, for people.
+    Different(Vec<String>),
+    /// One of them was written by a release that did not record its inputs; what it recorded is equal.
+    Unknown,
+}
+
+impl Manifest {
+    /// Compares what `self`, which is published, and `here` were made from.
+    pub fn compare(&self, here: &Self) -> Comparison {
+        let recorded = |manifest: &Self| manifest.inputs.clone().zip(manifest.settings.clone());
+        let differences = match (recorded(self), recorded(here)) {
+            (Some((digests, settings)), Some((digests_here, settings_here))) => {
+                let mut differences = digests.differences(&digests_here);
+                differences.extend(settings_differences(&settings, &settings_here));
+                differences
+            }
+            _ if self.train_sha256 != here.train_sha256 => {
+                vec!["the rows of dataset.train".to_owned()]
+            }
+            _ => return Comparison::Unknown,
+        };
+        if differences.is_empty() { Comparison::Equal } else { Comparison::Different(differences) }
+    }
+}
+
+/// A complete result that was found at an output.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct PublishedResult {
+    /// The run that published it.
+    pub run_id: RunId,
+    /// What it is.
+    pub kind: ArtifactKind,
+    /// SHA-256 of its manifest's bytes.
+    pub manifest_sha256: String,
+    /// SHA-256 of [`crate::settings_text`] of its settings.
+    pub settings_sha256: String,
+    /// Optimizer steps of the weights.
+    pub step: u64,
 }
 
 impl Document for Manifest {

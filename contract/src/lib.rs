@@ -15,6 +15,8 @@
 pub mod artifact;
 mod document;
 mod exit_code;
+mod inputs;
+pub mod overlap;
 pub mod parallelism;
 mod preflight_config;
 mod preflight_report;
@@ -24,11 +26,14 @@ mod run_report;
 pub mod settings;
 pub mod uri;
 
-pub use artifact::{ArtifactKind, Manifest, ManifestFile};
+pub use artifact::{ArtifactKind, Comparison, Manifest, ManifestFile, PublishedResult};
 pub use document::{
     CONTRACT_VERSION, Document, ParseDocumentError, TERMINATION_MESSAGE_LIMIT, parse, render,
 };
 pub use exit_code::ExitCode;
+pub use inputs::{
+    DecisiveSettings, InputDigests, decisive_settings, settings_differences, settings_text,
+};
 pub use parallelism::{Parallelism, Strategy};
 pub use preflight_config::PreflightConfig;
 pub use preflight_report::{

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    artifact::PublishedResult,
     document::{Document, TERMINATION_MESSAGE_LIMIT, render},
     exit_code::ExitCode,
     settings::{DatasetFormat, RunId},
@@ -40,6 +41,10 @@ pub struct PreflightReport {
     /// What lies at the output, if it could be reached and written to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output: Option<OutputState>,
+    /// The result there, if it was made from the same rows, model and start. Whether its settings are
+    /// the same too is known once the run is planned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub published: Option<PublishedResult>,
     /// The machine the preflight ran on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub machine: Option<MachineFacts>,
@@ -122,7 +127,7 @@ pub enum ProblemReason {
     Overflow,
     /// Rows occur more than once, or in both splits.
     DuplicateRows,
-    /// The output belongs to another run.
+    /// A result of other inputs is at the output.
     OutputExists,
     /// A consumer such as vLLM refuses what the run would publish.
     Servability,
@@ -285,10 +290,12 @@ pub struct LengthPoint {
 pub enum OutputState {
     /// Nothing.
     Vacant,
-    /// A complete result of this run.
-    PublishedByThisRun,
-    /// A complete result of another run.
-    PublishedByAnotherRun,
+    /// A complete result of the same rows, model and start.
+    #[serde(rename = "publishedByThisRun")]
+    SameInputs,
+    /// A complete result of anything else, or nobody can tell of what.
+    #[serde(rename = "publishedByAnotherRun")]
+    OtherInputs,
 }
 
 /// The machine the preflight ran on.

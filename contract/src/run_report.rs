@@ -110,6 +110,17 @@ pub enum Outcome {
         /// What was proven of it.
         proof: Proof,
     },
+    /// The same inputs were published before: nothing was trained.
+    AlreadyPublished {
+        /// What is there.
+        kind: ArtifactKind,
+        /// Where.
+        uri: String,
+        /// SHA-256 of the manifest's bytes.
+        manifest_sha256: String,
+        /// The run that published it.
+        by: RunId,
+    },
     /// The run was told to stop and goes on from its checkpoint when started again.
     Interrupted {
         /// The step of the checkpoint saved.
@@ -153,7 +164,7 @@ pub enum FailureReason {
     StoreUnavailable,
     /// A store or hub refuses the credentials.
     PermissionDenied,
-    /// Another run's result is at the output.
+    /// A result of other inputs is at the output.
     OutputExists,
     /// The device has too little memory.
     OutOfMemory,

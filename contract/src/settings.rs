@@ -116,6 +116,17 @@ pub struct RowSource {
     pub weight: f64,
 }
 
+impl DatasetSource {
+    /// Lists every place that rows are read from, each with its field of the manifest.
+    pub fn uris(&self) -> Vec<(&'static str, &str)> {
+        let train = self.train.as_deref().map(|uri| ("spec.dataset.train", uri));
+        let sources =
+            self.sources.iter().map(|source| ("spec.dataset.sources", source.uri.as_str()));
+        let validation = self.validation.as_deref().map(|uri| ("spec.dataset.validation", uri));
+        train.into_iter().chain(sources).chain(validation).collect()
+    }
+}
+
 /// The shape of a row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]

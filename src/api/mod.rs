@@ -10,6 +10,7 @@ mod quantity;
 pub mod schema;
 mod status;
 
+use finetune_contract::overlap::overlaps_with_inputs;
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -145,13 +146,23 @@ impl FineTuneJobSpec {
             ),
             ("spec.dataset.train", self.dataset.train.as_ref()),
             ("spec.dataset.validation", self.dataset.validation.as_ref()),
-            ("spec.output.uri", Some(&self.output.uri)),
+            (OUTPUT, Some(&self.output.uri)),
         ]
         .into_iter()
         .filter_map(|(path, uri)| Some((path.to_owned(), uri?.as_str())))
         .chain(sources)
     }
+
+    /// Says for each URI that the output touches how it does: nothing is written over, into or around
+    /// what it is made from.
+    pub fn overlaps(&self) -> Vec<String> {
+        let inputs = self.uris().filter(|(path, _)| *path != OUTPUT);
+        overlaps_with_inputs(&self.output.uri, inputs, |uri| uri)
+    }
 }
+
+/// The path of the output's URI.
+pub const OUTPUT: &str = "spec.output.uri";
 
 /// The base model.
 #[derive(KubeSchema, Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -442,7 +453,8 @@ pub struct Output {
     /// `uri/adapter/`. Default: false.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub merge: Option<bool>,
-    /// Whether a result of another run at `uri` may be replaced. Default: false.
+    /// Whether a result of other inputs at `uri` may be replaced. A result of the same rows, model and
+    /// settings is never replaced: nothing is trained then. Default: false.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub overwrite: Option<bool>,
     /// The `base_model_name_or_path` written into the adapter. Default: the model's URI without

@@ -3,6 +3,7 @@
 
 mod display;
 mod failure;
+mod lock;
 mod operator;
 mod run;
 mod trainer;
@@ -135,7 +136,7 @@ fn carry_out(arguments: Arguments) -> Result<(), Failure> {
             Ok(())
         }
         Command::Run { job, ranks } => {
-            run::run(&run::prepare(&job.file, job.work_dir, trainer)?, ranks.ranks)
+            run::run(run::prepare(&job.file, job.work_dir, trainer)?, ranks.ranks)
         }
         Command::Verify(passed) => trainer::pass_on(trainer, "verify", &passed.arguments),
         Command::Generate(passed) => trainer::pass_on(trainer, "generate", &passed.arguments),

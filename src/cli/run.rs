@@ -6,13 +6,14 @@ use std::{
 };
 
 use finetune_contract::{
-    ExitCode, FailureReason, ObjectUri, Outcome, OutputState, ParseDocumentError, PreflightReport,
-    RunConfig, RunReport, Scheme,
+    ExitCode, FailureReason, ObjectUri, Outcome, ParseDocumentError, PreflightReport, RunConfig,
+    RunReport, Scheme,
 };
 
 use super::{
     display,
     failure::Failure,
+    lock::Locks,
     trainer::{self, Trainer},
 };
 use crate::{
@@ -62,7 +63,7 @@ pub(super) fn prepare(
             work_dir.display()
         ))
     })?;
-    Ok(Prepared { job, trainer: Trainer { program, work_dir } })
+    Ok(Prepared { job, trainer: Trainer { program, work_dir, locks: None } })
 }
 
 /// Reads a file of accelerators; none if there is no file.
@@ -107,12 +108,15 @@ pub(super) fn plan(
     Ok((report, plan))
 }
 
-/// Carries a job out, over so many ranks, and says how it ended.
-pub(super) fn run(prepared: &Prepared, ranks: u32) -> Result<(), Failure> {
-    let (report, plan) = plan(prepared, ranks, &[])?;
-    let uri = &plan.run_config.output.uri;
-    if report.output == Some(OutputState::PublishedByThisRun) {
-        display::result(&format!("{uri} already holds this run's result; nothing to do\n"));
+/// Carries a job out, over so many ranks, and says how it ended; waits for another run of the same.
+pub(super) fn run(mut prepared: Prepared, ranks: u32) -> Result<(), Failure> {
+    let locks = default_work_dir().unwrap_or_else(|_| std::env::temp_dir().join("finetune"));
+    let output = &prepared.job.spec.output.uri;
+    let locks = Locks::take(&prepared.trainer.work_dir, &locks.join("locks"), output)?;
+    prepared.trainer.locks = Some(locks);
+    let (_, plan) = plan(&prepared, ranks, &[])?;
+    if let Some(message) = plan.nothing_to_train() {
+        display::result(&format!("{message}\n"));
         return Ok(());
     }
     display::note(&render::text(&plan));
@@ -120,6 +124,10 @@ pub(super) fn run(prepared: &Prepared, ranks: u32) -> Result<(), Failure> {
     match &report.outcome {
         Outcome::Succeeded { .. } => {
             display::result(&summary(&report));
+            Ok(())
+        }
+        Outcome::AlreadyPublished { uri, by, .. } => {
+            display::result(&format!("{}\n", plan::nothing_trained(uri, by)));
             Ok(())
         }
         Outcome::Interrupted { checkpoint_step } => Err(Failure::new(

@@ -16,7 +16,7 @@ use signal_hook::{
     iterator::Signals,
 };
 
-use super::{display::ProgressDisplay, failure::Failure};
+use super::{display::ProgressDisplay, failure::Failure, lock::Locks};
 
 /// How often a waiting command looks at the child and at its own signals.
 const POLL: Duration = Duration::from_millis(50);
@@ -25,6 +25,8 @@ const POLL: Duration = Duration::from_millis(50);
 pub(super) struct Trainer {
     pub(super) program: PathBuf,
     pub(super) work_dir: PathBuf,
+    /// The locks of the run; none for what does not run.
+    pub(super) locks: Option<Locks>,
 }
 
 /// How a child ended.
@@ -136,7 +138,7 @@ impl Trainer {
             .arg("--work-dir")
             .arg(&self.work_dir)
             .env(GOMP_SPINCOUNT.0, GOMP_SPINCOUNT.1)
-            .stdin(Stdio::null());
+            .stdin(self.locks.as_ref().map_or_else(Stdio::null, Locks::for_trainer));
         command
     }
 }

@@ -488,7 +488,8 @@ impl Operator {
             let seconds = start.0.duration_until(end.0).as_secs_f64();
             self.metrics.job_seconds.with_label_values(&[method]).observe(seconds);
         }
-        if let (Some(plan), Some(result)) = (&status.plan, &status.result) {
+        let trained = status.result.as_ref().filter(|result| result.measured_peak_bytes > 0);
+        if let (Some(plan), Some(result)) = (&status.plan, trained) {
             let name = job.name_any();
             let labels = [namespace.as_str(), name.as_str()];
             self.metrics

@@ -24,12 +24,14 @@ use super::{
 };
 use crate::{
     api::{
-        Approval, AttemptStatus, FineTuneJob, FineTuneJobStatus, PlanStatus, PodStatus,
+        Approval, AttemptStatus, FineTuneJob, FineTuneJobStatus, OUTPUT, PlanStatus, PodStatus,
         ProgressStatus, ResultStatus, Step,
     },
     plan::{
+        RunPlan,
         accelerators::Accelerator,
         fallbacks::{self, Adapted},
+        nothing_trained,
         placement::{self, Placement, PodSize, Unplaced},
         render, settings as wishes,
     },
@@ -53,6 +55,9 @@ const RANKS_GRACE: SignedDuration = SignedDuration::from_secs(60);
 
 /// The longest summary of a plan; the CRD allows a little more.
 const SUMMARY_LIMIT: usize = 16_000;
+
+/// The reason of a run whose inputs were published before.
+const ALREADY_PUBLISHED: &str = "AlreadyPublished";
 
 const QUEUED: &str = "the queue decides when the pod starts";
 
@@ -120,7 +125,7 @@ pub fn decide(
             "DeadlineExceeded",
             &format!("the run took longer than activeDeadlineSeconds: {seconds}; its last checkpoint stays"),
         );
-    } else if let Some(problem) = unreachable_uri(job) {
+    } else if let Some(problem) = unreachable_uri(job).or_else(|| overlapping_output(job)) {
         visit.set(Kind::Accepted, Truth::False, "InvalidSpec", &problem);
         visit.finish(Truth::False, "InvalidSpec", &problem);
     } else {
@@ -135,6 +140,15 @@ fn unreachable_uri(job: &FineTuneJob) -> Option<String> {
     Some(format!(
         "{path} is {uri:?}: a pod does not see files of your machine; use s3://, gs://, az://, hf:// or pvc://, or run it here with `finetune run`"
     ))
+}
+
+/// Returns how the output touches what the run reads; a run that has its plan was checked before.
+fn overlapping_output(job: &FineTuneJob) -> Option<String> {
+    if job.status.as_ref().is_some_and(|status| status.plan.is_some()) {
+        return None;
+    }
+    let messages = job.spec.overlaps();
+    (!messages.is_empty()).then(|| format!("{OUTPUT}: {}", messages.join("\n")))
 }
 
 struct Visit<'a> {
@@ -301,7 +315,10 @@ impl<'a> Visit<'a> {
             return self.try_again_after_failure("StoreUnavailable", &listed(&report));
         }
         match placement::place(self.job, &report, &self.settings.accelerators) {
-            Ok(placement) => self.take_plan(&placement),
+            Ok(placement) => {
+                self.take_plan(&placement);
+                self.finish_if_published(&placement.plan);
+            }
             Err(unplaced) => self.refuse(&unplaced, &report),
         }
     }
@@ -351,6 +368,31 @@ impl<'a> Visit<'a> {
         );
         self.set(Kind::Planned, Truth::True, "Planned", &message);
         self.note(false, "Planned", message);
+    }
+
+    /// Ends a run of inputs that were published before; no pod trains them again.
+    fn finish_if_published(&mut self, plan: &RunPlan) {
+        let (Some(found), Some(message)) = (&plan.already_published, plan.nothing_to_train())
+        else {
+            return;
+        };
+        self.already_published(
+            ResultStatus {
+                uri: plan.run_config.output.uri.clone(),
+                kind: format!("{:?}", found.kind),
+                manifest_sha256: found.manifest_sha256.clone(),
+                eval_loss: None,
+                steps: i64::try_from(found.step).unwrap_or(i64::MAX),
+                measured_peak_bytes: 0,
+            },
+            &message,
+        );
+    }
+
+    fn already_published(&mut self, result: ResultStatus, message: &str) {
+        self.decision.status.result = Some(result);
+        self.set(Kind::Published, Truth::True, ALREADY_PUBLISHED, message);
+        self.finish(Truth::True, ALREADY_PUBLISHED, message);
     }
 
     fn refuse(&mut self, unplaced: &Unplaced, report: &PreflightReport) {
@@ -440,6 +482,18 @@ impl<'a> Visit<'a> {
                 let message = format!("{kind:?} at {uri}, read back and proven{early}");
                 self.set(Kind::Published, Truth::True, "Proven", &message);
                 self.finish(Truth::True, "Succeeded", &message);
+            }
+            Outcome::AlreadyPublished { kind, uri, manifest_sha256, by } => {
+                let result = ResultStatus {
+                    uri: uri.clone(),
+                    kind: format!("{kind:?}"),
+                    manifest_sha256: manifest_sha256.clone(),
+                    eval_loss: None,
+                    steps: i64::try_from(report.steps).unwrap_or(i64::MAX),
+                    measured_peak_bytes: i64::try_from(report.measured_peak_bytes)
+                        .unwrap_or(i64::MAX),
+                };
+                self.already_published(result, &nothing_trained(uri, by));
             }
             Outcome::Interrupted { checkpoint_step } => self.try_again_after_disruption(&format!(
                 "the trainer was told to stop and saved step {checkpoint_step}"

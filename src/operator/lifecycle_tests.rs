@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 
 use finetune_contract::{
-    ArtifactKind, CONTRACT_VERSION, FailureReason, Outcome, PreflightReport, Problem,
-    ProblemReason, Progress, Proof, RunConfig, RunId, RunReport, Stage, StoppedEarly, parse,
-    render,
+    ArtifactKind, CONTRACT_VERSION, FailureReason, Outcome, OutputState, PreflightReport, Problem,
+    ProblemReason, Progress, Proof, PublishedResult, RunConfig, RunId, RunReport, Stage,
+    StoppedEarly, decisive_settings, parse, render, settings_text,
 };
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt;
@@ -18,7 +18,11 @@ use super::{
     },
     Action, Decision, decide,
 };
-use crate::{api::FineTuneJob, manifest, plan::fixture};
+use crate::{
+    api::FineTuneJob,
+    manifest,
+    plan::{fixture, settings::sha256_hex},
+};
 
 const SETTINGS: &str = "trainerImage: trainer:1\naccelerators:\n- {name: cpu, cpu: 2, memoryGiB: 4, bf16Tflops: 0.5, fp32Tflops: 0.2, hasBf16: true}\n- {name: a100, resourceName: nvidia.com/gpu, memoryGiB: 80, bf16Tflops: 312, fp32Tflops: 19, hasBf16: true}\nretries: 2\ndisruptions: 2\n";
 
@@ -68,6 +72,10 @@ impl World {
             }
         }
         panic!("it does not come to rest: {:?}", self.job.status);
+    }
+
+    fn settle_once(&self) -> Decision {
+        decide(&self.job, &self.observed, &self.settings, self.now)
     }
 
     fn act(&mut self, action: &Action) {
@@ -741,4 +749,193 @@ fn files_of_ones_own_machine_are_refused_before_any_pod() {
 fn the_report_fits_what_a_preflight_really_writes() {
     let report: PreflightReport = fixture::report(fixture::llama_8b(), 1);
     assert!(render(&report.fit()).len() <= finetune_contract::TERMINATION_MESSAGE_LIMIT);
+}
+
+impl World {
+    /// Deletes the object and creates it again, as GitOps or `kubectl replace --force` does.
+    fn create_again(&mut self, uid: &str) {
+        self.job.status = None;
+        self.job.metadata.uid = Some(uid.to_owned());
+        self.observed = Observed::default();
+    }
+
+    fn run_id(&self) -> String {
+        self.job.status.as_ref().unwrap().plan.as_ref().unwrap().run_id.clone()
+    }
+
+    /// Ends the preflight with a report of what it found at the output.
+    fn pass_preflight_with(&mut self, change: impl FnOnce(&mut PreflightReport)) {
+        self.settle();
+        let mut report = fixture::report(fixture::smollm2(), 1_000_000_000);
+        change(&mut report);
+        self.end(Some(0), &render(&report));
+        self.settle();
+    }
+
+    /// Returns what a preflight says of the result that the planned run published.
+    fn published(&self) -> PublishedResult {
+        let plan = self.job.status.as_ref().unwrap().plan.clone().unwrap();
+        let config: RunConfig = parse(&plan.run_config).unwrap();
+        let settings = settings_text(&decisive_settings(&config));
+        PublishedResult {
+            run_id: config.run_id,
+            kind: ArtifactKind::Adapter,
+            manifest_sha256: "0".repeat(64),
+            settings_sha256: sha256_hex(settings.as_bytes()),
+            step: 10,
+        }
+    }
+}
+
+#[test]
+fn a_job_created_again_on_the_same_inputs_says_that_nothing_was_trained() {
+    let mut world = World::new("  loraConfig: {}\n  ttlSecondsAfterFinished: 60\n");
+    world.pass_preflight();
+    world.settle();
+    let first = world.run_id();
+    let published = world.published();
+    world.succeed();
+    world.settle();
+    assert_eq!(world.summary(), "True Succeeded");
+    world.wait(61);
+    assert!(world.settle_once().actions.contains(&Action::DeleteSelf));
+
+    // However often it is created again: no training pod, and no claim of a proof.
+    for uid in ["second", "third"] {
+        world.create_again(uid);
+        world.pass_preflight_with(|report| {
+            report.output = Some(OutputState::SameInputs);
+            report.published = Some(published.clone());
+        });
+        assert_eq!(world.summary(), "True AlreadyPublished");
+        assert_eq!(world.condition(Kind::Published), "True AlreadyPublished");
+        assert_eq!(world.observed.jobs.len(), 1, "only the preflight's");
+        assert_ne!(world.run_id(), first, "it is another run");
+        let message = world.message();
+        assert!(message.contains("nothing was trained") && message.contains(&first), "{message}");
+        assert!(!message.contains("proven"), "{message}");
+        let result = world.job.status.as_ref().unwrap().result.clone().unwrap();
+        assert_eq!((result.steps, result.uri.as_str()), (10, "s3://data/minimal"));
+    }
+}
+
+#[test]
+fn a_job_created_again_on_refreshed_rows_is_refused_or_replaces_the_result_and_never_claims_it() {
+    let other = |report: &mut PreflightReport| report.output = Some(OutputState::OtherInputs);
+    let mut world = World::new("  loraConfig: {}\n");
+    world.pass_preflight_with(other);
+    assert_eq!(world.summary(), "False OutputExists");
+    assert_eq!(world.observed.jobs.len(), 1);
+
+    // Every week on a new file.
+    world.job.spec.output.overwrite = Some(true);
+    let mut runs = BTreeSet::new();
+    for uid in ["week-1", "week-2", "week-3"] {
+        world.create_again(uid);
+        world.pass_preflight_with(other);
+        assert_eq!(world.summary(), "Unknown Starting", "it trains");
+        runs.insert(world.run_id());
+        world.succeed();
+        world.settle();
+        assert_eq!(world.summary(), "True Succeeded");
+        assert_eq!(world.condition(Kind::Published), "True Proven");
+    }
+    assert_eq!(runs.len(), 3, "each with checkpoints of its own");
+}
+
+#[test]
+fn a_job_created_again_with_other_settings_does_not_claim_the_result() {
+    let mut world = World::new("  loraConfig: {}\n");
+    world.pass_preflight();
+    world.settle();
+    let published = world.published();
+    let same_rows = |report: &mut PreflightReport| {
+        report.output = Some(OutputState::SameInputs);
+        report.published = Some(published.clone());
+    };
+    world.create_again("second");
+    world.job.spec.training = Some(serde_json::from_value(serde_json::json!({"seed": 7})).unwrap());
+    world.pass_preflight_with(same_rows);
+    assert_eq!(world.summary(), "False OutputExists");
+    insta::assert_snapshot!(world.message().replace(&published.run_id.0, "RUN"), @"spec.output.uri: s3://data/minimal holds a result of the same rows and model, made with other settings (by run RUN; they are in its finetune-manifest.json): choose another uri, or set output.overwrite: true to replace it");
+    world.create_again("third");
+    world.job.spec.output.overwrite = Some(true);
+    world.pass_preflight_with(same_rows);
+    assert_eq!(world.summary(), "Unknown Starting");
+}
+
+#[test]
+fn a_job_that_failed_on_bad_rows_trains_when_it_is_created_again() {
+    let mut world = World::new("  loraConfig: {}\n");
+    world.pass_preflight_with(|report| {
+        report.problems = vec![Problem {
+            reason: ProblemReason::InvalidDataset,
+            location: "train.jsonl:3".to_owned(),
+            message: "is not JSON".to_owned(),
+        }];
+    });
+    assert_eq!(world.summary(), "False InvalidDataset");
+    world.create_again("second");
+    world.pass_preflight();
+    world.settle();
+    assert_eq!(world.summary(), "Unknown Starting");
+}
+
+#[test]
+fn a_trainer_that_finds_its_inputs_published_ends_the_run_without_a_proof() {
+    let mut world = World::new("  loraConfig: {}\n");
+    world.pass_preflight();
+    world.settle();
+    let report = World::report(Outcome::AlreadyPublished {
+        kind: ArtifactKind::Adapter,
+        uri: "s3://bucket/out".to_owned(),
+        manifest_sha256: "0".repeat(64),
+        by: RunId("other-1".to_owned()),
+    });
+    world.end(Some(0), &report);
+    world.settle();
+    assert_eq!(world.summary(), "True AlreadyPublished");
+    insta::assert_snapshot!(world.message(), @"the same inputs are already published at s3://bucket/out (by run other-1); nothing was trained");
+}
+
+#[test]
+fn a_run_that_an_earlier_release_planned_keeps_its_id() {
+    let mut world = World::new("  loraConfig: {}\n");
+    world.pass_preflight();
+    world.settle();
+    // As it stored it: the id by name and manifest.
+    let plan = world.job.status.as_mut().unwrap().plan.as_mut().unwrap();
+    let stored = plan.run_config.replace(&plan.run_id, "minimal-813dde86");
+    assert_ne!(stored, plan.run_config);
+    (plan.run_id, plan.run_config) = ("minimal-813dde86".to_owned(), stored);
+    world.observed = Observed::default();
+    world.settle();
+    // A new try, of the new release, goes on from the checkpoints of the run.
+    assert_eq!(world.run_id(), "minimal-813dde86");
+    let told = world.job.status.as_ref().unwrap().plan.as_ref().unwrap().run_config.clone();
+    let config: RunConfig = parse(&told).unwrap();
+    assert_eq!(config.run_id.0, "minimal-813dde86");
+    assert!(config.checkpoints_uri.ends_with(".checkpoints/minimal-813dde86"));
+    world.wait(3);
+    world.settle();
+    world.succeed();
+    world.settle();
+    assert_eq!(world.summary(), "True Succeeded");
+}
+
+#[test]
+fn an_output_that_touches_an_input_makes_no_pod() {
+    for (output, overwrite) in [
+        ("s3://data", false),
+        ("s3://data/train.jsonl", true),
+        ("s3://data/train.jsonl/out/", true),
+    ] {
+        let mut world = World::new("");
+        world.job.spec.output.uri = output.to_owned();
+        world.job.spec.output.overwrite = Some(overwrite);
+        world.settle();
+        assert_eq!(world.summary(), "False InvalidSpec", "{output}");
+        assert!(world.observed.jobs.is_empty());
+        assert!(world.message().contains("spec.dataset.train"), "{}", world.message());
+    }
 }

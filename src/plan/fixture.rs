@@ -94,6 +94,7 @@ pub(crate) fn report(model: ModelFacts, memory_bytes: u64) -> PreflightReport {
         validation: None,
         overlapping_rows: 0,
         output: Some(OutputState::Vacant),
+        published: None,
         machine: Some(MachineFacts {
             cpu: "Test CPU".to_owned(),
             cores: 2,

@@ -19,12 +19,15 @@ pub mod sizing;
 
 use finetune_contract::{
     CONTRACT_VERSION, Device, Dtype, ExpectedData, LrScheduler, MachineFacts, ModelFacts,
-    Optimizer, OutputState, Parallelism, PreflightReport, Problem, ProblemReason, Recompute,
-    RunConfig, Strategy, TrainingSettings,
+    Optimizer, OutputState, Parallelism, PreflightReport, Problem, ProblemReason, PublishedResult,
+    Recompute, RunConfig, RunId, Strategy, TrainingSettings, artifact::MANIFEST_NAME,
+    decisive_settings, settings_text,
 };
 use serde::Serialize;
 
-use crate::api::{Fallback, FineTuneJob, OptimizerName, Precision, Recomputation, Scheduler};
+use crate::api::{
+    Fallback, FineTuneJob, OUTPUT, OptimizerName, Precision, Recomputation, Scheduler,
+};
 use accelerators::{Accelerator, Offer};
 use sizing::{Load, Memory};
 
@@ -59,6 +62,22 @@ pub struct RunPlan {
     pub accelerators: Vec<Offer>,
     /// What the preflight found worth saying.
     pub warnings: Vec<Problem>,
+    /// The result at the output, if it was made from this run's very inputs: there is nothing to train.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub already_published: Option<PublishedResult>,
+}
+
+impl RunPlan {
+    /// Says that there is nothing to train, if so.
+    pub fn nothing_to_train(&self) -> Option<String> {
+        let PublishedResult { run_id, .. } = self.already_published.as_ref()?;
+        Some(nothing_trained(&self.run_config.output.uri, run_id))
+    }
+}
+
+/// Says that a run of the same inputs published their result before.
+pub fn nothing_trained(uri: &str, by: &RunId) -> String {
+    format!("the same inputs are already published at {uri} (by run {by}); nothing was trained")
 }
 
 /// One value and its reason.
@@ -378,7 +397,9 @@ pub fn plan_over(
     };
     let all_sequences = length.total_sequences.unwrap_or(length.total_steps * global);
     let tokens = all_sequences as f64 * data.positions_per_sequence;
+    let already_published = published_before(report, &run_config).map_err(|other| vec![other])?;
     Ok(RunPlan {
+        already_published,
         checkpoint_bytes: trained * sizing::CHECKPOINT_BYTES,
         fallbacks: fallbacks::ladder(model, load, batch.accumulation, place.has_more()),
         seconds: seconds(machine.as_ref(), place.efficiency(), model, &load, tokens)
@@ -632,20 +653,42 @@ fn too_little_memory(
     )
 }
 
-/// Returns the problem of an output that holds another run's result, unless the preflight said it.
+/// Returns the problem of an output that holds a result of other inputs, unless the preflight said it.
 fn foreign_result(job: &FineTuneJob, report: &PreflightReport) -> Option<Problem> {
     let output = &job.spec.output;
-    let is_foreign = report.output == Some(OutputState::PublishedByAnotherRun)
+    let is_foreign = report.output == Some(OutputState::OtherInputs)
         && output.overwrite != Some(true)
         && report.problems.iter().all(|problem| problem.reason != ProblemReason::OutputExists);
     is_foreign.then(|| Problem {
         reason: ProblemReason::OutputExists,
-        location: "spec.output.uri".to_owned(),
+        location: OUTPUT.to_owned(),
         message: format!(
-            "{} holds the result of another run: choose another uri, or set output.overwrite: true to replace it",
+            "{} holds a result of other inputs: choose another uri, or set output.overwrite: true to replace it",
             output.uri
         ),
     })
+}
+
+/// Returns the result at the output if its settings are those of the run, too.
+fn published_before(
+    report: &PreflightReport,
+    config: &RunConfig,
+) -> Result<Option<PublishedResult>, Problem> {
+    let Some(published) = &report.published else { return Ok(None) };
+    let settings = settings_text(&decisive_settings(config));
+    let is_same = published.settings_sha256 == settings::sha256_hex(settings.as_bytes());
+    match (is_same, config.output.overwrite) {
+        (true, _) => Ok(Some(published.clone())),
+        (false, true) => Ok(None),
+        (false, false) => Err(Problem {
+            reason: ProblemReason::OutputExists,
+            location: OUTPUT.to_owned(),
+            message: format!(
+                "{} holds a result of the same rows and model, made with other settings (by run {}; they are in its {MANIFEST_NAME}): choose another uri, or set output.overwrite: true to replace it",
+                config.output.uri, published.run_id
+            ),
+        }),
+    }
 }
 
 /// Adds what only the plan can know: weights that will not stay in memory while training.

@@ -12,6 +12,12 @@ pub fn text(plan: &RunPlan) -> String {
         text.push('\n');
     };
     line(format!("Plan of {}", plan.run_config.run_id));
+    if let Some(found) = &plan.already_published {
+        line(format!(
+            "Already published by run {} from the same inputs: nothing would be trained",
+            found.run_id
+        ));
+    }
     for decision in &plan.decisions {
         line(row(decision));
     }

@@ -30,8 +30,29 @@ pub fn preflight_config(job: &FineTuneJob, measure_machine: bool) -> PreflightCo
     }
 }
 
-/// Names the run: the job's name and eight digits of what makes the result what it is.
+/// Names the run: the job's name and eight digits.
+///
+/// In a cluster the digits stand for the very object: its namespace, name and UID. A FineTuneJob that
+/// is deleted and created again is another run, and never shares checkpoints or results with the first
+/// or with a namesake in another namespace. A manifest on disk has no UID: there the digits stand for
+/// what the manifest says, so that the same command goes on with the run it began.
 pub fn run_id(job: &FineTuneJob) -> RunId {
+    let name = job.metadata.name.as_deref().unwrap_or("job");
+    let text = match &job.metadata.uid {
+        // No part can hold a slash.
+        Some(uid) => {
+            let namespace = job.metadata.namespace.as_deref().unwrap_or_default();
+            format!("{namespace}/{name}/{uid}")
+        }
+        None => canonical_spec(job),
+    };
+    let digest = Sha256::digest(text.as_bytes());
+    let digits = u32::from_be_bytes([digest[0], digest[1], digest[2], digest[3]]);
+    RunId(format!("{name}-{digits:08x}"))
+}
+
+/// Returns the one text of what a manifest says about the result.
+fn canonical_spec(job: &FineTuneJob) -> String {
     let spec = &job.spec;
     let mut canonical = serde_json::json!({
         "model": spec.model, "dataset": spec.dataset, "loraConfig": spec.lora_config,
@@ -47,10 +68,12 @@ pub fn run_id(job: &FineTuneJob) -> RunId {
     // Whether maps of serde_json keep the order of insertion is a feature any crate of the build may
     // turn on; the name of a run must not depend on it.
     canonical.sort_all_objects();
-    let digest = Sha256::digest(canonical.to_string().as_bytes());
-    let digits = u32::from_be_bytes([digest[0], digest[1], digest[2], digest[3]]);
-    let name = job.metadata.name.as_deref().unwrap_or("job");
-    RunId(format!("{name}-{digits:08x}"))
+    canonical.to_string()
+}
+
+/// Returns the SHA-256 of bytes in lower-case hexadecimal.
+pub(crate) fn sha256_hex(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 pub(super) fn model(spec: &FineTuneJobSpec) -> ModelSource {
@@ -143,5 +166,44 @@ pub(super) fn output(spec: &FineTuneJobSpec) -> OutputTarget {
         merge: output.merge.unwrap_or(false),
         overwrite: output.overwrite.unwrap_or(false),
         base_model_name: output.base_model_name.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::run_id;
+    use crate::manifest;
+
+    fn check(namespace: &str, name: &str, uid: Option<&str>) -> String {
+        let mut job = manifest::parse(include_str!("../../examples/minimal.yaml")).unwrap();
+        job.metadata.namespace = Some(namespace.to_owned());
+        job.metadata.name = Some(name.to_owned());
+        job.metadata.uid = uid.map(str::to_owned);
+        run_id(&job).0
+    }
+
+    #[test]
+    fn an_object_of_a_cluster_is_one_run_and_no_other_object_is_it() {
+        let first = check("team", "bot", Some("u-1"));
+        assert_eq!(check("team", "bot", Some("u-1")), first);
+        assert_ne!(check("team", "bot", Some("u-2")), first, "created again");
+        assert_ne!(check("other", "bot", Some("u-1")), first, "another namespace");
+        assert_ne!(check("team", "bot-2", Some("u-1")), first);
+        assert!(first.starts_with("bot-") && first.len() == "bot-".len() + 8, "{first}");
+    }
+
+    #[test]
+    fn a_manifest_on_disk_is_one_run_wherever_it_would_be_created() {
+        assert_eq!(check("team", "minimal", None), "minimal-c475808c");
+        assert_eq!(check("other", "minimal", None), "minimal-c475808c");
+    }
+
+    #[test]
+    fn a_manifest_that_was_read_from_a_cluster_is_no_run_of_the_cluster() {
+        let text = include_str!("../../examples/minimal.yaml");
+        let read = text.replace("metadata:", "metadata:\n  uid: u-1");
+        let read =
+            manifest::parse(&read.replace("metadata:\n  uid: u-1 {", "metadata: {uid: u-1, "));
+        assert_eq!(run_id(&read.unwrap()).0, "minimal-c475808c");
     }
 }

@@ -12,6 +12,7 @@
 #![allow(unreachable_pub, reason = "modules of a test binary share items by `pub`")]
 
 mod admission;
+mod again;
 mod bed;
 mod crashes;
 mod devices;

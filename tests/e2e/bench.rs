@@ -54,8 +54,13 @@ impl Bench {
         let trainer = [beside, release].into_iter().find(|path| path.is_file());
         let trainer = needed(trainer, "target/release/finetune-trainer is not built")?;
         // Threads of a math library wait by spinning, and many tests run at once.
-        let environment = vec![("OMP_NUM_THREADS".to_owned(), "1".to_owned())];
-        let bench = Self { directory: tempfile::tempdir().unwrap(), trainer, environment };
+        let directory = tempfile::tempdir().unwrap();
+        let state = directory.path().join("state").display().to_string();
+        let environment = vec![
+            ("OMP_NUM_THREADS".to_owned(), "1".to_owned()),
+            ("XDG_STATE_HOME".to_owned(), state),
+        ];
+        let bench = Self { directory, trainer, environment };
         model::write(&bench.path("model"));
         bench.write_rows("train.jsonl", 0..12);
         Some(bench)

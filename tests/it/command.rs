@@ -2,11 +2,15 @@
 
 use std::{
     fs,
-    os::unix::fs::PermissionsExt,
+    io::{BufRead, BufReader},
+    os::unix::{fs::PermissionsExt, process::CommandExt},
     path::Path,
-    process::{Command, Output},
+    process::{Command, Output, Stdio},
+    time::{Duration, Instant},
 };
 
+use finetune_contract::{RunConfig, decisive_settings, settings_text};
+use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 const MINIMAL: &str = include_str!("../../examples/minimal.yaml");
@@ -48,16 +52,23 @@ fn put_trainer(directory: &Path, script: &str) {
 }
 
 /// Runs a command on a directory's manifest, with its trainer.
-fn run_in(directory: &Path, command: &str) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_finetune"))
-        .args([command, "-f", "job.yaml", "--work-dir", "work", "--trainer"])
-        .arg(directory.join("trainer"))
-        .current_dir(directory)
-        .output()
-        .unwrap()
+fn run_in(directory: &Path, command: &[&str]) -> Output {
+    command_in(directory, command, "work").output().unwrap()
+}
+
+fn command_in(directory: &Path, arguments: &[&str], work_dir: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_finetune"));
+    command.args(arguments).args(["-f", "job.yaml", "--work-dir", work_dir, "--trainer"]);
+    command.arg(directory.join("trainer")).current_dir(directory);
+    command.env("XDG_STATE_HOME", directory.join("state"));
+    command
 }
 
 fn finetune(command: &str, manifest: &str, trainer: Option<&Trainer>) -> (Output, TempDir) {
+    finetune_with(&[command], manifest, trainer)
+}
+
+fn finetune_with(command: &[&str], manifest: &str, trainer: Option<&Trainer>) -> (Output, TempDir) {
     let directory = tempfile::tempdir().unwrap();
     let path = |name: &str| directory.path().join(name);
     fs::write(path("job.yaml"), manifest).unwrap();
@@ -199,14 +210,55 @@ error: preflight report has contract version 2, but this build reads only versio
     "#);
 }
 
+/// Returns the preflight's report of a job whose rows and model were published with some settings.
+fn published_with(settings_sha256: &str) -> String {
+    let published = format!(
+        r#""output":"publishedByThisRun","published":{{"runId":"earlier-1","kind":"FullModel","manifestSha256":"cd","settingsSha256":"{settings_sha256}","step":40}}}}"#
+    );
+    PREFLIGHT.replace(r#""output":"vacant"}"#, &published)
+}
+
 #[test]
-fn does_nothing_when_the_result_is_published() {
-    let report = PREFLIGHT.replace("vacant", "publishedByThisRun");
+fn trains_nothing_when_the_same_inputs_are_published() {
+    // What it would train with, from the plan itself.
+    let trainer = Trainer { preflight: (PREFLIGHT, 0), train: ("", 70) };
+    let (planned, _) = finetune_with(&["plan", "-o", "json"], MINIMAL, Some(&trainer));
+    let plan: serde_json::Value = serde_json::from_slice(&planned.stdout).unwrap();
+    let config: RunConfig = serde_json::from_value(plan["runConfig"].clone()).unwrap();
+    let settings = settings_text(&decisive_settings(&config));
+    let digest = Sha256::digest(settings.as_bytes());
+    let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    let report = published_with(&digest);
     let trainer = Trainer { preflight: (&report, 0), train: ("", 70) };
     insta::assert_snapshot!(check("run", MINIMAL, Some(&trainer)), @r#"
 exit 0
-file:///data/minimal already holds this run's result; nothing to do
-    "#);
+the same inputs are already published at file:///data/minimal (by run earlier-1); nothing was trained
+"#);
+    // Not with other settings, unless told to replace them.
+    let report = published_with("0");
+    let trainer = Trainer { preflight: (&report, 0), train: (SUCCEEDED, 0) };
+    insta::assert_snapshot!(check("run", MINIMAL, Some(&trainer)), @r#"
+exit 78
+error: the run cannot start:
+  spec.output.uri: file:///data/minimal holds a result of the same rows and model, made with other settings (by run earlier-1; they are in its finetune-manifest.json): choose another uri, or set output.overwrite: true to replace it
+"#);
+    let overwrite =
+        MINIMAL.replace("file:///data/minimal}", "file:///data/minimal, overwrite: true}");
+    assert_ne!(overwrite, MINIMAL);
+    let shown = check("run", &overwrite, Some(&trainer));
+    assert!(shown.starts_with("exit 0\npublished "), "{shown}");
+}
+
+#[test]
+fn says_what_the_trainer_found_published() {
+    let outcome = r#"{"result":"alreadyPublished","kind":"FullModel","uri":"file:///data/minimal","manifestSha256":"cd","by":"earlier-1"}"#;
+    let report = ended_by(outcome);
+    let trainer = Trainer { preflight: (PREFLIGHT, 0), train: (&report, 0) };
+    insta::assert_snapshot!(check("run", MINIMAL, Some(&trainer)), @r#"
+exit 0
+the same inputs are already published at file:///data/minimal (by run earlier-1); nothing was trained
+step 1/40  training  loss 2.500
+"#);
 }
 
 #[test]
@@ -216,7 +268,7 @@ fn refuses_to_replace_another_runs_result() {
     insta::assert_snapshot!(check("run", MINIMAL, Some(&trainer)), @r#"
 exit 78
 error: the run cannot start:
-  spec.output.uri: file:///data/minimal holds the result of another run: choose another uri, or set output.overwrite: true to replace it
+  spec.output.uri: file:///data/minimal holds a result of other inputs: choose another uri, or set output.overwrite: true to replace it
     "#);
 }
 
@@ -257,7 +309,7 @@ fn run_in_little_memory(fitting: &[u32]) -> (Output, TempDir) {
         if fitting.is_empty() { "none".to_owned() } else { fitting.join("|") },
     );
     put_trainer(directory.path(), &script);
-    (run_in(directory.path(), "run"), directory)
+    (run_in(directory.path(), &["run"]), directory)
 }
 
 /// Returns what was said after the plan.
@@ -318,7 +370,7 @@ fn survives_the_first_interrupt_and_waits_for_the_trainer() {
         directory.path().display()
     );
     put_trainer(directory.path(), &script);
-    let output = run_in(directory.path(), "run");
+    let output = run_in(directory.path(), &["run"]);
     let errors = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(75), "{errors}");
     assert!(errors.ends_with("step 7 is saved. Run the same command again to go on\n"), "{errors}");
@@ -339,7 +391,7 @@ fn passes_an_interrupt_on_that_only_the_command_was_sent() {
              for i in $(seq 100); do sleep 0.05; done\n"
         );
         put_trainer(directory.path(), &script);
-        let output = run_in(directory.path(), "run");
+        let output = run_in(directory.path(), &["run"]);
         assert_eq!(output.status.code(), Some(75), "{}", String::from_utf8_lossy(&output.stderr));
         assert!(path("told").exists(), "SIG{signal} did not reach the trainer");
     }
@@ -362,4 +414,87 @@ fn ends_with_the_status_of_what_the_user_must_mend() {
     assert_eq!(status(&["PermissionDenied"]), Some(77));
     assert_eq!(status(&["InvalidSpec"]), Some(78));
     assert_eq!(status(&["Unavailable", "InvalidDataset"]), Some(65));
+}
+
+/// Starts a run whose trainer trains until a file `go` appears; returns once it trains.
+fn start_slow_run(directory: &Path) -> std::process::Child {
+    fs::write(directory.join("job.yaml"), MINIMAL).unwrap();
+    fs::write(directory.join("preflight.json"), PREFLIGHT).unwrap();
+    fs::write(directory.join("train.json"), SUCCEEDED).unwrap();
+    let script = format!(
+        "#!/bin/sh\ncp {here}/$1.json \"$5\"\n[ $1 = train ] || exit 0\necho begun >> {here}/begun\nwhile [ ! -e {here}/go ]; do sleep 0.02; done\necho ended >> {here}/begun\n",
+        here = directory.display(),
+    );
+    put_trainer(directory, &script);
+    let mut command = command_in(directory, &["run"], "work");
+    command.process_group(0).stdout(Stdio::null()).stderr(Stdio::null());
+    let child = command.spawn().unwrap();
+    wait_until("it trains", || directory.join("begun").exists());
+    child
+}
+
+fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_mins(1);
+    while !is_so() {
+        assert!(Instant::now() < deadline, "waited too long until {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn a_second_run_of_a_job_waits_for_the_first_and_says_so() {
+    // By the work directory; and, with another one, by the output.
+    for work_dir in ["work", "another"] {
+        let directory = tempfile::tempdir().unwrap();
+        let here = directory.path();
+        let mut first = start_slow_run(here);
+        let mut command = command_in(here, &["run"], work_dir);
+        let second = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn();
+        let mut second = second.unwrap();
+        let mut lines = BufReader::new(second.stderr.take().unwrap()).lines();
+        let line = lines.next().unwrap().unwrap();
+        let what =
+            if work_dir == "work" { "work directory" } else { "output, file:///data/minimal" };
+        let expected = format!(
+            "waiting for another `finetune run` with the same {what} (process {})",
+            first.id()
+        );
+        assert_eq!(line, expected);
+        fs::write(here.join("go"), "").unwrap();
+        assert!(first.wait().unwrap().success());
+        lines.for_each(drop);
+        assert!(second.wait().unwrap().success());
+        let begun = fs::read_to_string(here.join("begun")).unwrap();
+        assert_eq!(begun, "begun\nended\nbegun\nended\n", "one after the other");
+    }
+}
+
+#[test]
+fn a_killed_run_is_waited_for_no_longer_than_its_trainer_lives() {
+    let directory = tempfile::tempdir().unwrap();
+    let here = directory.path();
+    // The command alone is killed: its trainer still writes to the output.
+    let mut first = start_slow_run(here);
+    first.kill().unwrap();
+    first.wait().unwrap();
+    let mut second = command_in(here, &["run"], "another");
+    second.process_group(0).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut second = second.spawn().unwrap();
+    let mut lines = BufReader::new(second.stderr.take().unwrap()).lines();
+    let line = lines.next().unwrap().unwrap();
+    assert!(line.starts_with("waiting for another `finetune run`"), "{line}");
+    fs::write(here.join("go"), "").unwrap();
+    wait_until("the second has run", || second.try_wait().is_ok_and(|status| status.is_some()));
+
+    // With its trainer: what it locked is free at once.
+    fs::remove_file(here.join("go")).unwrap();
+    fs::remove_file(here.join("begun")).unwrap();
+    let mut third = start_slow_run(here);
+    let group = format!("-{}", third.id());
+    assert!(Command::new("kill").args(["-KILL", "--", &group]).status().unwrap().success());
+    third.wait().unwrap();
+    fs::write(here.join("go"), "").unwrap();
+    let ran = run_in(here, &["run"]);
+    let said = String::from_utf8_lossy(&ran.stderr);
+    assert!(ran.status.success() && !said.contains("waiting"), "{said}");
 }

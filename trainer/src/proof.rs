@@ -3,9 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use finetune_contract::{
-    ArtifactKind, Dtype, FailureReason, Manifest, Outcome, Proof, RunConfig, Strategy, render,
-};
+use finetune_contract::{ArtifactKind, Dtype, FailureReason, Manifest, Proof, RunConfig, Strategy};
 use tch::{Device, Kind, Tensor};
 
 use crate::{
@@ -14,7 +12,7 @@ use crate::{
     model::{Model, adapter, attach::Attachment, read_config, weights::Checkpoint},
     recipe::{Host, fresh_directory},
     seed::Counter,
-    store::{self, Store, publish, sha256_hex},
+    store::{self, Store, publish},
     train::Split,
 };
 
@@ -145,7 +143,8 @@ pub fn read_back(
     })
 }
 
-/// Proves a result that this run published on an earlier attempt.
+/// Reads back a result that was published before: by an earlier attempt, or by another run of the same
+/// inputs.
 ///
 /// What was trained is gone, so only the bytes and that the result loads can be shown.
 ///
@@ -155,12 +154,11 @@ pub fn of_published(
     config: &RunConfig,
     host: &Host<'_>,
     output: &Store,
+    manifest: &Manifest,
     base: &Path,
-) -> Result<(Outcome, u64), Failure> {
-    let manifest = publish::read_manifest(output)?
-        .ok_or_else(|| not_proven(config, "its manifest disappeared while it was read"))?;
+) -> Result<Proof, Failure> {
     let directory = fresh_directory(host, "readback")?;
-    let bytes = fetch_verified(output, &manifest, &directory)?;
+    let bytes = fetch_verified(output, manifest, &directory)?;
     let tokens: Vec<u32> = (0..16).collect();
     let dtype = config.training.dtype;
     // One after the other: the plan has room for one.
@@ -172,20 +170,12 @@ pub fn of_published(
     let base_logits = load_frozen(base, dtype, device)?.logits(&tokens);
     let max_logit_change = largest_difference(&logits, &base_logits);
     let _ = std::fs::remove_dir_all(&directory);
-    let manifest_sha256 = sha256_hex(render(&manifest).as_bytes());
-    let proof = Proof {
+    Ok(Proof {
         files: manifest.files.len() as u32,
         bytes,
         max_logit_change,
         loss_trained_and_reloaded: None,
-    };
-    let outcome = Outcome::Succeeded {
-        kind: manifest.kind,
-        uri: config.output.uri.clone(),
-        manifest_sha256,
-        proof,
-    };
-    Ok((outcome, manifest.step))
+    })
 }
 
 /// Fetches a result; bytes that are not what its manifest says are no proof.

@@ -9,8 +9,8 @@ use std::{
 };
 
 use finetune_contract::{
-    ArtifactKind, CONTRACT_VERSION, Dtype, FailureReason, Manifest, ModelSource, ObjectUri,
-    Outcome, OutputState, RunConfig, Stage, artifact::MANIFEST_NAME,
+    ArtifactKind, CONTRACT_VERSION, Dtype, FailureReason, InputDigests, Manifest, ModelSource,
+    ObjectUri, Outcome, Proof, RunConfig, Stage, artifact::MANIFEST_NAME, decisive_settings,
 };
 use tch::Device;
 use tracing::{info, warn};
@@ -21,14 +21,17 @@ use crate::{
     dist::Ranks,
     export::{self, Export},
     failure::Failure,
-    import,
+    import, inputs,
     model::{Division, Model, adapter, attach::Attachment, read_config},
     ops,
     optimizer::AdamW,
     progress::Teller,
     proof::{self, Probe},
     seed::Counter,
-    store::{Environment, Role, Store, publish},
+    store::{
+        self, Environment, Role, Store,
+        publish::{self, Found, Published},
+    },
     train::{Ended, Split, Training},
 };
 
@@ -60,21 +63,21 @@ pub fn run(
     teller: &mut Teller<'_>,
 ) -> Result<Option<Outcome>, Failure> {
     let ranks = &host.ranks;
-    // A result that is already there is either this run's, and then the work is done, or another's.
+    // A result of the same inputs may be there already, and then there is nothing to train.
+    inputs::refuse_overlap(config)?;
     let output = open(&config.output.uri, Role::Output, host)?;
-    match publish::output_state(&output, &config.run_id)? {
-        OutputState::Vacant => {}
-        OutputState::PublishedByThisRun => {
-            if !ranks.is_first() {
-                return Ok(None);
-            }
-            let base = fetch_model(&config.model, host)?;
-            let (outcome, step) = proof::of_published(config, host, &output, &base)?;
-            teller.done_before(step);
-            return Ok(Some(outcome));
-        }
-        OutputState::PublishedByAnotherRun if config.output.overwrite => {}
-        OutputState::PublishedByAnotherRun => return Err(belongs_to_another(config)),
+    let made_from = identify_inputs(config, host)?;
+    let found = match &made_from {
+        Some(inputs) => find_published(config, &output, inputs)?,
+        None => None,
+    };
+    ranks.wait_for_all("compared")?;
+    if ranks.any(found.is_some())? {
+        let Some(published) = found else { return Ok(None) };
+        let base = fetch_model(&config.model, host)?;
+        let proof = proof::of_published(config, host, &output, &published.manifest, &base)?;
+        teller.done_before(published.manifest.step);
+        return Ok(Some(published_before(config, *published, proof)));
     }
     let base = fetch_model_for_all(&config.model, host)?;
 
@@ -92,7 +95,7 @@ pub fn run(
     let optimizer =
         AdamW::new(model.trained(), config.training.optimizer, config.training.weight_decay);
     let store = open(&config.checkpoints_uri, Role::Output, host)?;
-    let checkpoints = Checkpoints::new(store, host.work_dir, config, &model);
+    let checkpoints = Checkpoints::new(store, host.work_dir, config, made_from.clone(), &model);
     let mut training = Training {
         config,
         model,
@@ -130,7 +133,7 @@ pub fn run(
     let export = Export { config, base: &base, training: &training, step };
     let kind = export::write(&export, &directory)?;
     teller.stage(Stage::Publishing);
-    let manifest = manifest(config, kind, step);
+    let manifest = manifest(config, made_from, kind, step);
     let published = publish::publish(&output, &directory, manifest, config.output.overwrite)?;
     // What is read back are the published files, and there is no room for both.
     let _ = std::fs::remove_dir_all(&directory);
@@ -330,7 +333,48 @@ fn take_best(training: &mut Training<'_>) -> Result<u64, Failure> {
     }
 }
 
-fn manifest(config: &RunConfig, kind: ArtifactKind, step: u64) -> Manifest {
+/// Identifies what the run reads before it is read; rank 0 does it for all.
+fn identify_inputs(config: &RunConfig, host: &Host<'_>) -> Result<Option<InputDigests>, Failure> {
+    if !host.ranks.is_first() {
+        return Ok(None);
+    }
+    inputs::of_run(config, host.environment).map(Some)
+}
+
+/// Returns the result of the same inputs at the output, if there is one.
+fn find_published(
+    config: &RunConfig,
+    output: &Store,
+    inputs: &InputDigests,
+) -> Result<Option<Box<Published>>, Failure> {
+    let kind = ArtifactKind::Adapter; // It follows from the settings, which are compared.
+    let here = manifest(config, Some(inputs.clone()), kind, 0);
+    match publish::find(output, &here, config.attempt > 0)? {
+        Found::Same(published) => Ok(Some(published)),
+        Found::Vacant => Ok(None),
+        Found::Other(_) if config.output.overwrite => Ok(None),
+        Found::Other(holds) => {
+            Err(store::Error::OutputExists { uri: config.output.uri.clone(), holds }.into())
+        }
+    }
+}
+
+/// Says how a run ended that found its result: an earlier attempt of its own made it, or another run.
+fn published_before(config: &RunConfig, published: Published, proof: Proof) -> Outcome {
+    let Published { manifest, manifest_sha256 } = published;
+    let (kind, uri) = (manifest.kind, config.output.uri.clone());
+    if manifest.run_id == config.run_id && config.attempt > 0 {
+        return Outcome::Succeeded { kind, uri, manifest_sha256, proof };
+    }
+    Outcome::AlreadyPublished { kind, uri, manifest_sha256, by: manifest.run_id }
+}
+
+fn manifest(
+    config: &RunConfig,
+    inputs: Option<InputDigests>,
+    kind: ArtifactKind,
+    step: u64,
+) -> Manifest {
     Manifest {
         version: CONTRACT_VERSION,
         run_id: config.run_id.clone(),
@@ -338,6 +382,8 @@ fn manifest(config: &RunConfig, kind: ArtifactKind, step: u64) -> Manifest {
         generator: concat!("finetune-trainer ", env!("CARGO_PKG_VERSION")).to_owned(),
         base_model: config.model.clone(),
         train_sha256: config.expected.train_sha256.clone(),
+        inputs,
+        settings: Some(decisive_settings(config)),
         step,
         files: Vec::new(),
     }
@@ -350,14 +396,6 @@ fn withdraw(output: &Store, failure: &Failure) {
     {
         warn!(%error, "an unproven result could not be withdrawn");
     }
-}
-
-fn belongs_to_another(config: &RunConfig) -> Failure {
-    let message = format!(
-        "{} holds the result of another run: choose another output.uri, or set output.overwrite to true to replace it",
-        config.output.uri
-    );
-    Failure::new(FailureReason::OutputExists, message)
 }
 
 /// Makes an empty directory of the run's scratch space.

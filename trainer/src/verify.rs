@@ -211,6 +211,8 @@ mod tests {
             generator: "a test".to_owned(),
             base_model: ModelSource { uri: base_uri.to_owned(), revision: None },
             train_sha256: "0".repeat(64),
+            inputs: None,
+            settings: None,
             step: 3,
             files: Vec::new(),
         };

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use finetune_contract::{
-    CONTRACT_VERSION, Document, FailureReason, LoraSettings, ModelSource, ObjectUri, RunConfig,
-    RunId,
+    CONTRACT_VERSION, Document, FailureReason, InputDigests, LoraSettings, ModelSource, ObjectUri,
+    RunConfig, RunId,
     artifact::{CHECKPOINT_MANIFEST_NAME, checkpoint_name, checkpoint_step},
     parse, render,
 };
@@ -30,6 +30,10 @@ pub(super) struct CheckpointManifest {
     /// The base model; it and the next two are absent in what was written before they were there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) model: Option<ModelSource>,
+    /// What identified the bytes of the base model and of what training started from; absent in what
+    /// earlier releases wrote.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    inputs: Option<InputDigests>,
     /// The adapter's shape; absent if all of the model is trained.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) lora: Option<LoraSettings>,
@@ -123,6 +127,8 @@ pub(super) struct Archive {
     run_id: RunId,
     settings_sha256: String,
     model: ModelSource,
+    /// Known to rank 0, which compares them for all.
+    inputs: Option<InputDigests>,
     lora: Option<LoraSettings>,
     trained: u64,
     keep: usize,
@@ -130,12 +136,18 @@ pub(super) struct Archive {
 
 impl Archive {
     /// Opens the checkpoints of a run of so many trained parameters.
-    pub(super) fn new(store: Store, config: &RunConfig, trained: u64) -> Self {
+    pub(super) fn new(
+        store: Store,
+        config: &RunConfig,
+        inputs: Option<InputDigests>,
+        trained: u64,
+    ) -> Self {
         Self {
             store,
             run_id: config.run_id.clone(),
             settings_sha256: settings_sha256(config),
             model: config.model.clone(),
+            inputs,
             lora: config.lora.clone(),
             trained,
             keep: config.training.num_checkpoints_to_keep.max(1) as usize,
@@ -182,6 +194,7 @@ impl Archive {
             run_id: self.run_id.clone(),
             settings_sha256: self.settings_sha256.clone(),
             model: Some(self.model.clone()),
+            inputs: self.inputs.clone(),
             lora: self.lora.clone(),
             trained: Some(self.trained),
             state: state.clone(),
@@ -247,6 +260,17 @@ impl Archive {
                 "the checkpoint {} was written with other data or settings than this run's: delete {} to start over, \
                  or restore what was changed",
                 self.uri(name),
+                self.store.uri(),
+            );
+            return Err(Failure::new(FailureReason::CheckpointMismatch, message));
+        }
+        if let (Some(there), Some(here)) = (&manifest.inputs, &self.inputs)
+            && there != here
+        {
+            let message = format!(
+                "the checkpoint {} was written from other inputs (different are {}): delete {} to start over, or restore what was changed",
+                self.uri(name),
+                there.differences(here).join(", "),
                 self.store.uri(),
             );
             return Err(Failure::new(FailureReason::CheckpointMismatch, message));
@@ -388,7 +412,7 @@ fn settings_sha256(config: &RunConfig) -> String {
 mod tests {
     use std::sync::Arc;
 
-    use finetune_contract::{ModelSource, ObjectUri, RunId};
+    use finetune_contract::{FailureReason, InputDigests, ModelSource, ObjectUri, RunId};
     use sha2::{Digest, Sha256};
 
     use super::{Archive, Share, Snapshot, StateFile, TrainState};
@@ -401,6 +425,7 @@ mod tests {
             run_id: RunId("a-1".to_owned()),
             settings_sha256: String::new(),
             model: ModelSource { uri: "file:///base".to_owned(), revision: None },
+            inputs: None,
             lora: None,
             trained: 1,
             keep,
@@ -471,6 +496,33 @@ mod tests {
         assert!(fetched(r#""files": []"#).is_none());
         assert!(fetched(r#""files": [], "isDivided": true"#).is_none());
         assert!(fetched(&format!(r#""files": [{file}, {file}]"#)).is_none());
+    }
+
+    #[test]
+    fn a_checkpoint_of_a_model_that_was_replaced_since_is_not_gone_on_from() {
+        let of_model = |archive: &Archive, sha256: &str| Archive {
+            inputs: Some(InputDigests {
+                train_sha256: "1".to_owned(),
+                validation_sha256: None,
+                model_sha256: sha256.to_owned(),
+                initial_sha256: None,
+            }),
+            ..archive.clone()
+        };
+        let unknown = archive(1);
+        let first = of_model(&unknown, "2");
+        let directory = tempfile::tempdir().unwrap();
+        let fetched =
+            |archive: &Archive| archive.fetch("step-00000004", PARTS[1], directory.path());
+        complete(&first, 4);
+        assert!(fetched(&first).unwrap().is_some());
+        assert!(fetched(&unknown).unwrap().is_some(), "another rank, which rank 0 compares for");
+        let Err(refused) = fetched(&of_model(&unknown, "3")) else { panic!("it was taken") };
+        assert_eq!(refused.reason, FailureReason::CheckpointMismatch);
+        assert!(refused.message.contains("the files of model.uri"), "{}", refused.message);
+        // One of an earlier release says nothing.
+        complete(&unknown, 4);
+        assert!(fetched(&first).unwrap().is_some());
     }
 
     #[test]

@@ -24,7 +24,7 @@ use std::{
 };
 
 use finetune_contract::{
-    FailureReason, RunConfig, StoppedEarly,
+    FailureReason, InputDigests, RunConfig, StoppedEarly,
     artifact::{checkpoint_name, checkpoint_step},
 };
 use serde::{Deserialize, Serialize};
@@ -130,9 +130,15 @@ struct Begun {
 
 impl Checkpoints {
     /// Opens the checkpoints of a run; files pass through `scratch`.
-    pub fn new(store: Store, scratch: &Path, config: &RunConfig, model: &Model) -> Self {
+    pub fn new(
+        store: Store,
+        scratch: &Path,
+        config: &RunConfig,
+        inputs: Option<InputDigests>,
+        model: &Model,
+    ) -> Self {
         Self {
-            archive: Archive::new(store, config, model.trained_parameters() as u64),
+            archive: Archive::new(store, config, inputs, model.trained_parameters() as u64),
             scratch: scratch.to_owned(),
             is_copied: config.lora.is_some(),
             room: Room::default(),

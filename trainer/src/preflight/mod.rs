@@ -13,19 +13,28 @@ use std::path::Path;
 
 use finetune_contract::{
     CONTRACT_VERSION, DatasetCensus, FailureReason, ModelFacts, ObjectUri, OnInvalidRow,
-    OnOverflow, OutputState, PreflightConfig, PreflightReport, Problem, ProblemReason, Split,
+    OnOverflow, OutputState, PreflightConfig, PreflightReport, Problem, ProblemReason,
+    PublishedResult, Split, settings_text,
 };
 
 use crate::{
     data::{RowSources, Tokenizer, census, rows::Read},
     failure::Failure,
-    store::{self, Environment, Role, Store, publish},
+    inputs,
+    store::{
+        self, Environment, Role, Store,
+        publish::{self, Found, Published},
+        sha256_hex,
+    },
 };
 
 /// Problems shown in full; all are counted.
 const SHOWN: usize = 20;
 /// Names of files shown.
 const SHOWN_FILES: usize = 8;
+
+/// The field of the output.
+const OUTPUT: &str = "spec.output.uri";
 
 /// Checks a run.
 pub fn run(
@@ -50,7 +59,8 @@ pub fn run(
         train = counted.map(|counted| counted.census);
         validation = held_out.map(|counted| counted.census);
     }
-    let output = check_output(config, environment, &mut findings);
+    let rows = train.as_ref().map(|train| (train, validation.as_ref()));
+    let (output, published) = check_output(config, rows, environment, &mut findings);
     PreflightReport {
         version: CONTRACT_VERSION,
         run_id: config.run_id.clone(),
@@ -62,6 +72,7 @@ pub fn run(
         validation,
         overlapping_rows,
         output,
+        published,
         machine: Some(machine::facts(config.measure_machine)),
     }
 }
@@ -307,27 +318,71 @@ impl SplitCheck<'_> {
     }
 }
 
+/// Checks that a result can be written, and what is there already.
 fn check_output(
     config: &PreflightConfig,
+    rows: Option<(&DatasetCensus, Option<&DatasetCensus>)>,
     environment: &Environment,
     findings: &mut Findings,
-) -> Option<OutputState> {
-    let location = "spec.output.uri";
-    let store = open(&config.output.uri, None, Role::Output, environment, location, findings)?;
-    let state = store.probe_write().and_then(|()| publish::output_state(&store, &config.run_id));
-    match state {
-        Ok(OutputState::PublishedByAnotherRun) if !config.output.overwrite => {
-            let message = format!(
-                "{} holds the result of another run: choose another output.uri, or set output.overwrite to true to replace it",
-                config.output.uri
-            );
-            findings.problem(ProblemReason::OutputExists, location, message);
-            Some(OutputState::PublishedByAnotherRun)
+) -> (Option<OutputState>, Option<PublishedResult>) {
+    let overlaps = inputs::overlaps(config);
+    if !overlaps.is_empty() {
+        // Nothing is written there, not even to try.
+        for message in overlaps {
+            findings.problem(ProblemReason::InvalidSpec, OUTPUT, message);
         }
-        Ok(state) => Some(state),
-        Err(error) => {
-            findings.store_problem(location, &error);
-            None
+        return (None, None);
+    }
+    let opened = open(&config.output.uri, None, Role::Output, environment, OUTPUT, findings);
+    let Some(store) = opened else { return (None, None) };
+    if let Err(error) = store.probe_write() {
+        findings.store_problem(OUTPUT, &error);
+        return (None, None);
+    }
+    match compare_output(config, &store, rows, environment) {
+        Err(failure) => {
+            findings.failure(OUTPUT, &failure);
+            (None, None)
+        }
+        Ok(Found::Vacant) => (Some(OutputState::Vacant), None),
+        Ok(Found::Same(published)) => {
+            let result = result(*published);
+            (Some(OutputState::SameInputs), result)
+        }
+        Ok(Found::Other(holds)) => {
+            if !config.output.overwrite {
+                let uri = config.output.uri.clone();
+                findings.store_problem(OUTPUT, &store::Error::OutputExists { uri, holds });
+            }
+            (Some(OutputState::OtherInputs), None)
         }
     }
+}
+
+/// Compares a result that is at the output with what this run reads.
+fn compare_output(
+    config: &PreflightConfig,
+    store: &Store,
+    rows: Option<(&DatasetCensus, Option<&DatasetCensus>)>,
+    environment: &Environment,
+) -> Result<Found, Failure> {
+    // Without rows there is nothing to compare, and why there are none is said already. Without a
+    // result the inputs need not be read.
+    let (Some((train, validation)), true) = (rows, publish::is_there(store)?) else {
+        return Ok(Found::Vacant);
+    };
+    let validation = validation.map(|census| census.sha256.as_str());
+    let here = inputs::digests(config.into(), &train.sha256, validation, environment)?;
+    Ok(publish::find_of_inputs(store, &here)?)
+}
+
+fn result(published: Published) -> Option<PublishedResult> {
+    let Published { manifest, manifest_sha256 } = published;
+    Some(PublishedResult {
+        run_id: manifest.run_id,
+        kind: manifest.kind,
+        manifest_sha256,
+        settings_sha256: sha256_hex(settings_text(&manifest.settings?).as_bytes()),
+        step: manifest.step,
+    })
 }

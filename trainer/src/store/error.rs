@@ -2,7 +2,7 @@
 
 use std::{error::Error as StdError, io, path::Path};
 
-use finetune_contract::{FailureReason, ProblemReason, RunId};
+use finetune_contract::{FailureReason, ProblemReason};
 
 use crate::failure::{Failure, chain};
 
@@ -74,15 +74,15 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
-    /// The output holds a result that is not this run's.
+    /// The output holds a result that was not made from this run's inputs.
     #[error(
-        "{uri} already holds the result of run {run_id}: choose another output.uri, or set output.overwrite: true to replace it"
+        "{uri} already holds {holds}: choose another output.uri, or set output.overwrite: true to replace it"
     )]
     OutputExists {
         /// The output.
         uri: String,
-        /// The run whose result it is, or a note that its manifest cannot be read.
-        run_id: String,
+        /// What it holds, and how it differs.
+        holds: String,
     },
 }
 
@@ -211,11 +211,6 @@ impl Error {
                 Self::Unavailable { action, uri, detail }
             }
         }
-    }
-
-    /// Says that another run's result is at the output.
-    pub(super) fn output_exists(uri: String, run_id: &RunId) -> Self {
-        Self::OutputExists { uri, run_id: run_id.to_string() }
     }
 }
 

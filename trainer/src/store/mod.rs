@@ -10,6 +10,7 @@
 mod environment;
 mod error;
 pub mod hub;
+mod identity;
 mod model_cache;
 mod objects;
 pub mod publish;
@@ -32,7 +33,8 @@ use object_store::{
 
 pub use environment::{Environment, Role};
 pub use error::Error;
-pub use model_cache::fetch_model;
+pub use identity::identity;
+pub use model_cache::{fetch_model, is_model_file};
 pub use objects::PVC_ROOT;
 pub use transfer::{PART_BYTES, file_parts, hash_file, sha256_hex};
 

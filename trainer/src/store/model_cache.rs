@@ -53,7 +53,7 @@ pub fn fetch_model(store: &Store, cache: &Path) -> Result<PathBuf, Error> {
 }
 
 /// Tells whether training or publishing reads the file; weights in other formats are not wanted.
-fn is_model_file(path: &str) -> bool {
+pub fn is_model_file(path: &str) -> bool {
     const NAMES: [&str; 12] = [
         "config.json",
         "generation_config.json",

@@ -13,7 +13,7 @@ use std::{
 
 use bytes::Bytes;
 use finetune_contract::{
-    Manifest, ManifestFile, OutputState, RunId, artifact::MANIFEST_NAME, parse, render,
+    Comparison, InputDigests, Manifest, ManifestFile, artifact::MANIFEST_NAME, parse, render,
 };
 
 use super::{
@@ -39,16 +39,84 @@ impl Published {
     }
 }
 
-/// Tells whose result is at the output.
+/// What a run finds at its output.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Found {
+    /// Nothing that counts: no manifest, or one of the same inputs whose files are not all there.
+    Vacant,
+    /// A complete result of the same inputs.
+    Same(Box<Published>),
+    /// A result of other inputs, or nobody can tell of which; in words for people.
+    Other(String),
+}
+
+/// Tells what is at the output of a run that would publish `here`.
+///
+/// A result is the run's own if it was made from the same inputs, whoever made it. What an earlier
+/// release published does not say enough to tell; it is the run's own if `is_retry`, an earlier
+/// attempt of the very run, published it.
 ///
 /// # Errors
-/// [`Error`] if the store cannot be read; a manifest nobody can parse belongs to another run.
-pub fn output_state(store: &Store, run_id: &RunId) -> Result<OutputState, Error> {
-    Ok(match read_bytes(store)?.map(|bytes| parse_manifest(store, &bytes)) {
-        None => OutputState::Vacant,
-        Some(Ok(manifest)) if manifest.run_id == *run_id => OutputState::PublishedByThisRun,
-        Some(_) => OutputState::PublishedByAnotherRun,
+/// [`Error`] if the store cannot be read.
+pub fn find(store: &Store, here: &Manifest, is_retry: bool) -> Result<Found, Error> {
+    find_by(store, |there| match there.compare(here) {
+        Comparison::Equal => None,
+        Comparison::Unknown if is_retry && there.run_id == here.run_id => None,
+        Comparison::Unknown => Some(not_recorded(there)),
+        Comparison::Different(differences) => Some(of_other_inputs(&differences)),
     })
+}
+
+/// Tells what is at the output of a run of which only the inputs are known yet, not the settings.
+///
+/// # Errors
+/// [`Error`] if the store cannot be read.
+pub fn find_of_inputs(store: &Store, here: &InputDigests) -> Result<Found, Error> {
+    find_by(store, |there| {
+        let (Some(inputs), Some(_)) = (&there.inputs, &there.settings) else {
+            let is_other = there.train_sha256 != here.train_sha256;
+            let rows = ["the rows of dataset.train".to_owned()];
+            return Some(if is_other { of_other_inputs(&rows) } else { not_recorded(there) });
+        };
+        let differences = inputs.differences(here);
+        (!differences.is_empty()).then(|| of_other_inputs(&differences))
+    })
+}
+
+/// Reads what is at an output; `other` says why a manifest is of other inputs.
+fn find_by(store: &Store, other: impl FnOnce(&Manifest) -> Option<String>) -> Result<Found, Error> {
+    let Some(bytes) = read_bytes(store)? else { return Ok(Found::Vacant) };
+    let Ok(manifest) = parse_manifest(store, &bytes) else {
+        return Ok(Found::Other(UNREADABLE.to_owned()));
+    };
+    if let Some(why) = other(&manifest) {
+        return Ok(Found::Other(why));
+    }
+    if !sizes_match(store, &manifest)? {
+        return Ok(Found::Vacant);
+    }
+    Ok(Found::Same(Box::new(Published::of(manifest, &bytes))))
+}
+
+const UNREADABLE: &str = "a result whose manifest cannot be read";
+
+fn of_other_inputs(differences: &[String]) -> String {
+    format!("a result of other inputs (different are {})", differences.join(", "))
+}
+
+fn not_recorded(there: &Manifest) -> String {
+    format!(
+        "the result of run {}, of an earlier release that recorded only the training rows, which are the same: the validation rows, the model's files and the settings cannot be compared",
+        there.run_id
+    )
+}
+
+/// Tells whether a manifest is there.
+///
+/// # Errors
+/// [`Error`] if the store cannot be asked.
+pub fn is_there(store: &Store) -> Result<bool, Error> {
+    Ok(store.size(MANIFEST_NAME)?.is_some())
 }
 
 /// Reads the manifest of a published result.
@@ -62,7 +130,7 @@ pub fn read_manifest(store: &Store) -> Result<Option<Manifest>, Error> {
 /// Uploads every file of `directory` and commits them by a manifest.
 ///
 /// # Guarantees
-/// The first committed result of a run wins: publishing the run again returns that result and
+/// The first committed result of the same inputs wins: publishing them again returns that result and
 /// changes nothing, even when the new bytes differ, because someone may be reading the old. Only a
 /// committed result with a missing or cut file is replaced.
 ///
@@ -73,7 +141,7 @@ pub fn read_manifest(store: &Store) -> Result<Option<Manifest>, Error> {
 /// manifest names.
 ///
 /// # Errors
-/// [`Error::OutputExists`] if another run's result is there and `overwrite` is false, or appears
+/// [`Error::OutputExists`] if a result of other inputs is there and `overwrite` is false, or appears
 /// meanwhile; else whatever the store reports.
 pub fn publish(
     store: &Store,
@@ -86,7 +154,7 @@ pub fn publish(
     let mut superseded = Vec::new();
     if let Some(found) = read_bytes(store)? {
         match parse_manifest(store, &found) {
-            Ok(old) if old.run_id == manifest.run_id => {
+            Ok(old) if is_same(&old, &manifest, overwrite) => {
                 if sizes_match(store, &old)? {
                     return Ok(Published::of(old, &found));
                 }
@@ -94,12 +162,10 @@ pub fn publish(
             }
             Ok(old) if overwrite => superseded = old.files,
             Err(_) if overwrite => {}
-            Ok(old) => return Err(Error::output_exists(store.uri().to_string(), &old.run_id)),
+            Ok(old) => return Err(output_exists(store, &old, &manifest)),
             Err(_) => {
-                return Err(Error::OutputExists {
-                    uri: store.uri().to_string(),
-                    run_id: "(unknown: its manifest cannot be read)".to_owned(),
-                });
+                let uri = store.uri().to_string();
+                return Err(Error::OutputExists { uri, holds: UNREADABLE.to_owned() });
             }
         }
         // object_store has no conditional delete; looking again leaves the smallest window.
@@ -118,8 +184,8 @@ pub fn publish(
     let bytes = Bytes::from(render(&manifest));
     if let PutIfAbsent::Exists(found) = store.put_if_absent(MANIFEST_NAME, bytes.clone())? {
         let winner = parse_manifest(store, &found)?;
-        if winner.run_id != manifest.run_id {
-            return Err(Error::output_exists(store.uri().to_string(), &winner.run_id));
+        if !is_same(&winner, &manifest, false) {
+            return Err(output_exists(store, &winner, &manifest));
         }
         return Ok(Published::of(winner, &found));
     }
@@ -129,6 +195,24 @@ pub fn publish(
         store.delete(&file.path)?;
     }
     Ok(Published::of(manifest, &bytes))
+}
+
+/// Tells whether a result counts as the one to be published. What an earlier release published says
+/// too little; it counts by its run, unless it may be replaced.
+fn is_same(there: &Manifest, here: &Manifest, overwrite: bool) -> bool {
+    match there.compare(here) {
+        Comparison::Equal => true,
+        Comparison::Unknown => there.run_id == here.run_id && !overwrite,
+        Comparison::Different(_) => false,
+    }
+}
+
+fn output_exists(store: &Store, there: &Manifest, here: &Manifest) -> Error {
+    let holds = match there.compare(here) {
+        Comparison::Different(differences) => of_other_inputs(&differences),
+        Comparison::Equal | Comparison::Unknown => not_recorded(there),
+    };
+    Error::OutputExists { uri: store.uri().to_string(), holds }
 }
 
 /// Fetches every file of a manifest and checks size and SHA-256; returns the bytes read.

@@ -46,6 +46,24 @@ impl Store {
         }))
     }
 
+    /// Returns the SHA-256 of a file's content, read as a stream.
+    ///
+    /// # Errors
+    /// [`Error`] if the file is missing or cannot be read.
+    pub(super) fn hash(&self, path: &str) -> Result<String, Error> {
+        let read = |error| Error::local("read", Path::new(&self.name(path)), error);
+        let mut reader = self.open_read(path)?;
+        let mut hasher = Sha256::new();
+        let mut buffer = vec![0; 1 << 20];
+        loop {
+            let length = reader.read(&mut buffer).map_err(read)?;
+            if length == 0 {
+                return Ok(hex(&hasher.finalize()));
+            }
+            hasher.update(&buffer[..length]);
+        }
+    }
+
     /// Fetches a file to `to`, which appears complete or not at all.
     ///
     /// # Guarantees

@@ -2,9 +2,10 @@
 
 use std::{fs, io::Read as _, sync::Arc, thread};
 
-use finetune_contract::{OutputState, RunId};
+use finetune_contract::{Manifest, RunId};
 use finetune_trainer::store::{
-    Entry, Environment, Error, PutIfAbsent, Role, Store, fetch_model, publish,
+    Entry, Environment, Error, PutIfAbsent, Role, Store, fetch_model,
+    publish::{self, Found},
 };
 use object_store::memory::InMemory;
 
@@ -65,15 +66,21 @@ fn conforms(store: &Store) {
 }
 
 fn publishes(store: &Store) {
-    let run = RunId("one".to_owned());
     let local = tempfile::tempdir().unwrap();
     fs::write(local.path().join("config.json"), "{}").unwrap();
     fs::create_dir(local.path().join("adapter")).unwrap();
     fs::write(local.path().join("adapter/w.safetensors"), "weights").unwrap();
-    assert_eq!(publish::output_state(store, &run).unwrap(), OutputState::Vacant);
+    assert_eq!(publish::find(store, &manifest("one"), false).unwrap(), Found::Vacant);
     let first = publish::publish(store, local.path(), manifest("one"), false).unwrap();
     assert_eq!(publish::publish(store, local.path(), manifest("one"), false).unwrap(), first);
-    assert_eq!(publish::output_state(store, &run).unwrap(), OutputState::PublishedByThisRun);
+    let found = |here: &Manifest| publish::find(store, here, false).unwrap();
+    assert_eq!(found(&manifest("one")), Found::Same(Box::new(first.clone())));
+    let by_another = Manifest { run_id: RunId("two".to_owned()), ..manifest("one") };
+    assert_eq!(found(&by_another), Found::Same(Box::new(first.clone())), "of the same inputs");
+    let mut other = manifest("one");
+    other.inputs.as_mut().unwrap().model_sha256 = "1".repeat(64);
+    let expected = "a result of other inputs (different are the files of model.uri)";
+    assert_eq!(found(&other), Found::Other(expected.to_owned()));
     let back = tempfile::tempdir().unwrap();
     assert_eq!(publish::fetch_verified(store, &first.manifest, back.path()).unwrap(), 9);
 
@@ -83,6 +90,7 @@ fn publishes(store: &Store) {
     assert_eq!(store.read("config.json").unwrap(), "{}");
     // Unless the result is incomplete.
     store.delete("adapter/w.safetensors").unwrap();
+    assert_eq!(found(&manifest("one")), Found::Vacant);
     let mended = publish::publish(store, local.path(), manifest("one"), false).unwrap();
     let back = tempfile::tempdir().unwrap();
     publish::fetch_verified(store, &mended.manifest, back.path()).unwrap();
@@ -90,7 +98,9 @@ fn publishes(store: &Store) {
     fs::write(local.path().join("config.json"), "{}").unwrap();
 
     let refused = publish::publish(store, local.path(), manifest("two"), false).unwrap_err();
-    assert!(refused.to_string().contains("already holds the result of run one"), "{refused}");
+    let expected =
+        r#"a result of other inputs (different are training.seed ("one" there, "two" here))"#;
+    assert!(refused.to_string().contains(expected), "{refused}");
     fs::remove_dir_all(local.path().join("adapter")).unwrap();
     let second = publish::publish(store, local.path(), manifest("two"), true).unwrap();
     assert_eq!(publish::read_manifest(store).unwrap(), Some(second.manifest.clone()));
@@ -137,4 +147,26 @@ fn a_uri_of_one_file_lists_it_and_directory_markers_are_left_out() {
     let one = Store::over(&uri("s3://bucket/base/rows.jsonl"), memory);
     assert_eq!(one.list().unwrap(), [Entry { path: String::new(), size: 2 }]);
     assert_eq!(one.read("").unwrap(), "{}");
+}
+
+#[test]
+fn what_an_earlier_release_published_is_its_own_runs_only() {
+    let store = Store::over(&uri("s3://bucket/base"), Arc::new(InMemory::new()));
+    let local = tempfile::tempdir().unwrap();
+    fs::write(local.path().join("config.json"), "{}").unwrap();
+    let before = Manifest { inputs: None, settings: None, ..manifest("one") };
+    let first = publish::publish(&store, local.path(), before, false).unwrap();
+    let found = |here: &Manifest, is_retry| publish::find(&store, here, is_retry).unwrap();
+    assert_eq!(found(&manifest("one"), true), Found::Same(Box::new(first.clone())));
+    for (here, is_retry) in [(manifest("one"), false), (manifest("two"), true)] {
+        let Found::Other(why) = found(&here, is_retry) else { panic!("it is taken for its own") };
+        assert!(why.contains("run one") && why.contains("cannot be compared"), "{why}");
+    }
+    let mut mended = manifest("one");
+    mended.train_sha256 = "1".repeat(64);
+    assert!(matches!(found(&mended, true), Found::Other(_)));
+    // Told to replace it, the next run does.
+    fs::write(local.path().join("config.json"), "[]").unwrap();
+    let second = publish::publish(&store, local.path(), manifest("one"), true).unwrap();
+    assert_ne!(second.manifest.files, first.manifest.files);
 }

@@ -10,7 +10,10 @@ mod hub;
 mod messages;
 mod reading;
 
-use finetune_contract::{ArtifactKind, CONTRACT_VERSION, Manifest, ModelSource, ObjectUri, RunId};
+use finetune_contract::{
+    ArtifactKind, CONTRACT_VERSION, DecisiveSettings, InputDigests, Manifest, ModelSource,
+    ObjectUri, RunId,
+};
 use finetune_trainer::store::{Environment, Role, Store};
 
 /// The S3 server that `cargo xtask test` starts.
@@ -63,6 +66,7 @@ fn uri(text: &str) -> ObjectUri {
     ObjectUri::parse(text).unwrap()
 }
 
+/// Returns the manifest of a run; each has inputs of its own.
 fn manifest(run: &str) -> Manifest {
     Manifest {
         version: CONTRACT_VERSION,
@@ -71,6 +75,13 @@ fn manifest(run: &str) -> Manifest {
         generator: "test".to_owned(),
         base_model: ModelSource { uri: "hf://o/n".to_owned(), revision: None },
         train_sha256: "0".repeat(64),
+        inputs: Some(InputDigests {
+            train_sha256: "0".repeat(64),
+            validation_sha256: None,
+            model_sha256: "0".repeat(64),
+            initial_sha256: None,
+        }),
+        settings: Some(DecisiveSettings::from([("training.seed".to_owned(), run.into())])),
         step: 1,
         files: Vec::new(),
     }

@@ -1,0 +1,120 @@
+//! Whether a result would be written over, into or around what it is made from.
+
+use crate::{
+    settings::{DatasetSource, ModelSource},
+    uri::ObjectUri,
+};
+
+/// How one place lies to another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Overlap {
+    /// They are one place.
+    Equal,
+    /// The first is a directory that holds the second.
+    Above,
+    /// The first lies inside the second.
+    Below,
+}
+
+/// Tells whether two places touch: one place, or one inside the other.
+///
+/// URIs are compared segment by segment as they are written: two claims of one volume, or two names
+/// of one bucket, look apart.
+pub fn overlap(first: &ObjectUri, second: &ObjectUri) -> Option<Overlap> {
+    if (first.scheme, &first.authority) != (second.scheme, &second.authority) {
+        return None;
+    }
+    let segments = |uri: &ObjectUri| -> Vec<String> {
+        uri.path.split('/').filter(|part| !part.is_empty()).map(str::to_owned).collect()
+    };
+    let (first, second) = (segments(first), segments(second));
+    match (second.starts_with(&first), first.starts_with(&second)) {
+        (true, true) => Some(Overlap::Equal),
+        (true, false) => Some(Overlap::Above),
+        (false, true) => Some(Overlap::Below),
+        (false, false) => None,
+    }
+}
+
+/// Lists the URIs that a run reads, each with its field of the manifest.
+pub fn input_uris<'a>(
+    model: &'a ModelSource,
+    dataset: &'a DatasetSource,
+    initial_adapter: Option<&'a str>,
+    initial_checkpoint: Option<&'a str>,
+) -> Vec<(&'static str, &'a str)> {
+    let mut uris = vec![("spec.model.uri", model.uri.as_str())];
+    uris.extend(dataset.uris());
+    uris.extend(initial_adapter.map(|uri| ("spec.initialAdapter.uri", uri)));
+    uris.extend(initial_checkpoint.map(|uri| ("spec.initialCheckpoint.uri", uri)));
+    uris
+}
+
+/// Says for each input that an output touches how it does; `resolve` gives the place that a URI names
+/// in the end, after symbolic links. What cannot be parsed is another check's to report.
+pub fn overlaps_with_inputs<'a, F: std::fmt::Display>(
+    output: &str,
+    inputs: impl IntoIterator<Item = (F, &'a str)>,
+    resolve: impl Fn(ObjectUri) -> ObjectUri,
+) -> Vec<String> {
+    let Ok(written) = ObjectUri::parse(output) else { return Vec::new() };
+    let written = resolve(written);
+    let mut messages = Vec::new();
+    for (field, uri) in inputs {
+        let Ok(read) = ObjectUri::parse(uri) else { continue };
+        let Some(overlap) = overlap(&written, &resolve(read)) else { continue };
+        let how = match overlap {
+            Overlap::Equal => "is the same place as",
+            Overlap::Above => "holds",
+            Overlap::Below => "lies inside",
+        };
+        messages.push(format!(
+            "{output:?} {how} {field} ({uri}): a result is never written over, into or around what it is made from, with or without output.overwrite; choose a place beside it"
+        ));
+    }
+    messages
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Overlap, overlap, overlaps_with_inputs};
+    use crate::uri::ObjectUri;
+
+    fn check(output: &str, input: &str) -> Option<Overlap> {
+        overlap(&ObjectUri::parse(output).unwrap(), &ObjectUri::parse(input).unwrap())
+    }
+
+    #[test]
+    fn finds_one_place_however_it_is_written() {
+        assert_eq!(check("s3://b/base", "s3://b/base/"), Some(Overlap::Equal));
+        assert_eq!(check("file:///data/base//", "file:///data/base"), Some(Overlap::Equal));
+        assert_eq!(check("pvc://models/qwen", "pvc://models/qwen"), Some(Overlap::Equal));
+        assert_eq!(check("gs://b", "gs://b/"), Some(Overlap::Equal));
+    }
+
+    #[test]
+    fn finds_what_is_above_and_below() {
+        assert_eq!(check("s3://b/base/out", "s3://b/base"), Some(Overlap::Below));
+        assert_eq!(check("s3://b/data", "s3://b/data/train.jsonl"), Some(Overlap::Above));
+        assert_eq!(check("pvc://claim", "pvc://claim/rows/"), Some(Overlap::Above));
+        assert_eq!(check("file:///", "file:///data/train.jsonl"), Some(Overlap::Above));
+        assert_eq!(check("az://c/train.jsonl/out", "az://c/train.jsonl"), Some(Overlap::Below));
+    }
+
+    #[test]
+    fn lets_neighbours_be() {
+        assert_eq!(check("s3://b/base-tuned", "s3://b/base"), None);
+        assert_eq!(check("s3://b/base", "s3://b/base-2/rows"), None);
+        assert_eq!(check("s3://other/base", "s3://b/base"), None);
+        assert_eq!(check("gs://b/base", "s3://b/base"), None);
+        assert_eq!(check("pvc://out/base", "pvc://models/base"), None);
+        assert_eq!(check("file:///w/out", "file:///w/train.jsonl"), None);
+    }
+
+    #[test]
+    fn says_which_input_and_that_overwrite_does_not_help() {
+        let inputs = [("spec.model.uri", "s3://b/base"), ("spec.dataset.train", "s3://b/rows/")];
+        let messages = overlaps_with_inputs("s3://b/rows/out", inputs, |uri| uri);
+        insta::assert_snapshot!(messages.join("\n"), @r#""s3://b/rows/out" lies inside spec.dataset.train (s3://b/rows/): a result is never written over, into or around what it is made from, with or without output.overwrite; choose a place beside it"#);
+    }
+}

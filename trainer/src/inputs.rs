@@ -1,0 +1,200 @@
+//! What a run reads: identified before it is trained on, and never written over.
+
+use std::path::{Path, PathBuf};
+
+use finetune_contract::{
+    ExpectedData, FailureReason, InputDigests, ModelSource, ObjectUri, PreflightConfig, RunConfig,
+    Scheme,
+    artifact::CHECKPOINT_MANIFEST_NAME,
+    overlap::{input_uris, overlaps_with_inputs},
+};
+
+use crate::{
+    failure::Failure,
+    model::adapter,
+    store::{Environment, PVC_ROOT, Role, Store, identity, is_model_file},
+};
+
+/// What a run reads beside its rows.
+#[derive(Debug, Clone, Copy)]
+pub struct Sources<'a> {
+    model: &'a ModelSource,
+    initial_adapter: Option<&'a str>,
+    initial_checkpoint: Option<&'a str>,
+}
+
+impl<'a> From<&'a RunConfig> for Sources<'a> {
+    fn from(config: &'a RunConfig) -> Self {
+        Self {
+            model: &config.model,
+            initial_adapter: config.initial_adapter.as_deref(),
+            initial_checkpoint: config.initial_checkpoint.as_deref(),
+        }
+    }
+}
+
+impl<'a> From<&'a PreflightConfig> for Sources<'a> {
+    fn from(config: &'a PreflightConfig) -> Self {
+        Self {
+            model: &config.model,
+            initial_adapter: config.initial_adapter.as_deref(),
+            initial_checkpoint: config.initial_checkpoint.as_deref(),
+        }
+    }
+}
+
+/// Identifies everything a run reads; of rows, the digests that were taken while they were checked.
+///
+/// # Errors
+/// A [`Failure`] if a store cannot be read.
+pub fn digests(
+    sources: Sources<'_>,
+    train_sha256: &str,
+    validation_sha256: Option<&str>,
+    environment: &Environment,
+) -> Result<InputDigests, Failure> {
+    let Sources { model, initial_adapter, initial_checkpoint } = sources;
+    let open = |uri: &str, revision, role| -> Result<Store, Failure> {
+        let uri = ObjectUri::parse(uri)
+            .map_err(|error| Failure::from_chain(FailureReason::InvalidConfiguration, &error))?;
+        Ok(Store::open(&uri, revision, role, environment)?)
+    };
+    let store = open(&model.uri, model.revision.as_deref(), Role::Model)?;
+    let model_sha256 = identity(&store, is_model_file)?;
+    let initial_sha256 = match (initial_adapter, initial_checkpoint) {
+        (Some(uri), _) => {
+            let is_adapter =
+                |path: &str| [adapter::CONFIG_FILE, adapter::WEIGHTS_FILE].contains(&path);
+            Some(identity(&open(uri, None, Role::Adapter)?, is_adapter)?)
+        }
+        (None, Some(uri)) => {
+            // It has the digests of the other files.
+            let is_manifest = |path: &str| path == CHECKPOINT_MANIFEST_NAME;
+            Some(identity(&open(uri, None, Role::Checkpoint)?, is_manifest)?)
+        }
+        (None, None) => None,
+    };
+    Ok(InputDigests {
+        train_sha256: train_sha256.to_owned(),
+        validation_sha256: validation_sha256.map(str::to_owned),
+        model_sha256,
+        initial_sha256,
+    })
+}
+
+/// Identifies everything a planned run reads.
+///
+/// # Errors
+/// As [`digests`].
+pub fn of_run(config: &RunConfig, environment: &Environment) -> Result<InputDigests, Failure> {
+    let ExpectedData { train_sha256, validation_sha256, .. } = &config.expected;
+    digests(config.into(), train_sha256, validation_sha256.as_deref(), environment)
+}
+
+/// Says how the output of a preflight's run touches what the run reads, after symbolic links.
+pub fn overlaps(config: &PreflightConfig) -> Vec<String> {
+    let Sources { model, initial_adapter, initial_checkpoint } = config.into();
+    let inputs = input_uris(model, &config.dataset, initial_adapter, initial_checkpoint);
+    overlaps_with_inputs(&config.output.uri, inputs, after_links)
+}
+
+/// Refuses a run that would write its result or its checkpoints over what it reads.
+///
+/// # Errors
+/// A [`Failure`] that names the input.
+pub fn refuse_overlap(config: &RunConfig) -> Result<(), Failure> {
+    let Sources { model, initial_adapter, initial_checkpoint } = config.into();
+    let inputs = input_uris(model, &config.dataset, initial_adapter, initial_checkpoint);
+    for written in [&config.output.uri, &config.checkpoints_uri] {
+        let messages = overlaps_with_inputs(written, inputs.iter().copied(), after_links);
+        if let Some(message) = messages.into_iter().next() {
+            return Err(Failure::new(FailureReason::InvalidConfiguration, message));
+        }
+    }
+    Ok(())
+}
+
+/// Returns the place that a URI names in the end: of a directory or volume after symbolic links, as
+/// far as it exists.
+fn after_links(uri: ObjectUri) -> ObjectUri {
+    let path = match uri.scheme {
+        Scheme::File => Path::new("/").join(&uri.path),
+        Scheme::Pvc => Path::new(PVC_ROOT).join(&uri.authority).join(&uri.path),
+        Scheme::Hf | Scheme::S3 | Scheme::Gs | Scheme::Az => return uri,
+    };
+    let path = real_path(&path, MOST_LINKS).to_string_lossy().trim_start_matches('/').to_owned();
+    // A volume is a directory here: one inside another is seen, too.
+    ObjectUri { scheme: Scheme::File, authority: String::new(), path, ..uri }
+}
+
+/// Links to what does not exist that are followed, one after the other; the kernel's own limit.
+const MOST_LINKS: u32 = 40;
+
+/// Resolves the longest part of a path that exists; what follows it does not exist yet.
+fn real_path(path: &Path, links: u32) -> PathBuf {
+    let mut rest = Vec::new();
+    let mut existing = path;
+    loop {
+        if let Ok(real) = existing.canonicalize() {
+            return rest.iter().rev().fold(real, |path, name| path.join(name));
+        }
+        let (Some(parent), Some(name)) = (existing.parent(), existing.file_name()) else {
+            return path.to_owned();
+        };
+        // A link to what does not exist yet still says where a result would go.
+        if links > 0
+            && let Ok(target) = existing.read_link()
+        {
+            let target = real_path(&parent.join(target), links - 1);
+            return rest.iter().rev().fold(target, |path, name| path.join(name));
+        }
+        rest.push(name);
+        existing = parent;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::unix::fs::symlink, path::Path};
+
+    use finetune_contract::overlap::overlaps_with_inputs;
+
+    use super::after_links;
+
+    /// Tells how an output touches the model at `base`, in a directory with links.
+    fn check(output: &str) -> String {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        fs::create_dir_all(at("base/sub")).unwrap();
+        fs::create_dir_all(at("other")).unwrap();
+        symlink(at("base"), at("link")).unwrap();
+        symlink("base/sub", at("relative")).unwrap();
+        symlink(at("base/not-yet"), at("dangling")).unwrap();
+        symlink(directory.path(), at("other/up")).unwrap();
+        let uri = |path: &Path| format!("file://{}", path.display());
+        let model = uri(&at("base"));
+        let inputs = [("spec.model.uri", model.as_str())];
+        let messages = overlaps_with_inputs(&uri(&at(output)), inputs, after_links);
+        let text = messages.concat();
+        text.split(" spec.model.uri")
+            .next()
+            .unwrap()
+            .split("\" ")
+            .nth(1)
+            .unwrap_or("apart")
+            .to_owned()
+    }
+
+    #[test]
+    fn an_output_is_followed_through_links_before_it_is_compared() {
+        assert_eq!(check("base"), "is the same place as");
+        assert_eq!(check("link"), "is the same place as");
+        assert_eq!(check("link/out"), "lies inside");
+        assert_eq!(check("relative/out"), "lies inside");
+        assert_eq!(check("dangling"), "lies inside");
+        assert_eq!(check("other/up/base"), "is the same place as");
+        assert_eq!(check("other/up"), "holds");
+        assert_eq!(check("other/out"), "apart");
+        assert_eq!(check("base-tuned"), "apart");
+    }
+}
