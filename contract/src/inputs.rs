@@ -44,7 +44,8 @@ impl InputDigests {
             ),
         ]
         .into_iter()
-        .filter_map(|(name, differs)| differs.then(|| name.to_owned()))
+        .filter(|(_, differs)| *differs)
+        .map(|(name, _)| name.to_owned())
         .collect()
     }
 }

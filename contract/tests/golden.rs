@@ -87,6 +87,10 @@ fn settings_that_decide_the_result_are_told_from_those_that_do_not() {
     insta::assert_snapshot!(changed(&|config| config.lora = None), @r#"loraConfig.loraAlpha (16.0 there, unset here); loraConfig.loraDropout (0.05 there, unset here); loraConfig.modulesToSave ([] there, unset here); loraConfig.r (8 there, unset here); loraConfig.targetModules ("allLinear" there, unset here); loraConfig.useRslora (false there, unset here)"#);
 }
 
+fn digests(manifest: &mut Manifest) -> &mut finetune_contract::InputDigests {
+    manifest.inputs.as_mut().unwrap()
+}
+
 #[test]
 fn a_manifest_says_what_differs_and_what_an_earlier_release_did_not_record() {
     let there: Manifest = parse(include_str!("golden/manifest_inputs.json")).unwrap();
@@ -99,9 +103,6 @@ fn a_manifest_says_what_differs_and_what_an_earlier_release_did_not_record() {
             Comparison::Different(differences) => differences.join("; "),
         }
     };
-    fn digests(manifest: &mut Manifest) -> &mut finetune_contract::InputDigests {
-        manifest.inputs.as_mut().unwrap()
-    }
     insta::assert_snapshot!(compare(&|here| here.run_id.0 = "another".to_owned()), @"equal");
     insta::assert_snapshot!(compare(&|here| digests(here).train_sha256 = "1".to_owned()), @"the rows of dataset.train");
     insta::assert_snapshot!(compare(&|here| digests(here).validation_sha256 = None), @"the rows of dataset.validation");
