@@ -1,7 +1,7 @@
 //! What a row says, in any of the shapes people have.
 //!
 //! [`keys`] is the table of every key that is known; a key that is not in it is refused. One module
-//! reads each shape: [`turns`], [`pairs`], [`alpaca`]. Pure: text in, [`Example`] out.
+//! reads each shape: `turns`, `pairs`, `alpaca`. Pure: text in, [`Example`] out.
 
 mod alpaca;
 mod content;

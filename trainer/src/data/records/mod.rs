@@ -1,7 +1,7 @@
 //! The rows of a file as JSON texts, one after the other, with bounded memory.
 //!
-//! [`files`](super::files) says which files there are. One module reads each kind: [`lines`] JSONL,
-//! [`values`] JSON arrays and objects over several lines, [`csv`], [`parquet`].
+//! [`files`](super::files) says which files there are. One module reads each kind: `lines` JSONL,
+//! `values` JSON arrays and objects over several lines, `csv`, `parquet`.
 
 mod csv;
 mod lines;
