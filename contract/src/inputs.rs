@@ -28,12 +28,21 @@ pub struct InputDigests {
     /// The same of the adapter or checkpoint that training started from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub initial_sha256: Option<String>,
+    /// SHA-256 of the chat template that `dataset.chatTemplate` names by its URI.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chat_template_sha256: Option<String>,
 }
 
 impl InputDigests {
     /// Lists what differs, in the manifest's words.
     pub fn differences(&self, other: &Self) -> Vec<String> {
-        let Self { train_sha256, validation_sha256, model_sha256, initial_sha256 } = self;
+        let Self {
+            train_sha256,
+            validation_sha256,
+            model_sha256,
+            initial_sha256,
+            chat_template_sha256,
+        } = self;
         [
             ("the rows of dataset.train", *train_sha256 != other.train_sha256),
             ("the rows of dataset.validation", *validation_sha256 != other.validation_sha256),
@@ -41,6 +50,10 @@ impl InputDigests {
             (
                 "what training starts from (initialAdapter or initialCheckpoint)",
                 *initial_sha256 != other.initial_sha256,
+            ),
+            (
+                "the template at dataset.chatTemplate",
+                *chat_template_sha256 != other.chat_template_sha256,
             ),
         ]
         .into_iter()

@@ -21,6 +21,7 @@ pub mod parallelism;
 mod preflight_config;
 mod preflight_report;
 mod progress;
+mod rendering;
 mod run_config;
 mod run_report;
 pub mod settings;
@@ -41,6 +42,7 @@ pub use preflight_report::{
     PreflightReport, Problem, ProblemReason, Split,
 };
 pub use progress::{Progress, Stage};
+pub use rendering::{Reasoning, RenderingSettings, template_uri};
 pub use run_config::{ExpectedData, RunConfig, TrainingSettings};
 pub use run_report::{FailureReason, Outcome, Proof, RunReport, StoppedEarly};
 pub use settings::{

@@ -38,6 +38,9 @@ pub struct PreflightReport {
     /// How many validation rows also occur in the training rows; a lower bound as
     /// [`DatasetCensus::duplicate_rows`] is.
     pub overlapping_rows: u64,
+    /// The day it was for the chat template, as `2026-01-31`; absent if the template does not ask.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub template_date: Option<String>,
     /// What lies at the output, if it could be reached and written to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output: Option<OutputState>,

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::rendering::RenderingSettings;
+
 /// Names one run: the same manifest gives the same run, on whichever attempt.
 ///
 /// Lower-case letters, digits, `-` and `.`; it becomes part of object keys.
@@ -55,6 +57,9 @@ pub struct DatasetSource {
     pub on_invalid_row: OnInvalidRow,
     /// What happens to a row longer than the context.
     pub on_overflow: OnOverflow,
+    /// How rows become text.
+    #[serde(default, skip_serializing_if = "RenderingSettings::is_default")]
+    pub rendering: RenderingSettings,
     /// Decides which rows are held out and which a source's weight takes; absent if neither is asked
     /// for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -74,6 +79,7 @@ impl DatasetSource {
             ignored_keys: Vec::new(),
             on_invalid_row: OnInvalidRow::Error,
             on_overflow: OnOverflow::Truncate,
+            rendering: RenderingSettings::default(),
             seed: None,
         }
     }
@@ -117,13 +123,15 @@ pub struct RowSource {
 }
 
 impl DatasetSource {
-    /// Lists every place that rows are read from, each with its field of the manifest.
+    /// Lists every place that rows and their template are read from, each with its field of the
+    /// manifest.
     pub fn uris(&self) -> Vec<(&'static str, &str)> {
         let train = self.train.as_deref().map(|uri| ("spec.dataset.train", uri));
         let sources =
             self.sources.iter().map(|source| ("spec.dataset.sources", source.uri.as_str()));
         let validation = self.validation.as_deref().map(|uri| ("spec.dataset.validation", uri));
-        train.into_iter().chain(sources).chain(validation).collect()
+        let template = self.rendering.template_uri().map(|uri| ("spec.dataset.chatTemplate", uri));
+        train.into_iter().chain(sources).chain(validation).chain(template).collect()
     }
 }
 

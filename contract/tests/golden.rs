@@ -108,6 +108,7 @@ fn a_manifest_says_what_differs_and_what_an_earlier_release_did_not_record() {
     insta::assert_snapshot!(compare(&|here| digests(here).validation_sha256 = None), @"the rows of dataset.validation");
     insta::assert_snapshot!(compare(&|here| digests(here).model_sha256 = "1".to_owned()), @"the files of model.uri");
     insta::assert_snapshot!(compare(&|here| digests(here).initial_sha256 = Some("1".to_owned())), @"what training starts from (initialAdapter or initialCheckpoint)");
+    insta::assert_snapshot!(compare(&|here| digests(here).chat_template_sha256 = Some("1".to_owned())), @"the template at dataset.chatTemplate");
     insta::assert_snapshot!(compare(&|here| {
         here.settings.as_mut().unwrap().insert("training.seed".to_owned(), json!(7));
     }), @"training.seed (42 there, 7 here)");

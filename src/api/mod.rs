@@ -10,7 +10,7 @@ mod quantity;
 pub mod schema;
 mod status;
 
-use finetune_contract::overlap::overlaps_with_inputs;
+use finetune_contract::{overlap::overlaps_with_inputs, template_uri};
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -137,6 +137,7 @@ impl FineTuneJobSpec {
         let sources = self.dataset.sources.iter().flatten().enumerate().map(|(index, source)| {
             (format!("spec.dataset.sources[{index}].uri"), source.uri.as_str())
         });
+        let template = self.dataset.chat_template.as_deref().and_then(template_uri);
         [
             ("spec.model.uri", Some(&self.model.uri)),
             ("spec.initialAdapter.uri", self.initial_adapter.as_ref().map(|adapter| &adapter.uri)),
@@ -151,6 +152,7 @@ impl FineTuneJobSpec {
         .into_iter()
         .filter_map(|(path, uri)| Some((path.to_owned(), uri?.as_str())))
         .chain(sources)
+        .chain(template.map(|uri| ("spec.dataset.chatTemplate".to_owned(), uri)))
     }
 
     /// Says for each URI that the output touches how it does: nothing is written over, into or around
@@ -246,6 +248,23 @@ pub struct Dataset {
     /// beginning, `drop` leaves it out, `error` refuses the dataset. Default: `truncate`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub on_overflow: Option<Overflow>,
+    /// The chat template that turns conversations into text, instead of the model's own: `chatml`,
+    /// `alpaca` or `vicuna`, the text of a Jinja template, or its URI; published with the result.
+    /// Default: the model's. Example: `s3://templates/support.jinja`.
+    #[schemars(length(min = 1, max = 65_536))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chat_template: Option<String>,
+    /// What becomes of the assistant's thoughts (`reasoning_content` and the like, or a `<think>` block
+    /// at the start of its content): `keep` gives them to the template, `drop` leaves them out,
+    /// `lastTurn` keeps those of the last assistant turn. Default: `keep`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reasoning: Option<ReasoningKept>,
+    /// The day it is for chat templates that print the date. Default: the day the job was created, or
+    /// today where there is no cluster. Example: `2026-01-31`.
+    #[x_kube(validation = Rule::new("self.matches('^[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])$')").message("must be a date such as 2026-01-31"))]
+    #[schemars(length(min = 10, max = 10))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub template_date: Option<String>,
     /// The Secret with the keys to read the rows. Only in a cluster; `finetune run` uses the
     /// environment.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -517,6 +536,16 @@ pub enum Overflow {
     Truncate,
     Drop,
     Error,
+}
+
+/// What becomes of the assistant's thoughts.
+#[derive(JsonSchema, Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[expect(missing_docs, reason = "the words are described at the field")]
+pub enum ReasoningKept {
+    Keep,
+    Drop,
+    LastTurn,
 }
 
 /// How the learning rate falls after the warm-up.

@@ -92,6 +92,7 @@ pub(crate) fn report(model: ModelFacts, memory_bytes: u64) -> PreflightReport {
             ],
         }),
         validation: None,
+        template_date: None,
         overlapping_rows: 0,
         output: Some(OutputState::Vacant),
         published: None,

@@ -18,10 +18,10 @@ pub mod settings;
 pub mod sizing;
 
 use finetune_contract::{
-    CONTRACT_VERSION, Device, Dtype, ExpectedData, LrScheduler, MachineFacts, ModelFacts,
-    Optimizer, OutputState, Parallelism, PreflightReport, Problem, ProblemReason, PublishedResult,
-    Recompute, RunConfig, RunId, Strategy, TrainingSettings, artifact::MANIFEST_NAME,
-    decisive_settings, settings_text,
+    CONTRACT_VERSION, DatasetSource, Device, Dtype, ExpectedData, LrScheduler, MachineFacts,
+    ModelFacts, Optimizer, OutputState, Parallelism, PreflightReport, Problem, ProblemReason,
+    PublishedResult, Recompute, RenderingSettings, RunConfig, RunId, Strategy, TrainingSettings,
+    artifact::MANIFEST_NAME, decisive_settings, settings_text,
 };
 use serde::Serialize;
 
@@ -374,7 +374,7 @@ pub fn plan_over(
         run_id,
         attempt: 0,
         model: model_source,
-        dataset: source,
+        dataset: DatasetSource { rendering: rendering(report, &source), ..source },
         lora,
         initial_adapter,
         initial_checkpoint,
@@ -689,6 +689,11 @@ fn published_before(
             ),
         }),
     }
+}
+
+/// The rows of training are rendered on the day those of the preflight were, if it matters.
+fn rendering(report: &PreflightReport, source: &DatasetSource) -> RenderingSettings {
+    RenderingSettings { template_date: report.template_date.clone(), ..source.rendering.clone() }
 }
 
 /// Adds what only the plan can know: weights that will not stay in memory while training.

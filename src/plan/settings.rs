@@ -2,11 +2,15 @@
 
 use finetune_contract::{
     CONTRACT_VERSION, DatasetFormat, DatasetSource, LoraSettings, ModelSource, OnInvalidRow,
-    OnOverflow, OutputTarget, PreflightConfig, RowSource, RunId, TargetModules, TrainOn,
+    OnOverflow, OutputTarget, PreflightConfig, Reasoning, RenderingSettings, RowSource, RunId,
+    TargetModules, TrainOn,
 };
 use sha2::{Digest, Sha256};
 
-use crate::api::{FineTuneJob, FineTuneJobSpec, Format, InvalidRow, Overflow, TrainedTurns};
+use crate::api::{
+    Dataset, FineTuneJob, FineTuneJobSpec, Format, InvalidRow, Overflow, ReasoningKept,
+    TrainedTurns,
+};
 
 /// The seed unless one is set: fixed, so that a run can be repeated.
 pub(super) const DEFAULT_SEED: u64 = 42;
@@ -14,11 +18,14 @@ pub(super) const DEFAULT_SEED: u64 = 42;
 /// Returns what the preflight of `job` is told.
 pub fn preflight_config(job: &FineTuneJob, measure_machine: bool) -> PreflightConfig {
     let training = job.spec.training.as_ref();
+    let mut dataset = dataset(&job.spec);
+    let day = &mut dataset.rendering.template_date;
+    *day = day.take().or_else(|| creation_day(job));
     PreflightConfig {
         version: CONTRACT_VERSION,
         run_id: run_id(job),
         model: model(&job.spec),
-        dataset: dataset(&job.spec),
+        dataset,
         lora: lora(&job.spec),
         initial_adapter: initial_adapter(&job.spec),
         initial_checkpoint: initial_checkpoint(&job.spec),
@@ -112,6 +119,7 @@ pub(super) fn dataset(spec: &FineTuneJobSpec) -> DatasetSource {
             Some(Overflow::Drop) => OnOverflow::Drop,
             Some(Overflow::Error) => OnOverflow::Error,
         },
+        rendering: rendering(dataset),
         seed: needs_seed.then(|| seed(spec)),
         sources,
     }
@@ -133,6 +141,24 @@ fn format(format: Option<Format>) -> DatasetFormat {
         Some(Format::Alpaca) => DatasetFormat::Alpaca,
         Some(Format::Prerendered) => DatasetFormat::Prerendered,
     }
+}
+
+fn rendering(dataset: &Dataset) -> RenderingSettings {
+    RenderingSettings {
+        chat_template: dataset.chat_template.clone(),
+        reasoning: match dataset.reasoning {
+            Some(ReasoningKept::Keep) | None => Reasoning::Keep,
+            Some(ReasoningKept::Drop) => Reasoning::Drop,
+            Some(ReasoningKept::LastTurn) => Reasoning::LastTurn,
+        },
+        template_date: dataset.template_date.clone(),
+    }
+}
+
+/// Returns the day a job was created, as `2026-01-31`; none of a job that no cluster has.
+fn creation_day(job: &FineTuneJob) -> Option<String> {
+    let created = job.metadata.creation_timestamp.as_ref()?;
+    Some(created.0.to_string().chars().take(10).collect())
 }
 
 pub(super) fn lora(spec: &FineTuneJobSpec) -> Option<LoraSettings> {

@@ -16,7 +16,7 @@ use tracing::error;
 
 use crate::{
     clock,
-    data::{Batch, Tokenizer},
+    data::{Batch, Rendering, Tokenizer},
     device,
     dist::{
         self, Ranks,
@@ -252,7 +252,8 @@ fn join(
 fn write_rows(arguments: &Arguments, text: &Path) -> Result<(), String> {
     let text = std::fs::read_to_string(text)
         .map_err(|error| format!("cannot read {}: {error}", text.display()))?;
-    let tokenizer = Tokenizer::load(&arguments.model).map_err(|failure| failure.message)?;
+    let tokenizer = Tokenizer::load(&arguments.model, &Rendering::of_model())
+        .map_err(|failure| failure.message)?;
     let tokens: Vec<i64> = tokenizer.encode(&text, false)?.into_iter().map(i64::from).collect();
     let (shortest, numbers) =
         (arguments.shortest.unwrap_or(arguments.length), Counter::from_seed(0));

@@ -3,7 +3,14 @@
 
 use std::time::Instant;
 
+use jiff::{Timestamp, civil::Date, tz::TimeZone};
+
 /// Returns the time now.
 pub fn now() -> Instant {
     Instant::now()
+}
+
+/// Returns the day it is in UTC, for chat templates that print it.
+pub fn today() -> Date {
+    TimeZone::UTC.to_datetime(Timestamp::now()).date()
 }

@@ -13,7 +13,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{
     data::{
-        Tokenizer,
+        Rendering, Tokenizer,
         conversation::{ChatRole, Message},
     },
     failure::Failure,
@@ -58,7 +58,7 @@ pub struct Arguments {
 /// # Errors
 /// A [`Failure`] if model, adapter or prompt cannot be used.
 pub fn run(arguments: &Arguments, _environment: &Environment) -> Result<(), Failure> {
-    let tokenizer = Tokenizer::load(&arguments.model)?;
+    let tokenizer = Tokenizer::load(&arguments.model, &Rendering::of_model())?;
     let model = load(&arguments.model, arguments.adapter.as_deref())?;
     let prompt = prompt_tokens(&tokenizer, arguments)
         .map_err(|reason| Failure::new(FailureReason::InvalidConfiguration, reason))?;
@@ -281,7 +281,7 @@ mod tests {
         let to = directory.path().join("model");
         let gguf = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/import/golden/qwen2.gguf");
         crate::import::import(&gguf, &to).unwrap();
-        let tokenizer = Tokenizer::load(&to).unwrap();
+        let tokenizer = Tokenizer::load(&to, &Rendering::of_model()).unwrap();
         let text = "hé 你好 🌸!";
         let tokens = tokenizer.encode(text, true).unwrap();
         assert!(tokens.len() > text.chars().count(), "some tokens must be parts of characters");
@@ -294,7 +294,7 @@ mod tests {
 
     #[test]
     fn refuses_a_system_prompt_that_nobody_would_see() {
-        let tokenizer = Tokenizer::load(&directory("llama")).unwrap();
+        let tokenizer = Tokenizer::load(&directory("llama"), &Rendering::of_model()).unwrap();
         let refused = |raw| {
             let arguments = Arguments {
                 model: PathBuf::new(),

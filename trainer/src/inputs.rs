@@ -3,14 +3,18 @@
 use std::path::{Path, PathBuf};
 
 use finetune_contract::{
-    ExpectedData, FailureReason, InputDigests, ModelSource, ObjectUri, PreflightConfig, RunConfig,
-    Scheme,
+    ExpectedData, FailureReason, InputDigests, ModelSource, ObjectUri, PreflightConfig,
+    RenderingSettings, RunConfig, Scheme,
     artifact::CHECKPOINT_MANIFEST_NAME,
     overlap::{input_uris, overlaps_with_inputs},
 };
 
+use sha2::{Digest, Sha256};
+
 use crate::{
+    data::chat_template,
     failure::Failure,
+    hex,
     model::adapter,
     store::{Environment, PVC_ROOT, Role, Store, identity, is_model_file},
 };
@@ -21,6 +25,7 @@ pub struct Sources<'a> {
     model: &'a ModelSource,
     initial_adapter: Option<&'a str>,
     initial_checkpoint: Option<&'a str>,
+    rendering: &'a RenderingSettings,
 }
 
 impl<'a> From<&'a RunConfig> for Sources<'a> {
@@ -29,6 +34,7 @@ impl<'a> From<&'a RunConfig> for Sources<'a> {
             model: &config.model,
             initial_adapter: config.initial_adapter.as_deref(),
             initial_checkpoint: config.initial_checkpoint.as_deref(),
+            rendering: &config.dataset.rendering,
         }
     }
 }
@@ -39,6 +45,7 @@ impl<'a> From<&'a PreflightConfig> for Sources<'a> {
             model: &config.model,
             initial_adapter: config.initial_adapter.as_deref(),
             initial_checkpoint: config.initial_checkpoint.as_deref(),
+            rendering: &config.dataset.rendering,
         }
     }
 }
@@ -53,7 +60,7 @@ pub fn digests(
     validation_sha256: Option<&str>,
     environment: &Environment,
 ) -> Result<InputDigests, Failure> {
-    let Sources { model, initial_adapter, initial_checkpoint } = sources;
+    let Sources { model, initial_adapter, initial_checkpoint, rendering } = sources;
     let open = |uri: &str, revision, role| -> Result<Store, Failure> {
         let uri = ObjectUri::parse(uri)
             .map_err(|error| Failure::from_chain(FailureReason::InvalidConfiguration, &error))?;
@@ -74,11 +81,14 @@ pub fn digests(
         }
         (None, None) => None,
     };
+    let template = rendering.template_uri().map(|uri| chat_template::resolve(uri, environment));
+    let chat_template_sha256 = template.transpose()?.map(|text| hex(&Sha256::digest(text)));
     Ok(InputDigests {
         train_sha256: train_sha256.to_owned(),
         validation_sha256: validation_sha256.map(str::to_owned),
         model_sha256,
         initial_sha256,
+        chat_template_sha256,
     })
 }
 
@@ -93,7 +103,7 @@ pub fn of_run(config: &RunConfig, environment: &Environment) -> Result<InputDige
 
 /// Says how the output of a preflight's run touches what the run reads, after symbolic links.
 pub fn overlaps(config: &PreflightConfig) -> Vec<String> {
-    let Sources { model, initial_adapter, initial_checkpoint } = config.into();
+    let Sources { model, initial_adapter, initial_checkpoint, .. } = config.into();
     let inputs = input_uris(model, &config.dataset, initial_adapter, initial_checkpoint);
     overlaps_with_inputs(&config.output.uri, inputs, after_links)
 }
@@ -103,7 +113,7 @@ pub fn overlaps(config: &PreflightConfig) -> Vec<String> {
 /// # Errors
 /// A [`Failure`] that names the input.
 pub fn refuse_overlap(config: &RunConfig) -> Result<(), Failure> {
-    let Sources { model, initial_adapter, initial_checkpoint } = config.into();
+    let Sources { model, initial_adapter, initial_checkpoint, .. } = config.into();
     let inputs = input_uris(model, &config.dataset, initial_adapter, initial_checkpoint);
     for written in [&config.output.uri, &config.checkpoints_uri] {
         let messages = overlaps_with_inputs(written, inputs.iter().copied(), after_links);

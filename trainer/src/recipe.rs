@@ -17,7 +17,7 @@ use tracing::{info, warn};
 
 use crate::{
     checkpoint::{Checkpoints, TrainState, initial},
-    data::{Dataset, RowSources, Sequences, Tokenizer},
+    data::{Dataset, Rendering, RowSources, Sequences, Tokenizer},
     dist::Ranks,
     export::{self, Export},
     failure::Failure,
@@ -83,10 +83,12 @@ pub fn run(
 
     // Rows become tokens, and must be the rows that were planned for.
     teller.stage(Stage::Loading);
-    let tokenizer = Tokenizer::load(&base)?;
+    let rendering = Rendering::resolve(&config.dataset.rendering, host.environment)?;
+    let tokenizer = Tokenizer::load(&base, &rendering)?;
     let train = prepare_train(config, host, &tokenizer)?;
     let validation = prepare_validation(config, host, &tokenizer)?;
     drop(tokenizer);
+    let end_of_turn = train.dataset.rendered().unlisted_end();
 
     // The model, with what is trained of it; then the thread of an earlier attempt, if there is one.
     let model = load_model(config, &base, host)?;
@@ -130,7 +132,9 @@ pub fn run(
         return Ok(None);
     }
     let directory = fresh_directory(host, "export")?;
-    let export = Export { config, base: &base, training: &training, step };
+    let chat_template = rendering.chat_template.as_deref();
+    let export =
+        Export { config, base: &base, training: &training, step, chat_template, end_of_turn };
     let kind = export::write(&export, &directory)?;
     teller.stage(Stage::Publishing);
     let manifest = manifest(config, made_from, kind, step);

@@ -4,7 +4,10 @@ use std::{path::PathBuf, process::Command};
 
 use anyhow::Result;
 
-use crate::{build, cache, libtorch, shell};
+use crate::{build, cache, libtorch, python::unpack, shell};
+
+/// A package that has the chat templates of many models.
+const TEMPLATES: &str = "trl==1.16.0";
 
 /// Returns a Python with the pinned libraries, made on the first call.
 pub(crate) fn python() -> Result<PathBuf> {
@@ -15,15 +18,41 @@ pub(crate) fn python() -> Result<PathBuf> {
     Ok(directory.join("bin/python"))
 }
 
+/// Returns the chat templates of models that people train, fetched on the first call.
+fn real_templates() -> Result<PathBuf> {
+    let directory = cache::directory().join("chat-templates");
+    let templates = directory.join("trl/chat_templates");
+    if !templates.exists() {
+        unpack(TEMPLATES, &directory)?;
+    }
+    Ok(templates)
+}
+
 /// Exports with our trainer, then loads and compares with theirs.
 pub(crate) fn run() -> Result<()> {
     let python = python()?;
     build::run()?;
     let goldens = shell::root().join("trainer/tests/golden");
     shell::run(Command::new(&python).arg(goldens.join("gen.py")).arg("--check"))?;
+    let templates = shell::root().join("target/tmp/templates");
+    shell::run(Command::new(&python).arg(goldens.join("templates.py")).args([
+        &templates,
+        &real_templates()?,
+        &goldens.join("templates"),
+    ]))?;
     shell::run(
-        shell::cargo(&["test", "--release", "--workspace", "--test", "golden", "exports"])
-            .env("LIBTORCH", libtorch::directory()?),
+        shell::cargo(&[
+            "test",
+            "--release",
+            "--workspace",
+            "--test",
+            "golden",
+            "--",
+            "exports",
+            "templates",
+        ])
+        .env("FINETUNE_TEMPLATES", &templates)
+        .env("LIBTORCH", libtorch::directory()?),
     )?;
     shell::run(
         Command::new(&python)

@@ -506,6 +506,7 @@ mod tests {
                 validation_sha256: None,
                 model_sha256: sha256.to_owned(),
                 initial_sha256: None,
+                chat_template_sha256: None,
             }),
             ..archive.clone()
         };

@@ -6,6 +6,7 @@ use finetune_contract::{DatasetCensus, LengthPoint, OnOverflow, Split};
 
 use super::{
     packing::packed_count,
+    rendered::Rendered,
     row_sources::RowSources,
     rows::{Read, for_each_row},
     tokenizer::Tokenizer,
@@ -34,6 +35,8 @@ pub struct Counted {
     pub digests: HashSet<u128>,
     /// The largest token id of all usable rows; 0 if there are none.
     pub largest_token: u32,
+    /// What rendering made of the conversations.
+    pub rendered: Rendered,
 }
 
 /// Counts a split.
@@ -49,13 +52,16 @@ pub fn count(
 ) -> Result<Counted, Failure> {
     let mut lengths = Lengths::default();
     let mut digests = HashSet::new();
+    let mut rendered = Rendered::default();
     let (mut duplicate_rows, mut largest_token) = (0, 0);
     let read = for_each_row(rows, tokenizer, &mut |split_row| {
-        let row = &split_row.row;
-        for _ in 0..split_row.copies {
-            lengths.add(&row.tokens, &row.targets);
+        for row in &split_row.tokenized.rows {
+            for _ in 0..split_row.copies {
+                lengths.add(&row.tokens, &row.targets);
+            }
+            largest_token = row.tokens.iter().copied().fold(largest_token, u32::max);
         }
-        largest_token = row.tokens.iter().copied().fold(largest_token, u32::max);
+        rendered.add(&split_row.tokenized);
         if digests.contains(&split_row.digest) {
             duplicate_rows += 1;
         } else if digests.len() < REMEMBERED {
@@ -78,7 +84,7 @@ pub fn count(
         sha256: read.sha256.clone(),
         lengths: lengths.points(on_overflow, context_length, max_context),
     };
-    Ok(Counted { census, split: rows.split, read, digests, largest_token })
+    Ok(Counted { census, split: rows.split, read, digests, largest_token, rendered })
 }
 
 /// Rows by length, and by where their first target is: all that truncation and packing depend on.

@@ -141,18 +141,19 @@ pub struct ToolCall {
     pub arguments: Value,
 }
 
-/// What chat templates see: absent parts are absent keys. `reasoning` has the three names that
-/// templates use for it.
+/// What chat templates see: absent parts are absent keys. `reasoning` has the names, and
+/// they the places, that transformers 5.23 gives it.
 impl Serialize for Message {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let Self { role, content, reasoning, tool_calls, tool_call_id, name, is_target: _ } = self;
         let mut map = serializer.serialize_map(None)?;
+        if let Some(reasoning) = reasoning {
+            map.serialize_entry("thinking", reasoning)?;
+        }
         map.serialize_entry("role", role.as_str())?;
         map.serialize_entry("content", content)?;
         if let Some(reasoning) = reasoning {
             map.serialize_entry("reasoning_content", reasoning)?;
-            map.serialize_entry("reasoning", reasoning)?;
-            map.serialize_entry("thinking", reasoning)?;
         }
         if !tool_calls.is_empty() {
             map.serialize_entry("tool_calls", tool_calls)?;

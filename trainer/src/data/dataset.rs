@@ -10,6 +10,7 @@ use finetune_contract::{FailureReason, OnOverflow};
 use memmap2::Mmap;
 
 use super::{
+    rendered::Rendered,
     row_sources::RowSources,
     rows::for_each_row,
     tokenizer::{TokenRow, Tokenizer},
@@ -26,6 +27,7 @@ pub struct Dataset {
     /// First token and length of each row.
     rows: Vec<(u64, u32)>,
     sha256: String,
+    rendered: Rendered,
 }
 
 /// One row.
@@ -54,24 +56,27 @@ impl Dataset {
             |error: std::io::Error| Failure::from_io(&error, &format!("cannot write {path:?}"));
         let mut file = BufWriter::with_capacity(1 << 20, File::create(&path).map_err(disk)?);
         let (mut rows, mut start, mut too_long) = (Vec::new(), 0_u64, 0_u64);
+        let mut rendered = Rendered::default();
         let read = for_each_row(sources, tokenizer, &mut |split_row| {
-            let TokenRow { tokens, targets } = split_row.row;
-            if tokens.len() > context_length as usize {
-                too_long += 1;
-                if on_overflow != OnOverflow::Truncate {
-                    return Ok(());
+            rendered.add(&split_row.tokenized);
+            for TokenRow { tokens, targets } in split_row.tokenized.rows {
+                if tokens.len() > context_length as usize {
+                    too_long += 1;
+                    if on_overflow != OnOverflow::Truncate {
+                        continue;
+                    }
                 }
+                let length = tokens.len().min(context_length as usize);
+                if !targets[..length].iter().any(|&is_target| is_target) {
+                    continue;
+                }
+                for (token, is_target) in tokens[..length].iter().zip(&targets) {
+                    let stored = if *is_target { token | TARGET } else { *token };
+                    file.write_all(&stored.to_le_bytes()).map_err(disk)?;
+                }
+                rows.extend((0..split_row.copies).map(|_| (start, length as u32)));
+                start += length as u64;
             }
-            let length = tokens.len().min(context_length as usize);
-            if !targets[..length].iter().any(|&is_target| is_target) {
-                return Ok(());
-            }
-            for (token, is_target) in tokens[..length].iter().zip(&targets) {
-                let stored = if *is_target { token | TARGET } else { *token };
-                file.write_all(&stored.to_le_bytes()).map_err(disk)?;
-            }
-            rows.extend((0..split_row.copies).map(|_| (start, length as u32)));
-            start += length as u64;
             Ok(())
         })?;
         let invalid = |message: String| Err(Failure::new(FailureReason::InvalidDataset, message));
@@ -98,7 +103,7 @@ impl Dataset {
         // SAFETY: the file was just written into this run's own scratch directory, and nobody
         // writes to it again.
         let tokens = unsafe { Mmap::map(&file) }.map_err(disk)?;
-        Ok(Self { tokens: Some(tokens), rows, sha256: read.sha256 })
+        Ok(Self { tokens: Some(tokens), rows, sha256: read.sha256, rendered })
     }
 
     /// Makes a dataset of given rows, for tests.
@@ -119,7 +124,12 @@ impl Dataset {
         #[expect(unsafe_code, reason = "mapping a file is unsafe because others may change it")]
         // SAFETY: as above.
         let tokens = unsafe { Mmap::map(&File::open(path)?) }?;
-        Ok(Self { tokens: Some(tokens), rows: places, sha256: String::new() })
+        Ok(Self {
+            tokens: Some(tokens),
+            rows: places,
+            sha256: String::new(),
+            rendered: Rendered::default(),
+        })
     }
 
     /// Returns the number of rows.
@@ -140,6 +150,11 @@ impl Dataset {
     /// Returns the digest of the raw lines, as the census has it.
     pub fn sha256(&self) -> &str {
         &self.sha256
+    }
+
+    /// Returns what rendering made of the conversations.
+    pub fn rendered(&self) -> &Rendered {
+        &self.rendered
     }
 
     /// Reads one row.

@@ -10,8 +10,8 @@ use finetune_contract::DatasetFormat;
 use super::{
     conversation::{ChatRole, Conversation, Example, Message},
     format::{self, ReadOptions},
-    template::Template,
-    tokenizer::Tokenizer,
+    template::{Sources, Template},
+    tokenizer::{TokenRow, Tokenizer},
 };
 
 pub(crate) const CHATML: &str = "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind<|im_end|>\n{% endif %}\
@@ -88,18 +88,26 @@ fn tokenizer(template: Option<&str>, bos: &str, eos: &str) -> Tokenizer {
     let inner: tokenizers::Tokenizer = tokenizer_json(bos, eos).to_string().parse().unwrap();
     let variables = [("bos_token", bos), ("eos_token", eos)];
     let variables = variables.map(|(name, token)| (name.to_owned(), token.to_owned())).to_vec();
-    let template = template.map(|source| Template::compile(source, variables).unwrap());
+    let template = template.map(|source| {
+        let sources = Sources { default: source.to_owned(), tool_use: None };
+        Template::compile(&sources, &variables, jiff::civil::date(2026, 1, 31)).unwrap()
+    });
     let eos_ids = [eos, "<|im_end|>", "<|eot_id|>"];
     let eos_ids = eos_ids.iter().filter_map(|token| inner.token_to_id(token)).collect();
     Tokenizer::from_parts(inner, template, eos_ids)
 }
 
 /// Renders a row with what is trained on in brackets; line breaks as `⏎`.
-fn show(tokenizer: &Tokenizer, example: &Example) -> String {
-    let row = match tokenizer.tokenize(example) {
-        Ok(row) => row,
+pub(crate) fn show(tokenizer: &Tokenizer, example: &Example) -> String {
+    let rows = match tokenizer.tokenize(example) {
+        Ok(tokenized) => tokenized.rows,
         Err(reason) => return format!("error: {reason}"),
     };
+    let shown: Vec<String> = rows.iter().map(|row| show_row(tokenizer, row)).collect();
+    shown.join(" // ")
+}
+
+fn show_row(tokenizer: &Tokenizer, row: &TokenRow) -> String {
     assert!(!row.targets[0], "the first token has nothing it could be predicted from");
     let mut shown = String::new();
     let mut start = 0;
@@ -164,9 +172,9 @@ fn a_row_with_the_mark_for_an_answer_is_refused() {
 }
 
 #[test]
-fn a_template_that_rewrites_earlier_turns_is_refused() {
+fn a_template_that_rewrites_earlier_turns_gives_a_row_for_each() {
     let tokenizer = tokenizer(Some(QWEN3), "<s>", "<|im_end|>");
-    insta::assert_snapshot!(show(&tokenizer, &two_turns()), @"error: the chat template renders turn 1 differently when more turns follow, so what to train on is unclear: split the conversation after each assistant turn, or use a template with {% generation %}");
+    insta::assert_snapshot!(show(&tokenizer, &two_turns()), @"<|im_start|>user⏎Hi<|im_end|>⏎<|im_start|>assistant⏎<think>⏎⏎</think>⏎⏎[Hello!<|im_end|>]⏎ // <|im_start|>user⏎Hi<|im_end|>⏎<|im_start|>assistant⏎Hello!<|im_end|>⏎<|im_start|>user⏎Bye<|im_end|>⏎<|im_start|>assistant⏎<think>⏎⏎</think>⏎⏎[Ciao ☂<|im_end|>]⏎");
 }
 
 /// Ends turns with a space only, which becomes one token with the space that starts the next.
@@ -202,7 +210,7 @@ fn text_and_pairs_start_with_bos_and_end_with_eos() {
     insta::assert_snapshot!(show(&tokenizer, &Example::Text("Once".to_owned())), @"<s>[Once</s>]");
     let pair = Example::PromptCompletion { prompt: "2+2=".to_owned(), completion: "4".to_owned() };
     insta::assert_snapshot!(show(&tokenizer, &pair), @"<s>2+2=[4</s>]");
-    insta::assert_snapshot!(show(&tokenizer, &two_turns()), @"error: the model has no chat template, so a conversation cannot be rendered: use an instruction-tuned model, put a chat_template.jinja beside its tokenizer, or give rows of prompt and completion");
+    insta::assert_snapshot!(show(&tokenizer, &two_turns()), @"error: the model has no chat template, so a conversation cannot be rendered: set dataset.chatTemplate (to chatml, alpaca, vicuna, a template's text or its URI), use an instruction-tuned model, or give rows of prompt and completion");
 }
 
 #[test]

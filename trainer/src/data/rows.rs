@@ -8,7 +8,7 @@ use super::{
     format::{self, ReadOptions, RowError},
     records::{self, Record},
     row_sources::RowSources,
-    tokenizer::{TokenRow, Tokenizer},
+    tokenizer::{Tokenized, Tokenizer},
 };
 use crate::{failure::Failure, hex};
 
@@ -25,8 +25,8 @@ const NAMES: usize = 8;
 
 /// A usable row.
 pub struct SplitRow {
-    /// Its tokens.
-    pub row: TokenRow,
+    /// What it becomes.
+    pub tokenized: Tokenized,
     /// The first half of the SHA-256 of its text: equal rows have equal digests.
     pub digest: u128,
     /// How often it occurs in an epoch, at least once.
@@ -208,9 +208,9 @@ fn flush(
     let results = tokenize(&batch, options, tokenizer);
     for (Waiting { record, digest, copies }, result) in batch.into_iter().zip(results) {
         match result {
-            Ok(row) => {
+            Ok(tokenized) => {
                 read.good_rows += 1;
-                visit(SplitRow { row, digest, copies })?;
+                visit(SplitRow { tokenized, digest, copies })?;
             }
             Err(errors) => read.add_faults(&record.location, &errors),
         }
@@ -223,7 +223,7 @@ fn tokenize(
     batch: &[Waiting],
     options: &ReadOptions,
     tokenizer: &Tokenizer,
-) -> Vec<Result<TokenRow, Vec<RowError>>> {
+) -> Vec<Result<Tokenized, Vec<RowError>>> {
     let one = |row: &Waiting| {
         let text = row.record.text.as_ref().map_err(|reason| vec![reason.clone().into()])?;
         let (_, example) = format::read(text, options)?;

@@ -1,20 +1,26 @@
 //! Tokens of a row and which of them are predicted.
 
-use std::path::Path;
+use std::{
+    collections::{HashMap, HashSet},
+    path::Path,
+};
 
-use finetune_contract::FailureReason;
+use finetune_contract::{FailureReason, Reasoning};
+use jiff::civil::Date;
 use serde_json::Value;
+use tokenizers::AddedToken;
 
 use super::{
+    added_tokens::{self, Declarations},
     alpaca_prompt::{self, Segment},
-    conversation::{ChatRole, Example, Message},
-    template::{Rendered, Template, refuse_marks},
+    chat_template, check_rendered,
+    conversation::{ChatRole, Conversation, Example, Message},
+    rendering::Rendering,
+    targets::{self, End},
+    template::{Chat, Sources, Template, message_value},
+    thoughts, turns,
 };
 use crate::failure::Failure;
-
-/// Stands for what the assistant says when looking for where a template puts it; private use, and
-/// rows that have it are refused.
-const CONTENT: char = '\u{F8F2}';
 
 /// A row as tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,12 +31,31 @@ pub struct TokenRow {
     pub targets: Vec<bool>,
 }
 
+/// What a row of the dataset becomes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tokenized {
+    /// One, or one for each assistant turn where the template rewrites earlier turns.
+    pub rows: Vec<TokenRow>,
+    /// How its turns end; none of a row that is no conversation.
+    pub end: Option<End>,
+    /// What the generation prompt opens and an answer does not go on from, such as `<think>`.
+    pub opened: Option<String>,
+}
+
 /// A model's tokenizer with its chat template.
 #[derive(Debug)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
+    added: HashMap<u32, AddedToken>,
     template: Option<Template>,
+    /// Special tokens the template itself prints.
+    control_tokens: Vec<String>,
+    reasoning: Reasoning,
+    today: Date,
+    /// What the tokenizer puts before a text of its own accord.
+    bos_ids: Vec<u32>,
     eos_ids: Vec<u32>,
+    stop_ids: HashSet<u32>,
     vocab_size: u32,
 }
 
@@ -39,7 +64,7 @@ impl Tokenizer {
     ///
     /// # Errors
     /// A [`Failure`] of reason `InvalidModel` if `tokenizer.json` or the chat template cannot be used.
-    pub fn load(directory: &Path) -> Result<Self, Failure> {
+    pub fn load(directory: &Path, rendering: &Rendering) -> Result<Self, Failure> {
         let invalid = |message: String| Failure::new(FailureReason::InvalidModel, message);
         let path = directory.join("tokenizer.json");
         if !path.exists() {
@@ -61,33 +86,82 @@ impl Tokenizer {
                 Err(error) => Err(invalid(format!("{path:?} cannot be read: {error}"))),
             }
         };
-        let settings = json("tokenizer_config.json")?;
-        let special_tokens = special_tokens(&settings, &json("special_tokens_map.json")?);
-        let configs = [json("generation_config.json")?, json("config.json")?];
-        let eos_ids = eos_ids(&inner, &special_tokens, &configs);
-        let template = match template_source(directory, &settings, &json("chat_template.json")?) {
-            None => None,
-            Some(source) => Some(Template::compile(&source, special_tokens).map_err(|reason| {
-                invalid(format!("the chat template of {directory:?} cannot be used: {reason}"))
-            })?),
+        let declarations = Declarations {
+            settings: json("tokenizer_config.json")?,
+            special_tokens_map: json("special_tokens_map.json")?,
+            added_tokens: json("added_tokens.json")?,
         };
-        let vocab_size = inner.get_vocab_size(true) as u32;
-        Ok(Self { inner, template, eos_ids, vocab_size })
+        let special_tokens = added_tokens::add(&mut inner, &declarations).map_err(|reason| {
+            invalid(format!("the tokens of {directory:?} cannot be used: {reason}"))
+        })?;
+        let splits = declarations.settings.get("split_special_tokens").and_then(Value::as_bool);
+        inner.set_encode_special_tokens(splits.unwrap_or(false));
+        let configs = [json("generation_config.json")?, json("config.json")?];
+        let eos = special_tokens.iter().find(|(name, _)| name == "eos_token");
+        let eos = eos.and_then(|(_, token)| inner.token_to_id(token));
+
+        let sources = match &rendering.chat_template {
+            Some(source) => Some(Sources { default: source.clone(), tool_use: None }),
+            None => chat_template::of_model(
+                directory,
+                &declarations.settings,
+                &json("chat_template.json")?,
+            )
+            .map_err(invalid)?,
+        };
+        let compile = |sources: &Sources| {
+            Template::compile(sources, &special_tokens, rendering.today).map_err(|reason| {
+                let whose = match &rendering.chat_template {
+                    Some(_) => "dataset.chatTemplate".to_owned(),
+                    None => format!("the chat template of {directory:?}"),
+                };
+                invalid(format!("{whose} cannot be used: {reason}"))
+            })
+        };
+        let template = sources.as_ref().map(compile).transpose()?;
+        let tokenizer = Self::from_parts(inner, template, eos_ids(eos, &configs));
+        Ok(Self {
+            reasoning: rendering.reasoning,
+            today: rendering.today,
+            stop_ids: stop_ids(eos, &configs).into_iter().collect(),
+            ..tokenizer
+        })
     }
 
-    /// Makes a tokenizer from its parts, for tests.
+    /// Makes a tokenizer from its parts; generation stops at all of `eos_ids`.
     pub fn from_parts(
         inner: tokenizers::Tokenizer,
         template: Option<Template>,
         eos_ids: Vec<u32>,
     ) -> Self {
         let vocab_size = inner.get_vocab_size(true) as u32;
-        Self { inner, template, eos_ids, vocab_size }
+        let added = inner.get_added_tokens_decoder().into_iter().collect();
+        let mut tokenizer = Self {
+            inner,
+            added,
+            template,
+            control_tokens: Vec::new(),
+            reasoning: Reasoning::Keep,
+            today: Date::default(),
+            bos_ids: Vec::new(),
+            stop_ids: eos_ids.iter().copied().collect(),
+            eos_ids,
+            vocab_size,
+        };
+        tokenizer.bos_ids = tokenizer.leading_tokens();
+        tokenizer.control_tokens = tokenizer.tokens_of_template();
+        tokenizer
     }
 
     /// Tells whether there is a chat template.
     pub fn has_template(&self) -> bool {
         self.template.is_some()
+    }
+
+    /// Returns the date that the chat template is told, if it asks.
+    pub fn asked_date(&self) -> Option<String> {
+        self.template.as_ref().filter(|template| template.asks_date())?;
+        Some(self.today.to_string())
     }
 
     /// Returns the number of tokens there are.
@@ -100,14 +174,39 @@ impl Tokenizer {
         &self.eos_ids
     }
 
+    /// Tells whether generation stops at a token, with the configuration the model has.
+    pub fn stops_at(&self, token: u32) -> bool {
+        self.stop_ids.contains(&token)
+    }
+
+    /// Tells whether a token is a special one.
+    pub fn is_special(&self, token: u32) -> bool {
+        self.added.get(&token).is_some_and(|token| token.special)
+    }
+
+    /// Tells whether a token is found in a text before anything else.
+    pub fn is_added(&self, token: u32) -> bool {
+        self.added.get(&token).is_some_and(|token| !token.normalized)
+    }
+
+    /// Returns a token as it is written.
+    pub fn written(&self, token: u32) -> String {
+        self.inner.id_to_token(token).unwrap_or_default()
+    }
+
     /// Turns a text into tokens.
     ///
     /// # Errors
     /// A text that says what the tokenizer refused.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, String> {
         let encoding =
-            self.inner.encode(text, add_special_tokens).map_err(|error| error.to_string())?;
+            self.inner.encode_fast(text, add_special_tokens).map_err(|error| error.to_string())?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Turns a text with all its special tokens into tokens that know their place in it.
+    pub(super) fn encoding(&self, text: &str) -> Result<tokenizers::Encoding, String> {
+        self.inner.encode(text, false).map_err(|error| error.to_string())
     }
 
     /// Turns tokens into text.
@@ -115,7 +214,7 @@ impl Tokenizer {
         self.inner.decode(tokens, skip_special_tokens).unwrap_or_default()
     }
 
-    /// Renders a conversation with the chat template.
+    /// Renders messages with the chat template.
     ///
     /// # Errors
     /// A text: there is no template, or it refused.
@@ -124,7 +223,21 @@ impl Tokenizer {
         messages: &[Message],
         add_generation_prompt: bool,
     ) -> Result<String, String> {
-        Ok(self.template()?.render(messages, add_generation_prompt)?.text)
+        self.render(&Conversation::new(messages.to_vec()), add_generation_prompt)
+    }
+
+    /// Renders a conversation with the chat template.
+    ///
+    /// # Errors
+    /// A text: there is no template, or it refused.
+    pub fn render(
+        &self,
+        conversation: &Conversation,
+        add_generation_prompt: bool,
+    ) -> Result<String, String> {
+        let chat = Chat::new(conversation);
+        let template = self.chat_template()?;
+        Ok(template.render(&chat, chat.messages.clone(), add_generation_prompt)?.text)
     }
 
     /// Turns a row into tokens and targets.
@@ -134,256 +247,183 @@ impl Tokenizer {
     ///
     /// # Errors
     /// A text that says why this row cannot be trained on.
-    pub fn tokenize(&self, example: &Example) -> Result<TokenRow, String> {
-        let row = match example {
-            Example::Chat(conversation) => match alpaca_prompt::segments(conversation) {
-                Some(segments) if !self.has_template() => self.segments(&segments)?,
-                _ => self.chat(&conversation.messages)?,
-            },
+    pub fn tokenize(&self, example: &Example) -> Result<Tokenized, String> {
+        let tokenized = match example {
+            Example::Chat(conversation) => {
+                let kept = thoughts::keep(conversation, self.reasoning);
+                match alpaca_prompt::segments(&kept) {
+                    Some(segments) if !self.has_template() => self.segments(&segments)?,
+                    _ => self.chat(&kept)?,
+                }
+            }
             Example::PromptCompletion { prompt, completion } if self.has_template() => {
-                self.chat(&[
+                let messages = vec![
                     Message::new(ChatRole::User, prompt),
                     Message::new(ChatRole::Assistant, completion),
-                ])?
+                ];
+                {
+                    let conversation = Conversation::new(messages);
+                    self.chat(&thoughts::keep(&conversation, self.reasoning))?
+                }
             }
             Example::PromptCompletion { prompt, completion } => {
                 // Apart, so that no token spans the border.
-                let mut tokens = self.encode(prompt, true)?;
+                let mut tokens = self.encode_text(prompt)?;
                 let border = tokens.len();
                 tokens.extend(self.encode(completion, false)?);
                 self.with_eos(tokens, border)
             }
-            Example::Text(text) => self.with_eos(self.encode(text, true)?, 1),
+            Example::Text(text) => self.with_eos(self.encode_text(text)?, 1),
             Example::Prerendered { prompt, completion } => {
                 let mut tokens = self.encode(prompt, false)?;
                 let border = tokens.len();
                 tokens.extend(self.encode(completion, false)?);
                 let targets = (0..tokens.len()).map(|at| at > 0 && at >= border).collect();
-                TokenRow { tokens, targets }
+                let end = match tokens.last() {
+                    Some(&last) if self.stops_at(last) => End::Stop,
+                    Some(&last) if self.is_special(last) => End::Special(last),
+                    _ => End::Open,
+                };
+                Tokenized { rows: vec![TokenRow { tokens, targets }], end: Some(end), opened: None }
             }
         };
-        if row.targets.iter().any(|&is_target| is_target) {
-            Ok(row)
+        if tokenized.rows.iter().all(|row| row.targets.iter().any(|&is_target| is_target)) {
+            Ok(tokenized)
         } else {
             Err("no token of the row would be trained on".to_owned())
         }
     }
 
+    /// Turns a text into tokens as the tokenizer does, but never with a second BOS.
+    fn encode_text(&self, text: &str) -> Result<Vec<u32>, String> {
+        let tokens = self.encode(text, false)?;
+        if tokens.starts_with(&self.bos_ids) {
+            return Ok(tokens);
+        }
+        Ok(self.bos_ids.iter().copied().chain(tokens).collect())
+    }
+
     /// Puts segments one after the other, apart, so that no token spans a border, and the end of text
     /// after each answer.
-    fn segments(&self, segments: &[Segment]) -> Result<TokenRow, String> {
+    fn segments(&self, segments: &[Segment]) -> Result<Tokenized, String> {
         let mut row = TokenRow { tokens: Vec::new(), targets: Vec::new() };
         for Segment { text, is_answer, is_target } in segments {
-            row.tokens.extend(self.encode(text, row.tokens.is_empty())?);
-            if *is_answer {
-                row.tokens.extend(self.eos_ids.first());
+            let is_first = row.tokens.is_empty();
+            let tokens = if is_first { self.encode_text(text) } else { self.encode(text, false) };
+            row.tokens.extend(tokens?);
+            if let Some(&eos) = self.eos_ids.first()
+                && *is_answer
+                && row.tokens.last() != Some(&eos)
+            {
+                row.tokens.push(eos);
             }
             row.targets.resize(row.tokens.len(), *is_target);
         }
-        Ok(row)
+        Ok(Tokenized { rows: vec![row], end: None, opened: None })
     }
 
-    fn with_eos(&self, mut tokens: Vec<u32>, first_target: usize) -> TokenRow {
-        // A template may have put it there already; twice would teach to go on after the end.
+    fn with_eos(&self, mut tokens: Vec<u32>, first_target: usize) -> Tokenized {
+        // The text may have it already; twice would teach to go on after the end.
         if let Some(&eos) = self.eos_ids.first()
             && tokens.last() != Some(&eos)
         {
             tokens.push(eos);
         }
         let targets = (0..tokens.len()).map(|index| index > 0 && index >= first_target).collect();
-        TokenRow { tokens, targets }
+        Tokenized { rows: vec![TokenRow { tokens, targets }], end: None, opened: None }
     }
 
-    fn chat(&self, messages: &[Message]) -> Result<TokenRow, String> {
-        let template = self.template()?;
-        let Rendered { text, generation } = template.render(messages, false)?;
-        // The text has the special tokens already.
-        let encoding =
-            self.inner.encode(text.as_str(), false).map_err(|error| error.to_string())?;
-        let (tokens, offsets) = (encoding.get_ids().to_vec(), encoding.get_offsets());
-        let spans = if template.marks_generation() {
-            generation
-        } else {
-            self.assistant_spans(template, messages, &text, &tokens)?
-        };
-        let mut targets = vec![false; tokens.len()];
-        // Byte-level post-processors take leading spaces out of a token's range, all of it when the
-        // token is only spaces: a token really starts where the one before it ends.
-        let start = |index: usize| offsets[index].0.min(offsets[index - 1].1);
-        for span in spans {
-            let inside: Vec<usize> = (1..tokens.len())
-                .filter(|&index| offsets[index].1 > span.start && start(index) < span.end)
-                .collect();
-            // What follows the end of a turn is never generated: generation stops there.
-            let last_eos = inside.iter().rposition(|&index| self.eos_ids.contains(&tokens[index]));
-            let kept = last_eos.map_or(inside.len(), |position| position + 1);
-            inside[..kept].iter().for_each(|&index| targets[index] = true);
+    fn chat(&self, conversation: &Conversation) -> Result<Tokenized, String> {
+        let template = self.chat_template()?;
+        self.refuse_rendered(&conversation.messages)?;
+        let rendered = turns::render(template, conversation)?;
+        let mut rows = Vec::with_capacity(rendered.texts.len());
+        let mut end = End::Open;
+        for text in &rendered.texts {
+            check_rendered::check(conversation, text)?;
+            let (row, row_end) = targets::tokenize(self, text)?;
+            end = end.min(row_end);
+            rows.push(row);
         }
-        Ok(TokenRow { tokens, targets })
+        Ok(Tokenized { rows, end: Some(end), opened: rendered.opened })
     }
 
-    /// Finds what the assistant says by rendering the conversation up to each of its turns.
-    ///
-    /// Both renderings must be prefixes of the whole, in tokens too as far as they are trained on; a
-    /// template for which they are not rewrites earlier turns, and a guess would train on the wrong
-    /// tokens.
-    fn assistant_spans(
-        &self,
-        template: &Template,
-        messages: &[Message],
-        text: &str,
-        tokens: &[u32],
-    ) -> Result<Vec<std::ops::Range<usize>>, String> {
-        refuse_marks(messages, &[CONTENT])?;
-        let mut spans = Vec::new();
-        for index in (0..messages.len()).filter(|&index| messages[index].is_target) {
-            let rewrites = || {
-                format!(
-                    "the chat template renders turn {index} differently when more turns follow, so what to train on is \
-                     unclear: split the conversation after each assistant turn, or use a template with {{% generation %}}"
-                )
-            };
-            let prompt = template.render(&messages[..index], true)?.text;
-            let with_turn = template.render(&messages[..=index], false)?.text;
-            if !text.starts_with(&prompt) || !text.starts_with(&with_turn) {
-                return Err(rewrites());
-            }
-            let prompt_tokens = self.encode(&prompt, false)?;
-            if !tokens.starts_with(&prompt_tokens) {
-                return Err(format!(
-                    "a token spans the border between the prompt and turn {index}, so the turn cannot be trained on alone"
-                ));
-            }
-            if with_turn.len() < text.len() {
-                let turn_tokens = self.encode(&with_turn, false)?;
-                let is_eos = |token| self.eos_ids.contains(token);
-                // Beyond the end of turn nothing is trained on, so it may differ.
-                let end = turn_tokens[prompt_tokens.len().min(turn_tokens.len())..]
-                    .iter()
-                    .rposition(is_eos)
-                    .map_or(turn_tokens.len(), |position| prompt_tokens.len() + position + 1);
-                if !tokens.starts_with(&turn_tokens[..end]) {
+    /// Refuses text that was rendered before: rendering it again would double what is around it.
+    fn refuse_rendered(&self, messages: &[Message]) -> Result<(), String> {
+        for (index, message) in messages.iter().enumerate() {
+            for text in message.texts() {
+                if let Some(token) =
+                    self.control_tokens.iter().find(|token| text.contains(token.as_str()))
+                {
                     return Err(format!(
-                        "a token spans the border between turn {index} and what follows it, so the turn cannot be trained on alone"
+                        "turn {index} ({}) contains {token:?}, which the chat template itself puts around turns: if the row is rendered already, set dataset.format to prerendered (with prompt and completion); else take it out of the text",
+                        message.role.as_str()
                     ));
                 }
             }
-            let turn = &text[prompt.len()..with_turn.len()];
-            let supplied = supplied(template, messages, index, &prompt)?;
-            let start = if turn.starts_with(&supplied) { supplied.len() } else { 0 };
-            spans.push(prompt.len() + start..with_turn.len());
         }
-        Ok(spans)
+        Ok(())
     }
 
-    fn template(&self) -> Result<&Template, String> {
+    fn chat_template(&self) -> Result<&Template, String> {
         self.template.as_ref().ok_or_else(|| {
-            "the model has no chat template, so a conversation cannot be rendered: use an instruction-tuned model, put a \
-             chat_template.jinja beside its tokenizer, or give rows of prompt and completion"
-                .to_owned()
+            format!(
+                "the model has no chat template, so a conversation cannot be rendered: set dataset.chatTemplate (to {}, a template's text or its URI), use an instruction-tuned model, or give rows of prompt and completion",
+                chat_template::names()
+            )
         })
     }
-}
 
-/// Returns what a template puts between its generation prompt and what the assistant says, such as
-/// an empty `<think>` block: the template supplies it, so the model need not learn to say it.
-fn supplied(
-    template: &Template,
-    messages: &[Message],
-    index: usize,
-    prompt: &str,
-) -> Result<String, String> {
-    let mut until_turn = messages[..=index].to_vec();
-    until_turn[index].content = CONTENT.to_string();
-    let rendered = template.render(&until_turn, false)?.text;
-    let before = rendered.strip_prefix(prompt).and_then(|turn| turn.split_once(CONTENT));
-    Ok(before.map_or(String::new(), |(before, _)| before.to_owned()))
-}
-
-/// Finds the chat template: in a file of its own, in the tokenizer's settings, or in
-/// `chat_template.json`, where older processors saved it.
-fn template_source(directory: &Path, settings: &Value, processor: &Value) -> Option<String> {
-    if let Ok(source) = std::fs::read_to_string(directory.join("chat_template.jinja")) {
-        return Some(source);
+    /// Finds the special tokens that the template prints around turns.
+    fn tokens_of_template(&self) -> Vec<String> {
+        let messages = [Message::new(ChatRole::User, "x"), Message::new(ChatRole::Assistant, "y")];
+        let Some(template) = &self.template else { return Vec::new() };
+        let chat = Chat::new(&Conversation::new(Vec::new()));
+        let render = |count: usize, ask: bool| {
+            let messages = messages[..count].iter().map(message_value).collect();
+            let text = template.render(&chat, messages, ask).map(|rendered| rendered.text);
+            text.and_then(|text| self.encode(&text, false)).unwrap_or_default()
+        };
+        let mut tokens: Vec<u32> = [render(1, true), render(2, false)].concat();
+        tokens.retain(|&token| self.is_special(token));
+        tokens.sort_unstable();
+        tokens.dedup();
+        tokens.into_iter().map(|token| self.written(token)).collect()
     }
-    [settings, processor].into_iter().find_map(|file| template_in(file.get("chat_template")?))
-}
 
-/// Takes the template, of several named ones the default, or the only one.
-fn template_in(value: &Value) -> Option<String> {
-    match value {
-        Value::String(source) => Some(source.clone()),
-        Value::Array(named) => {
-            let is_default =
-                |entry: &&Value| entry.get("name").and_then(Value::as_str) == Some("default");
-            let only = if named.len() == 1 { named.first() } else { None };
-            let entry = named.iter().find(is_default).or(only)?;
-            entry.get("template")?.as_str().map(str::to_owned)
-        }
-        _ => None,
+    fn leading_tokens(&self) -> Vec<u32> {
+        let (Ok(with), Ok(without)) = (self.encode("a", true), self.encode("a", false)) else {
+            return Vec::new();
+        };
+        let start = with.windows(without.len().max(1)).position(|window| window == without);
+        with[..start.unwrap_or(0)].to_vec()
     }
-}
-
-fn special_tokens(settings: &Value, map: &Value) -> Vec<(String, String)> {
-    let text = |value: &Value| {
-        value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned)
-    };
-    ["bos_token", "eos_token", "unk_token", "pad_token"]
-        .into_iter()
-        .filter_map(|name| {
-            let token =
-                settings.get(name).and_then(text).or_else(|| map.get(name).and_then(text))?;
-            Some((name.to_owned(), token))
-        })
-        .collect()
 }
 
 /// Collects the tokens that end generation: the tokenizer's own first, then those of the configs.
-fn eos_ids(
-    inner: &tokenizers::Tokenizer,
-    special: &[(String, String)],
-    configs: &[Value],
-) -> Vec<u32> {
-    let named = special.iter().find(|(name, _)| name == "eos_token");
-    let mut ids: Vec<u32> =
-        named.and_then(|(_, token)| inner.token_to_id(token)).into_iter().collect();
-    for config in configs {
-        let listed = match config.get("eos_token_id") {
-            Some(Value::Array(list)) => list.iter().filter_map(Value::as_u64).collect(),
-            Some(value) => value.as_u64().into_iter().collect::<Vec<_>>(),
-            None => Vec::new(),
-        };
-        for id in listed {
-            if !ids.contains(&(id as u32)) {
-                ids.push(id as u32);
-            }
+fn eos_ids(eos: Option<u32>, configs: &[Value]) -> Vec<u32> {
+    let mut ids: Vec<u32> = eos.into_iter().collect();
+    for id in configs.iter().flat_map(listed_eos_ids) {
+        if !ids.contains(&id) {
+            ids.push(id);
         }
     }
     ids
 }
 
-#[cfg(test)]
-mod tests {
-    use serde_json::json;
+/// Finds the tokens at which `generate` of transformers stops: those of `generation_config.json`,
+/// else of `config.json`; the tokenizer's own is not asked.
+fn stop_ids(eos: Option<u32>, configs: &[Value]) -> Vec<u32> {
+    let listed = configs.iter().map(listed_eos_ids).find(|ids| !ids.is_empty());
+    listed.unwrap_or_else(|| eos.into_iter().collect())
+}
 
-    use super::*;
-
-    #[test]
-    fn finds_the_chat_template_wherever_it_was_saved() {
-        let directory = tempfile::tempdir().unwrap();
-        let check = |settings: Value, processor: Value| {
-            let found = template_source(directory.path(), &settings, &processor);
-            found.unwrap_or_else(|| "none".to_owned())
-        };
-        let named = |name: &str| json!({"name": name, "template": name});
-        let in_settings = |template: Value| check(json!({"chat_template": template}), Value::Null);
-        assert_eq!(in_settings(json!("a")), "a");
-        assert_eq!(in_settings(json!([named("rag"), named("default")])), "default");
-        assert_eq!(in_settings(json!([named("rag")])), "rag");
-        assert_eq!(in_settings(json!([named("rag"), named("tool_use")])), "none");
-        assert_eq!(check(json!({}), json!({"chat_template": "old"})), "old");
-        assert_eq!(check(json!({"chat_template": "a"}), json!({"chat_template": "old"})), "a");
-        std::fs::write(directory.path().join("chat_template.jinja"), "file").unwrap();
-        assert_eq!(in_settings(json!("a")), "file");
+fn listed_eos_ids(config: &Value) -> Vec<u32> {
+    match config.get("eos_token_id") {
+        Some(Value::Array(list)) => {
+            list.iter().filter_map(Value::as_u64).map(|id| id as u32).collect()
+        }
+        Some(value) => value.as_u64().map(|id| id as u32).into_iter().collect(),
+        None => Vec::new(),
     }
 }

@@ -34,7 +34,7 @@ pub(super) fn write(
         adapter_config(lora, attachment, &base_name(export), export.config.training.context_length);
     files::write_json(&directory.join(CONFIG_FILE), &settings)?;
     write_weights(export, &directory.join(WEIGHTS_FILE))?;
-    files::copy_tokenizer(export.base, directory)
+    files::copy_tokenizer(export.base, export.chat_template, directory)
 }
 
 /// Builds `adapter_config.json`.

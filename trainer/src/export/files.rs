@@ -5,6 +5,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::Error;
+use crate::data::chat_template;
 
 /// What a tokenizer and its chat template consist of.
 const TOKENIZER_FILES: [&str; 8] = [
@@ -28,9 +29,27 @@ pub(super) fn write_text(path: &Path, text: &str) -> Result<(), Error> {
     std::fs::write(path, text).map_err(|source| Error::Write { path: path.to_owned(), source })
 }
 
-/// Copies the tokenizer, so that the result is complete by itself.
-pub(super) fn copy_tokenizer(base: &Path, directory: &Path) -> Result<(), Error> {
-    copy(base, directory, &TOKENIZER_FILES)
+/// Copies the tokenizer, so that the result is complete by itself; a chat template of its own takes
+/// the place of the base model's.
+pub(super) fn copy_tokenizer(
+    base: &Path,
+    chat_template: Option<&str>,
+    directory: &Path,
+) -> Result<(), Error> {
+    copy(base, directory, &TOKENIZER_FILES)?;
+    if let Some(template) = chat_template {
+        return write_text(&directory.join("chat_template.jinja"), template);
+    }
+    let Ok(entries) = std::fs::read_dir(base.join(chat_template::FOLDER)) else { return Ok(()) };
+    let names: Vec<String> = entries
+        .flatten()
+        .filter_map(|entry| {
+            Some(format!("{}/{}", chat_template::FOLDER, entry.file_name().to_str()?))
+        })
+        .collect();
+    let folder = directory.join(chat_template::FOLDER);
+    std::fs::create_dir_all(&folder).map_err(|source| Error::Write { path: folder, source })?;
+    names.iter().try_for_each(|name| copy(base, directory, &[name]))
 }
 
 /// Copies those of the named files that exist.

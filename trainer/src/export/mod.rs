@@ -62,6 +62,10 @@ pub struct Export<'a> {
     pub training: &'a Training<'a>,
     /// The step of the weights.
     pub step: u64,
+    /// The template that took the place of the base model's, if one did.
+    pub chat_template: Option<&'a str>,
+    /// The token that ends the turns trained on, if the base model's generation does not stop there.
+    pub end_of_turn: Option<u32>,
 }
 
 /// Takes part in what [`write()`] does on rank 0, where that needs the parts of all ranks.

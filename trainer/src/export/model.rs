@@ -19,6 +19,8 @@ use crate::{
     tensor_file::{self, Declared},
 };
 
+/// What `generate` of transformers and servers read.
+const GENERATION_CONFIG: &str = "generation_config.json";
 /// The largest shard, as transformers 5 writes them.
 const SHARD_BYTES: u64 = 5_000_000_000;
 
@@ -26,9 +28,30 @@ const SHARD_BYTES: u64 = 5_000_000_000;
 pub(super) fn write(export: &Export<'_>, directory: &Path) -> Result<(), Error> {
     let unties = unties(&export.training.model);
     write_config(export, unties, directory)?;
-    files::copy_tokenizer(export.base, directory)?;
-    files::copy(export.base, directory, &["generation_config.json"])?;
+    files::copy_tokenizer(export.base, export.chat_template, directory)?;
+    files::copy(export.base, directory, &[GENERATION_CONFIG])?;
+    if let Some(token) = export.end_of_turn {
+        let path = directory.join(GENERATION_CONFIG);
+        let published = std::fs::read_to_string(&path).unwrap_or_default();
+        let config = &export.training.model.config().source;
+        files::write_json(&path, &stopping_at(token, &published, config))?;
+    }
     write_weights(export, unties, SHARD_BYTES, directory)
+}
+
+/// Adds a token to those at which generation stops.
+fn stopping_at(token: u32, published: &str, config: &Map<String, Value>) -> Value {
+    let parsed = serde_json::from_str::<Map<String, Value>>(published);
+    let mut generation = parsed.unwrap_or_default();
+    let listed = [generation.get("eos_token_id"), config.get("eos_token_id")];
+    let mut ids = match listed.into_iter().flatten().find(|value| !value.is_null()) {
+        Some(Value::Array(ids)) => ids.clone(),
+        Some(id) => vec![id.clone()],
+        None => Vec::new(),
+    };
+    ids.push(json!(token));
+    generation.insert("eos_token_id".to_owned(), Value::Array(ids));
+    Value::Object(generation)
 }
 
 fn write_config(export: &Export<'_>, unties: bool, directory: &Path) -> Result<(), Error> {

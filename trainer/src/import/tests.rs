@@ -14,7 +14,7 @@ use tch::{Kind, Tensor};
 use super::{Arguments, import, local_directory, run};
 use crate::{
     data::{
-        Tokenizer,
+        Rendering, Tokenizer,
         conversation::{ChatRole, Message},
     },
     model::{read_config, weights::Checkpoint},
@@ -78,7 +78,7 @@ fn imports_what_transformers_reads_from_the_same_file() {
             })
             .collect();
         assert_eq!(found, expected.weights, "{name}");
-        let tokenizer = Tokenizer::load(&to).unwrap();
+        let tokenizer = Tokenizer::load(&to, &Rendering::of_model()).unwrap();
         for Text { text, tokens } in &expected.texts {
             assert_eq!(&tokenizer.encode(text, true).unwrap(), tokens, "{name}: {text:?}");
         }
@@ -94,7 +94,7 @@ fn keeps_the_chat_template_and_the_end_of_a_turn() {
     let directory = tempfile::tempdir().unwrap();
     let to = directory.path().join("model");
     import(&golden("llama-smollm.gguf"), &to).unwrap();
-    let tokenizer = Tokenizer::load(&to).unwrap();
+    let tokenizer = Tokenizer::load(&to, &Rendering::of_model()).unwrap();
     let message = Message::new(ChatRole::User, "hello");
     let text = tokenizer.render_chat(&[message], false).unwrap();
     assert_eq!(text, "<|start|>user\nhello<|end|>\n");

@@ -59,6 +59,9 @@ pub fn run(
         train = counted.map(|counted| counted.census);
         validation = held_out.map(|counted| counted.census);
     }
+    let template_date = model.as_ref().and_then(|(_, tokenizer)| tokenizer.asked_date());
+    let given = &config.dataset.rendering.template_date;
+    findings.remark_on_date(template_date.as_deref(), given.is_some());
     let rows = train.as_ref().map(|train| (train, validation.as_ref()));
     let (output, published) = check_output(config, rows, environment, &mut findings);
     PreflightReport {
@@ -71,6 +74,7 @@ pub fn run(
         train,
         validation,
         overlapping_rows,
+        template_date,
         output,
         published,
         machine: Some(machine::facts(config.measure_machine)),
@@ -126,6 +130,15 @@ impl Findings {
                 "the tokenizer gives token {largest_token}, but the model's embedding has only {vocab_size} rows: tokenizer and model do not belong together"
             );
             self.problem(ProblemReason::InvalidTokenizer, "spec.model.uri", message);
+        }
+    }
+
+    fn remark_on_date(&mut self, asked: Option<&str>, is_given: bool) {
+        if let Some(day) = asked.filter(|_| !is_given) {
+            let message = format!(
+                "the chat template asks for the date, which is {day} for every row: set dataset.templateDate to train on the same text another day"
+            );
+            self.warning(ProblemReason::Servability, "spec.dataset", message);
         }
     }
 
@@ -222,6 +235,9 @@ impl SplitCheck<'_> {
         if duplicate_rows > 0 {
             let message = format!("{duplicate_rows} of {rows} rows repeat an earlier row");
             findings.warning(ProblemReason::DuplicateRows, location, message);
+        }
+        for remark in counted.rendered.remarks(self.tokenizer) {
+            findings.warning(ProblemReason::Servability, location, remark);
         }
         self.judge_overflow(location, rows, max_tokens, counted, findings);
     }

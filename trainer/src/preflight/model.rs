@@ -5,12 +5,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use finetune_contract::{LoraSettings, ModelFacts, PreflightConfig, ProblemReason, TargetModules};
+use finetune_contract::{
+    FailureReason, LoraSettings, ModelFacts, PreflightConfig, ProblemReason, TargetModules,
+};
 
 use super::{Findings, adapter, open};
 use crate::{
     checkpoint::initial,
-    data::{Tokenizer, format::nearest},
+    data::{Rendering, Tokenizer, chat_template, format::nearest},
     failure::Failure,
     import,
     model::{
@@ -90,10 +92,14 @@ pub(super) fn check(
     if let Some(uri) = &config.initial_checkpoint {
         check_initial_checkpoint(uri, config, &model, environment, findings);
     }
-    let tokenizer = match Tokenizer::load(&directory) {
+    let tokenizer = match load_tokenizer(&directory, config, environment) {
         Ok(tokenizer) => tokenizer,
-        Err(failure) => {
+        Err(failure) if failure.reason == FailureReason::InvalidModel => {
             findings.problem(ProblemReason::InvalidTokenizer, LOCATION, failure.message);
+            return None;
+        }
+        Err(failure) => {
+            findings.failure("spec.dataset", &failure);
             return None;
         }
     };
@@ -125,6 +131,15 @@ fn check_initial_checkpoint(
             format!("is of an adapter of {base}: on another base its weights may mean nothing");
         findings.warning(ProblemReason::InvalidModel, location, message);
     }
+}
+
+fn load_tokenizer(
+    directory: &Path,
+    config: &PreflightConfig,
+    environment: &Environment,
+) -> Result<Tokenizer, Failure> {
+    let rendering = Rendering::resolve(&config.dataset.rendering, environment)?;
+    Tokenizer::load(directory, &rendering)
 }
 
 fn facts(
@@ -186,7 +201,7 @@ fn small_files(
     let directory = work_dir.join("preflight-model");
     let fetch = || -> Result<(), Failure> {
         make_empty(&directory)?;
-        for entry in entries.iter().filter(|entry| SMALL_FILES.contains(&entry.path.as_str())) {
+        for entry in entries.iter().filter(|entry| is_small(&entry.path)) {
             store.fetch(&entry.path, &directory.join(&entry.path))?;
         }
         Ok(())
@@ -198,6 +213,11 @@ fn small_files(
             None
         }
     }
+}
+
+fn is_small(path: &str) -> bool {
+    SMALL_FILES.contains(&path)
+        || path.strip_prefix(chat_template::FOLDER).is_some_and(|name| name.ends_with(".jinja"))
 }
 
 /// Makes a directory without anything in it: files of another model or revision that this one does

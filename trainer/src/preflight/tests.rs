@@ -202,7 +202,7 @@ fn wants_a_chat_template_for_conversations() {
     let fixture = Fixture::new();
     fixture.write("model/tokenizer_config.json", "{}");
     fixture.write("train.jsonl", r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#);
-    insta::assert_snapshot!(fixture.check(), @"InvalidDataset train.jsonl:1: the model has no chat template, so a conversation cannot be rendered: use an instruction-tuned model, put a chat_template.jinja beside its tokenizer, or give rows of prompt and completion");
+    insta::assert_snapshot!(fixture.check(), @"InvalidDataset train.jsonl:1: the model has no chat template, so a conversation cannot be rendered: set dataset.chatTemplate (to chatml, alpaca, vicuna, a template's text or its URI), use an instruction-tuned model, or give rows of prompt and completion");
 }
 
 #[test]

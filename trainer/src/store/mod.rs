@@ -34,7 +34,7 @@ use object_store::{
 pub use environment::{Environment, Role};
 pub use error::Error;
 pub use identity::identity;
-pub use model_cache::{fetch_model, is_model_file};
+pub use model_cache::{TEMPLATE_FOLDER, fetch_model, is_model_file};
 pub use objects::PVC_ROOT;
 pub use transfer::{PART_BYTES, file_parts, hash_file, sha256_hex};
 

@@ -7,6 +7,9 @@ use std::{
 
 use super::{Entry, Error, Store, transfer::sha256_hex};
 
+/// Where transformers saves the chat templates that are not the default.
+pub const TEMPLATE_FOLDER: &str = "additional_chat_templates";
+
 /// Returns a local directory in Hugging Face layout for the model at the store's URI.
 ///
 /// `file://` and `pvc://` are used in place. Others are fetched below `cache`, under a key of the
@@ -68,5 +71,8 @@ pub fn is_model_file(path: &str) -> bool {
         "tokenizer.model",
         "model.safetensors.index.json",
     ];
-    !path.contains('/') && (NAMES.contains(&path) || path.ends_with(".safetensors"))
+    let is_template = path
+        .strip_prefix(TEMPLATE_FOLDER)
+        .is_some_and(|name| name.starts_with('/') && name.ends_with(".jinja"));
+    is_template || !path.contains('/') && (NAMES.contains(&path) || path.ends_with(".safetensors"))
 }

@@ -9,3 +9,4 @@ mod engine;
 mod exports;
 mod full;
 mod golden;
+mod templates;

@@ -80,6 +80,7 @@ fn manifest(run: &str) -> Manifest {
             validation_sha256: None,
             model_sha256: "0".repeat(64),
             initial_sha256: None,
+            chat_template_sha256: None,
         }),
         settings: Some(DecisiveSettings::from([("training.seed".to_owned(), run.into())])),
         step: 1,

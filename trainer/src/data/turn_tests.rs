@@ -1,0 +1,402 @@
+//! Conversations that templates do unexpected things with, as text with what is trained on in
+//! [brackets]; rows are separated by ` // `, line breaks are `⏎`.
+
+use std::{fs, path::Path};
+
+use finetune_contract::Reasoning;
+use serde_json::{Value, json};
+
+use super::{
+    conversation::{ChatRole, Conversation, Example, Message, ToolCall, WithoutTemplate},
+    goldens::{CHATML, show, tokenizer_json},
+    rendered::Rendered,
+    rendering::Rendering,
+    tokenizer::Tokenizer,
+};
+
+/// A model's directory with a template, and what else its settings say.
+struct Model {
+    directory: tempfile::TempDir,
+    rendering: Rendering,
+}
+
+impl Model {
+    fn new(template: &str) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let tokenizer = tokenizer_json("<s>", "</s>").to_string();
+        fs::write(directory.path().join("tokenizer.json"), tokenizer).unwrap();
+        let model = Self { directory, rendering: Rendering::of_model() };
+        model.settings(
+            json!({"bos_token": "<s>", "eos_token": "<|im_end|>", "chat_template": template}),
+        )
+    }
+
+    fn settings(self, settings: Value) -> Self {
+        self.write("tokenizer_config.json", settings)
+    }
+
+    fn write(self, name: &str, value: Value) -> Self {
+        fs::write(self.directory.path().join(name), value.to_string()).unwrap();
+        self
+    }
+
+    fn reasoning(mut self, reasoning: Reasoning) -> Self {
+        self.rendering.reasoning = reasoning;
+        self
+    }
+
+    fn tokenizer(&self) -> Tokenizer {
+        let directory: &Path = self.directory.path();
+        Tokenizer::load(directory, &self.rendering).unwrap()
+    }
+
+    fn show(&self, example: &Example) -> String {
+        show(&self.tokenizer(), example)
+    }
+
+    fn chat(&self, turns: &[(ChatRole, &str)]) -> String {
+        self.show(&chat(turns))
+    }
+
+    fn remarks(&self, examples: &[Example]) -> String {
+        let tokenizer = self.tokenizer();
+        let mut rendered = Rendered::default();
+        for example in examples {
+            rendered.add(&tokenizer.tokenize(example).unwrap());
+        }
+        rendered.remarks(&tokenizer).join("\n")
+    }
+}
+
+use ChatRole::{Assistant, System, Tool, User};
+
+fn chat(turns: &[(ChatRole, &str)]) -> Example {
+    let messages = turns.iter().map(|(role, content)| Message::new(*role, *content));
+    Example::Chat(Conversation::new(messages.collect()))
+}
+
+/// As CHATML, but the system's turns and the tools' are not printed.
+const NO_SYSTEM: &str = "{% for m in messages %}{% if m.role in ['user', 'assistant'] %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}\
+    {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+
+/// Cuts thoughts out of every answer, as R1-Distill does; `OPENS` is where it opens one.
+const CUTS: &str = "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<|im_start|>' + m.content }}{% else %}\
+    {{ '<|im_end|>' + m.content.split('</think>')[-1].strip() + eos_token }}{% endif %}{% endfor %}\
+    {% if add_generation_prompt %}{{ '<|im_end|>OPENS' }}{% endif %}";
+
+/// Mistral's: the system prompt stands before the last question, while that is the last message.
+const MOVES_SYSTEM: &str = include_str!("../../tests/golden/templates/mistral_system.jinja");
+
+/// Asks who begins outside of its loop, as Qwen2.5 does.
+const ASKS_FIRST: &str = "{% if messages[0].role == 'system' %}{{ '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}{% endif %}\
+    {% for m in messages %}{% if m.role != 'system' %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}\
+    {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+
+/// Prints thoughts and calls, and thoughts of earlier turns not at all, as Qwen3 does.
+const FORGETS: &str = "{% if tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}\
+    {% if m.reasoning_content and loop.last %}{{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}{% endif %}{{ m.content }}\
+    {% for call in m.tool_calls %}{{ '<tool_call>' + (call.function | tojson) + '</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}\
+    {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+
+#[test]
+fn a_turn_that_the_template_leaves_out_is_refused() {
+    let model = Model::new(NO_SYSTEM);
+    let advice = "put it into the first user turn, or set dataset.chatTemplate to a template with a system turn";
+    assert_eq!(
+        model.chat(&[(System, "Talk like a pirate."), (User, "Hi"), (Assistant, "Ahoy")]),
+        format!(
+            "error: the chat template leaves \"Talk like a pirate.\" of turn 0 (system) out, so the model would never see it: {advice}"
+        )
+    );
+    let tool =
+        model.chat(&[(User, "Hi"), (Assistant, "Wait"), (Tool, "42 degrees"), (Assistant, "Hot")]);
+    assert!(tool.contains("\"42 degrees\" of turn 2 (tool)"), "{tool}");
+    let cut = Model::new(
+        "{% for m in messages %}{{ '<|im_start|>' + m.content[:4] + '<|im_end|>' }}{% endfor %}",
+    );
+    let cut = cut.chat(&[(User, "Hi"), (Assistant, "a long answer")]);
+    assert!(
+        cut.contains("\"a long answer\" of turn 1 (assistant) out, so it would not be trained on"),
+        "{cut}"
+    );
+    let trimmed = Model::new(
+        "{% for m in messages %}{{ '<|im_start|>' + m.content | trim + '<|im_end|>' }}{% endfor %}",
+    );
+    assert_eq!(
+        trimmed.chat(&[(User, " Hi\n"), (Assistant, "\n\nYo ")]),
+        "<|im_start|>Hi<|im_end|><|im_start|>[Yo<|im_end|>]"
+    );
+}
+
+#[test]
+fn tools_and_calls_that_the_template_leaves_out_are_refused() {
+    let call = |name: &str, arguments: Value| Message {
+        tool_calls: vec![ToolCall { id: None, name: name.to_owned(), arguments }],
+        ..Message::new(Assistant, "")
+    };
+    let conversation = |call: Message, tools: Vec<Value>| {
+        Example::Chat(Conversation {
+            tools,
+            ..Conversation::new(vec![Message::new(User, "Hi"), call])
+        })
+    };
+    let tool = json!({"type": "function", "function": {"name": "look_up"}});
+    let example =
+        conversation(call("look_up", json!({"key": "a \"b\"", "n": 1})), vec![tool.clone()]);
+    let shown = Model::new(FORGETS).show(&example);
+    assert!(shown.ends_with(r#"<|im_start|>assistant⏎[<tool_call>{"name": "look_up", "arguments": {"key": "a \"b\"", "n": 1}}</tool_call><|im_end|>]⏎"#), "{shown}");
+    let lost = Model::new(CHATML).show(&conversation(call("look_up", json!({})), Vec::new()));
+    assert!(lost.contains("leaves the call of \"look_up\" of turn 1 (assistant) out"), "{lost}");
+    let lost = Model::new(CHATML).show(&conversation(Message::new(Assistant, "Yo"), vec![tool]));
+    assert!(
+        lost.contains("the chat template shows no tools, so the model would never see \"look_up\""),
+        "{lost}"
+    );
+}
+
+#[test]
+fn a_thought_that_the_template_cuts_is_trained_where_the_prompt_opens_it() {
+    let turns = [(User, "Hi"), (Assistant, "<think>\nhm\n</think>\n\nYo")];
+    let opens = CUTS.replace("OPENS", "<think>\\n");
+    assert_eq!(
+        Model::new(&opens).chat(&turns),
+        "<s><|im_start|>Hi<|im_end|><think>⏎[hm⏎</think>⏎⏎Yo<|im_end|>]"
+    );
+    let refused = Model::new(&CUTS.replace("OPENS", "")).chat(&turns);
+    assert!(refused.contains("leaves \"hm\" of turn 1 (assistant) out"), "{refused}");
+    assert!(refused.contains("set dataset.reasoning to drop"), "{refused}");
+    let dropped = Model::new(&CUTS.replace("OPENS", "")).reasoning(Reasoning::Drop);
+    assert_eq!(dropped.chat(&turns), "<s><|im_start|>Hi<|im_end|>[Yo<|im_end|>]");
+}
+
+#[test]
+fn an_answer_without_the_thought_that_the_prompt_opens_is_trained_and_remarked_on() {
+    let model = Model::new(&CUTS.replace("OPENS", "<think>\\n"));
+    assert_eq!(
+        model.chat(&[(User, "Hi"), (Assistant, "Yo")]),
+        "<s><|im_start|>Hi<|im_end|>[Yo<|im_end|>]"
+    );
+    let remarks = model.remarks(&[chat(&[(User, "Hi"), (Assistant, "Yo")])]);
+    assert!(remarks.contains(r#"the generation prompt ends in "<think>\n", which the answers of 1 of 1 conversations do not begin with"#), "{remarks}");
+}
+
+#[test]
+fn a_template_that_forgets_thoughts_gives_a_row_for_each_turn() {
+    let thinking = |thought: &str, content: &str| Message {
+        reasoning: Some(thought.to_owned()),
+        ..Message::new(Assistant, content)
+    };
+    let messages = vec![
+        Message::new(User, "1?"),
+        thinking("a", "one"),
+        Message::new(User, "2?"),
+        thinking("b", "two"),
+    ];
+    let example = Example::Chat(Conversation::new(messages.clone()));
+    let model = Model::new(FORGETS);
+    let first = "<|im_start|>user⏎1?<|im_end|>⏎<|im_start|>assistant⏎";
+    let second = "<|im_start|>user⏎2?<|im_end|>⏎<|im_start|>assistant⏎";
+    let rows = format!(
+        "{first}[<think>⏎a⏎</think>⏎⏎one<|im_end|>]⏎ // {first}one<|im_end|>⏎{second}[<think>⏎b⏎</think>⏎⏎two<|im_end|>]⏎"
+    );
+    assert_eq!(model.show(&example), rows);
+    let remarks = model.remarks(&[example.clone(), chat(&[(User, "Hi"), (Assistant, "Yo")])]);
+    assert!(remarks.contains("1 of 2 conversations became 2 rows"), "{remarks}");
+    // Only what is trained on becomes a row, and without thoughts nothing is forgotten.
+    let mut last = messages;
+    last[1].is_target = false;
+    assert_eq!(
+        model.show(&Example::Chat(Conversation::new(last))),
+        rows.split(" // ").nth(1).unwrap()
+    );
+    let model = model.reasoning(Reasoning::Drop);
+    assert_eq!(model.show(&example), format!("{first}[one<|im_end|>]⏎{second}[two<|im_end|>]⏎"));
+    let model = model.reasoning(Reasoning::LastTurn);
+    assert_eq!(
+        model.show(&example),
+        format!("{first}[one<|im_end|>]⏎{second}[<think>⏎b⏎</think>⏎⏎two<|im_end|>]⏎")
+    );
+}
+
+#[test]
+fn a_system_prompt_that_moves_is_where_a_server_puts_it() {
+    let model = Model::new(MOVES_SYSTEM);
+    assert_eq!(
+        model.chat(&[(System, "Be kind"), (User, "Hi"), (Assistant, "Yo")]),
+        "<s>[INST] Be kind⏎⏎Hi[/INST][ Yo<|im_end|>]"
+    );
+    assert_eq!(
+        model.chat(&[
+            (System, "Be kind"),
+            (User, "Hi"),
+            (Assistant, "Yo"),
+            (User, "Bye"),
+            (Assistant, "Ciao")
+        ]),
+        "<s>[INST] Be kind⏎⏎Hi[/INST][ Yo<|im_end|>] // <s>[INST] Hi[/INST] Yo<|im_end|>[INST] Be kind⏎⏎Bye[/INST][ Ciao<|im_end|>]"
+    );
+}
+
+#[test]
+fn a_conversation_may_begin_with_the_assistant() {
+    let turns = [(Assistant, "Welcome"), (User, "Hi"), (Assistant, "Yo")];
+    assert_eq!(
+        Model::new(ASKS_FIRST).chat(&turns),
+        "<|im_start|>assistant⏎[Welcome<|im_end|>]⏎<|im_start|>user⏎Hi<|im_end|>⏎<|im_start|>assistant⏎[Yo<|im_end|>]⏎"
+    );
+    let with_system =
+        [(System, "Be kind"), (Assistant, "Welcome"), (User, "Hi"), (Assistant, "Yo")];
+    assert!(
+        Model::new(ASKS_FIRST)
+            .chat(&with_system)
+            .contains("kind<|im_end|>⏎<|im_start|>assistant⏎[Welcome<|im_end|>]")
+    );
+}
+
+#[test]
+fn only_targets_are_trained() {
+    let mut messages = vec![
+        Message::new(User, "a"),
+        Message::new(Assistant, "b"),
+        Message::new(User, "c"),
+        Message::new(Assistant, "d"),
+    ];
+    messages[1].is_target = false;
+    let example = Example::Chat(Conversation::new(messages));
+    let shown = "<|im_start|>user⏎a<|im_end|>⏎<|im_start|>assistant⏎b<|im_end|>⏎<|im_start|>user⏎c<|im_end|>⏎<|im_start|>assistant⏎[d<|im_end|>]⏎";
+    assert_eq!(Model::new(ASKS_FIRST).show(&example), shown);
+    let marked = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n\n{% endfor %}";
+    let shown_marked = Model::new(marked).show(&example);
+    assert!(
+        shown_marked.contains("assistant⏎b<|im_end|>") && shown_marked.contains("[d<|im_end|>]"),
+        "{shown_marked}"
+    );
+}
+
+#[test]
+fn text_that_is_rendered_already_is_refused_or_taken_as_it_is() {
+    let (prompt, completion) = (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n".to_owned(),
+        "Yo<|im_end|>".to_owned(),
+    );
+    let model = Model::new(CHATML);
+    let refused = model.show(&Example::PromptCompletion {
+        prompt: prompt.clone(),
+        completion: completion.clone(),
+    });
+    assert!(
+        refused.contains("turn 0 (user) contains \"<|im_start|>\"")
+            && refused.contains("set dataset.format to prerendered"),
+        "{refused}"
+    );
+    let refused = model.chat(&[(User, "Hi"), (Assistant, "Yo<|im_end|>")]);
+    assert!(refused.contains("turn 1 (assistant) contains \"<|im_end|>\""), "{refused}");
+    assert_eq!(
+        model.show(&Example::Prerendered { prompt, completion }),
+        "<|im_start|>user⏎Hi<|im_end|>⏎<|im_start|>assistant⏎[Yo<|im_end|>]"
+    );
+    // Tokens that this template does not use are only text to it.
+    assert!(
+        model.chat(&[(User, "What is <|eot_id|>?"), (Assistant, "Yo")]).contains("[Yo<|im_end|>]")
+    );
+}
+
+#[test]
+fn bos_is_never_doubled() {
+    let model = Model::new("").settings(json!({"bos_token": "<s>", "eos_token": "</s>"}));
+    for text in ["Once", "<s>Once", "<s>Once</s>"] {
+        assert_eq!(model.show(&Example::Text(text.to_owned())), "<s>[Once</s>]");
+    }
+    let pair = |prompt: &str| Example::PromptCompletion {
+        prompt: prompt.to_owned(),
+        completion: "4".to_owned(),
+    };
+    assert_eq!(model.show(&pair("<s>2+2=")), "<s>2+2=[4</s>]");
+    assert_eq!(model.show(&pair("2+2=")), "<s>2+2=[4</s>]");
+}
+
+#[test]
+fn an_end_of_turn_at_which_generation_goes_on_is_remarked_on() {
+    let one = [chat(&[(User, "Hi"), (Assistant, "Yo")])];
+    let ends = |generation: Value| {
+        Model::new(CHATML).write("generation_config.json", generation).remarks(&one)
+    };
+    let im_end = Model::new(CHATML).tokenizer().encode("<|im_end|>", false).unwrap()[0];
+    assert_eq!(ends(json!({"eos_token_id": [im_end]})), "");
+    assert_eq!(ends(json!({})), "");
+    let remark = ends(json!({"eos_token_id": 259}));
+    assert!(
+        remark.contains(&format!(
+            "answers end with \"<|im_end|>\" (token {im_end}), but generation stops at \"</s>\""
+        )),
+        "{remark}"
+    );
+    // Nothing after it is trained on all the same.
+    let model = Model::new(CHATML).write("generation_config.json", json!({"eos_token_id": 259}));
+    assert!(model.show(&one[0]).ends_with("[Yo<|im_end|>]⏎"));
+    let open =
+        Model::new("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}");
+    assert!(
+        open.remarks(&one).contains("no answer ends with a token at which generation stops"),
+        "{}",
+        open.remarks(&one)
+    );
+}
+
+#[test]
+fn instructions_train_base_models_too() {
+    let model = Model::new("").settings(json!({"bos_token": "<s>", "eos_token": "</s>"}));
+    let conversation =
+        Conversation::new(vec![Message::new(User, "Add 2 and 2"), Message::new(Assistant, "4")]);
+    let example = Example::Chat(Conversation {
+        without_template: WithoutTemplate::AlpacaPrompt { input: None },
+        ..conversation.clone()
+    });
+    assert_eq!(
+        model.show(&example),
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.⏎⏎### Instruction:⏎Add 2 and 2⏎⏎### Response:⏎[4</s>]"
+    );
+    let refused = model.show(&Example::Chat(conversation));
+    assert!(
+        refused.contains(
+            "set dataset.chatTemplate (to chatml, alpaca, vicuna, a template's text or its URI)"
+        ),
+        "{refused}"
+    );
+}
+
+#[test]
+fn time_grows_with_the_turns_and_not_with_their_square() {
+    let turns = |count: usize| {
+        let turn = |index: usize| match index % 3 {
+            0 => Message::new(User, format!("question {index}")),
+            1 => Message {
+                tool_calls: vec![ToolCall { id: None, name: "f".to_owned(), arguments: json!({}) }],
+                ..Message::new(Assistant, format!("calling {index}"))
+            },
+            _ => Message::new(Assistant, format!("answer {index}")),
+        };
+        Example::Chat(Conversation::new((0..count).map(turn).collect()))
+    };
+    let tokenizer = Model::new(FORGETS).tokenizer();
+    let seconds = |count: usize| {
+        let example = turns(count);
+        let started = crate::clock::now();
+        let tokenized = tokenizer.tokenize(&example).unwrap();
+        assert_eq!(tokenized.rows.len(), 1);
+        let ends = tokenizer.encode("<|im_end|>", false).unwrap()[0];
+        let row = &tokenized.rows[0];
+        let trained = row
+            .tokens
+            .iter()
+            .zip(&row.targets)
+            .filter(|&(&token, &is_target)| is_target && token == ends)
+            .count();
+        assert_eq!(trained, count / 3 * 2);
+        started.elapsed().as_secs_f64()
+    };
+    // The fastest of some, for a machine may be busy; ten times the turns, and never a hundred times.
+    let fastest = |count: usize| (0..4).map(|_| seconds(count)).fold(f64::INFINITY, f64::min);
+    let (short, long) = (fastest(300), fastest(3000));
+    assert!(long < 30.0 * short.max(0.01), "300 turns took {short} s, 3,000 took {long} s");
+}
