@@ -78,6 +78,7 @@ fn settings_that_decide_the_result_are_told_from_those_that_do_not() {
     let changed = |change: &dyn Fn(&mut RunConfig)| differences(change);
     insta::assert_snapshot!(changed(&|config| config.training.learning_rate = 0.5), @"training.learningRate (0.0001 there, 0.5 here)");
     insta::assert_snapshot!(changed(&|config| config.model.revision = Some("v2".to_owned())), @r#"model.revision (unset there, "v2" here)"#);
+    insta::assert_snapshot!(changed(&|config| config.dataset.rendering.chat_template = Some("chatml".to_owned())), @r#"dataset.rendering (unset there, {"chatTemplate":"chatml"} here)"#);
     insta::assert_snapshot!(changed(&|config| config.lora.as_mut().unwrap().r = 4), @"loraConfig.r (8 there, 4 here)");
     insta::assert_snapshot!(changed(&|config| config.output.merge = !config.output.merge), @"output.merge (false there, true here)");
     insta::assert_snapshot!(changed(&|config| config.training.seed += 1), @"training.seed (42 there, 43 here)");
