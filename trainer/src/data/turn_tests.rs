@@ -354,7 +354,7 @@ fn instructions_train_base_models_too() {
     });
     assert_eq!(
         model.show(&example),
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.⏎⏎### Instruction:⏎Add 2 and 2⏎⏎### Response:⏎[4</s>]"
+        "<s>Below is an instruction that describes a task. Write a response that appropriately completes the request.⏎⏎### Instruction:⏎Add 2 and 2⏎⏎### Response:⏎[4</s>]"
     );
     let refused = model.show(&Example::Chat(conversation));
     assert!(
