@@ -9,14 +9,11 @@ use finetune_contract::{
     overlap::{input_uris, overlaps_with_inputs},
 };
 
-use sha2::{Digest, Sha256};
-
 use crate::{
     data::chat_template,
     failure::Failure,
-    hex,
     model::adapter,
-    store::{Environment, PVC_ROOT, Role, Store, identity, is_model_file},
+    store::{Environment, PVC_ROOT, Role, Store, identity, is_model_file, sha256_hex},
 };
 
 /// What a run reads beside its rows.
@@ -82,7 +79,7 @@ pub fn digests(
         (None, None) => None,
     };
     let template = rendering.template_uri().map(|uri| chat_template::resolve(uri, environment));
-    let chat_template_sha256 = template.transpose()?.map(|text| hex(&Sha256::digest(text)));
+    let chat_template_sha256 = template.transpose()?.map(|text| sha256_hex(text.as_bytes()));
     Ok(InputDigests {
         train_sha256: train_sha256.to_owned(),
         validation_sha256: validation_sha256.map(str::to_owned),

@@ -159,6 +159,28 @@ macro_rules! add_product {
     };
 }
 
+/// Loads or stores the tiles of sums that are used: of the upper rows, then of the lower ones.
+macro_rules! each_sum {
+    ($action:ident, $width:expr, $is_tall:expr, [$upper:expr, $lower:expr], $stride:expr) => {
+        $action!(0, $upper, $stride);
+        if $width > 1 {
+            $action!(1, $upper.add(LANES), $stride);
+        }
+        if $width > 2 {
+            $action!(2, $upper.add(2 * LANES), $stride);
+        }
+        if $is_tall {
+            $action!(3, $lower, $stride);
+        }
+        if $is_tall && $width > 1 {
+            $action!(4, $lower.add(LANES), $stride);
+        }
+        if $is_tall && $width > 2 {
+            $action!(5, $lower.add(2 * LANES), $stride);
+        }
+    };
+}
+
 /// Computes sums of `W` registers by 16 rows, or by 32 if they are `TALL`; a lower number of rows is
 /// that of the configuration.
 ///
@@ -178,22 +200,7 @@ unsafe fn block<const TALL: bool, const W: usize, const ADD: bool>(tile: &Tile) 
     // SAFETY: the caller's.
     unsafe {
         if ADD {
-            load!(0, c, columns);
-            if W > 1 {
-                load!(1, c.add(LANES), columns);
-            }
-            if W > 2 {
-                load!(2, c.add(2 * LANES), columns);
-            }
-            if TALL {
-                load!(3, low_c, columns);
-            }
-            if TALL && W > 1 {
-                load!(4, low_c.add(LANES), columns);
-            }
-            if TALL && W > 2 {
-                load!(5, low_c.add(2 * LANES), columns);
-            }
+            each_sum!(load, W, TALL, [c, low_c], columns);
         } else {
             zero!(0);
             zero!(1);
@@ -232,22 +239,7 @@ unsafe fn block<const TALL: bool, const W: usize, const ADD: bool>(tile: &Tile) 
             low = low.wrapping_add(TILE_WORDS);
             right = right.wrapping_add(TILE_WORDS * tile.right_stride);
         }
-        store!(0, c, columns);
-        if W > 1 {
-            store!(1, c.add(LANES), columns);
-        }
-        if W > 2 {
-            store!(2, c.add(2 * LANES), columns);
-        }
-        if TALL {
-            store!(3, low_c, columns);
-        }
-        if TALL && W > 1 {
-            store!(4, low_c.add(LANES), columns);
-        }
-        if TALL && W > 2 {
-            store!(5, low_c.add(2 * LANES), columns);
-        }
+        each_sum!(store, W, TALL, [c, low_c], columns);
     }
 }
 

@@ -13,7 +13,7 @@ use crate::{
     aligned::{Aligned, Buffer},
     choice::{Multiplied, by_kernel},
     exp::exp,
-    gemm::{Held, LANES, MicroKernel, Words, interleave, words_of},
+    gemm::{Held, LANES, MicroKernel, Words, interleave, words_of, write_words},
     pool::{Pool, Shared},
     transpose::{SIDE, transpose, transpose_block},
 };
@@ -667,10 +667,7 @@ impl Rows {
         }
         packed.grow(count * self.width / K::PER_WORD);
         for (row, to) in packed.chunks_exact_mut(self.width / K::PER_WORD).enumerate().take(count) {
-            let pairs = self.row(from, row).chunks_exact(K::PER_WORD);
-            for (to, pair) in to.iter_mut().zip(pairs) {
-                *to = K::word(pair[0], pair[K::PER_WORD - 1]);
-            }
+            write_words::<E, K>(self.row(from, row), to);
         }
         Words { data: packed, stride: self.width / K::PER_WORD }
     }
@@ -702,10 +699,7 @@ impl Rows {
                 } else {
                     for (index, block) in block.chunks_exact_mut(SIDE).enumerate().take(rows) {
                         let from = &self.row(from, row + index)[column * K::PER_WORD..];
-                        let pairs = from.chunks_exact(K::PER_WORD);
-                        for (to, pair) in block.iter_mut().zip(pairs) {
-                            *to = K::word(pair[0], pair[K::PER_WORD - 1]);
-                        }
+                        write_words::<E, K>(from, block);
                     }
                     // SAFETY: the caller's.
                     unsafe { transpose_block(&block, SIDE, rows, to, TILE) };

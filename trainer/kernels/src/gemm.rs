@@ -131,6 +131,18 @@ pub(crate) fn interleave<E: Element, K: MicroKernel>(first: &[E], second: &[E], 
     }
 }
 
+/// Writes the words of a row, as many as there are and room is for.
+#[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
+#[inline(always)]
+pub(crate) fn write_words<'a, E: Element, K: MicroKernel>(
+    row: &[E],
+    to: impl IntoIterator<Item = &'a mut u32>,
+) {
+    for (to, pair) in to.into_iter().zip(row.chunks_exact(K::PER_WORD)) {
+        *to = K::word(pair[0], pair[K::PER_WORD - 1]);
+    }
+}
+
 /// Multiplies words in registers.
 trait MultiplyAdd {
     /// Adds the products of words.

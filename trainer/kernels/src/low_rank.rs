@@ -10,7 +10,7 @@ use crate::{
     Element,
     aligned::{Aligned, Buffer},
     choice::{Multiplied, by_kernel},
-    gemm::{Held, LANES, MicroKernel, Words, interleave, words_of},
+    gemm::{Held, LANES, MicroKernel, Words, interleave, words_of, write_words},
     matrix::{Matrix, Side},
     pool::{Pool, Shared},
 };
@@ -188,9 +188,7 @@ impl<'a> Packed<'a> {
             Side::Transposed(matrix) => {
                 for column in 0..columns {
                     let to = words[column..].iter_mut().step_by(stride);
-                    let pairs = matrix.row(column).chunks_exact(K::PER_WORD);
-                    to.zip(pairs)
-                        .for_each(|(to, pair)| *to = K::word(pair[0], pair[K::PER_WORD - 1]));
+                    write_words::<E, K>(matrix.row(column), to);
                 }
             }
         }
@@ -213,9 +211,9 @@ impl<'a> Packed<'a> {
             let data = words_of(&left.data[rows.start * left.stride..]);
             Words { data, stride: left.stride / K::PER_WORD }
         } else {
-            for row in rows.clone() {
-                let pairs = left.row(row).chunks_exact(K::PER_WORD);
-                widened.extend(pairs.map(|pair| K::word(pair[0], pair[K::PER_WORD - 1])));
+            widened.resize(rows.len() * self.depth, 0);
+            for (row, to) in rows.clone().zip(widened.chunks_exact_mut(self.depth.max(1))) {
+                write_words::<E, K>(left.row(row), to);
             }
             Words { data: &widened, stride: self.depth }
         };

@@ -16,7 +16,7 @@ use crate::{
     choice::{Multiplied, by_kernel},
     gemm::{Held, LANES, MicroKernel, Tile},
     matrix::Side,
-    pack::{PANEL, Packed, Term, depth_of, is_in_place, pack, part, prefetch},
+    pack::{PANEL, Packed, Term, depth_of, in_place, pack, part, prefetch},
     pool::{Pool, Shared},
 };
 
@@ -97,7 +97,7 @@ fn multiply_with<E: Element, K: MicroKernel>(
     if rows * columns + PACKED < depth * K::PANELS * PANEL {
         return multiply_deep::<E, K>(pool, terms, [rows, columns], to);
     }
-    let is_packed = terms.iter().any(|term| !is_in_place::<E, K>(term));
+    let is_packed = terms.iter().any(|term| in_place::<E, K>(term).is_none());
     let at_once = if is_packed {
         // What is packed of left sides takes 8 MiB at most.
         (2 * PACKED / depth.max(1) / BLOCK * BLOCK).max(UNITS * BLOCK)

@@ -8,7 +8,7 @@ use std::{
 use crate::{
     Element,
     aligned::Buffer,
-    gemm::{LANES, MicroKernel, interleave, words_of},
+    gemm::{LANES, MicroKernel, interleave, words_of, write_words},
     matrix::{Matrix, Side},
     pool::{Pool, Shared},
     transpose::{SIDE, transpose_block},
@@ -72,7 +72,9 @@ impl<'a> Packed<'a> {
 }
 
 /// Returns a left side that is read where it lies: as words, in whole steps that start where a step may.
-fn in_place<'a, E: Element, K: MicroKernel>(term: &Term<'a, E>) -> Option<Matrix<'a, E>> {
+pub(crate) fn in_place<'a, E: Element, K: MicroKernel>(
+    term: &Term<'a, E>,
+) -> Option<Matrix<'a, E>> {
     match term.0 {
         Side::Plain(matrix) => {
             let step = K::PER_WORD * K::STEP;
@@ -83,11 +85,6 @@ fn in_place<'a, E: Element, K: MicroKernel>(term: &Term<'a, E>) -> Option<Matrix
         }
         Side::Transposed(_) => None,
     }
-}
-
-/// Tells whether a term's left side is read where it lies.
-pub(crate) fn is_in_place<E: Element, K: MicroKernel>(term: &Term<'_, E>) -> bool {
-    in_place::<E, K>(term).is_some()
 }
 
 /// Tells whether a packed left side has the words of a row side by side, or those of a group's rows.
@@ -322,15 +319,6 @@ fn transpose_rows<E: Element, K: MicroKernel>(
                 );
             }
         }
-    }
-}
-
-/// Writes the words of a row, as many as there are and room is for.
-#[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
-#[inline(always)]
-fn write_words<E: Element, K: MicroKernel>(row: &[E], to: &mut [u32]) {
-    for (to, pair) in to.iter_mut().zip(row.chunks_exact(K::PER_WORD)) {
-        *to = K::word(pair[0], pair[K::PER_WORD - 1]);
     }
 }
 
