@@ -37,7 +37,7 @@ fn refuses_bad_rows_by_file_and_line() {
     insta::assert_snapshot!(check(&bench, &bench.job("output")), @r#"
 exit 65
 error: the run cannot start:
-  train.jsonl:2: the line is not JSON: EOF while parsing a value at column 8
+  train.jsonl:2: the row is not JSON: EOF while parsing a value at column 8
   train.jsonl:4: "text" is missing (did you mean "text" instead of "txt"?)
 "#);
 }

@@ -11,18 +11,31 @@ pub struct RowError {
     place: String,
     /// What is wrong, the value seen, and what to do.
     message: String,
+    /// A key of the row that the message names already, as a likely slip of another.
+    slip: Option<String>,
 }
 
 impl RowError {
     /// Makes a fault whose message is the same for all rows that have it.
     pub fn new(message: impl Into<String>) -> Self {
         let message = message.into();
-        Self { kind: message.clone(), place: String::new(), message }
+        Self { kind: message.clone(), place: String::new(), message, slip: None }
     }
 
     /// Makes a fault whose message has a value of the row in it.
     pub fn of_kind(kind: impl Into<String>, message: impl Into<String>) -> Self {
-        Self { kind: kind.into(), place: String::new(), message: message.into() }
+        Self { kind: kind.into(), place: String::new(), message: message.into(), slip: None }
+    }
+
+    /// Adds the key that the message names as a likely slip.
+    #[must_use]
+    pub(super) fn with_slip(self, key: Option<&str>) -> Self {
+        Self { slip: key.map(str::to_owned), ..self }
+    }
+
+    /// Returns a key of the row that the message names already, as a likely slip of another.
+    pub(super) fn slip(&self) -> Option<&str> {
+        self.slip.as_deref()
     }
 
     /// Adds where it is.
@@ -38,13 +51,13 @@ impl RowError {
 impl From<String> for RowError {
     fn from(message: String) -> Self {
         let kind = message.chars().filter(|character| !character.is_ascii_digit()).collect();
-        Self { kind, place: String::new(), message }
+        Self { kind, place: String::new(), message, slip: None }
     }
 }
 
 impl fmt::Display for RowError {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { kind: _, place, message } = self;
+        let Self { place, message, .. } = self;
         write!(formatter, "{place}{message}")
     }
 }

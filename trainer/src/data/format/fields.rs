@@ -31,7 +31,8 @@ pub(super) fn required<'a>(
     let near = object.keys().find(|found| nearest(found, &[key]).is_some());
     let hint = near
         .map_or(String::new(), |found| format!(" (did you mean {key:?} instead of {found:?}?)"));
-    Err(RowError::of_kind(format!("missing {key}"), format!("{key:?} is missing{hint}")))
+    let error = RowError::of_kind(format!("missing {key}"), format!("{key:?} is missing{hint}"));
+    Err(error.with_slip(near.map(String::as_str)))
 }
 
 /// Returns which of the keys that mean the same is given; the first if none is.

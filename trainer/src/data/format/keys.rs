@@ -452,9 +452,10 @@ pub(super) fn refused_in(row: &Map<String, Value>) -> Vec<RowError> {
     refusals.collect()
 }
 
-/// Returns the refusals of a row's keys that no format knows.
-pub(super) fn unknown_in(row: &Map<String, Value>) -> Vec<RowError> {
+/// Returns the refusals of a row's keys that no format knows, without one that is reported already.
+pub(super) fn unknown_in(row: &Map<String, Value>, reported: Option<&str>) -> Vec<RowError> {
     given_in(row)
+        .filter(|(name, _)| reported != Some(name.as_str()))
         .filter(|(name, _)| find(Place::Row, name).next().is_none())
         .map(|(name, _)| unknown(Place::Row, name))
         .collect()

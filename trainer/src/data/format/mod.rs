@@ -124,7 +124,7 @@ fn explain(row: &Map<String, Value>, options: &ReadOptions, error: RowError) -> 
         DatasetFormat::Auto => detect(row).ok(),
         format => Some(format),
     };
-    let unknown = format.map_or_else(Vec::new, |_| keys::unknown_in(row));
+    let unknown = format.map_or_else(Vec::new, |_| keys::unknown_in(row, error.slip()));
     std::iter::once(error).chain(unknown).collect()
 }
 

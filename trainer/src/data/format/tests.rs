@@ -280,6 +280,7 @@ fn ignored_keys_are_left_out() {
 fn says_what_is_wrong_with_a_row() {
     insta::assert_snapshot!(check(r#"{"message": []}"#), @r#"the row has the keys "message", none of which is "messages", "conversations", "prompt", "instruction", "text" (did you mean "messages" instead of "message"?)"#);
     insta::assert_snapshot!(check_as(r#"{"message": []}"#, DatasetFormat::Messages), @r#""messages" is missing (did you mean "messages" instead of "message"?)"#);
+    insta::assert_snapshot!(check_as(r#"{"message": [{"role": "user", "content": "a"}]}"#, DatasetFormat::Messages), @r#""messages" is missing (did you mean "messages" instead of "message"?)"#);
     insta::assert_snapshot!(check(r#"{"text": "a",}"#), @"the row is not JSON: trailing comma at column 14");
     insta::assert_snapshot!(check(r#"[{"text": "a"}]"#), @"the row is JSON but no object `{…}`");
     insta::assert_snapshot!(check("3"), @"the row is JSON but no object `{…}`");
