@@ -38,7 +38,7 @@ pub use inputs::{
 pub use parallelism::{Parallelism, Strategy};
 pub use preflight_config::PreflightConfig;
 pub use preflight_report::{
-    DatasetCensus, LengthPoint, MachineFacts, ModelFacts, ModuleShape, OutputState,
+    DatasetCensus, LengthPoint, LoraFacts, MachineFacts, ModelFacts, ModuleShape, OutputState,
     PreflightReport, Problem, ProblemReason, Split,
 };
 pub use progress::{Progress, Stage};
@@ -47,7 +47,7 @@ pub use run_config::{ExpectedData, RunConfig, TrainingSettings};
 pub use run_report::{FailureReason, Outcome, Proof, RunReport, StoppedEarly};
 pub use settings::{
     DatasetFormat, DatasetSource, Device, Dtype, LoraSettings, LrScheduler, MAX_INVALID_SHARE,
-    ModelSource, OnInvalidRow, OnOverflow, Optimizer, OutputTarget, Recompute, RowSource, RunId,
-    TargetModules, TrainOn,
+    ModelSource, ModuleNames, OnInvalidRow, OnOverflow, Optimizer, OutputTarget, Recompute,
+    RowSource, RunId, TargetModules, TrainOn,
 };
 pub use uri::{ObjectUri, ParseUriError, Scheme};

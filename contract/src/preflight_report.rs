@@ -29,6 +29,9 @@ pub struct PreflightReport {
     /// The base model, if it could be read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model: Option<ModelFacts>,
+    /// What `loraConfig` means on the base model, if it means anything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<LoraFacts>,
     /// The training rows, if they could be read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub train: Option<DatasetCensus>,
@@ -203,6 +206,21 @@ pub struct ModelFacts {
     pub has_chat_template: bool,
     /// Every module that holds weights, by leaf name.
     pub modules: Vec<ModuleShape>,
+}
+
+/// The modules that `loraConfig` means on the base model; the plan takes them as they are.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct LoraFacts {
+    /// The modules that get an adapter, by leaf name.
+    pub targets: Vec<ModuleShape>,
+    /// The modules that are trained whole, by leaf name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub saved: Vec<ModuleShape>,
+    /// Whether a merged result gets an output head of its own: the base model's is its embedding, and
+    /// one of them is trained without the other.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unties: bool,
 }
 
 /// The shape of all modules of one leaf name.

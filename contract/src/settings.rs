@@ -213,8 +213,20 @@ pub enum OnOverflow {
 pub enum TargetModules {
     /// Every linear layer but the output head.
     AllLinear,
-    /// The named leaves, such as `q_proj`; matched as PEFT matches a list.
+    /// Modules by name: a whole path or its end at a dot, such as `q_proj` or `self_attn.q_proj`.
     List(Vec<String>),
+    /// Modules whose whole path matches a regular expression.
+    Pattern(String),
+}
+
+/// Some modules of a model, by name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum ModuleNames {
+    /// Each by its whole path or its end at a dot.
+    List(Vec<String>),
+    /// All whose whole path matches a regular expression.
+    Pattern(String),
 }
 
 /// The adapter's shape, in PEFT's words.
@@ -231,6 +243,12 @@ pub struct LoraSettings {
     pub target_modules: TargetModules,
     /// Modules trained in full and saved whole beside the adapter.
     pub modules_to_save: Vec<String>,
+    /// Modules that get no adapter though `targetModules` means them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exclude_modules: Option<ModuleNames>,
+    /// The blocks whose modules get an adapter; empty for all.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub layers_to_transform: Vec<u32>,
     /// Whether the scale is `loraAlpha / √r`.
     pub use_rslora: bool,
 }

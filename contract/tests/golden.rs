@@ -35,9 +35,12 @@ fn every_document_is_read_and_written_as_it_was() {
     check::<PreflightConfig>(include_str!("golden/preflight_config.json"));
     check::<PreflightConfig>(include_str!("golden/preflight_config_continued.json"));
     check::<PreflightConfig>(include_str!("golden/preflight_config_from_step.json"));
+    check::<PreflightConfig>(include_str!("golden/preflight_config_pattern.json"));
     check::<PreflightReport>(include_str!("golden/preflight_report.json"));
+    check::<PreflightReport>(include_str!("golden/preflight_report_lora.json"));
     check::<PreflightReport>(include_str!("golden/preflight_report_published.json"));
     check::<RunConfig>(include_str!("golden/run_config.json"));
+    check::<RunConfig>(include_str!("golden/run_config_modules.json"));
     check::<RunConfig>(include_str!("golden/run_config_ranks.json"));
     check::<RunConfig>(include_str!("golden/run_config_paced.json"));
     check::<RunConfig>(include_str!("golden/run_config_continued.json"));

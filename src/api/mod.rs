@@ -6,6 +6,7 @@
 #![allow(unreachable_pub, reason = "KubeSchema repeats each struct inside a function")]
 
 mod cluster;
+mod names;
 mod quantity;
 pub mod schema;
 mod status;
@@ -16,6 +17,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use cluster::{Approval, Effect, EnvVar, KeyRef, Operator, PodTemplate, Resources, Toleration};
+pub use names::{Names, is_all_linear};
 pub use quantity::GIB;
 pub use status::{
     AttemptStatus, Fallback, FineTuneJobStatus, PlanStatus, PodStatus, ProgressStatus,
@@ -309,15 +311,27 @@ pub struct LoraConfig {
     #[schemars(range(min = 0.0, max = 0.9))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lora_dropout: Option<f64>,
-    /// The modules that get an adapter, by leaf name, or `all-linear` alone for every linear layer
-    /// but the output head. Default: `[all-linear]`. Example: `[q_proj, v_proj]`.
-    #[schemars(length(min = 1, max = 32), inner(length(min = 1, max = 128)))]
+    /// The modules that get an adapter, as PEFT takes them: `all-linear` for every linear layer but the
+    /// output head; a list of names, each a whole path or its end at a dot, such as `q_proj` or
+    /// `self_attn.q_proj`; or one text, a regular expression that matches whole paths. `embed_tokens`
+    /// and `lm_head` are allowed, also where they are one tensor: each gets an adapter of its own.
+    /// Default: `all-linear`. Example: `[q_proj, v_proj]`.
+    #[schemars(schema_with = "schema::module_names")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target_modules: Option<Names>,
+    /// Modules that get no adapter though `targetModules` means them: a list of names or a regular
+    /// expression, as there. Default: none. Example: `[down_proj]`.
+    #[schemars(schema_with = "schema::module_names")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exclude_modules: Option<Names>,
+    /// The layers whose modules get an adapter, counted from 0; not with a regular expression.
+    /// Default: all. Example: `[14, 15]`.
+    #[schemars(length(min = 1, max = 256), inner(range(min = 0, max = 1023)))]
     #[schemars(extend("x-kubernetes-list-type" = "atomic"))]
-    #[x_kube(validation = Rule::new("!self.exists(module, module == 'all-linear') || self.size() == 1").message("all-linear stands for every linear layer: name it alone, or list modules without it"))]
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub target_modules: Option<Vec<String>>,
-    /// Modules trained in full and saved whole beside the adapter, by leaf name. Default: none.
-    /// Example: `[lm_head]`.
+    pub layers_to_transform: Option<Vec<i32>>,
+    /// Modules trained in full and saved whole beside the adapter, by name; they get no adapter.
+    /// Default: none. Example: `[lm_head]`.
     #[schemars(length(max = 32), inner(length(min = 1, max = 128)))]
     #[schemars(extend("x-kubernetes-list-type" = "atomic"))]
     #[serde(skip_serializing_if = "Option::is_none")]

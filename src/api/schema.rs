@@ -55,6 +55,19 @@ pub(super) fn short_strings(_: &mut SchemaGenerator) -> Schema {
     })
 }
 
+/// The schema of module names, a list or one text, which no type of a structural schema can say:
+/// whoever reads it checks the rest ([`super::Names`]).
+pub(super) fn module_names(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({
+        "x-kubernetes-preserve-unknown-fields": true,
+        "minItems": 1,
+        "maxItems": 32,
+        "minLength": 1,
+        "maxLength": 1024,
+        "maxProperties": 0,
+    })
+}
+
 /// The schema of a point in time.
 pub(super) fn time(_: &mut SchemaGenerator) -> Schema {
     json_schema!({"type": "string", "format": "date-time", "maxLength": 64})
@@ -113,6 +126,13 @@ mod tests {
                 if schema.get("minimum").is_none() || schema.get("maximum").is_none() =>
             {
                 fault("number without bounds");
+            }
+            None if schema["x-kubernetes-preserve-unknown-fields"] == true => {
+                for bound in ["maxItems", "maxLength", "maxProperties"] {
+                    if schema.get(bound).is_none() {
+                        fault(&format!("any type without {bound}"));
+                    }
+                }
             }
             None => fault("no type"),
             Some(_) => {}

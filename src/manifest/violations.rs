@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde_json::{Map, Value};
 
+use crate::api::Names;
+
 /// One fault of a manifest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Violation {
@@ -32,6 +34,9 @@ impl fmt::Display for Violation {
 
 /// Checks `value` and everything below it against `schema`.
 pub(super) fn walk(path: &str, schema: &Value, value: &Value, violations: &mut Vec<Violation>) {
+    if schema["x-kubernetes-preserve-unknown-fields"] == true {
+        return walk_names(path, schema, value, violations);
+    }
     let wanted = schema["type"].as_str().unwrap_or("object");
     let fits = match wanted {
         "object" => value.is_object(),
@@ -96,6 +101,34 @@ pub(super) fn walk(path: &str, schema: &Value, value: &Value, violations: &mut V
         }
         Value::Null | Value::Bool(_) => {}
     }
+}
+
+/// Checks module names, which are a list or one text.
+fn walk_names(path: &str, schema: &Value, value: &Value, violations: &mut Vec<Violation>) {
+    let characters = ("minLength", "maxLength", "characters");
+    let before = violations.len();
+    match value {
+        Value::String(text) => length(path, schema, text.chars().count(), characters, violations),
+        Value::Array(items) => {
+            length(path, schema, items.len(), ("minItems", "maxItems", "entries"), violations);
+            for (index, item) in items.iter().enumerate() {
+                let path = format!("{path}[{index}]");
+                match item.as_str() {
+                    Some(text) => {
+                        length(&path, schema, text.chars().count(), characters, violations);
+                    }
+                    None => violations
+                        .push(Violation::new(path, format!("is {}, must be a text", seen(item)))),
+                }
+            }
+        }
+        _ => {}
+    }
+    if value.is_array() && violations.len() > before {
+        return;
+    }
+    let fault = serde_json::from_value(value.clone()).ok().and_then(|names: Names| names.fault());
+    violations.extend(fault.map(|fault| Violation::new(path, fault)));
 }
 
 fn walk_object(

@@ -125,7 +125,10 @@ pub fn decide(
             "DeadlineExceeded",
             &format!("the run took longer than activeDeadlineSeconds: {seconds}; its last checkpoint stays"),
         );
-    } else if let Some(problem) = unreachable_uri(job).or_else(|| overlapping_output(job)) {
+    } else if let Some(problem) = unreachable_uri(job)
+        .or_else(|| overlapping_output(job))
+        .or_else(|| wishes::unusable_names(job))
+    {
         visit.set(Kind::Accepted, Truth::False, "InvalidSpec", &problem);
         visit.finish(Truth::False, "InvalidSpec", &problem);
     } else {

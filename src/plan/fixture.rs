@@ -1,8 +1,8 @@
 //! Facts of real models, for tests.
 
 use finetune_contract::{
-    CONTRACT_VERSION, DatasetCensus, DatasetFormat, LengthPoint, MachineFacts, ModelFacts,
-    ModuleShape, OutputState, PreflightReport, RunId,
+    CONTRACT_VERSION, DatasetCensus, DatasetFormat, LengthPoint, LoraFacts, MachineFacts,
+    ModelFacts, ModuleShape, OutputState, PreflightReport, RunId,
 };
 
 fn model(
@@ -70,6 +70,17 @@ pub(crate) fn report(model: ModelFacts, memory_bytes: u64) -> PreflightReport {
         problems: Vec::new(),
         problems_total: 0,
         warnings: Vec::new(),
+        // As the trainer resolves all-linear.
+        lora: Some(LoraFacts {
+            targets: model
+                .modules
+                .iter()
+                .filter(|module| module.name.ends_with("_proj"))
+                .cloned()
+                .collect(),
+            saved: Vec::new(),
+            unties: false,
+        }),
         model: Some(model),
         train: Some(DatasetCensus {
             format: DatasetFormat::Messages,

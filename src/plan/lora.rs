@@ -1,13 +1,16 @@
-//! Counts what is trained, and checks an adapter against the model's modules.
+//! Tells what is trained: what the trainer found `loraConfig` to mean on the model.
 
-use finetune_contract::{LoraSettings, ModelFacts, ModuleShape, Problem, TargetModules};
+use finetune_contract::{
+    LoraFacts, LoraSettings, ModelFacts, ModuleNames, ModuleShape, Problem, TargetModules,
+};
 
 use super::{Decisions, invalid};
 
-/// Returns how many parameters are trained; a name the model does not have is a problem.
+/// Returns how many parameters are trained.
 pub(super) fn trained_parameters(
     model: &ModelFacts,
     lora: Option<&LoraSettings>,
+    facts: Option<&LoraFacts>,
     decisions: &mut Decisions,
     problems: &mut Vec<Problem>,
 ) -> u64 {
@@ -19,31 +22,13 @@ pub(super) fn trained_parameters(
         );
         return model.parameters;
     };
-    let with_input = || model.modules.iter().filter(|module| module.in_features > 0);
-    let targets: Vec<&ModuleShape> = match &lora.target_modules {
-        TargetModules::AllLinear => with_input()
-            .filter(|module| !["embed_tokens", "lm_head"].contains(&module.name.as_str()))
-            .collect(),
-        TargetModules::List(names) => {
-            let known: Vec<&str> = with_input().map(|module| module.name.as_str()).collect();
-            missing("targetModules", names, &known, problems);
-            with_input().filter(|module| names.contains(&module.name)).collect()
-        }
+    let Some(LoraFacts { targets, saved, unties }) = facts else {
+        // The preflight says what it means, or why it means nothing.
+        problems.push(invalid("spec.loraConfig", "could not be resolved on the model".to_owned()));
+        return 0;
     };
-    let known: Vec<&str> = model.modules.iter().map(|module| module.name.as_str()).collect();
-    missing("modulesToSave", &lora.modules_to_save, &known, problems);
-    let narrow = targets.iter().map(|module| module.in_features.min(module.out_features)).min();
-    if let Some(width) = narrow.filter(|width| lora.r > *width) {
-        problems.push(invalid("spec.loraConfig.r", format!("is {}, but the narrowest target has only {width} features: a larger rank adds nothing, lower it", lora.r)));
-    }
     let adapters: u64 = targets.iter().map(|module| module.lora_parameters(lora.r)).sum();
-    let saved: u64 = model
-        .modules
-        .iter()
-        .filter(|module| lora.modules_to_save.contains(&module.name))
-        .map(ModuleShape::parameters)
-        .sum();
-    let trained = adapters + saved;
+    let trained = adapters + saved.iter().map(ModuleShape::parameters).sum::<u64>();
     let share = 100.0 * trained as f64 / model.parameters.max(1) as f64;
     decisions.add(
         "method",
@@ -51,20 +36,39 @@ pub(super) fn trained_parameters(
         format!("loraConfig is given: {trained} trained parameters, {share:.2} % of the model"),
     );
     decisions.add("r", lora.r, format!("updates are scaled by {}", lora.scaling()));
-    let names: Vec<&str> = targets.iter().map(|module| module.name.as_str()).collect();
     let value = match &lora.target_modules {
         TargetModules::AllLinear => "all-linear",
         TargetModules::List(_) => "a list",
+        TargetModules::Pattern(_) => "a pattern",
     };
-    decisions.add("targetModules", value, names.join(", "));
+    decisions.add("targetModules", value, listed(targets, model));
+    if let Some(excluded) = &lora.exclude_modules {
+        let (value, reason) = match excluded {
+            ModuleNames::List(names) => ("a list", names.join(", ")),
+            ModuleNames::Pattern(pattern) => ("a pattern", pattern.clone()),
+        };
+        decisions.add("excludeModules", value, reason);
+    }
+    if !saved.is_empty() {
+        let why = format!("trained whole: {}", listed(saved, model));
+        decisions.add("modulesToSave", saved.len(), why);
+    }
+    if *unties {
+        decisions.add(
+            "tieWordEmbeddings",
+            "untied when merged",
+            "embedding and head of the model are one tensor, and what is trained of one is not of the other",
+        );
+    }
     trained
 }
 
-fn missing(field: &str, names: &[String], known: &[&str], problems: &mut Vec<Problem>) {
-    for name in names.iter().filter(|name| !known.contains(&name.as_str())) {
-        problems.push(invalid(
-            &format!("spec.loraConfig.{field}"),
-            format!("names {name:?}, which the model does not have; it has {}", known.join(", ")),
-        ));
-    }
+/// Lists modules by name, with their number where it is not one in each block.
+fn listed(modules: &[ModuleShape], model: &ModelFacts) -> String {
+    let one = |module: &ModuleShape| {
+        let is_usual = module.count == model.num_hidden_layers
+            || ["embed_tokens", "lm_head", "norm"].contains(&module.name.as_str());
+        if is_usual { module.name.clone() } else { format!("{} ({})", module.name, module.count) }
+    };
+    modules.iter().map(one).collect::<Vec<_>>().join(", ")
 }

@@ -282,7 +282,13 @@ pub fn plan_over(
 
     let lora = settings::lora(&job.spec);
     let found_before = problems.len();
-    let trained = lora::trained_parameters(model, lora.as_ref(), &mut decisions, &mut problems);
+    let trained = lora::trained_parameters(
+        model,
+        lora.as_ref(),
+        report.lora.as_ref(),
+        &mut decisions,
+        &mut problems,
+    );
     if report.problems.iter().any(|problem| problem.location.starts_with("spec.loraConfig")) {
         // The preflight saw the model itself and said it better.
         problems.truncate(found_before);
@@ -974,10 +980,9 @@ mod tests {
 
     #[test]
     fn returns_every_reason_at_once() {
-        let lines = "  loraConfig: {r: 1024, targetModules: [q_proj, query]}\n  training: {contextLength: 9000, earlyStoppingPatience: 2}\n";
+        let lines =
+            "  loraConfig: {}\n  training: {contextLength: 9000, earlyStoppingPatience: 2}\n";
         insta::assert_snapshot!(check(fixture::smollm2(), 8 * GB, lines), @r#"
-spec.loraConfig.targetModules: names "query", which the model does not have; it has embed_tokens, q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
-spec.loraConfig.r: is 1024, but the narrowest target has only 576 features: a larger rank adds nothing, lower it
 spec.training.contextLength: is 9000, but llama was made for at most 8192 positions: lower it
 spec.training.earlyStoppingPatience: needs dataset.validation, which is not set: there is no loss to watch; set it or remove the patience
     "#);

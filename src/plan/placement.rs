@@ -421,9 +421,9 @@ mod tests {
     #[test]
     fn says_a_wrong_manifest_once_and_not_for_each_place() {
         let report = fixture::report(fixture::smollm2(), 1_000_000_000);
-        let wrong = job("  loraConfig: {r: 1024}\n");
+        let wrong = job("  training: {contextLength: 9000}\n");
         let Err(Unplaced::Problems(problems)) = place(&wrong, &report, &accelerators()) else {
-            panic!("a rank above the layers' width was planned");
+            panic!("a context above the model's was planned");
         };
         assert_eq!(problems.len(), 1, "{problems:?}");
     }

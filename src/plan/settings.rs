@@ -1,15 +1,15 @@
 //! Turns the manifest's words into the contract's, with the defaults that need no facts.
 
 use finetune_contract::{
-    CONTRACT_VERSION, DatasetFormat, DatasetSource, LoraSettings, ModelSource, OnInvalidRow,
-    OnOverflow, OutputTarget, PreflightConfig, Reasoning, RenderingSettings, RowSource, RunId,
-    TargetModules, TrainOn,
+    CONTRACT_VERSION, DatasetFormat, DatasetSource, LoraSettings, ModelSource, ModuleNames,
+    OnInvalidRow, OnOverflow, OutputTarget, PreflightConfig, Reasoning, RenderingSettings,
+    RowSource, RunId, TargetModules, TrainOn,
 };
 use sha2::{Digest, Sha256};
 
 use crate::api::{
-    Dataset, FineTuneJob, FineTuneJobSpec, Format, InvalidRow, Overflow, ReasoningKept,
-    TrainedTurns,
+    Dataset, FineTuneJob, FineTuneJobSpec, Format, InvalidRow, Names, Overflow, ReasoningKept,
+    TrainedTurns, is_all_linear,
 };
 
 /// The seed unless one is set: fixed, so that a run can be repeated.
@@ -167,14 +167,42 @@ pub(super) fn lora(spec: &FineTuneJobSpec) -> Option<LoraSettings> {
         r: lora.r.unwrap_or(8).unsigned_abs(),
         lora_alpha: lora.lora_alpha.unwrap_or(16.0),
         lora_dropout: lora.lora_dropout.unwrap_or(0.05),
-        target_modules: match lora.target_modules.as_deref() {
+        target_modules: match &lora.target_modules {
             None => TargetModules::AllLinear,
-            Some([only]) if only == "all-linear" => TargetModules::AllLinear,
-            Some(names) => TargetModules::List(names.to_vec()),
+            Some(Names::Text(word)) if is_all_linear(word) => TargetModules::AllLinear,
+            Some(Names::Text(pattern)) => TargetModules::Pattern(pattern.clone()),
+            // What cannot be used is refused before; no module has such a name.
+            Some(Names::Other(value)) => TargetModules::List(vec![value.to_string()]),
+            Some(Names::List(list)) => match list.as_slice() {
+                [word] if is_all_linear(word) => TargetModules::AllLinear,
+                names => TargetModules::List(names.to_vec()),
+            },
         },
+        exclude_modules: lora.exclude_modules.clone().map(|names| match names {
+            Names::List(list) => ModuleNames::List(list),
+            Names::Text(pattern) => ModuleNames::Pattern(pattern),
+            Names::Other(value) => ModuleNames::List(vec![value.to_string()]),
+        }),
+        layers_to_transform: lora
+            .layers_to_transform
+            .iter()
+            .flatten()
+            .map(|layer| layer.unsigned_abs())
+            .collect(),
         modules_to_save: lora.modules_to_save.clone().unwrap_or_default(),
         use_rslora: lora.use_rslora.unwrap_or(false),
     })
+}
+
+/// Says which module names of a job cannot be used, and why: an apiserver lets them pass.
+pub fn unusable_names(job: &FineTuneJob) -> Option<String> {
+    let lora = job.spec.lora_config.as_ref()?;
+    [("targetModules", &lora.target_modules), ("excludeModules", &lora.exclude_modules)]
+        .into_iter()
+        .find_map(|(field, names)| {
+            let fault = names.as_ref()?.fault()?;
+            Some(format!("spec.loraConfig.{field} {fault}"))
+        })
 }
 
 pub(super) fn initial_adapter(spec: &FineTuneJobSpec) -> Option<String> {

@@ -25,6 +25,14 @@ async fn what_cannot_work_says_why_and_takes_no_training_pod() {
         ("server", "/output/secretRef", elsewhere, "InvalidSpec", "does not allow"),
         ("rank", "/loraConfig/r", json!(512), "InvalidSpec", "spec.loraConfig.r"),
         ("module", "/loraConfig/targetModules", json!(["q_prj"]), "InvalidSpec", "q_prj"),
+        (
+            "names",
+            "/loraConfig/targetModules",
+            json!(["all-linear", "q_proj"]),
+            "InvalidSpec",
+            "name it alone",
+        ),
+        ("number", "/loraConfig/targetModules", json!(3), "InvalidSpec", "must be a list of names"),
         ("file", "/dataset/train", json!("file:///home/me/a.jsonl"), "InvalidSpec", "finetune run"),
         ("large", "/model/uri", json!(real), "NoAcceleratorFits", "too little"),
     ];

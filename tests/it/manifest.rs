@@ -99,10 +99,10 @@ fn reports_missing_fields() {
 
 #[test]
 fn reports_every_fault_at_once() {
-    insta::assert_snapshot!(with("  loraConfig: {r: 0, loraDropout: 1.5, targetModules: q_proj}\n  training: {numEpochs: 3, maxSteps: 10, packing: 'yes', seed: 1.5}\n"), @r#"
+    insta::assert_snapshot!(with("  loraConfig: {r: 0, loraDropout: 1.5, targetModules: 3}\n  training: {numEpochs: 3, maxSteps: 10, packing: 'yes', seed: 1.5}\n"), @r#"
 spec.loraConfig.loraDropout: is 1.5, must be from 0 to 0.9
 spec.loraConfig.r: is 0, must be from 1 to 1024
-spec.loraConfig.targetModules: is "q_proj", must be a list
+spec.loraConfig.targetModules: is 3, must be a list of names, or one text
 spec.training.packing: is "yes", must be true or false
 spec.training.seed: is 1.5, must be a whole number
 spec.training: numEpochs and maxSteps both set the length of the run: keep one
@@ -149,7 +149,7 @@ fn reports_rules_between_fields() {
     insta::assert_snapshot!(with("  loraConfig: {}\n  initialAdapter: {uri: s3://a/b}\n  initialCheckpoint: {uri: s3://a/c}\n"), @"spec: initialAdapter and initialCheckpoint both say what training starts from: keep one");
     insta::assert_snapshot!(check("minimal}", "minimal, merge: true}"), @"spec: output.merge merges a LoRA adapter, but loraConfig is not set, and a full-parameter run has none: remove merge, or set loraConfig: {}");
     insta::assert_snapshot!(check("model: {uri: hf://HuggingFaceTB/SmolLM2-135M-Instruct}", "model: {uri: file:///m, revision: main}"), @"spec.model: revision names a hub's branch, tag or commit, but uri is not hf://: remove revision");
-    insta::assert_snapshot!(with("  loraConfig: {targetModules: [all-linear, q_proj]}\n"), @r#"spec.loraConfig.targetModules: all-linear stands for every linear layer: name it alone, or list modules without it"#);
+    insta::assert_snapshot!(with("  loraConfig: {targetModules: [all-linear, q_proj]}\n"), @r#"spec.loraConfig.targetModules: has all-linear beside other names: it stands for every linear layer, so name it alone, or list modules without it"#);
 }
 
 #[test]

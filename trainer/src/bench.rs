@@ -280,6 +280,8 @@ fn lora(arguments: &Arguments) -> LoraSettings {
         lora_dropout: arguments.dropout,
         target_modules: TargetModules::AllLinear,
         modules_to_save: Vec::new(),
+        exclude_modules: None,
+        layers_to_transform: Vec::new(),
         use_rslora: false,
     }
 }

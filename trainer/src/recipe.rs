@@ -22,7 +22,12 @@ use crate::{
     export::{self, Export},
     failure::Failure,
     import, inputs,
-    model::{Division, Model, adapter, attach::Attachment, read_config},
+    model::{
+        Division, Model,
+        adapter::{self, Adapter},
+        attach::Attachment,
+        read_config,
+    },
     ops,
     optimizer::AdamW,
     progress::Teller,
@@ -109,7 +114,7 @@ pub fn run(
     };
     resume(&mut training, teller, host.device)?;
     if let (Some(uri), 0) = (&config.initial_adapter, training.state.step) {
-        start_from(uri, &mut training, host)?;
+        start_from(uri, &mut training, &base, host)?;
     }
     if let (Some(uri), 0) = (&config.initial_checkpoint, training.state.step) {
         let store = open(uri, Role::Checkpoint, host)?;
@@ -305,21 +310,28 @@ fn keep_kernel(state: &mut TrainState) {
 }
 
 /// Gives the adapter the weights of a published one; a run that goes on has its own.
-fn start_from(uri: &str, training: &mut Training<'_>, host: &Host<'_>) -> Result<(), Failure> {
+fn start_from(
+    uri: &str,
+    training: &mut Training<'_>,
+    base: &Path,
+    host: &Host<'_>,
+) -> Result<(), Failure> {
     let directory = fresh_directory(host, "initial-adapter")?;
     adapter::fetch(&open(uri, Role::Adapter, host)?, &directory)?;
-    let published = adapter::read_settings(&directory)?;
     let Training { config, model, .. } = training;
     let asked = config.lora.as_ref().ok_or_else(|| {
         Failure::new(FailureReason::InvalidConfiguration, "initialAdapter needs lora")
     })?;
+    let there = Adapter::open(model.config(), &directory)?;
     let unlike = |message| Failure::new(FailureReason::InvalidConfiguration, message);
-    let differences = adapter::differences(model.config(), asked, &published)
+    let lora = &there.settings.lora;
+    let attachment = &there.published.attachment;
+    let differences = adapter::differences(model.config(), asked, lora, attachment)
         .map_err(|error| unlike(format!("the adapter at {uri} does not fit the model: {error}")))?;
     if let Some((field, message)) = differences.into_iter().next() {
         return Err(unlike(format!("spec.loraConfig.{field}: {message}")));
     }
-    Ok(model.take_adapter(&directory)?)
+    Ok(model.take_adapter(&there, base)?)
 }
 
 /// Puts the best weights back if they are not the last; returns the step they belong to.

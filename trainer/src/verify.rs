@@ -310,7 +310,7 @@ verified");
         // But one that was named must be there, and fit.
         assert!(check(Some(base("llama"))).ends_with("finite logits\nverified"));
         insta::assert_snapshot!(check(Some(base("no-such"))).lines().last().unwrap(), @r#"InvalidConfiguration: the base model "DATA/no-such" cannot be read: No such file or directory (os error 2)"#);
-        insta::assert_snapshot!(check(Some(base("llama-biases"))).lines().last().unwrap(), @r#"InvalidModel: the adapter's weights cannot be used: tensor "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight" has shape [32, 2], but the config asks for [48, 2]"#);
+        insta::assert_snapshot!(check(Some(base("llama-biases"))).lines().last().unwrap(), @r#"InvalidModel: "DIR/work/result" cannot be put on the base model: base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight is [32, 2], not [48, 2]: the adapter is of another model"#);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::{path::PathBuf, process::Command};
 
 use anyhow::Result;
 
-use crate::{build, cache, libtorch, python::unpack, shell};
+use crate::{build, cache, libtorch, model, python::unpack, shell};
 
 /// A package that has the chat templates of many models.
 const TEMPLATES: &str = "trl==1.16.0";
@@ -31,7 +31,7 @@ fn real_templates() -> Result<PathBuf> {
 /// Exports with our trainer, then loads and compares with theirs.
 pub(crate) fn run() -> Result<()> {
     let python = python()?;
-    build::run()?;
+    let binaries = build::run()?;
     let goldens = shell::root().join("trainer/tests/golden");
     shell::run(Command::new(&python).arg(goldens.join("gen.py")).arg("--check"))?;
     let templates = shell::root().join("target/tmp/templates");
@@ -52,6 +52,7 @@ pub(crate) fn run() -> Result<()> {
             "templates",
         ])
         .env("FINETUNE_TEMPLATES", &templates)
+        .env("FINETUNE_TEST_MODEL", model::directory(&binaries)?)
         .env("LIBTORCH", libtorch::directory()?),
     )?;
     shell::run(

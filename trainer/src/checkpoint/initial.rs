@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use finetune_contract::{
-    FailureReason, LoraSettings, ModelSource, ProblemReason, TargetModules,
+    FailureReason, LoraSettings, ModelSource, ModuleNames, ProblemReason, TargetModules,
     artifact::CHECKPOINT_MANIFEST_NAME,
 };
 
@@ -125,8 +125,11 @@ fn faults(
     let attachment = match (lora, &manifest.lora) {
         (None, None) => Some(Attachment::Full),
         (Some(asked), Some(there)) => {
+            let Ok(Attachment::Lora(attachment)) = Attachment::lora(model, there) else {
+                return at_uri("is of an adapter that does not fit this model");
+            };
             // What is wrong with the settings asked for is already said.
-            let found = differences(model, asked, there).unwrap_or_default();
+            let found = differences(model, asked, there, &attachment).unwrap_or_default();
             if !found.is_empty() {
                 let fault = |(field, message)| unfit(format!("spec.loraConfig.{field}"), message);
                 return found.into_iter().map(fault).collect();
@@ -156,13 +159,33 @@ fn faults(
 
 /// Writes an adapter's shape as a manifest has it.
 fn shape(lora: &LoraSettings) -> String {
-    let LoraSettings { r, lora_alpha, target_modules, modules_to_save, use_rslora, .. } = lora;
+    let LoraSettings {
+        r,
+        lora_alpha,
+        lora_dropout: _,
+        target_modules,
+        modules_to_save,
+        exclude_modules,
+        layers_to_transform,
+        use_rslora,
+    } = lora;
     let targets = match target_modules {
         TargetModules::AllLinear => "all-linear".to_owned(),
-        TargetModules::List(names) => names.join(", "),
+        TargetModules::List(names) => format!("[{}]", names.join(", ")),
+        TargetModules::Pattern(pattern) => format!("{pattern:?}"),
+    };
+    let excluded = match exclude_modules {
+        None => String::new(),
+        Some(ModuleNames::List(names)) => format!(", excludeModules: [{}]", names.join(", ")),
+        Some(ModuleNames::Pattern(pattern)) => format!(", excludeModules: {pattern:?}"),
+    };
+    let layers = if layers_to_transform.is_empty() {
+        String::new()
+    } else {
+        format!(", layersToTransform: {layers_to_transform:?}")
     };
     let saved = modules_to_save.join(", ");
     format!(
-        "{{r: {r}, loraAlpha: {lora_alpha}, targetModules: [{targets}], modulesToSave: [{saved}], useRslora: {use_rslora}}}"
+        "{{r: {r}, loraAlpha: {lora_alpha}, targetModules: {targets}{excluded}{layers}, modulesToSave: [{saved}], useRslora: {use_rslora}}}"
     )
 }

@@ -2,7 +2,7 @@
 //!
 //! # Source
 //! Keys, shapes and types as `peft` 0.21.2 saves them; the settings are the subset every reader
-//! since 0.6 knows, plus `max_length`, which Ray Serve reads.
+//! since 0.6 knows, and nothing else: PEFT warns of keys it does not know.
 
 use std::path::Path;
 
@@ -15,7 +15,8 @@ use crate::{
     model::{
         adapter::{CONFIG_FILE, PREFIX, WEIGHTS_FILE},
         attach::{Attachment, LoraAttachment},
-        names,
+        config::ModelConfig,
+        names, targets,
         weights::Checkpoint,
     },
     tensor_file::{self, Declared},
@@ -30,8 +31,8 @@ pub(super) fn write(
     let Attachment::Lora(attachment) = export.training.model.attachment() else {
         return Ok(());
     };
-    let settings =
-        adapter_config(lora, attachment, &base_name(export), export.config.training.context_length);
+    let config = export.training.model.config();
+    let settings = adapter_config(config, lora, attachment, &base_name(export));
     files::write_json(&directory.join(CONFIG_FILE), &settings)?;
     write_weights(export, &directory.join(WEIGHTS_FILE))?;
     files::copy_tokenizer(export.base, export.chat_template, directory)
@@ -39,31 +40,19 @@ pub(super) fn write(
 
 /// Builds `adapter_config.json`.
 ///
-/// Targets are always written out: servers match leaf names and do not know `all-linear`.
+/// Targets are written out, so that every reader finds the same modules: by leaf name, as servers
+/// compare them, wherever all modules of that name are meant, else by whole path.
 pub fn adapter_config(
+    config: &ModelConfig,
     lora: &LoraSettings,
     attachment: &LoraAttachment,
     base_name: &str,
-    context_length: u32,
 ) -> Value {
-    let leaves = |paths: &mut dyn Iterator<Item = &String>| {
-        let mut leaves: Vec<String> = paths.map(|path| names::leaf(path).to_owned()).collect();
-        leaves.sort();
-        leaves.dedup();
-        leaves
-    };
-    let targets = match &lora.target_modules {
-        finetune_contract::TargetModules::AllLinear => leaves(&mut attachment.targets.keys()),
-        // A name may be longer than a leaf, to mean some layers only.
-        finetune_contract::TargetModules::List(list) => {
-            let mut list = list.clone();
-            list.sort();
-            list.dedup();
-            list
-        }
-    };
-    let saved =
-        if lora.modules_to_save.is_empty() { Value::Null } else { json!(lora.modules_to_save) };
+    let targets: Vec<String> = attachment.targets.keys().cloned().collect();
+    let targets = targets::names_of(config, &targets, names::matches);
+    // PEFT compares these names without a dot.
+    let saved = targets::names_of(config, &attachment.saved, |name, path| path.ends_with(name));
+    let saved = if saved.is_empty() { Value::Null } else { json!(saved) };
     // PEFT's own field is an integer; a whole number must not become 16.0.
     let alpha = if lora.lora_alpha.fract() == 0.0 {
         json!(lora.lora_alpha as i64)
@@ -81,7 +70,6 @@ pub fn adapter_config(
         "layers_to_transform": null,
         "lora_alpha": alpha,
         "lora_dropout": lora.lora_dropout,
-        "max_length": context_length,
         "modules_to_save": saved,
         "peft_type": "LORA",
         "r": lora.r,
@@ -149,9 +137,10 @@ mod tests {
 
     fn check(settings: &LoraSettings) -> String {
         let family = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/data/llama");
-        let attachment = Attachment::lora(&read_config(&family).unwrap(), settings).unwrap();
+        let config = read_config(&family).unwrap();
+        let attachment = Attachment::lora(&config, settings).unwrap();
         let Attachment::Lora(lora) = attachment else { panic!("LoRA settings attach LoRA") };
-        adapter_config(settings, &lora, "someone/base", 1024).to_string()
+        adapter_config(&config, settings, &lora, "someone/base").to_string()
     }
 
     #[test]
@@ -162,9 +151,11 @@ mod tests {
             lora_dropout: 0.05,
             target_modules: TargetModules::AllLinear,
             modules_to_save: Vec::new(),
+            exclude_modules: None,
+            layers_to_transform: Vec::new(),
             use_rslora: false,
         };
-        insta::assert_snapshot!(check(&settings), @r#"{"alpha_pattern":{},"base_model_name_or_path":"someone/base","bias":"none","fan_in_fan_out":false,"inference_mode":true,"init_lora_weights":true,"layers_pattern":null,"layers_to_transform":null,"lora_alpha":16,"lora_dropout":0.05,"max_length":1024,"modules_to_save":null,"peft_type":"LORA","r":8,"rank_pattern":{},"revision":null,"target_modules":["down_proj","gate_proj","k_proj","o_proj","q_proj","up_proj","v_proj"],"task_type":"CAUSAL_LM","use_dora":false,"use_rslora":false}"#);
+        insta::assert_snapshot!(check(&settings), @r#"{"alpha_pattern":{},"base_model_name_or_path":"someone/base","bias":"none","fan_in_fan_out":false,"inference_mode":true,"init_lora_weights":true,"layers_pattern":null,"layers_to_transform":null,"lora_alpha":16,"lora_dropout":0.05,"modules_to_save":null,"peft_type":"LORA","r":8,"rank_pattern":{},"revision":null,"target_modules":["down_proj","gate_proj","k_proj","o_proj","q_proj","up_proj","v_proj"],"task_type":"CAUSAL_LM","use_dora":false,"use_rslora":false}"#);
         let list = ["v_proj", "embed_tokens", "layers.1.self_attn.q_proj"];
         let other = LoraSettings {
             lora_alpha: 12.5,
@@ -173,6 +164,6 @@ mod tests {
             use_rslora: true,
             ..settings
         };
-        insta::assert_snapshot!(check(&other), @r#"{"alpha_pattern":{},"base_model_name_or_path":"someone/base","bias":"none","fan_in_fan_out":false,"inference_mode":true,"init_lora_weights":true,"layers_pattern":null,"layers_to_transform":null,"lora_alpha":12.5,"lora_dropout":0.05,"max_length":1024,"modules_to_save":["lm_head"],"peft_type":"LORA","r":8,"rank_pattern":{},"revision":null,"target_modules":["embed_tokens","layers.1.self_attn.q_proj","v_proj"],"task_type":"CAUSAL_LM","use_dora":false,"use_rslora":true}"#);
+        insta::assert_snapshot!(check(&other), @r#"{"alpha_pattern":{},"base_model_name_or_path":"someone/base","bias":"none","fan_in_fan_out":false,"inference_mode":true,"init_lora_weights":true,"layers_pattern":null,"layers_to_transform":null,"lora_alpha":12.5,"lora_dropout":0.05,"modules_to_save":["lm_head"],"peft_type":"LORA","r":8,"rank_pattern":{},"revision":null,"target_modules":["embed_tokens","model.layers.1.self_attn.q_proj","v_proj"],"task_type":"CAUSAL_LM","use_dora":false,"use_rslora":true}"#);
     }
 }

@@ -1,14 +1,18 @@
 //! A published PEFT adapter, put back on its base model.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
 
-use finetune_contract::{Dtype, FailureReason, LoraSettings, TargetModules};
-use serde_json::Value;
+use finetune_contract::{Dtype, FailureReason, LoraSettings};
 use tch::Device;
 
 use super::{
     Model,
-    attach::{self, Attachment},
+    adapter_config::{self, AdapterConfig},
+    adapter_weights::{self, Published},
+    attach::{self, Attachment, LoraAttachment},
     config::ModelConfig,
     names,
     weights::{self, Checkpoint},
@@ -46,14 +50,22 @@ pub enum Error {
         /// What is wrong.
         reason: String,
     },
-    /// The settings do not fit the base model.
-    #[error("{path:?} does not fit the base model")]
+    /// The adapter does not fit the base model.
+    #[error("{directory:?} cannot be put on the base model")]
     Fit {
-        /// The file.
-        path: PathBuf,
+        /// The adapter.
+        directory: PathBuf,
         /// Why.
         #[source]
-        source: attach::Error,
+        source: adapter_weights::Error,
+    },
+    /// The adapter has an embedding or head of its own.
+    #[error(
+        "{name:?} of the adapter differs from the base model's: the adapter is of another base model, or its embedding was trained or resized; merge it with PEFT, and start from the result"
+    )]
+    OtherBase {
+        /// The tensor.
+        name: String,
     },
     /// The tensors are damaged, missing, or of other shapes.
     #[error("the adapter's weights cannot be used")]
@@ -78,29 +90,78 @@ impl Model {
         dtype: Dtype,
         device: Device,
     ) -> Result<Self, Failure> {
-        let settings = read_settings(adapter)?;
-        let attachment = Attachment::lora(&config, &settings)
-            .map_err(|source| Error::Fit { path: adapter.join(CONFIG_FILE), source })?;
+        let published = Adapter::open(&config, adapter)?;
+        let attachment = Attachment::Lora(published.published.attachment.clone());
         let mut model = Self::load(base, config, attachment, dtype, device, Counter::from_seed(0))?;
-        model.take_adapter(adapter)?;
+        model.take_adapter(&published, base)?;
         Ok(model)
     }
 
     /// Gives the attached adapter the weights of a published one of the same shape.
     ///
     /// # Errors
-    /// [`Error`] if its tensors are damaged, missing, or of other shapes.
-    pub fn take_adapter(&mut self, adapter: &Path) -> Result<(), Error> {
-        let weights = Checkpoint::open_file(&adapter.join(WEIGHTS_FILE)).map_err(Error::Weights)?;
+    /// [`Error`] if a tensor cannot be read, or it is of another base model.
+    pub fn take_adapter(&mut self, adapter: &Adapter, base: &Path) -> Result<(), Error> {
+        adapter.check_copies(base)?;
         for name in self.trained().names() {
             let mut master =
                 self.trained().master_of(name).expect("the name is from the same list");
             let shape: Vec<usize> = master.size().iter().map(|&size| size as usize).collect();
-            let stored =
-                weights.tensor_of(&format!("{PREFIX}{name}"), &shape).map_err(Error::Weights)?;
+            let stored = adapter
+                .weights
+                .tensor_of(&format!("{PREFIX}{name}"), &shape)
+                .map_err(Error::Weights)?;
             master.copy_(&stored);
         }
         self.trained_mut().refresh_compute();
+        Ok(())
+    }
+}
+
+/// A published adapter on disk, opened beside its base model's config.
+#[derive(Debug)]
+pub struct Adapter {
+    /// Its settings.
+    pub settings: AdapterConfig,
+    /// What it is on the base model.
+    pub published: Published,
+    weights: Checkpoint,
+}
+
+impl Adapter {
+    /// Opens a PEFT LoRA directory and checks it against the base model's config.
+    ///
+    /// # Errors
+    /// [`Error`] if a file is missing or damaged, or the adapter asks for what is not known here.
+    pub fn open(config: &ModelConfig, directory: &Path) -> Result<Self, Error> {
+        let path = directory.join(CONFIG_FILE);
+        let text = std::fs::read_to_string(&path)
+            .map_err(|source| Error::Read { path: path.clone(), source })?;
+        let settings =
+            adapter_config::parse(&text).map_err(|reason| Error::Settings { path, reason })?;
+        let weights =
+            Checkpoint::open_file(&directory.join(WEIGHTS_FILE)).map_err(Error::Weights)?;
+        let published = Published::new(config, &settings, &weights.entries())
+            .map_err(|source| Error::Fit { directory: directory.to_owned(), source })?;
+        Ok(Self { settings, published, weights })
+    }
+
+    /// Checks that what the adapter repeats of its base model is what the base model has.
+    fn check_copies(&self, base: &Path) -> Result<(), Error> {
+        if self.published.copies.is_empty() {
+            return Ok(());
+        }
+        let base = Checkpoint::open(base).map_err(Error::Weights)?;
+        for (copy, name) in &self.published.copies {
+            // A head that is the embedding has no tensor of its own.
+            let name = if base.contains(name) { name.as_str() } else { names::EMBEDDING_WEIGHT };
+            let [copied, stored] = [self.weights.tensor(copy), base.tensor(name)];
+            let copied = copied.map_err(Error::Weights)?;
+            let stored = stored.map_err(Error::Weights)?.to_kind(copied.kind());
+            if !copied.equal(&stored) {
+                return Err(Error::OtherBase { name: copy.clone() });
+            }
+        }
         Ok(())
     }
 }
@@ -135,21 +196,16 @@ pub fn fetch(store: &Store, to: &Path) -> Result<(), Failure> {
 /// Dropout may differ: it is no part of what was trained.
 ///
 /// # Errors
-/// [`attach::Error`] if one of them does not fit the model.
+/// [`attach::Error`] if what is asked for does not fit the model.
 pub fn differences(
     config: &ModelConfig,
     asked: &LoraSettings,
-    published: &LoraSettings,
+    there: &LoraSettings,
+    attachment: &LoraAttachment,
 ) -> Result<Vec<(&'static str, String)>, attach::Error> {
-    let [asked_modules, published_modules] = [asked, published].map(|settings| {
-        let Attachment::Lora(lora) = Attachment::lora(config, settings)? else {
-            return Ok(Default::default());
-        };
-        Ok((lora.targets.into_keys().collect::<Vec<_>>(), lora.saved))
-    });
-    let ((asked_targets, asked_saved), (targets, saved)) = (asked_modules?, published_modules?);
-    let leaves = |paths: &[String]| {
-        let mut leaves: Vec<&str> = paths.iter().map(|path| names::leaf(path)).collect();
+    let Attachment::Lora(wanted) = Attachment::lora(config, asked)? else { return Ok(Vec::new()) };
+    let leaves = |paths: &mut dyn Iterator<Item = &String>| {
+        let mut leaves: Vec<&str> = paths.map(|path| names::leaf(path)).collect();
         leaves.sort_unstable();
         leaves.dedup();
         format!("[{}]", leaves.join(", "))
@@ -163,122 +219,39 @@ pub fn differences(
             found.push((field, message));
         }
     };
-    compare("r", asked.r == published.r, asked.r.to_string(), published.r.to_string());
-    let is_same = asked_targets == targets;
-    compare("targetModules", is_same, leaves(&asked_targets), leaves(&targets));
-    let is_same = asked_saved == saved;
-    compare("modulesToSave", is_same, leaves(&asked_saved), leaves(&saved));
-    let same_rank = LoraSettings { r: published.r, ..asked.clone() };
-    if (same_rank.scaling() - published.scaling()).abs() > 1e-9 * published.scaling() {
-        let both = [asked, published]
-            .map(|lora| (lora.lora_alpha.to_string(), lora.use_rslora.to_string()));
+    compare("r", asked.r == there.r, asked.r.to_string(), there.r.to_string());
+    let is_same = wanted.targets.keys().eq(attachment.targets.keys());
+    let [ours, theirs] =
+        [&wanted, attachment].map(|attachment| leaves(&mut attachment.targets.keys()));
+    if ours == theirs && !is_same {
+        // The same names, in other blocks.
+        let describe = |attachment: &LoraAttachment| {
+            let layers: BTreeSet<usize> =
+                attachment.targets.keys().filter_map(|path| names::layer(path)).collect();
+            let layers: Vec<String> = layers.iter().map(usize::to_string).collect();
+            format!("{} modules in the layers {}", attachment.targets.len(), layers.join(", "))
+        };
+        compare("layersToTransform", false, describe(&wanted), describe(attachment));
+    } else {
+        compare("targetModules", is_same, ours, theirs);
+    }
+    let sorted = |paths: &[String]| {
+        let mut paths = paths.to_vec();
+        paths.sort();
+        paths
+    };
+    let is_same = sorted(&wanted.saved) == sorted(&attachment.saved);
+    let [ours, theirs] =
+        [&wanted, attachment].map(|attachment| leaves(&mut attachment.saved.iter()));
+    compare("modulesToSave", is_same, ours, theirs);
+    let same_rank = LoraSettings { r: there.r, ..asked.clone() };
+    if (same_rank.scaling() - there.scaling()).abs() > 1e-9 * there.scaling() {
+        let both =
+            [asked, there].map(|lora| (lora.lora_alpha.to_string(), lora.use_rslora.to_string()));
         let [(asked_alpha, asked_kind), (alpha, kind)] = both;
-        compare("useRslora", asked.use_rslora == published.use_rslora, asked_kind, kind);
-        let is_same = (asked.lora_alpha - published.lora_alpha).abs() < 1e-9;
+        compare("useRslora", asked.use_rslora == there.use_rslora, asked_kind, kind);
+        let is_same = (asked.lora_alpha - there.lora_alpha).abs() < 1e-9;
         compare("loraAlpha", is_same, asked_alpha, alpha);
     }
     Ok(found)
-}
-
-/// Reads the settings of a PEFT LoRA directory on disk.
-///
-/// # Errors
-/// [`Error`] if the file is missing or asks for anything but plain LoRA or rsLoRA on named modules.
-pub fn read_settings(directory: &Path) -> Result<LoraSettings, Error> {
-    let path = directory.join(CONFIG_FILE);
-    let text = std::fs::read_to_string(&path)
-        .map_err(|source| Error::Read { path: path.clone(), source })?;
-    parse_settings(&text).map_err(|reason| Error::Settings { path, reason })
-}
-
-/// Reads the text of an adapter's settings.
-///
-/// # Errors
-/// What is wrong with it, for people.
-pub fn parse_settings(text: &str) -> Result<LoraSettings, String> {
-    let value: Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
-    match value.get("peft_type").and_then(Value::as_str) {
-        Some("LORA") => {}
-        other => {
-            return Err(format!("peft_type is {other:?}, but only LORA adapters can be loaded"));
-        }
-    }
-    let is_used = |key: &str| match value.get(key) {
-        None | Some(Value::Null | Value::Bool(false)) => false,
-        Some(Value::Array(items)) => !items.is_empty(),
-        Some(Value::Object(items)) => !items.is_empty(),
-        Some(Value::String(text)) => text != "none",
-        Some(_) => true,
-    };
-    for key in [
-        "use_dora",
-        "rank_pattern",
-        "alpha_pattern",
-        "layers_to_transform",
-        "bias",
-        "fan_in_fan_out",
-        "trainable_token_indices",
-    ] {
-        if is_used(key) {
-            return Err(format!("{key} = {} is not supported", value[key]));
-        }
-    }
-    let names = |key: &str| -> Result<Vec<String>, String> {
-        match value.get(key) {
-            None | Some(Value::Null) => Ok(Vec::new()),
-            Some(list) => serde_json::from_value(list.clone())
-                .map_err(|_| format!("{key} must be a list of names")),
-        }
-    };
-    let target_modules = match value.get("target_modules").and_then(Value::as_str) {
-        Some("all-linear") => TargetModules::AllLinear,
-        Some(pattern) => {
-            return Err(format!(
-                "target_modules is the pattern {pattern:?}, but only lists can be read"
-            ));
-        }
-        None => TargetModules::List(names("target_modules")?),
-    };
-    let r = value
-        .get("r")
-        .and_then(Value::as_u64)
-        .filter(|r| (1..=65536).contains(r))
-        .ok_or("r must be a positive whole number")?;
-    Ok(LoraSettings {
-        r: r as u32,
-        lora_alpha: value
-            .get("lora_alpha")
-            .and_then(Value::as_f64)
-            .ok_or("lora_alpha must be a number")?,
-        lora_dropout: 0.0,
-        target_modules,
-        modules_to_save: names("modules_to_save")?,
-        use_rslora: value.get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::parse_settings;
-
-    #[test]
-    fn reads_what_peft_writes() {
-        let settings = parse_settings(
-            r#"{"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "modules_to_save": null,
-            "use_rslora": true, "bias": "none", "rank_pattern": {}, "use_dora": false, "some_future_key": 1}"#,
-        )
-        .unwrap();
-        assert!((settings.scaling() - 16.0 / 8.0_f64.sqrt()).abs() < 1e-12);
-    }
-
-    #[test]
-    fn refuses_what_would_compute_something_else() {
-        let refusal = |rest: &str| {
-            parse_settings(&format!(r#"{{"peft_type": "LORA", "r": 8, "lora_alpha": 16{rest}}}"#))
-                .unwrap_err()
-        };
-        insta::assert_snapshot!(refusal(r#", "use_dora": true"#), @"use_dora = true is not supported");
-        insta::assert_snapshot!(refusal(r#", "target_modules": ".*_proj""#), @r#"target_modules is the pattern ".*_proj", but only lists can be read"#);
-        insta::assert_snapshot!(parse_settings(r#"{"peft_type": "IA3"}"#).unwrap_err(), @r#"peft_type is Some("IA3"), but only LORA adapters can be loaded"#);
-    }
 }

@@ -5,11 +5,13 @@
 
 use std::collections::BTreeMap;
 
-use finetune_contract::{LoraSettings, TargetModules};
+use finetune_contract::{LoraFacts, LoraSettings};
 
 use super::{
     config::{ModelConfig, TensorSpec},
+    modules::{self, Module},
     names,
+    targets::{self, Resolved},
 };
 
 /// Why settings do not fit a model.
@@ -25,12 +27,57 @@ pub enum Error {
         /// The leaf names there are.
         known: Vec<String>,
     },
-    /// A module is both adapted and trained whole.
-    #[error("{path:?} is matched by targetModules and by modulesToSave: leave it in one of them")]
-    Both {
+    /// An exclusion excludes nothing.
+    #[error(
+        "{field} has {name:?}, which excludes no module that targetModules means: remove it or correct the name"
+    )]
+    UnusedExclusion {
+        /// The field, in the manifest's words.
+        field: &'static str,
+        /// The name or pattern.
+        name: String,
+    },
+    /// A pattern cannot be read, or takes too long.
+    #[error(
+        "{field} is the pattern {pattern:?}, which is not a regular expression that can be used: {reason}"
+    )]
+    Pattern {
+        /// The field, in the manifest's words.
+        field: &'static str,
+        /// The pattern.
+        pattern: String,
+        /// What the reader of patterns said.
+        reason: String,
+    },
+    /// A pattern matches no module.
+    #[error(
+        "loraConfig.targetModules is the pattern {pattern:?}, which matches the whole path of no module; paths are such as \"model.layers.0.self_attn.q_proj\" and \"lm_head\""
+    )]
+    NoMatch {
+        /// The pattern.
+        pattern: String,
+    },
+    /// What is meant takes no adapter.
+    #[error(
+        "loraConfig.targetModules means {path:?}, but only linear layers, embed_tokens and lm_head take an adapter: name those, or leave it out with excludeModules"
+    )]
+    NotAdaptable {
         /// The module.
         path: String,
     },
+    /// A block that the model does not have.
+    #[error("loraConfig.layersToTransform has {layer}, but the model has the layers 0 to {}", count - 1)]
+    UnknownLayer {
+        /// The layer.
+        layer: u32,
+        /// How many there are.
+        count: usize,
+    },
+    /// Layers beside a pattern.
+    #[error(
+        "loraConfig.layersToTransform cannot be used where targetModules is a pattern: write the layers into the pattern"
+    )]
+    LayersOfPattern,
     /// The rank is larger than a layer.
     #[error("loraConfig.r is {r}, larger than {path:?} ({out} x {width}): use at most {}", out.min(width))]
     RankTooLarge {
@@ -44,8 +91,23 @@ pub enum Error {
         width: usize,
     },
     /// Nothing is trained.
-    #[error("targetModules and modulesToSave are both empty: nothing would be trained")]
+    #[error("loraConfig means no module: nothing would be trained")]
     Nothing,
+}
+
+impl Error {
+    /// Returns the field of the manifest's `spec` that must change.
+    pub fn field(&self) -> &'static str {
+        match self {
+            Self::UnknownModule { field, .. }
+            | Self::UnusedExclusion { field, .. }
+            | Self::Pattern { field, .. } => field,
+            Self::NoMatch { .. } | Self::NotAdaptable { .. } => "loraConfig.targetModules",
+            Self::UnknownLayer { .. } | Self::LayersOfPattern => "loraConfig.layersToTransform",
+            Self::RankTooLarge { .. } => "loraConfig.r",
+            Self::Nothing => "loraConfig",
+        }
+    }
 }
 
 /// What is trained of a model.
@@ -73,73 +135,21 @@ pub struct LoraAttachment {
 }
 
 impl Attachment {
-    /// Resolves LoRA settings against a model.
+    /// Resolves the settings that a user asks for: every name must mean something.
     ///
     /// # Errors
     /// [`Error`] for names that match nothing, a rank that does not fit, or nothing to train.
     pub fn lora(config: &ModelConfig, settings: &LoraSettings) -> Result<Self, Error> {
-        let modules = modules(config);
-        let known = || {
-            let mut leaves: Vec<String> =
-                modules.iter().map(|module| names::leaf(&module.path).to_owned()).collect();
-            leaves.sort();
-            leaves.dedup();
-            leaves
-        };
-        let unknown = |field, name: &String| Error::UnknownModule {
-            field,
-            name: name.clone(),
-            known: known(),
-        };
-        let mut targets = BTreeMap::new();
-        match &settings.target_modules {
-            TargetModules::AllLinear => {
-                targets.extend(
-                    modules.iter().filter(|module| module.is_block_linear).map(Module::target),
-                );
-            }
-            TargetModules::List(list) => {
-                for name in list {
-                    let adaptable = modules.iter().filter(|module| module.shape.len() == 2);
-                    let matched: Vec<_> = adaptable
-                        .filter(|module| names::matches(name, &module.path))
-                        .map(Module::target)
-                        .collect();
-                    if matched.is_empty() {
-                        return Err(unknown("loraConfig.targetModules", name));
-                    }
-                    targets.extend(matched);
-                }
-            }
+        let resolved = targets::resolve(config, settings)?;
+        if let Some((field, name)) = resolved.unmatched.first() {
+            let name = name.clone();
+            return Err(if *field == targets::EXCLUDE_MODULES {
+                Error::UnusedExclusion { field, name }
+            } else {
+                Error::UnknownModule { field, name, known: leaves(config) }
+            });
         }
-        let mut saved = Vec::new();
-        for name in &settings.modules_to_save {
-            let matched: Vec<_> =
-                modules.iter().filter(|module| names::matches(name, &module.path)).collect();
-            if matched.is_empty() {
-                return Err(unknown("loraConfig.modulesToSave", name));
-            }
-            saved.extend(matched.into_iter().map(|module| module.path.clone()));
-        }
-        saved.sort();
-        saved.dedup();
-        if let Some(path) = saved.iter().find(|path| targets.contains_key(*path)) {
-            return Err(Error::Both { path: path.clone() });
-        }
-        for (path, &(out, width)) in &targets {
-            if settings.r as usize > out.min(width) {
-                return Err(Error::RankTooLarge { r: settings.r, path: path.clone(), out, width });
-            }
-        }
-        if targets.is_empty() && saved.is_empty() {
-            return Err(Error::Nothing);
-        }
-        Ok(Self::Lora(LoraAttachment {
-            r: settings.r as usize,
-            scaling: settings.scaling(),
-            targets,
-            saved,
-        }))
+        LoraAttachment::new(settings, resolved).map(Self::Lora)
     }
 
     /// Lists the trained tensors, in the order of the flat parameters.
@@ -151,7 +161,7 @@ impl Attachment {
                 let spec =
                     |name: String, shape: [usize; 2]| TensorSpec { name, shape: shape.to_vec() };
                 let mut tensors = Vec::new();
-                let modules = modules(config);
+                let modules = modules::modules(config);
                 for readers in
                     modules.chunk_by(|one, other| names::share_input(&one.path, &other.path))
                 {
@@ -164,17 +174,8 @@ impl Attachment {
                     // `A` of layers with one input lie together: one product serves them all.
                     tensors.extend(adapted().map(|([a, _], (_, width))| spec(a, [lora.r, width])));
                     tensors.extend(adapted().map(|([_, b], (out, _))| spec(b, [out, lora.r])));
-                    for module in readers.iter().filter(|module| lora.saved.contains(&module.path))
-                    {
-                        tensors.push(TensorSpec {
-                            name: format!("{}.weight", module.path),
-                            shape: module.shape.clone(),
-                        });
-                        tensors.extend(module.bias.map(|width| TensorSpec {
-                            name: format!("{}.bias", module.path),
-                            shape: vec![width],
-                        }));
-                    }
+                    let saved = readers.iter().filter(|module| lora.saved.contains(&module.path));
+                    tensors.extend(saved.flat_map(Module::tensors));
                 }
                 tensors
             }
@@ -183,6 +184,43 @@ impl Attachment {
 }
 
 impl LoraAttachment {
+    /// Takes what settings resolved to.
+    ///
+    /// # Errors
+    /// [`Error::RankTooLarge`] or [`Error::Nothing`].
+    pub(super) fn new(settings: &LoraSettings, resolved: Resolved) -> Result<Self, Error> {
+        let sizes = |module: Module| Some((module.adapter_sizes()?, module.path));
+        let targets: BTreeMap<String, (usize, usize)> = resolved
+            .targets
+            .into_iter()
+            .filter_map(sizes)
+            .map(|(sizes, path)| (path, sizes))
+            .collect();
+        let saved: Vec<String> = resolved.saved.into_iter().map(|module| module.path).collect();
+        for (path, &(out, width)) in &targets {
+            if settings.r as usize > out.min(width) {
+                return Err(Error::RankTooLarge { r: settings.r, path: path.clone(), out, width });
+            }
+        }
+        if targets.is_empty() && saved.is_empty() {
+            return Err(Error::Nothing);
+        }
+        Ok(Self { r: settings.r as usize, scaling: settings.scaling(), targets, saved })
+    }
+
+    /// Returns what the plan is told.
+    pub fn facts(&self, config: &ModelConfig) -> LoraFacts {
+        let all = modules::modules(config);
+        let shapes = |is_chosen: &dyn Fn(&String) -> bool| {
+            modules::shapes(all.iter().filter(|module| is_chosen(&module.path)))
+        };
+        LoraFacts {
+            targets: shapes(&|path| self.targets.contains_key(path)),
+            saved: shapes(&|path| self.saved.contains(path)),
+            unties: config.tie_word_embeddings && self.unties(),
+        }
+    }
+
     /// Tells whether the head must stop being the embedding: one of them changes without the other.
     pub fn unties(&self) -> bool {
         [names::EMBED_TOKENS, names::LM_HEAD].iter().any(|&path| {
@@ -200,54 +238,20 @@ pub fn adapter_names(path: &str) -> [String; 2] {
     }
 }
 
-/// A module that holds weights.
-struct Module {
-    path: String,
-    shape: Vec<usize>,
-    bias: Option<usize>,
-    is_block_linear: bool,
-}
-
-impl Module {
-    /// Returns the path with (out, in) of its adapter; an embedding maps `V` inputs to `D`.
-    fn target(&self) -> (String, (usize, usize)) {
-        let (rows, columns) = (self.shape[0], self.shape[1]);
-        let sizes =
-            if self.path == names::EMBED_TOKENS { (columns, rows) } else { (rows, columns) };
-        (self.path.clone(), sizes)
-    }
-}
-
-/// Lists every module, the head also when it is tied.
-fn modules(config: &ModelConfig) -> Vec<Module> {
-    let vocabulary = vec![config.vocab_size, config.hidden_size];
-    let outer = |path: &str, shape: Vec<usize>| Module {
-        path: path.to_owned(),
-        shape,
-        bias: None,
-        is_block_linear: false,
-    };
-    let mut modules = vec![outer(names::EMBED_TOKENS, vocabulary.clone())];
-    for layer in 0..config.num_hidden_layers {
-        for (path, width) in config.block_norms() {
-            modules.push(outer(&names::in_block(layer, path), vec![width]));
-        }
-        for (path, out, width, bias) in config.block_linears() {
-            modules.push(Module {
-                path: names::in_block(layer, path),
-                shape: vec![out, width],
-                bias: bias.then_some(out),
-                is_block_linear: true,
-            });
-        }
-    }
-    modules.push(outer(names::NORM, vec![config.hidden_size]));
-    modules.push(outer(names::LM_HEAD, vocabulary));
-    modules
+/// Lists the leaf names of a model's modules.
+fn leaves(config: &ModelConfig) -> Vec<String> {
+    let modules = modules::modules(config);
+    let mut leaves: Vec<String> =
+        modules.iter().map(|module| names::leaf(&module.path).to_owned()).collect();
+    leaves.sort();
+    leaves.dedup();
+    leaves
 }
 
 #[cfg(test)]
 mod tests {
+    use finetune_contract::TargetModules;
+
     use super::*;
 
     fn config() -> ModelConfig {
@@ -270,6 +274,8 @@ mod tests {
                 TargetModules::List(owned(targets))
             },
             modules_to_save: owned(saved),
+            exclude_modules: None,
+            layers_to_transform: Vec::new(),
             use_rslora: false,
         }
     }
@@ -325,7 +331,11 @@ mod tests {
         too_large.r = 33;
         insta::assert_snapshot!(Attachment::lora(&config(), &too_large).unwrap_err(), @r#"loraConfig.r is 33, larger than "model.layers.0.self_attn.k_proj" (32 x 64): use at most 32"#);
         insta::assert_snapshot!(trained(&["q_porj"], &[]), @r#"loraConfig.targetModules names "q_porj", which no module of this model is called: use down_proj, embed_tokens, gate_proj, input_layernorm, k_proj, lm_head, norm, o_proj, post_attention_layernorm, q_proj, up_proj, v_proj"#);
-        insta::assert_snapshot!(trained(&["q_proj"], &["q_proj"]), @r#""model.layers.0.self_attn.q_proj" is matched by targetModules and by modulesToSave: leave it in one of them"#);
-        insta::assert_snapshot!(trained(&[], &[]), @"targetModules and modulesToSave are both empty: nothing would be trained");
+        assert_eq!(
+            trained(&["q_proj"], &["q_proj"]),
+            trained(&[], &["q_proj"]),
+            "PEFT trains it whole"
+        );
+        insta::assert_snapshot!(trained(&[], &[]), @"loraConfig means no module: nothing would be trained");
     }
 }

@@ -7,7 +7,10 @@
 use finetune_contract::ModuleShape;
 use serde_json::{Map, Value};
 
-use super::names;
+use super::{
+    modules::{self, Kind, Module},
+    names,
+};
 
 /// The architectures this trainer knows, by `model_type`.
 pub const SUPPORTED_MODEL_TYPES: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
@@ -132,6 +135,27 @@ pub enum RopeScaling {
         /// The context length before stretching.
         original_max_position_embeddings: f64,
     },
+    /// Other frequencies beyond `max_position_embeddings`, which no run reaches; none up to there.
+    Dynamic {
+        /// The divisor at as many times the longest position.
+        factor: f64,
+    },
+    /// YaRN's: pairs that turn seldom within the original context divided by `factor`, those that turn
+    /// often kept, a ramp between; and all angles' sines and cosines scaled.
+    Yarn {
+        /// The divisor of the slow pairs.
+        factor: f64,
+        /// The context length before stretching.
+        original_max_position_embeddings: f64,
+        /// Turns within the original context from which on a pair is kept.
+        beta_fast: f64,
+        /// Turns below which a pair is divided.
+        beta_slow: f64,
+        /// Whether the ramp's ends are whole pairs.
+        truncate: bool,
+        /// What sines and cosines are multiplied by.
+        attention_factor: f64,
+    },
 }
 
 /// The name and shape of one tensor of a checkpoint.
@@ -144,32 +168,74 @@ pub struct TensorSpec {
 }
 
 /// Keys that do not change the network's function in training, whatever their value.
-const HARMLESS_KEYS: [&str; 25] = [
+const HARMLESS_KEYS: [&str; 34] = [
     "architectures",
     "auto_map",
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
     "unk_token_id",
+    "sep_token_id",
+    "cls_token_id",
+    "mask_token_id",
+    "decoder_start_token_id",
     "torch_dtype",
     "dtype",
     "transformers_version",
     "use_cache",
     "initializer_range",
     "pretraining_tp",
+    "is_decoder",
     "is_llama_config",
     "transformers.js_config",
     "chunk_size_feed_forward",
     "output_attentions",
     "output_hidden_states",
     "return_dict",
+    "torchscript",
     "id2label",
     "label2id",
     "problem_type",
     "task_specific_params",
+    "finetuning_task",
     "tokenizer_class",
+    // Llama 1 and Vicuna, beside max_position_embeddings, which is what counts.
+    "max_sequence_length",
+    "tokenizer_model_max_length",
     "unsloth_version",
     "unsloth_fixed",
+];
+
+/// Settings of generation, which old releases of transformers saved into config.json.
+const GENERATION_KEYS: [&str; 28] = [
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "diversity_penalty",
+    "do_sample",
+    "early_stopping",
+    "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "length_penalty",
+    "max_length",
+    "max_new_tokens",
+    "min_length",
+    "min_new_tokens",
+    "min_p",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
+    "output_scores",
+    "prefix",
+    "remove_invalid_values",
+    "repetition_penalty",
+    "return_dict_in_generate",
+    "suppress_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
 ];
 
 impl ModelConfig {
@@ -319,28 +385,9 @@ impl ModelConfig {
 
     /// Lists the modules that hold weights, by leaf name; a tied head is not among them.
     pub fn modules(&self) -> Vec<ModuleShape> {
-        let shape = |name: &str, out: usize, width: usize, bias: bool, count: usize| ModuleShape {
-            name: names::leaf(name).to_owned(),
-            out_features: out as u32,
-            in_features: width as u32,
-            bias,
-            count: count as u32,
-        };
-        let layers = self.num_hidden_layers;
-        let mut modules = vec![shape("embed_tokens", self.vocab_size, self.hidden_size, false, 1)];
-        modules.extend(
-            self.block_linears()
-                .iter()
-                .map(|&(path, out, width, bias)| shape(path, out, width, bias, layers)),
-        );
-        modules.extend(
-            self.block_norms().iter().map(|&(path, width)| shape(path, width, 0, false, layers)),
-        );
-        modules.push(shape("norm", self.hidden_size, 0, false, 1));
-        if !self.tie_word_embeddings {
-            modules.push(shape("lm_head", self.vocab_size, self.hidden_size, false, 1));
-        }
-        modules
+        let modules = modules::modules(self);
+        let has_weights = |module: &&Module| module.kind != Kind::Head || !self.tie_word_embeddings;
+        modules::shapes(modules.iter().filter(has_weights))
     }
 
     /// Counts the elements of all tensors, a tied head once.
@@ -414,39 +461,116 @@ impl<'a> Keys<'a> {
                 .ok_or_else(|| invalid("rope_theta", value, "it must be a positive number"))?,
         };
         let Some(table) = table else { return Ok(Rope { theta, scaling: RopeScaling::None }) };
-        let kind = table
-            .get("rope_type")
-            .or_else(|| table.get("type"))
-            .and_then(Value::as_str)
-            .unwrap_or("default");
-        let number = |key: &'static str| {
-            table.get(key).and_then(Value::as_f64).filter(|number| *number > 0.0).ok_or_else(|| {
-                invalid(
-                    "rope_scaling",
-                    &Value::Object(table.clone()),
-                    format!("{kind} needs a positive {key}"),
-                )
-            })
+        let scaling = self.rope_scaling(table)?;
+        Ok(Rope { theta, scaling })
+    }
+
+    /// Reads how the frequencies are stretched.
+    ///
+    /// # Source
+    /// `modeling_rope_utils.py` of transformers 5.23, with the defaults of `standardize_rope_params`.
+    fn rope_scaling(&mut self, table: &Map<String, Value>) -> Result<RopeScaling, Error> {
+        const KNOWN: [&str; 15] = [
+            "rope_type",
+            "type",
+            "rope_theta",
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+            "partial_rotary_factor",
+            // Of the first YaRN models; transformers does not read it.
+            "finetuned",
+        ];
+        let wrong =
+            |allowed: String| invalid("rope_scaling", &Value::Object(table.clone()), allowed);
+        let set = |key: &str| table.get(key).filter(|value| !value.is_null());
+        let unknown = table.keys().find(|key| !KNOWN.contains(&key.as_str()));
+        if let Some(key) = unknown.filter(|key| set(key).is_some()) {
+            return Err(wrong(format!("this trainer does not know its key {key}")));
+        }
+        let outer =
+            [self.get("original_max_position_embeddings"), self.get("partial_rotary_factor")];
+        let [outer_original, outer_partial] = outer;
+        if let Some(part) = set("partial_rotary_factor").or(outer_partial)
+            && part.as_f64() != Some(1.0)
+        {
+            return Err(invalid(
+                "partial_rotary_factor",
+                part,
+                "this trainer rotates whole heads only",
+            ));
+        }
+        let kind = set("rope_type").or_else(|| set("type")).and_then(Value::as_str);
+        let kind = kind.unwrap_or("default");
+        let optional = |key: &str| match set(key) {
+            None => Ok(None),
+            Some(value) => value
+                .as_f64()
+                .filter(|number| *number > 0.0)
+                .map(Some)
+                .ok_or_else(|| wrong(format!("{key} must be a positive number"))),
         };
-        let scaling = match kind {
+        let number = |key: &str| {
+            optional(key)?.ok_or_else(|| wrong(format!("{kind} needs a positive {key}")))
+        };
+        // The one beside the table goes first.
+        let original = match outer_original {
+            None => optional("original_max_position_embeddings")?,
+            Some(value) => {
+                Some(value.as_f64().filter(|number| *number > 0.0).ok_or_else(|| {
+                    invalid(
+                        "original_max_position_embeddings",
+                        value,
+                        "it must be a positive number",
+                    )
+                })?)
+            }
+        };
+        let longest = self.size("max_position_embeddings", Some(2048))? as f64;
+        Ok(match kind {
             "default" => RopeScaling::None,
             "linear" => RopeScaling::Linear { factor: number("factor")? },
+            "dynamic" => RopeScaling::Dynamic { factor: number("factor")? },
             "llama3" => RopeScaling::Llama3 {
                 factor: number("factor")?,
                 low_freq_factor: number("low_freq_factor")?,
                 high_freq_factor: number("high_freq_factor")?,
-                original_max_position_embeddings: number("original_max_position_embeddings")?,
+                original_max_position_embeddings: original.unwrap_or(longest),
             },
+            "yarn" => {
+                let original = original.unwrap_or(longest);
+                let factor = match set("factor") {
+                    None if table.contains_key("factor") => longest / original,
+                    _ => number("factor")?,
+                };
+                let scale = |mscale: f64| {
+                    if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
+                };
+                let mscales = optional("mscale")?.zip(optional("mscale_all_dim")?);
+                let usual = mscales.map_or(scale(1.0), |(one, all)| scale(one) / scale(all));
+                RopeScaling::Yarn {
+                    factor,
+                    original_max_position_embeddings: original,
+                    beta_fast: optional("beta_fast")?.unwrap_or(32.0),
+                    beta_slow: optional("beta_slow")?.unwrap_or(1.0),
+                    truncate: set("truncate").is_none_or(|value| *value != Value::Bool(false)),
+                    attention_factor: optional("attention_factor")?.unwrap_or(usual),
+                }
+            }
             _ => {
-                let value = Value::Object(table.clone());
-                return Err(invalid(
-                    "rope_scaling",
-                    &value,
-                    "this trainer knows the types default, linear and llama3",
+                return Err(wrong(
+                    "this trainer knows the types default, linear, dynamic, llama3 and yarn"
+                        .to_owned(),
                 ));
             }
-        };
-        Ok(Rope { theta, scaling })
+        })
     }
 
     /// Reads the attention window of each block.
@@ -507,7 +631,8 @@ impl<'a> Keys<'a> {
             // Keys with a leading underscore are transformers' own bookkeeping.
             let is_known = key.starts_with('_')
                 || self.read.contains(&key.as_str())
-                || HARMLESS_KEYS.contains(&key.as_str());
+                || HARMLESS_KEYS.contains(&key.as_str())
+                || GENERATION_KEYS.contains(&key.as_str());
             let is_unused = match value {
                 Value::Null | Value::Bool(false) => true,
                 Value::Array(items) => items.is_empty(),
@@ -570,6 +695,52 @@ mod tests {
     }
 
     #[test]
+    fn reads_yarn_with_the_defaults_of_transformers() {
+        let scaling = |rest: &str| {
+            let text = format!(
+                r#""model_type": "qwen2", "max_position_embeddings": 32768, "rope_scaling": {{{rest}}}"#
+            );
+            parse(&text).unwrap().rope.scaling
+        };
+        let yarn = |factor: f64, original: f64, attention_factor: f64| RopeScaling::Yarn {
+            factor,
+            original_max_position_embeddings: original,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            truncate: true,
+            attention_factor,
+        };
+        let usual = 0.1 * 4_f64.ln() + 1.0;
+        assert_eq!(scaling(r#""type": "yarn", "factor": 4.0"#), yarn(4.0, 32768.0, usual));
+        let original =
+            r#""rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 8192"#;
+        assert_eq!(scaling(&format!("{original}, \"finetuned\": true")), yarn(4.0, 8192.0, usual));
+        assert_eq!(
+            scaling(&format!("{original}, \"attention_factor\": 0.5")),
+            yarn(4.0, 8192.0, 0.5)
+        );
+        let ratio = (0.1 * 4_f64.ln() + 1.0) / (0.2 * 4_f64.ln() + 1.0);
+        let mscales = format!("{original}, \"mscale\": 1.0, \"mscale_all_dim\": 2.0");
+        assert_eq!(scaling(&mscales), yarn(4.0, 8192.0, ratio));
+        let by_ratio =
+            r#""type": "yarn", "factor": null, "original_max_position_embeddings": 8192"#;
+        assert_eq!(scaling(by_ratio), yarn(4.0, 8192.0, usual));
+        let dynamic = r#""type": "dynamic", "factor": 2.0"#;
+        assert_eq!(scaling(dynamic), RopeScaling::Dynamic { factor: 2.0 });
+    }
+
+    #[test]
+    fn settings_of_generation_and_of_old_releases_are_harmless() {
+        for rest in [
+            r#""max_sequence_length": 2048, "temperature": 1.0, "top_p": 1.0, "do_sample": true, "num_beams": 1"#,
+            r#""max_length": 4096, "repetition_penalty": 1.1, "top_k": 50, "bad_words_ids": [[1]]"#,
+            r#""torchscript": true, "is_decoder": true, "sep_token_id": 3, "finetuning_task": "chat""#,
+        ] {
+            assert!(parse(&format!(r#""model_type": "llama", {rest}"#)).is_ok(), "{rest}");
+        }
+    }
+
+    #[test]
     fn an_absent_mistral_window_is_not_a_null_one() {
         assert_eq!(parse(r#""model_type": "mistral""#).unwrap().sliding_window, [Some(4096); 2]);
         assert_eq!(
@@ -601,7 +772,13 @@ mod tests {
         insta::assert_snapshot!(refusal(r#""model_type": "gpt2""#), @r#"config.json says model_type "gpt2", which this trainer does not know: use a model of type llama, mistral, qwen2, qwen3"#);
         insta::assert_snapshot!(refusal(r#""model_type": "llama", "logit_cap": 30.0"#), @r#"config.json has logit_cap = 30.0, which this trainer does not know for model_type "llama": training could silently compute another model, so it is refused"#);
         insta::assert_snapshot!(refusal(r#""model_type": "llama", "hidden_act": "gelu""#), @r#"config.json has hidden_act = "gelu": this trainer knows only silu"#);
-        insta::assert_snapshot!(refusal(r#""model_type": "llama", "rope_scaling": {"rope_type": "yarn", "factor": 2.0}"#), @r#"config.json has rope_scaling = {"rope_type":"yarn","factor":2.0}: this trainer knows the types default, linear and llama3"#);
+        let rope =
+            |table: &str| refusal(&format!(r#""model_type": "llama", "rope_scaling": {table}"#));
+        insta::assert_snapshot!(rope(r#"{"rope_type": "longrope", "factor": 2.0}"#), @r#"config.json has rope_scaling = {"rope_type":"longrope","factor":2.0}: this trainer knows the types default, linear, dynamic, llama3 and yarn"#);
+        insta::assert_snapshot!(rope(r#"{"rope_type": "yarn"}"#), @r#"config.json has rope_scaling = {"rope_type":"yarn"}: yarn needs a positive factor"#);
+        insta::assert_snapshot!(rope(r#"{"rope_type": "yarn", "factor": 4.0, "beta_fast": -1}"#), @r#"config.json has rope_scaling = {"rope_type":"yarn","factor":4.0,"beta_fast":-1}: beta_fast must be a positive number"#);
+        insta::assert_snapshot!(rope(r#"{"type": "default", "mrope_section": [16, 24, 24]}"#), @r#"config.json has rope_scaling = {"type":"default","mrope_section":[16,24,24]}: this trainer does not know its key mrope_section"#);
+        insta::assert_snapshot!(rope(r#"{"type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}"#), @"config.json has partial_rotary_factor = 0.5: this trainer rotates whole heads only");
         assert_eq!(
             parse(r#""model_type": "llama", "some_future_switch": false"#).map(|_| ()),
             Ok(())

@@ -61,6 +61,13 @@ pub struct TensorEntry {
     pub end: u64,
 }
 
+impl TensorEntry {
+    /// Tells whether another tensor has the same type and shape.
+    pub fn is_like(&self, other: &Self) -> bool {
+        self.dtype == other.dtype && self.shape == other.shape
+    }
+}
+
 /// Reads the length of the header from the first eight bytes of a file of `file_size` bytes.
 ///
 /// # Errors

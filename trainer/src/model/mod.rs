@@ -9,6 +9,8 @@
 //! proved against autograd in `tests/`.
 
 pub mod adapter;
+pub mod adapter_config;
+pub mod adapter_weights;
 pub mod attach;
 pub mod attention;
 pub mod block;
@@ -21,12 +23,15 @@ pub mod header;
 pub mod layout;
 pub mod linear;
 pub mod masters;
+pub mod modules;
 pub mod names;
 pub mod network;
 pub mod norm;
 pub mod params;
 pub mod rope;
 pub mod sharded;
+pub mod targets;
+pub mod tying;
 pub mod weights;
 
 use std::path::Path;
@@ -38,7 +43,7 @@ use crate::failure::Failure;
 
 pub use network::{Division, Model};
 
-/// Reads a model directory's config.
+/// Reads a model directory's config; where the weights have a head that is not the embedding, it says so.
 ///
 /// # Errors
 /// A [`Failure`] of reason `InvalidModel`.
@@ -47,6 +52,8 @@ pub fn read_config(directory: &Path) -> Result<ModelConfig, Failure> {
     let text = std::fs::read_to_string(&path).map_err(|error| {
         Failure::new(FailureReason::InvalidModel, format!("cannot read {path:?}: {error}"))
     })?;
-    ModelConfig::parse(&text)
+    let config = ModelConfig::parse(&text)
+        .map_err(|error| Failure::from_chain(FailureReason::InvalidModel, &error))?;
+    tying::settle(config, directory)
         .map_err(|error| Failure::from_chain(FailureReason::InvalidModel, &error))
 }

@@ -2,6 +2,10 @@
 
 /// The path of the token embedding.
 pub const EMBED_TOKENS: &str = "model.embed_tokens";
+/// The name of the token embedding's table.
+pub const EMBEDDING_WEIGHT: &str = "model.embed_tokens.weight";
+/// The name of the output head's table; absent where the head is the embedding.
+pub const HEAD_WEIGHT: &str = "lm_head.weight";
 /// The path of the last norm.
 pub const NORM: &str = "model.norm";
 /// The path of the output head.

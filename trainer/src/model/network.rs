@@ -19,7 +19,7 @@ use super::{
     names,
     norm::RmsNorm,
     params::{FlatParams, Param},
-    rope::{Rotary, frequencies},
+    rope::{Frequencies, Rotary, frequencies},
     sharded::{Sharded, ZeroStage},
     weights::{self, Checkpoint},
 };
@@ -43,7 +43,7 @@ pub struct Model {
     attachment: Attachment,
     dtype: Dtype,
     device: Device,
-    frequencies: Vec<f64>,
+    frequencies: Frequencies,
     embed_tokens: Embedding,
     blocks: Vec<Block>,
     norm: RmsNorm,
@@ -108,6 +108,7 @@ impl Model {
         division: Division,
     ) -> Result<Self, Failure> {
         let checkpoint = Checkpoint::open(directory).map_err(invalid_model)?;
+        checkpoint.check_all_used(&config).map_err(invalid_model)?;
         let Division { ranks, strategy, bucket_bytes } = division;
         let specs = attachment.trained(&config);
         let place = [ranks.rank(), ranks.world_size()];

@@ -4,7 +4,7 @@
 //! processes share its pages, and no tensor can outlive its bytes.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::File,
     path::{Path, PathBuf},
 };
@@ -13,7 +13,11 @@ use memmap2::Mmap;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
-use super::header::{self, TensorEntry};
+use super::{
+    config::ModelConfig,
+    header::{self, TensorEntry},
+    names::HEAD_WEIGHT,
+};
 
 /// The name of an unsharded weight file.
 pub const SINGLE_FILE: &str = "model.safetensors";
@@ -57,6 +61,16 @@ pub enum Error {
         /// The tensor.
         name: String,
     },
+    /// A tensor that the model does not use.
+    #[error(
+        "{directory:?} has the tensor {name:?}, which a model of its config.json does not use: what it computes would not be the model"
+    )]
+    Unused {
+        /// The checkpoint.
+        directory: PathBuf,
+        /// The tensor.
+        name: String,
+    },
     /// A tensor has an element type nothing is computed in.
     #[error("tensor {name:?} has dtype {dtype}, but only F32, F16 and BF16 can be used")]
     Dtype {
@@ -91,8 +105,10 @@ impl Checkpoint {
     /// [`Error`] if a file is missing or damaged, or the index names a tensor its shard lacks.
     pub fn open(directory: &Path) -> Result<Self, Error> {
         let index_path = directory.join(INDEX_FILE);
-        if !index_path.exists() {
-            return Self::open_file(&directory.join(SINGLE_FILE));
+        let single = directory.join(SINGLE_FILE);
+        // Where both are, transformers takes the single file.
+        if single.exists() || !index_path.exists() {
+            return Self::open_file(&single);
         }
         let text = std::fs::read_to_string(&index_path)
             .map_err(|source| Error::Read { path: index_path.clone(), source })?;
@@ -105,9 +121,25 @@ impl Checkpoint {
                 let reason = format!("it says {shard:?} holds {name:?}, but the file does not");
                 return Err(Error::Index { path: index_path, reason });
             }
+            let twice = opened.tensors.keys().find(|name| checkpoint.contains(name));
+            if let Some(name) = twice {
+                let reason = format!("{name:?} is in more than one shard");
+                return Err(Error::Index { path: index_path, reason });
+            }
             checkpoint.tensors.extend(opened.tensors);
         }
         Ok(checkpoint)
+    }
+
+    /// Checks that a model of this config uses every tensor.
+    ///
+    /// # Errors
+    /// [`Error::Unused`].
+    pub fn check_all_used(&self, config: &ModelConfig) -> Result<(), Error> {
+        match unused(self.names(), config).into_iter().next() {
+            None => Ok(()),
+            Some(name) => Err(Error::Unused { directory: self.directory.clone(), name }),
+        }
     }
 
     /// Opens one safetensors file.
@@ -139,6 +171,22 @@ impl Checkpoint {
     /// Lists the names of all tensors, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
+    }
+
+    /// Returns the headers of all tensors.
+    pub fn entries(&self) -> BTreeMap<String, TensorEntry> {
+        self.tensors.iter().map(|(name, (entry, _))| (name.clone(), entry.clone())).collect()
+    }
+
+    /// Tells whether two tensors are of one type and shape, and equal byte for byte; no if one is not
+    /// there.
+    pub fn are_equal(&self, one: &str, other: &str) -> bool {
+        let (Some((one, left)), Some((other, right))) =
+            (self.tensors.get(one), self.tensors.get(other))
+        else {
+            return false;
+        };
+        one.is_like(other) && left == right
     }
 
     /// Tells whether a tensor is there.
@@ -194,6 +242,22 @@ impl Checkpoint {
         }
         self.tensor(name)
     }
+}
+
+/// Lists the tensors of a checkpoint that a model of this config does not use.
+///
+/// Old checkpoints carry the rotary table, and some tied ones the embedding a second time as the head;
+/// neither changes anything.
+pub fn unused<'a>(names: impl Iterator<Item = &'a str>, config: &ModelConfig) -> Vec<String> {
+    let expected: BTreeSet<String> =
+        config.tensors().into_iter().map(|tensor| tensor.name).collect();
+    let is_harmless = |name: &str| {
+        name.ends_with("rotary_emb.inv_freq") || (name == HEAD_WEIGHT && config.tie_word_embeddings)
+    };
+    names
+        .filter(|name| !expected.contains(*name) && !is_harmless(name))
+        .map(str::to_owned)
+        .collect()
 }
 
 /// Reads an index into shard file → names of its tensors.

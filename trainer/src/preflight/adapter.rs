@@ -1,16 +1,14 @@
 //! The adapter that training starts from, checked without loading its weights.
 
-use std::collections::BTreeMap;
-
 use finetune_contract::{LoraSettings, ProblemReason};
 
-use super::{Findings, model::read_header, open};
+use super::{Findings, open, weights::read_header};
 use crate::{
     model::{
-        adapter::{CONFIG_FILE, PREFIX, WEIGHTS_FILE, differences, parse_settings},
-        attach::Attachment,
+        adapter::{CONFIG_FILE, WEIGHTS_FILE, differences},
+        adapter_config,
+        adapter_weights::Published,
         config::ModelConfig,
-        header::TensorEntry,
     },
     store::{self, Environment, Role, Store},
 };
@@ -60,55 +58,24 @@ fn judge(
     findings: &mut Findings,
 ) {
     let invalid = ProblemReason::InvalidModel;
-    let published = match parse_settings(settings) {
-        Ok(published) => published,
-        Err(reason) => {
-            let location = store.uri().join(CONFIG_FILE).to_string();
-            return findings.problem(invalid, &location, reason);
+    let location = |file: &str| store.uri().join(file).to_string();
+    let settings = match adapter_config::parse(settings) {
+        Ok(settings) => settings,
+        Err(reason) => return findings.problem(invalid, &location(CONFIG_FILE), reason),
+    };
+    let tensors = match read_header(store, WEIGHTS_FILE, size) {
+        Ok(tensors) => tensors,
+        Err((reason, message)) => {
+            return findings.problem(reason, &location(WEIGHTS_FILE), message);
         }
     };
-    let attachment = match Attachment::lora(model, &published) {
-        Ok(attachment) => attachment,
-        Err(error) => {
-            let message = format!("the adapter does not fit the base model: {error}");
-            return findings.problem(invalid, LOCATION, message);
-        }
+    let published = match Published::new(model, &settings, &tensors) {
+        Ok(published) => published,
+        Err(error) => return findings.problem(invalid, LOCATION, error.to_string()),
     };
     // What is wrong with the settings asked for is already said.
-    let found = differences(model, lora, &published).unwrap_or_default();
-    for (field, message) in &found {
-        let location = format!("spec.loraConfig.{field}");
-        findings.problem(ProblemReason::InvalidSpec, &location, message.as_str());
-    }
-    if !found.is_empty() {
-        return;
-    }
-    match read_header(store, WEIGHTS_FILE, size) {
-        Ok(tensors) => compare(&tensors, &attachment, model, findings),
-        Err((reason, message)) => {
-            let location = store.uri().join(WEIGHTS_FILE).to_string();
-            findings.problem(reason, &location, message);
-        }
-    }
-}
-
-fn compare(
-    tensors: &BTreeMap<String, TensorEntry>,
-    attachment: &Attachment,
-    model: &ModelConfig,
-    findings: &mut Findings,
-) {
-    for expected in attachment.trained(model) {
-        let name = format!("{PREFIX}{}", expected.name);
-        let message = match tensors.get(&name) {
-            None => format!("its weights lack {name}: the adapter is of another model, or damaged"),
-            Some(found) if found.shape != expected.shape => format!(
-                "{name} is {:?}, not {:?}: the adapter is of another model",
-                found.shape, expected.shape
-            ),
-            Some(_) => continue,
-        };
-        // One says it; the others are like it.
-        return findings.problem(ProblemReason::InvalidModel, LOCATION, message);
+    let found = differences(model, lora, &settings.lora, &published.attachment);
+    for (field, message) in found.unwrap_or_default() {
+        findings.problem(ProblemReason::InvalidSpec, &format!("spec.loraConfig.{field}"), message);
     }
 }

@@ -4,10 +4,12 @@
 //! on, so that a user sees all there is to mend at once.
 
 mod adapter;
+mod lora;
 mod machine;
 mod model;
 #[cfg(test)]
 mod tests;
+mod weights;
 
 use std::path::Path;
 
@@ -45,7 +47,7 @@ pub fn run(
     let mut findings = Findings::default();
     let model = model::check(config, environment, work_dir, &mut findings);
     let (mut train, mut validation, mut overlapping_rows) = (None, None, 0);
-    if let Some((facts, tokenizer)) = &model {
+    if let Some(model::Checked { facts, tokenizer, .. }) = &model {
         let check = SplitCheck { config, environment, facts, tokenizer };
         let counted = check.count(Split::Train, &mut findings);
         let held_out = check.count(Split::Validation, &mut findings);
@@ -59,7 +61,7 @@ pub fn run(
         train = counted.map(|counted| counted.census);
         validation = held_out.map(|counted| counted.census);
     }
-    let template_date = model.as_ref().and_then(|(_, tokenizer)| tokenizer.asked_date());
+    let template_date = model.as_ref().and_then(|checked| checked.tokenizer.asked_date());
     let given = &config.dataset.rendering.template_date;
     findings.remark_on_date(template_date.as_deref(), given.is_some());
     let rows = train.as_ref().map(|train| (train, validation.as_ref()));
@@ -70,7 +72,8 @@ pub fn run(
         problems: findings.problems,
         problems_total: findings.problems_total,
         warnings: findings.warnings,
-        model: model.map(|(facts, _)| facts),
+        lora: model.as_ref().and_then(|checked| checked.lora.clone()),
+        model: model.map(|checked| checked.facts),
         train,
         validation,
         overlapping_rows,

@@ -3,8 +3,8 @@
 use std::{collections::BTreeMap, fs, path::Path};
 
 use finetune_contract::{
-    CONTRACT_VERSION, DatasetFormat, DatasetSource, LoraSettings, ModelSource, OnInvalidRow,
-    OnOverflow, OutputTarget, PreflightConfig, PreflightReport, RowSource, RunId,
+    CONTRACT_VERSION, DatasetFormat, DatasetSource, LoraSettings, ModelSource, ModuleNames,
+    OnInvalidRow, OnOverflow, OutputTarget, PreflightConfig, PreflightReport, RowSource, RunId,
     TERMINATION_MESSAGE_LIMIT, TargetModules, render,
 };
 use safetensors::tensor::{Dtype, TensorView};
@@ -13,7 +13,7 @@ use serde_json::json;
 use super::run;
 use crate::{
     data::goldens::{CHATML, tokenizer_json},
-    model::{attach::Attachment, config::ModelConfig},
+    model::{adapter_config, attach::Attachment, config::ModelConfig},
     store::Environment,
 };
 
@@ -90,6 +90,26 @@ impl Fixture {
         fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
     }
 
+    /// Writes the weights of config.json and a head, all bytes of which are `head`.
+    fn write_head(&self, dtype: Dtype, head: u8) {
+        let text = fs::read_to_string(self.path("model/config.json")).unwrap();
+        let tensors = ModelConfig::parse(&text).unwrap().tensors();
+        let width = if dtype == Dtype::F32 { 4 } else { 2 };
+        let (zeros, other) = (vec![0; 2 * 320 * 64], vec![head; 320 * 16 * width]);
+        let mut views: Vec<(String, TensorView<'_>)> = tensors
+            .into_iter()
+            .map(|tensor| {
+                let bytes = 2 * tensor.shape.iter().product::<usize>();
+                let view = TensorView::new(Dtype::BF16, tensor.shape, &zeros[..bytes]).unwrap();
+                (tensor.name, view)
+            })
+            .collect();
+        let view = TensorView::new(dtype, vec![320, 16], &other).unwrap();
+        views.push(("lm_head.weight".to_owned(), view));
+        let path = self.path("model/model.safetensors");
+        fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+    }
+
     fn with_lora(mut self, change: impl FnOnce(&mut LoraSettings)) -> Self {
         let mut lora = LoraSettings {
             r: 8,
@@ -97,6 +117,8 @@ impl Fixture {
             lora_dropout: 0.0,
             target_modules: TargetModules::AllLinear,
             modules_to_save: Vec::new(),
+            exclude_modules: None,
+            layers_to_transform: Vec::new(),
             use_rslora: false,
         };
         change(&mut lora);
@@ -187,6 +209,7 @@ fn refuses_an_index_that_names_a_missing_shard() {
     let fixture = Fixture::new();
     let index = json!({"metadata": {}, "weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}});
     fixture.write("model/model.safetensors.index.json", &index.to_string());
+    fs::remove_file(fixture.path("model/model.safetensors")).unwrap();
     insta::assert_snapshot!(fixture.check(), @r#"InvalidModel spec.model.uri: model.safetensors.index.json names "model-00001-of-00002.safetensors", which does not exist"#);
 }
 
@@ -310,6 +333,123 @@ fn sees_all_there_is_to_mend_at_once() {
         "#);
 }
 
+#[test]
+fn the_weights_tell_whether_the_head_is_the_embedding() {
+    let check = |dtype, head| {
+        let fixture = Fixture::new();
+        fixture.write_head(dtype, head);
+        let said = fixture.check();
+        let model = fixture.report().model.unwrap();
+        let heads = model.modules.iter().filter(|module| module.name == "lm_head").count();
+        assert_eq!(heads == 1, !model.tie_word_embeddings);
+        (model.tie_word_embeddings, said)
+    };
+    assert_eq!(check(Dtype::BF16, 0), (true, String::new()));
+    let (is_tied, said) = check(Dtype::BF16, 1);
+    insta::assert_snapshot!(said, @"warning: spec.model.uri: config.json says tie_word_embeddings: true, but the weights have an lm_head.weight that differs from model.embed_tokens.weight: the head of the weights is used, as transformers 5 does, and a published model says tie_word_embeddings: false");
+    assert!(!is_tied);
+    assert!(!check(Dtype::F32, 0).0);
+    // Where the config does not tie them there is nothing to say.
+    let fixture = Fixture::new();
+    let text = fs::read_to_string(fixture.path("model/config.json")).unwrap();
+    fixture.write_head(Dtype::BF16, 1);
+    let untied = text.replace("\"tie_word_embeddings\":true", "\"tie_word_embeddings\":false");
+    fixture.write("model/config.json", &untied);
+    assert_eq!(fixture.check(), "");
+}
+
+#[test]
+fn a_single_file_goes_before_an_index() {
+    let fixture = Fixture::new();
+    let index = json!({"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}});
+    fixture.write("model/model.safetensors.index.json", &index.to_string());
+    insta::assert_snapshot!(fixture.check(), @"warning: spec.model.uri: both model.safetensors and model.safetensors.index.json are there: model.safetensors is used, as transformers does (vLLM takes the index); remove what is stale");
+    // A tensor of two shards.
+    let single = fixture.path("model/model.safetensors");
+    for shard in ["a.safetensors", "b.safetensors"] {
+        fs::copy(&single, fixture.path(&format!("model/{shard}"))).unwrap();
+    }
+    fs::remove_file(single).unwrap();
+    let map =
+        json!({"model.norm.weight": "a.safetensors", "model.embed_tokens.weight": "b.safetensors"});
+    let index = json!({ "weight_map": map });
+    fixture.write("model/model.safetensors.index.json", &index.to_string());
+    insta::assert_snapshot!(fixture.check(), @"InvalidModel spec.model.uri: model.embed_tokens.weight is in a.safetensors and in b.safetensors: which one is meant cannot be known");
+}
+
+#[test]
+fn reports_what_the_adapter_means() {
+    let report = |change: fn(&mut LoraSettings)| {
+        let lora = Fixture::new().with_lora(change).report().lora.unwrap();
+        let list = |modules: &[finetune_contract::ModuleShape]| {
+            let one = |module: &finetune_contract::ModuleShape| {
+                format!("{} {}x{}", module.name, module.out_features, module.in_features)
+            };
+            modules.iter().map(one).collect::<Vec<_>>().join(", ")
+        };
+        format!("{} | {} | {}", list(&lora.targets), list(&lora.saved), lora.unties)
+    };
+    let said = [
+        report(|_| {}),
+        report(|lora| {
+            let nine = [
+                "q_proj",
+                "k_proj",
+                "v_proj",
+                "o_proj",
+                "gate_proj",
+                "up_proj",
+                "down_proj",
+                "embed_tokens",
+                "lm_head",
+            ];
+            lora.target_modules = TargetModules::List(nine.map(str::to_owned).to_vec());
+        }),
+        report(|lora| {
+            let names = ["self_attn.q_proj", "lm_head"].map(str::to_owned);
+            lora.target_modules = TargetModules::List(names.to_vec());
+            lora.modules_to_save = vec!["lm_head".to_owned(), "model.norm".to_owned()];
+        }),
+        report(|lora| lora.target_modules = TargetModules::Pattern(r".*\.[qk]_proj".to_owned())),
+    ];
+    insta::assert_snapshot!(said.join("\n"), @r"
+q_proj 16x16, k_proj 8x16, v_proj 8x16, o_proj 16x16, gate_proj 32x16, up_proj 32x16, down_proj 16x32 |  | false
+embed_tokens 320x16, q_proj 16x16, k_proj 8x16, v_proj 8x16, o_proj 16x16, gate_proj 32x16, up_proj 32x16, down_proj 16x32, lm_head 320x16 |  | true
+q_proj 16x16 | norm 16x0, lm_head 320x16 | true
+q_proj 16x16, k_proj 8x16 |  | false
+");
+}
+
+#[test]
+fn names_of_modules_that_mean_nothing_are_refused() {
+    let check = |change: fn(&mut LoraSettings)| Fixture::new().with_lora(change).check();
+    let said = [
+        check(|lora| lora.target_modules = TargetModules::Pattern("q_proj".to_owned())),
+        check(|lora| lora.target_modules = TargetModules::Pattern("(q_proj".to_owned())),
+        check(|lora| lora.target_modules = TargetModules::Pattern(".*self_attn.*".to_owned())),
+        check(|lora| lora.target_modules = TargetModules::List(vec!["norm".to_owned()])),
+        check(|lora| lora.layers_to_transform = vec![0, 1]),
+        check(|lora| {
+            lora.target_modules = TargetModules::Pattern(".*q_proj".to_owned());
+            lora.layers_to_transform = vec![0];
+        }),
+        check(|lora| {
+            lora.exclude_modules = Some(ModuleNames::List(vec!["lm_head".to_owned()]));
+        }),
+        check(|lora| lora.exclude_modules = Some(ModuleNames::Pattern(".*".to_owned()))),
+    ];
+    insta::assert_snapshot!(said.join("\n"), @r#"
+InvalidSpec spec.loraConfig.targetModules: loraConfig.targetModules is the pattern "q_proj", which matches the whole path of no module; paths are such as "model.layers.0.self_attn.q_proj" and "lm_head"
+InvalidSpec spec.loraConfig.targetModules: loraConfig.targetModules is the pattern "(q_proj", which is not a regular expression that can be used: Parsing error at position 15: Opening parenthesis without closing parenthesis
+InvalidSpec spec.loraConfig.targetModules: loraConfig.targetModules means "model.layers.0.self_attn", but only linear layers, embed_tokens and lm_head take an adapter: name those, or leave it out with excludeModules
+InvalidSpec spec.loraConfig.targetModules: loraConfig.targetModules means "model.norm", but only linear layers, embed_tokens and lm_head take an adapter: name those, or leave it out with excludeModules
+InvalidSpec spec.loraConfig.layersToTransform: loraConfig.layersToTransform has 1, but the model has the layers 0 to 0
+InvalidSpec spec.loraConfig.layersToTransform: loraConfig.layersToTransform cannot be used where targetModules is a pattern: write the layers into the pattern
+InvalidSpec spec.loraConfig.excludeModules: loraConfig.excludeModules has "lm_head", which excludes no module that targetModules means: remove it or correct the name
+InvalidSpec spec.loraConfig: loraConfig means no module: nothing would be trained
+"#);
+}
+
 /// Writes an adapter of rank 8 on the attention of the model, after `change` of its settings.
 fn with_adapter(change: impl FnOnce(&mut serde_json::Value), is_cut: bool) -> Fixture {
     let mut fixture = Fixture::new().with_lora(|_| {});
@@ -323,7 +463,10 @@ fn with_adapter(change: impl FnOnce(&mut serde_json::Value), is_cut: bool) -> Fi
     fixture.write("adapter/adapter_config.json", &settings.to_string());
     let text = fs::read_to_string(fixture.path("model/config.json")).unwrap();
     let model = ModelConfig::parse(&text).unwrap();
-    let attachment = Attachment::lora(&model, fixture.config.lora.as_ref().unwrap()).unwrap();
+    // Of what cannot be read there are no weights; those of the settings asked for do as well.
+    let lora = adapter_config::parse(&settings.to_string()).map(|settings| settings.lora);
+    let lora = lora.unwrap_or_else(|_| fixture.config.lora.clone().unwrap());
+    let attachment = Attachment::lora(&model, &lora).unwrap();
     let zeros = vec![0; 4 * 32 * 8];
     let mut specs = attachment.trained(&model);
     specs.truncate(specs.len() - usize::from(is_cut));
@@ -397,7 +540,7 @@ fn an_initial_checkpoint_is_one_of_what_is_trained() {
 fn an_initial_adapter_that_is_damaged_or_not_there_is_said() {
     insta::assert_snapshot!(with_adapter(|_| {}, true).check(), @"InvalidModel spec.initialAdapter.uri: its weights lack base_model.model.model.layers.0.mlp.down_proj.lora_B.weight: the adapter is of another model, or damaged");
     let other = with_adapter(|settings| settings["peft_type"] = json!("IA3"), false);
-    insta::assert_snapshot!(other.check(), @r#"InvalidModel file:///adapter/adapter_config.json: peft_type is Some("IA3"), but only LORA adapters can be loaded"#);
+    insta::assert_snapshot!(other.check(), @r#"InvalidModel file:///adapter/adapter_config.json: peft_type is "IA3", but only LORA adapters can be loaded"#);
     let gone = with_adapter(|_| {}, false);
     fs::remove_file(gone.path("adapter/adapter_model.safetensors")).unwrap();
     insta::assert_snapshot!(gone.check(), @"NotFound spec.initialAdapter.uri: file:///adapter has no adapter_config.json and adapter_model.safetensors: name the directory of a LoRA adapter, which of a merged result is adapter/ below it; a full-parameter result is gone on from by naming it as model.uri");

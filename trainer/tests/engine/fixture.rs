@@ -64,6 +64,8 @@ pub fn lora(targets: &[&str], saved: &[&str]) -> LoraSettings {
             _ => TargetModules::List(owned(targets)),
         },
         modules_to_save: owned(saved),
+        exclude_modules: None,
+        layers_to_transform: Vec::new(),
         use_rslora: false,
     }
 }

@@ -149,7 +149,7 @@ impl<'a> Reference<'a> {
     }
 
     fn angles(&self, batch: &Batch) -> Tensor {
-        let frequencies = frequencies(&self.config.rope, self.config.head_dim);
+        let frequencies = frequencies(&self.config.rope, self.config.head_dim).of_pairs;
         let positions = batch.segment_lengths.iter().flat_map(|&length| 0..length);
         let angles: Vec<f64> = positions
             .flat_map(|position| {

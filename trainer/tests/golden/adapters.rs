@@ -22,11 +22,7 @@ fn ten_steps_of_each_adapter_equal_peft() {
                 model.trained().master_of(name).unwrap().copy_(start);
             }
             model.trained_mut().refresh_compute();
-            let difference = golden.train(&mut model, &lora.trajectory);
-            assert!(
-                difference <= 1e-5,
-                "{family}, {case}: a loss or gradient norm differs by {difference:e}"
-            );
+            golden.train(&mut model, &lora.trajectory, &format!("{family}, {case}"));
             let expected = golden.tensors_below(&format!("{case}.end."));
             assert_eq!(model.trained().names().len(), expected.len(), "{family}, {case}");
             for (name, expected) in expected {
@@ -40,7 +36,34 @@ fn ten_steps_of_each_adapter_equal_peft() {
         trained.push((family, golden.facts.lora.len()));
     }
     trained.retain(|&(_, cases)| cases > 0);
-    assert_eq!(trained, [("llama", 7), ("llama3", 7)]);
+    assert_eq!(trained, [("llama", 14), ("llama3", 14)]);
+}
+
+/// Where we refuse what PEFT takes: a name without meaning is a mistake, and PEFT overlooks it.
+const STRICTER: [&str; 1] = ["W_pack"];
+
+#[test]
+fn settings_mean_the_modules_that_they_mean_in_peft() {
+    let mut compared = 0;
+    for family in FAMILIES {
+        let golden = Golden::open(family);
+        let config = golden.config();
+        for case in &golden.facts.targets {
+            let found = match Attachment::lora(&config, &case.settings) {
+                Ok(Attachment::Lora(lora)) => Some(lora.targets.into_keys().collect::<Vec<_>>()),
+                Ok(_) => panic!("LoRA settings attach LoRA"),
+                Err(_) => None,
+            };
+            let settings = format!("{:?}", case.settings);
+            if STRICTER.iter().any(|name| settings.contains(name)) {
+                assert!(found.is_none() && case.modules.is_some(), "{family}: {settings}");
+                continue;
+            }
+            assert_eq!(found, case.modules, "{family}: {settings}");
+            compared += 1;
+        }
+    }
+    assert_eq!(compared, 48);
 }
 
 #[test]

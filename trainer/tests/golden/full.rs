@@ -11,8 +11,7 @@ fn ten_steps_of_full_parameter_training_equal_torch() {
         let golden = Golden::open(family);
         let Some(trajectory) = &golden.facts.full else { continue };
         let mut model = golden.load(Attachment::Full);
-        let difference = golden.train(&mut model, trajectory);
-        assert!(difference <= 1e-5, "{family}: a loss or gradient norm differs by {difference:e}");
+        golden.train(&mut model, trajectory, family);
         for (name, expected) in golden.tensors_below("full.") {
             let found = distance(&model.trained().master_of(name).unwrap(), expected);
             // Shifting every key of a head hardly changes a softmax: the true gradient of a key bias

@@ -27,6 +27,7 @@ import peft
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
@@ -51,6 +52,8 @@ LLAMA3 = dict(
     rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=512,
 )  # Of a head's four wavelengths 6 stays, 167 is on the ramp, the others are stretched.
+YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=4096)
+# Of a head's four wavelengths 6 and 63 stay, 628 is on the ramp, 6283 is stretched.
 FAMILIES = {
     "llama": LlamaConfig(**SHAPE, tie_word_embeddings=True),
     "llama3": LlamaConfig(**SHAPE | {"max_position_embeddings": 4096}, rope_parameters=LLAMA3),
@@ -60,16 +63,27 @@ FAMILIES = {
     "qwen2": Qwen2Config(**SHAPE, tie_word_embeddings=True),
     "qwen2-window": Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=5, max_window_layers=1),
     "qwen3": Qwen3Config(**SHAPE, head_dim=16),
+    "llama-yarn": LlamaConfig(**SHAPE | {"max_position_embeddings": 16384}, rope_parameters=YARN),
+    "qwen2-dynamic": Qwen2Config(**SHAPE, rope_parameters=dict(rope_type="dynamic", rope_theta=10000.0, factor=2.0)),
 }
 # Full-parameter training is the same code in every family: one tied, one with every kind of parameter each.
 FULL_TRAINED = ["llama", "llama-biases", "qwen3"]
 LORA_TRAINED = ["llama", "llama3"]  # tied, untied
 
 
-def lora(targets, saved=(), rslora=False):
+def lora(targets, saved=(), rslora=False, exclude=None, layers=()):
     """LoRA settings as the contract spells them."""
-    target_modules = "allLinear" if targets == "all-linear" else {"list": targets}
-    return dict(r=4, loraAlpha=16.0, loraDropout=0.0, targetModules=target_modules, modulesToSave=list(saved), useRslora=rslora)
+    spell = lambda names: {"pattern": names} if isinstance(names, str) else {"list": names}
+    target_modules = "allLinear" if targets == "all-linear" else spell(targets)
+    settings = dict(r=4, loraAlpha=16.0, loraDropout=0.0, targetModules=target_modules, modulesToSave=list(saved), useRslora=rslora)
+    if exclude:
+        settings["excludeModules"] = spell(exclude)
+    if layers:
+        settings["layersToTransform"] = list(layers)
+    return settings
+
+
+NINE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"]
 
 
 LORA_CASES = {
@@ -80,7 +94,43 @@ LORA_CASES = {
     "embed_tokens-lm_head": lora(["embed_tokens", "lm_head"]),
     "saved-lm_head": lora(["v_proj"], saved=["lm_head"]),
     "saved-embed_tokens-lm_head": lora(["v_proj"], saved=["embed_tokens", "lm_head"]),
+    "lm_head-saved-embed_tokens": lora(["lm_head"], saved=["embed_tokens"]),
+    "embed_tokens-saved-lm_head": lora(["embed_tokens"], saved=["lm_head"]),
+    "embed_tokens-lm_head-saved-norm": lora(["embed_tokens", "lm_head"], saved=["model.norm"]),
+    "nine": lora(NINE),
+    "nine-saved-embed_tokens-lm_head": lora(NINE, saved=["embed_tokens", "lm_head"]),
+    "pattern": lora(r".*\.1\..*\.(q|v)_proj", exclude=["v_proj"]),
+    "layers": lora(["self_attn.q_proj", "down_proj"], exclude="model.layers.1.mlp.*", layers=[1]),
 }
+
+# Settings whose targets are compared with those that PEFT finds; None where PEFT refuses them.
+TARGET_CASES = [
+    lora("all-linear"),
+    lora("all-linear", exclude=["down_proj"]),
+    lora("all-linear", saved=["lm_head"]),
+    lora(NINE),
+    lora(NINE, saved=["lm_head"]),
+    lora(["self_attn.q_proj"]),
+    lora(["layers.1.mlp.up_proj", "model.layers.0.self_attn.o_proj"]),
+    lora(["proj"]),
+    lora(["q_proj", "W_pack"]),
+    lora(["q_proj", "mlp"]),
+    lora(["input_layernorm"]),
+    lora(["q_proj", "v_proj"], exclude=["self_attn.v_proj"]),
+    lora(["q_proj", "v_proj"], exclude=r"model\.layers\.0\..*"),
+    lora(["q_proj"], exclude=["q_proj"]),
+    lora(["q_proj", "v_proj"], saved=["q_proj"]),
+    lora(["q_proj", "lm_head"], layers=[1]),
+    lora(["q_proj", "model.layers.0.mlp.up_proj"], layers=[1]),
+    lora(r".*_proj"),
+    lora(r".*_proj", exclude=r".*mlp.*"),
+    lora(r"model\.layers\.(?!0\.)\d+\.self_attn\.[qk]_proj"),
+    lora(r"lm_head|model\.embed_tokens"),
+    lora(r"q_proj"),
+    lora(r".*self_attn.*"),
+    lora(r".*norm"),
+    lora(r".*q_proj", layers=[1]),
+]
 
 
 def main() -> int:
@@ -140,6 +190,7 @@ def generate(name: str, directory: Path) -> None:
         for case, settings in LORA_CASES.items():
             facts["lora"][case], adapters = train_lora(directory, settings, rows, random)
             tensors |= {f"{case}.{key}": tensor for key, tensor in adapters.items()}
+        facts["targets"] = [{"settings": settings, "modules": targets_of(directory, settings)} for settings in TARGET_CASES]
 
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, directory / "golden.safetensors")
     (directory / "golden.json").write_text(json.dumps(facts) + "\n")
@@ -226,17 +277,30 @@ def train(model, rows: list[dict], learning_rate: float) -> dict:
     return {"learningRate": learning_rate, "losses": losses, "gradNorms": norms}
 
 
+def lora_config(settings: dict) -> LoraConfig:
+    """The settings in PEFT's words."""
+    spell = lambda names: names if names is None else names.get("pattern", names.get("list"))
+    targets = settings["targetModules"]
+    return LoraConfig(
+        task_type="CAUSAL_LM", r=settings["r"], lora_alpha=settings["loraAlpha"], lora_dropout=settings["loraDropout"],
+        target_modules="all-linear" if targets == "allLinear" else spell(targets),
+        exclude_modules=spell(settings.get("excludeModules")), layers_to_transform=settings.get("layersToTransform"),
+        modules_to_save=settings["modulesToSave"] or None, use_rslora=settings["useRslora"],
+    )
+
+
+def targets_of(directory: Path, settings: dict) -> list[str] | None:
+    """The modules on which PEFT puts an adapter, or nothing if it refuses."""
+    try:
+        model = get_peft_model(load(directory), lora_config(settings))
+    except ValueError:
+        return None
+    return sorted(name.removeprefix(PREFIX) for name, module in model.named_modules() if isinstance(module, LoraLayer))
+
+
 def train_lora(directory: Path, settings: dict, rows: list[dict], random: torch.Generator):
     """Trains an adapter with PEFT; returns the facts, and its tensors before and after by checkpoint name."""
-    targets = settings["targetModules"]
-    model = get_peft_model(
-        load(directory),
-        LoraConfig(
-            task_type="CAUSAL_LM", r=settings["r"], lora_alpha=settings["loraAlpha"], lora_dropout=settings["loraDropout"],
-            target_modules="all-linear" if targets == "allLinear" else targets["list"],
-            modules_to_save=settings["modulesToSave"] or None, use_rslora=settings["useRslora"],
-        ),
-    )
+    model = get_peft_model(load(directory), lora_config(settings))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             # Half of an adapter starts at zero, which would hide mistakes in the other half's gradient.
@@ -275,10 +339,19 @@ def rotary(model) -> tuple[torch.Tensor, torch.Tensor]:
         # How far a wavelength is from "long" (0) to "short" (1).
         ramp = numpy.clip((original * frequencies / (2 * math.pi) - low) / (high - low), 0, 1)
         frequencies = ((1 - ramp) / rope["factor"] + ramp) * frequencies
+    scale = 1.0
+    if rope["rope_type"] == "yarn":
+        # Of arXiv 2309.00071: the pair that turns so often within the original context.
+        pair = lambda turns: width * math.log(rope["original_max_position_embeddings"] / (2 * math.pi * turns)) / (2 * math.log(rope["rope_theta"]))
+        low, high = max(math.floor(pair(32)), 0), min(math.ceil(pair(1)), width - 1)
+        ramp = numpy.clip((numpy.arange(width // 2) - low) / (high - low), 0, 1)
+        frequencies = (ramp / rope["factor"] + 1 - ramp) * frequencies
+        scale = 0.1 * math.log(rope["factor"]) + 1
+    assert math.isclose(model.model.rotary_emb.attention_scaling, scale), scale
     theirs = model.model.rotary_emb.inv_freq.double().numpy()
     assert numpy.allclose(frequencies, theirs, rtol=1e-6), (frequencies, theirs)
     angles = torch.from_numpy(numpy.outer(numpy.array(FAR_POSITIONS, dtype=numpy.float64), frequencies))
-    return angles.cos(), angles.sin()
+    return angles.cos() * scale, angles.sin() * scale
 
 
 def differences(committed: Path, fresh: Path) -> list[str]:

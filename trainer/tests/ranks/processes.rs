@@ -438,7 +438,7 @@ fn a_step_of_another_run_is_started_from_over_any_number_of_ranks() {
             lora.r = 2;
             insta::assert_snapshot!(refusal(&case), @"spec.loraConfig.r: is 2, but what training starts from has 4: set it to that");
             case.config.lora = None;
-            insta::assert_snapshot!(refusal(&case), @"spec.initialCheckpoint.uri: is of an adapter: set loraConfig to {r: 4, loraAlpha: 6, targetModules: [all-linear], modulesToSave: [], useRslora: false}");
+            insta::assert_snapshot!(refusal(&case), @"spec.initialCheckpoint.uri: is of an adapter: set loraConfig to {r: 4, loraAlpha: 6, targetModules: all-linear, modulesToSave: [], useRslora: false}");
         } else {
             case.config.lora = Some(lora(&["all-linear"], &[]));
             insta::assert_snapshot!(refusal(&case), @"spec.initialCheckpoint.uri: is of a model trained whole: remove loraConfig to go on with it");

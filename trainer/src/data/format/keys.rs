@@ -6,7 +6,7 @@
 use finetune_contract::DatasetFormat;
 use serde_json::{Map, Value};
 
-use super::{error::RowError, fields::is_empty, nearest};
+use super::{error::RowError, fields::is_empty, nearest, repeated::repeats};
 
 /// The object that a key belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -490,12 +490,4 @@ fn row_key(
         )));
     }
     None
-}
-
-/// Tells whether a value says nothing that the contents do not, or is all of them in one text.
-fn repeats(value: &Value, contents: &[&str]) -> bool {
-    let Value::String(text) = value else { return false };
-    let text = text.trim();
-    contents.iter().any(|content| content.contains(text))
-        || contents.iter().all(|content| text.contains(content.trim()))
 }

@@ -14,6 +14,7 @@ mod parse;
 mod properties;
 #[cfg(test)]
 mod reference;
+mod repeated;
 mod targets;
 #[cfg(test)]
 mod tests;

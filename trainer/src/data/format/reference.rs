@@ -8,7 +8,7 @@ What a row may say. This page is written from the table by which rows are read (
 
 - A key is used, known to say nothing about what is trained on, or refused. A key that is not below is refused too, once for each key, with the number of rows and the first place. List it in `dataset.ignoredKeys` if nothing of it is to be trained on.
 - `null`, `\"\"`, `[]` and `{}` are absent, wherever they stand. Nulls inside tools and arguments are left out: tables fill what a row does not have with them. To keep one, write arguments as JSON text.
-- A key of another format beside the row's own is accepted if it only repeats what the row says.
+- A key of another format beside the row's own is accepted if it only repeats what the row says: a part of a turn, or all of them as a template renders them.
 - The format is that of the first row: `messages`, `conversations`, `instruction`, a prompt with its completion, or `text`. Lists may be JSON text, as CSV files have them.
 - `function_call` and `tool_call` as a turn's role mean that its text is the JSON of calls; `observation`, `function` and `tool_response` are what a tool returned. Calls are trained on, what tools return never is.
 - A model without a chat template reads `instruction` rows with the prompt of Stanford Alpaca, and a prompt with its completion one after the other.

@@ -111,7 +111,11 @@ fn earlier_turns_of_alpaca_come_first_and_are_trained_on() {
     insta::assert_snapshot!(check(r#"{"instruction": "c", "output": "d", "history": [["a"]]}"#), @"history[0]: it must be a list of a question and its answer");
     insta::assert_snapshot!(check(r#"{"instruction": "c", "output": "d", "history": [["a", ""]]}"#), @"history[0]: the answer is empty");
     insta::assert_snapshot!(check(r#"{"instruction": "c", "output": "d", "history": "a"}"#), @r#""history" is "a", it must be a list"#);
-    insta::assert_snapshot!(check(r#"{"instruction": "a", "input": "", "output": "b", "text": "Below is … a … b"}"#), @"Alpaca: user=a [assistant=b]");
+    insta::assert_snapshot!(check(r#"{"instruction": "Name two.", "input": "Of them", "output": "b", "text": "Below is an instruction that describes a task, paired with an input that provides further context. Write a response that appropriately completes the request.\n\n### Instruction:\nName two.\n\n### Input:\nOf them\n\n### Response:\nb"}"#), @r"
+    Alpaca: user=Name two.
+
+    Of them [assistant=b]
+    ");
     insta::assert_snapshot!(check(r#"{"instruction": "a", "input": "", "output": "b", "text": "something else"}"#), @r#""text" has no place in a row of the format alpaca, and what it says would be lost: remove it, or list it in dataset.ignoredKeys"#);
 }
 

@@ -1,0 +1,80 @@
+//! The adapter asked for, resolved against the base model.
+
+use finetune_contract::{LoraFacts, LoraSettings, ProblemReason};
+
+use super::Findings;
+use crate::{
+    data::format::nearest,
+    model::{
+        attach::{Attachment, Error, LoraAttachment},
+        config::ModelConfig,
+        names,
+    },
+};
+
+/// Ranks vLLM can be started for.
+const RANKS: [u32; 9] = [1, 8, 16, 32, 64, 128, 256, 320, 512];
+
+/// Resolves the settings; none if they do not fit the model.
+pub(super) fn check(
+    lora: &LoraSettings,
+    model: &ModelConfig,
+    findings: &mut Findings,
+) -> Option<LoraFacts> {
+    match Attachment::lora(model, lora) {
+        Ok(Attachment::Lora(attachment)) => {
+            warn_of_servability(lora, &attachment, findings);
+            Some(attachment.facts(model))
+        }
+        Ok(Attachment::Frozen | Attachment::Full) => None,
+        Err(error) => {
+            let hint = match &error {
+                Error::UnknownModule { name, known, .. } => {
+                    let known: Vec<&str> = known.iter().map(String::as_str).collect();
+                    nearest(name, &known)
+                        .map_or(String::new(), |near| format!(" (did you mean {near:?}?)"))
+                }
+                _ => String::new(),
+            };
+            let location = format!("spec.{}", error.field());
+            findings.problem(ProblemReason::InvalidSpec, &location, format!("{error}{hint}"));
+            None
+        }
+    }
+}
+
+/// # Source
+/// `vllm/lora/peft_helper.py` and `vllm/config/lora.py`, v0.22.
+fn warn_of_servability(lora: &LoraSettings, attachment: &LoraAttachment, findings: &mut Findings) {
+    let mut warn = |location: &str, message: String| {
+        findings.warning(ProblemReason::Servability, location, message);
+    };
+    if !lora.modules_to_save.is_empty() {
+        warn(
+            "spec.loraConfig.modulesToSave",
+            "vLLM refuses adapters with modulesToSave: set output.merge to true to serve the merged model".to_owned(),
+        );
+    }
+    let outer = [names::EMBED_TOKENS, names::LM_HEAD]
+        .into_iter()
+        .find(|path| attachment.targets.contains_key(*path));
+    if let Some(outer) = outer {
+        warn(
+            "spec.loraConfig.targetModules",
+            format!(
+                "vLLM does not serve adapters on {} of every model: set output.merge to true to serve the merged model",
+                names::leaf(outer)
+            ),
+        );
+    }
+    match RANKS.into_iter().find(|&rank| rank >= lora.r) {
+        None => warn("spec.loraConfig.r", format!("vLLM serves ranks up to 512, not {}", lora.r)),
+        Some(rank) if rank > 16 => {
+            warn(
+                "spec.loraConfig.r",
+                format!("vLLM serves rank {} only with --max-lora-rank {rank}", lora.r),
+            );
+        }
+        Some(_) => {}
+    }
+}
