@@ -18,8 +18,6 @@ pub(super) fn for_each(
 ) -> Result<(), Failure> {
     let buffer = reader.fill_buf().map_err(|error| broken(1, &error))?;
     let delimiter = delimiter(name, buffer);
-    let mark = if buffer.starts_with(b"\xEF\xBB\xBF") { 3 } else { 0 };
-    reader.consume(mark);
     let mut rows = ReaderBuilder::new().delimiter(delimiter).from_reader(reader);
     let keys = match rows.byte_headers() {
         Ok(keys) => keys.clone(),

@@ -29,18 +29,12 @@ pub(super) fn for_each(
             visit(Record { location, text: Err(too_long()) }, &[])?;
             continue;
         }
-        let line = trim(&bytes, number == 1);
+        let line = bytes.trim_ascii();
         if !line.is_empty() {
             visit(Record { location, text: text_of(line) }, line)?;
         }
     }
     Ok(())
-}
-
-/// Takes off the line's end, and the byte order mark some editors put before the first.
-fn trim(bytes: &[u8], is_first: bool) -> &[u8] {
-    let bytes = if is_first { bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(bytes) } else { bytes };
-    bytes.trim_ascii()
 }
 
 fn skip_line(reader: &mut impl BufRead) -> io::Result<()> {

@@ -12,7 +12,7 @@ mod values;
 
 use std::{
     cell::Cell,
-    io::{self, BufReader, Read},
+    io::{self, BufRead, BufReader, Read},
 };
 
 use finetune_contract::FailureReason;
@@ -28,6 +28,8 @@ use crate::{
 pub const MAX_ROW_BYTES: usize = 64 << 20;
 /// A file may unpack to this many times its size (after the first 64 MiB): text never does.
 const MAX_EXPANSION: u64 = 200;
+/// What some editors put before UTF-8.
+const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
 
 /// One row, or why it is none.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -75,6 +77,9 @@ pub fn for_each_record(store: &Store, file: &Entry, visit: &mut Visit<'_>) -> Re
         Box::new(raw)
     };
     let mut reader = BufReader::with_capacity(1 << 20, reader);
+    if reader.fill_buf().map_err(|error| broken(1, &error))?.starts_with(BYTE_ORDER_MARK) {
+        reader.consume(BYTE_ORDER_MARK.len());
+    }
     match kind(name) {
         Some(Kind::Csv) => csv::for_each(reader, name, &broken, visit),
         _ if values::is_next(&mut reader).map_err(|error| broken(1, &error))? => {

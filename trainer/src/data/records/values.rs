@@ -13,8 +13,7 @@ use crate::failure::Failure;
 /// Tells by its beginning whether a file is of this kind: it begins with `[`, or with an object whose
 /// first line is not all of it.
 pub(super) fn is_next(reader: &mut impl BufRead) -> io::Result<bool> {
-    let buffer = reader.fill_buf()?;
-    let text = buffer.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(buffer).trim_ascii_start();
+    let text = reader.fill_buf()?.trim_ascii_start();
     if text.first() == Some(&b'[') {
         return Ok(true);
     }
@@ -100,15 +99,12 @@ pub(super) fn for_each(
         is_too_long: false,
         scanner: Scanner::default(),
     };
-    let mut is_first = true;
     loop {
         let buffer = reader.fill_buf().map_err(|error| broken(values.line, &error))?;
         if buffer.is_empty() {
             return values.finish();
         }
-        let mark = if is_first && buffer.starts_with(b"\xEF\xBB\xBF") { 3 } else { 0 };
-        is_first = false;
-        for &byte in &buffer[mark..] {
+        for &byte in buffer {
             values.take(byte)?;
         }
         let length = buffer.len();
