@@ -13,7 +13,7 @@ use finetune_contract::parallelism::environment::GOMP_SPINCOUNT;
 use serde::Deserialize;
 
 use crate::{
-    bench_losses, bench_memory, bench_operator,
+    bench_losses, bench_memory, bench_operator, bench_rows,
     bench_table::{self, Measured},
     build::{self, Binaries},
     dataset,
@@ -36,6 +36,8 @@ enum What {
     Memory,
     /// How far bf16 leads losses away from fp32, beside the peer; writes docs/losses.csv.
     Losses(bench_losses::Settings),
+    /// Reading and tokenising chat rows, beside datasets and transformers.
+    Rows(bench_rows::Settings),
     /// Jobs of the operator, on a real apiserver whose pods never run.
     Operator {
         /// FineTuneJobs there are when it starts.
@@ -162,6 +164,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         What::Trainer(settings) => settings,
         What::Memory => return bench_memory::run(),
         What::Losses(settings) => return bench_losses::run(settings),
+        What::Rows(settings) => return bench_rows::run(settings),
         What::Operator { jobs } => return bench_operator::run(*jobs),
     };
     ensure!(settings.rounds > 0, "--rounds is 0, must be at least 1");

@@ -28,14 +28,20 @@ pub(crate) struct Prepared {
     was_up: bool,
 }
 
-/// Brings up the cluster and runs the tests on it, with the runner's own words.
-pub(crate) fn run() -> Result<ExitCode> {
+/// Brings up the cluster and runs the tests on it, with the runner's own words: all, or those whose
+/// names begin as one of `only`.
+pub(crate) fn run(only: &[String]) -> Result<ExitCode> {
     let binaries = build::run()?;
     let model = model::directory(&binaries)?;
     let prepared = prepare(&binaries, &model)?;
     let mut code = ExitCode::SUCCESS;
     for phase in [Phase::WithoutChart, Phase::WithChart] {
-        if !prepared.command(phase)?.status()?.success() {
+        let tests: Vec<&str> =
+            only.iter().map(String::as_str).filter(|test| phase.has(test)).collect();
+        if tests.is_empty() && !only.is_empty() {
+            continue;
+        }
+        if !prepared.command(phase, &tests)?.status()?.success() {
             code = ExitCode::FAILURE;
         }
     }
@@ -49,6 +55,14 @@ pub(crate) enum Phase {
     WithoutChart,
     /// The chart is installed.
     WithChart,
+}
+
+impl Phase {
+    /// Tells whether a test is in this half.
+    fn has(self, test: &str) -> bool {
+        let is_without_chart = WITHOUT_CHART.iter().any(|module| test.starts_with(module));
+        is_without_chart == (self == Self::WithoutChart)
+    }
 }
 
 /// Brings up the cluster with the images in it.
@@ -65,8 +79,8 @@ pub(crate) fn prepare(binaries: &Binaries, model: &Path) -> Result<Prepared> {
 }
 
 impl Prepared {
-    /// Returns the command that runs one half of the tests inside the cluster's network.
-    pub(crate) fn command(&self, phase: Phase) -> Result<Command> {
+    /// Returns the command that runs one half of the tests inside the cluster's network, or some of it.
+    pub(crate) fn command(&self, phase: Phase, tests: &[&str]) -> Result<Command> {
         match phase {
             Phase::WithoutChart => {
                 // Left by an earlier run on the same cluster, its operator would act too.
@@ -84,9 +98,10 @@ impl Prepared {
         command.args(["test", "--release", "--workspace", "--test", "cluster", "--no-fail-fast"]);
         command.args(["--", "--show-output", &format!("--test-threads={AT_ONCE}")]);
         match phase {
-            Phase::WithoutChart => command.args(WITHOUT_CHART),
+            Phase::WithoutChart if tests.is_empty() => command.args(WITHOUT_CHART),
+            Phase::WithoutChart => command.args(tests),
             Phase::WithChart => {
-                command.args(WITHOUT_CHART.iter().flat_map(|test| ["--skip", test]))
+                command.args(tests).args(WITHOUT_CHART.iter().flat_map(|test| ["--skip", test]))
             }
         };
         command.current_dir(shell::root());

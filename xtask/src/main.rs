@@ -5,6 +5,7 @@ mod bench;
 mod bench_losses;
 mod bench_memory;
 mod bench_operator;
+mod bench_rows;
 mod bench_table;
 mod build;
 mod cache;
@@ -59,7 +60,10 @@ enum Command {
     /// Runs everything that proves the product.
     Test,
     /// Runs the tests that need a cluster, on a cluster of their own.
-    E2e,
+    E2e {
+        /// Only the tests whose names contain one of these, such as `ranks::`.
+        tests: Vec<String>,
+    },
     /// Formatting, lints, documentation, licences, generated files.
     Check,
     /// Writes the files that are generated from the code.
@@ -85,7 +89,7 @@ fn main() -> ExitCode {
         Command::Images { cuda: true } => images::run_cuda().map(|()| ExitCode::SUCCESS),
         Command::Images { cuda: false } => images::run().map(|_| ExitCode::SUCCESS),
         Command::Test => test::run(),
-        Command::E2e => e2e::run(),
+        Command::E2e { tests } => e2e::run(&tests),
         Command::Check => check::run().map(|()| ExitCode::SUCCESS),
         Command::Generate { check } => generate::run(check).map(|()| ExitCode::SUCCESS),
         Command::Parity => parity::run().map(|()| ExitCode::SUCCESS),

@@ -86,7 +86,7 @@ pub(crate) fn run() -> Result<ExitCode> {
     }
     for phase in [Phase::WithoutChart, Phase::WithChart] {
         let Some(cluster) = &cluster else { continue };
-        match cluster.command(phase) {
+        match cluster.command(phase, &[]) {
             Ok(command) => is_success &= run_tests(command, &mut tests)?,
             Err(error) => {
                 println!("FAILED: the cluster could not be made ready: {error:#}");
