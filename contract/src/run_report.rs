@@ -25,6 +25,10 @@ pub struct RunReport {
     pub steps: u64,
     /// Positions trained on, over all attempts.
     pub tokens_seen: u64,
+    /// Training rows that could not be used and were left out, as `onInvalidRow: drop` asks; absent if
+    /// there were none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rows_left_out: Option<u64>,
     /// The step of the checkpoint this attempt went on from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resumed_from_step: Option<u64>,
@@ -40,6 +44,9 @@ pub struct RunReport {
     /// Why training ended before its last step; absent if it did not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stopped_early: Option<StoppedEarly>,
+    /// The kernel that multiplied in bf16 on this processor; absent if none did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bf16_kernel: Option<String>,
     /// Median positions per second of this attempt's steps.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokens_per_second: Option<f64>,

@@ -482,7 +482,10 @@ impl<'a> Visit<'a> {
                     let total = config.training.total_steps;
                     format!("; ended by {} after {} of {total} steps", cause.field(), report.steps)
                 });
-                let message = format!("{kind:?} at {uri}, read back and proven{early}");
+                let left_out = report.rows_left_out.map_or(String::new(), |rows| {
+                    format!("; {rows} training rows could not be used and were left out")
+                });
+                let message = format!("{kind:?} at {uri}, read back and proven{early}{left_out}");
                 self.set(Kind::Published, Truth::True, "Proven", &message);
                 self.finish(Truth::True, "Succeeded", &message);
             }

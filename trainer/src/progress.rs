@@ -46,6 +46,7 @@ pub struct Teller<'a> {
     recent: VecDeque<(u64, f64)>,
     speeds: Vec<f64>,
     sent_bytes: Option<u64>,
+    rows_left_out: u64,
     memory: PeakMemory,
     /// Seconds the run may train, over all attempts.
     max_seconds: f64,
@@ -83,6 +84,7 @@ impl<'a> Teller<'a> {
             recent: VecDeque::new(),
             speeds: Vec::new(),
             sent_bytes: None,
+            rows_left_out: 0,
             memory: PeakMemory::watch(device::of(config.device)),
             max_seconds: config
                 .training
@@ -96,6 +98,16 @@ impl<'a> Teller<'a> {
     pub fn stage(&mut self, stage: Stage) {
         self.last.stage = stage;
         self.tell();
+    }
+
+    /// Takes how many training rows could not be used.
+    pub fn left_out(&mut self, rows: u64) {
+        self.rows_left_out = rows;
+    }
+
+    /// Returns how many training rows could not be used; `None` for none.
+    pub fn rows_left_out(&self) -> Option<u64> {
+        Some(self.rows_left_out).filter(|&rows| rows > 0)
     }
 
     /// Takes over what a checkpoint knows, and cuts the history back to it.

@@ -13,13 +13,16 @@ pub(super) fn write(
     kind: ArtifactKind,
     directory: &Path,
 ) -> Result<(), Error> {
-    let text = card(export.config, &export.training.state, export.step, kind, &base_name(export));
+    let left_out = export.training.train.dataset.left_out();
+    let state = &export.training.state;
+    let text = card(export.config, state, left_out, export.step, kind, &base_name(export));
     files::write_text(&directory.join("README.md"), &text)
 }
 
 fn card(
     config: &RunConfig,
     state: &TrainState,
+    left_out: u64,
     step: u64,
     kind: ArtifactKind,
     base: &str,
@@ -68,6 +71,9 @@ fn card(
         ),
         ("seed", training.seed.to_string()),
     ];
+    if left_out > 0 {
+        rows.push(("rows left out, as they could not be used", left_out.to_string()));
+    }
     if let Some((first, last)) = state.first_loss.zip(state.last_loss) {
         rows.push(("training loss, first and last step", format!("{first:.4} → {last:.4}")));
     }
