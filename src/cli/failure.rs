@@ -27,8 +27,18 @@ impl Failure {
     }
 
     /// An exit status the trainer chose and has already explained.
+    pub(super) fn explained(code: u8) -> Self {
+        Self { code, message: String::new() }
+    }
+
+    /// An exit status the trainer chose.
     pub(super) fn status(code: u8, message: impl Into<String>) -> Self {
         Self { code, message: message.into() }
+    }
+
+    /// Tells whether the user was told why already.
+    pub(super) fn is_explained(&self) -> bool {
+        self.message.is_empty()
     }
 
     /// Every problem, one a line.

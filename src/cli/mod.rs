@@ -1,6 +1,7 @@
 //! The `finetune` command line: what an operator does in a cluster, here and for one job; and the
 //! operator itself.
 
+mod data;
 mod display;
 mod failure;
 mod lock;
@@ -60,6 +61,9 @@ enum Command {
     /// Continue a prompt with a model, with or without an adapter
     #[command(disable_help_flag = true)]
     Generate(PassedOn),
+    /// Look at a dataset before it is trained on
+    #[command(subcommand)]
+    Data(Data),
     /// Turn a GGUF file into a Hugging Face directory
     #[command(disable_help_flag = true)]
     Import(PassedOn),
@@ -73,6 +77,12 @@ enum Command {
     /// Print the CRD
     #[command(hide = true)]
     Crd,
+}
+
+#[derive(Debug, Subcommand)]
+enum Data {
+    /// Show what of the rows is trained on and what is not, from the tokens that training reads
+    Check(data::Check),
 }
 
 #[derive(Debug, Args)]
@@ -112,7 +122,9 @@ pub fn main() -> Status {
     match carry_out(arguments) {
         Ok(()) => Status::SUCCESS,
         Err(failure) => {
-            display::error(&failure.to_string());
+            if !failure.is_explained() {
+                display::error(&failure.to_string());
+            }
             Status::from(failure.code)
         }
     }
@@ -140,6 +152,7 @@ fn carry_out(arguments: Arguments) -> Result<(), Failure> {
         }
         Command::Verify(passed) => trainer::pass_on(trainer, "verify", &passed.arguments),
         Command::Generate(passed) => trainer::pass_on(trainer, "generate", &passed.arguments),
+        Command::Data(Data::Check(asked)) => data::check(asked, trainer),
         Command::Import(passed) => trainer::pass_on(trainer, "import", &passed.arguments),
         Command::Operator(arguments) => operator::run(&arguments),
         Command::Completions { shell } => {

@@ -39,6 +39,15 @@ pub(super) fn prepare(
     work_dir: Option<PathBuf>,
     named: Option<PathBuf>,
 ) -> Result<Prepared, Failure> {
+    let job = read(file)?;
+    notice_cluster_fields(&job);
+    let program = trainer::find(named)?;
+    let work_dir = make_work_dir(work_dir, &job)?;
+    Ok(Prepared { job, trainer: Trainer { program, work_dir, locks: None } })
+}
+
+/// Reads a manifest that can run here.
+pub(super) fn read(file: &Path) -> Result<FineTuneJob, Failure> {
     let text = fs::read_to_string(file).map_err(|error| {
         Failure::configuration(format!("cannot read {}: {error}", file.display()))
     })?;
@@ -51,11 +60,14 @@ pub(super) fn prepare(
         other => Failure::configuration(format!("{}: {other}", file.display())),
     })?;
     refuse_claims(&job)?;
-    notice_cluster_fields(&job);
-    let program = trainer::find(named)?;
-    let work_dir = match work_dir {
+    Ok(job)
+}
+
+/// Makes the directory of a job's work: the one named, else one below the user's state.
+pub(super) fn make_work_dir(named: Option<PathBuf>, job: &FineTuneJob) -> Result<PathBuf, Failure> {
+    let work_dir = match named {
         Some(work_dir) => std::path::absolute(&work_dir).map_err(Failure::internal)?,
-        None => default_work_dir()?.join(settings::run_id(&job).0),
+        None => default_work_dir()?.join(settings::run_id(job).0),
     };
     fs::create_dir_all(&work_dir).map_err(|error| {
         Failure::configuration(format!(
@@ -63,7 +75,7 @@ pub(super) fn prepare(
             work_dir.display()
         ))
     })?;
-    Ok(Prepared { job, trainer: Trainer { program, work_dir, locks: None } })
+    Ok(work_dir)
 }
 
 /// Reads a file of accelerators; none if there is no file.
@@ -210,6 +222,9 @@ fn summary(report: &RunReport) -> String {
     if let Some([before, after]) = report.eval_loss {
         line("eval loss", format!("{before:.3} → {after:.3}"));
     }
+    if let Some(rows) = report.rows_left_out {
+        line("left out", format!("{rows} training rows that cannot be used"));
+    }
     if let Some(cause) = report.stopped_early {
         line("ended early", format!("by {}", cause.field()));
     }
@@ -218,7 +233,9 @@ fn summary(report: &RunReport) -> String {
     }
     let speed =
         report.tokens_per_second.map(|speed| format!(", {speed:.0} tok/s")).unwrap_or_default();
-    line("time", format!("{}{speed}", render::duration(report.duration_seconds)));
+    let kernel =
+        report.bf16_kernel.as_ref().map_or(String::new(), |kernel| format!(", bf16 by {kernel}"));
+    line("time", format!("{}{speed}{kernel}", render::duration(report.duration_seconds)));
     line(
         "memory",
         format!(

@@ -92,10 +92,7 @@ pub(super) fn pass_on(
     let status = status.map_err(|error| cannot_start(&program, &error))?;
     match status.code() {
         Some(0) => Ok(()),
-        Some(code) => Err(Failure::status(
-            code as u8,
-            format!("finetune-trainer {subcommand} failed; see above"),
-        )),
+        Some(code) => Err(Failure::explained(code as u8)),
         None => Err(Failure::internal(format!("finetune-trainer {subcommand} was killed"))),
     }
 }
@@ -215,7 +212,7 @@ fn cannot_start(program: &Path, error: &std::io::Error) -> Failure {
     Failure::configuration(format!("cannot start the trainer {}: {error}", program.display()))
 }
 
-fn cannot_write(path: &Path, error: &std::io::Error) -> Failure {
+pub(super) fn cannot_write(path: &Path, error: &std::io::Error) -> Failure {
     Failure::new(
         ExitCode::BadConfiguration,
         format!(

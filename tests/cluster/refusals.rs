@@ -11,7 +11,7 @@ async fn what_cannot_work_says_why_and_takes_no_training_pod() {
     let wrong = json!({"name": "wrong-keys"});
     let real = real_model();
     let elsewhere = json!({"name": "elsewhere"});
-    let cases: [(&str, &str, Value, &str, &str); 9] = [
+    let cases: [(&str, &str, Value, &str, &str); 11] = [
         ("rows", "/dataset/train", json!(bed.uri("bad.jsonl")), "InvalidDataset", "bad.jsonl:2"),
         ("model", "/model/uri", json!(bed.uri("no-model/")), "NotFound", "no-model"),
         (

@@ -12,6 +12,7 @@
 #![allow(unreachable_pub, reason = "modules of a test binary share items by `pub`")]
 
 mod bench;
+mod data_check;
 mod inputs;
 mod kills;
 mod model;

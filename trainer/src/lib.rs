@@ -5,13 +5,14 @@
 //! checks all of it cheaply, [`launch`] starts the ranks of one machine and [`dist`] joins those of a
 //! run, [`device`] is what they compute on, [`allocator`] keeps its memory, [`model`] is the network and its hand-written backward
 //! pass, [`recipe`] is the story of a run, [`export`] writes what other software loads, [`verify`] proves it and
-//! [`generate`] lets a person see it.
+//! [`generate`] lets a person see it; [`data_check`] shows a person what of the rows is trained on.
 
 pub mod allocator;
 pub mod bench;
 pub mod checkpoint;
 pub mod clock;
 pub mod data;
+pub mod data_check;
 pub mod device;
 pub mod dist;
 pub mod export;

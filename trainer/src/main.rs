@@ -14,11 +14,11 @@ use std::{
 
 use clap::{Args, Parser, Subcommand};
 use finetune_contract::{
-    CONTRACT_VERSION, Document, ExitCode, FailureReason, Outcome, PreflightConfig, RunConfig,
-    RunReport, parse, render,
+    CONTRACT_VERSION, Document, Dtype, ExitCode, FailureReason, Outcome, PreflightConfig,
+    RunConfig, RunReport, parse, render,
 };
 use finetune_trainer::{
-    bench, device,
+    bench, data_check, device,
     dist::{
         self, OnLost, Ranks,
         place::{Patience, Place},
@@ -53,6 +53,8 @@ enum Command {
     Verify(verify::Arguments),
     /// Continues a prompt with a model.
     Generate(generate::Arguments),
+    /// Shows what of the training rows is trained on.
+    DataCheck(data_check::Arguments),
     /// Times training steps on given tokens and prints the figures as JSON.
     #[command(hide = true)]
     Bench(bench::Arguments),
@@ -98,19 +100,32 @@ fn main() -> process::ExitCode {
         .init();
     let cli = Cli::parse();
     std::panic::set_hook(Box::new(|_| {}));
-    let code = match catch_unwind(AssertUnwindSafe(|| dispatch(&cli.command))) {
-        Ok(Ok(code)) => code,
-        Ok(Err(failure)) => {
+    let ended = catch_unwind(AssertUnwindSafe(|| dispatch(&cli.command)))
+        .unwrap_or_else(|panic| Err(failure_of_panic(&*panic)));
+    let code = ended.unwrap_or_else(|failure| {
+        if cli.command.is_for_a_person() {
+            // Nobody looking is no failure of ours.
+            let _ = writeln!(std::io::stderr(), "error: {failure}");
+        } else {
             error!("{failure}");
-            failure.exit_code()
         }
-        Err(panic) => {
-            let failure = failure_of_panic(&*panic);
-            error!("{failure}");
-            failure.exit_code()
-        }
-    };
+        failure.exit_code()
+    });
     process::ExitCode::from(code.code())
+}
+
+impl Command {
+    /// Tells whether a person asked and reads the answer; else it goes to a log.
+    fn is_for_a_person(&self) -> bool {
+        match self {
+            Self::Preflight(_) | Self::Train(_) => false,
+            Self::Verify(_)
+            | Self::Generate(_)
+            | Self::DataCheck(_)
+            | Self::Bench(_)
+            | Self::Import(_) => true,
+        }
+    }
 }
 
 fn dispatch(command: &Command) -> Result<ExitCode, Failure> {
@@ -131,6 +146,10 @@ fn dispatch(command: &Command) -> Result<ExitCode, Failure> {
         }
         Command::Generate(arguments) => {
             generate::run(arguments, &environment).map(|()| ExitCode::Success)
+        }
+        Command::DataCheck(arguments) => {
+            let config: PreflightConfig = read(arguments.config())?;
+            data_check::run(&config, arguments, &environment).map(|()| ExitCode::Success)
         }
         Command::Bench(arguments) => bench::run(arguments, &environment).map(|figures| {
             print_line(&figures);
@@ -271,11 +290,13 @@ fn report(config: &RunConfig, teller: &Teller<'_>, outcome: Outcome) -> RunRepor
         outcome,
         steps: last.step,
         tokens_seen: last.tokens_seen,
+        rows_left_out: teller.rows_left_out(),
         resumed_from_step: last.resumed_from_step,
         train_loss: state.first_loss.zip(state.last_loss).map(<[f64; 2]>::from),
         eval_loss: state.base_eval_loss.zip(state.best.map(|best| best.loss)).map(<[f64; 2]>::from),
         best_step: state.best.map(|best| best.step).filter(|&step| step != last.step),
         stopped_early: state.stopped_early,
+        bf16_kernel: state.bf16_kernel.clone().filter(|_| config.training.dtype == Dtype::Bf16),
         tokens_per_second: teller.median_speed(),
         duration_seconds: teller.elapsed_seconds(),
         predicted_peak_bytes: config.predicted_peak_bytes,

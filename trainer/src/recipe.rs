@@ -91,6 +91,7 @@ pub fn run(
     let rendering = Rendering::resolve(&config.dataset.rendering, host.environment)?;
     let tokenizer = Tokenizer::load(&base, &rendering)?;
     let train = prepare_train(config, host, &tokenizer)?;
+    teller.left_out(train.dataset.left_out());
     let validation = prepare_validation(config, host, &tokenizer)?;
     drop(tokenizer);
     let end_of_turn = train.dataset.rendered().unlisted_end();

@@ -55,13 +55,14 @@ pub fn count(
     let mut rendered = Rendered::default();
     let (mut duplicate_rows, mut largest_token) = (0, 0);
     let read = for_each_row(rows, tokenizer, &mut |split_row| {
-        for row in &split_row.tokenized.rows {
+        let Ok(tokenized) = &split_row.outcome else { return Ok(()) };
+        for row in &tokenized.rows {
             for _ in 0..split_row.copies {
                 lengths.add(&row.tokens, &row.targets);
             }
             largest_token = row.tokens.iter().copied().fold(largest_token, u32::max);
         }
-        rendered.add(&split_row.tokenized);
+        rendered.add(tokenized);
         if digests.contains(&split_row.digest) {
             duplicate_rows += 1;
         } else if digests.len() < REMEMBERED {

@@ -27,6 +27,8 @@ pub struct Dataset {
     /// First token and length of each row.
     rows: Vec<(u64, u32)>,
     sha256: String,
+    /// Rows that could not be used.
+    left_out: u64,
     rendered: Rendered,
 }
 
@@ -58,18 +60,14 @@ impl Dataset {
         let (mut rows, mut start, mut too_long) = (Vec::new(), 0_u64, 0_u64);
         let mut rendered = Rendered::default();
         let read = for_each_row(sources, tokenizer, &mut |split_row| {
-            rendered.add(&split_row.tokenized);
-            for TokenRow { tokens, targets } in split_row.tokenized.rows {
-                if tokens.len() > context_length as usize {
-                    too_long += 1;
-                    if on_overflow != OnOverflow::Truncate {
-                        continue;
-                    }
-                }
-                let length = tokens.len().min(context_length as usize);
-                if !targets[..length].iter().any(|&is_target| is_target) {
+            let Ok(tokenized) = split_row.outcome else { return Ok(()) };
+            rendered.add(&tokenized);
+            for row in tokenized.rows {
+                too_long += u64::from(row.tokens.len() > context_length as usize);
+                let Some(length) = row.trained_length(context_length, on_overflow) else {
                     continue;
-                }
+                };
+                let TokenRow { tokens, targets } = row;
                 for (token, is_target) in tokens[..length].iter().zip(&targets) {
                     let stored = if *is_target { token | TARGET } else { *token };
                     file.write_all(&stored.to_le_bytes()).map_err(disk)?;
@@ -103,7 +101,13 @@ impl Dataset {
         // SAFETY: the file was just written into this run's own scratch directory, and nobody
         // writes to it again.
         let tokens = unsafe { Mmap::map(&file) }.map_err(disk)?;
-        Ok(Self { tokens: Some(tokens), rows, sha256: read.sha256, rendered })
+        Ok(Self {
+            tokens: Some(tokens),
+            rows,
+            sha256: read.sha256,
+            left_out: read.bad_rows,
+            rendered,
+        })
     }
 
     /// Makes a dataset of given rows, for tests.
@@ -128,6 +132,7 @@ impl Dataset {
             tokens: Some(tokens),
             rows: places,
             sha256: String::new(),
+            left_out: 0,
             rendered: Rendered::default(),
         })
     }
@@ -150,6 +155,11 @@ impl Dataset {
     /// Returns the digest of the raw lines, as the census has it.
     pub fn sha256(&self) -> &str {
         &self.sha256
+    }
+
+    /// Returns how many rows could not be used and are not here.
+    pub fn left_out(&self) -> u64 {
+        self.left_out
     }
 
     /// Returns what rendering made of the conversations.

@@ -23,10 +23,12 @@ const PLACES: usize = 4;
 /// Names of files that are remembered.
 const NAMES: usize = 8;
 
-/// A usable row.
+/// A row.
 pub struct SplitRow {
-    /// What it becomes.
-    pub tokenized: Tokenized,
+    /// Where it is, such as `file.jsonl:17`.
+    pub location: String,
+    /// What it becomes, or why it cannot be used.
+    pub outcome: Result<Tokenized, Vec<RowError>>,
     /// The first half of the SHA-256 of its text: equal rows have equal digests.
     pub digest: u128,
     /// How often it occurs in an epoch, at least once.
@@ -84,17 +86,19 @@ impl Read {
     pub fn refusal(&self, on_invalid_row: OnInvalidRow) -> Option<String> {
         let Self { bad_rows, good_rows, .. } = self;
         let all = bad_rows + good_rows;
+        let are_few = *bad_rows as f64 <= MAX_INVALID_SHARE * all as f64;
         match on_invalid_row {
             _ if *bad_rows == 0 => None,
-            OnInvalidRow::Error => Some(format!(
+            OnInvalidRow::Error if are_few => Some(format!(
                 "{bad_rows} of {all} rows cannot be used: mend them, or set dataset.onInvalidRow: drop to leave them out"
             )),
-            OnInvalidRow::Drop if *bad_rows as f64 > MAX_INVALID_SHARE * all as f64 => {
-                Some(format!(
-                    "{bad_rows} of {all} rows cannot be used, more than the {} % that dataset.onInvalidRow: drop may leave out: that is no accident of a few rows",
-                    MAX_INVALID_SHARE * 100.0
-                ))
+            OnInvalidRow::Error => {
+                Some(format!("{bad_rows} of {all} rows cannot be used: mend them"))
             }
+            OnInvalidRow::Drop if !are_few => Some(format!(
+                "{bad_rows} of {all} rows cannot be used, more than the {} % that dataset.onInvalidRow: drop may leave out: that is no accident of a few rows",
+                MAX_INVALID_SHARE * 100.0
+            )),
             OnInvalidRow::Drop => None,
         }
     }
@@ -126,10 +130,10 @@ struct Waiting {
     copies: u64,
 }
 
-/// Visits every usable row of a split in order, until a visit fails.
+/// Visits every row of a split in order, until a visit fails; the result counts the bad ones.
 ///
 /// # Errors
-/// A [`Failure`] if the files cannot be read, or that of a visit; bad rows are in the result.
+/// A [`Failure`] if the files cannot be read, or that of a visit.
 pub fn for_each_row(
     rows: &RowSources,
     tokenizer: &Tokenizer,
@@ -205,15 +209,13 @@ fn flush(
             options.format = found.0;
         }
     }
-    let results = tokenize(&batch, options, tokenizer);
-    for (Waiting { record, digest, copies }, result) in batch.into_iter().zip(results) {
-        match result {
-            Ok(tokenized) => {
-                read.good_rows += 1;
-                visit(SplitRow { tokenized, digest, copies })?;
-            }
-            Err(errors) => read.add_faults(&record.location, &errors),
+    let outcomes = tokenize(&batch, options, tokenizer);
+    for (Waiting { record, digest, copies }, outcome) in batch.into_iter().zip(outcomes) {
+        match &outcome {
+            Ok(_) => read.good_rows += 1,
+            Err(errors) => read.add_faults(&record.location, errors),
         }
+        visit(SplitRow { location: record.location, outcome, digest, copies })?;
     }
     Ok(())
 }

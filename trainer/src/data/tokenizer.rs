@@ -5,7 +5,7 @@ use std::{
     path::Path,
 };
 
-use finetune_contract::{FailureReason, Reasoning};
+use finetune_contract::{FailureReason, OnOverflow, Reasoning};
 use jiff::civil::Date;
 use serde_json::Value;
 use tokenizers::AddedToken;
@@ -29,6 +29,19 @@ pub struct TokenRow {
     pub tokens: Vec<u32>,
     /// Whether each is predicted from those before it; the first never is.
     pub targets: Vec<bool>,
+}
+
+impl TokenRow {
+    /// Returns how many of its tokens a context has; `None` if the row is left out, because it is too
+    /// long or nothing of what is left is a target.
+    pub fn trained_length(&self, context_length: u32, on_overflow: OnOverflow) -> Option<usize> {
+        let context_length = context_length as usize;
+        if self.tokens.len() > context_length && on_overflow != OnOverflow::Truncate {
+            return None;
+        }
+        let length = self.tokens.len().min(context_length);
+        self.targets[..length].iter().any(|&is_target| is_target).then_some(length)
+    }
 }
 
 /// What a row of the dataset becomes.

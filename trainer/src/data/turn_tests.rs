@@ -3,8 +3,10 @@
 
 use std::{fs, path::Path};
 
-use finetune_contract::Reasoning;
+use finetune_contract::{Reasoning, RenderingSettings};
 use serde_json::{Value, json};
+
+use crate::store::Environment;
 
 use super::{
     conversation::{ChatRole, Conversation, Example, Message, ToolCall, WithoutTemplate},
@@ -235,6 +237,40 @@ fn a_system_prompt_that_moves_is_where_a_server_puts_it() {
         ]),
         "<s>[INST] Be kind⏎⏎Hi[/INST][ Yo<|im_end|>] // <s>[INST] Hi[/INST] Yo<|im_end|>[INST] Be kind⏎⏎Bye[/INST][ Ciao<|im_end|>]"
     );
+}
+
+#[test]
+fn settings_decide_the_day_and_the_template() {
+    let mut model = Model::new(
+        "{{ 'It is ' + strftime_now('%d %b %Y') + '\n' }}{% for m in messages %}{{ m.content }}{% endfor %}",
+    );
+    let resolve = |chat_template: Option<String>, date: &str| {
+        let settings = RenderingSettings {
+            chat_template,
+            reasoning: Reasoning::Keep,
+            template_date: Some(date.to_owned()),
+        };
+        Rendering::resolve(&settings, &Environment::default())
+    };
+    let turns = [(User, "Hi"), (Assistant, "Yo")];
+    model.rendering = resolve(None, "2026-01-31").unwrap();
+    assert_eq!(model.chat(&turns), "It is 31 Jan 2026⏎Hi[Yo]");
+    assert_eq!(model.tokenizer().asked_date().as_deref(), Some("2026-01-31"));
+    // Named by its URI, a template takes the place of the model's, which is not asked for a date.
+    let path = model.directory.path().join("plain.jinja");
+    fs::write(&path, "{% for m in messages %}<{{ m.content }}>{% endfor %}").unwrap();
+    let uri = format!("file://{}", path.display());
+    model.rendering = resolve(Some(uri.clone()), "2026-01-31").unwrap();
+    assert_eq!(model.chat(&turns), "<Hi><[Yo]>");
+    assert_eq!(model.tokenizer().asked_date(), None);
+    for (template, date, said) in [
+        (Some(format!("{uri}.absent")), "2026-01-31", "nothing is at file://"),
+        (Some("chatlm".to_owned()), "2026-01-31", "no built-in template"),
+        (None, "31.1.2026", "no date such as 2026-01-31"),
+    ] {
+        let message = resolve(template, date).unwrap_err().message;
+        assert!(message.contains(said), "{message}");
+    }
 }
 
 #[test]

@@ -84,6 +84,26 @@ pub fn run(
     }
 }
 
+/// Opens what is needed to see the training rows as tokens, without checking anything else.
+///
+/// # Errors
+/// The first problem.
+pub fn training_rows(
+    config: &PreflightConfig,
+    environment: &Environment,
+    work_dir: &Path,
+) -> Result<(Tokenizer, RowSources), Failure> {
+    let mut findings = Findings::default();
+    let tokenizer = model::tokenizer(config, environment, work_dir, &mut findings);
+    let rows = RowSources::open(&config.dataset, Split::Train, |uri, location| {
+        open(uri, None, Role::Dataset, environment, location, &mut findings).ok_or(())
+    });
+    match (tokenizer, rows.ok().flatten()) {
+        (Some(tokenizer), Some(rows)) => Ok((tokenizer, rows)),
+        _ => Err(findings.first_as_failure()),
+    }
+}
+
 /// What was found so far.
 #[derive(Debug, Default)]
 struct Findings {
@@ -114,6 +134,22 @@ impl Findings {
 
     fn store_problem(&mut self, location: &str, error: &store::Error) {
         self.problem(error.problem_reason(), location, error.to_string());
+    }
+
+    fn first_as_failure(self) -> Failure {
+        let Some(Problem { reason, location, message }) = self.problems.into_iter().next() else {
+            return Failure::new(FailureReason::Internal, "something is missing without a reason");
+        };
+        let reason = match reason {
+            ProblemReason::PermissionDenied => FailureReason::PermissionDenied,
+            ProblemReason::Unavailable => FailureReason::StoreUnavailable,
+            ProblemReason::InvalidModel
+            | ProblemReason::UnsupportedModel
+            | ProblemReason::InvalidTokenizer => FailureReason::InvalidModel,
+            ProblemReason::InvalidDataset => FailureReason::InvalidDataset,
+            _ => FailureReason::InvalidConfiguration,
+        };
+        Failure::new(reason, format!("{location}: {message}"))
     }
 
     fn failure(&mut self, location: &str, failure: &Failure) {

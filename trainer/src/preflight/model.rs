@@ -41,13 +41,20 @@ pub(super) struct Checked {
     pub(super) tokenizer: Tokenizer,
 }
 
-/// Checks the model and the adapter asked for; `None` if rows cannot be tokenised for it.
-pub(super) fn check(
+/// A model's files, those that are not weights on local disk.
+struct Found {
+    store: Store,
+    entries: Vec<Entry>,
+    directory: PathBuf,
+}
+
+/// Finds the model's files.
+fn find(
     config: &PreflightConfig,
     environment: &Environment,
     work_dir: &Path,
     findings: &mut Findings,
-) -> Option<Checked> {
+) -> Option<Found> {
     let source = &config.model;
     let revision = source.revision.as_deref();
     let mut store = open(&source.uri, revision, Role::Model, environment, LOCATION, findings)?;
@@ -70,6 +77,28 @@ pub(super) fn check(
         }
     };
     let directory = small_files(&store, &entries, work_dir, findings)?;
+    Some(Found { store, entries, directory })
+}
+
+/// Loads the tokenizer alone; `None` if it cannot be.
+pub(super) fn tokenizer(
+    config: &PreflightConfig,
+    environment: &Environment,
+    work_dir: &Path,
+    findings: &mut Findings,
+) -> Option<Tokenizer> {
+    let Found { directory, .. } = find(config, environment, work_dir, findings)?;
+    load_tokenizer(&directory, config, environment, findings)
+}
+
+/// Checks the model and the adapter asked for; `None` if rows cannot be tokenised for it.
+pub(super) fn check(
+    config: &PreflightConfig,
+    environment: &Environment,
+    work_dir: &Path,
+    findings: &mut Findings,
+) -> Option<Checked> {
+    let Found { store, entries, directory } = find(config, environment, work_dir, findings)?;
     let Ok(text) = std::fs::read_to_string(directory.join("config.json")) else {
         let message =
             format!("{} has no config.json: name a directory in Hugging Face layout", store.uri());
@@ -95,17 +124,7 @@ pub(super) fn check(
     if let Some(uri) = &config.initial_checkpoint {
         check_initial_checkpoint(uri, config, &model, environment, findings);
     }
-    let tokenizer = match load_tokenizer(&directory, config, environment) {
-        Ok(tokenizer) => tokenizer,
-        Err(failure) if failure.reason == FailureReason::InvalidModel => {
-            findings.problem(ProblemReason::InvalidTokenizer, LOCATION, failure.message);
-            return None;
-        }
-        Err(failure) => {
-            findings.failure("spec.dataset", &failure);
-            return None;
-        }
-    };
+    let tokenizer = load_tokenizer(&directory, config, environment, findings)?;
     let weights = weights.unwrap_or(Weights { bytes: 0, dtype: String::new() });
     let facts = facts(&model, &store, &tokenizer, weights);
     Some(Checked { facts, lora: lora_facts, tokenizer })
@@ -141,9 +160,21 @@ fn load_tokenizer(
     directory: &Path,
     config: &PreflightConfig,
     environment: &Environment,
-) -> Result<Tokenizer, Failure> {
-    let rendering = Rendering::resolve(&config.dataset.rendering, environment)?;
-    Tokenizer::load(directory, &rendering)
+    findings: &mut Findings,
+) -> Option<Tokenizer> {
+    let loaded = Rendering::resolve(&config.dataset.rendering, environment)
+        .and_then(|rendering| Tokenizer::load(directory, &rendering));
+    match loaded {
+        Ok(tokenizer) => Some(tokenizer),
+        Err(failure) if failure.reason == FailureReason::InvalidModel => {
+            findings.problem(ProblemReason::InvalidTokenizer, LOCATION, failure.message);
+            None
+        }
+        Err(failure) => {
+            findings.failure("spec.dataset", &failure);
+            None
+        }
+    }
 }
 
 fn facts(
