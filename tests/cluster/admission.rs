@@ -3,7 +3,7 @@
 use finetune_operator::api::FineTuneJob;
 use kube::{
     Api,
-    api::{DynamicObject, PostParams},
+    api::{DynamicObject, Patch, PatchParams, PostParams},
     core::ApiResource,
 };
 use serde_json::{Value, json};
@@ -43,7 +43,11 @@ async fn a_real_apiserver_accepts_and_refuses_by_the_schema() {
         ("/spec/loraConfig/r", json!(0), "greater than or equal to 1"),
         ("/spec/loraConfig/r", json!("8"), "must be of type integer"),
         ("/spec/loraConfig/loraDropout", json!(1.0), "less than or equal to 0.9"),
-        ("/spec/loraConfig/targetModules", json!({"names": ["q_proj"]}), "at most 0 properties"),
+        (
+            "/spec/loraConfig/targetModules",
+            json!({"names": ["q_proj"]}),
+            "must have at most 0 items",
+        ),
         ("/spec/loraConfig/layersToTransform", json!([-1]), "greater than or equal to 0"),
         ("/spec/training/numEpochs", json!(2), "both set the length"),
         ("/spec/training/learningRate", json!(0), "must be above 0"),
@@ -83,4 +87,33 @@ fn changed(job: &Value, place: &str, value: &Value) -> Value {
     let (parent, field) = place.rsplit_once('/').unwrap();
     job.pointer_mut(parent).unwrap()[field] = value.clone();
     job
+}
+
+#[tokio::test]
+async fn what_decides_a_run_cannot_be_changed() {
+    let Some(bed) = Bed::new("immutable").await else { return };
+    // Suspended, so that no pod of it takes another test's place.
+    let mut job = bed.job("fixed");
+    job["spec"]["suspend"] = json!(true);
+    job["spec"]["loraConfig"]["targetModules"] = json!("all-linear");
+    bed.apply(&job).await;
+    for (place, value) in [
+        ("/spec/loraConfig/targetModules", json!(["q_proj"])),
+        ("/spec/loraConfig/targetModules", json!(".*_proj")),
+        ("/spec/loraConfig/excludeModules", json!(["down_proj"])),
+        ("/spec/loraConfig/r", json!(8)),
+        ("/spec/training/learningRate", json!(1e-3)),
+        ("/spec/dataset/trainOn", json!("lastTurn")),
+    ] {
+        let patch = changed(&job, place, &value);
+        let error = bed
+            .jobs
+            .patch("fixed", &PatchParams::default(), &Patch::Merge(patch))
+            .await
+            .expect_err(place)
+            .to_string();
+        assert!(error.contains("is immutable"), "{place}: {error}");
+    }
+    let same = json!({"metadata": {"labels": {"a": "b"}}, "spec": job["spec"]});
+    bed.jobs.patch("fixed", &PatchParams::default(), &Patch::Merge(same)).await.unwrap();
 }

@@ -40,8 +40,8 @@ async fn what_cannot_work_says_why_and_takes_no_training_pod() {
         let mut job = bed.job(name);
         if *name == "large" {
             job["spec"].as_object_mut().unwrap().remove("loraConfig");
-            job["spec"]["training"] =
-                json!({"contextLength": 1024, "trainBatchSizePerDevice": 256, "recompute": "none"});
+            job["spec"]["training"] = json!({"contextLength": 1024});
+            job["spec"]["resources"] = json!({"limits": {"memory": "256Mi"}});
         }
         let (parent, field) = place.rsplit_once('/').unwrap();
         job["spec"].pointer_mut(parent).unwrap()[field] = value.clone();

@@ -87,10 +87,7 @@ impl Prepared {
                 let mut helm = self.cluster.helm();
                 helm.args(["uninstall", RELEASE, "--namespace", NAMESPACE]);
                 shell::quietly(helm.args(["--ignore-not-found", "--wait"]))?;
-                let crd = shell::root().join("crds/finetunejobs.finetune.dev.yaml");
-                let mut apply = self.cluster.kubectl();
-                apply.args(["apply", "--server-side", "--force-conflicts", "-f"]).arg(crd);
-                shell::run(&mut apply)?;
+                self.apply_crd()?;
             }
             Phase::WithChart => self.install()?,
         }
@@ -119,9 +116,17 @@ impl Prepared {
         Ok(command)
     }
 
+    fn apply_crd(&self) -> Result<()> {
+        let crd = shell::root().join("crds/finetunejobs.finetune.dev.yaml");
+        let mut apply = self.cluster.kubectl();
+        apply.args(["apply", "--server-side", "--force-conflicts", "-f"]).arg(crd);
+        shell::run(&mut apply)
+    }
+
     /// Installs the chart as an administrator would, with values for this cluster.
     fn install(&self) -> Result<()> {
-        // The CRD was applied by hand for the other half: the chart may have it.
+        // The CRD was applied by hand, as for the other half: the chart may have it.
+        self.apply_crd()?;
         let mut label = self.cluster.kubectl();
         label.args(["annotate", "--overwrite", "crd", "finetunejobs.finetune.dev"]);
         label.arg(format!("meta.helm.sh/release-name={RELEASE}"));
