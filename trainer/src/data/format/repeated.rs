@@ -53,12 +53,11 @@ fn without_tags(text: &str) -> String {
         let tag = after.split_once('>').filter(|(name, _)| {
             name.len() <= 32 && !name.contains(|c: char| c.is_whitespace() || c == '<')
         });
-        rest = match tag {
-            Some((_, after)) => after,
-            None => {
-                kept.push('<');
-                after
-            }
+        rest = if let Some((_, after)) = tag {
+            after
+        } else {
+            kept.push('<');
+            after
         };
     }
     kept + rest
