@@ -261,7 +261,7 @@ fn settings_decide_the_day_and_the_template() {
     fs::write(&path, "{% for m in messages %}<{{ m.content }}>{% endfor %}").unwrap();
     let uri = format!("file://{}", path.display());
     model.rendering = resolve(Some(uri.clone()), "2026-01-31").unwrap();
-    assert_eq!(model.chat(&turns), "<Hi><[Yo]>");
+    assert_eq!(model.chat(&turns), "<Hi><[Yo>]");
     assert_eq!(model.tokenizer().asked_date(), None);
     for (template, date, said) in [
         (Some(format!("{uri}.absent")), "2026-01-31", "nothing is at file://"),
