@@ -6,31 +6,11 @@ sampled as ours is, so that mapped weights count on neither side.
 
 import argparse
 import json
-import threading
 import time
 
 import torch
+from memory import PeakMemory
 from transformers import AutoModelForCausalLM
-
-
-def anonymous_bytes() -> int:
-    with open("/proc/self/status") as status:
-        for line in status:
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    return 0
-
-
-class PeakMemory:
-    def __init__(self):
-        self.peak = 0
-        self.thread = threading.Thread(target=self.watch, daemon=True)
-        self.thread.start()
-
-    def watch(self):
-        while True:
-            self.peak = max(self.peak, anonymous_bytes())
-            time.sleep(0.01)
 
 
 def main():

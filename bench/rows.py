@@ -11,8 +11,9 @@ import json
 import os
 import random
 import tempfile
-import threading
 import time
+
+from memory import PeakMemory, anonymous_bytes
 
 
 def write(path: str, rows: int, text: str) -> None:
@@ -29,20 +30,8 @@ def write(path: str, rows: int, text: str) -> None:
             out.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
 
 
-class PeakMemory:
-    """Samples the anonymous memory of this process and its children."""
-
-    def __init__(self):
-        self.peak = 0
-        threading.Thread(target=self.watch, daemon=True).start()
-
-    def watch(self):
-        while True:
-            self.peak = max(self.peak, sum(map(anonymous_bytes, processes())))
-            time.sleep(0.05)
-
-
 def processes() -> list[int]:
+    """This process and its children, to any depth."""
     parents = {}
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -56,12 +45,8 @@ def processes() -> list[int]:
     return list(found)
 
 
-def anonymous_bytes(process: int) -> int:
-    try:
-        with open(f"/proc/{process}/status") as status:
-            return sum(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:"))
-    except OSError:
-        return 0
+def anonymous_bytes_of_all() -> int:
+    return sum(map(anonymous_bytes, processes()))
 
 
 def read(path: str, model: str, processes: int) -> None:
@@ -69,7 +54,7 @@ def read(path: str, model: str, processes: int) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    memory = PeakMemory()
+    memory = PeakMemory(anonymous_bytes_of_all, seconds=0.05)
     started = time.monotonic()
 
     def tokenize(batch):

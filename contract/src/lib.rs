@@ -42,7 +42,7 @@ pub use preflight_report::{
     PreflightReport, Problem, ProblemReason, Split,
 };
 pub use progress::{Progress, Stage};
-pub use rendering::{Reasoning, RenderingSettings, template_uri};
+pub use rendering::{Reasoning, RenderingSettings, is_template_text, template_uri};
 pub use run_config::{ExpectedData, RunConfig, TrainingSettings};
 pub use run_report::{FailureReason, Outcome, Proof, RunReport, StoppedEarly};
 pub use settings::{

@@ -31,8 +31,12 @@ impl RenderingSettings {
 
 /// Returns the URI of a template that is named by it; none of a built-in name or a text.
 pub fn template_uri(chat_template: &str) -> Option<&str> {
-    let is_text = chat_template.contains("{{") || chat_template.contains("{%");
-    (!is_text && chat_template.contains("://")).then_some(chat_template)
+    (!is_template_text(chat_template) && chat_template.contains("://")).then_some(chat_template)
+}
+
+/// Tells whether a template is given by its text.
+pub fn is_template_text(chat_template: &str) -> bool {
+    chat_template.contains("{{") || chat_template.contains("{%")
 }
 
 /// What becomes of the assistant's thoughts before rows are rendered.

@@ -80,12 +80,7 @@ fn job_of(rows: &str, model: &str) -> Result<FineTuneJob, Failure> {
     });
     manifest::parse(&text.to_string()).map_err(|error| match error {
         manifest::Error::Violations(violations) => {
-            let lines: Vec<String> =
-                violations.iter().map(|violation| format!("\n  {violation}")).collect();
-            Failure::configuration(format!(
-                "these rows or this model cannot be read:{}",
-                lines.concat()
-            ))
+            Failure::violations("these rows or this model cannot be read:", &violations)
         }
         other => Failure::internal(other),
     })

@@ -4,6 +4,8 @@ use std::fmt;
 
 use finetune_contract::{ExitCode, Problem};
 
+use crate::manifest::Violation;
+
 /// A failed command.
 #[derive(Debug)]
 pub(super) struct Failure {
@@ -20,6 +22,13 @@ impl Failure {
     /// What the user must change in the manifest or on the command line.
     pub(super) fn configuration(message: impl Into<String>) -> Self {
         Self::new(ExitCode::BadConfiguration, message)
+    }
+
+    /// Every fault of a manifest, one a line.
+    pub(super) fn violations(title: &str, violations: &[Violation]) -> Self {
+        let lines: Vec<String> =
+            violations.iter().map(|violation| format!("\n  {violation}")).collect();
+        Self::configuration(format!("{title}{}", lines.concat()))
     }
 
     pub(super) fn internal(error: impl fmt::Display) -> Self {

@@ -53,9 +53,7 @@ pub(super) fn read(file: &Path) -> Result<FineTuneJob, Failure> {
     })?;
     let job = manifest::parse(&text).map_err(|error| match error {
         manifest::Error::Violations(violations) => {
-            let lines: Vec<String> =
-                violations.iter().map(|violation| format!("\n  {violation}")).collect();
-            Failure::configuration(format!("{} cannot run:{}", file.display(), lines.concat()))
+            Failure::violations(&format!("{} cannot run:", file.display()), &violations)
         }
         other => Failure::configuration(format!("{}: {other}", file.display())),
     })?;

@@ -365,7 +365,7 @@ fn median(values: &[f64]) -> f64 {
     }
 }
 
-fn spread(ratios: &[f64]) -> String {
+pub(crate) fn spread(ratios: &[f64]) -> String {
     let low = ratios.iter().copied().fold(f64::INFINITY, f64::min);
     let high = ratios.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     format!("{:.2}x (median of {}, {low:.2} to {high:.2})", median(ratios), ratios.len())

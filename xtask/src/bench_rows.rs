@@ -12,7 +12,7 @@ use clap::Args;
 use serde::Deserialize;
 use serde_json::json;
 
-use crate::{build, cache, dataset, model, parity, shell};
+use crate::{bench, build, cache, dataset, model, parity, shell};
 
 /// The peer's packages, beside those of the parity environment.
 const PACKAGES: [&str; 9] = [
@@ -84,11 +84,8 @@ pub(crate) fn run(settings: &Settings) -> Result<()> {
         speeds.push(peer.seconds / ours.seconds);
         memories.push(peer.peak_bytes / ours.peak_bytes);
     }
-    for (name, mut ratios) in [("speed, ours / peer", speeds), ("memory, peer / ours", memories)] {
-        ratios.sort_by(f64::total_cmp);
-        let median = ratios[ratios.len() / 2];
-        println!("{name}: {median:.2} ({:.2} to {:.2})", ratios[0], ratios[ratios.len() - 1]);
-    }
+    println!("speed, ours / peer:   {}", bench::spread(&speeds));
+    println!("memory, peer / ours:  {}", bench::spread(&memories));
     Ok(())
 }
 

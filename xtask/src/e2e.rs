@@ -29,7 +29,7 @@ pub(crate) struct Prepared {
 }
 
 /// Brings up the cluster and runs the tests on it, with the runner's own words: all, or those whose
-/// names begin as one of `only`.
+/// names contain one of `only`; each begins with its module, which tells the half it is in.
 pub(crate) fn run(only: &[String]) -> Result<ExitCode> {
     let binaries = build::run()?;
     let model = model::directory(&binaries)?;

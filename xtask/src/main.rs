@@ -61,7 +61,7 @@ enum Command {
     Test,
     /// Runs the tests that need a cluster, on a cluster of their own.
     E2e {
-        /// Only the tests whose names contain one of these, such as `ranks::`.
+        /// Only the tests whose names contain one of these; name the module first, such as `ranks::`.
         tests: Vec<String>,
     },
     /// Formatting, lints, documentation, licences, generated files.

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, path::Path};
 
-use finetune_contract::{FailureReason, ObjectUri};
+use finetune_contract::{FailureReason, ObjectUri, is_template_text, template_uri};
 use serde_json::Value;
 
 use super::template::Sources;
@@ -52,20 +52,20 @@ pub(super) fn names() -> String {
 /// # Errors
 /// A [`Failure`] if it is none of a built-in name, a text and a URI that can be read.
 pub fn resolve(setting: &str, environment: &Environment) -> Result<String, Failure> {
-    if setting.contains("{{") || setting.contains("{%") {
+    if is_template_text(setting) {
         return Ok(setting.to_owned());
     }
     if let Some((_, source)) = BUILT_IN.iter().find(|(name, _)| *name == setting) {
         return Ok((*source).to_owned());
     }
     let invalid = |message: String| Failure::new(FailureReason::InvalidConfiguration, message);
-    if !setting.contains("://") {
+    let Some(uri) = template_uri(setting) else {
         return Err(invalid(format!(
             "dataset.chatTemplate is {setting:?}, which is no built-in template ({}), no text of a template and no URI",
             names()
         )));
-    }
-    let uri = ObjectUri::parse(setting).map_err(|error| invalid(error.to_string()))?;
+    };
+    let uri = ObjectUri::parse(uri).map_err(|error| invalid(error.to_string()))?;
     let store = Store::open(&uri, None, Role::Dataset, environment)?;
     let Some(entry) = store.list()?.into_iter().next() else {
         return Err(invalid(format!("dataset.chatTemplate: nothing is at {setting}")));

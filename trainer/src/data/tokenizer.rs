@@ -274,10 +274,7 @@ impl Tokenizer {
                     Message::new(ChatRole::User, prompt),
                     Message::new(ChatRole::Assistant, completion),
                 ];
-                {
-                    let conversation = Conversation::new(messages);
-                    self.chat(&thoughts::keep(&conversation, self.reasoning))?
-                }
+                self.chat(&thoughts::keep(&Conversation::new(messages), self.reasoning))?
             }
             Example::PromptCompletion { prompt, completion } => {
                 // Apart, so that no token spans the border.

@@ -11,7 +11,7 @@ use std::{
 use finetune_contract::{
     CONTRACT_VERSION, DatasetFormat, DatasetSource, Document, Dtype, ExpectedData, LoraSettings,
     LrScheduler, ModelSource, OnOverflow, Optimizer, OutputTarget, Parallelism, PreflightConfig,
-    PreflightReport, Recompute, RunConfig, RunId, TargetModules, TrainingSettings, parse, render,
+    PreflightReport, Recompute, RunConfig, RunId, TrainingSettings, parse, render,
 };
 use finetune_trainer::{
     model::{Model, attach::Attachment, read_config},
@@ -71,27 +71,8 @@ fn nine_modules_of_a_real_model_merge_within_rounding() {
         tolerance: 1e-4,
         training: TrainingSettings { learning_rate: 1e-3, ..training() },
     };
-    let nine = [
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-        "embed_tokens",
-        "lm_head",
-    ];
-    let settings = LoraSettings {
-        r: 8,
-        lora_alpha: 16.0,
-        lora_dropout: 0.0,
-        target_modules: TargetModules::List(nine.map(str::to_owned).to_vec()),
-        modules_to_save: Vec::new(),
-        exclude_modules: None,
-        layers_to_transform: Vec::new(),
-        use_rslora: false,
-    };
+    let golden = Golden::open("llama");
+    let settings = LoraSettings { r: 8, ..golden.facts.lora["nine"].settings.clone() };
     base.publish_adapter("real-model-nine", &settings);
 }
 
