@@ -7,6 +7,7 @@
 
 mod added_tokens;
 pub mod alpaca_prompt;
+mod byte_level;
 pub mod census;
 pub mod chat_template;
 mod check_rendered;
@@ -16,6 +17,7 @@ pub mod files;
 pub mod format;
 #[cfg(test)]
 pub(crate) mod goldens;
+mod in_order;
 mod jinja;
 pub mod packing;
 pub mod records;

@@ -6,16 +6,17 @@ use sha2::{Digest, Sha256};
 use super::{
     files,
     format::{self, ReadOptions, RowError},
+    in_order,
     records::{self, Record},
     row_sources::RowSources,
     tokenizer::{Tokenized, Tokenizer},
 };
 use crate::{failure::Failure, hex};
 
-/// Rows handed to the processors at once.
-const BATCH: usize = 512;
+/// Rows handed to a processor at once.
+const BATCH: usize = 128;
 /// Fewer are, once their texts add up to this: it bounds memory when rows are long.
-const BATCH_BYTES: usize = 16 << 20;
+const BATCH_BYTES: usize = 4 << 20;
 /// Kinds of faults that are remembered; all bad rows are counted.
 const KINDS: usize = 20;
 /// Places of one kind of fault that are remembered.
@@ -103,6 +104,21 @@ impl Read {
         }
     }
 
+    fn visit_all(
+        &mut self,
+        rows: Option<Vec<SplitRow>>,
+        visit: &mut dyn FnMut(SplitRow) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        for row in rows.into_iter().flatten() {
+            match &row.outcome {
+                Ok(_) => self.good_rows += 1,
+                Err(errors) => self.add_faults(&row.location, errors),
+            }
+            visit(row)?;
+        }
+        Ok(())
+    }
+
     fn add_faults(&mut self, location: &str, errors: &[RowError]) {
         self.bad_rows += 1;
         for error in errors {
@@ -123,7 +139,13 @@ impl Read {
     }
 }
 
-/// A row that waits for the processors.
+/// Rows of a source for a processor.
+struct Batch {
+    rows: Vec<Waiting>,
+    options: ReadOptions,
+}
+
+/// A row that waits for its processor.
 struct Waiting {
     record: Record,
     digest: u128,
@@ -150,99 +172,83 @@ pub fn for_each_row(
         good_rows: 0,
     };
     let mut hash = Sha256::new();
-    for (index, source) in rows.sources.iter().enumerate() {
-        let found = files::list(&source.store, rows.split)?;
-        read.files += found.taken.len() as u64;
-        read.left_out.extend(found.left_out);
-        let mut options = source.options.clone();
-        let (mut waiting, mut waiting_bytes, mut number) = (Vec::new(), 0, 0);
-        for file in &found.taken {
-            if read.file_names.len() < NAMES {
-                let name =
-                    if file.path.is_empty() { source.store.uri().file_name() } else { &file.path };
-                read.file_names.push(name.to_owned());
+    in_order::map_in_order(
+        |batch| tokenize(batch, tokenizer),
+        |queue| -> Result<(), Failure> {
+            for (index, source) in rows.sources.iter().enumerate() {
+                let found = files::list(&source.store, rows.split)?;
+                read.files += found.taken.len() as u64;
+                read.left_out.extend(found.left_out);
+                let mut options = source.options.clone();
+                let (mut waiting, mut waiting_bytes, mut number) = (Vec::new(), 0, 0);
+                for file in &found.taken {
+                    if read.file_names.len() < NAMES {
+                        let uri = source.store.uri();
+                        let name = if file.path.is_empty() { uri.file_name() } else { &file.path };
+                        read.file_names.push(name.to_owned());
+                    }
+                    records::for_each_record(&source.store, file, &mut |record, bytes| {
+                        let digest = Sha256::digest(bytes);
+                        let half = digest.first_chunk::<16>().expect("SHA-256 has 32 bytes");
+                        let digest = u128::from_le_bytes(*half);
+                        number += 1;
+                        if !rows.has(digest) {
+                            return Ok(());
+                        }
+                        hash.update(bytes);
+                        hash.update(b"\n");
+                        let copies = rows.copies(index, number - 1);
+                        if copies == 0 {
+                            return Ok(());
+                        }
+                        waiting.push(Waiting { record, digest, copies });
+                        waiting_bytes += bytes.len();
+                        if waiting.len() == BATCH || waiting_bytes >= BATCH_BYTES {
+                            waiting_bytes = 0;
+                            let batch = Batch::new(std::mem::take(&mut waiting), &mut options);
+                            read.visit_all(queue.give(batch), visit)?;
+                        }
+                        Ok(())
+                    })?;
+                }
+                let batch = Batch::new(waiting, &mut options);
+                read.visit_all(queue.give(batch), visit)?;
+                if index == 0 {
+                    read.format = options.format;
+                }
             }
-            records::for_each_record(&source.store, file, &mut |record, bytes| {
-                let digest = Sha256::digest(bytes);
-                let half = digest.first_chunk::<16>().expect("SHA-256 has 32 bytes");
-                let digest = u128::from_le_bytes(*half);
-                number += 1;
-                if !rows.has(digest) {
-                    return Ok(());
-                }
-                hash.update(bytes);
-                hash.update(b"\n");
-                let copies = rows.copies(index, number - 1);
-                if copies == 0 {
-                    return Ok(());
-                }
-                waiting.push(Waiting { record, digest, copies });
-                waiting_bytes += bytes.len();
-                if waiting.len() == BATCH || waiting_bytes >= BATCH_BYTES {
-                    waiting_bytes = 0;
-                    flush(&mut waiting, &mut options, &mut read, tokenizer, visit)?;
-                }
-                Ok(())
-            })?;
-        }
-        flush(&mut waiting, &mut options, &mut read, tokenizer, visit)?;
-        if index == 0 {
-            read.format = options.format;
-        }
-    }
+            while let Some(rows) = queue.take() {
+                read.visit_all(Some(rows), visit)?;
+            }
+            Ok(())
+        },
+    )?;
     read.sha256 = hex(&hash.finalize());
     Ok(read)
 }
 
-fn flush(
-    waiting: &mut Vec<Waiting>,
-    options: &mut ReadOptions,
-    read: &mut Read,
-    tokenizer: &Tokenizer,
-    visit: &mut dyn FnMut(SplitRow) -> Result<(), Failure>,
-) -> Result<(), Failure> {
-    let batch = std::mem::take(waiting);
-    if options.format == DatasetFormat::Auto {
-        // The first row that can be understood decides for all.
-        let mut texts = batch.iter().filter_map(|row| row.record.text.as_ref().ok());
-        if let Some(found) = texts.find_map(|text| format::read(text, options).ok()) {
-            options.format = found.0;
+impl Batch {
+    /// Makes a batch; the first row that can be understood decides the format of all after it.
+    fn new(rows: Vec<Waiting>, options: &mut ReadOptions) -> Self {
+        if options.format == DatasetFormat::Auto {
+            let mut texts = rows.iter().filter_map(|row| row.record.text.as_ref().ok());
+            if let Some(found) = texts.find_map(|text| format::read(text, options).ok()) {
+                options.format = found.0;
+            }
         }
+        Self { rows, options: options.clone() }
     }
-    let outcomes = tokenize(&batch, options, tokenizer);
-    for (Waiting { record, digest, copies }, outcome) in batch.into_iter().zip(outcomes) {
-        match &outcome {
-            Ok(_) => read.good_rows += 1,
-            Err(errors) => read.add_faults(&record.location, errors),
-        }
-        visit(SplitRow { location: record.location, outcome, digest, copies })?;
-    }
-    Ok(())
 }
 
-/// Tokenises rows on all processors, in order.
-fn tokenize(
-    batch: &[Waiting],
-    options: &ReadOptions,
-    tokenizer: &Tokenizer,
-) -> Vec<Result<Tokenized, Vec<RowError>>> {
-    let one = |row: &Waiting| {
-        let text = row.record.text.as_ref().map_err(|reason| vec![reason.clone().into()])?;
-        let (_, example) = format::read(text, options)?;
-        tokenizer.tokenize(&example).map_err(|reason| vec![reason.into()])
+fn tokenize(batch: Batch, tokenizer: &Tokenizer) -> Vec<SplitRow> {
+    let Batch { rows, options } = batch;
+    let one = |Waiting { record, digest, copies }| {
+        let Record { location, text } = record;
+        let outcome = text.map_err(|reason| vec![reason.into()]).and_then(|text| {
+            let (_, example) = format::read(&text, &options)?;
+            tokenizer.tokenize(&example).map_err(|reason| vec![reason.into()])
+        });
+        SplitRow { location, outcome, digest, copies }
     };
-    let workers = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let share = batch.len().div_ceil(workers).max(1);
-    std::thread::scope(|scope| {
-        let handles: Vec<_> = batch
-            .chunks(share)
-            .map(|chunk| scope.spawn(move || chunk.iter().map(one).collect::<Vec<_>>()))
-            .collect();
-        handles
-            .into_iter()
-            .flat_map(|handle| {
-                handle.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-            })
-            .collect()
-    })
+    rows.into_iter().map(one).collect()
 }

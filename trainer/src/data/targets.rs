@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::{
+    byte_level::Encoded,
     tokenizer::{TokenRow, Tokenizer},
     turns::Text,
 };
@@ -29,15 +30,8 @@ pub enum End {
 /// A text that names the turn that cannot be told from what is around it.
 pub(super) fn tokenize(tokenizer: &Tokenizer, text: &Text) -> Result<(TokenRow, End), String> {
     let encoding = tokenizer.encoding(&text.text)?;
-    let tokens = encoding.get_ids();
-    let offsets = encoding.get_offsets();
-    // Byte-level post-processors take leading spaces out of a token's range, all of it when the
-    // token is only spaces: a token really starts where the one before it ends.
-    let start = |index: usize| match index.checked_sub(1) {
-        Some(before) => offsets[index].0.min(offsets[before].1),
-        None => offsets[index].0,
-    };
-    let row = Row { tokenizer, text: &text.text, tokens, offsets };
+    let Encoded { ids: tokens, ranges } = encoding;
+    let row = Row { tokenizer, text: &text.text, tokens: &tokens, ranges: &ranges };
     let mut targets = vec![false; tokens.len()];
     let mut end = End::Open;
     let mut from = 1;
@@ -45,14 +39,17 @@ pub(super) fn tokenize(tokenizer: &Tokenizer, text: &Text) -> Result<(TokenRow, 
         let span = &turn.span;
         // Tokens are in the order of the text, so each turn is looked for after the one before.
         let first_after =
-            |place: usize| (from..tokens.len()).find(|&index| offsets[index].1 > place);
+            |place: usize| (from..tokens.len()).find(|&index| ranges[index].end > place);
         let (Some(next), Some(first)) = (first_after(turn.border), first_after(span.start)) else {
             continue;
         };
-        let after =
-            (first..tokens.len()).find(|&index| start(index) >= span.end).unwrap_or(tokens.len());
+        let after = (first..tokens.len())
+            .find(|&index| ranges[index].start >= span.end)
+            .unwrap_or(tokens.len());
         from = after.max(1);
-        if !text.is_marked && (start(next) < turn.border || !row.is_border(next, turn.border)) {
+        if !text.is_marked
+            && (ranges[next].start < turn.border || !row.is_border(next, turn.border))
+        {
             return Err(format!(
                 "a token spans the border between the prompt and turn {}, so the turn cannot be trained on alone",
                 turn.index
@@ -76,7 +73,7 @@ pub(super) fn tokenize(tokenizer: &Tokenizer, text: &Text) -> Result<(TokenRow, 
             (None, None) => {
                 if !text.is_marked
                     && span.end < text.text.len()
-                    && (offsets[after - 1].1 > span.end || !row.is_border(after, span.end))
+                    && (ranges[after - 1].end > span.end || !row.is_border(after, span.end))
                 {
                     return Err(format!(
                         "a token spans the border between turn {} and what follows it, so the turn cannot be trained on alone",
@@ -88,14 +85,14 @@ pub(super) fn tokenize(tokenizer: &Tokenizer, text: &Text) -> Result<(TokenRow, 
         };
         targets[first..kept].fill(true);
     }
-    Ok((TokenRow { tokens: tokens.to_vec(), targets }, end))
+    Ok((TokenRow { tokens, targets }, end))
 }
 
 struct Row<'a> {
     tokenizer: &'a Tokenizer,
     text: &'a str,
     tokens: &'a [u32],
-    offsets: &'a [(usize, usize)],
+    ranges: &'a [Range<usize>],
 }
 
 impl Row<'_> {
@@ -111,8 +108,7 @@ impl Row<'_> {
         if special.is_some_and(|special| special + 1 == next) {
             return true;
         }
-        let start =
-            if first == 0 { 0 } else { self.offsets[first].0.min(self.offsets[first - 1].1) };
+        let start = if first == 0 { 0 } else { self.ranges[first].start };
         let Ok(alone) = self.tokenizer.encode(&self.text[start..border], false) else {
             return false;
         };
@@ -127,6 +123,6 @@ impl Row<'_> {
 
     /// Tells whether nothing but white space follows a token in its turn.
     fn ends_turn(&self, index: usize, span: &Range<usize>) -> bool {
-        self.text[self.offsets[index].1.min(span.end)..span.end].trim().is_empty()
+        self.text[self.ranges[index].end.min(span.end)..span.end].trim().is_empty()
     }
 }
