@@ -196,8 +196,11 @@ pub struct ModelFacts {
     pub num_key_value_heads: u32,
     /// Width of one head.
     pub head_dim: u32,
-    /// Rows of the embedding.
+    /// Rows of the embedding, those of added tokens included.
     pub vocab_size: u32,
+    /// Tokens of `model.addedTokens` that the tokenizer did not have.
+    #[serde(default, skip_serializing_if = "is_none")]
+    pub added_tokens: u32,
     /// Longest position the model was made for.
     pub max_position_embeddings: u32,
     /// Whether the output head is the embedding.
@@ -206,6 +209,11 @@ pub struct ModelFacts {
     pub has_chat_template: bool,
     /// Every module that holds weights, by leaf name.
     pub modules: Vec<ModuleShape>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_none(count: &u32) -> bool {
+    *count == 0
 }
 
 /// The modules that `loraConfig` means on the base model; the plan takes them as they are.

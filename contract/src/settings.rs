@@ -26,6 +26,9 @@ pub struct ModelSource {
     /// The hub revision: a branch, tag or commit. Only for `hf://`; the hub's default branch if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub revision: Option<String>,
+    /// Special tokens that the model gets beside its own, each with a row of the embedding.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub added_tokens: Vec<String>,
 }
 
 /// Where the rows come from and how to read them.

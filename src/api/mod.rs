@@ -184,6 +184,14 @@ pub struct Model {
     #[schemars(length(min = 1, max = 255))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub revision: Option<String>,
+    /// Special tokens that the model gets beside its own, such as the end of a turn in a template of
+    /// yours. A new token starts as the mean of all others, so its rows must be trained: with
+    /// `loraConfig`, name `embed_tokens` and `lm_head` in `modulesToSave`. Default: none. Example:
+    /// `["<|call|>", "<|result|>"]`.
+    #[schemars(length(min = 1, max = 256), inner(length(min = 1, max = 128)))]
+    #[schemars(extend("x-kubernetes-list-type" = "set"))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub added_tokens: Option<Vec<String>>,
     /// The Secret with the keys to read the model (`HF_TOKEN`, `AWS_ACCESS_KEY_ID`, …). Only in a
     /// cluster; `finetune run` uses the environment.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -47,6 +47,7 @@ fn model(
         num_key_value_heads: k,
         head_dim: e,
         vocab_size: v,
+        added_tokens: 0,
         max_position_embeddings: longest,
         tie_word_embeddings: tied,
         has_chat_template: true,

@@ -293,6 +293,16 @@ pub fn plan_over(
         // The preflight saw the model itself and said it better.
         problems.truncate(found_before);
     }
+    if model.added_tokens > 0 {
+        decisions.add(
+            "addedTokens",
+            model.added_tokens,
+            format!(
+                "new to the tokenizer: their rows start as the mean of all; the vocabulary has {} rows with them",
+                model.vocab_size
+            ),
+        );
+    }
     let dtype = dtype(training.dtype, place, machine.as_ref(), &mut decisions);
     let optimizer = optimizer(training.optimizer, &mut decisions);
     let packing = decisions.pick(

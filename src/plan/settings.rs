@@ -84,7 +84,11 @@ pub(crate) fn sha256_hex(bytes: &[u8]) -> String {
 }
 
 pub(super) fn model(spec: &FineTuneJobSpec) -> ModelSource {
-    ModelSource { uri: spec.model.uri.clone(), revision: spec.model.revision.clone() }
+    ModelSource {
+        uri: spec.model.uri.clone(),
+        revision: spec.model.revision.clone(),
+        added_tokens: spec.model.added_tokens.clone().unwrap_or_default(),
+    }
 }
 
 pub(super) fn dataset(spec: &FineTuneJobSpec) -> DatasetSource {

@@ -40,6 +40,8 @@ async fn a_real_apiserver_accepts_and_refuses_by_the_schema() {
     let refused = [
         ("/spec/model/uri", json!("ftp://a/b"), "must be an object URI"),
         ("/spec/model/revision", json!("main"), "revision names a hub's branch"),
+        ("/spec/model/addedTokens", json!([]), "should have at least 1 items"),
+        ("/spec/model/addedTokens", json!(["<|a|>", "<|a|>"]), "Duplicate value"),
         ("/spec/loraConfig/r", json!(0), "greater than or equal to 1"),
         ("/spec/loraConfig/r", json!("8"), "must be of type integer"),
         ("/spec/loraConfig/loraDropout", json!(1.0), "less than or equal to 0.9"),

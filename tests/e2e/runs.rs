@@ -131,6 +131,65 @@ fn a_merged_run_publishes_the_model_and_its_adapter() {
     bench.finetune(&["verify", &bench.uri("output")]).ok();
 }
 
+/// A template of one's own, whose turns end with a token that the model does not have.
+#[test]
+fn tokens_are_added_to_a_model_and_trained() {
+    let Some(bench) = Bench::new() else { return };
+    bench.write("chat.jsonl", "{\"messages\": [{\"role\": \"user\", \"content\": \"hi\"}, {\"role\": \"assistant\", \"content\": \"yes\"}]}\n{\"messages\": [{\"role\": \"user\", \"content\": \"ho\"}, {\"role\": \"assistant\", \"content\": \"no\"}]}\n");
+    let mut job = bench.job("adapter");
+    job["spec"]["model"]["addedTokens"] =
+        json!(["<|user|>", "<|bot|>", "<|1|>", "<|2|>", "<|3|>", "<|4|>", "<|5|>", "<|over|>",]);
+    job["spec"]["dataset"] = json!({
+        "train": bench.uri("chat.jsonl"),
+        "chatTemplate": "{% for m in messages %}<|{{ 'bot' if m.role == 'assistant' else m.role }}|>{{ m.content }}<|over|>{% endfor %}{% if add_generation_prompt %}<|bot|>{% endif %}",
+    });
+    let refused = bench.run(&job);
+    insta::assert_snapshot!(bench.shown(&refused), @r#"
+exit 78
+error: the run cannot start:
+  spec.model.addedTokens: adds 8 tokens, whose rows would not be trained and mean nothing: add embed_tokens and lm_head to loraConfig.modulesToSave, or leave loraConfig out to train every parameter
+"#);
+    job["spec"]["loraConfig"]["modulesToSave"] = json!(["embed_tokens", "lm_head"]);
+    let planned = bench.run(&job).ok();
+    let said = planned.stdout.lines().chain(planned.stderr.lines());
+    let of_tokens: Vec<&str> = said.filter(|line| line.contains("addedTokens")).collect();
+    insta::assert_snapshot!(of_tokens.join("\n"), @"  addedTokens                8               new to the tokenizer: their rows start as the mean of all; the vocabulary has 266 rows with them");
+    bench.published("adapter");
+    bench.finetune(&["verify", &bench.uri("adapter")]).ok();
+    // The adapter says itself which tokens its base model needs.
+    let prompt = ["--prompt", "hi", "--max-new-tokens", "4"];
+    bench
+        .finetune(
+            &[&["generate", "--model", "model", "--adapter", "adapter"], &prompt[..]].concat(),
+        )
+        .ok();
+    let card = fs::read_to_string(bench.path("adapter/README.md")).unwrap();
+    assert!(card.contains("base.resize_token_embeddings("), "{card}");
+
+    // In full, generation stops where the turns end.
+    job["spec"].as_object_mut().unwrap().remove("loraConfig");
+    job["spec"]["output"] = json!({"uri": bench.uri("model-with-tokens")});
+    bench.run(&job).ok();
+    let read = |name: &str| -> serde_json::Value {
+        let path = bench.path("model-with-tokens").join(name);
+        serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
+    };
+    let over =
+        read("tokenizer.json")["added_tokens"].as_array().unwrap().last().unwrap()["id"].clone();
+    assert_eq!(
+        read("generation_config.json")["eos_token_id"].as_array().unwrap().last(),
+        Some(&over)
+    );
+    assert_eq!(read("config.json")["vocab_size"].as_u64(), over.as_u64().map(|last| last + 1));
+    bench.finetune(&["verify", &bench.uri("model-with-tokens")]).ok();
+
+    // What has the tokens is trained further with the same list, and nothing is new.
+    job["spec"]["model"]["uri"] = json!(bench.uri("model-with-tokens"));
+    job["spec"]["loraConfig"] = json!({"r": 4});
+    job["spec"]["output"] = json!({"uri": bench.uri("further")});
+    bench.run(&job).ok();
+}
+
 #[test]
 fn an_output_of_another_run_is_replaced_only_when_told() {
     let Some(bench) = Bench::new() else { return };

@@ -8,7 +8,7 @@ use std::{
 };
 
 use clap::Args;
-use finetune_contract::{Dtype, FailureReason};
+use finetune_contract::{Dtype, FailureReason, Manifest, artifact::MANIFEST_NAME};
 use tch::{Device, Kind, Tensor};
 
 use crate::{
@@ -16,6 +16,7 @@ use crate::{
         Rendering, Tokenizer,
         conversation::{ChatRole, Message},
     },
+    extension,
     failure::Failure,
     model::{Model, block::Block, linear::Input, read_config},
     ops,
@@ -58,8 +59,13 @@ pub struct Arguments {
 /// # Errors
 /// A [`Failure`] if model, adapter or prompt cannot be used.
 pub fn run(arguments: &Arguments, _environment: &Environment) -> Result<(), Failure> {
-    let tokenizer = Tokenizer::load(&arguments.model, &Rendering::of_model())?;
-    let model = load(&arguments.model, arguments.adapter.as_deref())?;
+    let scratch = std::env::temp_dir().join(format!("finetune-generate-{}", std::process::id()));
+    let base = base(arguments, &scratch)?;
+    let tokenizer = Tokenizer::load(&base, &Rendering::of_model())?;
+    let model = load(&base, arguments.adapter.as_deref());
+    // What was mapped stays there.
+    let _ = std::fs::remove_dir_all(&scratch);
+    let model = model?;
     let prompt = prompt_tokens(&tokenizer, arguments)
         .map_err(|reason| Failure::new(FailureReason::InvalidConfiguration, reason))?;
     let mut out = std::io::stdout().lock();
@@ -78,6 +84,18 @@ pub fn run(arguments: &Arguments, _environment: &Environment) -> Result<(), Fail
     }
     tell("\n");
     Ok(())
+}
+
+/// Returns the base model's directory, with the tokens that were added to it for the adapter.
+fn base(arguments: &Arguments, scratch: &Path) -> Result<PathBuf, Failure> {
+    let published = arguments.adapter.as_ref().map(|adapter| adapter.join(MANIFEST_NAME));
+    let manifest = match published.map(std::fs::read_to_string) {
+        Some(Ok(text)) => finetune_contract::parse::<Manifest>(&text),
+        _ => return Ok(arguments.model.clone()),
+    };
+    let manifest = manifest
+        .map_err(|error| Failure::from_chain(FailureReason::InvalidConfiguration, &error))?;
+    extension::with_tokens(&arguments.model, &manifest.base_model.added_tokens, scratch)
 }
 
 fn load(model: &Path, adapter: Option<&Path>) -> Result<Model, Failure> {

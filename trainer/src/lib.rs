@@ -1,7 +1,7 @@
 //! The trainer: one run configuration in, one published and proven result out.
 //!
 //! In the order data flows: [`store`] brings files here and takes results away, [`import`] turns a
-//! GGUF file into a Hugging Face directory, [`inputs`] tells what is read apart, [`data`] turns rows into token sequences, [`preflight`]
+//! GGUF file into a Hugging Face directory, [`extension`] adds tokens to a base model, [`inputs`] tells what is read apart, [`data`] turns rows into token sequences, [`preflight`]
 //! checks all of it cheaply, [`launch`] starts the ranks of one machine and [`dist`] joins those of a
 //! run, [`device`] is what they compute on, [`allocator`] keeps its memory, [`model`] is the network and its hand-written backward
 //! pass, [`recipe`] is the story of a run, [`export`] writes what other software loads, [`verify`] proves it and
@@ -16,6 +16,7 @@ pub mod data_check;
 pub mod device;
 pub mod dist;
 pub mod export;
+pub mod extension;
 pub mod failure;
 pub mod generate;
 pub mod import;

@@ -20,6 +20,7 @@ use crate::{
     data::{Dataset, Rendering, RowSources, Sequences, Tokenizer},
     dist::Ranks,
     export::{self, Export},
+    extension,
     failure::Failure,
     import, inputs,
     model::{
@@ -179,7 +180,8 @@ fn fetch_model(source: &ModelSource, host: &Host<'_>) -> Result<PathBuf, Failure
     let uri = ObjectUri::parse(&source.uri)
         .map_err(|error| Failure::from_chain(FailureReason::InvalidConfiguration, &error))?;
     let store = Store::open(&uri, source.revision.as_deref(), Role::Model, host.environment)?;
-    import::local_directory(&store, host.models)
+    let directory = import::local_directory(&store, host.models)?;
+    extension::with_tokens(&directory, &source.added_tokens, host.models)
 }
 
 /// Fetches the model once for all ranks of a machine: who comes second finds what is there.

@@ -10,6 +10,7 @@ use finetune_contract::{ArtifactKind, Dtype, FailureReason, Manifest, ObjectUri}
 use tch::{Device, Tensor};
 
 use crate::{
+    extension,
     failure::Failure,
     import,
     model::{Model, attach::Attachment, weights::Checkpoint},
@@ -127,13 +128,14 @@ fn base_directory(
         None => (manifest.base_model.uri.clone(), manifest.base_model.revision.as_deref()),
     };
     let store = Store::open(&parse(&uri)?, revision, Role::Model, environment)?;
-    let directory = import::local_directory(&store, &work_dir.join("models"))?;
+    let models = work_dir.join("models");
+    let directory = import::local_directory(&store, &models)?;
     // A directory on disk is used in place, so nobody has looked whether it is there.
     if !directory.join("config.json").exists() {
         let message = format!("there is no base model at {uri}");
         return Err(Failure::new(FailureReason::InvalidModel, message));
     }
-    Ok(directory)
+    extension::with_tokens(&directory, &manifest.base_model.added_tokens, &models)
 }
 
 fn file_uri(directory: &Path) -> Result<String, Failure> {
@@ -209,7 +211,11 @@ mod tests {
             run_id: RunId("a-run".to_owned()),
             kind,
             generator: "a test".to_owned(),
-            base_model: ModelSource { uri: base_uri.to_owned(), revision: None },
+            base_model: ModelSource {
+                uri: base_uri.to_owned(),
+                revision: None,
+                added_tokens: Vec::new(),
+            },
             train_sha256: "0".repeat(64),
             inputs: None,
             settings: None,

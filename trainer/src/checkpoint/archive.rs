@@ -424,7 +424,11 @@ mod tests {
             store: Store::over(&uri, Arc::new(object_store::memory::InMemory::new())),
             run_id: RunId("a-1".to_owned()),
             settings_sha256: String::new(),
-            model: ModelSource { uri: "file:///base".to_owned(), revision: None },
+            model: ModelSource {
+                uri: "file:///base".to_owned(),
+                revision: None,
+                added_tokens: Vec::new(),
+            },
             inputs: None,
             lora: None,
             trained: 1,

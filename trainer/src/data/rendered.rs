@@ -67,7 +67,7 @@ impl Rendered {
             ));
         } else if self.conversations > 0 && self.stops == 0 {
             remarks.push(format!(
-                "no answer ends with a token at which generation stops ({}), so the model does not learn when to stop: end each assistant turn with {{{{ eos_token }}}} in the template (dataset.chatTemplate)",
+                "no answer ends with a token at which generation stops ({}), so the model does not learn when to stop: end each assistant turn with {{{{ eos_token }}}} in the template (dataset.chatTemplate), or make the text that ends it a token (model.addedTokens)",
                 stops(tokenizer)
             ));
         }

@@ -1,18 +1,19 @@
 //! Tokens of a row and which of them are predicted.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     path::Path,
 };
 
 use finetune_contract::{FailureReason, OnOverflow, Reasoning};
 use jiff::civil::Date;
 use serde_json::Value;
-use tokenizers::AddedToken;
+use tokenizers::{AddedToken, PostProcessorWrapper};
 
 use super::{
     added_tokens::{self, Declarations},
     alpaca_prompt::{self, Segment},
+    byte_level::{ByteLevel, Encoded},
     chat_template, check_rendered,
     conversation::{ChatRole, Conversation, Example, Message},
     rendering::Rendering,
@@ -59,6 +60,8 @@ pub struct Tokenized {
 #[derive(Debug)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
+    /// Does the work of `inner` where it can.
+    byte_level: Option<ByteLevel>,
     added: HashMap<u32, AddedToken>,
     template: Option<Template>,
     /// Special tokens the template itself prints.
@@ -67,6 +70,8 @@ pub struct Tokenizer {
     today: Date,
     /// What the tokenizer puts before a text of its own accord.
     bos_ids: Vec<u32>,
+    /// And after it.
+    closing_ids: Vec<u32>,
     eos_ids: Vec<u32>,
     stop_ids: HashSet<u32>,
     vocab_size: u32,
@@ -79,34 +84,12 @@ impl Tokenizer {
     /// A [`Failure`] of reason `InvalidModel` if `tokenizer.json` or the chat template cannot be used.
     pub fn load(directory: &Path, rendering: &Rendering) -> Result<Self, Failure> {
         let invalid = |message: String| Failure::new(FailureReason::InvalidModel, message);
-        let path = directory.join("tokenizer.json");
-        if !path.exists() {
-            return Err(invalid(format!(
-                "{path:?} is missing: a model needs its fast tokenizer (save it with transformers' save_pretrained)"
-            )));
-        }
-        let mut inner = tokenizers::Tokenizer::from_file(&path)
-            .map_err(|error| invalid(format!("{path:?} cannot be used: {error}")))?;
+        let json = |name: &str| read_json(&directory.join(name));
+        let (mut inner, declarations) = open(directory)?;
         // A row is never cut or padded behind our back.
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|error| invalid(error.to_string()))?;
-        let json = |name: &str| -> Result<Value, Failure> {
-            let path = directory.join(name);
-            match std::fs::read_to_string(&path) {
-                Ok(text) => serde_json::from_str(&text)
-                    .map_err(|error| invalid(format!("{path:?} is not JSON: {error}"))),
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Value::Null),
-                Err(error) => Err(invalid(format!("{path:?} cannot be read: {error}"))),
-            }
-        };
-        let declarations = Declarations {
-            settings: json("tokenizer_config.json")?,
-            special_tokens_map: json("special_tokens_map.json")?,
-            added_tokens: json("added_tokens.json")?,
-        };
-        let special_tokens = added_tokens::add(&mut inner, &declarations).map_err(|reason| {
-            invalid(format!("the tokens of {directory:?} cannot be used: {reason}"))
-        })?;
+        let special_tokens = declare(&mut inner, &declarations, directory)?;
         let splits = declarations.settings.get("split_special_tokens").and_then(Value::as_bool);
         inner.set_encode_special_tokens(splits.unwrap_or(false));
         let configs = [json("generation_config.json")?, json("config.json")?];
@@ -143,25 +126,29 @@ impl Tokenizer {
 
     /// Makes a tokenizer from its parts; generation stops at all of `eos_ids`.
     pub fn from_parts(
-        inner: tokenizers::Tokenizer,
+        mut inner: tokenizers::Tokenizer,
         template: Option<Template>,
         eos_ids: Vec<u32>,
     ) -> Self {
         let vocab_size = inner.get_vocab_size(true) as u32;
         let added = inner.get_added_tokens_decoder().into_iter().collect();
+        let (bos_ids, closing_ids) = surrounding_tokens(&inner);
+        // Known now, and byte-level ones take spaces out of a token's range.
+        inner.with_post_processor(None::<PostProcessorWrapper>);
         let mut tokenizer = Self {
+            byte_level: ByteLevel::of(&inner),
             inner,
             added,
             template,
             control_tokens: Vec::new(),
             reasoning: Reasoning::Keep,
             today: Date::default(),
-            bos_ids: Vec::new(),
+            bos_ids,
+            closing_ids,
             stop_ids: eos_ids.iter().copied().collect(),
             eos_ids,
             vocab_size,
         };
-        tokenizer.bos_ids = tokenizer.leading_tokens();
         tokenizer.control_tokens = tokenizer.tokens_of_template();
         tokenizer
     }
@@ -212,14 +199,32 @@ impl Tokenizer {
     /// # Errors
     /// A text that says what the tokenizer refused.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, String> {
-        let encoding =
-            self.inner.encode_fast(text, add_special_tokens).map_err(|error| error.to_string())?;
-        Ok(encoding.get_ids().to_vec())
+        let ids = match self.encode_quickly(text)? {
+            Some(encoded) => encoded.ids,
+            None => {
+                let encoding = self.inner.encode_fast(text, false);
+                encoding.map_err(|error| error.to_string())?.get_ids().to_vec()
+            }
+        };
+        if !add_special_tokens {
+            return Ok(ids);
+        }
+        Ok([self.bos_ids.as_slice(), &ids, &self.closing_ids].concat())
     }
 
     /// Turns a text with all its special tokens into tokens that know their place in it.
-    pub(super) fn encoding(&self, text: &str) -> Result<tokenizers::Encoding, String> {
-        self.inner.encode(text, false).map_err(|error| error.to_string())
+    pub(super) fn encoding(&self, text: &str) -> Result<Encoded, String> {
+        if let Some(encoded) = self.encode_quickly(text)? {
+            return Ok(encoded);
+        }
+        let encoding = self.inner.encode(text, false).map_err(|error| error.to_string())?;
+        let ranges = encoding.get_offsets().iter().map(|&(start, end)| start..end).collect();
+        Ok(Encoded { ids: encoding.get_ids().to_vec(), ranges })
+    }
+
+    fn encode_quickly(&self, text: &str) -> Result<Option<Encoded>, String> {
+        let byte_level = self.byte_level.as_ref();
+        byte_level.map_or(Ok(None), |byte_level| byte_level.encode(&self.inner, text))
     }
 
     /// Turns tokens into text.
@@ -400,14 +405,86 @@ impl Tokenizer {
         tokens.dedup();
         tokens.into_iter().map(|token| self.written(token)).collect()
     }
+}
 
-    fn leading_tokens(&self) -> Vec<u32> {
-        let (Ok(with), Ok(without)) = (self.encode("a", true), self.encode("a", false)) else {
-            return Vec::new();
-        };
-        let start = with.windows(without.len().max(1)).position(|window| window == without);
-        with[..start.unwrap_or(0)].to_vec()
+/// Opens a tokenizer and adds special tokens, as `add_special_tokens` of transformers does; returns
+/// it with those that are new, by id.
+///
+/// # Errors
+/// As [`Tokenizer::load`].
+pub fn with_added_tokens(
+    directory: &Path,
+    tokens: &[String],
+) -> Result<(tokenizers::Tokenizer, BTreeMap<u32, AddedToken>), Failure> {
+    let (mut inner, declarations) = open(directory)?;
+    declare(&mut inner, &declarations, directory)?;
+    let is_new = |token: &&String| inner.token_to_id(token).is_none();
+    let new: Vec<&String> = tokens.iter().filter(is_new).collect();
+    let added = tokens.iter().map(|token| AddedToken::from(token.as_str(), true));
+    let added = inner.add_special_tokens(added.collect::<Vec<_>>());
+    added.map_err(|error| Failure::new(FailureReason::InvalidModel, error.to_string()))?;
+    let decoder = inner.get_added_tokens_decoder();
+    let new = new.into_iter().filter_map(|token| {
+        let id = inner.token_to_id(token)?;
+        Some((id, decoder.get(&id)?.clone()))
+    });
+    let new = new.collect();
+    Ok((inner, new))
+}
+
+/// Opens `tokenizer.json` and what is declared beside it.
+fn open(directory: &Path) -> Result<(tokenizers::Tokenizer, Declarations), Failure> {
+    let invalid = |message: String| Failure::new(FailureReason::InvalidModel, message);
+    let path = directory.join("tokenizer.json");
+    if !path.exists() {
+        return Err(invalid(format!(
+            "{path:?} is missing: a model needs its fast tokenizer (save it with transformers' save_pretrained)"
+        )));
     }
+    let inner = tokenizers::Tokenizer::from_file(&path)
+        .map_err(|error| invalid(format!("{path:?} cannot be used: {error}")))?;
+    let json = |name: &str| read_json(&directory.join(name));
+    let declarations = Declarations {
+        settings: json("tokenizer_config.json")?,
+        special_tokens_map: json("special_tokens_map.json")?,
+        added_tokens: json("added_tokens.json")?,
+    };
+    Ok((inner, declarations))
+}
+
+fn declare(
+    inner: &mut tokenizers::Tokenizer,
+    declarations: &Declarations,
+    directory: &Path,
+) -> Result<Vec<(String, String)>, Failure> {
+    added_tokens::add(inner, declarations).map_err(|reason| {
+        let message = format!("the tokens of {directory:?} cannot be used: {reason}");
+        Failure::new(FailureReason::InvalidModel, message)
+    })
+}
+
+/// Reads a JSON file; `null` if there is none.
+pub(crate) fn read_json(path: &Path) -> Result<Value, Failure> {
+    let invalid = |message: String| Failure::new(FailureReason::InvalidModel, message);
+    match std::fs::read_to_string(path) {
+        Ok(text) => serde_json::from_str(&text)
+            .map_err(|error| invalid(format!("{path:?} is not JSON: {error}"))),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Value::Null),
+        Err(error) => Err(invalid(format!("{path:?} cannot be read: {error}"))),
+    }
+}
+
+/// Finds what a tokenizer puts before and after a text of its own accord.
+fn surrounding_tokens(inner: &tokenizers::Tokenizer) -> (Vec<u32>, Vec<u32>) {
+    let ids = |add_special_tokens: bool| {
+        let encoding = inner.encode_fast("a", add_special_tokens);
+        encoding.map(|encoding| encoding.get_ids().to_vec()).unwrap_or_default()
+    };
+    let (with, without) = (ids(true), ids(false));
+    let start = with.windows(without.len().max(1)).position(|window| window == without);
+    start.map_or_else(Default::default, |start| {
+        (with[..start].to_vec(), with[start + without.len()..].to_vec())
+    })
 }
 
 /// Collects the tokens that end generation: the tokenizer's own first, then those of the configs.

@@ -15,7 +15,10 @@ pub(super) fn write(
 ) -> Result<(), Error> {
     let left_out = export.training.train.dataset.left_out();
     let state = &export.training.state;
-    let text = card(export.config, state, left_out, export.step, kind, &base_name(export));
+    let vocab_size = export.training.model.config().vocab_size;
+    let vocab_size = (!export.config.model.added_tokens.is_empty()).then_some(vocab_size);
+    let base = base_name(export);
+    let text = card(export.config, state, left_out, export.step, kind, &base, vocab_size);
     files::write_text(&directory.join("README.md"), &text)
 }
 
@@ -26,6 +29,7 @@ fn card(
     step: u64,
     kind: ArtifactKind,
     base: &str,
+    extended_to: Option<usize>,
 ) -> String {
     let training = &config.training;
     let mut rows = vec![
@@ -71,6 +75,12 @@ fn card(
         ),
         ("seed", training.seed.to_string()),
     ];
+    if let Some(rows_of_embedding) = extended_to {
+        let tokens = config.model.added_tokens.iter().map(|token| format!("`{token}`"));
+        let tokens: Vec<String> = tokens.collect();
+        let added = format!("{}: the embedding has {rows_of_embedding} rows", tokens.join(", "));
+        rows.push(("added tokens", added));
+    }
     if left_out > 0 {
         rows.push(("rows left out, as they could not be used", left_out.to_string()));
     }
@@ -92,9 +102,14 @@ fn card(
         let _ = writeln!(text, "| {name} | {value} |");
     }
     let load = match kind {
-        ArtifactKind::Adapter => format!(
-            "from transformers import AutoModelForCausalLM\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(\"{base}\"), \"THIS_DIRECTORY\")"
-        ),
+        ArtifactKind::Adapter => {
+            let resize = extended_to.map_or(String::new(), |rows| {
+                format!("\nbase.resize_token_embeddings({rows})")
+            });
+            format!(
+                "from transformers import AutoModelForCausalLM\nfrom peft import PeftModel\n\nbase = AutoModelForCausalLM.from_pretrained(\"{base}\"){resize}\nmodel = PeftModel.from_pretrained(base, \"THIS_DIRECTORY\")"
+            )
+        }
         ArtifactKind::FullModel | ArtifactKind::MergedModel => {
             "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(\"THIS_DIRECTORY\")".to_owned()
         }

@@ -23,6 +23,8 @@ use super::{
 pub const SINGLE_FILE: &str = "model.safetensors";
 /// The name of the index of a sharded checkpoint.
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
+/// Beside the weights of a base model with tokens added: the tensors that have more rows.
+pub const EXTENDED_FILE: &str = "extended-for-added-tokens.safetensors";
 
 /// Why weights cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -104,6 +106,15 @@ impl Checkpoint {
     /// # Errors
     /// [`Error`] if a file is missing or damaged, or the index names a tensor its shard lacks.
     pub fn open(directory: &Path) -> Result<Self, Error> {
+        let mut checkpoint = Self::open_published(directory)?;
+        let extended = directory.join(EXTENDED_FILE);
+        if extended.exists() {
+            checkpoint.tensors.extend(Self::open_file(&extended)?.tensors);
+        }
+        Ok(checkpoint)
+    }
+
+    fn open_published(directory: &Path) -> Result<Self, Error> {
         let index_path = directory.join(INDEX_FILE);
         let single = directory.join(SINGLE_FILE);
         // Where both are, transformers takes the single file.

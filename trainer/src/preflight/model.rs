@@ -11,9 +11,10 @@ use super::{
 use crate::{
     checkpoint::initial,
     data::{Rendering, Tokenizer, chat_template},
+    extension::{self, Extended},
     failure::Failure,
     import,
-    model::config::ModelConfig,
+    model::{config::ModelConfig, names},
     store::{Entry, Environment, Role, Store},
 };
 
@@ -46,6 +47,8 @@ struct Found {
     store: Store,
     entries: Vec<Entry>,
     directory: PathBuf,
+    /// Where they are with tokens added, if any are.
+    extended: Option<(PathBuf, Extended)>,
 }
 
 /// Finds the model's files.
@@ -77,7 +80,47 @@ fn find(
         }
     };
     let directory = small_files(&store, &entries, work_dir, findings)?;
-    Some(Found { store, entries, directory })
+    let extended = match &source.added_tokens[..] {
+        [] => None,
+        tokens => Some(extend(&directory, tokens, work_dir, findings)?),
+    };
+    Some(Found { store, entries, directory, extended })
+}
+
+/// Adds the tokens asked for to config and tokenizer.
+fn extend(
+    directory: &Path,
+    tokens: &[String],
+    work_dir: &Path,
+    findings: &mut Findings,
+) -> Option<(PathBuf, Extended)> {
+    let to = work_dir.join("preflight-extended");
+    let extended =
+        make_empty(&to).and_then(|()| extension::extend_small_files(directory, tokens, &to));
+    match extended {
+        Ok(extended) => Some((to, extended)),
+        Err(failure) => {
+            findings.failure(LOCATION, &failure);
+            None
+        }
+    }
+}
+
+/// Refuses added tokens whose rows would stay what they start as.
+fn judge_added_tokens(new_tokens: u32, lora: Option<&LoraFacts>, findings: &mut Findings) {
+    let Some(lora) = lora.filter(|_| new_tokens > 0) else { return };
+    let outer = [names::EMBED_TOKENS, names::LM_HEAD].map(names::leaf);
+    let missing: Vec<&str> = outer
+        .into_iter()
+        .filter(|name| lora.saved.iter().all(|saved| saved.name != *name))
+        .collect();
+    if !missing.is_empty() {
+        let message = format!(
+            "adds {new_tokens} tokens, whose rows would not be trained and mean nothing: add {} to loraConfig.modulesToSave, or leave loraConfig out to train every parameter",
+            missing.join(" and ")
+        );
+        findings.problem(ProblemReason::InvalidSpec, "spec.model.addedTokens", message);
+    }
 }
 
 /// Loads the tokenizer alone; `None` if it cannot be.
@@ -87,7 +130,8 @@ pub(super) fn tokenizer(
     work_dir: &Path,
     findings: &mut Findings,
 ) -> Option<Tokenizer> {
-    let Found { directory, .. } = find(config, environment, work_dir, findings)?;
+    let Found { directory, extended, .. } = find(config, environment, work_dir, findings)?;
+    let directory = extended.map_or(directory, |(directory, _)| directory);
     load_tokenizer(&directory, config, environment, findings)
 }
 
@@ -98,7 +142,8 @@ pub(super) fn check(
     work_dir: &Path,
     findings: &mut Findings,
 ) -> Option<Checked> {
-    let Found { store, entries, directory } = find(config, environment, work_dir, findings)?;
+    let Found { store, entries, directory, extended } =
+        find(config, environment, work_dir, findings)?;
     let Ok(text) = std::fs::read_to_string(directory.join("config.json")) else {
         let message =
             format!("{} has no config.json: name a directory in Hugging Face layout", store.uri());
@@ -114,6 +159,13 @@ pub(super) fn check(
     };
     weights::warn_of_unread_files(&entries, findings);
     let weights = weights::check(&store, &entries, &mut model, findings);
+    let (directory, new_tokens) = match extended {
+        Some((directory, Extended { new_tokens, rows })) => {
+            model.vocab_size = model.vocab_size.max(rows);
+            (directory, new_tokens)
+        }
+        None => (directory, 0),
+    };
     let mut lora_facts = None;
     if let Some(lora) = &config.lora {
         lora_facts = lora::check(lora, &model, findings);
@@ -121,12 +173,14 @@ pub(super) fn check(
             adapter::check(uri, lora, &model, environment, findings);
         }
     }
+    judge_added_tokens(new_tokens, lora_facts.as_ref(), findings);
     if let Some(uri) = &config.initial_checkpoint {
         check_initial_checkpoint(uri, config, &model, environment, findings);
     }
     let tokenizer = load_tokenizer(&directory, config, environment, findings)?;
     let weights = weights.unwrap_or(Weights { bytes: 0, dtype: String::new() });
-    let facts = facts(&model, &store, &tokenizer, weights);
+    let facts =
+        ModelFacts { added_tokens: new_tokens, ..facts(&model, &store, &tokenizer, weights) };
     Some(Checked { facts, lora: lora_facts, tokenizer })
 }
 
@@ -196,6 +250,7 @@ fn facts(
         num_key_value_heads: model.num_key_value_heads as u32,
         head_dim: model.head_dim as u32,
         vocab_size: model.vocab_size as u32,
+        added_tokens: 0,
         max_position_embeddings: model.max_position_embeddings as u32,
         tie_word_embeddings: model.tie_word_embeddings,
         has_chat_template: tokenizer.has_template(),

@@ -30,7 +30,7 @@ impl Fixture {
         let config = PreflightConfig {
             version: CONTRACT_VERSION,
             run_id: RunId("run-1".to_owned()),
-            model: ModelSource { uri: at("model"), revision: None },
+            model: ModelSource { uri: at("model"), revision: None, added_tokens: Vec::new() },
             dataset: DatasetSource::of(at("train.jsonl")),
             lora: None,
             initial_adapter: None,
@@ -418,6 +418,39 @@ embed_tokens 320x16, q_proj 16x16, k_proj 8x16, v_proj 8x16, o_proj 16x16, gate_
 q_proj 16x16 | norm 16x0, lm_head 320x16 | true
 q_proj 16x16, k_proj 8x16 |  | false
 ");
+}
+
+#[test]
+fn added_tokens_get_rows_that_are_trained() {
+    let with_tokens = |tokens: &[&str], mut fixture: Fixture| {
+        fixture.config.model.added_tokens = tokens.iter().map(|&token| token.to_owned()).collect();
+        fixture
+    };
+    let facts = |fixture: Fixture| {
+        let model = fixture.report().model.unwrap();
+        (model.added_tokens, model.vocab_size, model.modules[0].out_features)
+    };
+    let many: Vec<String> = (0..60).map(|index| format!("<|{index}|>")).collect();
+    let many: Vec<&str> = many.iter().map(String::as_str).collect();
+    // The tokenizer has 264 tokens, the embedding 320 rows.
+    assert_eq!(facts(with_tokens(&["<|a|>", "<|b|>"], Fixture::new())), (2, 320, 320));
+    assert_eq!(facts(with_tokens(&many, Fixture::new())), (60, 324, 324));
+    // One that is there already is not new, and needs no training.
+    assert_eq!(facts(with_tokens(&["<|im_end|>"], Fixture::new())), (0, 320, 320));
+
+    let saving = |names: &[&str]| {
+        let names = names.iter().map(|&name| name.to_owned()).collect();
+        let lora = Fixture::new().with_lora(|lora| lora.modules_to_save = names);
+        with_tokens(&["<|a|>", "<|b|>"], lora)
+    };
+    insta::assert_snapshot!(saving(&[]).check(), @"InvalidSpec spec.model.addedTokens: adds 2 tokens, whose rows would not be trained and mean nothing: add embed_tokens and lm_head to loraConfig.modulesToSave, or leave loraConfig out to train every parameter");
+    insta::assert_snapshot!(saving(&["embed_tokens"]).check(), @r#"
+InvalidSpec spec.model.addedTokens: adds 2 tokens, whose rows would not be trained and mean nothing: add lm_head to loraConfig.modulesToSave, or leave loraConfig out to train every parameter
+warning: spec.loraConfig.modulesToSave: vLLM refuses adapters with modulesToSave: set output.merge to true to serve the merged model
+"#);
+    let problems = saving(&["embed_tokens", "lm_head"]).report().problems;
+    assert_eq!(problems, []);
+    insta::assert_snapshot!(with_tokens(&["<|im_end|>"], Fixture::new().with_lora(|_| {})).check(), @"");
 }
 
 #[test]

@@ -11,9 +11,11 @@ use std::{
 use finetune_contract::{
     CONTRACT_VERSION, DatasetFormat, DatasetSource, Document, Dtype, ExpectedData, LoraSettings,
     LrScheduler, ModelSource, OnOverflow, Optimizer, OutputTarget, Parallelism, PreflightConfig,
-    PreflightReport, Recompute, RunConfig, RunId, TrainingSettings, parse, render,
+    PreflightReport, Recompute, RunConfig, RunId, TargetModules, TrainingSettings, parse, render,
 };
 use finetune_trainer::{
+    data::{Rendering, Tokenizer},
+    extension,
     model::{Model, attach::Attachment, read_config},
     seed::Counter,
 };
@@ -35,6 +37,7 @@ fn published_results_give_the_logits_that_were_trained() {
         let rows = &golden.facts.rows;
         let base = Base {
             directory: golden.directory.clone(),
+            added_tokens: Vec::new(),
             rows: rows.iter().map(|row| words(&row.tokens)).collect(),
             probe: rows[0].tokens.clone(),
             tolerance: 1e-5,
@@ -64,6 +67,7 @@ fn nine_modules_of_a_real_model_merge_within_rounding() {
     widen(&stored, &directory);
     let base = Base {
         directory,
+        added_tokens: Vec::new(),
         rows: ["The tide turns at noon.", "Gauge four reads ninety.", "End of report.", "Yes."]
             .map(str::to_owned)
             .to_vec(),
@@ -93,6 +97,40 @@ fn widen(from: &Path, to: &Path) {
     }
 }
 
+/// Tokens that the base model does not have: trained with it, published with it, and its own in other
+/// people's software.
+#[test]
+fn added_tokens_are_trained_and_published() {
+    let nine = Golden::open("llama").facts.lora["nine"].settings.clone();
+    let outer = ["embed_tokens", "lm_head"].map(str::to_owned);
+    let saved = LoraSettings {
+        modules_to_save: outer.to_vec(),
+        target_modules: TargetModules::AllLinear,
+        ..nine
+    };
+    for family in ["llama", "llama-biases"] {
+        let golden = Golden::open(family);
+        let tokenizer = Tokenizer::load(&golden.directory, &Rendering::of_model()).unwrap();
+        let first = tokenizer.vocab_size();
+        let base = Base {
+            directory: golden.directory.clone(),
+            added_tokens: ["<|call|>", "<|result|>"].map(str::to_owned).to_vec(),
+            rows: golden.facts.rows.iter().map(|row| call(&row.tokens)).collect(),
+            probe: [&golden.facts.rows[0].tokens[..6], &[first, first + 1]].concat(),
+            tolerance: 1e-5,
+            training: training(),
+        };
+        base.publish_full(&format!("{family}-added-tokens-full"));
+        base.publish_adapter(&format!("{family}-added-tokens-saved"), &saved);
+    }
+}
+
+/// A row that uses both added tokens.
+fn call(tokens: &[u32]) -> String {
+    let (before, after) = tokens.split_at(tokens.len() / 2);
+    format!("{} <|call|> {} <|result|>", words(before), words(after))
+}
+
 fn words(tokens: &[u32]) -> String {
     tokens.iter().map(|token| format!("t{token}")).collect::<Vec<_>>().join(" ")
 }
@@ -100,6 +138,7 @@ fn words(tokens: &[u32]) -> String {
 /// A model, what it is trained on, and the text whose logits are compared.
 struct Base {
     directory: PathBuf,
+    added_tokens: Vec<String>,
     rows: Vec<String>,
     probe: Vec<u32>,
     /// The largest relative distance of logits.
@@ -108,6 +147,12 @@ struct Base {
 }
 
 impl Base {
+    /// Returns the model's directory with the tokens added.
+    fn extended(&self) -> PathBuf {
+        let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("extended");
+        extension::with_tokens(&self.directory, &self.added_tokens, &cache).unwrap()
+    }
+
     fn publish_full(&self, name: &str) {
         let case = Case::new(self, name, None);
         let output = case.run();
@@ -118,11 +163,11 @@ impl Base {
         let case = Case::new(self, name, Some(settings.clone()));
         let output = case.run();
         let adapter = output.join("adapter");
-        let config = read_config(&self.directory).unwrap();
-        let adapted =
-            Model::load_with_adapter(&self.directory, config, &adapter, Dtype::Fp32, Device::Cpu)
-                .unwrap()
-                .logits(&self.probe);
+        let base = self.extended();
+        let config = read_config(&base).unwrap();
+        let adapted = Model::load_with_adapter(&base, config, &adapter, Dtype::Fp32, Device::Cpu)
+            .unwrap()
+            .logits(&self.probe);
         let found = distance(&load(&output).logits(&self.probe), &adapted);
         assert!(found <= self.tolerance, "{name}: the merged model's logits differ by {found:e}");
         case.record("merged", &output, Some(&adapter), &adapted);
@@ -153,7 +198,11 @@ impl<'a> Case<'a> {
 
         let output = self.directory.join("output");
         let run_id = RunId(self.name.clone());
-        let model = ModelSource { uri: uri(&self.base.directory), revision: None };
+        let model = ModelSource {
+            uri: uri(&self.base.directory),
+            revision: None,
+            added_tokens: self.base.added_tokens.clone(),
+        };
         let dataset = DatasetSource {
             format: DatasetFormat::Text,
             on_overflow: OnOverflow::Error,
@@ -236,12 +285,13 @@ impl<'a> Case<'a> {
 
     /// Leaves what `parity.py` needs.
     fn record(&self, model: &str, output: &Path, adapter: Option<&Path>, trained: &Tensor) {
-        let Base { directory, probe, tolerance, .. } = self.base;
+        let Base { directory, added_tokens, probe, tolerance, .. } = self.base;
         let case = json!({
-            "base": directory, "tokens": probe, "tolerance": tolerance, model: output, "adapter": adapter,
+            "base": directory, "addedTokens": added_tokens, "tokens": probe, "tolerance": tolerance,
+            model: output, "adapter": adapter,
         });
         fs::write(self.directory.join("case.json"), case.to_string()).unwrap();
-        let base = load(directory).logits(probe);
+        let base = load(&self.base.extended()).logits(probe);
         let logits = [("trained", trained), ("base", &base)];
         Tensor::write_safetensors(&logits, self.directory.join("logits.safetensors")).unwrap();
     }

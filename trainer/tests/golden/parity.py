@@ -3,8 +3,9 @@
     python trainer/tests/golden/parity.py CASES        # `cargo xtask parity` does both halves
 
 The Rust test `exports` leaves one directory per run of our trainer in CASES (target/tmp/parity):
-    case.json             "base": its directory, "tokens": the probe, "tolerance", and the published directories:
-                          "adapter" and "merged" of a LoRA run, "full" of a full-parameter run
+    case.json             "base": its directory, "addedTokens": special tokens that it was given, "tokens": the
+                          probe, "tolerance", and the published directories: "adapter" and "merged" of a LoRA
+                          run, "full" of a full-parameter run
     logits.safetensors    our engine's: `trained`, and `base` before training
 Every reader is strict: an unexpected, missing or newly initialised tensor fails, and so does any warning.
 """
@@ -65,23 +66,23 @@ def collect_complaints() -> list[str]:
 def check(directory: Path) -> list[str]:
     case = json.loads((directory / "case.json").read_text())
     ours = load_file(directory / "logits.safetensors")
-    base = Path(case["base"])
+    base = lambda: load_base(Path(case["base"]), case["addedTokens"])
     published = {kind: Path(case[kind]) for kind in ("full", "merged", "adapter") if case.get(kind)}
     tolerance = case["tolerance"]
     findings, found = [], {}
     if (ours["trained"] - ours["base"]).abs().max() < 1e-2:
         findings.append("training did not move the logits: the case shows nothing")
     with torch.no_grad():
-        findings += compare("base", logits(load(base), case), ours["base"], tolerance)
+        findings += compare("base", logits(base(), case), ours["base"], tolerance)
         for kind, path in published.items():
-            model = load_adapter(base, path) if kind == "adapter" else load(path)
+            model = load_adapter(base(), path) if kind == "adapter" else load(path)
             found[kind] = logits(model, case)
             findings += compare(kind, found[kind], ours["trained"], tolerance)
             findings += check_header(path)
             findings += check_use(model, path, case)
     if "adapter" in published:
         findings += compare("adapter and merged", found["merged"], found["adapter"], tolerance)
-        findings += check_names(base, published["adapter"])
+        findings += check_names(base(), published["adapter"])
     return findings
 
 
@@ -96,9 +97,23 @@ def load(directory: Path):
     return model.eval()
 
 
-def load_adapter(base: Path, directory: Path) -> PeftModel:
+def load_base(directory: Path, added_tokens: list[str]):
+    """Loads a base model and adds special tokens, as people do before they load an adapter that has them."""
+    model = load(directory)
+    if added_tokens:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer.add_special_tokens({"extra_special_tokens": added_tokens})
+        before = model.get_input_embeddings().weight.shape[0]
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with torch.no_grad():  # The mean without the noise that transformers adds to it.
+            for weight in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+                weight[before:] = weight[:before].double().mean(0).to(weight.dtype)
+    return model
+
+
+def load_adapter(base, directory: Path) -> PeftModel:
     """Loads an adapter; every tensor it should have must be in the file, and no other."""
-    model = PeftModel(load(base), PeftConfig.from_pretrained(directory))
+    model = PeftModel(base, PeftConfig.from_pretrained(directory))
     report = model.load_adapter(directory, adapter_name="default")
     missing = [name for name in report.missing_keys if "lora_" in name or "modules_to_save" in name]
     if missing or report.unexpected_keys:
@@ -106,11 +121,11 @@ def load_adapter(base: Path, directory: Path) -> PeftModel:
     return model.eval()
 
 
-def check_names(base: Path, directory: Path) -> list[str]:
+def check_names(base, directory: Path) -> list[str]:
     """Compares names, shapes and dtypes with what PEFT itself would save for the same settings."""
     settings = PeftConfig.from_pretrained(directory)
     settings.inference_mode = False
-    theirs = get_peft_model_state_dict(get_peft_model(load(base), settings), save_embedding_layers=False)
+    theirs = get_peft_model_state_dict(get_peft_model(base, settings), save_embedding_layers=False)
     ours = load_file(directory / "adapter_model.safetensors")
     describe = lambda tensors: {(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     return [f"only one of ours and PEFT has {item}" for item in sorted(describe(theirs) ^ describe(ours), key=str)]
@@ -121,6 +136,13 @@ def check_use(model, directory: Path, case: dict) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     text = tokenizer.decode(case["tokens"])
     tokenizer(text)
+    findings = []
+    for index, token in enumerate(reversed(case["addedTokens"])):
+        expected = len(tokenizer) - 1 - index
+        if tokenizer(token, add_special_tokens=False)["input_ids"] != [expected]:
+            findings.append(f"{token} is not token {expected}")
+        if token in tokenizer.decode([expected], skip_special_tokens=True):
+            findings.append(f"{token} is no special token")
     mask = torch.ones((1, len(case["tokens"])), dtype=torch.long)
     model.generate(
         input_ids=torch.tensor([case["tokens"]]), attention_mask=mask, max_new_tokens=2, do_sample=False,
@@ -128,7 +150,7 @@ def check_use(model, directory: Path, case: dict) -> list[str]:
     )
     if (directory / "config.json").exists():
         AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
-    return []
+    return findings
 
 
 def check_header(directory: Path) -> list[str]:

@@ -67,7 +67,11 @@ impl Case {
             version: CONTRACT_VERSION,
             run_id: RunId("tiny".to_owned()),
             attempt: 0,
-            model: ModelSource { uri: format!("file://{}", model.display()), revision: None },
+            model: ModelSource {
+                uri: format!("file://{}", model.display()),
+                revision: None,
+                added_tokens: Vec::new(),
+            },
             dataset: DatasetSource {
                 validation: Some(uri("validation.jsonl")),
                 format: DatasetFormat::Text,
