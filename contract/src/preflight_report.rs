@@ -311,6 +311,9 @@ pub struct LengthPoint {
     pub empty: u64,
     /// Sequences after packing the cut rows that still have a target.
     pub packed: u64,
+    /// No row has more targets than this once cut; absent in reports of earlier releases.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub most_targets: Option<u32>,
 }
 
 /// What lies at the output.

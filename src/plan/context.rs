@@ -13,6 +13,8 @@ const LONGER_FOR_NOTHING_CUT: f64 = 1.25;
 /// What was decided.
 pub(super) struct Data {
     pub(super) context: u32,
+    /// Positions of a sequence that are predicted, at most.
+    pub(super) targets: u32,
     pub(super) sequences: u64,
     pub(super) positions_per_sequence: f64,
 }
@@ -105,6 +107,8 @@ pub(super) fn decide(
     let tokens = census.tokens.saturating_sub(point.cut) as f64;
     Some(Data {
         context: point.context,
+        // Packed, a sequence has as many as fit.
+        targets: point.most_targets.filter(|_| !packing).unwrap_or(point.context),
         sequences,
         positions_per_sequence: tokens / sequences as f64,
     })

@@ -64,7 +64,14 @@ pub(crate) fn llama_8b() -> ModelFacts {
 }
 
 pub(crate) fn report(model: ModelFacts, memory_bytes: u64) -> PreflightReport {
-    let point = |context, over, cut, packed| LengthPoint { context, over, cut, empty: 0, packed };
+    let point = |context, over, cut, packed| LengthPoint {
+        context,
+        over,
+        cut,
+        empty: 0,
+        packed,
+        most_targets: None,
+    };
     PreflightReport {
         version: CONTRACT_VERSION,
         run_id: RunId("job".to_owned()),

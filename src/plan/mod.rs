@@ -331,6 +331,7 @@ pub fn plan_over(
         recompute: Recompute::None,
         micro_batch: 1,
         context: u64::from(data.context),
+        targets: u64::from(data.targets),
         is_device: place.is_device(),
         ranks: u64::from(ranks),
         strategy: Strategy::None,

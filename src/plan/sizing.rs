@@ -70,6 +70,8 @@ pub struct Load {
     pub micro_batch: u64,
     /// Positions of a sequence.
     pub context: u64,
+    /// Those of them that are predicted, at most.
+    pub targets: u64,
     /// Whether it runs on a device, to which frozen weights are copied: there is nothing to map.
     pub is_device: bool,
     /// Processes that train together.
@@ -231,7 +233,8 @@ pub fn memory(model: &ModelFacts, load: &Load) -> Memory {
         trained_state: divides(divides_state, state),
         gathered,
         activations,
-        head: HEAD_ROWS.min(t) * v * of_logit,
+        // Only what is predicted has logits.
+        head: HEAD_ROWS.min(micro_batch * load.targets.min(context)) * v * of_logit,
         temporaries: temporaries + weight_gradient,
         checkpoint: if is_full { checkpoint.min(UPLOAD_BYTES) } else { checkpoint },
         runtime: if is_device { DEVICE_RUNTIME_BYTES } else { RUNTIME_BYTES },
@@ -291,6 +294,7 @@ mod tests {
             recompute,
             micro_batch: 4,
             context: 256,
+            targets: 256,
             is_device: false,
             ranks: 1,
             strategy: Strategy::None,
@@ -317,6 +321,7 @@ mod tests {
                 dtype: if dtype == "bf16" { Dtype::Bf16 } else { Dtype::Fp32 },
                 micro_batch: rows.parse().unwrap(),
                 context: tokens.parse().unwrap(),
+                targets: tokens.parse().unwrap(),
                 ..load(if is_full { model.parameters } else { 2_442_240 }, is_full, policy)
             };
             // The steps were measured without checkpoints.
@@ -386,7 +391,8 @@ mod tests {
             let model = fixture::smollm2();
             for recompute in [Recompute::None, Recompute::Block] {
                 let at = |micro_batch, context| {
-                    let load = Load { micro_batch, context, ..load(2_442_240, false, recompute) };
+                    let whole = load(2_442_240, false, recompute);
+                    let load = Load { micro_batch, context, targets: context, ..whole };
                     memory(&model, &load).total()
                 };
                 prop_assert!(at(micro, context) <= at(micro + 1, context));

@@ -51,6 +51,38 @@ fn two_ranks_train_what_one_does() {
     }
 }
 
+/// 19 rows in steps of 8: the last has 3, which two ranks cannot halve.
+#[test]
+fn two_ranks_share_a_short_last_step() {
+    let Some(bench) = Bench::new() else { return };
+    bench.write_rows("train.jsonl", 0..19);
+    for is_lora in [true, false] {
+        let job = |output: &str, accumulation: u32| {
+            let mut job = bench.job(output);
+            let spec = job["spec"].as_object_mut().unwrap();
+            spec["training"]["gradientAccumulationSteps"] = json!(accumulation);
+            spec["training"]["learningRate"] = json!(1e-3);
+            spec["training"]["numEpochs"] = json!(1);
+            spec["training"].as_object_mut().unwrap().remove("maxSteps");
+            if !is_lora {
+                spec.remove("loraConfig");
+            }
+            job
+        };
+        let (one_job, two_job) =
+            (job(&format!("one-{is_lora}"), 4), job(&format!("two-{is_lora}"), 2));
+        bench.run(&one_job).ok();
+        Ran::of(&bench.ranks_command(&two_job, 2).output().unwrap()).ok();
+        let [one, two] = [bench.report(&one_job), bench.report(&two_job)];
+        assert_eq!((one.steps, two.steps), (3, 3));
+        assert_eq!(two.tokens_seen, one.tokens_seen);
+        let losses = one.train_loss.unwrap().into_iter().zip(two.train_loss.unwrap());
+        for (one, two) in losses {
+            assert!((one - two).abs() < 1e-6, "{one} {two}");
+        }
+    }
+}
+
 #[test]
 fn the_plan_says_how_ranks_divide_the_run() {
     let Some(bench) = Bench::new() else { return };

@@ -5,7 +5,7 @@ use std::fs;
 use finetune_contract::ArtifactKind;
 use serde_json::json;
 
-use crate::bench::{Bench, rows, sha256};
+use crate::bench::{Bench, lines, rows, sha256};
 
 fn paths(manifest: &finetune_contract::Manifest) -> Vec<&str> {
     manifest.files.iter().map(|file| file.path.as_str()).collect()
@@ -241,6 +241,28 @@ fn rows_may_have_a_sequence_each() {
     bench.run(&job).ok();
     assert_eq!(bench.report(&job).steps, 6, "12 rows × 2 epochs / 4 rows a step");
     bench.published("output");
+}
+
+/// Three conversations of two answers each, thoughts of all but the last left out, each read twice.
+#[test]
+fn a_conversation_that_becomes_several_rows_is_repeated_as_a_whole() {
+    let Some(bench) = Bench::new() else { return };
+    let talk = |number: u32| {
+        let turn = |role: &str, content: String| json!({"role": role, "content": content});
+        json!({"messages": [
+            turn("user", format!("{number}?")), turn("assistant", format!("<think>a{number}</think>yes")),
+            turn("user", "sure?".to_owned()), turn("assistant", "<think>b</think>no".to_owned()),
+        ]})
+    };
+    bench.write("talks.jsonl", &lines((0..3).map(talk)));
+    let mut job = bench.job("output");
+    job["spec"]["dataset"] = json!({
+        "sources": [{"uri": bench.uri("talks.jsonl"), "weight": 2}],
+        "chatTemplate": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    });
+    let planned = bench.planned(&job, 1);
+    assert_eq!(planned.expected.sequences, 3 * 2 * 2);
+    bench.run(&job).ok();
 }
 
 #[test]

@@ -35,7 +35,9 @@ pub(crate) fn run() -> Result<()> {
     let goldens = shell::root().join("trainer/tests/golden");
     shell::run(Command::new(&python).arg(goldens.join("gen.py")).arg("--check"))?;
     let templates = shell::root().join("target/tmp/templates");
-    shell::run(Command::new(&python).arg(goldens.join("templates.py")).args([
+    let script = goldens.join("templates.py");
+    shell::run(Command::new(&python).arg(&script).args(["golden", "--check"]))?;
+    shell::run(Command::new(&python).arg(&script).arg("render").args([
         &templates,
         &real_templates()?,
         &goldens.join("templates"),

@@ -96,16 +96,21 @@ struct Lengths {
     target_tokens: u64,
     by_length: BTreeMap<u32, u64>,
     by_first_target: BTreeMap<u32, u64>,
+    /// The most targets of the rows with a first target.
+    most_targets: BTreeMap<u32, u32>,
 }
 
 impl Lengths {
     fn add(&mut self, tokens: &[u32], targets: &[bool]) {
         self.rows += 1;
         self.tokens += tokens.len() as u64;
-        self.target_tokens += targets.iter().filter(|is_target| **is_target).count() as u64;
+        let count = targets.iter().filter(|is_target| **is_target).count();
+        self.target_tokens += count as u64;
         *self.by_length.entry(tokens.len() as u32).or_default() += 1;
         let first = targets.iter().position(|is_target| *is_target).unwrap_or(tokens.len());
         *self.by_first_target.entry(first as u32).or_default() += 1;
+        let most = self.most_targets.entry(first as u32).or_default();
+        *most = (*most).max(count as u32);
     }
 
     fn max(&self) -> u32 {
@@ -154,7 +159,11 @@ impl Lengths {
         if on_overflow == OnOverflow::Truncate && over > empty {
             *rows_by_length.entry(context).or_default() += over - empty;
         }
-        LengthPoint { context, over, cut, empty, packed: packed_count(&rows_by_length, context) }
+        // What a cut leaves of a row's targets lies between the first one and the end.
+        let left = self.most_targets.range(..context);
+        let most_targets = left.map(|(first, &most)| most.min(context - first)).max();
+        let packed = packed_count(&rows_by_length, context);
+        LengthPoint { context, over, cut, empty, packed, most_targets }
     }
 }
 
@@ -179,6 +188,10 @@ mod tests {
         // Left: 10, 64 (cut from 70) and 64.
         assert_eq!(point.packed, 3);
         assert_eq!(lengths.point(64, OnOverflow::Drop).packed, 2);
+        // Of the row of 64 all but the first; of that of 70 as many at least; the one of 100 has ten.
+        assert_eq!(point.most_targets, Some(63));
+        assert_eq!(lengths.point(95, OnOverflow::Drop).most_targets, Some(67));
+        assert_eq!(lengths.point(1, OnOverflow::Drop).most_targets, None);
     }
 
     #[test]

@@ -1,24 +1,41 @@
 """Renders conversations with chat templates as transformers does, for the Rust test `templates` to compare.
 
-    python trainer/tests/golden/templates.py OUT DIRECTORY...     # `cargo xtask parity` does both halves
+    python trainer/tests/golden/templates.py render OUT DIRECTORY...   # `cargo xtask parity` does both halves
+    python trainer/tests/golden/templates.py golden [--check]          # our own templates, whose renderings are kept
 
-DIRECTORY... hold templates (`*.jinja`). OUT gets a tokenizer, and `cases.jsonl` with a line for each template
-and conversation: text, token ids and, where the template has {% generation %}, which tokens the assistant
-generates; or only that transformers refuses.
+DIRECTORY... hold templates (`*.jinja`), which are copied to OUT. Beside them are written: a tokenizer,
+`conversations.json`, and `cases.jsonl` with a line for each template and conversation: text, the digest of its token
+ids (SHA-256 of them as 32-bit little-endian numbers) and, where the template has {% generation %}, the ranges of
+tokens the assistant generates; or only that transformers refuses. It is always 31 January 2026.
 """
-
+import argparse
+import datetime
+import filecmp
+import hashlib
 import json
-import os
 import re
+import shutil
+import struct
 import sys
-import time
+import tempfile
 from pathlib import Path
-
-os.environ["TZ"] = "UTC"  # strftime_now takes the local day; our test takes the day in UTC.
-time.tzset()
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
+
+OWN = Path(__file__).parent / "templates"
+
+
+class Day(datetime.datetime):
+    """What `strftime_now` asks for the day."""
+
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2026, 1, 31, tzinfo=tz)
+
+
+chat_template_utils.datetime = Day
 
 SPECIAL = """<s> </s> <unk> <|im_start|> <|im_end|> <|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>
 <|eom_id|> <|end_of_text|> <|endoftext|> <|user|> <|assistant|> <|system|> <|end|> <bos> <eos> <start_of_turn>
@@ -126,28 +143,66 @@ def expected(tokenizer, source, messages, tools, ask):
         )
     except Exception as error:  # noqa: BLE001: whatever a template refuses with, ours must refuse too
         return {"refused": f"{type(error).__name__}: {error}"}
-    return {"text": text, "ids": encoded["input_ids"], "mask": encoded["assistant_masks"] if marks else None}
+    ids = encoded["input_ids"]
+    digest = hashlib.sha256(struct.pack(f"<{len(ids)}I", *ids)).hexdigest()[:16]
+    case = {"text": text, "idsSha256": digest}
+    return case | {"generated": ranges(encoded["assistant_masks"])} if marks else case
 
 
-def main(out, directories):
+def ranges(mask):
+    """[0, 1, 1, 0, 1] -> [[1, 3], [4, 5]]"""
+    borders = [index for index, (before, this) in enumerate(zip([0] + mask, mask + [0])) if before != this]
+    return [list(pair) for pair in zip(borders[::2], borders[1::2])]
+
+
+def render(out, directories):
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(out / "tokenizer")
+    conversations = {name: {"messages": messages, "tools": tools} for name, (messages, tools) in CONVERSATIONS.items()}
+    (out / "conversations.json").write_text(json.dumps(conversations, ensure_ascii=False, indent=1) + "\n")
     sources = sorted(path for directory in directories for path in directory.rglob("*.jinja"))
     refused = total = 0
     with open(out / "cases.jsonl", "w", encoding="utf-8") as file:
         for path in sources:
             # As transformers reads it: with the line ends the file has.
             source = path.read_bytes().decode("utf-8")
+            if path.parent != out:
+                shutil.copy(path, out / path.name)
             for name, (messages, tools) in CONVERSATIONS.items():
                 for ask in (False, True):
                     case = expected(tokenizer, source, messages, tools, ask)
                     refused += "refused" in case
                     total += 1
-                    case |= {"template": path.name, "source": source, "conversation": name}
-                    case |= {"messages": messages, "tools": tools, "ask": ask}
+                    case = {"template": path.name, "conversation": name, "ask": ask} | case
                     file.write(json.dumps(case, ensure_ascii=False) + "\n")
     print(f"{len(sources)} templates, {total} renderings, of which transformers refuses {refused}")
 
 
+def check():
+    """Renders our own templates again: what is kept must be what transformers makes of them."""
+    with tempfile.TemporaryDirectory() as again:
+        render(Path(again), [OWN])
+        files = ["cases.jsonl", "conversations.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]
+        _, different, missing = filecmp.cmpfiles(OWN, again, files, shallow=False)
+    if different or missing:
+        sys.exit(f"{OWN} is stale in {different + missing}: run templates.py golden")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    rendering = commands.add_parser("render")
+    rendering.add_argument("out", type=Path)
+    rendering.add_argument("directories", type=Path, nargs="+")
+    commands.add_parser("golden").add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.command == "render":
+        render(arguments.out, arguments.directories)
+    elif arguments.check:
+        check()
+    else:
+        render(OWN, [OWN])
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), [Path(directory) for directory in sys.argv[2:]])
+    main()

@@ -4,6 +4,8 @@ use std::{fs, path::Path};
 
 use finetune_contract::{ObjectUri, Split};
 use io::Write;
+use proptest::prelude::*;
+use serde_json::{Value, json};
 
 use super::*;
 use crate::{
@@ -221,5 +223,67 @@ fn damaged_parquet_is_said_to_be_damaged() {
         damaged[at] ^= 0x5A;
         let said = check("a.parquet", &damaged);
         assert!(said.contains("a.parquet:"), "byte {at}: {said}");
+    }
+}
+
+/// Rows that every kind of file can hold: texts by key.
+fn rows() -> impl Strategy<Value = Vec<[String; 2]>> {
+    let text = prop_oneof!["\\PC{0,12}", "[\"\\\\\n\t ,;{}\\[\\]]{0,8}", Just("☂ 你好".to_owned())];
+    prop::collection::vec(prop::array::uniform2(text), 1..6)
+}
+
+/// Reads a file's rows as JSON values.
+fn values(name: &str, bytes: &[u8]) -> Vec<Value> {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join(name);
+    fs::write(&path, bytes).unwrap();
+    let store = open(&path);
+    let mut values = Vec::new();
+    let file = &files::list(&store, Split::Train).unwrap().taken[0];
+    for_each_record(&store, file, &mut |record, _| {
+        values.push(serde_json::from_str(&record.text.unwrap()).unwrap());
+        Ok(())
+    })
+    .unwrap();
+    values
+}
+
+proptest! {
+    #[test]
+    fn the_same_rows_are_read_from_every_kind_of_file(rows in rows()) {
+        let row = |[prompt, completion]: &[String; 2], of: fn(&String) -> Value| {
+            json!({"prompt": of(prompt), "completion": of(completion)})
+        };
+        let expected: Vec<Value> = rows.iter().map(|texts| row(texts, |text| json!(text))).collect();
+        let jsonl: String = expected.iter().map(|row| format!("{row}\n")).collect();
+        let spread: String = expected.iter().map(|row| format!("{row:#}\n")).collect();
+        let array = Value::from(expected.clone());
+        prop_assert_eq!(&values("a.jsonl", jsonl.as_bytes()), &expected);
+        prop_assert_eq!(&values("a.jsonl", spread.as_bytes()), &expected);
+        prop_assert_eq!(&values("a.json", array.to_string().as_bytes()), &expected);
+        prop_assert_eq!(&values("a.json.gz", &gzip(format!("{array:#}").as_bytes())), &expected);
+        // An empty cell says nothing.
+        let of_cell = |text: &String| if text.is_empty() { Value::Null } else { json!(text) };
+        let expected: Vec<Value> = rows.iter().map(|texts| row(texts, of_cell)).collect();
+        for (name, delimiter) in [("a.csv", b','), ("a.csv", b';'), ("a.tsv", b'\t')] {
+            let mut table = ::csv::WriterBuilder::new()
+                .delimiter(delimiter)
+                .quote_style(::csv::QuoteStyle::NonNumeric)
+                .from_writer(Vec::new());
+            table.write_record(["prompt", "completion"]).unwrap();
+            rows.iter().for_each(|row| table.write_record(row).unwrap());
+            prop_assert_eq!(&values(name, &table.into_inner().unwrap()), &expected);
+        }
+    }
+
+    #[test]
+    fn no_bytes_make_a_reader_panic(
+        bytes in prop_oneof![
+            prop::collection::vec(any::<u8>(), 0..60),
+            "[\\[\\]{}\",:;\n\r\t0-9a-c\\\\ \u{feff}]{0,60}".prop_map(String::into_bytes),
+        ],
+        name in prop::sample::select(vec!["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "a.jsonl.gz", "a.csv.zst"]),
+    ) {
+        check(name, &bytes);
     }
 }
