@@ -216,3 +216,29 @@ fn explain_strategy(
 fn does_not_fit(bytes: u64, usable: u64) -> String {
     format!("{} do not fit {}", render::bytes(bytes), render::bytes(usable))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(training: &Training, sequences: u64, ranks: u64) -> (Option<u64>, Option<u64>, bool) {
+        let Sizes { asked, accumulation, is_lowered, .. } = Sizes::new(training, sequences, ranks);
+        (asked, accumulation, is_lowered)
+    }
+
+    #[test]
+    fn a_step_has_no_more_sequences_than_there_are() {
+        let training = |batch: i32, accumulation: Option<i32>, max_steps: Option<i64>| Training {
+            train_batch_size_per_device: Some(batch),
+            gradient_accumulation_steps: accumulation,
+            max_steps,
+            ..Training::default()
+        };
+        assert_eq!(check(&training(64, None, None), 5, 1), (Some(5), None, true));
+        assert_eq!(check(&training(4, Some(8), None), 5, 1), (Some(4), Some(2), true));
+        assert_eq!(check(&training(2, Some(2), None), 5, 1), (Some(2), Some(2), false));
+        assert_eq!(check(&training(64, None, None), 5, 2), (Some(3), None, true));
+        // Who counts steps gets what was asked for.
+        assert_eq!(check(&training(64, None, Some(2)), 5, 1), (Some(64), None, false));
+    }
+}

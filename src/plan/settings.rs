@@ -229,8 +229,20 @@ pub(super) fn output(spec: &FineTuneJobSpec) -> OutputTarget {
 
 #[cfg(test)]
 mod tests {
-    use super::run_id;
+    use finetune_contract::TargetModules;
+
+    use super::{lora, run_id};
     use crate::manifest;
+
+    #[test]
+    fn all_linear_is_a_word_however_it_is_written() {
+        for names in ["all-linear", "All-Linear", "[all-linear]"] {
+            let minimal = include_str!("../../examples/minimal.yaml");
+            let text = format!("{minimal}  loraConfig: {{targetModules: {names}}}\n");
+            let settings = lora(&manifest::parse(&text).unwrap().spec).unwrap();
+            assert_eq!(settings.target_modules, TargetModules::AllLinear, "{names}");
+        }
+    }
 
     fn check(namespace: &str, name: &str, uid: Option<&str>) -> String {
         let mut job = manifest::parse(include_str!("../../examples/minimal.yaml")).unwrap();

@@ -63,6 +63,8 @@ fn two_ranks_share_a_short_last_step() {
             spec["training"]["gradientAccumulationSteps"] = json!(accumulation);
             spec["training"]["learningRate"] = json!(1e-3);
             spec["training"]["numEpochs"] = json!(1);
+            // A sequence for each row.
+            spec["training"]["packing"] = json!(false);
             spec["training"].as_object_mut().unwrap().remove("maxSteps");
             if !is_lora {
                 spec.remove("loraConfig");

@@ -131,6 +131,34 @@ fn a_merged_run_publishes_the_model_and_its_adapter() {
     bench.finetune(&["verify", &bench.uri("output")]).ok();
 }
 
+/// A model whose generation would go on after the end of a turn, with a stale index beside its weights.
+#[test]
+fn a_result_stops_where_its_turns_end() {
+    let Some(bench) = Bench::new() else { return };
+    bench.write("model/generation_config.json", "{\"eos_token_id\": 256}");
+    bench.write(
+        "model/model.safetensors.index.json",
+        "{\"weight_map\": {\"model.norm.weight\": \"model-00001-of-00001.safetensors\"}}",
+    );
+    for is_merged in [true, false] {
+        let mut job = bench.job(&format!("output-{is_merged}"));
+        if is_merged {
+            job["spec"]["output"]["merge"] = json!(true);
+        } else {
+            job["spec"].as_object_mut().unwrap().remove("loraConfig");
+        }
+        let ran = bench.run(&job).ok();
+        let said = format!("{}{}", ran.stdout, ran.stderr);
+        assert!(said.contains("answers end with \"<|im_end|>\" (token 257)"), "{said}");
+        assert!(said.contains("model.safetensors is used, as transformers does"), "{said}");
+        let path = bench.path(&format!("output-{is_merged}/generation_config.json"));
+        let config: serde_json::Value =
+            serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap();
+        assert_eq!(config["eos_token_id"], json!([256, 257]));
+        bench.finetune(&["verify", &bench.uri(&format!("output-{is_merged}"))]).ok();
+    }
+}
+
 /// A template of one's own, whose turns end with a token that the model does not have.
 #[test]
 fn tokens_are_added_to_a_model_and_trained() {
@@ -260,6 +288,7 @@ fn a_conversation_that_becomes_several_rows_is_repeated_as_a_whole() {
         "sources": [{"uri": bench.uri("talks.jsonl"), "weight": 2}],
         "chatTemplate": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     });
+    job["spec"]["training"]["packing"] = json!(false);
     let planned = bench.planned(&job, 1);
     assert_eq!(planned.expected.sequences, 3 * 2 * 2);
     bench.run(&job).ok();

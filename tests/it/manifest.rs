@@ -51,6 +51,9 @@ spec.training.learningRate: is "2e-4", must be a number: write 2e-4 without quot
 spec.training.numEpochs: is "3", must be a number: write 3 without quotation marks
 spec.training.packing: is "1", must be true or false
 "#);
+    for names in ["all-linear", "All-Linear", "[all-linear]"] {
+        assert_eq!(with(&format!("  loraConfig: {{targetModules: {names}}}\n")), "accepted");
+    }
     assert_eq!(with("  training: {numEpochs: 0.5}\n"), "accepted");
     assert_eq!(with("  training: {numEpochs: 2.0}\n"), "accepted");
     insta::assert_snapshot!(with("  training: {numEpochs: 0}\n"), @"spec.training.numEpochs: is 0, must be from 0.001 to 1000");

@@ -124,9 +124,27 @@ impl Message {
         }
     }
 
-    /// Returns every text of the message, as it must be found again in what is trained on.
+    /// Returns what the message says, as it must be found again in what is trained on.
     pub fn texts(&self) -> impl Iterator<Item = &str> {
         [Some(self.content.as_str()), self.reasoning.as_deref()].into_iter().flatten()
+    }
+
+    /// Tells whether a text is in what the message says or in its calls.
+    pub fn contains(&self, text: &str) -> bool {
+        let is_in_call = |call: &ToolCall| call.name.contains(text) || is_in(&call.arguments, text);
+        self.texts().any(|said| said.contains(text)) || self.tool_calls.iter().any(is_in_call)
+    }
+}
+
+/// Tells whether a text is in a key or a text of a JSON value.
+pub fn is_in(value: &Value, text: &str) -> bool {
+    match value {
+        Value::String(said) => said.contains(text),
+        Value::Array(items) => items.iter().any(|item| is_in(item, text)),
+        Value::Object(fields) => {
+            fields.iter().any(|(key, item)| key.contains(text) || is_in(item, text))
+        }
+        Value::Null | Value::Bool(_) | Value::Number(_) => false,
     }
 }
 

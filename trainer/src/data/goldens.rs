@@ -154,7 +154,7 @@ fn llama_3_has_one_bos_and_trains_the_end_of_turn() {
 #[test]
 fn mistral_trains_the_end_of_text_after_each_answer() {
     let tokenizer = tokenizer(Some(MISTRAL), "<s>", "</s>");
-    insta::assert_snapshot!(show(&tokenizer, &two_turns()), @"<s>[INST] Hi [/INST] [Hello!</s>][INST] Bye [/INST] [Ciao ☂</s>]");
+    insta::assert_snapshot!(show(&tokenizer, &two_turns()), @"<s>[INST] Hi [/INST][ Hello!</s>][INST] Bye [/INST][ Ciao ☂</s>]");
     insta::assert_snapshot!(show(&tokenizer, &chat(&[("user", "a"), ("user", "b"), ("assistant", "c")])), @"error: roles must alternate user/assistant (line 1 of the template)");
 }
 

@@ -94,9 +94,18 @@ impl Template {
         self.program(chat).marks_generation
     }
 
-    /// Tells whether the template asks for the date.
-    pub fn asks_date(&self) -> bool {
-        self.default.asks_date || self.tool_use.as_ref().is_some_and(|program| program.asks_date)
+    fn programs(&self) -> impl Iterator<Item = &Program> {
+        [Some(&self.default), self.tool_use.as_ref()].into_iter().flatten()
+    }
+
+    /// Tells whether what was rendered since [`Template::forget_date`] has the date.
+    pub fn prints_date(&self) -> bool {
+        self.programs().any(Program::prints_date)
+    }
+
+    /// Forgets what was rendered before.
+    pub fn forget_date(&self) {
+        self.programs().for_each(Program::forget_date);
     }
 
     fn program(&self, chat: &Chat) -> &Program {

@@ -15,7 +15,7 @@ use super::{
     alpaca_prompt::{self, Segment},
     byte_level::{ByteLevel, Encoded},
     chat_template, check_rendered,
-    conversation::{ChatRole, Conversation, Example, Message},
+    conversation::{ChatRole, Conversation, Example, Message, is_in},
     rendering::Rendering,
     targets::{self, End},
     template::{Chat, Sources, Template, message_value},
@@ -150,6 +150,9 @@ impl Tokenizer {
             vocab_size,
         };
         tokenizer.control_tokens = tokenizer.tokens_of_template();
+        if let Some(template) = &tokenizer.template {
+            template.forget_date();
+        }
         tokenizer
     }
 
@@ -158,9 +161,9 @@ impl Tokenizer {
         self.template.is_some()
     }
 
-    /// Returns the date that the chat template is told, if it asks.
-    pub fn asked_date(&self) -> Option<String> {
-        self.template.as_ref().filter(|template| template.asks_date())?;
+    /// Returns the date that the chat template was told, if it printed it.
+    pub fn printed_date(&self) -> Option<String> {
+        self.template.as_ref().filter(|template| template.prints_date())?;
         Some(self.today.to_string())
     }
 
@@ -350,7 +353,7 @@ impl Tokenizer {
 
     fn chat(&self, conversation: &Conversation) -> Result<Tokenized, String> {
         let template = self.chat_template()?;
-        self.refuse_rendered(&conversation.messages)?;
+        self.refuse_rendered(conversation)?;
         let rendered = turns::render(template, conversation)?;
         let mut rows = Vec::with_capacity(rendered.texts.len());
         let mut end = End::Open;
@@ -364,17 +367,20 @@ impl Tokenizer {
     }
 
     /// Refuses text that was rendered before: rendering it again would double what is around it.
-    fn refuse_rendered(&self, messages: &[Message]) -> Result<(), String> {
-        for (index, message) in messages.iter().enumerate() {
-            for text in message.texts() {
-                if let Some(token) =
-                    self.control_tokens.iter().find(|token| text.contains(token.as_str()))
-                {
-                    return Err(format!(
-                        "turn {index} ({}) contains {token:?}, which the chat template itself puts around turns: if the row is rendered already, set dataset.format to prerendered (with prompt and completion); else take it out of the text",
-                        message.role.as_str()
-                    ));
-                }
+    fn refuse_rendered(&self, conversation: &Conversation) -> Result<(), String> {
+        let refuse = |place: &str, token: &str| {
+            Err(format!(
+                "{place} contains {token:?}, which the chat template itself puts around turns: if the row is rendered already, set dataset.format to prerendered (with prompt and completion); else take it out of the text"
+            ))
+        };
+        for token in &self.control_tokens {
+            let turn = conversation.messages.iter().position(|message| message.contains(token));
+            if let Some(index) = turn {
+                let role = conversation.messages[index].role.as_str();
+                return refuse(&format!("turn {index} ({role})"), token);
+            }
+            if conversation.tools.iter().any(|tool| is_in(tool, token)) {
+                return refuse("tools", token);
             }
         }
         Ok(())

@@ -60,6 +60,14 @@ impl Model {
         self.show(&chat(turns))
     }
 
+    /// Returns the date, if it is printed for any of these.
+    fn printed_date(&self, examples: &[Example]) -> Option<String> {
+        let tokenizer = self.tokenizer();
+        assert_eq!(tokenizer.printed_date(), None);
+        examples.iter().for_each(|example| drop(tokenizer.tokenize(example).unwrap()));
+        tokenizer.printed_date()
+    }
+
     fn remarks(&self, examples: &[Example]) -> String {
         let tokenizer = self.tokenizer();
         let mut rendered = Rendered::default();
@@ -121,6 +129,15 @@ fn a_turn_that_the_template_leaves_out_is_refused() {
         cut.contains("\"a long answer\" of turn 1 (assistant) out, so it would not be trained on"),
         "{cut}"
     );
+    let thought = Message { reasoning: Some("hm".to_owned()), ..Message::new(Assistant, "Yo") };
+    let thought = Example::Chat(Conversation::new(vec![Message::new(User, "Hi"), thought]));
+    let lost = Model::new(CHATML).show(&thought);
+    assert!(
+        lost.contains("leaves the reasoning of turn 1 (assistant) out, so it would not be trained on: set dataset.reasoning to drop"),
+        "{lost}"
+    );
+    let dropped = Model::new(CHATML).reasoning(Reasoning::Drop).show(&thought);
+    assert!(dropped.ends_with("[Yo<|im_end|>]⏎"), "{dropped}");
     let trimmed = Model::new(
         "{% for m in messages %}{{ '<|im_start|>' + m.content | trim + '<|im_end|>' }}{% endfor %}",
     );
@@ -167,6 +184,20 @@ fn a_thought_that_the_template_cuts_is_trained_where_the_prompt_opens_it() {
     let refused = Model::new(&CUTS.replace("OPENS", "")).chat(&turns);
     assert!(refused.contains("leaves \"hm\" of turn 1 (assistant) out"), "{refused}");
     assert!(refused.contains("set dataset.reasoning to drop"), "{refused}");
+    // Of several turns each is a row of its own, for the first is printed without its thought later.
+    let two = [
+        turns[0],
+        (Assistant, "<think>\na\n</think>\n\nYo"),
+        (User, "Bye"),
+        (Assistant, "<think>\nb\n</think>\n\nCiao"),
+    ];
+    assert_eq!(
+        Model::new(&opens).chat(&two),
+        "<s><|im_start|>Hi<|im_end|><think>⏎[a⏎</think>⏎⏎Yo<|im_end|>] // <s><|im_start|>Hi<|im_end|>Yo<|im_end|><|im_start|>Bye<|im_end|><think>⏎[b⏎</think>⏎⏎Ciao<|im_end|>]"
+    );
+    // An answer that goes on where the prompt ends, as some write it.
+    let unopened = Model::new(&opens).chat(&[(User, "Hi"), (Assistant, "hm\n</think>\n\nYo")]);
+    assert!(unopened.contains("leaves \"hm\" of turn 1 (assistant) out"), "{unopened}");
     let dropped = Model::new(&CUTS.replace("OPENS", "")).reasoning(Reasoning::Drop);
     assert_eq!(dropped.chat(&turns), "<s><|im_start|>Hi<|im_end|>[Yo<|im_end|>]");
 }
@@ -178,6 +209,20 @@ fn an_answer_without_the_thought_that_the_prompt_opens_is_trained_and_remarked_o
         model.chat(&[(User, "Hi"), (Assistant, "Yo")]),
         "<s><|im_start|>Hi<|im_end|>[Yo<|im_end|>]"
     );
+    // A template that only appends, and opens a thought for the answer, as QwQ's does.
+    let appends = Model::new(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}",
+    );
+    assert_eq!(
+        appends.chat(&[(User, "Hi"), (Assistant, "<think>\nhm\n</think>\n\nYo")]),
+        "<|im_start|>user⏎Hi<|im_end|>⏎<|im_start|>assistant⏎<think>⏎[hm⏎</think>⏎⏎Yo<|im_end|>]⏎"
+    );
+    let plain = chat(&[(User, "Hi"), (Assistant, "Yo"), (User, "Bye"), (Assistant, "Ciao")]);
+    assert_eq!(
+        appends.show(&plain),
+        "<|im_start|>user⏎Hi<|im_end|>⏎<|im_start|>assistant⏎[Yo<|im_end|>]⏎<|im_start|>user⏎Bye<|im_end|>⏎<|im_start|>assistant⏎[Ciao<|im_end|>]⏎"
+    );
+    assert!(appends.remarks(&[plain]).contains("the answers of 1 of 1 conversations"));
     let remarks = model.remarks(&[chat(&[(User, "Hi"), (Assistant, "Yo")])]);
     assert!(remarks.contains(r#"the generation prompt ends in "<think>\n", which the answers of 1 of 1 conversations do not begin with"#), "{remarks}");
 }
@@ -237,6 +282,19 @@ fn a_system_prompt_that_moves_is_where_a_server_puts_it() {
         ]),
         "<s>[INST] Be kind⏎⏎Hi[/INST][ Yo<|im_end|>] // <s>[INST] Hi[/INST] Yo<|im_end|>[INST] Be kind⏎⏎Bye[/INST][ Ciao<|im_end|>]"
     );
+    // Only where an answer is trained on is there a row, and without a system prompt nothing moves.
+    let turns = [Message::new(User, "Hi"), Message::new(Assistant, "Yo")];
+    let more = [Message::new(User, "Bye"), Message::new(Assistant, "Ciao")];
+    let mut messages = [&[Message::new(System, "Be kind")], &turns[..], &more].concat();
+    messages[2].is_target = false;
+    assert_eq!(
+        model.show(&Example::Chat(Conversation::new(messages))),
+        "<s>[INST] Hi[/INST] Yo<|im_end|>[INST] Be kind⏎⏎Bye[/INST][ Ciao<|im_end|>]"
+    );
+    assert_eq!(
+        model.show(&Example::Chat(Conversation::new([turns, more].concat()))),
+        "<s>[INST] Hi[/INST][ Yo<|im_end|>][INST] Bye[/INST][ Ciao<|im_end|>]"
+    );
 }
 
 #[test]
@@ -255,14 +313,14 @@ fn settings_decide_the_day_and_the_template() {
     let turns = [(User, "Hi"), (Assistant, "Yo")];
     model.rendering = resolve(None, "2026-01-31").unwrap();
     assert_eq!(model.chat(&turns), "It is 31 Jan 2026⏎Hi[Yo]");
-    assert_eq!(model.tokenizer().asked_date().as_deref(), Some("2026-01-31"));
+    assert_eq!(model.printed_date(&[chat(&turns)]).as_deref(), Some("2026-01-31"));
     // Named by its URI, a template takes the place of the model's, which is not asked for a date.
     let path = model.directory.path().join("plain.jinja");
     fs::write(&path, "{% for m in messages %}<{{ m.content }}>{% endfor %}").unwrap();
     let uri = format!("file://{}", path.display());
     model.rendering = resolve(Some(uri.clone()), "2026-01-31").unwrap();
     assert_eq!(model.chat(&turns), "<Hi><[Yo>]");
-    assert_eq!(model.tokenizer().asked_date(), None);
+    assert_eq!(model.printed_date(&[chat(&turns)]), None);
     for (template, date, said) in [
         (Some(format!("{uri}.absent")), "2026-01-31", "nothing is at file://"),
         (Some("chatlm".to_owned()), "2026-01-31", "no built-in template"),
@@ -271,6 +329,24 @@ fn settings_decide_the_day_and_the_template() {
         let message = resolve(template, date).unwrap_err().message;
         assert!(message.contains(said), "{message}");
     }
+}
+
+/// Asks for the day in any case, as Mistral Small does, and prints it where there is no system turn.
+#[test]
+fn a_date_counts_where_it_is_printed() {
+    let model = Model::new(
+        "{% set today = strftime_now('%Y-%m-%d') %}{% if messages[0].role != 'system' %}It is {{ today }}.{% endif %}{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}",
+    );
+    let with_system = chat(&[(System, "Be kind"), (User, "Hi"), (Assistant, "Yo")]);
+    let without = chat(&[(User, "Hi"), (Assistant, "Yo")]);
+    assert_eq!(
+        model.show(&with_system),
+        "<|im_start|>Be kind<|im_end|><|im_start|>Hi<|im_end|><|im_start|>[Yo<|im_end|>]"
+    );
+    let text = Example::Text("It is today".to_owned());
+    assert_eq!(model.printed_date(&[with_system.clone(), text]), None);
+    let today = crate::clock::today().to_string();
+    assert_eq!(model.printed_date(&[with_system, without]), Some(today));
 }
 
 #[test]
@@ -331,6 +407,30 @@ fn text_that_is_rendered_already_is_refused_or_taken_as_it_is() {
         model.show(&Example::Prerendered { prompt, completion }),
         "<|im_start|>user⏎Hi<|im_end|>⏎<|im_start|>assistant⏎[Yo<|im_end|>]"
     );
+    // In whatever place: a system prompt, a thought, a tool's answer, a call, a tool.
+    let hot = [(User, "Hi"), (Assistant, "Wait"), (Tool, "<|im_start|>"), (Assistant, "Hot")];
+    let thought =
+        Message { reasoning: Some("<|im_end|>".to_owned()), ..Message::new(Assistant, "Yo") };
+    let call =
+        ToolCall { id: None, name: "f".to_owned(), arguments: json!({"a": ["x<|im_end|>"]}) };
+    let call = Message { tool_calls: vec![call], ..Message::new(Assistant, "") };
+    let talk = |last: Message, tools: Vec<Value>| {
+        let messages = vec![Message::new(User, "Hi"), last];
+        Example::Chat(Conversation { tools, ..Conversation::new(messages) })
+    };
+    let tool = json!({"name": "f", "description": "<|im_start|>"});
+    for (example, place) in [
+        (chat(&[(System, "Be<|im_end|>kind"), (User, "Hi"), (Assistant, "Yo")]), "turn 0 (system)"),
+        (chat(&hot), "turn 2 (tool)"),
+        (talk(thought, Vec::new()), "turn 1 (assistant)"),
+        (talk(call, Vec::new()), "turn 1 (assistant)"),
+        (talk(Message::new(Assistant, "Yo"), vec![tool]), "tools"),
+    ] {
+        let refused = model.show(&example);
+        assert!(refused.contains(&format!("error: {place} contains \"<|im_")), "{refused}");
+    }
+    let bos = Model::new(CUTS).chat(&[(User, "<s>Hi"), (Assistant, "Yo")]);
+    assert!(bos.contains("turn 0 (user) contains \"<s>\""), "{bos}");
     // Tokens that this template does not use are only text to it.
     assert!(
         model.chat(&[(User, "What is <|eot_id|>?"), (Assistant, "Yo")]).contains("[Yo<|im_end|>]")
@@ -392,6 +492,22 @@ fn instructions_train_base_models_too() {
         model.show(&example),
         "<s>Below is an instruction that describes a task. Write a response that appropriately completes the request.⏎⏎### Instruction:⏎Add 2 and 2⏎⏎### Response:⏎[4</s>]"
     );
+    for (name, shown) in [
+        ("vicuna", "USER: Add 2 and 2 ASSISTANT:[ 4</s>]"),
+        ("chatml", "<|im_start|>user⏎Add 2 and 2<|im_end|>⏎<|im_start|>assistant⏎[4<|im_end|>]⏎"),
+        ("alpaca", "### Instruction:⏎Add 2 and 2⏎⏎### Response:⏎[4</s>]"),
+    ] {
+        let settings = RenderingSettings {
+            chat_template: Some(name.to_owned()),
+            ..RenderingSettings::default()
+        };
+        let named = Model {
+            rendering: Rendering::resolve(&settings, &Environment::default()).unwrap(),
+            ..Model::new("").settings(json!({"bos_token": "<s>", "eos_token": "</s>"}))
+        };
+        let found = named.show(&Example::Chat(conversation.clone()));
+        assert!(found.ends_with(shown), "{name}: {found}");
+    }
     let refused = model.show(&Example::Chat(conversation));
     assert!(
         refused.contains(
@@ -399,6 +515,57 @@ fn instructions_train_base_models_too() {
         ),
         "{refused}"
     );
+}
+
+#[test]
+fn a_token_that_is_declared_beside_the_tokenizer_ends_turns() {
+    let model = Model::new("").settings(json!({
+        "eos_token": "<|done|>",
+        "added_tokens_decoder": {
+            "481": {"content": "<|turn|>", "special": true}, "482": {"content": "<|done|>", "special": true},
+        },
+        "chat_template": "{% for m in messages %}{{ '<|turn|>' + m.role + '\n' + m.content + '<|done|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|turn|>assistant\n' }}{% endif %}",
+    }));
+    assert_eq!(
+        model.chat(&[(User, "hello"), (Assistant, "world")]),
+        "<|turn|>user⏎hello<|done|>⏎<|turn|>assistant⏎[world<|done|>]⏎"
+    );
+    let tokenizer = model.tokenizer();
+    let first = tokenizer.vocab_size() - 2;
+    assert_eq!(tokenizer.encode("<|turn|><|done|>", false).unwrap(), [first, first + 1]);
+    assert!(tokenizer.stops_at(first + 1));
+}
+
+/// As many ends of turns are trained on as there are answers, and in time that is no square of them.
+#[test]
+fn many_turns_are_one_row_for_every_kind_of_template() {
+    let marked = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n\n{% endfor %}";
+    for template in [CHATML, ASKS_FIRST, marked, MOVES_SYSTEM] {
+        let tokenizer = Model::new(template).tokenizer();
+        let seconds = |pairs: usize| {
+            let pair = |index: usize| {
+                let said = |role, what| Message::new(role, format!("{what} {index}"));
+                [said(User, "question"), said(Assistant, "answer")]
+            };
+            let example = Example::Chat(Conversation::new((0..pairs).flat_map(pair).collect()));
+            let started = crate::clock::now();
+            let tokenized = tokenizer.tokenize(&example).unwrap();
+            let elapsed = started.elapsed().as_secs_f64();
+            assert_eq!(tokenized.rows.len(), 1, "{template}");
+            let ends = tokenizer.encode("<|im_end|>", false).unwrap()[0];
+            let row = &tokenized.rows[0];
+            let tokens = row.tokens.iter().zip(&row.targets);
+            let trained = tokens.filter(|&(&token, &is_target)| is_target && token == ends);
+            assert_eq!(trained.count(), pairs, "{template}");
+            elapsed
+        };
+        let fastest = |pairs: usize| (0..3).map(|_| seconds(pairs)).fold(f64::INFINITY, f64::min);
+        let (short, long) = (fastest(100), fastest(1000));
+        assert!(
+            long < 30.0 * short.max(0.01),
+            "{template}: {short} s, ten times the turns {long} s"
+        );
+    }
 }
 
 #[test]

@@ -285,7 +285,9 @@ impl<'a> Turns<'a> {
                 .strip_prefix(prompt.as_str())
                 .and_then(|turn| turn.split_once(CONTENT))
                 .map_or("", |(before, _)| before);
-            let start = if turn.starts_with(supplied) { supplied.len() } else { 0 };
+            // White space is the model's to say: no prompt has it.
+            let is_supplied = !supplied.trim().is_empty() && turn.starts_with(supplied);
+            let start = if is_supplied { supplied.len() } else { 0 };
             return Ok(at(prompt.len(), prompt.len() + start));
         }
         let asked = self.text(self.part(first, index), false)?;

@@ -61,7 +61,7 @@ pub fn run(
         train = counted.map(|counted| counted.census);
         validation = held_out.map(|counted| counted.census);
     }
-    let template_date = model.as_ref().and_then(|checked| checked.tokenizer.asked_date());
+    let template_date = model.as_ref().and_then(|checked| checked.tokenizer.printed_date());
     let given = &config.dataset.rendering.template_date;
     findings.remark_on_date(template_date.as_deref(), given.is_some());
     let rows = train.as_ref().map(|train| (train, validation.as_ref()));
@@ -172,10 +172,10 @@ impl Findings {
         }
     }
 
-    fn remark_on_date(&mut self, asked: Option<&str>, is_given: bool) {
-        if let Some(day) = asked.filter(|_| !is_given) {
+    fn remark_on_date(&mut self, printed: Option<&str>, is_given: bool) {
+        if let Some(day) = printed.filter(|_| !is_given) {
             let message = format!(
-                "the chat template asks for the date, which is {day} for every row: set dataset.templateDate to train on the same text another day"
+                "the chat template prints the date, which is {day} for every row: set dataset.templateDate to train on the same text another day"
             );
             self.warning(ProblemReason::Servability, "spec.dataset", message);
         }

@@ -240,6 +240,29 @@ fn wants_a_tokenizer_of_this_model() {
     insta::assert_snapshot!(fixture.check(), @"InvalidTokenizer spec.model.uri: the tokenizer gives token 259, but the model's embedding has only 258 rows: tokenizer and model do not belong together");
 }
 
+/// Tokens that the tokenizer has and the embedding has not matter where a row has them.
+#[test]
+fn a_token_beyond_the_embedding_is_refused_where_it_occurs() {
+    let mut fixture = Fixture::new();
+    let config = fs::read_to_string(fixture.path("model/config.json")).unwrap();
+    fixture.write("model/config.json", &config.replace("320", "260"));
+    fixture.write_weights(|_| {});
+    assert_eq!(fixture.check(), "");
+    fixture.write("valid.jsonl", "{\"text\": \"<|eot_id|>\"}\n");
+    fixture.config.dataset.validation = Some(fixture.at("valid.jsonl"));
+    insta::assert_snapshot!(fixture.check(), @"InvalidTokenizer spec.model.uri: the tokenizer gives token 263, but the model's embedding has only 260 rows: tokenizer and model do not belong together");
+    fixture.config.dataset.validation = None;
+    fixture.write("train.jsonl", "{\"text\": \"one\"}\n{\"text\": \"<|eot_id|>\"}\n");
+    insta::assert_snapshot!(fixture.check(), @"InvalidTokenizer spec.model.uri: the tokenizer gives token 263, but the model's embedding has only 260 rows: tokenizer and model do not belong together");
+    // Or a token that is only declared, and takes the next id.
+    fixture.write("model/config.json", &config.replace("320", "264"));
+    fixture.write_weights(|_| {});
+    assert_eq!(fixture.check(), "");
+    fixture
+        .write("model/tokenizer_config.json", r#"{"bos_token": "<s>", "eos_token": "<|done|>"}"#);
+    insta::assert_snapshot!(fixture.check(), @"InvalidTokenizer spec.model.uri: the tokenizer gives token 264, but the model's embedding has only 264 rows: tokenizer and model do not belong together");
+}
+
 #[test]
 fn counts_all_bad_lines_and_shows_the_first() {
     let fixture = Fixture::new();
@@ -255,6 +278,63 @@ fn refuses_mixed_shapes_of_rows() {
     let fixture = Fixture::new();
     fixture.write("train.jsonl", "{\"text\": \"a\"}\n{\"prompt\": \"a\", \"completion\": \"b\"}\n");
     insta::assert_snapshot!(fixture.check(), @r#"InvalidDataset train.jsonl:2: "text" is missing"#);
+}
+
+/// What is wrong is said, and not that a longer context would help.
+#[test]
+fn rows_that_are_none_are_no_matter_of_the_context() {
+    let check = |text: &str, on_invalid_row| {
+        let mut fixture = Fixture::new();
+        fixture.config.context_length = Some(32);
+        fixture.config.dataset.on_invalid_row = on_invalid_row;
+        fixture.write("train.jsonl", text);
+        fixture.check()
+    };
+    insta::assert_snapshot!(check("{\"message\": []}\n", OnInvalidRow::Error), @r#"InvalidDataset train.jsonl:1: the row has the keys "message", none of which is "messages", "conversations", "prompt", "instruction", "text" (did you mean "messages" instead of "message"?)"#);
+    insta::assert_snapshot!(check(&"{\"message\": []}\n".repeat(3), OnInvalidRow::Error), @r#"InvalidDataset train.jsonl:1: the row has the keys "message", none of which is "messages", "conversations", "prompt", "instruction", "text" (did you mean "messages" instead of "message"?) (3 rows; the next are train.jsonl:2, train.jsonl:3)"#);
+    insta::assert_snapshot!(check("", OnInvalidRow::Error), @"NothingToTrain spec.dataset.train: the dataset has no rows");
+    insta::assert_snapshot!(check("[]", OnInvalidRow::Error), @"NothingToTrain spec.dataset.train: the dataset has no rows");
+    insta::assert_snapshot!(check("{\"text\": 1}\n", OnInvalidRow::Drop), @r#"
+InvalidDataset spec.dataset.train: 1 of 1 rows cannot be used, more than the 10 % that dataset.onInvalidRow: drop may leave out: that is no accident of a few rows
+InvalidDataset train.jsonl:1: "text" is 1, it must be a string
+"#);
+}
+
+#[test]
+fn says_where_generation_does_not_stop() {
+    let fixture = Fixture::new();
+    fixture.write("model/generation_config.json", r#"{"eos_token_id": 258}"#);
+    fixture.write("train.jsonl", r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#);
+    insta::assert_snapshot!(fixture.check(), @r#"warning: spec.dataset.train: answers end with "<|im_end|>" (token 259), but generation stops at "<s>": a full-parameter or merged result gets 259 added to eos_token_id in its generation_config.json; where an adapter is served, add it to the base model's generation_config.json or name it as stop token"#);
+}
+
+#[test]
+fn a_date_that_is_printed_is_said_and_kept() {
+    let mut fixture = Fixture::new();
+    let settings = json!({
+        "bos_token": "<s>", "eos_token": "<|im_end|>",
+        "chat_template": "{% set day = strftime_now('%d %b %Y') %}{% if messages[0].role != 'system' %}{{ day }}{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
+    });
+    fixture.write("model/tokenizer_config.json", &settings.to_string());
+    let turns = r#"{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#;
+    let with_system = format!(r#"{{"messages": [{{"role": "system", "content": "c"}}, {turns}"#);
+    fixture.write("train.jsonl", &with_system);
+    assert_eq!((fixture.check(), fixture.report().template_date), (String::new(), None));
+    fixture.write("train.jsonl", &format!("{with_system}\n{{\"messages\": [{turns}\n"));
+    let today = crate::clock::today().to_string();
+    assert_eq!(
+        fixture.check(),
+        format!(
+            "warning: spec.dataset: the chat template prints the date, which is {today} for every row: set dataset.templateDate to train on the same text another day"
+        )
+    );
+    assert_eq!(fixture.report().template_date, Some(today));
+    fixture.config.dataset.rendering.template_date = Some("2026-01-31".to_owned());
+    let report = fixture.report();
+    assert_eq!(
+        (fixture.check(), report.template_date.as_deref()),
+        (String::new(), Some("2026-01-31"))
+    );
 }
 
 #[test]
@@ -610,6 +690,28 @@ InvalidDataset spec.dataset.train: 1 of 9 rows cannot be used, more than the 10 
 InvalidDataset train.jsonl:9: "text" is empty
 warning: spec.dataset.train: 7 of 8 rows repeat an earlier row
 "#);
+}
+
+#[test]
+fn bad_rows_of_each_kind_are_left_out_and_named() {
+    let mut fixture = Fixture::new();
+    let good: String = (0..30).map(|row| format!("{{\"text\": \"row {row}\"}}\n")).collect();
+    let bad = "{\"text\": \"a\"\n{\"text\": 1}\n{\"txt\": \"a\"}\n";
+    fixture.write("train.jsonl", &(good + bad));
+    insta::assert_snapshot!(fixture.check(), @r#"
+InvalidDataset train.jsonl:31: the row is not JSON: EOF while parsing an object at column 12
+InvalidDataset train.jsonl:32: "text" is 1, it must be a string
+InvalidDataset train.jsonl:33: "text" is missing (did you mean "text" instead of "txt"?)
+"#);
+    assert_eq!(fixture.report().problems_total, 3);
+    fixture.config.dataset.on_invalid_row = OnInvalidRow::Drop;
+    insta::assert_snapshot!(fixture.check(), @r#"
+warning: train.jsonl:31: left out: the row is not JSON: EOF while parsing an object at column 12
+warning: train.jsonl:32: left out: "text" is 1, it must be a string
+warning: train.jsonl:33: left out: "text" is missing (did you mean "text" instead of "txt"?)
+"#);
+    let train = fixture.report().train.unwrap();
+    assert_eq!((train.rows, train.bad_rows), (30, 3));
 }
 
 #[test]

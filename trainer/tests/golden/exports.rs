@@ -97,6 +97,49 @@ fn widen(from: &Path, to: &Path) {
     }
 }
 
+/// A model whose config says that the head is the embedding, and whose weights have another one.
+#[test]
+fn a_head_of_its_own_is_used_and_published() {
+    let golden = Golden::open("llama");
+    let tokens = &golden.facts.rows[0].tokens;
+    let with_head = |name: &str, factor: f64| {
+        let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+        let _ = fs::remove_dir_all(&directory);
+        fs::create_dir_all(&directory).unwrap();
+        for entry in fs::read_dir(&golden.directory).unwrap() {
+            let path = entry.unwrap().path();
+            fs::copy(&path, directory.join(path.file_name().unwrap())).unwrap();
+        }
+        let path = directory.join("model.safetensors");
+        let mut tensors = Tensor::read_safetensors(&path).unwrap();
+        let embedding = tensors.iter().find(|(name, _)| name == "model.embed_tokens.weight");
+        let head = &embedding.unwrap().1 * factor;
+        tensors.push(("lm_head.weight".to_owned(), head));
+        Tensor::write_safetensors(&tensors, path).unwrap();
+        directory
+    };
+    let same = with_head("llama-same-head", 1.0);
+    assert!(read_config(&same).unwrap().tie_word_embeddings);
+    let directory = with_head("llama-own-head", 2.0);
+    assert!(!read_config(&directory).unwrap().tie_word_embeddings);
+    let doubled = load(&golden.directory).logits(tokens) * 2.0;
+    assert!(distance(&load(&directory).logits(tokens), &doubled) <= 1e-6);
+    let base = Base {
+        directory,
+        added_tokens: Vec::new(),
+        rows: golden.facts.rows.iter().map(|row| words(&row.tokens)).collect(),
+        probe: tokens.clone(),
+        tolerance: 1e-5,
+        training: training(),
+    };
+    base.publish_full("llama-own-head");
+    let output = cases().join("llama-own-head/output");
+    let config = fs::read_to_string(output.join("config.json")).unwrap();
+    assert!(config.contains("\"tie_word_embeddings\": false"), "{config}");
+    let published = Tensor::read_safetensors(output.join("model.safetensors")).unwrap();
+    assert!(published.iter().any(|(name, _)| name == "lm_head.weight"));
+}
+
 /// Tokens that the base model does not have: trained with it, published with it, and its own in other
 /// people's software.
 #[test]

@@ -229,6 +229,7 @@ mod tests {
             r#"{"a":[2,3],"b":1}"#
         );
         assert_eq!(check("'é<&>☂😀\\x7f' | tojson"), "\"é<&>☂😀\u{7f}\"");
+        assert_eq!(check("'é' | tojson(ensure_ascii=False)"), r#""é""#);
         assert_eq!(
             check("'é☂😀\\x7f' | tojson(ensure_ascii=True)"),
             r#""\u00e9\u2602\ud83d\ude00\u007f""#

@@ -8,6 +8,14 @@ mod json;
 mod source;
 mod strings;
 
+use std::{
+    collections::BTreeSet,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
 use jiff::{civil::Date, fmt::strtime};
 use minijinja::{
     Environment, Error, ErrorKind, Value,
@@ -27,8 +35,10 @@ pub(crate) struct Program {
     environment: Environment<'static>,
     /// Whether it has `{% generation %}` blocks.
     pub(crate) marks_generation: bool,
-    /// Whether it asks for the date.
-    pub(crate) asks_date: bool,
+    /// The date in each form in which it was asked for.
+    dates: Arc<Mutex<BTreeSet<String>>>,
+    /// Whether a text that was rendered has it.
+    prints_date: AtomicBool,
 }
 
 impl Program {
@@ -37,7 +47,7 @@ impl Program {
     /// # Errors
     /// A text that says what is wrong with it, and where.
     pub(crate) fn compile(source: &str, today: Date) -> Result<Self, String> {
-        let source::Prepared { source, marks_generation, asks_date } = source::prepare(source);
+        let source::Prepared { source, marks_generation } = source::prepare(source);
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder()
             .trim_blocks(true)
@@ -49,14 +59,18 @@ impl Program {
         environment.add_function("raise_exception", |message: String| -> Result<String, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
+        let dates: Arc<Mutex<BTreeSet<String>>> = Arc::default();
+        let asked = Arc::clone(&dates);
         environment.add_function("strftime_now", move |format: &str| {
             // A point in time without a zone: midnight of that day.
-            strtime::format(format, today.at(0, 0, 0, 0)).map_err(|error| {
+            let date = strtime::format(format, today.at(0, 0, 0, 0)).map_err(|error| {
                 Error::new(
                     ErrorKind::InvalidOperation,
                     format!("strftime_now({format:?}): {error}"),
                 )
-            })
+            })?;
+            asked.lock().unwrap_or_else(PoisonError::into_inner).insert(date.clone());
+            Ok(date)
         });
         let to_json = |value: Value, positional: Rest<Value>, keywords: Kwargs| {
             json::to_json(&value, &positional, &keywords)
@@ -65,7 +79,7 @@ impl Program {
         environment.add_filter(source::PERCENT, percent);
         environment.add_test("iterable", is_iterable);
         environment.add_template_owned(NAME, source).map_err(|error| explain(&error))?;
-        Ok(Self { environment, marks_generation, asks_date })
+        Ok(Self { environment, marks_generation, dates, prints_date: AtomicBool::new(false) })
     }
 
     /// Renders the template with variables.
@@ -74,7 +88,24 @@ impl Program {
     /// A text that says what the template refused or could not do, and where.
     pub(crate) fn render(&self, variables: Value) -> Result<String, String> {
         let template = self.environment.get_template(NAME).map_err(|error| explain(&error))?;
-        template.render(variables).map_err(|error| explain(&error))
+        let text = template.render(variables).map_err(|error| explain(&error))?;
+        if !self.prints_date() {
+            let dates = self.dates.lock().unwrap_or_else(PoisonError::into_inner);
+            if dates.iter().any(|date| !date.is_empty() && text.contains(date)) {
+                self.prints_date.store(true, Ordering::Relaxed);
+            }
+        }
+        Ok(text)
+    }
+
+    /// Tells whether a text that was rendered since it was last forgotten has the date.
+    pub(crate) fn prints_date(&self) -> bool {
+        self.prints_date.load(Ordering::Relaxed)
+    }
+
+    /// Forgets what was rendered before.
+    pub(crate) fn forget_date(&self) {
+        self.prints_date.store(false, Ordering::Relaxed);
     }
 }
 

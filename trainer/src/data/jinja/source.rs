@@ -19,18 +19,13 @@ pub(super) struct Prepared {
     pub source: String,
     /// Whether it has `{% generation %}` blocks, other than in comments.
     pub marks_generation: bool,
-    /// Whether it asks for the date.
-    pub asks_date: bool,
 }
 
 /// Prepares a template's text.
 pub(super) fn prepare(source: &str) -> Prepared {
     let source = unix_line_ends(source);
-    let mut prepared = Prepared {
-        source: String::with_capacity(source.len()),
-        marks_generation: false,
-        asks_date: false,
-    };
+    let mut prepared =
+        Prepared { source: String::with_capacity(source.len()), marks_generation: false };
     let mut rest = source.as_ref();
     while let Some((before, tag, after)) = next_tag(rest) {
         rest = after;
@@ -49,7 +44,6 @@ pub(super) fn prepare(source: &str) -> Prepared {
                     rest = &rest[end..];
                 }
                 None => {
-                    prepared.asks_date |= text.contains("strftime_now");
                     prepared.source.push_str(&format_with_filter(text));
                 }
             },
