@@ -202,12 +202,11 @@ impl Tokenizer {
     /// # Errors
     /// A text that says what the tokenizer refused.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, String> {
-        let ids = match self.encode_quickly(text)? {
-            Some(encoded) => encoded.ids,
-            None => {
-                let encoding = self.inner.encode_fast(text, false);
-                encoding.map_err(|error| error.to_string())?.get_ids().to_vec()
-            }
+        let ids = if let Some(encoded) = self.encode_quickly(text)? {
+            encoded.ids
+        } else {
+            let encoding = self.inner.encode_fast(text, false);
+            encoding.map_err(|error| error.to_string())?.get_ids().to_vec()
         };
         if !add_special_tokens {
             return Ok(ids);

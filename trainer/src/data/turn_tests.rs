@@ -64,7 +64,9 @@ impl Model {
     fn printed_date(&self, examples: &[Example]) -> Option<String> {
         let tokenizer = self.tokenizer();
         assert_eq!(tokenizer.printed_date(), None);
-        examples.iter().for_each(|example| drop(tokenizer.tokenize(example).unwrap()));
+        for example in examples {
+            tokenizer.tokenize(example).unwrap();
+        }
         tokenizer.printed_date()
     }
 

@@ -70,9 +70,17 @@ enum Split {
 struct Memory {
     /// For each split, what its pattern works with.
     caches: Vec<Option<Cache>>,
-    words: HashMap<Box<str>, Range<usize>, ahash::RandomState>,
-    /// Tokens of those words: the id, and where it ends in the word.
+    words: Words,
+}
+
+/// Words, and the tokens of all of them.
+#[derive(Debug, Default)]
+struct Words {
+    places: HashMap<Box<str>, Range<usize>, ahash::RandomState>,
+    /// Each token, and where it ends in its word.
     tokens: Vec<(u32, usize)>,
+    /// Tokens that belong to a place.
+    remembered: usize,
 }
 
 impl ByteLevel {
@@ -124,44 +132,24 @@ impl ByteLevel {
             return Ok(None);
         }
         let mut memory = self.memory.get_or(|| RefCell::new(self.new_memory())).borrow_mut();
-        let Memory { caches, words, tokens } = &mut *memory;
+        let Memory { caches, words } = &mut *memory;
         let mut encoded = Encoded::default();
         let mut fault = None;
-        let pieces = AddedTokens::split(self.raw.as_ref(), text, 0..text.len());
-        for (range, id) in pieces {
-            let inner = match id {
+        for (range, id) in AddedTokens::split(self.raw.as_ref(), text, 0..text.len()) {
+            let pieces = match id {
                 Some(_) => vec![(range, id)],
                 None => AddedTokens::split(self.normalized.as_ref(), text, range),
             };
-            for (range, id) in inner {
+            for (range, id) in pieces {
                 if let Some(id) = id {
                     encoded.push(id, range);
                     continue;
                 }
                 split(&self.splits, caches, text, range, &mut |range| {
                     let word = &text[range.clone()];
-                    let place = match words.get(word) {
-                        Some(place) => place.clone(),
-                        None => {
-                            if words.len() == WORDS {
-                                words.clear();
-                                tokens.clear();
-                            }
-                            let start = tokens.len();
-                            if let Err(error) = self.tokenize(tokenizer, word, tokens) {
-                                fault = Some(error);
-                                return;
-                            }
-                            let place = start..tokens.len();
-                            if word.len() <= LONGEST {
-                                words.insert(word.into(), place.clone());
-                            }
-                            place
-                        }
-                    };
-                    encoded.push_word(word, range.start, &tokens[place.clone()]);
-                    if word.len() > LONGEST {
-                        tokens.truncate(place.start);
+                    match words.find(word, |tokens| self.tokenize(tokenizer, word, tokens)) {
+                        Ok(tokens) => encoded.push_word(word, range.start, tokens),
+                        Err(error) => fault = Some(error),
                     }
                 });
             }
@@ -174,11 +162,7 @@ impl ByteLevel {
             Split::Digits { .. } => None,
             Split::Around { pattern, .. } => Some(pattern.new_cache()),
         };
-        Memory {
-            caches: self.splits.iter().map(cache).collect(),
-            words: HashMap::default(),
-            tokens: Vec::new(),
-        }
+        Memory { caches: self.splits.iter().map(cache).collect(), words: Words::default() }
     }
 
     /// Asks the library's model for the tokens of a word.
@@ -197,6 +181,32 @@ impl ByteLevel {
             tokens.push((token.id, characters));
         }
         Ok(())
+    }
+}
+
+impl Words {
+    /// Returns the tokens of a word; `tokenize` adds those of a new one.
+    fn find(
+        &mut self,
+        word: &str,
+        tokenize: impl FnOnce(&mut Vec<(u32, usize)>) -> Result<(), String>,
+    ) -> Result<&[(u32, usize)], String> {
+        if let Some(place) = self.places.get(word) {
+            return Ok(&self.tokens[place.clone()]);
+        }
+        if self.places.len() == WORDS {
+            self.places.clear();
+            self.remembered = 0;
+        }
+        // What is behind the last remembered word was of one too long to remember.
+        self.tokens.truncate(self.remembered);
+        tokenize(&mut self.tokens)?;
+        let place = self.remembered..self.tokens.len();
+        if word.len() <= LONGEST {
+            self.remembered = place.end;
+            self.places.insert(word.into(), place.clone());
+        }
+        Ok(&self.tokens[place])
     }
 }
 

@@ -271,7 +271,9 @@ proptest! {
                 .quote_style(::csv::QuoteStyle::NonNumeric)
                 .from_writer(Vec::new());
             table.write_record(["prompt", "completion"]).unwrap();
-            rows.iter().for_each(|row| table.write_record(row).unwrap());
+            for row in &rows {
+                table.write_record(row).unwrap();
+            }
             prop_assert_eq!(&values(name, &table.into_inner().unwrap()), &expected);
         }
     }
