@@ -107,6 +107,17 @@ fn matmul<E: Multiplied>() {
             let terms = [(Side::Plain(matrix(x, POSITIONS, depth)), right)];
             matmul::multiply(&Serial, &terms, size, Target::Write(y, None));
         });
+        // As in a step, where nothing is still in the near caches.
+        let many: Vec<_> = (0..24)
+            .map(|_| (values::<E>(POSITIONS * depth), values::<E>(columns * depth)))
+            .collect();
+        let mut turns = many.iter().cycle();
+        time_product("forward, from memory", [POSITIONS, depth, columns], || {
+            let Some((x, weight)) = turns.next() else { return };
+            let right = Side::Transposed(matrix(weight, columns, depth));
+            let terms = [(Side::Plain(matrix(x, POSITIONS, depth)), right)];
+            matmul::multiply(&Serial, &terms, size, Target::Write(y, None));
+        });
         time_product("input's gradient", [POSITIONS, depth, columns], || {
             let right = Side::Plain(matrix(weight, depth, columns));
             let terms = [(Side::Plain(matrix(x, POSITIONS, depth)), right)];
