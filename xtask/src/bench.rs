@@ -13,7 +13,7 @@ use finetune_contract::parallelism::environment::GOMP_SPINCOUNT;
 use serde::Deserialize;
 
 use crate::{
-    bench_losses, bench_memory, bench_operator, bench_rows,
+    bench_kind, bench_losses, bench_memory, bench_operator, bench_rows,
     bench_table::{self, Measured},
     build::{self, Binaries},
     dataset,
@@ -79,8 +79,8 @@ struct Settings {
     /// Tell where our steps' time goes, by operator.
     #[arg(long)]
     profile: bool,
-    /// Put what is measured beside the peer into docs/bench.csv, in place of what was there of the same
-    /// name, and draw docs/bench.svg.
+    /// Put what is measured beside the peer into the table of this kind of CPU in docs/bench, in place of
+    /// what was there of the same name, and draw it.
     #[arg(long, requires = "peer")]
     publish: bool,
 }
@@ -172,7 +172,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let model = model::directory(&binaries)?;
     let python = if settings.peer { Some(parity::python()?) } else { None };
     let limit = limit::measure(&binaries, &model)?;
-    println!("{}", limit.describe());
+    println!("{}: {}", bench_kind::here()?, limit.describe());
     let bench = Bench { settings, binaries, model, python, limit };
     for &method in &settings.method {
         for &shape in &settings.shape {

@@ -1,10 +1,10 @@
-//! What was measured beside the peer, as a table and a picture in docs.
+//! What was measured beside the peer, as a table and a picture in docs/bench for each kind of CPU.
 
 use std::fmt::Write;
 
 use anyhow::{Context, Result};
 
-use crate::{plot, shell};
+use crate::{bench_kind, plot, shell};
 
 const HEADER: &str = "name,rounds,our_tokens_per_second,speed_ratio,memory_ratio";
 
@@ -23,11 +23,12 @@ pub(crate) struct Measured {
     pub memory: f64,
 }
 
-/// Writes docs/bench.csv and docs/bench.svg anew, with one line replaced or added.
+/// Writes the table and the picture of this kind of CPU anew, with one line replaced or added.
 pub(crate) fn publish(measured: &Measured) -> Result<()> {
-    let path = shell::root().join("docs/bench.csv");
+    let kind = bench_kind::here()?;
+    let path = shell::root().join(format!("docs/bench/{kind}.csv"));
     let before = std::fs::read_to_string(&path).unwrap_or_default();
-    let mut table = parse(&before).context("docs/bench.csv")?;
+    let mut table = parse(&before).with_context(|| path.display().to_string())?;
     table.retain(|other| other.name != measured.name);
     table.push(measured.clone());
     table.sort_by(|one, other| one.name.cmp(&other.name));
@@ -37,8 +38,8 @@ pub(crate) fn publish(measured: &Measured) -> Result<()> {
         .map(|line| plot::Bars { name: line.name.clone(), values: [line.speed, line.memory] })
         .collect();
     let picture = plot::bars("times transformers + PEFT (1 is equal)", ["speed", "memory"], &bars);
-    std::fs::write(shell::root().join("docs/bench.svg"), picture)?;
-    println!("docs/bench.csv and docs/bench.svg: {}", measured.name);
+    std::fs::write(path.with_extension("svg"), picture)?;
+    println!("docs/bench/{kind}.csv and .svg: {}", measured.name);
     Ok(())
 }
 

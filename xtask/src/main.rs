@@ -2,6 +2,7 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is a command people read")]
 
 mod bench;
+mod bench_kind;
 mod bench_losses;
 mod bench_memory;
 mod bench_operator;
