@@ -314,6 +314,9 @@ pub struct LengthPoint {
     /// No row has more targets than this once cut; absent in reports of earlier releases.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub most_targets: Option<u32>,
+    /// No sequence of packed rows has more targets than this; absent in reports of earlier releases.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub most_packed_targets: Option<u32>,
 }
 
 /// What lies at the output.

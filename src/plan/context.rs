@@ -107,8 +107,8 @@ pub(super) fn decide(
     let tokens = census.tokens.saturating_sub(point.cut) as f64;
     Some(Data {
         context: point.context,
-        // Packed, a sequence has as many as fit.
-        targets: point.most_targets.filter(|_| !packing).unwrap_or(point.context),
+        targets: if packing { point.most_packed_targets } else { point.most_targets }
+            .unwrap_or(point.context),
         sequences,
         positions_per_sequence: tokens / sequences as f64,
     })

@@ -71,6 +71,7 @@ pub(crate) fn report(model: ModelFacts, memory_bytes: u64) -> PreflightReport {
         empty: 0,
         packed,
         most_targets: None,
+        most_packed_targets: None,
     };
     PreflightReport {
         version: CONTRACT_VERSION,

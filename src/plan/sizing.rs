@@ -212,6 +212,11 @@ pub fn memory(model: &ModelFacts, load: &Load) -> Memory {
     };
     // On a device the loss is computed on a copy in fp32, whose gradient is converted back.
     let of_logit = if is_device { 2 * s + 4 } else { s };
+    // Only what is predicted has logits. Held-out rows may have more targets, but then no activations
+    // are kept.
+    let logits = |rows: u64| HEAD_ROWS.min(rows) * v * of_logit;
+    let evaluated = logits(t).saturating_sub(activations);
+    let head = logits(micro_batch * load.targets.min(context)).max(evaluated);
     // A device's state is copied to the host's memory.
     let checkpoint = if is_device { 0 } else { trained * CHECKPOINT_BYTES };
     let moments = match load.optimizer {
@@ -233,8 +238,7 @@ pub fn memory(model: &ModelFacts, load: &Load) -> Memory {
         trained_state: divides(divides_state, state),
         gathered,
         activations,
-        // Only what is predicted has logits.
-        head: HEAD_ROWS.min(micro_batch * load.targets.min(context)) * v * of_logit,
+        head,
         temporaries: temporaries + weight_gradient,
         checkpoint: if is_full { checkpoint.min(UPLOAD_BYTES) } else { checkpoint },
         runtime: if is_device { DEVICE_RUNTIME_BYTES } else { RUNTIME_BYTES },
@@ -282,7 +286,7 @@ mod tests {
     use finetune_contract::{Dtype, Optimizer, Recompute, Strategy};
     use proptest::prelude::{prop_assert, proptest};
 
-    use super::{Load, memory, sent_bytes};
+    use super::{HEAD_ROWS, Load, memory, sent_bytes};
     use crate::plan::fixture;
 
     fn load(trained: u64, is_full: bool, recompute: Recompute) -> Load {
@@ -359,6 +363,21 @@ mod tests {
             let ratio = (predicted.total() - predicted.checkpoint) as f64 / bytes;
             assert!((0.98..1.05).contains(&ratio), "{strategy:?}: {ratio} {predicted:?}");
         }
+    }
+
+    #[test]
+    fn only_predicted_positions_have_logits() {
+        let model = fixture::smollm2();
+        let head = |targets, recompute| {
+            let load = Load { targets, ..load(2_442_240, false, recompute) };
+            memory(&model, &load).head
+        };
+        let row = u64::from(model.vocab_size) * 2;
+        assert_eq!(head(256, Recompute::None), HEAD_ROWS * row);
+        assert_eq!(head(100, Recompute::None), 4 * 100 * row);
+        // Where little is kept, held-out rows of nothing but targets need more.
+        let kept = 30 * 4 * 256 * 2 * u64::from(model.hidden_size);
+        assert_eq!(head(10, Recompute::Block), (HEAD_ROWS * row - kept).max(4 * 10 * row));
     }
 
     #[test]

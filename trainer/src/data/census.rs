@@ -98,6 +98,8 @@ struct Lengths {
     by_first_target: BTreeMap<u32, u64>,
     /// The most targets of the rows with a first target.
     most_targets: BTreeMap<u32, u32>,
+    /// The largest share of a row's tokens that are targets.
+    most_dense: f64,
 }
 
 impl Lengths {
@@ -111,6 +113,7 @@ impl Lengths {
         *self.by_first_target.entry(first as u32).or_default() += 1;
         let most = self.most_targets.entry(first as u32).or_default();
         *most = (*most).max(count as u32);
+        self.most_dense = self.most_dense.max(count as f64 / tokens.len().max(1) as f64);
     }
 
     fn max(&self) -> u32 {
@@ -162,8 +165,11 @@ impl Lengths {
         // What a cut leaves of a row's targets lies between the first one and the end.
         let left = self.most_targets.range(..context);
         let most_targets = left.map(|(first, &most)| most.min(context - first)).max();
+        // As dense as the densest row; one that is cut may be denser than it was.
+        let dense = (self.most_dense * f64::from(context)).ceil() as u32;
+        let most_packed_targets = most_targets.map(|most| most.max(dense));
         let packed = packed_count(&rows_by_length, context);
-        LengthPoint { context, over, cut, empty, packed, most_targets }
+        LengthPoint { context, over, cut, empty, packed, most_targets, most_packed_targets }
     }
 }
 
@@ -192,6 +198,18 @@ mod tests {
         assert_eq!(point.most_targets, Some(63));
         assert_eq!(lengths.point(95, OnOverflow::Drop).most_targets, Some(67));
         assert_eq!(lengths.point(1, OnOverflow::Drop).most_targets, None);
+    }
+
+    #[test]
+    fn packed_rows_have_no_more_targets_than_the_densest() {
+        // Half of each is a target: of 64 packed tokens 32 are.
+        let sparse = lengths(&[(10, 5), (20, 10), (40, 20)]);
+        let point = sparse.point(64, OnOverflow::Truncate);
+        assert_eq!((point.most_targets, point.most_packed_targets), (Some(20), Some(32)));
+        // A row that is cut to what is a target.
+        let cut = lengths(&[(100, 2), (10, 9)]);
+        let point = cut.point(20, OnOverflow::Truncate);
+        assert_eq!((point.most_targets, point.most_packed_targets), (Some(18), Some(20)));
     }
 
     #[test]
