@@ -199,7 +199,7 @@ pub struct ModelFacts {
     /// Rows of the embedding, those of added tokens included.
     pub vocab_size: u32,
     /// Tokens of `model.addedTokens` that the tokenizer did not have.
-    #[serde(default, skip_serializing_if = "is_none")]
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub added_tokens: u32,
     /// Longest position the model was made for.
     pub max_position_embeddings: u32,
@@ -212,7 +212,7 @@ pub struct ModelFacts {
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
-fn is_none(count: &u32) -> bool {
+fn is_zero(count: &u32) -> bool {
     *count == 0
 }
 

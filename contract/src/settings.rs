@@ -31,6 +31,13 @@ pub struct ModelSource {
     pub added_tokens: Vec<String>,
 }
 
+impl ModelSource {
+    /// Makes a source of a model as it is, of no named revision.
+    pub fn of(uri: impl Into<String>) -> Self {
+        Self { uri: uri.into(), revision: None, added_tokens: Vec::new() }
+    }
+}
+
 /// Where the rows come from and how to read them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]

@@ -7,9 +7,21 @@ use std::{
 };
 
 use finetune_contract::Strategy;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::bench::{Bench, Ran};
+
+/// Returns a job at a rate so low that rounding stays small.
+fn smooth_job(bench: &Bench, output: &str, accumulation: u32, is_lora: bool) -> Value {
+    let mut job = bench.job(output);
+    let spec = job["spec"].as_object_mut().unwrap();
+    spec["training"]["gradientAccumulationSteps"] = json!(accumulation);
+    spec["training"]["learningRate"] = json!(1e-3);
+    if !is_lora {
+        spec.remove("loraConfig");
+    }
+    job
+}
 
 #[test]
 fn two_ranks_train_what_one_does() {
@@ -17,16 +29,10 @@ fn two_ranks_train_what_one_does() {
     bench.write_rows("validation.jsonl", 20..25);
     for is_lora in [true, false] {
         let job = |output: &str, accumulation: u32| {
-            let mut job = bench.job(output);
-            let spec = job["spec"].as_object_mut().unwrap();
-            spec["dataset"]["validation"] = json!(bench.uri("validation.jsonl"));
-            spec["training"]["gradientAccumulationSteps"] = json!(accumulation);
-            spec["training"]["learningRate"] = json!(1e-3);
+            let mut job = smooth_job(&bench, output, accumulation, is_lora);
+            job["spec"]["dataset"]["validation"] = json!(bench.uri("validation.jsonl"));
             // A step after an evaluation finds weights gathered.
-            spec["training"]["evaluationSteps"] = json!(1000);
-            if !is_lora {
-                spec.remove("loraConfig");
-            }
+            job["spec"]["training"]["evaluationSteps"] = json!(1000);
             job
         };
         let (one, two) = (format!("one-{is_lora}"), format!("two-{is_lora}"));
@@ -58,17 +64,12 @@ fn two_ranks_share_a_short_last_step() {
     bench.write_rows("train.jsonl", 0..19);
     for is_lora in [true, false] {
         let job = |output: &str, accumulation: u32| {
-            let mut job = bench.job(output);
-            let spec = job["spec"].as_object_mut().unwrap();
-            spec["training"]["gradientAccumulationSteps"] = json!(accumulation);
-            spec["training"]["learningRate"] = json!(1e-3);
-            spec["training"]["numEpochs"] = json!(1);
+            let mut job = smooth_job(&bench, output, accumulation, is_lora);
+            let training = job["spec"]["training"].as_object_mut().unwrap();
+            training.remove("maxSteps");
+            training.insert("numEpochs".to_owned(), json!(1));
             // A sequence for each row.
-            spec["training"]["packing"] = json!(false);
-            spec["training"].as_object_mut().unwrap().remove("maxSteps");
-            if !is_lora {
-                spec.remove("loraConfig");
-            }
+            training.insert("packing".to_owned(), json!(false));
             job
         };
         let (one_job, two_job) =

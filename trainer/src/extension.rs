@@ -9,7 +9,7 @@
 //! noise (a covariance scaled by 1e-9) is left out, so the result depends on nothing but the model.
 
 use std::{
-    fs::{self, File},
+    fs,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
 };
@@ -21,6 +21,7 @@ use tch::{Kind, Tensor};
 
 use crate::{
     data::tokenizer::{self, read_json},
+    directory,
     failure::Failure,
     hex,
     model::{
@@ -52,33 +53,22 @@ pub fn with_tokens(base: &Path, tokens: &[String], cache: &Path) -> Result<PathB
         return Ok(base.to_owned());
     }
     let directory = cache.join(format!("extended-{}", key(base, tokens)?));
-    let disk =
-        |error: std::io::Error| Failure::from_io(&error, &format!("cannot make {directory:?}"));
-    fs::create_dir_all(cache).map_err(disk)?;
-    // Ranks of one machine wait for each other.
-    let lock = File::create(directory.with_extension("lock")).map_err(disk)?;
-    lock.lock().map_err(disk)?;
-    if directory.exists() {
-        return Ok(directory);
-    }
-    let partial = directory.with_extension("partial");
-    if partial.exists() {
-        fs::remove_dir_all(&partial).map_err(disk)?;
-    }
-    let Extended { rows, .. } = extend_small_files(base, tokens, &partial)?;
-    extend_weights(base, rows, &partial)?;
-    fs::rename(&partial, &directory).map_err(disk)?;
+    directory::once(&directory, || {
+        directory::create(&directory, |partial| {
+            let Extended { rows, .. } = extend_small_files(base, tokens, partial)?;
+            extend_weights(base, rows, partial)
+        })
+    })?;
     Ok(directory)
 }
 
-/// Makes a directory of the model at `base` with tokens added to config and tokenizer, but no rows for
-/// them.
+/// Fills an empty directory with the model at `base`, with tokens added to config and tokenizer, but no
+/// rows for them.
 ///
 /// # Errors
 /// A [`Failure`] if they cannot be read or written.
 pub fn extend_small_files(base: &Path, tokens: &[String], to: &Path) -> Result<Extended, Failure> {
     let disk = |error: std::io::Error| Failure::from_io(&error, &format!("cannot write {to:?}"));
-    fs::create_dir_all(to).map_err(disk)?;
     let write = |name: &str, text: &str| fs::write(to.join(name), text).map_err(disk);
     let (inner, new) = tokenizer::with_added_tokens(base, tokens)?;
     write(TOKENIZER, &inner.to_string(true).map_err(|error| invalid(&error.to_string()))?)?;

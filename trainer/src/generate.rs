@@ -60,12 +60,13 @@ pub struct Arguments {
 /// A [`Failure`] if model, adapter or prompt cannot be used.
 pub fn run(arguments: &Arguments, _environment: &Environment) -> Result<(), Failure> {
     let scratch = std::env::temp_dir().join(format!("finetune-generate-{}", std::process::id()));
-    let base = base(arguments, &scratch)?;
-    let tokenizer = Tokenizer::load(&base, &Rendering::of_model())?;
-    let model = load(&base, arguments.adapter.as_deref());
+    let loaded = base(arguments, &scratch).and_then(|base| {
+        let tokenizer = Tokenizer::load(&base, &Rendering::of_model())?;
+        Ok((tokenizer, load(&base, arguments.adapter.as_deref())?))
+    });
     // What was mapped stays there.
     let _ = std::fs::remove_dir_all(&scratch);
-    let model = model?;
+    let (tokenizer, model) = loaded?;
     let prompt = prompt_tokens(&tokenizer, arguments)
         .map_err(|reason| Failure::new(FailureReason::InvalidConfiguration, reason))?;
     let mut out = std::io::stdout().lock();

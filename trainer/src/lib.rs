@@ -14,6 +14,7 @@ pub mod clock;
 pub mod data;
 pub mod data_check;
 pub mod device;
+mod directory;
 pub mod dist;
 pub mod export;
 pub mod extension;

@@ -211,11 +211,7 @@ mod tests {
             run_id: RunId("a-run".to_owned()),
             kind,
             generator: "a test".to_owned(),
-            base_model: ModelSource {
-                uri: base_uri.to_owned(),
-                revision: None,
-                added_tokens: Vec::new(),
-            },
+            base_model: ModelSource::of(base_uri),
             train_sha256: "0".repeat(64),
             inputs: None,
             settings: None,

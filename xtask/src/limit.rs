@@ -58,7 +58,7 @@ pub(crate) fn measure(binaries: &Binaries, model: &Path) -> Result<Limit> {
     let config = PreflightConfig {
         version: CONTRACT_VERSION,
         run_id: RunId("bench".to_owned()),
-        model: ModelSource { uri: uri(model), revision: None, added_tokens: Vec::new() },
+        model: ModelSource::of(uri(model)),
         dataset: DatasetSource::of(uri(&dataset::files()?.train)),
         lora: None,
         initial_adapter: None,

@@ -424,11 +424,7 @@ mod tests {
             store: Store::over(&uri, Arc::new(object_store::memory::InMemory::new())),
             run_id: RunId("a-1".to_owned()),
             settings_sha256: String::new(),
-            model: ModelSource {
-                uri: "file:///base".to_owned(),
-                revision: None,
-                added_tokens: Vec::new(),
-            },
+            model: ModelSource::of("file:///base"),
             inputs: None,
             lora: None,
             trained: 1,

@@ -95,11 +95,10 @@ struct Lengths {
     tokens: u64,
     target_tokens: u64,
     by_length: BTreeMap<u32, u64>,
-    by_first_target: BTreeMap<u32, u64>,
-    /// The most targets of the rows with a first target.
-    most_targets: BTreeMap<u32, u32>,
+    /// Rows by where their first target is, and the most targets that one of them has.
+    by_first_target: BTreeMap<u32, (u64, u32)>,
     /// The largest share of a row's tokens that are targets.
-    most_dense: f64,
+    largest_target_share: f64,
 }
 
 impl Lengths {
@@ -110,10 +109,11 @@ impl Lengths {
         self.target_tokens += count as u64;
         *self.by_length.entry(tokens.len() as u32).or_default() += 1;
         let first = targets.iter().position(|is_target| *is_target).unwrap_or(tokens.len());
-        *self.by_first_target.entry(first as u32).or_default() += 1;
-        let most = self.most_targets.entry(first as u32).or_default();
+        let (rows, most) = self.by_first_target.entry(first as u32).or_default();
+        *rows += 1;
         *most = (*most).max(count as u32);
-        self.most_dense = self.most_dense.max(count as f64 / tokens.len().max(1) as f64);
+        let share = count as f64 / tokens.len().max(1) as f64;
+        self.largest_target_share = self.largest_target_share.max(share);
     }
 
     fn max(&self) -> u32 {
@@ -156,18 +156,18 @@ impl Lengths {
         let over: u64 = longer().map(|(_, rows)| rows).sum();
         let cut = longer().map(|(length, rows)| u64::from(length - context) * rows).sum();
         // A first target at or beyond the context is cut off, and the row with it is longer.
-        let empty: u64 = self.by_first_target.range(context..).map(|(_, rows)| rows).sum();
+        let empty: u64 = self.by_first_target.range(context..).map(|(_, (rows, _))| rows).sum();
         let mut rows_by_length: BTreeMap<u32, u64> =
             self.by_length.range(..=context).map(|(&length, &rows)| (length, rows)).collect();
         if on_overflow == OnOverflow::Truncate && over > empty {
             *rows_by_length.entry(context).or_default() += over - empty;
         }
         // What a cut leaves of a row's targets lies between the first one and the end.
-        let left = self.most_targets.range(..context);
-        let most_targets = left.map(|(first, &most)| most.min(context - first)).max();
-        // As dense as the densest row; one that is cut may be denser than it was.
-        let dense = (self.most_dense * f64::from(context)).ceil() as u32;
-        let most_packed_targets = most_targets.map(|most| most.max(dense));
+        let left = self.by_first_target.range(..context);
+        let most_targets = left.map(|(first, &(_, most))| most.min(context - first)).max();
+        // The share of a packed sequence is at most that of one of its rows, and a cut may raise a row's.
+        let by_share = (self.largest_target_share * f64::from(context)).ceil() as u32;
+        let most_packed_targets = most_targets.map(|most| most.max(by_share));
         let packed = packed_count(&rows_by_length, context);
         LengthPoint { context, over, cut, empty, packed, most_targets, most_packed_targets }
     }

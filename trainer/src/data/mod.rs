@@ -17,9 +17,9 @@ pub mod files;
 pub mod format;
 #[cfg(test)]
 pub(crate) mod goldens;
-mod in_order;
 mod jinja;
 pub mod packing;
+mod parallel_map;
 pub mod records;
 pub mod rendered;
 pub mod rendering;

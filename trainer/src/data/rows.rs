@@ -6,14 +6,14 @@ use sha2::{Digest, Sha256};
 use super::{
     files,
     format::{self, ReadOptions, RowError},
-    in_order,
+    parallel_map::{self, ParallelMap},
     records::{self, Record},
     row_sources::RowSources,
     tokenizer::{Tokenized, Tokenizer},
 };
 use crate::{failure::Failure, hex};
 
-/// Rows handed to a processor at once.
+/// Rows handed to a thread at once.
 const BATCH: usize = 128;
 /// Fewer are, once their texts add up to this: it bounds memory when rows are long.
 const BATCH_BYTES: usize = 4 << 20;
@@ -139,13 +139,13 @@ impl Read {
     }
 }
 
-/// Rows of a source for a processor.
+/// Rows of a source for a thread.
 struct Batch {
     rows: Vec<Waiting>,
     options: ReadOptions,
 }
 
-/// A row that waits for its processor.
+/// A row that waits for its thread.
 struct Waiting {
     record: Record,
     digest: u128,
@@ -171,60 +171,68 @@ pub fn for_each_row(
         bad_rows: 0,
         good_rows: 0,
     };
-    let mut hash = Sha256::new();
-    in_order::map_in_order(
+    let hash = parallel_map::parallel_map(
         |batch| tokenize(batch, tokenizer),
-        |queue| -> Result<(), Failure> {
-            for (index, source) in rows.sources.iter().enumerate() {
-                let found = files::list(&source.store, rows.split)?;
-                read.files += found.taken.len() as u64;
-                read.left_out.extend(found.left_out);
-                let mut options = source.options.clone();
-                let (mut waiting, mut waiting_bytes, mut number) = (Vec::new(), 0, 0);
-                for file in &found.taken {
-                    if read.file_names.len() < NAMES {
-                        let uri = source.store.uri();
-                        let name = if file.path.is_empty() { uri.file_name() } else { &file.path };
-                        read.file_names.push(name.to_owned());
-                    }
-                    records::for_each_record(&source.store, file, &mut |record, bytes| {
-                        let digest = Sha256::digest(bytes);
-                        let half = digest.first_chunk::<16>().expect("SHA-256 has 32 bytes");
-                        let digest = u128::from_le_bytes(*half);
-                        number += 1;
-                        if !rows.has(digest) {
-                            return Ok(());
-                        }
-                        hash.update(bytes);
-                        hash.update(b"\n");
-                        let copies = rows.copies(index, number - 1);
-                        if copies == 0 {
-                            return Ok(());
-                        }
-                        waiting.push(Waiting { record, digest, copies });
-                        waiting_bytes += bytes.len();
-                        if waiting.len() == BATCH || waiting_bytes >= BATCH_BYTES {
-                            waiting_bytes = 0;
-                            let batch = Batch::new(std::mem::take(&mut waiting), &mut options);
-                            read.visit_all(queue.give(batch), visit)?;
-                        }
-                        Ok(())
-                    })?;
-                }
-                let batch = Batch::new(waiting, &mut options);
-                read.visit_all(queue.give(batch), visit)?;
-                if index == 0 {
-                    read.format = options.format;
-                }
-            }
-            while let Some(rows) = queue.take() {
-                read.visit_all(Some(rows), visit)?;
-            }
-            Ok(())
-        },
+        |queue| read_sources(rows, &mut read, queue, visit),
     )?;
     read.sha256 = hex(&hash.finalize());
     Ok(read)
+}
+
+/// Reads the sources one after the other; returns the hash of all rows.
+fn read_sources(
+    rows: &RowSources,
+    read: &mut Read,
+    queue: &mut ParallelMap<Batch, Vec<SplitRow>>,
+    visit: &mut dyn FnMut(SplitRow) -> Result<(), Failure>,
+) -> Result<Sha256, Failure> {
+    let mut hash = Sha256::new();
+    for (index, source) in rows.sources.iter().enumerate() {
+        let found = files::list(&source.store, rows.split)?;
+        read.files += found.taken.len() as u64;
+        read.left_out.extend(found.left_out);
+        let mut options = source.options.clone();
+        let (mut waiting, mut waiting_bytes, mut number) = (Vec::new(), 0, 0);
+        for file in &found.taken {
+            if read.file_names.len() < NAMES {
+                let uri = source.store.uri();
+                let name = if file.path.is_empty() { uri.file_name() } else { &file.path };
+                read.file_names.push(name.to_owned());
+            }
+            records::for_each_record(&source.store, file, &mut |record, bytes| {
+                let digest = Sha256::digest(bytes);
+                let half = digest.first_chunk::<16>().expect("SHA-256 has 32 bytes");
+                let digest = u128::from_le_bytes(*half);
+                number += 1;
+                if !rows.has(digest) {
+                    return Ok(());
+                }
+                hash.update(bytes);
+                hash.update(b"\n");
+                let copies = rows.copies(index, number - 1);
+                if copies == 0 {
+                    return Ok(());
+                }
+                waiting.push(Waiting { record, digest, copies });
+                waiting_bytes += bytes.len();
+                if waiting.len() == BATCH || waiting_bytes >= BATCH_BYTES {
+                    waiting_bytes = 0;
+                    let batch = Batch::new(std::mem::take(&mut waiting), &mut options);
+                    read.visit_all(queue.push(batch), visit)?;
+                }
+                Ok(())
+            })?;
+        }
+        let batch = Batch::new(waiting, &mut options);
+        read.visit_all(queue.push(batch), visit)?;
+        if index == 0 {
+            read.format = options.format;
+        }
+    }
+    while let Some(rows) = queue.pop() {
+        read.visit_all(Some(rows), visit)?;
+    }
+    Ok(hash)
 }
 
 impl Batch {

@@ -29,9 +29,8 @@ pub enum End {
 /// # Errors
 /// A text that names the turn that cannot be told from what is around it.
 pub(super) fn tokenize(tokenizer: &Tokenizer, text: &Text) -> Result<(TokenRow, End), String> {
-    let encoding = tokenizer.encoding(&text.text)?;
-    let Encoded { ids: tokens, ranges } = encoding;
-    let row = Row { tokenizer, text: &text.text, tokens: &tokens, ranges: &ranges };
+    let Encoded { ids: tokens, offsets } = tokenizer.encoding(&text.text)?;
+    let row = Row { tokenizer, text: &text.text, tokens: &tokens, offsets: &offsets };
     let mut targets = vec![false; tokens.len()];
     let mut end = End::Open;
     let mut from = 1;
@@ -39,16 +38,16 @@ pub(super) fn tokenize(tokenizer: &Tokenizer, text: &Text) -> Result<(TokenRow, 
         let span = &turn.span;
         // Tokens are in the order of the text, so each turn is looked for after the one before.
         let first_after =
-            |place: usize| (from..tokens.len()).find(|&index| ranges[index].end > place);
+            |place: usize| (from..tokens.len()).find(|&index| offsets[index].end > place);
         let (Some(next), Some(first)) = (first_after(turn.border), first_after(span.start)) else {
             continue;
         };
         let after = (first..tokens.len())
-            .find(|&index| ranges[index].start >= span.end)
+            .find(|&index| offsets[index].start >= span.end)
             .unwrap_or(tokens.len());
         from = after.max(1);
         if !text.is_marked
-            && (ranges[next].start < turn.border || !row.is_border(next, turn.border))
+            && (offsets[next].start < turn.border || !row.is_border(next, turn.border))
         {
             return Err(format!(
                 "a token spans the border between the prompt and turn {}, so the turn cannot be trained on alone",
@@ -73,7 +72,7 @@ pub(super) fn tokenize(tokenizer: &Tokenizer, text: &Text) -> Result<(TokenRow, 
             (None, None) => {
                 if !text.is_marked
                     && span.end < text.text.len()
-                    && (ranges[after - 1].end > span.end || !row.is_border(after, span.end))
+                    && (offsets[after - 1].end > span.end || !row.is_border(after, span.end))
                 {
                     return Err(format!(
                         "a token spans the border between turn {} and what follows it, so the turn cannot be trained on alone",
@@ -92,7 +91,7 @@ struct Row<'a> {
     tokenizer: &'a Tokenizer,
     text: &'a str,
     tokens: &'a [u32],
-    ranges: &'a [Range<usize>],
+    offsets: &'a [Range<usize>],
 }
 
 impl Row<'_> {
@@ -108,7 +107,7 @@ impl Row<'_> {
         if special.is_some_and(|special| special + 1 == next) {
             return true;
         }
-        let start = if first == 0 { 0 } else { self.ranges[first].start };
+        let start = if first == 0 { 0 } else { self.offsets[first].start };
         let Ok(alone) = self.tokenizer.encode(&self.text[start..border], false) else {
             return false;
         };
@@ -123,6 +122,6 @@ impl Row<'_> {
 
     /// Tells whether nothing but white space follows a token in its turn.
     fn ends_turn(&self, index: usize, span: &Range<usize>) -> bool {
-        self.text[self.ranges[index].end.min(span.end)..span.end].trim().is_empty()
+        self.text[self.offsets[index].end.min(span.end)..span.end].trim().is_empty()
     }
 }

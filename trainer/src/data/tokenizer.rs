@@ -133,7 +133,7 @@ impl Tokenizer {
         let vocab_size = inner.get_vocab_size(true) as u32;
         let added = inner.get_added_tokens_decoder().into_iter().collect();
         let (bos_ids, closing_ids) = surrounding_tokens(&inner);
-        // Known now, and byte-level ones take spaces out of a token's range.
+        // Known now, and byte-level ones take spaces out of a token's offsets.
         inner.with_post_processor(None::<PostProcessorWrapper>);
         let mut tokenizer = Self {
             byte_level: ByteLevel::of(&inner),
@@ -214,14 +214,14 @@ impl Tokenizer {
         Ok([self.bos_ids.as_slice(), &ids, &self.closing_ids].concat())
     }
 
-    /// Turns a text with all its special tokens into tokens that know their place in it.
+    /// Turns a text with all its special tokens into tokens and their offsets.
     pub(super) fn encoding(&self, text: &str) -> Result<Encoded, String> {
         if let Some(encoded) = self.encode_quickly(text)? {
             return Ok(encoded);
         }
         let encoding = self.inner.encode(text, false).map_err(|error| error.to_string())?;
-        let ranges = encoding.get_offsets().iter().map(|&(start, end)| start..end).collect();
-        Ok(Encoded { ids: encoding.get_ids().to_vec(), ranges })
+        let offsets = encoding.get_offsets().iter().map(|&(start, end)| start..end).collect();
+        Ok(Encoded { ids: encoding.get_ids().to_vec(), offsets })
     }
 
     fn encode_quickly(&self, text: &str) -> Result<Option<Encoded>, String> {

@@ -8,10 +8,7 @@ mod tests;
 mod tokenizer;
 mod weights;
 
-use std::{
-    fs::File,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use finetune_contract::FailureReason;
@@ -19,6 +16,7 @@ use sha2::{Digest, Sha256};
 
 use self::gguf::Gguf;
 use crate::{
+    directory,
     failure::Failure,
     hex,
     store::{Store, fetch_model},
@@ -71,55 +69,44 @@ pub fn local_directory(store: &Store, cache: &Path) -> Result<PathBuf, Failure> 
         None => format!("{} {:?}", store.uri(), store.list_tagged()?),
     };
     let directory = cache.join(format!("gguf-{}", &hex(&Sha256::digest(key))[..16]));
-    let disk =
-        |error: std::io::Error| Failure::from_io(&error, &format!("cannot make {directory:?}"));
-    std::fs::create_dir_all(cache).map_err(disk)?;
-    // Two runs that want the same file wait for each other.
-    let lock = File::create(directory.with_extension("lock")).map_err(disk)?;
-    lock.lock().map_err(disk)?;
-    if !directory.exists() {
+    directory::once(&directory, || {
         if let Some(path) = store.local_path("") {
-            import(&path, &directory)?;
-        } else {
-            let path = directory.with_extension("gguf");
-            store.fetch("", &path)?;
-            import(&path, &directory)?;
-            // It is not needed again, and as large as the model.
-            std::fs::remove_file(&path).map_err(disk)?;
+            return import(&path, &directory);
         }
-    }
+        let path = directory.with_extension("gguf");
+        store.fetch("", &path)?;
+        import(&path, &directory)?;
+        // It is not needed again, and as large as the model.
+        std::fs::remove_file(&path)
+            .map_err(|error| Failure::from_io(&error, &format!("cannot make {directory:?}")))
+    })?;
     Ok(directory)
 }
 
-/// Writes the directory under another name and renames it: it is there complete or not at all.
+/// Writes the directory of a file: it is there complete or not at all.
 pub(crate) fn import(from: &Path, to: &Path) -> Result<(), Failure> {
     let gguf = Gguf::open(from)
         .map_err(|error| Failure::new(FailureReason::InvalidModel, format!("{from:?}: {error}")))?;
+    directory::create(to, |partial| write(&gguf, from, partial))
+}
+
+fn write(gguf: &Gguf, from: &Path, to: &Path) -> Result<(), Failure> {
     let invalid =
         |reason: String| Failure::new(FailureReason::InvalidModel, format!("{from:?}: {reason}"));
-    let mut name = to.file_name().unwrap_or_default().to_owned();
-    name.push(".partial");
-    let partial = to.with_file_name(name);
-    let disk =
-        |error: std::io::Error| Failure::from_io(&error, &format!("cannot write {partial:?}"));
-    if partial.exists() {
-        std::fs::remove_dir_all(&partial).map_err(disk)?;
-    }
-    std::fs::create_dir_all(&partial).map_err(disk)?;
+    let disk = |error: std::io::Error| Failure::from_io(&error, &format!("cannot write {to:?}"));
     let write = |name: &str, value: &serde_json::Value| {
         let text = format!("{value:#}\n");
-        std::fs::write(partial.join(name), text).map_err(disk)
+        std::fs::write(to.join(name), text).map_err(disk)
     };
-    let config = config::config(&gguf).map_err(invalid)?;
+    let config = config::config(gguf).map_err(invalid)?;
     write("config.json", &config)?;
-    write("generation_config.json", &config::generation_config(&gguf))?;
-    let tokenizer = tokenizer::build(&gguf).map_err(invalid)?;
+    write("generation_config.json", &config::generation_config(gguf))?;
+    let tokenizer = tokenizer::build(gguf).map_err(invalid)?;
     write("tokenizer.json", &tokenizer.tokenizer)?;
     write("tokenizer_config.json", &tokenizer.settings)?;
     if let Some(template) = gguf.text("tokenizer.chat_template") {
-        std::fs::write(partial.join("chat_template.jinja"), template).map_err(disk)?;
+        std::fs::write(to.join("chat_template.jinja"), template).map_err(disk)?;
     }
-    weights::write(&gguf, &config, &partial)
-        .map_err(|failure| Failure::new(failure.reason, format!("{from:?}: {failure}")))?;
-    std::fs::rename(&partial, to).map_err(disk)
+    weights::write(gguf, &config, to)
+        .map_err(|failure| Failure::new(failure.reason, format!("{from:?}: {failure}")))
 }

@@ -179,8 +179,7 @@ pub(super) fn check(
     }
     let tokenizer = load_tokenizer(&directory, config, environment, findings)?;
     let weights = weights.unwrap_or(Weights { bytes: 0, dtype: String::new() });
-    let facts =
-        ModelFacts { added_tokens: new_tokens, ..facts(&model, &store, &tokenizer, weights) };
+    let facts = facts(&model, &store, &tokenizer, weights, new_tokens);
     Some(Checked { facts, lora: lora_facts, tokenizer })
 }
 
@@ -236,6 +235,7 @@ fn facts(
     store: &Store,
     tokenizer: &Tokenizer,
     weights: Weights,
+    added_tokens: u32,
 ) -> ModelFacts {
     ModelFacts {
         model_type: model.model_type.clone(),
@@ -250,7 +250,7 @@ fn facts(
         num_key_value_heads: model.num_key_value_heads as u32,
         head_dim: model.head_dim as u32,
         vocab_size: model.vocab_size as u32,
-        added_tokens: 0,
+        added_tokens,
         max_position_embeddings: model.max_position_embeddings as u32,
         tie_word_embeddings: model.tie_word_embeddings,
         has_chat_template: tokenizer.has_template(),

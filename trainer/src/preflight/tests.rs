@@ -30,7 +30,7 @@ impl Fixture {
         let config = PreflightConfig {
             version: CONTRACT_VERSION,
             run_id: RunId("run-1".to_owned()),
-            model: ModelSource { uri: at("model"), revision: None, added_tokens: Vec::new() },
+            model: ModelSource::of(at("model")),
             dataset: DatasetSource::of(at("train.jsonl")),
             lora: None,
             initial_adapter: None,

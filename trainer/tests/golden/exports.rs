@@ -34,15 +34,7 @@ fn published_results_give_the_logits_that_were_trained() {
     let mut published = 0;
     for family in FAMILIES {
         let golden = Golden::open(family);
-        let rows = &golden.facts.rows;
-        let base = Base {
-            directory: golden.directory.clone(),
-            added_tokens: Vec::new(),
-            rows: rows.iter().map(|row| words(&row.tokens)).collect(),
-            probe: rows[0].tokens.clone(),
-            tolerance: 1e-5,
-            training: training(),
-        };
+        let base = Base::of(&golden);
         base.publish_full(&format!("{family}-full"));
         published += 1;
         for (name, lora) in &golden.facts.lora {
@@ -64,7 +56,12 @@ fn nine_modules_of_a_real_model_merge_within_rounding() {
         return;
     };
     let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("real-model-fp32");
-    widen(&stored, &directory);
+    // Widened to fp32.
+    copy_model(&stored, &directory, |tensors| {
+        for (_, tensor) in tensors {
+            *tensor = tensor.to_kind(Kind::Float);
+        }
+    });
     let base = Base {
         directory,
         added_tokens: Vec::new(),
@@ -80,16 +77,16 @@ fn nine_modules_of_a_real_model_merge_within_rounding() {
     base.publish_adapter("real-model-nine", &settings);
 }
 
-/// Copies a model with its weights in fp32.
-fn widen(from: &Path, to: &Path) {
+/// Copies a model with its weights changed.
+fn copy_model(from: &Path, to: &Path, change: impl Fn(&mut Vec<(String, Tensor)>)) {
+    let _ = fs::remove_dir_all(to);
     fs::create_dir_all(to).unwrap();
     for entry in fs::read_dir(from).unwrap() {
         let path = entry.unwrap().path();
-        if path.extension().is_some_and(|ending| ending == "safetensors") {
+        let name = path.file_name().unwrap().to_string_lossy();
+        if name.starts_with("model") && name.ends_with(".safetensors") {
             let mut tensors = Tensor::read_safetensors(&path).unwrap();
-            for (_, tensor) in &mut tensors {
-                *tensor = tensor.to_kind(Kind::Float);
-            }
+            change(&mut tensors);
             Tensor::write_safetensors(&tensors, to.join(path.file_name().unwrap())).unwrap();
         } else if path.is_file() {
             fs::copy(&path, to.join(path.file_name().unwrap())).unwrap();
@@ -104,18 +101,11 @@ fn a_head_of_its_own_is_used_and_published() {
     let tokens = &golden.facts.rows[0].tokens;
     let with_head = |name: &str, factor: f64| {
         let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
-        let _ = fs::remove_dir_all(&directory);
-        fs::create_dir_all(&directory).unwrap();
-        for entry in fs::read_dir(&golden.directory).unwrap() {
-            let path = entry.unwrap().path();
-            fs::copy(&path, directory.join(path.file_name().unwrap())).unwrap();
-        }
-        let path = directory.join("model.safetensors");
-        let mut tensors = Tensor::read_safetensors(&path).unwrap();
-        let embedding = tensors.iter().find(|(name, _)| name == "model.embed_tokens.weight");
-        let head = &embedding.unwrap().1 * factor;
-        tensors.push(("lm_head.weight".to_owned(), head));
-        Tensor::write_safetensors(&tensors, path).unwrap();
+        copy_model(&golden.directory, &directory, |tensors| {
+            let embedding = tensors.iter().find(|(name, _)| name == "model.embed_tokens.weight");
+            let head = &embedding.unwrap().1 * factor;
+            tensors.push(("lm_head.weight".to_owned(), head));
+        });
         directory
     };
     let same = with_head("llama-same-head", 1.0);
@@ -124,14 +114,7 @@ fn a_head_of_its_own_is_used_and_published() {
     assert!(!read_config(&directory).unwrap().tie_word_embeddings);
     let doubled = load(&golden.directory).logits(tokens) * 2.0;
     assert!(distance(&load(&directory).logits(tokens), &doubled) <= 1e-6);
-    let base = Base {
-        directory,
-        added_tokens: Vec::new(),
-        rows: golden.facts.rows.iter().map(|row| words(&row.tokens)).collect(),
-        probe: tokens.clone(),
-        tolerance: 1e-5,
-        training: training(),
-    };
+    let base = Base { directory, ..Base::of(&golden) };
     base.publish_full("llama-own-head");
     let output = cases().join("llama-own-head/output");
     let config = fs::read_to_string(output.join("config.json")).unwrap();
@@ -156,12 +139,10 @@ fn added_tokens_are_trained_and_published() {
         let tokenizer = Tokenizer::load(&golden.directory, &Rendering::of_model()).unwrap();
         let first = tokenizer.vocab_size();
         let base = Base {
-            directory: golden.directory.clone(),
             added_tokens: ["<|call|>", "<|result|>"].map(str::to_owned).to_vec(),
             rows: golden.facts.rows.iter().map(|row| call(&row.tokens)).collect(),
             probe: [&golden.facts.rows[0].tokens[..6], &[first, first + 1]].concat(),
-            tolerance: 1e-5,
-            training: training(),
+            ..Base::of(&golden)
         };
         base.publish_full(&format!("{family}-added-tokens-full"));
         base.publish_adapter(&format!("{family}-added-tokens-saved"), &saved);
@@ -190,6 +171,19 @@ struct Base {
 }
 
 impl Base {
+    /// A tiny model of `gen.py`, trained on its rows.
+    fn of(golden: &Golden) -> Self {
+        let rows = &golden.facts.rows;
+        Self {
+            directory: golden.directory.clone(),
+            added_tokens: Vec::new(),
+            rows: rows.iter().map(|row| words(&row.tokens)).collect(),
+            probe: rows[0].tokens.clone(),
+            tolerance: 1e-5,
+            training: training(),
+        }
+    }
+
     /// Returns the model's directory with the tokens added.
     fn extended(&self) -> PathBuf {
         let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("extended");
@@ -242,9 +236,8 @@ impl<'a> Case<'a> {
         let output = self.directory.join("output");
         let run_id = RunId(self.name.clone());
         let model = ModelSource {
-            uri: uri(&self.base.directory),
-            revision: None,
             added_tokens: self.base.added_tokens.clone(),
+            ..ModelSource::of(uri(&self.base.directory))
         };
         let dataset = DatasetSource {
             format: DatasetFormat::Text,

@@ -67,11 +67,7 @@ impl Case {
             version: CONTRACT_VERSION,
             run_id: RunId("tiny".to_owned()),
             attempt: 0,
-            model: ModelSource {
-                uri: format!("file://{}", model.display()),
-                revision: None,
-                added_tokens: Vec::new(),
-            },
+            model: ModelSource::of(format!("file://{}", model.display())),
             dataset: DatasetSource {
                 validation: Some(uri("validation.jsonl")),
                 format: DatasetFormat::Text,

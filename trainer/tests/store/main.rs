@@ -73,11 +73,7 @@ fn manifest(run: &str) -> Manifest {
         run_id: RunId(run.to_owned()),
         kind: ArtifactKind::Adapter,
         generator: "test".to_owned(),
-        base_model: ModelSource {
-            uri: "hf://o/n".to_owned(),
-            revision: None,
-            added_tokens: Vec::new(),
-        },
+        base_model: ModelSource::of("hf://o/n"),
         train_sha256: "0".repeat(64),
         inputs: Some(InputDigests {
             train_sha256: "0".repeat(64),

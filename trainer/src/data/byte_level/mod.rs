@@ -33,16 +33,16 @@ pub(super) struct Encoded {
     /// The tokens.
     pub ids: Vec<u32>,
     /// The bytes of the text that each is for, widened to whole characters.
-    pub ranges: Vec<Range<usize>>,
+    pub offsets: Vec<Range<usize>>,
 }
 
 /// What is known of a byte-level tokenizer.
 #[derive(Debug)]
 pub(super) struct ByteLevel {
     /// Tokens that are found in the text as it is.
-    raw: Option<AddedTokens>,
+    raw: AddedTokens,
     /// Tokens that are found in the normalized text between those.
-    normalized: Option<AddedTokens>,
+    normalized: AddedTokens,
     is_nfc: bool,
     splits: Vec<Split>,
     /// How a byte is written in the vocabulary.
@@ -68,18 +68,18 @@ enum Split {
 /// What a thread remembers.
 #[derive(Debug)]
 struct Memory {
-    /// For each split, what its pattern works with.
-    caches: Vec<Option<Cache>>,
-    words: Words,
+    /// What each pattern works with.
+    caches: Vec<Cache>,
+    words: WordCache,
 }
 
 /// Words, and the tokens of all of them.
 #[derive(Debug, Default)]
-struct Words {
-    places: HashMap<Box<str>, Range<usize>, ahash::RandomState>,
+struct WordCache {
+    ranges: HashMap<Box<str>, Range<usize>, ahash::RandomState>,
     /// Each token, and where it ends in its word.
     tokens: Vec<(u32, usize)>,
-    /// Tokens that belong to a place.
+    /// How many of them belong to a word that is remembered.
     remembered: usize,
 }
 
@@ -135,12 +135,12 @@ impl ByteLevel {
         let Memory { caches, words } = &mut *memory;
         let mut encoded = Encoded::default();
         let mut fault = None;
-        for (range, id) in AddedTokens::split(self.raw.as_ref(), text, 0..text.len()) {
-            let pieces = match id {
-                Some(_) => vec![(range, id)],
-                None => AddedTokens::split(self.normalized.as_ref(), text, range),
-            };
-            for (range, id) in pieces {
+        for (range, id) in self.raw.split(text, 0..text.len()) {
+            if let Some(id) = id {
+                encoded.push(id, range);
+                continue;
+            }
+            for (range, id) in self.normalized.split(text, range) {
                 if let Some(id) = id {
                     encoded.push(id, range);
                     continue;
@@ -162,7 +162,10 @@ impl ByteLevel {
             Split::Digits { .. } => None,
             Split::Around { pattern, .. } => Some(pattern.new_cache()),
         };
-        Memory { caches: self.splits.iter().map(cache).collect(), words: Words::default() }
+        Memory {
+            caches: self.splits.iter().filter_map(cache).collect(),
+            words: WordCache::default(),
+        }
     }
 
     /// Asks the library's model for the tokens of a word.
@@ -184,18 +187,18 @@ impl ByteLevel {
     }
 }
 
-impl Words {
+impl WordCache {
     /// Returns the tokens of a word; `tokenize` adds those of a new one.
     fn find(
         &mut self,
         word: &str,
         tokenize: impl FnOnce(&mut Vec<(u32, usize)>) -> Result<(), String>,
     ) -> Result<&[(u32, usize)], String> {
-        if let Some(place) = self.places.get(word) {
+        if let Some(place) = self.ranges.get(word) {
             return Ok(&self.tokens[place.clone()]);
         }
-        if self.places.len() == WORDS {
-            self.places.clear();
+        if self.ranges.len() == WORDS {
+            self.ranges.clear();
             self.remembered = 0;
         }
         // What is behind the last remembered word was of one too long to remember.
@@ -204,7 +207,7 @@ impl Words {
         let place = self.remembered..self.tokens.len();
         if word.len() <= LONGEST {
             self.remembered = place.end;
-            self.places.insert(word.into(), place.clone());
+            self.ranges.insert(word.into(), place.clone());
         }
         Ok(&self.tokens[place])
     }
@@ -213,7 +216,7 @@ impl Words {
 impl Encoded {
     fn push(&mut self, id: u32, range: Range<usize>) {
         self.ids.push(id);
-        self.ranges.push(range);
+        self.offsets.push(range);
     }
 
     fn push_word(&mut self, word: &str, start: usize, tokens: &[(u32, usize)]) {
@@ -227,36 +230,26 @@ impl Encoded {
 }
 
 impl AddedTokens {
-    /// `Some(None)` if there is no token.
-    #[expect(clippy::option_option, reason = "the outer one is that it cannot be done")]
-    fn new(tokens: &[(u32, AddedToken)]) -> Option<Option<Self>> {
-        if tokens.is_empty() {
-            return Some(None);
-        }
+    /// `None` if they are too many to be found at once.
+    fn new(tokens: &[(u32, AddedToken)]) -> Option<Self> {
         let finder = AhoCorasick::builder()
             .match_kind(MatchKind::LeftmostLongest)
             .build(tokens.iter().map(|(_, token)| &token.content))
             .ok()?;
-        Some(Some(Self { finder, ids: tokens.iter().map(|(id, _)| *id).collect() }))
+        Some(Self { finder, ids: tokens.iter().map(|(id, _)| *id).collect() })
     }
 
     /// Splits a part of a text into added tokens and what is between them.
-    fn split(
-        added: Option<&Self>,
-        text: &str,
-        range: Range<usize>,
-    ) -> Vec<(Range<usize>, Option<u32>)> {
+    fn split(&self, text: &str, range: Range<usize>) -> Vec<(Range<usize>, Option<u32>)> {
         let mut pieces = Vec::new();
         let mut from = range.start;
-        if let Some(Self { finder, ids }) = added {
-            for found in finder.find_iter(&text[range.clone()]) {
-                let start = range.start + found.start();
-                if from < start {
-                    pieces.push((from..start, None));
-                }
-                from = range.start + found.end();
-                pieces.push((start..from, Some(ids[found.pattern().as_usize()])));
+        for found in self.finder.find_iter(&text[range.clone()]) {
+            let start = range.start + found.start();
+            if from < start {
+                pieces.push((from..start, None));
             }
+            from = range.start + found.end();
+            pieces.push((start..from, Some(self.ids[found.pattern().as_usize()])));
         }
         if from < range.end {
             pieces.push((from..range.end, None));
@@ -268,22 +261,22 @@ impl AddedTokens {
 /// Applies all splits to a part of a text, and gives each word.
 fn split(
     splits: &[Split],
-    caches: &mut [Option<Cache>],
+    caches: &mut [Cache],
     text: &str,
     range: Range<usize>,
     give: &mut dyn FnMut(Range<usize>),
 ) {
     let Some((first, rest)) = splits.split_first() else { return give(range) };
-    let Some((cache, caches)) = caches.split_first_mut() else { return };
-    match (first, cache) {
-        (Split::Around { pattern, leaves_gaps_out }, Some(cache)) => {
+    match first {
+        Split::Around { pattern, leaves_gaps_out } => {
+            let (cache, caches) = caches.split_first_mut().expect("each pattern has a cache");
             pattern.split(cache, text, range, &mut |range, is_match| {
                 if is_match || !leaves_gaps_out {
                     split(rest, caches, text, range, give);
                 }
             });
         }
-        (Split::Digits { each }, _) => {
+        Split::Digits { each } => {
             let Range { start: mut from, end } = range;
             let mut before = None;
             for (at, character) in text[range.clone()].char_indices() {
@@ -301,7 +294,6 @@ fn split(
                 split(rest, caches, text, from..end, give);
             }
         }
-        (Split::Around { .. }, None) => {}
     }
 }
 

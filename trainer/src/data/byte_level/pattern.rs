@@ -8,11 +8,11 @@ use std::ops::Range;
 
 use regex_automata::{
     Anchored, Input,
-    meta::{Cache, Config, Regex},
+    meta::{Cache, Regex},
 };
 use regex_syntax::ast::{
-    Ast, ClassPerlKind, ClassSet, ClassSetItem, ClassUnicodeKind, Flag, FlagsItemKind, GroupKind,
-    Literal, LiteralKind, parse::Parser,
+    Ast, ClassPerl, ClassPerlKind, ClassSet, ClassSetItem, ClassUnicode, ClassUnicodeKind, Flag,
+    FlagsItemKind, GroupKind, Literal, LiteralKind, parse::Parser,
 };
 
 /// The pattern of GPT-2's tokenizer.
@@ -44,8 +44,7 @@ impl Pattern {
         }
         let mut patterns = vec![main];
         patterns.extend(without_end.map(|_| r"\s+"));
-        let config = Config::new().utf8_empty(true);
-        let regex = Regex::builder().configure(config).build_many(&patterns).ok()?;
+        let regex = Regex::new_many(&patterns).ok()?;
         Some(Self { regex })
     }
 
@@ -89,8 +88,8 @@ impl Pattern {
 fn is_plain(ast: &Ast) -> bool {
     match ast {
         Ast::Literal(literal) => is_plain_literal(literal),
-        Ast::ClassUnicode(class) => !matches!(class.kind, ClassUnicodeKind::NamedValue { .. }),
-        Ast::ClassPerl(class) => matches!(class.kind, ClassPerlKind::Space | ClassPerlKind::Digit),
+        Ast::ClassUnicode(class) => is_plain_class(class),
+        Ast::ClassPerl(class) => is_plain_escape(class),
         Ast::ClassBracketed(class) => is_plain_set(&class.kind),
         // A second sign after a repetition makes it possessive there, and repeats it here.
         Ast::Repetition(repetition) => {
@@ -120,6 +119,16 @@ fn is_plain_literal(literal: &Literal) -> bool {
         || matches!(literal.c, '\n' | '\r' | '\t')
 }
 
+/// `\p{…}` of a category or script.
+fn is_plain_class(class: &ClassUnicode) -> bool {
+    !matches!(class.kind, ClassUnicodeKind::NamedValue { .. })
+}
+
+/// `\s` and `\d`; what `\w` is differs.
+fn is_plain_escape(class: &ClassPerl) -> bool {
+    matches!(class.kind, ClassPerlKind::Space | ClassPerlKind::Digit)
+}
+
 fn is_plain_set(set: &ClassSet) -> bool {
     let ClassSet::Item(item) = set else { return false };
     is_plain_item(item)
@@ -131,10 +140,8 @@ fn is_plain_item(item: &ClassSetItem) -> bool {
         ClassSetItem::Range(range) => {
             is_plain_literal(&range.start) && is_plain_literal(&range.end)
         }
-        ClassSetItem::Unicode(class) => !matches!(class.kind, ClassUnicodeKind::NamedValue { .. }),
-        ClassSetItem::Perl(class) => {
-            matches!(class.kind, ClassPerlKind::Space | ClassPerlKind::Digit)
-        }
+        ClassSetItem::Unicode(class) => is_plain_class(class),
+        ClassSetItem::Perl(class) => is_plain_escape(class),
         ClassSetItem::Bracketed(class) => is_plain_set(&class.kind),
         ClassSetItem::Union(union) => union.items.iter().all(is_plain_item),
         ClassSetItem::Empty(_) | ClassSetItem::Ascii(_) => false,

@@ -78,8 +78,8 @@ fn tokenizer(pre_tokenizer: Value, is_nfc: bool) -> tokenizers::Tokenizer {
 
 fn libraries(tokenizer: &tokenizers::Tokenizer, text: &str) -> Encoded {
     let encoding = tokenizer.encode(text, false).unwrap();
-    let ranges = encoding.get_offsets().iter().map(|&(start, end)| start..end).collect();
-    Encoded { ids: encoding.get_ids().to_vec(), ranges }
+    let offsets = encoding.get_offsets().iter().map(|&(start, end)| start..end).collect();
+    Encoded { ids: encoding.get_ids().to_vec(), offsets }
 }
 
 fn compare(name: &str, tokenizer: &tokenizers::Tokenizer, ours: &ByteLevel, text: &str) -> bool {
@@ -133,7 +133,7 @@ fn every_character_gives_the_library_s_tokens() {
 }
 
 #[test]
-fn texts_give_the_library_s_tokens_and_places() {
+fn texts_give_the_library_s_tokens_and_offsets() {
     let texts = [
         "",
         " ",

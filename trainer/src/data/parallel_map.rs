@@ -1,4 +1,4 @@
-//! A map on all processors whose results come in the order of what was given.
+//! A parallel map whose results come in the order of its items.
 
 use std::{
     collections::BTreeMap,
@@ -10,23 +10,23 @@ use std::{
     thread,
 };
 
-/// Items given and not yet taken, for each processor: enough that none waits for the giver.
-const WAITING: usize = 3;
+/// Items in flight for each thread: enough that none waits for the next one.
+const IN_FLIGHT: usize = 3;
 
-/// Where items go in and results come out.
-pub(super) struct InOrder<T, R> {
+/// Where items are pushed and results are popped.
+pub(super) struct ParallelMap<T, R> {
     items: Sender<(usize, T)>,
     results: Receiver<(usize, thread::Result<R>)>,
     early: BTreeMap<usize, R>,
-    given: usize,
-    taken: usize,
+    pushed: usize,
+    popped: usize,
     limit: usize,
 }
 
-/// Starts a thread for each processor, runs `body`, and ends them; a panic of `map` is passed on.
-pub(super) fn map_in_order<T: Send, R: Send, A>(
+/// Runs `body` with a thread for each CPU that maps what it pushes; a panic of `map` is passed on.
+pub(super) fn parallel_map<T: Send, R: Send, A>(
     map: impl Fn(T) -> R + Sync,
-    body: impl FnOnce(&mut InOrder<T, R>) -> A,
+    body: impl FnOnce(&mut ParallelMap<T, R>) -> A,
 ) -> A {
     let workers = thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let (items, receiver) = mpsc::channel::<(usize, T)>();
@@ -46,28 +46,35 @@ pub(super) fn map_in_order<T: Send, R: Send, A>(
                 }
             });
         }
-        let limit = workers * WAITING;
-        body(&mut InOrder { items, results, early: BTreeMap::new(), given: 0, taken: 0, limit })
+        let limit = workers * IN_FLIGHT;
+        body(&mut ParallelMap {
+            items,
+            results,
+            early: BTreeMap::new(),
+            pushed: 0,
+            popped: 0,
+            limit,
+        })
     })
 }
 
-impl<T, R> InOrder<T, R> {
-    /// Gives an item; returns the oldest result once enough items wait.
-    pub(super) fn give(&mut self, item: T) -> Option<R> {
+impl<T, R> ParallelMap<T, R> {
+    /// Pushes an item; returns the oldest result once enough are in flight.
+    pub(super) fn push(&mut self, item: T) -> Option<R> {
         // It fails only if all threads are gone, and they go after this.
-        let _ = self.items.send((self.given, item));
-        self.given += 1;
-        if self.given - self.taken > self.limit { self.take() } else { None }
+        let _ = self.items.send((self.pushed, item));
+        self.pushed += 1;
+        if self.pushed - self.popped > self.limit { self.pop() } else { None }
     }
 
-    /// Waits for the oldest result; `None` if all were taken.
-    pub(super) fn take(&mut self) -> Option<R> {
-        if self.taken == self.given {
+    /// Waits for the oldest result; `None` if all were popped.
+    pub(super) fn pop(&mut self) -> Option<R> {
+        if self.popped == self.pushed {
             return None;
         }
         loop {
-            if let Some(result) = self.early.remove(&self.taken) {
-                self.taken += 1;
+            if let Some(result) = self.early.remove(&self.popped) {
+                self.popped += 1;
                 return Some(result);
             }
             let (number, result) = self.results.recv().ok()?;
@@ -91,9 +98,9 @@ mod tests {
             thread::sleep(Duration::from_micros(item * 7919 % 300));
             item * item
         };
-        let results = map_in_order(square, |queue| {
-            let mut results: Vec<u64> = (0..200).filter_map(|item| queue.give(item)).collect();
-            results.extend(std::iter::from_fn(|| queue.take()));
+        let results = parallel_map(square, |queue| {
+            let mut results: Vec<u64> = (0..200).filter_map(|item| queue.push(item)).collect();
+            results.extend(std::iter::from_fn(|| queue.pop()));
             results
         });
         assert_eq!(results, (0..200).map(|item| item * item).collect::<Vec<_>>());
@@ -102,9 +109,9 @@ mod tests {
     #[test]
     fn a_panic_of_a_thread_is_passed_on() {
         let outcome = panic::catch_unwind(|| {
-            map_in_order(
+            parallel_map(
                 |item: u32| assert_ne!(item, 3, "three"),
-                |queue| while queue.give(3).is_none() {},
+                |queue| while queue.push(3).is_none() {},
             );
         });
         assert!(outcome.is_err());
