@@ -10,9 +10,9 @@ use finetune_contract::{
 };
 
 use crate::{
-    data::chat_template,
+    data::chat::template_source,
     failure::Failure,
-    model::adapter,
+    lora,
     store::{Environment, PVC_ROOT, Role, Store, identity, is_model_file, sha256_hex},
 };
 
@@ -67,8 +67,7 @@ pub fn digests(
     let model_sha256 = identity(&store, is_model_file)?;
     let initial_sha256 = match (initial_adapter, initial_checkpoint) {
         (Some(uri), _) => {
-            let is_adapter =
-                |path: &str| [adapter::CONFIG_FILE, adapter::WEIGHTS_FILE].contains(&path);
+            let is_adapter = |path: &str| [lora::CONFIG_FILE, lora::WEIGHTS_FILE].contains(&path);
             Some(identity(&open(uri, None, Role::Adapter)?, is_adapter)?)
         }
         (None, Some(uri)) => {
@@ -78,7 +77,7 @@ pub fn digests(
         }
         (None, None) => None,
     };
-    let template = rendering.template_uri().map(|uri| chat_template::resolve(uri, environment));
+    let template = rendering.template_uri().map(|uri| template_source::resolve(uri, environment));
     let chat_template_sha256 = template.transpose()?.map(|text| sha256_hex(text.as_bytes()));
     Ok(InputDigests {
         train_sha256: train_sha256.to_owned(),

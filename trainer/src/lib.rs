@@ -7,38 +7,31 @@
 //! pass, [`recipe`] is the story of a run, [`export`] writes what other software loads, [`verify`] proves it and
 //! [`generate`] lets a person see it; [`data_check`] shows a person what of the rows is trained on.
 
-pub mod allocator;
-pub mod bench;
+pub mod architecture;
 pub mod checkpoint;
-pub mod clock;
+pub mod commands;
+pub mod context;
 pub mod data;
-pub mod data_check;
-pub mod device;
-mod directory;
-pub mod dist;
+pub mod distributed;
 pub mod export;
-pub mod extension;
 pub mod failure;
-pub mod generate;
-pub mod import;
+pub mod gguf;
+pub mod hf;
 pub mod inputs;
-pub mod launch;
-pub mod memory;
+pub mod layers;
+pub mod lora;
+pub mod metrics;
 pub mod model;
+pub mod objective;
 pub mod ops;
-pub mod optimizer;
+pub mod optim;
+pub mod params;
 pub mod preflight;
-pub mod profile;
-pub mod progress;
-pub mod proof;
 pub mod recipe;
-pub mod seed;
-pub mod serve;
-mod shim;
+pub mod runtime;
 pub mod store;
-pub mod tensor_file;
 pub mod train;
-pub mod verify;
+pub mod verification;
 
 /// Renders bytes as lower-case hexadecimal.
 pub fn hex(bytes: &[u8]) -> String {

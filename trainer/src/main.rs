@@ -18,20 +18,19 @@ use finetune_contract::{
     RunConfig, RunReport, parse, render,
 };
 use finetune_trainer::{
-    bench, data_check, device,
-    dist::{
+    commands::{bench, data_check, generate, verify},
+    context::RunContext,
+    distributed::{
         self, OnLost, Ranks,
-        place::{Patience, Place},
+        launch::{self, Launch, MODELS},
+        rank::{Patience, Place},
     },
     failure::Failure,
-    generate, import,
-    launch::{self, Launch, MODELS},
-    preflight,
-    progress::Teller,
-    recipe::{self, Host},
-    serve::Board,
+    gguf,
+    metrics::{recorder::Teller, server::Board},
+    preflight, recipe,
+    runtime::device,
     store::Environment,
-    verify,
 };
 use tracing::error;
 
@@ -59,7 +58,7 @@ enum Command {
     #[command(hide = true)]
     Bench(bench::Arguments),
     /// Writes a GGUF file as a Hugging Face directory.
-    Import(import::Arguments),
+    Import(gguf::Arguments),
 }
 
 #[derive(Debug, Args)]
@@ -155,7 +154,7 @@ fn dispatch(command: &Command) -> Result<ExitCode, Failure> {
             print_line(&figures);
             ExitCode::Success
         }),
-        Command::Import(arguments) => import::run(arguments).map(|()| ExitCode::Success),
+        Command::Import(arguments) => gguf::run(arguments).map(|()| ExitCode::Success),
     }
 }
 
@@ -219,17 +218,17 @@ fn run_train(
         }
     };
     let mut teller = Teller::new(config, &work_dir, &mut line);
-    let host = Host {
+    let context = RunContext {
         environment,
         work_dir: &work_dir,
-        models: &models.clone().unwrap_or_else(|| work_dir.join(MODELS)),
-        is_guest: models.is_some(),
+        model_cache: &models.clone().unwrap_or_else(|| work_dir.join(MODELS)),
+        shares_model_cache: models.is_some(),
         stop: &stop,
         device,
         ranks: ranks.clone(),
     };
     // The one place a panic ends: libtorch reports running out of memory as one.
-    let ended = catch_unwind(AssertUnwindSafe(|| recipe::run(config, &host, &mut teller)))
+    let ended = catch_unwind(AssertUnwindSafe(|| recipe::run(config, &context, &mut teller)))
         .unwrap_or_else(|panic| Err(failure_of_panic(&*panic)));
     let (outcome, code) = match ended {
         Ok(Some(outcome @ Outcome::Interrupted { .. })) => (outcome, ExitCode::Interrupted),
@@ -245,7 +244,7 @@ fn run_train(
             ranks.fail(&failure.message);
             write(&documents.report, &report(config, &teller, failed(failure)).fit())?;
             if ranks.world_size() > 1 {
-                dist::exit(code);
+                distributed::exit(code);
             }
             return Ok(code);
         }
@@ -266,7 +265,7 @@ fn end_when_lost(config: &RunConfig, path: &Path) -> OnLost {
         let failure = Failure::new(FailureReason::PeerLost, why);
         let failure = report_early(&config, &path, failure);
         error!("{failure}");
-        dist::exit(failure.exit_code());
+        distributed::exit(failure.exit_code());
     })
 }
 

@@ -3,10 +3,7 @@
 //! LoRA and full-parameter fine-tuning share it. They differ in what is attached to the model and
 //! in what is exported, and nowhere between.
 
-use std::{
-    path::{Path, PathBuf},
-    sync::atomic::AtomicBool,
-};
+use std::path::{Path, PathBuf};
 
 use finetune_contract::{
     ArtifactKind, CONTRACT_VERSION, Dtype, FailureReason, InputDigests, Manifest, ModelSource,
@@ -17,47 +14,29 @@ use tracing::{info, warn};
 
 use crate::{
     checkpoint::{Checkpoints, TrainState, initial},
+    context::RunContext,
     data::{Dataset, Rendering, RowSources, Sequences, Tokenizer},
-    dist::Ranks,
     export::{self, Export},
-    extension,
     failure::Failure,
-    import, inputs,
+    gguf,
+    hf::{extension, read_config},
+    inputs,
+    lora::trainable::Attachment,
+    metrics::recorder::Teller,
     model::{
         Division, Model,
         adapter::{self, Adapter},
-        attach::Attachment,
-        read_config,
     },
     ops,
-    optimizer::AdamW,
-    progress::Teller,
-    proof::{self, Probe},
-    seed::Counter,
+    optim::AdamW,
+    runtime::rng::Counter,
     store::{
-        self, Environment, Role, Store,
+        self, Role, Store,
         publish::{self, Found, Published},
     },
     train::{Ended, Split, Training},
+    verification::{self, Probe},
 };
-
-/// Where a run happens.
-pub struct Host<'a> {
-    /// Credentials and endpoints.
-    pub environment: &'a Environment,
-    /// Scratch space: tokenised rows, files on their way out.
-    pub work_dir: &'a Path,
-    /// Where fetched models are kept.
-    pub models: &'a Path,
-    /// Whether another rank of this machine fetches the models.
-    pub is_guest: bool,
-    /// Set when the run is told to stop.
-    pub stop: &'a AtomicBool,
-    /// What is computed on.
-    pub device: Device,
-    /// The ranks that carry the run out.
-    pub ranks: Ranks,
-}
 
 /// Carries out a run; `None` on a rank that has done its share and leaves the rest to rank 0.
 ///
@@ -65,14 +44,14 @@ pub struct Host<'a> {
 /// A [`Failure`] with its reason; what was saved before stays.
 pub fn run(
     config: &RunConfig,
-    host: &Host<'_>,
+    context: &RunContext<'_>,
     teller: &mut Teller<'_>,
 ) -> Result<Option<Outcome>, Failure> {
-    let ranks = &host.ranks;
+    let ranks = &context.ranks;
     // A result of the same inputs may be there already, and then there is nothing to train.
     inputs::refuse_overlap(config)?;
-    let output = open(&config.output.uri, Role::Output, host)?;
-    let made_from = identify_inputs(config, host)?;
+    let output = open(&config.output.uri, Role::Output, context)?;
+    let made_from = identify_inputs(config, context)?;
     let found = match &made_from {
         Some(inputs) => find_published(config, &output, inputs)?,
         None => None,
@@ -80,31 +59,32 @@ pub fn run(
     ranks.wait_for_all("compared")?;
     if ranks.any(found.is_some())? {
         let Some(published) = found else { return Ok(None) };
-        let base = fetch_model(&config.model, host)?;
-        let proof = proof::of_published(config, host, &output, &published.manifest, &base)?;
+        let base = fetch_model(&config.model, context)?;
+        let proof =
+            verification::of_published(config, context, &output, &published.manifest, &base)?;
         teller.done_before(published.manifest.step);
         return Ok(Some(published_before(config, *published, proof)));
     }
-    let base = fetch_model_for_all(&config.model, host)?;
+    let base = fetch_model_for_all(&config.model, context)?;
 
     // Rows become tokens, and must be the rows that were planned for.
     teller.stage(Stage::Loading);
-    let rendering = Rendering::resolve(&config.dataset.rendering, host.environment)?;
+    let rendering = Rendering::resolve(&config.dataset.rendering, context.environment)?;
     let tokenizer = Tokenizer::load(&base, &rendering)?;
-    let train = prepare_train(config, host, &tokenizer)?;
+    let train = prepare_train(config, context, &tokenizer)?;
     teller.left_out(train.dataset.left_out());
-    let validation = prepare_validation(config, host, &tokenizer)?;
+    let validation = prepare_validation(config, context, &tokenizer)?;
     drop(tokenizer);
     let end_of_turn = train.dataset.rendered().unlisted_end();
 
     // The model, with what is trained of it; then the thread of an earlier attempt, if there is one.
-    let model = load_model(config, &base, host)?;
+    let model = load_model(config, &base, context)?;
     ranks.wait_for_all("loaded")?;
     let probe = Probe::of(&model, &train);
     let optimizer =
         AdamW::new(model.trained(), config.training.optimizer, config.training.weight_decay);
-    let store = open(&config.checkpoints_uri, Role::Output, host)?;
-    let checkpoints = Checkpoints::new(store, host.work_dir, config, made_from.clone(), &model);
+    let store = open(&config.checkpoints_uri, Role::Output, context)?;
+    let checkpoints = Checkpoints::new(store, context.work_dir, config, made_from.clone(), &model);
     let mut training = Training {
         config,
         model,
@@ -114,18 +94,18 @@ pub fn run(
         checkpoints,
         state: TrainState::default(),
     };
-    resume(&mut training, teller, host.device)?;
+    resume(&mut training, teller, context.device)?;
     if let (Some(uri), 0) = (&config.initial_adapter, training.state.step) {
-        start_from(uri, &mut training, &base, host)?;
+        start_from(uri, &mut training, &base, context)?;
     }
     if let (Some(uri), 0) = (&config.initial_checkpoint, training.state.step) {
-        let store = open(uri, Role::Checkpoint, host)?;
+        let store = open(uri, Role::Checkpoint, context)?;
         let model = &mut training.model;
-        initial::start_from(&store, config.lora.as_ref(), model, host.work_dir)?;
+        initial::start_from(&store, config.lora.as_ref(), model, context.work_dir)?;
     }
 
     // Train.
-    if training.run(host.stop, teller)? == Ended::Interrupted {
+    if training.run(context.stop, teller)? == Ended::Interrupted {
         return Ok(Some(Outcome::Interrupted { checkpoint_step: training.state.step }));
     }
     let step = take_best(&mut training)?;
@@ -138,7 +118,7 @@ pub fn run(
         export::follow(&training.model)?;
         return Ok(None);
     }
-    let directory = fresh_directory(host, "export")?;
+    let directory = context.empty_directory("export")?;
     let chat_template = rendering.chat_template.as_deref();
     let export =
         Export { config, base: &base, training: &training, step, chat_template, end_of_turn };
@@ -152,9 +132,16 @@ pub fn run(
     // Success is what was read back.
     teller.stage(Stage::Verifying);
     drop(training.model);
-    let proof =
-        proof::read_back(config, host, &output, &published.manifest, &base, &probe, &trained)
-            .inspect_err(|failure| withdraw(&output, failure))?;
+    let proof = verification::read_back(
+        config,
+        context,
+        &output,
+        &published.manifest,
+        &base,
+        &probe,
+        &trained,
+    )
+    .inspect_err(|failure| withdraw(&output, failure))?;
     if let Err(failure) = training.checkpoints.clear() {
         warn!(%failure, "the result is published, but its checkpoints could not be removed");
     }
@@ -170,32 +157,32 @@ pub fn run(
 ///
 /// # Errors
 /// A [`Failure`] if the URI cannot be parsed or its store cannot be set up.
-pub fn open(uri: &str, role: Role, host: &Host<'_>) -> Result<Store, Failure> {
+pub fn open(uri: &str, role: Role, context: &RunContext<'_>) -> Result<Store, Failure> {
     let uri = ObjectUri::parse(uri)
         .map_err(|error| Failure::from_chain(FailureReason::InvalidConfiguration, &error))?;
-    Ok(Store::open(&uri, None, role, host.environment)?)
+    Ok(Store::open(&uri, None, role, context.environment)?)
 }
 
-fn fetch_model(source: &ModelSource, host: &Host<'_>) -> Result<PathBuf, Failure> {
+fn fetch_model(source: &ModelSource, context: &RunContext<'_>) -> Result<PathBuf, Failure> {
     let uri = ObjectUri::parse(&source.uri)
         .map_err(|error| Failure::from_chain(FailureReason::InvalidConfiguration, &error))?;
-    let store = Store::open(&uri, source.revision.as_deref(), Role::Model, host.environment)?;
-    let directory = import::local_directory(&store, host.models)?;
-    extension::with_tokens(&directory, &source.added_tokens, host.models)
+    let store = Store::open(&uri, source.revision.as_deref(), Role::Model, context.environment)?;
+    let directory = gguf::local_directory(&store, context.model_cache)?;
+    extension::with_tokens(&directory, &source.added_tokens, context.model_cache)
 }
 
 /// Fetches the model once for all ranks of a machine: who comes second finds what is there.
-fn fetch_model_for_all(source: &ModelSource, host: &Host<'_>) -> Result<PathBuf, Failure> {
-    if host.is_guest {
-        host.ranks.wait_for_all("fetched")?;
-        return fetch_model(source, host);
+fn fetch_model_for_all(source: &ModelSource, context: &RunContext<'_>) -> Result<PathBuf, Failure> {
+    if context.shares_model_cache {
+        context.ranks.wait_for_all("fetched")?;
+        return fetch_model(source, context);
     }
-    let directory = fetch_model(source, host)?;
-    host.ranks.wait_for_all("fetched")?;
+    let directory = fetch_model(source, context)?;
+    context.ranks.wait_for_all("fetched")?;
     Ok(directory)
 }
 
-fn load_model(config: &RunConfig, base: &Path, host: &Host<'_>) -> Result<Model, Failure> {
+fn load_model(config: &RunConfig, base: &Path, context: &RunContext<'_>) -> Result<Model, Failure> {
     let model_config = read_config(base)?;
     let attachment = match &config.lora {
         None => Attachment::Full,
@@ -204,23 +191,23 @@ fn load_model(config: &RunConfig, base: &Path, host: &Host<'_>) -> Result<Model,
     };
     let seed = Counter::from_seed(config.training.seed).fold_name("init");
     let division = Division {
-        ranks: host.ranks.clone(),
+        ranks: context.ranks.clone(),
         strategy: config.parallelism.strategy,
         ..Division::none()
     };
     let dtype = config.training.dtype;
-    Model::load_divided(base, model_config, attachment, dtype, host.device, seed, division)
+    Model::load_divided(base, model_config, attachment, dtype, context.device, seed, division)
 }
 
 fn prepare_train(
     config: &RunConfig,
-    host: &Host<'_>,
+    context: &RunContext<'_>,
     tokenizer: &Tokenizer,
 ) -> Result<Split, Failure> {
-    let rows = open_rows(config, host, finetune_contract::Split::Train)?.ok_or_else(|| {
+    let rows = open_rows(config, context, finetune_contract::Split::Train)?.ok_or_else(|| {
         Failure::new(FailureReason::InvalidConfiguration, "the dataset names no training rows")
     })?;
-    let split = prepare(config, host, tokenizer, &rows, "train")?;
+    let split = prepare(config, context, tokenizer, &rows, "train")?;
     let train = rows.names();
     unchanged(&train, &config.expected.train_sha256, split.dataset.sha256())?;
     let (found, planned) = (split.sequences.len() as u64, config.expected.sequences);
@@ -236,21 +223,21 @@ fn prepare_train(
 /// Opens the sources of a split's rows; `None` if there is no such split.
 fn open_rows(
     config: &RunConfig,
-    host: &Host<'_>,
+    context: &RunContext<'_>,
     split: finetune_contract::Split,
 ) -> Result<Option<RowSources>, Failure> {
-    RowSources::open(&config.dataset, split, |uri, _| open(uri, Role::Dataset, host))
+    RowSources::open(&config.dataset, split, |uri, _| open(uri, Role::Dataset, context))
 }
 
 fn prepare_validation(
     config: &RunConfig,
-    host: &Host<'_>,
+    context: &RunContext<'_>,
     tokenizer: &Tokenizer,
 ) -> Result<Option<Split>, Failure> {
-    let Some(rows) = open_rows(config, host, finetune_contract::Split::Validation)? else {
+    let Some(rows) = open_rows(config, context, finetune_contract::Split::Validation)? else {
         return Ok(None);
     };
-    let split = prepare(config, host, tokenizer, &rows, "validation")?;
+    let split = prepare(config, context, tokenizer, &rows, "validation")?;
     let expected = config.expected.validation_sha256.as_deref().unwrap_or_default();
     unchanged(&rows.names(), expected, split.dataset.sha256())?;
     Ok(Some(split))
@@ -258,12 +245,12 @@ fn prepare_validation(
 
 fn prepare(
     config: &RunConfig,
-    host: &Host<'_>,
+    context: &RunContext<'_>,
     tokenizer: &Tokenizer,
     rows: &RowSources,
     name: &str,
 ) -> Result<Split, Failure> {
-    let scratch = fresh_directory(host, name)?;
+    let scratch = context.empty_directory(name)?;
     let training = &config.training;
     let dataset = Dataset::prepare(
         rows,
@@ -317,10 +304,10 @@ fn start_from(
     uri: &str,
     training: &mut Training<'_>,
     base: &Path,
-    host: &Host<'_>,
+    context: &RunContext<'_>,
 ) -> Result<(), Failure> {
-    let directory = fresh_directory(host, "initial-adapter")?;
-    adapter::fetch(&open(uri, Role::Adapter, host)?, &directory)?;
+    let directory = context.empty_directory("initial-adapter")?;
+    adapter::fetch(&open(uri, Role::Adapter, context)?, &directory)?;
     let Training { config, model, .. } = training;
     let asked = config.lora.as_ref().ok_or_else(|| {
         Failure::new(FailureReason::InvalidConfiguration, "initialAdapter needs lora")
@@ -353,11 +340,14 @@ fn take_best(training: &mut Training<'_>) -> Result<u64, Failure> {
 }
 
 /// Identifies what the run reads before it is read; rank 0 does it for all.
-fn identify_inputs(config: &RunConfig, host: &Host<'_>) -> Result<Option<InputDigests>, Failure> {
-    if !host.ranks.is_first() {
+fn identify_inputs(
+    config: &RunConfig,
+    context: &RunContext<'_>,
+) -> Result<Option<InputDigests>, Failure> {
+    if !context.ranks.is_first() {
         return Ok(None);
     }
-    inputs::of_run(config, host.environment).map(Some)
+    inputs::of_run(config, context.environment).map(Some)
 }
 
 /// Returns the result of the same inputs at the output, if there is one.
@@ -415,17 +405,4 @@ fn withdraw(output: &Store, failure: &Failure) {
     {
         warn!(%error, "an unproven result could not be withdrawn");
     }
-}
-
-/// Makes an empty directory of the run's scratch space.
-pub(crate) fn fresh_directory(host: &Host<'_>, name: &str) -> Result<PathBuf, Failure> {
-    let path = host.work_dir.join(name);
-    let make = || {
-        if path.exists() {
-            std::fs::remove_dir_all(&path)?;
-        }
-        std::fs::create_dir_all(&path)
-    };
-    make().map_err(|error| Failure::from_io(&error, &format!("cannot make {path:?}")))?;
-    Ok(path)
 }

@@ -7,14 +7,14 @@ use tracing::info;
 
 use crate::{
     checkpoint::{Checkpoints, Evaluated, TrainState},
-    clock,
     data::{Batch, Dataset, Sequences},
-    dist,
+    distributed,
     failure::Failure,
-    model::{Model, dropout::Dropout},
-    optimizer::{self, AdamW, Clipped},
-    progress::{StepFigures, Teller},
-    seed::Counter,
+    layers::dropout::Dropout,
+    metrics::recorder::{StepFigures, Teller},
+    model::Model,
+    optim::{self, AdamW, Clipped},
+    runtime::{clock, rng::Counter},
 };
 
 /// The share of the largest micro-batch that is as good as it.
@@ -127,7 +127,7 @@ impl Training<'_> {
     }
 
     /// Tells whether a rank has trained as long as the run may.
-    fn is_out_of_time(&self) -> Result<bool, dist::Error> {
+    fn is_out_of_time(&self) -> Result<bool, distributed::Error> {
         let Some(limit) = self.config.training.max_time_seconds else { return Ok(false) };
         self.model.ranks().any(self.state.training_seconds >= limit as f64)
     }
@@ -147,8 +147,8 @@ impl Training<'_> {
     /// Computes the mean validation loss, each rank a share of it; `None` without a validation set.
     ///
     /// # Errors
-    /// [`dist::Error`] if another rank is lost.
-    pub fn evaluate(&self, teller: &mut Teller<'_>) -> Result<Option<f64>, dist::Error> {
+    /// [`distributed::Error`] if another rank is lost.
+    pub fn evaluate(&self, teller: &mut Teller<'_>) -> Result<Option<f64>, distributed::Error> {
         let Some(Split { dataset, sequences }) = &self.validation else { return Ok(None) };
         teller.stage(Stage::Evaluating);
         let ranks = self.model.ranks();
@@ -183,7 +183,7 @@ impl Training<'_> {
     /// large: too little memory shows at once and not hours later.
     ///
     /// Packed sequences are nearly equal, so for them it costs nothing; else a micro-batch a process.
-    fn rehearse(&self, order: &mut Order) -> Result<(), dist::Error> {
+    fn rehearse(&self, order: &mut Order) -> Result<(), distributed::Error> {
         let settings = &self.config.training;
         let Split { dataset, sequences } = &self.train;
         let largest = sequences.largest(dataset, settings.micro_batch_size as usize);
@@ -242,8 +242,8 @@ impl Training<'_> {
         let loss = loss / all_targets;
         let square = self.model.gradient_square()?;
         let Clipped { norm: grad_norm, scale } =
-            optimizer::clip(square, targets, settings.max_grad_norm);
-        let learning_rate = optimizer::learning_rate(settings, step);
+            optim::clip(square, targets, settings.max_grad_norm);
+        let learning_rate = optim::learning_rate(settings, step);
         if !loss.is_finite() || !grad_norm.is_finite() {
             let message = format!(
                 "step {} has loss {loss} and gradient norm {grad_norm}: the run diverged. Lower training.learningRate \

@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tracing::warn;
 
-use super::{TrainState, snapshot::Snapshot};
 use crate::{
+    checkpoint::{TrainState, snapshot::Snapshot},
     failure::Failure,
     hex,
     store::{self, Store, hash_file},

@@ -7,14 +7,17 @@ use finetune_contract::{
     artifact::CHECKPOINT_MANIFEST_NAME,
 };
 
-use super::{
-    MASTER,
-    archive::{self, CheckpointManifest},
-    fill, open, share,
-};
 use crate::{
+    architecture::config::ModelConfig,
+    checkpoint::{
+        MASTER,
+        archive::{self, CheckpointManifest},
+        fill, open, share,
+    },
     failure::Failure,
-    model::{Model, adapter::differences, attach::Attachment, config::ModelConfig, params::Flat},
+    lora::trainable::Attachment,
+    model::{Model, adapter::differences},
+    params::flat::Flat,
     store::{self, Store},
 };
 

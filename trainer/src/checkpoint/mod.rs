@@ -13,8 +13,8 @@
 //! `archive` what is in the store.
 
 mod archive;
+pub mod cadence;
 pub mod initial;
-pub mod pace;
 mod snapshot;
 mod writer;
 
@@ -31,23 +31,25 @@ use serde::{Deserialize, Serialize};
 use tracing::{debug, warn};
 
 use crate::{
-    clock,
-    dist::Ranks,
-    failure::Failure,
-    model::{
-        Model,
-        layout::{Move, Span, moves},
-        params::Flat,
-        weights::{self, Checkpoint as Tensors},
+    checkpoint::{
+        archive::{Archive, Fetched, Share, StateFile},
+        cadence::Pace,
+        snapshot::{Room, Snapshot},
+        writer::Writer,
     },
-    optimizer::AdamW,
+    distributed::Ranks,
+    failure::Failure,
+    hf::weights::{self, Checkpoint as Tensors},
+    model::Model,
+    optim::AdamW,
+    params::{
+        flat::Flat,
+        layout::{Move, Span, moves},
+    },
+    runtime::clock,
     store::{self, Store},
 };
-use archive::{Archive, Fetched, Share, StateFile};
-use pace::Pace;
-use snapshot::{Room, Snapshot};
 pub use writer::Saved;
-use writer::Writer;
 
 const MASTER: &str = "master";
 const MOMENTS: [&str; 2] = ["exp_avg", "exp_avg_sq"];

@@ -12,9 +12,9 @@ use tch::Kind;
 
 use crate::{
     failure::Failure,
-    model::params::Flat,
+    hf::safetensors_writer::{self, Declared},
+    params::flat::Flat,
     store::{self, PART_BYTES, file_parts},
-    tensor_file::{self, Declared},
 };
 
 /// What the header of a snapshot's file takes at most.
@@ -121,7 +121,7 @@ fn write_flat(out: &mut impl Write, tensors: &[(&str, Flat<'_>)]) -> std::io::Re
     };
     let declared: Vec<Declared> = tensors.iter().map(declare).collect();
     let mut next = tensors.iter();
-    tensor_file::write_pieces(out, &declared, |_, put| {
+    safetensors_writer::write_pieces(out, &declared, |_, put| {
         let (_, tensor) = next.next().expect("each declared tensor is asked for once, in order");
         (0..tensor.length()).step_by(AT_ONCE).try_for_each(|start| {
             put(&tensor.part(start, (AT_ONCE as i64).min(tensor.length() - start)))

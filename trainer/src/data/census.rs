@@ -4,14 +4,16 @@ use std::collections::{BTreeMap, HashSet};
 
 use finetune_contract::{DatasetCensus, LengthPoint, OnOverflow, Split};
 
-use super::{
-    packing::packed_count,
-    rendered::Rendered,
-    row_sources::RowSources,
-    rows::{Read, for_each_row},
-    tokenizer::Tokenizer,
+use crate::{
+    data::{
+        chat::rendered::Rendered,
+        packing::packed_count,
+        row_sources::RowSources,
+        rows::{Read, for_each_row},
+        tokenizer::Tokenizer,
+    },
+    failure::Failure,
 };
-use crate::failure::Failure;
 
 /// Context lengths that are looked at, beside those the data suggests.
 const LADDER: [u32; 17] = [

@@ -58,7 +58,7 @@ pub enum WithoutTemplate {
     /// It does not: the row is refused.
     #[default]
     Refused,
-    /// With the prompt of Stanford Alpaca, see [`super::alpaca_prompt`].
+    /// With the prompt of Stanford Alpaca, see [`crate::data::chat::alpaca_prompt`].
     AlpacaPrompt {
         /// The input with which the last user message ends, after a blank line.
         input: Option<String>,

@@ -9,13 +9,15 @@ use std::{
 use finetune_contract::{FailureReason, OnOverflow};
 use memmap2::Mmap;
 
-use super::{
-    rendered::Rendered,
-    row_sources::RowSources,
-    rows::for_each_row,
-    tokenizer::{TokenRow, Tokenizer},
+use crate::{
+    data::{
+        chat::rendered::Rendered,
+        row_sources::RowSources,
+        rows::for_each_row,
+        tokenizer::{TokenRow, Tokenizer},
+    },
+    failure::Failure,
 };
-use crate::failure::Failure;
 
 /// Set in a stored token that is predicted; no vocabulary reaches it.
 const TARGET: u32 = 1 << 31;

@@ -2,8 +2,7 @@
 
 use finetune_contract::{DatasetFormat, DatasetSource, OnInvalidRow, Split};
 
-use super::format::ReadOptions;
-use crate::{seed::Counter, store::Store};
+use crate::{data::formats::ReadOptions, runtime::rng::Counter, store::Store};
 
 /// The sources of one split, opened.
 #[derive(Debug)]

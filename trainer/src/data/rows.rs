@@ -3,15 +3,18 @@
 use finetune_contract::{DatasetFormat, MAX_INVALID_SHARE, OnInvalidRow};
 use sha2::{Digest, Sha256};
 
-use super::{
-    files,
-    format::{self, ReadOptions, RowError},
-    parallel_map::{self, ParallelMap},
-    records::{self, Record},
-    row_sources::RowSources,
-    tokenizer::{Tokenized, Tokenizer},
+use crate::{
+    data::{
+        files,
+        formats::{self, ReadOptions, RowError},
+        records::{self, Record},
+        row_sources::RowSources,
+        tokenizer::{Tokenized, Tokenizer},
+    },
+    failure::Failure,
+    hex,
+    runtime::parallel_map::{self, ParallelMap},
 };
-use crate::{failure::Failure, hex};
 
 /// Rows handed to a thread at once.
 const BATCH: usize = 128;
@@ -240,7 +243,7 @@ impl Batch {
     fn new(rows: Vec<Waiting>, options: &mut ReadOptions) -> Self {
         if options.format == DatasetFormat::Auto {
             let mut texts = rows.iter().filter_map(|row| row.record.text.as_ref().ok());
-            if let Some(found) = texts.find_map(|text| format::read(text, options).ok()) {
+            if let Some(found) = texts.find_map(|text| formats::read(text, options).ok()) {
                 options.format = found.0;
             }
         }
@@ -253,7 +256,7 @@ fn tokenize(batch: Batch, tokenizer: &Tokenizer) -> Vec<SplitRow> {
     let one = |Waiting { record, digest, copies }| {
         let Record { location, text } = record;
         let outcome = text.map_err(|reason| vec![reason.into()]).and_then(|text| {
-            let (_, example) = format::read(&text, &options)?;
+            let (_, example) = formats::read(&text, &options)?;
             tokenizer.tokenize(&example).map_err(|reason| vec![reason.into()])
         });
         SplitRow { location, outcome, digest, copies }

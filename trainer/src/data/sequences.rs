@@ -1,7 +1,9 @@
 //! Rows arranged in sequences, sequences in an order of their own each epoch, and micro-batches.
 
-use super::{dataset::Dataset, packing};
-use crate::seed::Counter;
+use crate::{
+    data::{dataset::Dataset, packing},
+    runtime::rng::Counter,
+};
 
 /// The sequences of a split.
 #[derive(Debug)]

@@ -10,16 +10,17 @@ use finetune_contract::{LoraSettings, ObjectUri};
 use serde_json::{Value, json};
 use tch::Kind;
 
-use super::{Error, Export, files};
 use crate::{
-    model::{
-        adapter::{CONFIG_FILE, PREFIX, WEIGHTS_FILE},
-        attach::{Attachment, LoraAttachment},
-        config::ModelConfig,
-        names, targets,
+    architecture::{config::ModelConfig, names},
+    export::{Error, Export, files},
+    hf::{
+        safetensors_writer::{self, Declared},
         weights::Checkpoint,
     },
-    tensor_file::{self, Declared},
+    lora::{
+        CONFIG_FILE, PREFIX, WEIGHTS_FILE, targets,
+        trainable::{Attachment, LoraAttachment},
+    },
 };
 
 /// Writes the adapter and all a server needs beside the base model.
@@ -109,7 +110,7 @@ fn write_weights(export: &Export<'_>, path: &Path) -> Result<(), Error> {
             Some(Declared { name: format!("{PREFIX}{name}"), kind: kind(&base, name), shape })
         })
         .collect();
-    tensor_file::write(path, &declared, |declared| {
+    safetensors_writer::write(path, &declared, |declared| {
         let name = declared.name.strip_prefix(PREFIX).unwrap_or(&declared.name);
         Ok(trained.master_of(name).expect("declared from the same names"))
     })
@@ -133,7 +134,7 @@ mod tests {
     use finetune_contract::TargetModules;
 
     use super::*;
-    use crate::model::read_config;
+    use crate::hf::read_config;
 
     fn check(settings: &LoraSettings) -> String {
         let family = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/data/llama");

@@ -4,8 +4,10 @@ use std::{fmt::Write, path::Path};
 
 use finetune_contract::{ArtifactKind, RunConfig};
 
-use super::{Error, Export, adapter::base_name, files};
-use crate::checkpoint::TrainState;
+use crate::{
+    checkpoint::TrainState,
+    export::{Error, Export, adapter::base_name, files},
+};
 
 /// Writes the card.
 pub(super) fn write(

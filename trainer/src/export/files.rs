@@ -4,8 +4,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::Error;
-use crate::data::chat_template;
+use crate::{data::chat::template_source, export::Error};
 
 /// What a tokenizer and its chat template consist of.
 const TOKENIZER_FILES: [&str; 8] = [
@@ -40,14 +39,14 @@ pub(super) fn copy_tokenizer(
     if let Some(template) = chat_template {
         return write_text(&directory.join("chat_template.jinja"), template);
     }
-    let Ok(entries) = std::fs::read_dir(base.join(chat_template::FOLDER)) else { return Ok(()) };
+    let Ok(entries) = std::fs::read_dir(base.join(template_source::FOLDER)) else { return Ok(()) };
     let names: Vec<String> = entries
         .flatten()
         .filter_map(|entry| {
-            Some(format!("{}/{}", chat_template::FOLDER, entry.file_name().to_str()?))
+            Some(format!("{}/{}", template_source::FOLDER, entry.file_name().to_str()?))
         })
         .collect();
-    let folder = directory.join(chat_template::FOLDER);
+    let folder = directory.join(template_source::FOLDER);
     std::fs::create_dir_all(&folder).map_err(|source| Error::Write { path: folder, source })?;
     names.iter().try_for_each(|name| copy(base, directory, &[name]))
 }

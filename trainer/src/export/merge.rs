@@ -6,13 +6,12 @@
 
 use tch::{Kind, Tensor};
 
-use super::Error;
-use crate::model::{
-    Model,
-    attach::{Attachment, LoraAttachment, adapter_names},
-    masters::Masters,
-    names,
-    weights::Checkpoint,
+use crate::{
+    architecture::names,
+    export::Error,
+    hf::weights::Checkpoint,
+    lora::trainable::{Attachment, LoraAttachment, adapter_names},
+    model::{Model, master::Masters},
 };
 
 /// Returns a weight of the result, in fp32: as trained, with its adapter merged, or as it was.

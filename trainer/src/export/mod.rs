@@ -10,12 +10,7 @@ use std::path::{Path, PathBuf};
 
 use finetune_contract::{ArtifactKind, FailureReason, RunConfig};
 
-use crate::{
-    dist,
-    failure::Failure,
-    model::{Model, weights},
-    train::Training,
-};
+use crate::{distributed, failure::Failure, hf::weights, model::Model, train::Training};
 
 pub use adapter::adapter_config;
 pub use merge::merged;
@@ -37,7 +32,7 @@ pub enum Error {
     Base(#[source] weights::Error),
     /// Another rank, which has a part of the weights, is lost.
     #[error(transparent)]
-    Ranks(#[from] dist::Error),
+    Ranks(#[from] distributed::Error),
 }
 
 impl From<Error> for Failure {

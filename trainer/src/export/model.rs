@@ -4,19 +4,17 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::{
-    Error, Export, files,
-    merge::{merged, unties},
-};
 use crate::{
-    model::{
-        Model,
-        config::TensorSpec,
-        masters::Masters,
-        names,
+    architecture::{modules::TensorSpec, names},
+    export::{
+        Error, Export, files,
+        merge::{merged, unties},
+    },
+    hf::{
+        safetensors_writer::{self, Declared},
         weights::{Checkpoint, INDEX_FILE, SINGLE_FILE},
     },
-    tensor_file::{self, Declared},
+    model::{Model, master::Masters},
 };
 
 /// What `generate` of transformers and servers read.
@@ -105,7 +103,7 @@ fn write_weights(
             format!("model-{:05}-of-{count:05}.safetensors", index + 1)
         };
         let path = directory.join(&file);
-        tensor_file::write(&path, shard, |declared| {
+        safetensors_writer::write(&path, shard, |declared| {
             merged(&mut masters, &base, &declared.name).map_err(Failed::Export)
         })
         .map_err(|failed| match failed {

@@ -8,27 +8,20 @@ use std::{
 use finetune_contract::{Dtype, FailureReason, LoraSettings};
 use tch::Device;
 
-use super::{
-    Model,
-    adapter_config::{self, AdapterConfig},
-    adapter_weights::{self, Published},
-    attach::{self, Attachment, LoraAttachment},
-    config::ModelConfig,
-    names,
-    weights::{self, Checkpoint},
-};
 use crate::{
+    architecture::{config::ModelConfig, names},
     failure::Failure,
-    seed::Counter,
+    hf::weights::{self, Checkpoint},
+    lora::{
+        CONFIG_FILE, PREFIX, WEIGHTS_FILE,
+        config::{self, AdapterConfig},
+        trainable::{Attachment, LoraAttachment},
+        weights::Published,
+    },
+    model::Model,
+    runtime::rng::Counter,
     store::{Store, hash_file, publish},
 };
-
-/// What PEFT puts before every name.
-pub const PREFIX: &str = "base_model.model.";
-/// The adapter's settings.
-pub const CONFIG_FILE: &str = "adapter_config.json";
-/// The adapter's tensors.
-pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 
 /// Why an adapter directory cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -57,7 +50,7 @@ pub enum Error {
         directory: PathBuf,
         /// Why.
         #[source]
-        source: adapter_weights::Error,
+        source: crate::lora::weights::Error,
     },
     /// The adapter has an embedding or head of its own.
     #[error(
@@ -137,8 +130,7 @@ impl Adapter {
         let path = directory.join(CONFIG_FILE);
         let text = std::fs::read_to_string(&path)
             .map_err(|source| Error::Read { path: path.clone(), source })?;
-        let settings =
-            adapter_config::parse(&text).map_err(|reason| Error::Settings { path, reason })?;
+        let settings = config::parse(&text).map_err(|reason| Error::Settings { path, reason })?;
         let weights =
             Checkpoint::open_file(&directory.join(WEIGHTS_FILE)).map_err(Error::Weights)?;
         let published = Published::new(config, &settings, &weights.entries())
@@ -196,13 +188,13 @@ pub fn fetch(store: &Store, to: &Path) -> Result<(), Failure> {
 /// Dropout may differ: it is no part of what was trained.
 ///
 /// # Errors
-/// [`attach::Error`] if what is asked for does not fit the model.
+/// [`crate::lora::Error`] if what is asked for does not fit the model.
 pub fn differences(
     config: &ModelConfig,
     asked: &LoraSettings,
     there: &LoraSettings,
     attachment: &LoraAttachment,
-) -> Result<Vec<(&'static str, String)>, attach::Error> {
+) -> Result<Vec<(&'static str, String)>, crate::lora::Error> {
     let Attachment::Lora(wanted) = Attachment::lora(config, asked)? else { return Ok(Vec::new()) };
     let leaves = |paths: &mut dyn Iterator<Item = &String>| {
         let mut leaves: Vec<&str> = paths.map(|path| names::leaf(path)).collect();

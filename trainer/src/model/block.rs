@@ -4,14 +4,16 @@ use finetune_contract::Recompute;
 use finetune_kernels::dropout::Noise;
 use tch::Tensor;
 
-use super::{
-    attention::{Attended, Attention, Segments},
-    dropout::Dropout,
-    linear::{Input, Low, Projections},
-    norm::RmsNorm,
-    rope::Rotary,
+use crate::{
+    layers::{
+        attention::{Attended, Attention, Segments},
+        dropout::Dropout,
+        linear::{Input, Low, Projections},
+        norm::RmsNorm,
+        rope::Rotary,
+    },
+    ops,
 };
-use crate::ops;
 
 /// `x + attention(norm(x))`, then `x + feed_forward(norm(x))`.
 #[derive(Debug)]

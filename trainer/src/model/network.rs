@@ -5,31 +5,34 @@ use std::path::Path;
 use finetune_contract::{Dtype, FailureReason, Recompute, Strategy};
 use tch::{Device, Kind, Tensor};
 
-use super::{
-    attach::{Attachment, LoraAttachment, adapter_names},
-    attention::{Attention, Segments},
-    block::{Block, Kept, Surroundings},
-    buckets::{BUCKET_BYTES, Buckets},
-    config::ModelConfig,
-    dropout::Dropout,
-    embedding::{Adapter, Embedding},
-    head,
-    layout::{Layout, OUTER, Span, unit_of_block},
-    linear::{Down, Input, Linear, Projections, Up},
-    names,
-    norm::RmsNorm,
-    params::{FlatParams, Param},
-    rope::{Frequencies, Rotary, frequencies},
-    sharded::{Sharded, ZeroStage},
-    weights::{self, Checkpoint},
-};
 use crate::{
-    allocator::{self, Work},
+    architecture::{config::ModelConfig, names},
     data::Batch,
-    dist::{self, Ranks},
+    distributed::{self, Ranks},
     failure::Failure,
+    hf::weights::{self, Checkpoint},
+    layers::{
+        attention::{Attention, Segments},
+        dropout::Dropout,
+        embedding::{Adapter, Embedding},
+        linear::{Down, Input, Linear, Projections, Up},
+        norm::RmsNorm,
+        rope::{Frequencies, Rotary, frequencies},
+    },
+    lora::trainable::{Attachment, LoraAttachment, adapter_names},
+    model::block::{Block, Kept, Surroundings},
+    objective::causal_lm,
     ops,
-    seed::Counter,
+    params::{
+        buckets::{BUCKET_BYTES, Buckets},
+        flat::{FlatParams, Param},
+        layout::{Layout, OUTER, Span, unit_of_block},
+        zero::{Sharded, ZeroStage},
+    },
+    runtime::{
+        allocator::{self, Work},
+        rng::Counter,
+    },
 };
 
 /// Micro-batches whose positions round up to the same multiple of this want buffers of about the same
@@ -242,8 +245,8 @@ impl Model {
     /// Sums the gradients of a step over all ranks, once after its last micro-batch.
     ///
     /// # Errors
-    /// [`dist::Error`] if another rank was lost, now or during the micro-batches.
-    pub fn reduce_gradients(&self) -> Result<(), dist::Error> {
+    /// [`distributed::Error`] if another rank was lost, now or during the micro-batches.
+    pub fn reduce_gradients(&self) -> Result<(), distributed::Error> {
         self.trained.settle_gradients();
         match (self.sharded_training(), &self.buckets) {
             (Some(sharded), _) => sharded.finish_gradients()?,
@@ -256,8 +259,8 @@ impl Model {
     /// Sums the squares of a step's gradient, over all ranks that have parts of it.
     ///
     /// # Errors
-    /// [`dist::Error`] if another rank is lost.
-    pub fn gradient_square(&self) -> Result<f64, dist::Error> {
+    /// [`distributed::Error`] if another rank is lost.
+    pub fn gradient_square(&self) -> Result<f64, distributed::Error> {
         let square = ops::sum_of_squares(self.trained.grad());
         if self.sharded_training().is_none() {
             return Ok(square);
@@ -313,7 +316,7 @@ impl Model {
             x = y;
         }
         let rows = x.index_select(0, &flow.predicting); // [N, D]
-        let (loss, d_normed) = head::loss_and_gradient(
+        let (loss, d_normed) = causal_lm::loss_and_gradient(
             &self.lm_head,
             &self.norm.forward(&rows),
             &flow.labels,
@@ -346,7 +349,7 @@ impl Model {
         let flow = Flow::new(self, batch, None);
         allocator::begin(Work::Evaluate(flow.about()));
         let rows = self.hidden(&flow).index_select(0, &flow.predicting);
-        head::loss(&self.lm_head, &self.norm.forward(&rows), &flow.labels)
+        causal_lm::loss(&self.lm_head, &self.norm.forward(&rows), &flow.labels)
     }
 
     /// Computes the logits of one sequence, `[T, V]` in fp32.

@@ -1,32 +1,22 @@
 //! The operators a step is made of.
 //!
 //! Each exists twice: as one pass of our own on CPU tensors (`cpu`), and as a chain of libtorch's
-//! operators (`plain`), which is what other devices run and what tests compare the former with.
-//! Attention exists more often: `tiles` and `plain` on processors, `flash` and `scores` elsewhere.
+//! operators (`aten`), which is what other devices run and what tests compare the former with.
+//! Attention exists more often: `cpu::attention` and `aten` on CPUs, `aten::flash` and `aten::scores` elsewhere.
 
-mod codes;
+pub mod aten;
 mod cpu;
-mod flash;
-#[cfg(target_arch = "x86_64")]
-mod low_rank;
-#[cfg(target_arch = "x86_64")]
-mod matmul;
-pub mod plain;
-mod pool;
+mod quantized;
 mod runs;
-pub mod scores;
-#[cfg(target_arch = "x86_64")]
-mod tiles;
-mod view;
 
 use finetune_kernels::dropout::Noise;
 use tch::{Device, Kind, Tensor};
 
 pub use finetune_kernels::adamw::Step;
 
-use crate::profile;
+use crate::runtime::profile;
 
-pub use codes::Codes;
+pub use quantized::Codes;
 pub use runs::Run;
 
 /// Returns to how many positions a micro-batch is best filled up: to whole blocks of rows, or where
@@ -36,7 +26,7 @@ pub use runs::Run;
 /// positions, so every step added some 20 MB to what it keeps (`docs/LOG.md`).
 pub fn whole_positions(positions: usize, kind: Kind, device: Device) -> usize {
     #[cfg(target_arch = "x86_64")]
-    if device == Device::Cpu && matmul::is_ours(kind) {
+    if device == Device::Cpu && cpu::matmul::is_ours(kind) {
         return positions.next_multiple_of(8);
     }
     positions.next_multiple_of(64)
@@ -68,7 +58,7 @@ pub fn choose_bf16_kernel(name: &str) -> Result<(), String> {
 /// Writes `x / rms(x) · weight` over the last axis.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
     profile::time("rms norm", || {
-        if is_ours(x) { cpu::rms_norm(x, weight, eps) } else { plain::rms_norm(x, weight, eps) }
+        if is_ours(x) { cpu::rms_norm(x, weight, eps) } else { aten::rms_norm(x, weight, eps) }
     })
 }
 
@@ -84,7 +74,7 @@ pub fn rms_norm_backward(
     weight_grad: Option<&Tensor>,
 ) -> Tensor {
     profile::time("rms norm, backward", || {
-        let backward = if is_ours(x) { cpu::rms_norm_backward } else { plain::rms_norm_backward };
+        let backward = if is_ours(x) { cpu::rms_norm_backward } else { aten::rms_norm_backward };
         backward(x, weight, eps, dy, residual, weight_grad)
     })
 }
@@ -92,7 +82,7 @@ pub fn rms_norm_backward(
 /// Returns `silu(gate) ∘ up`.
 pub fn swiglu(gate: &Tensor, up: &Tensor) -> Tensor {
     profile::time("swiglu", || {
-        if is_ours(gate) { cpu::swiglu(gate, up) } else { plain::swiglu(gate, up) }
+        if is_ours(gate) { cpu::swiglu(gate, up) } else { aten::swiglu(gate, up) }
     })
 }
 
@@ -100,7 +90,7 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Tensor {
 /// each in the memory of an argument.
 pub fn swiglu_backward(d_product: Tensor, gate: Tensor, up: Tensor) -> (Tensor, Tensor, Tensor) {
     profile::time("swiglu, backward", || {
-        let backward = if is_ours(&gate) { cpu::swiglu_backward } else { plain::swiglu_backward };
+        let backward = if is_ours(&gate) { cpu::swiglu_backward } else { aten::swiglu_backward };
         backward(d_product, gate, up)
     })
 }
@@ -113,7 +103,7 @@ pub fn rotate(x: Tensor, cos: &Tensor, sin: &Tensor, direction: f64) -> Tensor {
         if is_ours(&x) {
             cpu::rotate(x, cos, sin, direction)
         } else {
-            plain::rotate(&x, cos, sin, direction)
+            aten::rotate(&x, cos, sin, direction)
         }
     })
 }
@@ -124,7 +114,7 @@ pub fn cross_entropy_backward(logits: Tensor, labels: &Tensor) -> (f64, Tensor) 
         if is_ours(&logits) {
             cpu::cross_entropy_backward(logits, labels)
         } else {
-            plain::cross_entropy_backward(&logits, labels)
+            aten::cross_entropy_backward(&logits, labels)
         }
     })
 }
@@ -134,21 +124,21 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> f64 {
     if is_ours(logits) {
         cpu::cross_entropy(logits, labels)
     } else {
-        plain::cross_entropy(logits, labels)
+        aten::cross_entropy(logits, labels)
     }
 }
 
 /// Returns `x ∘ mask`.
 pub fn dropout(x: &Tensor, noise: Noise) -> Tensor {
     profile::time("dropout", || {
-        if is_ours(x) { cpu::dropout(x, noise) } else { plain::dropout(x, noise) }
+        if is_ours(x) { cpu::dropout(x, noise) } else { aten::dropout(x, noise) }
     })
 }
 
 /// Adds `grad ∘ mask` to `sum`, with the mask of [`dropout`].
 pub fn add_masked(sum: &mut Tensor, grad: &Tensor, noise: Noise) {
     profile::time("dropout, backward", || {
-        let add = if is_ours(sum) { cpu::add_masked } else { plain::add_masked };
+        let add = if is_ours(sum) { cpu::add_masked } else { aten::add_masked };
         add(sum, grad, noise);
     });
 }
@@ -156,7 +146,7 @@ pub fn add_masked(sum: &mut Tensor, grad: &Tensor, noise: Noise) {
 /// Adds `more`, of any float type, to `sum` in fp32.
 pub fn accumulate(sum: &Tensor, more: &Tensor) {
     profile::time("accumulate", || {
-        let add = if is_ours(sum) { cpu::accumulate } else { plain::accumulate };
+        let add = if is_ours(sum) { cpu::accumulate } else { aten::accumulate };
         add(sum, more);
     });
 }
@@ -185,11 +175,11 @@ impl Factor<'_> {
 /// Each is of `[T, K]` and `[K, N]`, the bias is `[N]`.
 pub fn products(terms: &[(&Tensor, Factor<'_>)], bias: Option<&Tensor>) -> Tensor {
     #[cfg(target_arch = "x86_64")]
-    if terms.iter().all(|(left, factor)| matmul::can(left, factor.tensor())) {
-        return matmul::products(terms, bias);
+    if terms.iter().all(|(left, factor)| cpu::matmul::can(left, factor.tensor())) {
+        return cpu::matmul::products(terms, bias);
     }
     let [(left, factor), rest @ ..] = terms else { unreachable!("there is one at least") };
-    let mut sum = plain::product(left, *factor, bias);
+    let mut sum = aten::product(left, *factor, bias);
     for (left, factor) in rest {
         add_product(left, *factor, &mut sum);
     }
@@ -203,20 +193,20 @@ pub fn products(terms: &[(&Tensor, Factor<'_>)], bias: Option<&Tensor>) -> Tenso
 pub fn multiply(left: &Tensor, factor: Factor<'_>, scale: f64, to: &mut Tensor) {
     profile::time("adapter", || {
         #[cfg(target_arch = "x86_64")]
-        if low_rank::can_multiply(left, factor, to) {
-            return low_rank::multiply(left, factor, scale, to, false);
+        if cpu::low_rank::can_multiply(left, factor, to) {
+            return cpu::low_rank::multiply(left, factor, scale, to, false);
         }
-        plain::multiply(left, factor, scale, to);
+        aten::multiply(left, factor, scale, to);
     });
 }
 
 /// Adds `left · factor` to `to`, where `K` or `N` is low; shapes as in [`multiply`].
 pub fn add_product(left: &Tensor, factor: Factor<'_>, to: &mut Tensor) {
     #[cfg(target_arch = "x86_64")]
-    if low_rank::can_multiply(left, factor, to) {
-        return low_rank::multiply(left, factor, 1.0, to, true);
+    if cpu::low_rank::can_multiply(left, factor, to) {
+        return cpu::low_rank::multiply(left, factor, 1.0, to, true);
     }
-    plain::add_product(left, factor, to);
+    aten::add_product(left, factor, to);
 }
 
 /// Adds `leftᵀ · right` to a gradient in fp32.
@@ -240,17 +230,17 @@ fn outer(left: &Tensor, right: &Tensor, grad: &Tensor, is_added: bool) {
         }
     };
     #[cfg(target_arch = "x86_64")]
-    if low_rank::can_add_outer(left, right, grad) {
+    if cpu::low_rank::can_add_outer(left, right, grad) {
         begin();
-        return profile::time("adapter", || low_rank::add_outer(left, right, grad));
+        return profile::time("adapter", || cpu::low_rank::add_outer(left, right, grad));
     }
     profile::time("weight gradient", || {
         #[cfg(target_arch = "x86_64")]
-        if matmul::can_outer(left, right, grad) {
-            return matmul::outer(left, right, grad, is_added);
+        if cpu::matmul::can_outer(left, right, grad) {
+            return cpu::matmul::outer(left, right, grad, is_added);
         }
         begin();
-        plain::add_outer(left, right, grad);
+        aten::add_outer(left, right, grad);
     });
 }
 
@@ -258,7 +248,7 @@ fn outer(left: &Tensor, right: &Tensor, grad: &Tensor, is_added: bool) {
 /// what is computed with, which may be the masters themselves. All are flat and of one length.
 pub fn adamw(step: Step, grad: &Tensor, state: [Tensor; 3], compute: Tensor) {
     profile::time("adamw", || {
-        let update = if is_ours(grad) { cpu::adamw } else { plain::adamw };
+        let update = if is_ours(grad) { cpu::adamw } else { aten::adamw };
         update(step, grad, state, compute);
     });
 }
@@ -273,7 +263,7 @@ pub fn adamw_8bit(
     compute: Tensor,
 ) {
     profile::time("adamw", || {
-        let update = if is_ours(grad) { cpu::adamw_8bit } else { plain::adamw_8bit };
+        let update = if is_ours(grad) { cpu::adamw_8bit } else { aten::adamw_8bit };
         update(step, key, grad, master, moments, compute);
     });
 }
@@ -281,7 +271,7 @@ pub fn adamw_8bit(
 /// Sums the squares of an fp32 tensor.
 pub fn sum_of_squares(values: &Tensor) -> f64 {
     profile::time("gradient norm", || {
-        if is_ours(values) { cpu::sum_of_squares(values) } else { plain::sum_of_squares(values) }
+        if is_ours(values) { cpu::sum_of_squares(values) } else { aten::sum_of_squares(values) }
     })
 }
 
@@ -302,13 +292,13 @@ pub struct Attention<'a> {
 pub fn attention([q, k, v]: [&Tensor; 3], how: Attention<'_>) -> (Tensor, Vec<Tensor>) {
     profile::time("attention", || {
         #[cfg(target_arch = "x86_64")]
-        if tiles::can(q) {
-            return tiles::attention([q, k, v], how);
+        if cpu::attention::can(q) {
+            return cpu::attention::attention([q, k, v], how);
         }
-        match (is_ours(q), flash::can(q)) {
-            (true, _) => plain::attention([q, k, v], how),
-            (false, true) => flash::attention([q, k, v], how),
-            (false, false) => scores::attention([q, k, v], how),
+        match (is_ours(q), aten::flash::can(q)) {
+            (true, _) => aten::attention([q, k, v], how),
+            (false, true) => aten::flash::attention([q, k, v], how),
+            (false, false) => aten::scores::attention([q, k, v], how),
         }
     })
 }
@@ -326,13 +316,13 @@ pub fn attention_backward(
 ) -> [Tensor; 3] {
     profile::time("attention, backward", || {
         #[cfg(target_arch = "x86_64")]
-        if tiles::can(inputs[0]) {
-            return tiles::attention_backward(inputs, out, logsumexp, d_out, how);
+        if cpu::attention::can(inputs[0]) {
+            return cpu::attention::attention_backward(inputs, out, logsumexp, d_out, how);
         }
-        let backward = match (is_ours(inputs[0]), flash::can(inputs[0])) {
-            (true, _) => plain::attention_backward,
-            (false, true) => flash::attention_backward,
-            (false, false) => scores::attention_backward,
+        let backward = match (is_ours(inputs[0]), aten::flash::can(inputs[0])) {
+            (true, _) => aten::attention_backward,
+            (false, true) => aten::flash::attention_backward,
+            (false, false) => aten::scores::attention_backward,
         };
         backward(inputs, out, logsumexp, d_out, how)
     })

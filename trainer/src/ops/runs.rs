@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use super::Attention;
+use crate::ops::Attention;
 
 /// Some segments of equal length, one after another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

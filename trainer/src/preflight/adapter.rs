@@ -2,14 +2,11 @@
 
 use finetune_contract::{LoraSettings, ProblemReason};
 
-use super::{Findings, open, weights::read_header};
 use crate::{
-    model::{
-        adapter::{CONFIG_FILE, WEIGHTS_FILE, differences},
-        adapter_config,
-        adapter_weights::Published,
-        config::ModelConfig,
-    },
+    architecture::config::ModelConfig,
+    lora::{CONFIG_FILE, WEIGHTS_FILE, config, weights::Published},
+    model::adapter::differences,
+    preflight::{Findings, open, weights::read_header},
     store::{self, Environment, Role, Store},
 };
 
@@ -59,7 +56,7 @@ fn judge(
 ) {
     let invalid = ProblemReason::InvalidModel;
     let location = |file: &str| store.uri().join(file).to_string();
-    let settings = match adapter_config::parse(settings) {
+    let settings = match config::parse(settings) {
         Ok(settings) => settings,
         Err(reason) => return findings.problem(invalid, &location(CONFIG_FILE), reason),
     };

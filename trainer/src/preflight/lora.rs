@@ -2,14 +2,14 @@
 
 use finetune_contract::{LoraFacts, LoraSettings, ProblemReason};
 
-use super::Findings;
 use crate::{
-    data::format::nearest,
-    model::{
-        attach::{Attachment, Error, LoraAttachment},
-        config::ModelConfig,
-        names,
+    architecture::{config::ModelConfig, names},
+    data::formats::nearest,
+    lora::{
+        Error,
+        trainable::{Attachment, LoraAttachment},
     },
+    preflight::Findings,
 };
 
 /// Ranks vLLM can be started for.

@@ -6,8 +6,8 @@ use finetune_contract::MachineFacts;
 use tch::{Device, Kind, Tensor};
 
 use crate::{
-    clock,
     ops::{self, Factor},
+    runtime::clock,
 };
 
 /// Rows and columns of the matrices that are multiplied to measure speed.

@@ -30,6 +30,9 @@ use crate::{
     },
 };
 
+/// The manifest's field that names the model.
+const MODEL_URI: &str = "spec.model.uri";
+
 /// Problems shown in full; all are counted.
 const SHOWN: usize = 20;
 /// Names of files shown.

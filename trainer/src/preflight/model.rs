@@ -4,17 +4,17 @@ use std::path::{Path, PathBuf};
 
 use finetune_contract::{FailureReason, LoraFacts, ModelFacts, PreflightConfig, ProblemReason};
 
-use super::{
-    Findings, adapter, lora, open,
-    weights::{self, Weights},
-};
 use crate::{
+    architecture::{config::ModelConfig, names},
     checkpoint::initial,
-    data::{Rendering, Tokenizer, chat_template},
-    extension::{self, Extended},
+    data::{Rendering, Tokenizer, chat::template_source},
     failure::Failure,
-    import,
-    model::{config::ModelConfig, names},
+    gguf,
+    hf::extension::{self, Extended},
+    preflight::{
+        Findings, MODEL_URI, adapter, lora, open,
+        weights::{self, Weights},
+    },
     store::{Entry, Environment, Role, Store},
 };
 
@@ -29,8 +29,6 @@ const SMALL_FILES: [&str; 8] = [
     "chat_template.jinja",
     "chat_template.json",
 ];
-/// The manifest's field that names the model.
-pub(super) const LOCATION: &str = "spec.model.uri";
 
 /// What is known of a model for which rows can be tokenised.
 pub(super) struct Checked {
@@ -60,7 +58,7 @@ fn find(
 ) -> Option<Found> {
     let source = &config.model;
     let revision = source.revision.as_deref();
-    let mut store = open(&source.uri, revision, Role::Model, environment, LOCATION, findings)?;
+    let mut store = open(&source.uri, revision, Role::Model, environment, MODEL_URI, findings)?;
     if store.uri().path.ends_with(".gguf") {
         store = imported(&store, work_dir, environment, findings)?;
     }
@@ -68,14 +66,14 @@ fn find(
         Ok(entries) if entries.is_empty() => {
             findings.problem(
                 ProblemReason::NotFound,
-                LOCATION,
+                MODEL_URI,
                 format!("nothing is at {}", store.uri()),
             );
             return None;
         }
         Ok(entries) => entries,
         Err(error) => {
-            findings.store_problem(LOCATION, &error);
+            findings.store_problem(MODEL_URI, &error);
             return None;
         }
     };
@@ -100,7 +98,7 @@ fn extend(
     match extended {
         Ok(extended) => Some((to, extended)),
         Err(failure) => {
-            findings.failure(LOCATION, &failure);
+            findings.failure(MODEL_URI, &failure);
             None
         }
     }
@@ -147,13 +145,13 @@ pub(super) fn check(
     let Ok(text) = std::fs::read_to_string(directory.join("config.json")) else {
         let message =
             format!("{} has no config.json: name a directory in Hugging Face layout", store.uri());
-        findings.problem(ProblemReason::InvalidModel, LOCATION, message);
+        findings.problem(ProblemReason::InvalidModel, MODEL_URI, message);
         return None;
     };
     let mut model = match ModelConfig::parse(&text) {
         Ok(model) => model,
         Err(error) => {
-            findings.problem(ProblemReason::UnsupportedModel, LOCATION, error.to_string());
+            findings.problem(ProblemReason::UnsupportedModel, MODEL_URI, error.to_string());
             return None;
         }
     };
@@ -220,7 +218,7 @@ fn load_tokenizer(
     match loaded {
         Ok(tokenizer) => Some(tokenizer),
         Err(failure) if failure.reason == FailureReason::InvalidModel => {
-            findings.problem(ProblemReason::InvalidTokenizer, LOCATION, failure.message);
+            findings.problem(ProblemReason::InvalidTokenizer, MODEL_URI, failure.message);
             None
         }
         Err(failure) => {
@@ -265,13 +263,13 @@ fn imported(
     environment: &Environment,
     findings: &mut Findings,
 ) -> Option<Store> {
-    match import::local_directory(store, &work_dir.join("models")) {
+    match gguf::local_directory(store, &work_dir.join("models")) {
         Ok(directory) => {
             let uri = format!("file://{}", directory.display());
-            open(&uri, None, Role::Model, environment, LOCATION, findings)
+            open(&uri, None, Role::Model, environment, MODEL_URI, findings)
         }
         Err(failure) => {
-            findings.failure(LOCATION, &failure);
+            findings.failure(MODEL_URI, &failure);
             None
         }
     }
@@ -298,7 +296,7 @@ fn small_files(
     match fetch() {
         Ok(()) => Some(directory),
         Err(failure) => {
-            findings.failure(LOCATION, &failure);
+            findings.failure(MODEL_URI, &failure);
             None
         }
     }
@@ -306,7 +304,7 @@ fn small_files(
 
 fn is_small(path: &str) -> bool {
     SMALL_FILES.contains(&path)
-        || path.strip_prefix(chat_template::FOLDER).is_some_and(|name| name.ends_with(".jinja"))
+        || path.strip_prefix(template_source::FOLDER).is_some_and(|name| name.ends_with(".jinja"))
 }
 
 /// Makes a directory without anything in it: files of another model or revision that this one does

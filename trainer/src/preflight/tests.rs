@@ -10,10 +10,11 @@ use finetune_contract::{
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
 
-use super::run;
 use crate::{
-    data::goldens::{CHATML, tokenizer_json},
-    model::{adapter_config, attach::Attachment, config::ModelConfig},
+    architecture::config::ModelConfig,
+    data::chat::goldens::{CHATML, tokenizer_json},
+    lora::{config, trainable::Attachment},
+    preflight::run,
     store::Environment,
 };
 
@@ -321,7 +322,7 @@ fn a_date_that_is_printed_is_said_and_kept() {
     fixture.write("train.jsonl", &with_system);
     assert_eq!((fixture.check(), fixture.report().template_date), (String::new(), None));
     fixture.write("train.jsonl", &format!("{with_system}\n{{\"messages\": [{turns}\n"));
-    let today = crate::clock::today().to_string();
+    let today = crate::runtime::clock::today().to_string();
     assert_eq!(
         fixture.check(),
         format!(
@@ -577,7 +578,7 @@ fn with_adapter(change: impl FnOnce(&mut serde_json::Value), is_cut: bool) -> Fi
     let text = fs::read_to_string(fixture.path("model/config.json")).unwrap();
     let model = ModelConfig::parse(&text).unwrap();
     // Of what cannot be read there are no weights; those of the settings asked for do as well.
-    let lora = adapter_config::parse(&settings.to_string()).map(|settings| settings.lora);
+    let lora = config::parse(&settings.to_string()).map(|settings| settings.lora);
     let lora = lora.unwrap_or_else(|_| fixture.config.lora.clone().unwrap());
     let attachment = Attachment::lora(&model, &lora).unwrap();
     let zeros = vec![0; 4 * 32 * 8];

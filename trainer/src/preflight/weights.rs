@@ -4,15 +4,17 @@ use std::collections::BTreeMap;
 
 use finetune_contract::ProblemReason;
 
-use super::{Findings, model::LOCATION};
 use crate::{
-    model::{
+    architecture::{
         config::ModelConfig,
-        header::{self, TensorEntry},
         names::{EMBEDDING_WEIGHT, HEAD_WEIGHT},
+    },
+    hf::{
+        safetensors_header::{self, TensorEntry},
         tying,
         weights::{INDEX_FILE, SINGLE_FILE, shards_of_index, unused},
     },
+    preflight::{Findings, MODEL_URI},
     store::{self, Entry, Store},
 };
 
@@ -44,7 +46,7 @@ pub(super) fn check(
     let files = match weight_files(store, entries) {
         Ok(files) => files,
         Err((reason, message)) => {
-            findings.problem(reason, LOCATION, message);
+            findings.problem(reason, MODEL_URI, message);
             return None;
         }
     };
@@ -60,7 +62,7 @@ pub(super) fn check(
                             "{name} is in {} and in {file}: which one is meant cannot be known",
                             other.file
                         );
-                        findings.problem(ProblemReason::InvalidModel, LOCATION, message);
+                        findings.problem(ProblemReason::InvalidModel, MODEL_URI, message);
                         return None;
                     }
                     tensors.insert(name, Stored { file: file.clone(), entry });
@@ -77,10 +79,14 @@ pub(super) fn check(
             Ok(true) => {}
             Ok(false) => {
                 *model = tying::untied(model.clone());
-                findings.warning(ProblemReason::InvalidModel, LOCATION, tying::OWN_HEAD.to_owned());
+                findings.warning(
+                    ProblemReason::InvalidModel,
+                    MODEL_URI,
+                    tying::OWN_HEAD.to_owned(),
+                );
             }
             Err(error) => {
-                findings.store_problem(LOCATION, &error);
+                findings.store_problem(MODEL_URI, &error);
                 return None;
             }
         }
@@ -120,7 +126,7 @@ pub(super) fn warn_of_unread_files(entries: &[Entry], findings: &mut Findings) {
         let message = format!(
             "both {SINGLE_FILE} and {INDEX_FILE} are there: {SINGLE_FILE} is used, as transformers does (vLLM takes the index); remove what is stale"
         );
-        findings.warning(ProblemReason::InvalidModel, LOCATION, message);
+        findings.warning(ProblemReason::InvalidModel, MODEL_URI, message);
     }
 }
 
@@ -167,11 +173,12 @@ pub(super) fn read_header(
     file: &str,
     size: u64,
 ) -> Result<BTreeMap<String, TensorEntry>, (ProblemReason, String)> {
-    let damaged = |error: header::Error| (ProblemReason::InvalidModel, error.to_string());
+    let damaged =
+        |error: safetensors_header::Error| (ProblemReason::InvalidModel, error.to_string());
     let first = store.read_range(file, 0..size.min(8)).map_err(of_store)?;
-    let length = header::header_length(&first, size).map_err(damaged)?;
+    let length = safetensors_header::header_length(&first, size).map_err(damaged)?;
     let json = store.read_range(file, 8..8 + length).map_err(of_store)?;
-    header::parse(&json, size).map_err(damaged)
+    safetensors_header::parse(&json, size).map_err(damaged)
 }
 
 /// Keeps the store's own reason: a file that cannot be reached is not a damaged one.
@@ -210,17 +217,17 @@ fn compare(tensors: &BTreeMap<String, TensorEntry>, model: &ModelConfig, finding
             "the weights have {}, which a model of this config.json does not use: its answers would be wrong",
             some(&unexpected)
         );
-        findings.problem(ProblemReason::InvalidModel, LOCATION, message);
+        findings.problem(ProblemReason::InvalidModel, MODEL_URI, message);
     }
     if !missing.is_empty() {
         let message =
             format!("the weights lack {}: they do not belong to this config.json", some(&missing));
-        findings.problem(ProblemReason::InvalidModel, LOCATION, message);
+        findings.problem(ProblemReason::InvalidModel, MODEL_URI, message);
     }
     if !misshapen.is_empty() {
         findings.problem(
             ProblemReason::InvalidModel,
-            LOCATION,
+            MODEL_URI,
             format!("the weights do not fit config.json: {}", some(&misshapen)),
         );
     }

@@ -15,8 +15,10 @@ use reqwest::{
 };
 use serde::Deserialize;
 
-use super::{Entry, Environment, Error, Role, Stat, objects, runtime::block_on};
-use crate::failure::chain;
+use crate::{
+    failure::chain,
+    store::{Entry, Environment, Error, Role, Stat, objects, runtime::block_on},
+};
 
 const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
 const MAX_REDIRECTS: u32 = 5;

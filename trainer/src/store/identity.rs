@@ -1,6 +1,6 @@
 //! What identifies the bytes of files: a hub's commit, a store's tag, or their content.
 
-use super::{
+use crate::store::{
     Entry, Error, Store,
     transfer::{hash_file, sha256_hex},
 };

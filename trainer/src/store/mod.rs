@@ -7,6 +7,7 @@
 //!
 //! It must not know what the files mean, and no other module may read the environment.
 
+pub mod directory;
 mod environment;
 mod error;
 pub mod hub;
@@ -38,7 +39,7 @@ pub use model_cache::{TEMPLATE_FOLDER, fetch_model, is_model_file};
 pub use objects::PVC_ROOT;
 pub use transfer::{PART_BYTES, file_parts, hash_file, sha256_hex};
 
-use runtime::block_on;
+use crate::store::runtime::block_on;
 
 /// How often a create-only put whose answer was lost or conflicting is tried.
 const CREATE_ATTEMPTS: u32 = 5;

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{Entry, Error, Store, transfer::sha256_hex};
+use crate::store::{Entry, Error, Store, transfer::sha256_hex};
 
 /// Where transformers saves the chat templates that are not the default.
 pub const TEMPLATE_FOLDER: &str = "additional_chat_templates";

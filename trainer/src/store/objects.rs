@@ -15,7 +15,7 @@ use object_store::{
     local::LocalFileSystem,
 };
 
-use super::{Environment, Error, Role};
+use crate::store::{Environment, Error, Role};
 
 /// Where the operator mounts the claims named by `pvc://`.
 pub const PVC_ROOT: &str = "/mnt/pvc";

@@ -16,7 +16,7 @@ use finetune_contract::{
     Comparison, InputDigests, Manifest, ManifestFile, artifact::MANIFEST_NAME, parse, render,
 };
 
-use super::{
+use crate::store::{
     Error, PutIfAbsent, Store,
     transfer::{hash_file, sha256_hex},
 };

@@ -11,9 +11,10 @@ use bytes::Bytes;
 use object_store::{ObjectStoreExt as _, PutPayload, WriteMultipart};
 use sha2::{Digest, Sha256};
 
-use crate::hex;
-
-use super::{Error, Stat, Store, runtime::block_on};
+use crate::{
+    hex,
+    store::{Error, Stat, Store, runtime::block_on},
+};
 
 /// Bytes asked for at once; also what a broken transfer loses at most.
 const CHUNK_BYTES: u64 = 8 << 20;

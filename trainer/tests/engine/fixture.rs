@@ -4,9 +4,8 @@ use std::path::Path;
 
 use finetune_contract::{Dtype, LoraSettings, TargetModules};
 use finetune_trainer::{
-    data::Batch,
-    model::{Model, attach::Attachment, config::ModelConfig},
-    seed::Counter,
+    architecture::config::ModelConfig, data::Batch, lora::trainable::Attachment, model::Model,
+    runtime::rng::Counter,
 };
 use tch::{Device, Tensor};
 

@@ -1,7 +1,9 @@
 //! Losses and gradients of the engine equal autograd's.
 
 use finetune_contract::Recompute;
-use finetune_trainer::model::{attach::Attachment, config::ModelConfig, weights::Checkpoint};
+use finetune_trainer::{
+    architecture::config::ModelConfig, hf::weights::Checkpoint, lora::trainable::Attachment,
+};
 
 use crate::{
     fixture::{FAMILIES, LLAMA, batch, checkpoint, load, lora},

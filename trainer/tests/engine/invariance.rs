@@ -2,9 +2,8 @@
 
 use finetune_contract::{Dtype, Recompute};
 use finetune_trainer::{
-    data::Batch,
-    model::{Model, attach::Attachment, dropout::Dropout},
-    seed::Counter,
+    data::Batch, layers::dropout::Dropout, lora::trainable::Attachment, model::Model,
+    runtime::rng::Counter,
 };
 use tch::{Device, Tensor};
 

@@ -2,9 +2,12 @@
 
 use finetune_kernels::dropout::Noise;
 use finetune_trainer::{
-    model::attention::Segments,
-    ops::{self, Factor, plain, scores},
-    seed::Counter,
+    layers::attention::Segments,
+    ops::{
+        self, Factor,
+        aten::{self, scores},
+    },
+    runtime::rng::Counter,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -71,7 +74,7 @@ fn norms_equal_libtorch() {
         "rms norm",
         &inputs,
         all(ops::rms_norm, ops::rms_norm_backward),
-        all(plain::rms_norm, plain::rms_norm_backward),
+        all(aten::rms_norm, aten::rms_norm_backward),
     );
 }
 
@@ -91,7 +94,7 @@ fn gated_products_equal_libtorch() {
         "swiglu",
         &inputs,
         all(ops::swiglu, ops::swiglu_backward),
-        all(plain::swiglu, plain::swiglu_backward),
+        all(aten::swiglu, aten::swiglu_backward),
     );
 }
 
@@ -103,7 +106,7 @@ fn rotations_equal_libtorch() {
             "rope",
             &[numbers(&[29, 3, 16], 1), angles.cos(), angles.sin()],
             |inputs| vec![ops::rotate(inputs[0].copy(), &inputs[1], &inputs[2], direction)],
-            |inputs| vec![plain::rotate(&inputs[0], &inputs[1], &inputs[2], direction)],
+            |inputs| vec![aten::rotate(&inputs[0], &inputs[1], &inputs[2], direction)],
         );
     }
 }
@@ -121,8 +124,8 @@ fn cross_entropy_equals_libtorch() {
             vec![loss(sum), loss(ops::cross_entropy(&inputs[0], &labels)), grad]
         },
         |inputs| {
-            let (sum, grad) = plain::cross_entropy_backward(&inputs[0].copy(), &labels);
-            vec![loss(sum), loss(plain::cross_entropy(&inputs[0], &labels)), grad]
+            let (sum, grad) = aten::cross_entropy_backward(&inputs[0].copy(), &labels);
+            vec![loss(sum), loss(aten::cross_entropy(&inputs[0], &labels)), grad]
         },
     );
 }
@@ -140,8 +143,8 @@ fn dropout_equals_libtorch() {
         },
         |inputs| {
             let mut sum = inputs[1].copy();
-            plain::add_masked(&mut sum, &inputs[0], noise);
-            vec![plain::dropout(&inputs[0], noise), sum]
+            aten::add_masked(&mut sum, &inputs[0], noise);
+            vec![aten::dropout(&inputs[0], noise), sum]
         },
     );
 }
@@ -173,7 +176,7 @@ fn adamw_equals_libtorch() {
         [master, exp_avg, exp_avg_sq, compute]
     };
     for kind in [Kind::Float, Kind::BFloat16] {
-        let (ours, theirs) = (after(ops::adamw, kind), after(plain::adamw, kind));
+        let (ours, theirs) = (after(ops::adamw, kind), after(aten::adamw, kind));
         for (ours, theirs) in ours[..3].iter().zip(&theirs) {
             assert!(error(ours, theirs) < 1e-6, "{kind:?}: {:e}", error(ours, theirs));
         }
@@ -206,7 +209,7 @@ fn adamw_with_moments_of_a_byte_equals_libtorch() {
         [master, exp_avg, exp_avg_sq, compute]
     };
     for kind in [Kind::Float, Kind::BFloat16] {
-        let (ours, theirs) = (after(ops::adamw_8bit, kind), after(plain::adamw_8bit, kind));
+        let (ours, theirs) = (after(ops::adamw_8bit, kind), after(aten::adamw_8bit, kind));
         for (ours, theirs) in ours[..3].iter().zip(&theirs) {
             // Where a share lies by its draw a last digit decides between two codes: rarely.
             let differs = (ours - theirs).abs().gt(1e-5).to_kind(Kind::Double).mean(Kind::Double);
@@ -247,13 +250,13 @@ fn attention_by_tiles_equals_libtorch() {
             "attention",
             &inputs,
             all(ops::attention, ops::attention_backward),
-            all(plain::attention, plain::attention_backward),
+            all(aten::attention, aten::attention_backward),
         );
         compare(
             "attention with all scores",
             &inputs,
             all(scores::attention, scores::attention_backward),
-            all(plain::attention, plain::attention_backward),
+            all(aten::attention, aten::attention_backward),
         );
     }
 }
@@ -262,9 +265,9 @@ fn attention_by_tiles_equals_libtorch() {
 fn products_of_layers_equal_libtorchs() {
     type Products = fn(&[(&Tensor, Factor<'_>)], Option<&Tensor>) -> Tensor;
     fn plain(terms: &[(&Tensor, Factor<'_>)], bias: Option<&Tensor>) -> Tensor {
-        let mut sum = plain::product(terms[0].0, terms[0].1, bias);
+        let mut sum = aten::product(terms[0].0, terms[0].1, bias);
         for (left, factor) in &terms[1..] {
-            plain::add_product(left, *factor, &mut sum);
+            aten::add_product(left, *factor, &mut sum);
         }
         sum
     }
@@ -296,7 +299,7 @@ fn products_of_layers_equal_libtorchs() {
             &format!("layers of {width} and {out}"),
             &inputs,
             all(ops::products, ops::add_outer),
-            all(plain, plain::add_outer),
+            all(plain, aten::add_outer),
         );
     }
 }
@@ -337,7 +340,7 @@ fn products_of_low_rank_equal_libtorchs() {
             &format!("products of rank {rank}"),
             &inputs,
             all(ops::multiply, ops::add_product, ops::add_outer),
-            all(plain::multiply, plain::add_product, plain::add_outer),
+            all(aten::multiply, aten::add_product, aten::add_outer),
         );
     }
 }

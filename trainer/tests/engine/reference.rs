@@ -3,15 +3,12 @@
 use std::collections::BTreeMap;
 
 use finetune_trainer::{
+    architecture::{config::ModelConfig, names},
     data::Batch,
-    model::{
-        Model,
-        attach::{Attachment, adapter_names},
-        config::ModelConfig,
-        names,
-        rope::frequencies,
-        weights::Checkpoint,
-    },
+    hf::weights::Checkpoint,
+    layers::rope::frequencies,
+    lora::trainable::{Attachment, adapter_names},
+    model::Model,
 };
 use tch::{Kind, Tensor};
 

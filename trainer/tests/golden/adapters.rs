@@ -1,10 +1,9 @@
 //! Each kind of adapter, on a tied and on an untied model: ten AdamW steps, and PEFT's own files.
 
 use finetune_contract::Dtype;
-use finetune_trainer::model::{
-    Model,
-    adapter::{CONFIG_FILE, PREFIX, WEIGHTS_FILE},
-    attach::Attachment,
+use finetune_trainer::{
+    lora::{CONFIG_FILE, PREFIX, WEIGHTS_FILE, trainable::Attachment},
+    model::Model,
 };
 use tch::{Device, Tensor};
 

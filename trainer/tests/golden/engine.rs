@@ -1,9 +1,9 @@
 //! One forward and backward pass of every family.
 
 use finetune_contract::Recompute;
-use finetune_trainer::model::{
-    attach::Attachment,
-    rope::{Rotary, frequencies},
+use finetune_trainer::{
+    layers::rope::{Rotary, frequencies},
+    lora::trainable::Attachment,
 };
 use tch::{Device, Kind, Tensor};
 

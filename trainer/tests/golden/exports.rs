@@ -15,9 +15,10 @@ use finetune_contract::{
 };
 use finetune_trainer::{
     data::{Rendering, Tokenizer},
-    extension,
-    model::{Model, attach::Attachment, read_config},
-    seed::Counter,
+    hf::{extension, read_config},
+    lora::trainable::Attachment,
+    model::Model,
+    runtime::rng::Counter,
 };
 use serde_json::json;
 use tch::{Device, Kind, Tensor};

@@ -1,6 +1,6 @@
 //! Ten AdamW steps of full-parameter training.
 
-use finetune_trainer::model::attach::Attachment;
+use finetune_trainer::lora::trainable::Attachment;
 
 use crate::golden::{FAMILIES, Golden, distance};
 

@@ -7,10 +7,12 @@ use std::{
 
 use finetune_contract::{Dtype, LoraSettings, Optimizer, Recompute};
 use finetune_trainer::{
+    architecture::config::ModelConfig,
     data::Batch,
-    model::{Model, attach::Attachment, config::ModelConfig},
-    optimizer::{AdamW, Clipped, clip},
-    seed::Counter,
+    lora::trainable::Attachment,
+    model::Model,
+    optim::{AdamW, Clipped, clip},
+    runtime::rng::Counter,
 };
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};

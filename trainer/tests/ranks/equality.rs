@@ -4,20 +4,17 @@ use std::{path::Path, time::Duration};
 
 use finetune_contract::{Optimizer, Recompute, Strategy};
 use finetune_trainer::{
+    architecture::config::ModelConfig,
     data::Batch,
-    dist::{
+    distributed::{
         Ranks,
-        place::{Patience, Place},
+        rank::{Patience, Place},
     },
-    model::{
-        Division, Model,
-        attach::{Attachment, LoraAttachment},
-        config::ModelConfig,
-        dropout::Dropout,
-        masters::Masters,
-    },
-    optimizer::{self, AdamW},
-    seed::Counter,
+    layers::dropout::Dropout,
+    lora::trainable::{Attachment, LoraAttachment},
+    model::{Division, Model, master::Masters},
+    optim::{self, AdamW},
+    runtime::rng::Counter,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -132,7 +129,7 @@ fn run(
         }
         model.reduce_gradients().unwrap();
         let [loss, targets] = ranks.sum([loss, targets as f64]).unwrap();
-        let clipped = optimizer::clip(model.gradient_square().unwrap(), targets as u64, 0.5);
+        let clipped = optim::clip(model.gradient_square().unwrap(), targets as u64, 0.5);
         adamw.step(model.trained_mut(), clipped.scale, 1e-3, step + 1);
         losses.push(loss / targets);
         norms.push(clipped.norm);

@@ -6,8 +6,10 @@ use csv::{ByteRecord, ErrorKind, ReaderBuilder};
 use finetune_contract::FailureReason;
 use serde_json::{Map, Value};
 
-use super::{Broken, Record, Visit};
-use crate::failure::Failure;
+use crate::{
+    data::records::{Broken, Record, Visit},
+    failure::Failure,
+};
 
 /// Visits every row as a JSON object; a cell without text is an absent key.
 pub(super) fn for_each(
@@ -52,7 +54,7 @@ pub(super) fn for_each(
 
 /// Tabs by the file's name; semicolons, as spreadsheets of many countries write, by the first line.
 fn delimiter(name: &str, buffer: &[u8]) -> u8 {
-    if super::super::files::without_compression(name).ends_with(".tsv") {
+    if crate::data::files::without_compression(name).ends_with(".tsv") {
         return b'\t';
     }
     let first = buffer.split(|&byte| byte == b'\n').next().unwrap_or_default();

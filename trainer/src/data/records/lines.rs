@@ -2,8 +2,10 @@
 
 use std::io::{self, BufRead, Read};
 
-use super::{Broken, MAX_ROW_BYTES, Record, Visit, text_of, too_long};
-use crate::failure::Failure;
+use crate::{
+    data::records::{Broken, MAX_ROW_BYTES, Record, Visit, text_of, too_long},
+    failure::Failure,
+};
 
 /// Visits every line that is not blank.
 pub(super) fn for_each(

@@ -1,6 +1,6 @@
 //! The rows of a file as JSON texts, one after the other, with bounded memory.
 //!
-//! [`files`](super::files) says which files there are. One module reads each kind: `lines` JSONL,
+//! [`files`](crate::data::files) says which files there are. One module reads each kind: `lines` JSONL,
 //! `values` JSON arrays and objects over several lines, `csv`, `parquet`.
 
 mod csv;
@@ -18,8 +18,8 @@ use std::{
 use finetune_contract::FailureReason;
 use flate2::read::MultiGzDecoder;
 
-use super::files::{Kind, kind};
 use crate::{
+    data::files::{Kind, kind},
     failure::{Failure, chain},
     store::{Entry, Store},
 };

@@ -21,8 +21,8 @@ use parquet::{
 };
 use serde_json::{Map, Number, Value};
 
-use super::{Record, Visit};
 use crate::{
+    data::records::{Record, Visit},
     failure::{Failure, chain},
     store::{Entry, Store},
 };

@@ -7,9 +7,8 @@ use io::Write;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-use super::*;
 use crate::{
-    data::files,
+    data::{files, records::*},
     store::{Environment, Role},
 };
 

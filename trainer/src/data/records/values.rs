@@ -7,8 +7,10 @@ use std::io::{self, BufRead};
 
 use finetune_contract::FailureReason;
 
-use super::{Broken, MAX_ROW_BYTES, Record, Visit, text_of, too_long};
-use crate::failure::Failure;
+use crate::{
+    data::records::{Broken, MAX_ROW_BYTES, Record, Visit, text_of, too_long},
+    failure::Failure,
+};
 
 /// Tells by its beginning whether a file is of this kind: it begins with `[`, or with an object whose
 /// first line is not all of it.

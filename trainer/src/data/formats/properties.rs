@@ -1,0 +1,312 @@
+//! Random rows: nothing a row says is lost, and no text makes the reader panic.
+
+use proptest::prelude::*;
+use serde_json::json;
+
+use crate::data::formats::{
+    keys::{Fate, KNOWN, Place},
+    *,
+};
+
+/// Every text of an example, one after the other.
+fn haystack(example: &Example) -> String {
+    match example {
+        Example::Text(text) => text.clone(),
+        Example::PromptCompletion { prompt, completion }
+        | Example::Prerendered { prompt, completion } => format!("{prompt}\n{completion}"),
+        Example::Chat(conversation) => {
+            let mut texts = Vec::new();
+            for message in &conversation.messages {
+                texts.extend(message.texts().map(str::to_owned));
+                texts.extend(message.name.clone());
+                texts.extend(message.tool_call_id.clone());
+                for call in &message.tool_calls {
+                    texts.extend(call.id.clone());
+                    texts.push(call.name.clone());
+                    texts.extend(leaves(&call.arguments));
+                }
+            }
+            conversation.tools.iter().for_each(|tool| texts.extend(leaves(tool)));
+            texts.extend(leaves(&Value::Object(conversation.variables.clone())));
+            texts.join("\n")
+        }
+    }
+}
+
+/// Every text in a value.
+fn leaves(value: &Value) -> Vec<String> {
+    match value {
+        Value::String(text) => vec![text.clone()],
+        Value::Array(list) => list.iter().flat_map(leaves).collect(),
+        Value::Object(object) => object.values().flat_map(leaves).collect(),
+        _ => Vec::new(),
+    }
+}
+
+/// Texts with all that JSON escapes, and characters of several bytes.
+fn text() -> impl Strategy<Value = String> {
+    prop_oneof!["\\PC{1,12}", "[\"\\\\\n\t{}\\[\\],:]{1,8}", Just("☂ 你好".to_owned())]
+}
+
+#[derive(Debug, Clone)]
+struct Turn {
+    question: String,
+    answer: String,
+    thought: Option<String>,
+    argument: Option<String>,
+    is_target: bool,
+}
+
+fn turns() -> impl Strategy<Value = Vec<Turn>> {
+    let turn = (text(), text(), prop::option::of(text()), prop::option::of(text()), any::<bool>());
+    let turn = turn.prop_map(|(question, answer, thought, argument, is_target)| Turn {
+        question,
+        answer,
+        thought,
+        argument,
+        is_target,
+    });
+    prop::collection::vec(turn, 1..4)
+}
+
+/// Writes a conversation with one of the spellings that people use.
+fn row(turns: &[Turn], spelling: usize, system: &str) -> Value {
+    let list = ["messages", "conversations", "conversation"][spelling % 3];
+    let (role, content) = [("role", "content"), ("from", "value")][spelling / 3 % 2];
+    let user = ["user", "human"][spelling / 6 % 2];
+    let assistant = ["assistant", "gpt", "chatgpt", "model"][spelling / 12 % 4];
+    let mark = ["weight", "train", "loss", "loss_mask"][spelling / 3 % 4];
+    let thought_key = ["reasoning_content", "reasoning", "thinking"][spelling / 5 % 3];
+    let mut written = Vec::new();
+    for turn in turns {
+        written.push(json!({role: user, content: [{"type": "text", "text": turn.question}]}));
+        let mut answer =
+            json!({role: assistant, content: turn.answer, mark: u8::from(turn.is_target)});
+        if let Some(thought) = &turn.thought {
+            answer[thought_key] = json!(thought);
+        }
+        if let Some(argument) = &turn.argument {
+            let arguments = json!({"x": argument});
+            let arguments =
+                if spelling.is_multiple_of(2) { arguments } else { json!(arguments.to_string()) };
+            answer["tool_calls"] =
+                json!([{"id": "c", "function": {"name": "f", "arguments": arguments}}]);
+        }
+        written.push(answer);
+        if turn.argument.is_some() {
+            written.push(json!({role: "tool", content: "returned", "tool_call_id": "c"}));
+        }
+    }
+    json!({"system": system, list: written, "id": 1})
+}
+
+proptest! {
+    #[test]
+    fn every_content_of_a_conversation_is_found_again(turns in turns(), spelling in 0_usize..48, system in text()) {
+        let row = row(&turns, spelling, &system);
+        let read = read(&row.to_string(), &ReadOptions::for_format(DatasetFormat::Auto));
+        if turns.iter().all(|turn| !turn.is_target) {
+            prop_assert!(read.is_err());
+            return Ok(());
+        }
+        let (_, example) = read.map_err(|errors| TestCaseError::fail(format!("{errors:?} of {row}")))?;
+        let Example::Chat(Conversation { messages, .. }) = &example else { panic!("{example:?}") };
+        prop_assert_eq!(&messages[0].content, &system);
+        let mut rest = messages[1..].iter();
+        for turn in &turns {
+            prop_assert_eq!(&rest.next().unwrap().content, &turn.question);
+            let answer = rest.next().unwrap();
+            prop_assert_eq!(&answer.content, &turn.answer);
+            prop_assert_eq!(&answer.reasoning, &turn.thought);
+            prop_assert_eq!(answer.is_target, turn.is_target);
+            if let Some(argument) = &turn.argument {
+                prop_assert_eq!(&answer.tool_calls[0].arguments["x"], argument);
+                let returned = rest.next().unwrap();
+                prop_assert_eq!(returned.content.as_str(), "returned");
+                prop_assert!(!returned.is_target);
+            }
+        }
+        prop_assert!(rest.next().is_none());
+    }
+
+    #[test]
+    fn other_formats_keep_every_text(texts in prop::array::uniform5(text())) {
+        let [a, b, c, d, e] = texts;
+        for row in [
+            json!({"instruction": a, "input": b, "output": c, "history": [[d, e]]}),
+            json!({"prompt": a, "completion": b}),
+            json!({"question": a, "answer": b}),
+            json!({"prompt": [{"role": "user", "content": a}], "completion": [{"role": "assistant", "content": b}], "system": c}),
+            json!({"text": a}),
+        ] {
+            let (_, example) = read(&row.to_string(), &ReadOptions::for_format(DatasetFormat::Auto))
+                .map_err(|errors| TestCaseError::fail(format!("{errors:?} of {row}")))?;
+            let found = haystack(&example);
+            for text in leaves(&row).iter().filter(|text| !["user", "assistant"].contains(&text.as_str())) {
+                prop_assert!(found.contains(text.as_str()), "{text:?} of {row} is not in {example:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_read_of_any_object_loses_no_text(row in any_row()) {
+        let Ok((_, example)) = read(&row.to_string(), &ReadOptions::for_format(DatasetFormat::Auto)) else { return Ok(()) };
+        let found = haystack(&example);
+        let mut given = Vec::new();
+        meaningful(Place::Row, &row, &mut given);
+        for text in given {
+            prop_assert!(is_kept(&found, &text), "{text:?} of {row} is not in {example:?}");
+        }
+    }
+
+    #[test]
+    fn no_text_makes_the_reader_panic(text in "\\PC{0,40}", json in "[\\[\\]{}\",:0-9a-z\\\\ ]{0,40}") {
+        for format in [DatasetFormat::Auto, DatasetFormat::Messages, DatasetFormat::Alpaca, DatasetFormat::Text, DatasetFormat::Prerendered] {
+            let _ = read(&text, &ReadOptions::for_format(format));
+            let _ = read(&json, &ReadOptions::for_format(format));
+        }
+    }
+}
+
+/// Objects of known and unknown keys with values of every kind, many of which can be read.
+fn any_row() -> impl Strategy<Value = Value> {
+    let names = |place: Place| -> Vec<&'static str> {
+        let known = KNOWN.iter().filter(move |known| known.place == place);
+        known.flat_map(|known| known.names.iter().copied()).chain(["other"]).collect()
+    };
+    let value = || {
+        prop_oneof![
+            4 => text().prop_map(Value::from),
+            1 => Just(Value::Null),
+            1 => any::<bool>().prop_map(Value::from),
+            1 => (0..2).prop_map(Value::from),
+            1 => Just(json!([])),
+            1 => text().prop_map(|text| json!([{"type": "text", "text": text}])),
+        ]
+    };
+    let extra =
+        move |place| prop::collection::vec((prop::sample::select(names(place)), value()), 0..3);
+    let role = prop::sample::select(vec!["user", "human", "assistant", "gpt", "tool", "system"]);
+    let turn = (role, text(), extra(Place::Turn)).prop_map(|(role, content, extra)| {
+        let mut turn = json!({"role": role, "content": content});
+        for (key, value) in extra {
+            turn[key] = value;
+        }
+        turn
+    });
+    let list =
+        prop::sample::select(vec!["messages", "conversations", "prompt", "text", "instruction"]);
+    let turns = prop::collection::vec(turn, 1..4);
+    (list, turns, text(), text(), extra(Place::Row)).prop_map(
+        |(list, turns, first, second, extra)| {
+            let mut row = match list {
+                "prompt" => json!({"prompt": first, "completion": second}),
+                "text" => json!({"text": first}),
+                "instruction" => json!({"instruction": first, "output": second}),
+                list => json!({list: turns}),
+            };
+            for (key, value) in extra {
+                row[key] = value;
+            }
+            row
+        },
+    )
+}
+
+/// Tells whether a text is in what was read, or is made of it and a template's punctuation.
+fn is_kept(found: &str, text: &str) -> bool {
+    let is_between =
+        |character: char| character.is_whitespace() || character.is_ascii_punctuation();
+    found.contains(text.trim()) || text.split(is_between).all(|word| found.contains(word))
+}
+
+/// Collects the texts below keys that are neither harmless nor words of the format.
+fn meaningful(place: Place, value: &Value, given: &mut Vec<String>) {
+    match value {
+        Value::Object(object) => {
+            for (key, value) in object {
+                let known = KNOWN
+                    .iter()
+                    .find(|known| known.place == place && known.names.contains(&key.as_str()));
+                let is_word = ["role", "from", "type", "mask", "label"].contains(&key.as_str());
+                if is_word || known.is_some_and(|known| known.fate == Fate::Harmless) {
+                    continue;
+                }
+                let inner = match (place, value) {
+                    (Place::Row, Value::Array(_)) => Place::Turn,
+                    (Place::Turn, Value::Array(_)) => Place::Part,
+                    (place, _) => place,
+                };
+                meaningful(inner, value, given);
+            }
+        }
+        Value::Array(list) => list.iter().for_each(|value| meaningful(place, value, given)),
+        Value::String(text) => given.push(text.clone()),
+        _ => {}
+    }
+}
+
+/// Values of which one means something, whatever the key.
+fn telling_values() -> Vec<Value> {
+    vec![
+        json!("telling"),
+        json!("user"),
+        json!([["telling", "telling"]]),
+        json!([{"role": "user", "content": "telling"}, {"role": "assistant", "content": "b"}]),
+        json!([{"name": "telling"}]),
+        json!({"telling": 1}),
+        json!(false),
+        json!(true),
+    ]
+}
+
+#[test]
+fn every_key_that_is_said_to_be_used_makes_a_difference() {
+    let turns = json!([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]);
+    let base = |format| match format {
+        DatasetFormat::Messages | DatasetFormat::Auto => json!({"messages": turns}),
+        DatasetFormat::Sharegpt => json!({"conversations": turns}),
+        DatasetFormat::Alpaca => json!({"instruction": "a", "output": "b"}),
+        DatasetFormat::PromptCompletion | DatasetFormat::Prerendered => {
+            json!({"prompt": "a", "completion": "b"})
+        }
+        DatasetFormat::Text => json!({"text": "a"}),
+    };
+    for known in KNOWN.iter().filter(|known| known.place == Place::Row) {
+        let Fate::Used(formats) = known.fate else { continue };
+        for (&format, name) in
+            formats.iter().flat_map(|format| known.names.iter().map(move |name| (format, name)))
+        {
+            let options = ReadOptions::for_format(format);
+            let mut plain = base(format);
+            // Names of one meaning take each other's place.
+            plain
+                .as_object_mut()
+                .unwrap()
+                .retain(|key, _| key == name || !known.names.contains(&key.as_str()));
+            let read_plain = read(&plain.to_string(), &options).ok();
+            let differs = telling_values().into_iter().any(|value| {
+                let mut row = plain.clone();
+                row[*name] = value;
+                read(&row.to_string(), &options).ok() != read_plain
+            });
+            assert!(differs, "{name:?} of {format:?} changes nothing");
+        }
+    }
+    for known in KNOWN.iter().filter(|known| known.place == Place::Turn) {
+        let Fate::Used(_) = known.fate else { continue };
+        for name in known.names {
+            let row = |value: Value| {
+                let mut turn = json!({"role": "assistant", "content": "b"});
+                turn.as_object_mut().unwrap().retain(|key, _| !known.names.contains(&key.as_str()));
+                turn[*name] = value;
+                let row = json!({"messages": [{"role": "user", "content": "a"}, turn, {"role": "assistant", "content": "c"}]});
+                read(&row.to_string(), &ReadOptions::for_format(DatasetFormat::Messages)).ok()
+            };
+            assert!(
+                telling_values().into_iter().any(|value| row(value) != row(Value::Null)),
+                "{name:?} changes nothing"
+            );
+        }
+    }
+}

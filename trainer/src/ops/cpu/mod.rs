@@ -1,0 +1,288 @@
+//! The operators in one pass over memory, on our kernels.
+
+#[cfg(target_arch = "x86_64")]
+pub(super) mod attention;
+#[cfg(target_arch = "x86_64")]
+pub(super) mod low_rank;
+#[cfg(target_arch = "x86_64")]
+pub(super) mod matmul;
+mod pool;
+mod view;
+
+use std::{cell::RefCell, ops::Range};
+
+use finetune_kernels::{
+    adamw,
+    adamw_8bit::{self, BLOCK, Moments},
+    cross_entropy as entropy,
+    dropout::{self as noise, Noise},
+    pool::{Pool, Shared},
+    rms_norm as norm, rope, sum, swiglu as gated,
+};
+use tch::Tensor;
+
+use crate::ops::{
+    Codes,
+    cpu::{
+        pool::{Threads, rows},
+        view::{by_kind, elements, elements_mut},
+    },
+};
+
+/// Elements of one unit of work: they and their results stay in the second cache.
+const AT_ONCE: usize = 1 << 15;
+
+// Kept by each thread: fresh memory costs page faults.
+thread_local! {
+    static PARTIALS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+pub(super) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
+    let mut y = x.empty_like();
+    by_kind!(x.kind(), E => {
+        let (x, weight) = (elements::<E>(x), elements::<E>(weight));
+        write_rows(elements_mut(&mut y), weight.len(), |range, y| {
+            norm::forward(&x[range], weight, eps as f32, y);
+        });
+    });
+    y
+}
+
+pub(super) fn rms_norm_backward(
+    x: &Tensor,
+    weight: &Tensor,
+    eps: f64,
+    mut dy: Tensor,
+    residual: Option<&Tensor>,
+    weight_grad: Option<&Tensor>,
+) -> Tensor {
+    by_kind!(x.kind(), E => {
+        let (x, weight) = (elements::<E>(x), elements::<E>(weight));
+        let residual = residual.map(elements::<E>);
+        let width = weight.len();
+        // Each unit sums on its own, so that the sum does not depend on the number of threads.
+        let partial_width = if weight_grad.is_some() { width } else { 0 };
+        let unit = width * (AT_ONCE / width).max(1);
+        PARTIALS.with_borrow_mut(|partial| {
+            partial.clear();
+            partial.resize(x.len().div_ceil(unit) * partial_width, 0.0);
+            let partials = Shared::new(partial);
+            write_rows(elements_mut(&mut dy), width, |range, dy| {
+                let index = range.start / unit * partial_width;
+                #[expect(unsafe_code, reason = "units write side by side")]
+                // SAFETY: these elements belong to this unit.
+                let weight_grad = unsafe { partials.range(index..index + partial_width) };
+                let residual = residual.map(|residual| &residual[range.clone()]);
+                norm::backward(&x[range], weight, eps as f32, dy, residual, weight_grad);
+            });
+            if let Some(grad) = weight_grad {
+                let mut grad = grad.shallow_clone();
+                let grad = elements_mut::<f32>(&mut grad);
+                partial.chunks(width).for_each(|partial| sum::add(grad, partial));
+            }
+        });
+    });
+    dy
+}
+
+pub(super) fn swiglu(gate: &Tensor, up: &Tensor) -> Tensor {
+    let mut product = gate.empty_like();
+    by_kind!(gate.kind(), E => {
+        let (gate, up) = (elements::<E>(gate), elements::<E>(up));
+        write_rows(elements_mut(&mut product), 1, |range, product| {
+            gated::forward(&gate[range.clone()], &up[range], product);
+        });
+    });
+    product
+}
+
+pub(super) fn swiglu_backward(
+    mut d_product: Tensor,
+    mut gate: Tensor,
+    mut up: Tensor,
+) -> (Tensor, Tensor, Tensor) {
+    by_kind!(gate.kind(), E => {
+        let up = Shared::new(elements_mut::<E>(&mut up));
+        let d_product = Shared::new(elements_mut::<E>(&mut d_product));
+        write_rows(elements_mut(&mut gate), 1, |range, gate| {
+            #[expect(unsafe_code, reason = "units write side by side")]
+            // SAFETY: these elements belong to this unit.
+            let [d_product, up] = unsafe { [d_product.range(range.clone()), up.range(range)] };
+            gated::backward(d_product, gate, up);
+        });
+    });
+    (d_product, gate, up)
+}
+
+pub(super) fn rotate(mut x: Tensor, cos: &Tensor, sin: &Tensor, direction: f64) -> Tensor {
+    let width = (x.size()[1] * x.size()[2]) as usize;
+    let half = cos.size()[2] as usize;
+    by_kind!(x.kind(), E => {
+        let (cos, sin) = (elements::<E>(cos), elements::<E>(sin));
+        write_rows(elements_mut(&mut x), width, |range, x| {
+            let angles = range.start / width * half..range.end / width * half;
+            rope::rotate(x, &cos[angles.clone()], &sin[angles], width, half, direction as f32);
+        });
+    });
+    x
+}
+
+pub(super) fn cross_entropy_backward(mut logits: Tensor, labels: &Tensor) -> (f64, Tensor) {
+    let labels = elements::<i64>(labels);
+    let loss = by_kind!(logits.kind(), E => {
+        let logits = elements_mut::<E>(&mut logits);
+        let vocabulary = logits.len() / labels.len().max(1);
+        let logits = Shared::new(logits);
+        sum_units(labels.len(), |row| {
+            #[expect(unsafe_code, reason = "units write side by side")]
+            // SAFETY: this row belongs to this unit.
+            let logits = unsafe { logits.range(row * vocabulary..(row + 1) * vocabulary) };
+            entropy::backward(logits, &labels[row..=row])
+        })
+    });
+    (loss, logits)
+}
+
+pub(super) fn cross_entropy(logits: &Tensor, labels: &Tensor) -> f64 {
+    let labels = elements::<i64>(labels);
+    by_kind!(logits.kind(), E => {
+        let logits = elements::<E>(logits);
+        let vocabulary = logits.len() / labels.len().max(1);
+        sum_units(labels.len(), |row| {
+            entropy::loss(&logits[row * vocabulary..(row + 1) * vocabulary], &labels[row..=row])
+        })
+    })
+}
+
+pub(super) fn dropout(x: &Tensor, how: Noise) -> Tensor {
+    let mut y = x.empty_like();
+    by_kind!(x.kind(), E => {
+        let x = elements::<E>(x);
+        write_rows(elements_mut(&mut y), 4, |range, y| {
+            noise::apply(how, range.start, &x[range], y);
+        });
+    });
+    y
+}
+
+pub(super) fn add_masked(sum: &mut Tensor, grad: &Tensor, how: Noise) {
+    by_kind!(sum.kind(), E => {
+        let grad = elements::<E>(grad);
+        write_rows(elements_mut(sum), 4, |range, sum| {
+            noise::add_masked(how, range.start, &grad[range], sum);
+        });
+    });
+}
+
+pub(super) fn accumulate(to: &Tensor, more: &Tensor) {
+    let mut to = to.shallow_clone();
+    by_kind!(more.kind(), E => {
+        let more = elements::<E>(more);
+        write_rows(elements_mut::<f32>(&mut to), 1, |range, to| sum::add(to, &more[range]));
+    });
+}
+
+pub(super) fn adamw(
+    step: adamw::Step,
+    grad: &Tensor,
+    [mut master, mut exp_avg, mut exp_avg_sq]: [Tensor; 3],
+    mut compute: Tensor,
+) {
+    let grad = elements::<f32>(grad);
+    let is_master = compute.data_ptr() == master.data_ptr();
+    let exp_avg = Shared::new(elements_mut::<f32>(&mut exp_avg));
+    let exp_avg_sq = Shared::new(elements_mut::<f32>(&mut exp_avg_sq));
+    by_kind!(compute.kind(), E => {
+        // Masters that are computed with need no copy.
+        let none: &mut [E] = &mut [];
+        let compute = Shared::new(if is_master { none } else { elements_mut::<E>(&mut compute) });
+        write_rows(elements_mut(&mut master), 1, |range, master| {
+            let copied = if is_master { 0..0 } else { range.clone() };
+            #[expect(unsafe_code, reason = "units write side by side")]
+            // SAFETY: these elements belong to this unit.
+            let [exp_avg, exp_avg_sq] =
+                unsafe { [exp_avg.range(range.clone()), exp_avg_sq.range(range.clone())] };
+            #[expect(unsafe_code, reason = "units write side by side")]
+            // SAFETY: as above.
+            let compute = unsafe { compute.range(copied) };
+            adamw::step(step, &grad[range], master, exp_avg, exp_avg_sq, compute);
+        });
+    });
+}
+
+pub(super) fn adamw_8bit(
+    step: adamw::Step,
+    key: u64,
+    grad: &Tensor,
+    mut master: Tensor,
+    [exp_avg, exp_avg_sq]: [&Codes; 2],
+    mut compute: Tensor,
+) {
+    let grad = elements::<f32>(grad);
+    let is_master = compute.data_ptr() == master.data_ptr();
+    let [mut codes, mut codes_sq] =
+        [exp_avg, exp_avg_sq].map(|moments| moments.bytes.shallow_clone());
+    let [mut scales, mut scales_sq] =
+        [exp_avg, exp_avg_sq].map(|moments| moments.scales.shallow_clone());
+    let (codes, codes_sq) = (
+        Shared::new(elements_mut::<i8>(&mut codes)),
+        Shared::new(elements_mut::<u8>(&mut codes_sq)),
+    );
+    let scales = Shared::new(elements_mut::<f32>(&mut scales));
+    let scales_sq = Shared::new(elements_mut::<f32>(&mut scales_sq));
+    by_kind!(compute.kind(), E => {
+        // Masters that are computed with need no copy.
+        let none: &mut [E] = &mut [];
+        let compute = Shared::new(if is_master { none } else { elements_mut::<E>(&mut compute) });
+        write_rows(elements_mut(&mut master), BLOCK, |range, master| {
+            let blocks = range.start / BLOCK..range.end.div_ceil(BLOCK);
+            let copied = if is_master { 0..0 } else { range.clone() };
+            #[expect(unsafe_code, reason = "units write side by side")]
+            // SAFETY: these blocks and their elements belong to this unit.
+            let moments = unsafe {
+                Moments {
+                    exp_avg: codes.range(range.clone()),
+                    exp_avg_scale: scales.range(blocks.clone()),
+                    exp_avg_sq: codes_sq.range(range.clone()),
+                    exp_avg_sq_scale: scales_sq.range(blocks),
+                }
+            };
+            #[expect(unsafe_code, reason = "units write side by side")]
+            // SAFETY: as above.
+            let compute = unsafe { compute.range(copied) };
+            let first = range.start;
+            adamw_8bit::step(step, key, first, &grad[range], master, moments, compute);
+        });
+    });
+}
+
+pub(super) fn sum_of_squares(values: &Tensor) -> f64 {
+    let values = elements::<f32>(values);
+    sum_units(values.len().div_ceil(AT_ONCE), |unit| {
+        sum::squares(&values[unit * AT_ONCE..values.len().min((unit + 1) * AT_ONCE)])
+    })
+}
+
+/// Calls `task` with runs of whole rows of `out`, and where in `out` they are.
+fn write_rows<T: Send>(out: &mut [T], width: usize, task: impl Fn(Range<usize>, &mut [T]) + Sync) {
+    let length = out.len();
+    let out = Shared::new(out);
+    rows(length.div_ceil(width), AT_ONCE / width, &|some| {
+        let range = some.start * width..length.min(some.end * width);
+        #[expect(unsafe_code, reason = "units write side by side")]
+        // SAFETY: runs of rows do not overlap.
+        task(range.clone(), unsafe { out.range(range) });
+    });
+}
+
+/// Sums what units give, in their order.
+fn sum_units(count: usize, task: impl Fn(usize) -> f64 + Sync) -> f64 {
+    let mut sums = vec![0.0; count];
+    let shared = Shared::new(&mut sums);
+    Threads.run(count, &|unit| {
+        #[expect(unsafe_code, reason = "units write side by side")]
+        // SAFETY: this sum belongs to this unit.
+        unsafe { shared.range(unit..unit + 1) }.fill(task(unit));
+    });
+    sums.iter().sum()
+}

@@ -1,0 +1,258 @@
+//! AdamW over flat parameters, clipping, and the learning-rate schedule.
+
+use finetune_contract::{LrScheduler, Optimizer, TrainingSettings};
+use tch::Tensor;
+
+use crate::{
+    ops::{self, Codes},
+    params::flat::{Flat, FlatParams},
+    runtime::rng::Counter,
+};
+
+/// AdamW's decay rate of the first moment; the default everywhere.
+const BETA1: f64 = 0.9;
+/// AdamW's decay rate of the second moment.
+const BETA2: f64 = 0.999;
+/// AdamW's guard against division by zero.
+const EPSILON: f64 = 1e-8;
+/// AdamW with decoupled weight decay.
+///
+/// # Source
+/// arXiv 1711.05101, algorithm 2; the order of operations is `torch.optim.AdamW`'s, 2.13.
+#[derive(Debug)]
+pub struct AdamW {
+    moments: Moments,
+    weight_decay: f64,
+    /// (first element, length, decays), neighbours of equal fate joined.
+    spans: Vec<(i64, i64, bool)>,
+}
+
+/// The first and the second moment of each parameter, flat.
+#[derive(Debug)]
+enum Moments {
+    Floats([Tensor; 2]),
+    Codes([Codes; 2]),
+}
+
+impl AdamW {
+    /// Makes an optimizer with zero moments.
+    pub fn new(params: &FlatParams, optimizer: Optimizer, weight_decay: f64) -> Self {
+        let master = params.master();
+        let moments =
+            match optimizer {
+                Optimizer::Adamw => Moments::Floats([master.zeros_like(), master.zeros_like()]),
+                Optimizer::Adamw8bit => Moments::Codes([true, false].map(|has_signs| {
+                    Codes::zeros(master.numel() as i64, has_signs, master.device())
+                })),
+            };
+        let mut spans: Vec<(i64, i64, bool)> = Vec::new();
+        for (start, length, decays) in params.decay_spans() {
+            let (start, end) = (start as i64, (start + length) as i64);
+            match spans.last_mut() {
+                Some((first, joined, same)) if *same == decays => *joined = end - *first,
+                _ => spans.push((start, end - start, decays)),
+            }
+        }
+        Self { moments, weight_decay, spans }
+    }
+
+    /// Returns both moments, to be stored or restored.
+    pub fn moments(&self) -> [Flat<'_>; 2] {
+        match &self.moments {
+            Moments::Floats(moments) => moments.each_ref().map(Flat::Floats),
+            Moments::Codes(moments) => moments.each_ref().map(Flat::Codes),
+        }
+    }
+
+    /// Updates the masters from the gradients times `scale`; `step` counts from 1.
+    pub fn step(&mut self, params: &mut FlatParams, scale: f64, learning_rate: f64, step: u64) {
+        let correction = |beta: f64| 1.0 - beta.powi(i32::try_from(step).unwrap_or(i32::MAX));
+        let shrink = |decays| {
+            let weight_decay = if decays { self.weight_decay } else { 0.0 };
+            (1.0 - learning_rate * weight_decay) as f32
+        };
+        let numbers = |shrink| ops::Step {
+            grad_scale: scale as f32,
+            beta1: BETA1 as f32,
+            beta2: BETA2 as f32,
+            epsilon: EPSILON as f32,
+            shrink,
+            step_size: (learning_rate / correction(BETA1)) as f32,
+            second_root: correction(BETA2).sqrt() as f32,
+        };
+        match &self.moments {
+            Moments::Floats([exp_avg, exp_avg_sq]) => {
+                for &(first, length, decays) in &self.spans {
+                    let part = |flat: &Tensor| flat.narrow(0, first, length);
+                    let state = [params.master(), exp_avg, exp_avg_sq].map(part);
+                    let numbers = numbers(shrink(decays));
+                    ops::adamw(numbers, &part(params.grad()), state, part(params.compute()));
+                }
+            }
+            // Blocks know nothing of spans.
+            Moments::Codes(moments) => {
+                for &(first, length, decays) in &self.spans {
+                    if shrink(decays) < 1.0 {
+                        let mut master = params.master().narrow(0, first, length);
+                        let _ = master.g_mul_scalar_(f64::from(shrink(decays)));
+                    }
+                }
+                let key = Counter::from_seed(step).key();
+                let [master, compute] =
+                    [params.master(), params.compute()].map(Tensor::shallow_clone);
+                let moments = moments.each_ref();
+                ops::adamw_8bit(numbers(1.0), key, params.grad(), master, moments, compute);
+            }
+        }
+    }
+}
+
+/// What makes a step's gradient of the sum over its target tokens: the mean, clipped.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Clipped {
+    /// The mean's 2-norm before clipping.
+    pub norm: f64,
+    /// What the sum is multiplied by.
+    pub scale: f64,
+}
+
+/// Clips the mean of a gradient, given the sum's square; `max_grad_norm` of 0 never clips.
+///
+/// Nothing is written: [`AdamW::step`] scales what it reads.
+///
+/// # Source
+/// `torch.nn.utils.clip_grad_norm_`, whose divisor has 1e-6 added.
+pub fn clip(square: f64, target_tokens: u64, max_grad_norm: f64) -> Clipped {
+    let targets = target_tokens as f64;
+    let norm = square.sqrt() / targets;
+    let is_clipped = max_grad_norm > 0.0 && norm > max_grad_norm;
+    let scale = if is_clipped { max_grad_norm / (norm + 1e-6) } else { 1.0 };
+    Clipped { norm, scale: scale / targets }
+}
+
+/// Returns the learning rate of a step, counted from 0.
+///
+/// # Source
+/// `transformers/optimization.py: get_{cosine,linear,constant}_schedule_with_warmup`. Differs: the
+/// warm-up's first step has `1 / num_warmup_steps` of the rate, not zero, so no step is wasted.
+pub fn learning_rate(settings: &TrainingSettings, step: u64) -> f64 {
+    let warmup = settings.num_warmup_steps;
+    if step < warmup {
+        return settings.learning_rate * (step + 1) as f64 / warmup as f64;
+    }
+    let span = settings.total_steps.saturating_sub(warmup).max(1) as f64;
+    let done = ((step - warmup) as f64 / span).min(1.0);
+    let factor = match settings.lr_scheduler_type {
+        LrScheduler::Constant => 1.0,
+        LrScheduler::Linear => 1.0 - done,
+        LrScheduler::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * done).cos()),
+    };
+    settings.learning_rate * factor
+}
+
+#[cfg(test)]
+mod tests {
+    use finetune_contract::{Dtype, Recompute};
+    use tch::{Device, Kind};
+
+    use super::*;
+    use crate::{architecture::modules::TensorSpec, runtime::rng::Counter};
+
+    fn settings(lr_scheduler_type: LrScheduler) -> TrainingSettings {
+        TrainingSettings {
+            context_length: 64,
+            total_steps: 10,
+            total_sequences: None,
+            learning_rate: 1.0,
+            lr_scheduler_type,
+            num_warmup_steps: 4,
+            weight_decay: 0.0,
+            max_grad_norm: 1.0,
+            micro_batch_size: 1,
+            gradient_accumulation_steps: 1,
+            packing: true,
+            optimizer: Optimizer::Adamw,
+            dtype: Dtype::Fp32,
+            recompute: Recompute::None,
+            seed: 0,
+            evaluation_steps: 0,
+            early_stopping_patience: 0,
+            checkpoint_steps: Some(10),
+            num_checkpoints_to_keep: 1,
+            max_time_seconds: None,
+        }
+    }
+
+    #[test]
+    fn schedules_rise_and_fall() {
+        let rates = |kind| {
+            let settings = settings(kind);
+            (0..10)
+                .map(|step| format!("{:.3}", learning_rate(&settings, step)))
+                .collect::<Vec<_>>()
+                .join(" ")
+        };
+        insta::assert_snapshot!(rates(LrScheduler::Constant), @"0.250 0.500 0.750 1.000 1.000 1.000 1.000 1.000 1.000 1.000");
+        insta::assert_snapshot!(rates(LrScheduler::Linear), @"0.250 0.500 0.750 1.000 1.000 0.833 0.667 0.500 0.333 0.167");
+        insta::assert_snapshot!(rates(LrScheduler::Cosine), @"0.250 0.500 0.750 1.000 1.000 0.933 0.750 0.500 0.250 0.067");
+    }
+
+    fn params() -> FlatParams {
+        let spec = |name: &str, shape: &[usize]| TensorSpec {
+            name: name.to_owned(),
+            shape: shape.to_vec(),
+        };
+        let params = FlatParams::new(
+            &[spec("matrix", &[300, 301]), spec("vector", &[7])],
+            Dtype::Fp32,
+            Device::Cpu,
+        );
+        let seed = Counter::from_seed(1);
+        params
+            .master()
+            .shallow_clone()
+            .copy_(&seed.normal_tensor(&params.master().size(), Device::Cpu));
+        params
+    }
+
+    #[test]
+    fn steps_equal_the_textbook_formula_in_f64() {
+        let mut params = params();
+        let mut optimizer = AdamW::new(&params, Optimizer::Adamw, 0.1);
+        let wide = |tensor: &Tensor| tensor.to_kind(Kind::Double).copy();
+        let decay = Tensor::zeros_like(params.master()).to_kind(Kind::Double);
+        let _ = decay.narrow(0, 0, 300 * 301).fill_(0.1);
+        let mut value = wide(params.master());
+        let (mut m, mut v) = (value.zeros_like(), value.zeros_like());
+        for step in 1..=10_i32 {
+            let grad =
+                Counter::from_seed(100 + step as u64).normal_tensor(&value.size(), Device::Cpu);
+            // As it comes: a sum over four targets.
+            params.grad().shallow_clone().copy_(&(&grad * 4.0));
+            let (g, rate) = (wide(&grad), 1e-2 / f64::from(step));
+            m = m * 0.9 + &g * 0.1;
+            v = v * 0.999 + g.square() * 0.001;
+            let (m_hat, v_hat) =
+                (&m / (1.0 - 0.9_f64.powi(step)), &v / (1.0 - 0.999_f64.powi(step)));
+            value = &value - (&value * &decay) * rate - m_hat / (v_hat.sqrt() + 1e-8) * rate;
+            optimizer.step(&mut params, 0.25, rate, step as u64);
+        }
+        let of = |flat: &Tensor| (flat.narrow(0, 0, 90_300), flat.narrow(0, 90_300, 7));
+        let (found, expected) = (of(&wide(params.master())), of(&value));
+        for (found, expected) in [(found.0, expected.0), (found.1, expected.1)] {
+            let difference = (found - expected).abs().max().double_value(&[]);
+            assert!(difference < 2e-6, "{difference:e}");
+        }
+    }
+
+    #[test]
+    fn clips_to_the_norm_and_only_above_it() {
+        // A sum over 4 targets of norm 8, whose mean has norm 2.
+        let clipped = clip(64.0, 4, 1.0);
+        assert_eq!(clipped, Clipped { norm: 2.0, scale: clipped.scale });
+        assert!((8.0 * clipped.scale - 1.0).abs() < 1e-6, "{clipped:?}");
+        for never in [clip(64.0, 4, 0.0), clip(64.0, 4, 2.0)] {
+            assert_eq!(never, Clipped { norm: 2.0, scale: 0.25 });
+        }
+    }
+}

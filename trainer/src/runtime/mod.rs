@@ -1,0 +1,10 @@
+//! What a process has one of: its device, allocator, memory, clock, random numbers and profile.
+
+pub mod allocator;
+pub mod clock;
+pub mod device;
+pub mod memory;
+pub(crate) mod parallel_map;
+pub mod profile;
+pub mod rng;
+pub(crate) mod shim;
