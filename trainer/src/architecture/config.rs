@@ -6,8 +6,11 @@
 
 use serde_json::{Map, Value};
 
-/// The architectures this trainer knows, by `model_type`.
-pub const SUPPORTED_MODEL_TYPES: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
+use super::{
+    families::{self, Family},
+    keys::{ConfigKeys, invalid},
+    rope::Rope,
+};
 
 /// Why a `config.json` cannot be trained on.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -21,7 +24,7 @@ pub enum Error {
     /// The architecture is another one.
     #[error(
         "config.json says model_type {found:?}, which this trainer does not know: use a model of type {}",
-        SUPPORTED_MODEL_TYPES.join(", ")
+        families::names().join(", ")
     )]
     UnknownModelType {
         /// The `model_type`, or nothing.
@@ -61,7 +64,7 @@ pub enum Error {
 /// The shape and switches of a Llama-like decoder.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
-    /// `llama`, `mistral`, `qwen2` or `qwen3`.
+    /// The family's name, as in [`super::families::FAMILIES`].
     pub model_type: String,
     /// `V`, rows of the embedding.
     pub vocab_size: usize,
@@ -99,139 +102,12 @@ pub struct ModelConfig {
     pub source: Map<String, Value>,
 }
 
-/// Rotary position embedding.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Rope {
-    /// Base of the geometric series of wavelengths.
-    pub theta: f64,
-    /// How the series is stretched.
-    pub scaling: RopeScaling,
-}
-
-/// How rotary frequencies are stretched to longer contexts.
-#[derive(Debug, Clone, PartialEq)]
-pub enum RopeScaling {
-    /// Not at all.
-    None,
-    /// Every frequency divided by `factor`.
-    Linear {
-        /// The divisor.
-        factor: f64,
-    },
-    /// Llama 3.1's: long wavelengths divided by `factor`, short ones kept, a ramp between.
-    Llama3 {
-        /// The divisor of long wavelengths.
-        factor: f64,
-        /// Wavelengths above `original / low_freq_factor` are long.
-        low_freq_factor: f64,
-        /// Wavelengths below `original / high_freq_factor` are short.
-        high_freq_factor: f64,
-        /// The context length before stretching.
-        original_max_position_embeddings: f64,
-    },
-    /// Other frequencies beyond `max_position_embeddings`, which no run reaches; none up to there.
-    Dynamic {
-        /// The divisor at as many times the longest position.
-        factor: f64,
-    },
-    /// YaRN's: pairs that turn seldom within the original context divided by `factor`, those that turn
-    /// often kept, a ramp between; and all angles' sines and cosines scaled.
-    Yarn {
-        /// The divisor of the slow pairs.
-        factor: f64,
-        /// The context length before stretching.
-        original_max_position_embeddings: f64,
-        /// Turns within the original context from which on a pair is kept.
-        beta_fast: f64,
-        /// Turns below which a pair is divided.
-        beta_slow: f64,
-        /// Whether the ramp's ends are whole pairs.
-        truncate: bool,
-        /// What sines and cosines are multiplied by.
-        attention_factor: f64,
-    },
-}
-
-/// Keys that do not change the network's function in training, whatever their value.
-const HARMLESS_KEYS: [&str; 34] = [
-    "architectures",
-    "auto_map",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "unk_token_id",
-    "sep_token_id",
-    "cls_token_id",
-    "mask_token_id",
-    "decoder_start_token_id",
-    "torch_dtype",
-    "dtype",
-    "transformers_version",
-    "use_cache",
-    "initializer_range",
-    "pretraining_tp",
-    "is_decoder",
-    "is_llama_config",
-    "transformers.js_config",
-    "chunk_size_feed_forward",
-    "output_attentions",
-    "output_hidden_states",
-    "return_dict",
-    "torchscript",
-    "id2label",
-    "label2id",
-    "problem_type",
-    "task_specific_params",
-    "finetuning_task",
-    "tokenizer_class",
-    // Llama 1 and Vicuna, beside max_position_embeddings, which is what counts.
-    "max_sequence_length",
-    "tokenizer_model_max_length",
-    "unsloth_version",
-    "unsloth_fixed",
-];
-
-/// Settings of generation, which old releases of transformers saved into config.json.
-const GENERATION_KEYS: [&str; 28] = [
-    "bad_words_ids",
-    "begin_suppress_tokens",
-    "diversity_penalty",
-    "do_sample",
-    "early_stopping",
-    "encoder_no_repeat_ngram_size",
-    "exponential_decay_length_penalty",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "length_penalty",
-    "max_length",
-    "max_new_tokens",
-    "min_length",
-    "min_new_tokens",
-    "min_p",
-    "no_repeat_ngram_size",
-    "num_beam_groups",
-    "num_beams",
-    "num_return_sequences",
-    "output_scores",
-    "prefix",
-    "remove_invalid_values",
-    "repetition_penalty",
-    "return_dict_in_generate",
-    "suppress_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-];
-
 impl ModelConfig {
     /// Reads a `config.json`.
     ///
     /// # Errors
-    /// [`Error`] for an unknown architecture, a key that would change the network in an unknown
-    /// way, or a shape that cannot be.
-    ///
-    /// # Source
-    /// Defaults are those of `transformers/models/{llama,mistral,qwen2,qwen3}/configuration_*.py`, 5.23.
+    /// [`Error`] for an unknown family, a key that would change the network in an unknown way, or an
+    /// impossible shape.
     pub fn parse(text: &str) -> Result<Self, Error> {
         let source = match serde_json::from_str(text) {
             Ok(Value::Object(object)) => object,
@@ -240,19 +116,26 @@ impl ModelConfig {
             }
             Err(error) => return Err(Error::NotAnObject { reason: error.to_string() }),
         };
-        let model_type =
-            source.get("model_type").and_then(Value::as_str).unwrap_or_default().to_owned();
-        if !SUPPORTED_MODEL_TYPES.contains(&model_type.as_str()) {
-            return Err(Error::UnknownModelType { found: model_type });
-        }
-        let mut keys = Keys { source: &source, read: vec!["model_type"] };
+        let model_type = source.get("model_type").and_then(Value::as_str).unwrap_or_default();
+        let family = Family::of_model_type(model_type)
+            .ok_or_else(|| Error::UnknownModelType { found: model_type.to_owned() })?;
+        let mut keys = ConfigKeys::new(&source);
+        let config = (family.read)(&mut keys)?;
+        keys.refuse_unread(family.model_type)?;
+        Ok(Self { model_type: family.model_type.to_owned(), source, ..config })
+    }
 
+    /// Reads what all families share: a Llama-like decoder without biases, query and key norms or
+    /// attention windows, which the family's own reader adds.
+    pub(super) fn decoder(
+        keys: &mut ConfigKeys<'_>,
+        default_head_dim: Option<usize>,
+    ) -> Result<Self, Error> {
         let hidden_size = keys.size("hidden_size", None)?;
         let num_hidden_layers = keys.size("num_hidden_layers", None)?;
         let num_attention_heads = keys.size("num_attention_heads", None)?;
         let num_key_value_heads = keys.size("num_key_value_heads", Some(num_attention_heads))?;
-        let default_head_dim =
-            if model_type == "qwen3" { 128 } else { hidden_size / num_attention_heads };
+        let default_head_dim = default_head_dim.unwrap_or(hidden_size / num_attention_heads);
         let head_dim = keys.size("head_dim", Some(default_head_dim))?;
         if num_attention_heads % num_key_value_heads != 0 {
             return Err(invalid(
@@ -262,51 +145,39 @@ impl ModelConfig {
             ));
         }
         if head_dim % 2 != 0 {
-            return Err(invalid(
-                "head_dim",
-                &head_dim.into(),
-                "it must be even for rotary embedding",
-            ));
+            let allowed = "it must be even for rotary embedding";
+            return Err(invalid("head_dim", &head_dim.into(), allowed));
         }
-        let attention_bias = keys.flag("attention_bias", false)?;
-        let (qkv_bias, o_bias) = match model_type.as_str() {
-            "qwen2" => (true, false),
-            "mistral" => (false, false),
-            _ => (attention_bias, attention_bias),
-        };
-        let mlp_bias = keys.flag("mlp_bias", false)?;
-        let config = Self {
-            vocab_size: keys.size("vocab_size", None)?,
-            intermediate_size: keys.size("intermediate_size", None)?,
-            rms_norm_eps: keys.number("rms_norm_eps", Some(1e-6))?,
-            rope: keys.rope()?,
-            max_position_embeddings: keys.size("max_position_embeddings", Some(2048))?,
-            tie_word_embeddings: keys.flag("tie_word_embeddings", false)?,
-            qk_norm: model_type == "qwen3",
-            sliding_window: keys.sliding_window(&model_type, num_hidden_layers)?,
-            mlp_bias: mlp_bias && model_type == "llama",
-            hidden_size,
-            num_hidden_layers,
-            num_attention_heads,
-            num_key_value_heads,
-            head_dim,
-            qkv_bias,
-            o_bias,
-            model_type: model_type.clone(),
-            source: Map::new(),
-        };
         match keys.text("hidden_act", "silu")? {
             "silu" | "swish" => {}
             other => {
                 return Err(invalid("hidden_act", &other.into(), "this trainer knows only silu"));
             }
         }
-        if keys.number("attention_dropout", Some(0.0))? != 0.0 {
-            let value = source["attention_dropout"].clone();
-            return Err(invalid("attention_dropout", &value, "this trainer knows only 0"));
+        let dropout = keys.number("attention_dropout", Some(0.0))?;
+        if dropout != 0.0 {
+            return Err(invalid("attention_dropout", &dropout.into(), "this trainer knows only 0"));
         }
-        keys.refuse_unread(&model_type)?;
-        Ok(Self { source, ..config })
+        Ok(Self {
+            model_type: String::new(),
+            vocab_size: keys.size("vocab_size", None)?,
+            hidden_size,
+            intermediate_size: keys.size("intermediate_size", None)?,
+            num_hidden_layers,
+            num_attention_heads,
+            num_key_value_heads,
+            head_dim,
+            rms_norm_eps: keys.number("rms_norm_eps", Some(1e-6))?,
+            rope: keys.rope()?,
+            max_position_embeddings: keys.size("max_position_embeddings", Some(2048))?,
+            tie_word_embeddings: keys.flag("tie_word_embeddings", false)?,
+            qkv_bias: false,
+            o_bias: false,
+            mlp_bias: false,
+            qk_norm: false,
+            sliding_window: vec![None; num_hidden_layers],
+            source: Map::new(),
+        })
     }
 
     /// Returns the query heads that share one key/value head.
@@ -344,265 +215,6 @@ impl ModelConfig {
     }
 }
 
-/// Reads keys and remembers which, so that the rest can be refused.
-struct Keys<'a> {
-    source: &'a Map<String, Value>,
-    read: Vec<&'static str>,
-}
-
-impl<'a> Keys<'a> {
-    /// Returns the value of a key that is present and not null.
-    fn get(&mut self, key: &'static str) -> Option<&'a Value> {
-        self.read.push(key);
-        self.source.get(key).filter(|value| !value.is_null())
-    }
-
-    fn size(&mut self, key: &'static str, default: Option<usize>) -> Result<usize, Error> {
-        let Some(value) = self.get(key) else {
-            return default.ok_or(Error::MissingKey { key });
-        };
-        match value.as_u64() {
-            Some(size) if (1..=1 << 31).contains(&size) => Ok(size as usize),
-            _ => Err(invalid(key, value, "it must be a positive whole number")),
-        }
-    }
-
-    fn number(&mut self, key: &'static str, default: Option<f64>) -> Result<f64, Error> {
-        let Some(value) = self.get(key) else {
-            return default.ok_or(Error::MissingKey { key });
-        };
-        value.as_f64().ok_or_else(|| invalid(key, value, "it must be a number"))
-    }
-
-    fn flag(&mut self, key: &'static str, default: bool) -> Result<bool, Error> {
-        let Some(value) = self.get(key) else { return Ok(default) };
-        value.as_bool().ok_or_else(|| invalid(key, value, "it must be true or false"))
-    }
-
-    fn text(&mut self, key: &'static str, default: &'a str) -> Result<&'a str, Error> {
-        let Some(value) = self.get(key) else { return Ok(default) };
-        value.as_str().ok_or_else(|| invalid(key, value, "it must be a string"))
-    }
-
-    /// Reads the rotary keys in either spelling.
-    fn rope(&mut self) -> Result<Rope, Error> {
-        let (parameters, scaling, theta) =
-            (self.get("rope_parameters"), self.get("rope_scaling"), self.get("rope_theta"));
-        if self.flag("rope_interleaved", false)? {
-            return Err(invalid(
-                "rope_interleaved",
-                &true.into(),
-                "this trainer rotates halves only",
-            ));
-        }
-        let table = match parameters.or(scaling) {
-            None => None,
-            Some(Value::Object(table)) => Some(table),
-            Some(other) => return Err(invalid("rope_scaling", other, "it must be an object")),
-        };
-        let inner_theta = table.and_then(|table| table.get("rope_theta"));
-        let theta = match inner_theta.or(theta) {
-            None => 10_000.0,
-            Some(value) => value
-                .as_f64()
-                .filter(|theta| *theta > 0.0)
-                .ok_or_else(|| invalid("rope_theta", value, "it must be a positive number"))?,
-        };
-        let Some(table) = table else { return Ok(Rope { theta, scaling: RopeScaling::None }) };
-        let scaling = self.rope_scaling(table)?;
-        Ok(Rope { theta, scaling })
-    }
-
-    /// Reads how the frequencies are stretched.
-    ///
-    /// # Source
-    /// `modeling_rope_utils.py` of transformers 5.23, with the defaults of `standardize_rope_params`.
-    fn rope_scaling(&mut self, table: &Map<String, Value>) -> Result<RopeScaling, Error> {
-        const KNOWN: [&str; 15] = [
-            "rope_type",
-            "type",
-            "rope_theta",
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-            "attention_factor",
-            "beta_fast",
-            "beta_slow",
-            "mscale",
-            "mscale_all_dim",
-            "truncate",
-            "partial_rotary_factor",
-            // Of the first YaRN models; transformers does not read it.
-            "finetuned",
-        ];
-        let wrong =
-            |allowed: String| invalid("rope_scaling", &Value::Object(table.clone()), allowed);
-        let set = |key: &str| table.get(key).filter(|value| !value.is_null());
-        let unknown = table.keys().find(|key| !KNOWN.contains(&key.as_str()));
-        if let Some(key) = unknown.filter(|key| set(key).is_some()) {
-            return Err(wrong(format!("this trainer does not know its key {key}")));
-        }
-        let outer =
-            [self.get("original_max_position_embeddings"), self.get("partial_rotary_factor")];
-        let [outer_original, outer_partial] = outer;
-        if let Some(part) = set("partial_rotary_factor").or(outer_partial)
-            && part.as_f64() != Some(1.0)
-        {
-            return Err(invalid(
-                "partial_rotary_factor",
-                part,
-                "this trainer rotates whole heads only",
-            ));
-        }
-        let kind = set("rope_type").or_else(|| set("type")).and_then(Value::as_str);
-        let kind = kind.unwrap_or("default");
-        let optional = |key: &str| match set(key) {
-            None => Ok(None),
-            Some(value) => value
-                .as_f64()
-                .filter(|number| *number > 0.0)
-                .map(Some)
-                .ok_or_else(|| wrong(format!("{key} must be a positive number"))),
-        };
-        let number = |key: &str| {
-            optional(key)?.ok_or_else(|| wrong(format!("{kind} needs a positive {key}")))
-        };
-        // The one beside the table goes first.
-        let original = match outer_original {
-            None => optional("original_max_position_embeddings")?,
-            Some(value) => {
-                Some(value.as_f64().filter(|number| *number > 0.0).ok_or_else(|| {
-                    invalid(
-                        "original_max_position_embeddings",
-                        value,
-                        "it must be a positive number",
-                    )
-                })?)
-            }
-        };
-        let longest = self.size("max_position_embeddings", Some(2048))? as f64;
-        Ok(match kind {
-            "default" => RopeScaling::None,
-            "linear" => RopeScaling::Linear { factor: number("factor")? },
-            "dynamic" => RopeScaling::Dynamic { factor: number("factor")? },
-            "llama3" => RopeScaling::Llama3 {
-                factor: number("factor")?,
-                low_freq_factor: number("low_freq_factor")?,
-                high_freq_factor: number("high_freq_factor")?,
-                original_max_position_embeddings: original.unwrap_or(longest),
-            },
-            "yarn" => {
-                let original = original.unwrap_or(longest);
-                let factor = match set("factor") {
-                    None if table.contains_key("factor") => longest / original,
-                    _ => number("factor")?,
-                };
-                let scale = |mscale: f64| {
-                    if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
-                };
-                let mscales = optional("mscale")?.zip(optional("mscale_all_dim")?);
-                let usual = mscales.map_or(scale(1.0), |(one, all)| scale(one) / scale(all));
-                RopeScaling::Yarn {
-                    factor,
-                    original_max_position_embeddings: original,
-                    beta_fast: optional("beta_fast")?.unwrap_or(32.0),
-                    beta_slow: optional("beta_slow")?.unwrap_or(1.0),
-                    truncate: set("truncate").is_none_or(|value| *value != Value::Bool(false)),
-                    attention_factor: optional("attention_factor")?.unwrap_or(usual),
-                }
-            }
-            _ => {
-                return Err(wrong(
-                    "this trainer knows the types default, linear, dynamic, llama3 and yarn"
-                        .to_owned(),
-                ));
-            }
-        })
-    }
-
-    /// Reads the attention window of each block.
-    ///
-    /// # Source
-    /// `configuration_mistral.py`: an absent `sliding_window` is 4096, null is none;
-    /// `configuration_qwen2.py`: only with `use_sliding_window`, from layer `max_window_layers` on.
-    fn sliding_window(
-        &mut self,
-        model_type: &str,
-        layers: usize,
-    ) -> Result<Vec<Option<usize>>, Error> {
-        let window = match self.get("sliding_window") {
-            Some(_) => Some(self.size("sliding_window", None)?),
-            None if model_type == "mistral" && !self.source.contains_key("sliding_window") => {
-                Some(4096)
-            }
-            None => None,
-        };
-        let use_window = self.flag("use_sliding_window", false)?;
-        let first_windowed = match self.get("max_window_layers") {
-            Some(value) => value
-                .as_u64()
-                .ok_or_else(|| invalid("max_window_layers", value, "it must be a whole number"))?,
-            None => 28,
-        };
-        let layer_types = self.get("layer_types").cloned();
-        let by_default = |layer: usize| match model_type {
-            "mistral" => window,
-            "qwen2" | "qwen3" if use_window && layer as u64 >= first_windowed => window,
-            _ => None,
-        };
-        let Some(layer_types) = layer_types else {
-            return Ok((0..layers).map(by_default).collect());
-        };
-        let wrong = || {
-            invalid(
-                "layer_types",
-                &layer_types,
-                format!("it must list {layers} times full_attention or sliding_attention"),
-            )
-        };
-        let types =
-            layer_types.as_array().filter(|types| types.len() == layers).ok_or_else(wrong)?;
-        types
-            .iter()
-            .map(|kind| match kind.as_str() {
-                Some("full_attention") => Ok(None),
-                Some("sliding_attention") => window.map(Some).ok_or_else(wrong),
-                _ => Err(wrong()),
-            })
-            .collect()
-    }
-
-    /// Refuses any key that was neither read nor is harmless, unless its value says "not used".
-    fn refuse_unread(&self, model_type: &str) -> Result<(), Error> {
-        for (key, value) in self.source {
-            // Keys with a leading underscore are transformers' own bookkeeping.
-            let is_known = key.starts_with('_')
-                || self.read.contains(&key.as_str())
-                || HARMLESS_KEYS.contains(&key.as_str())
-                || GENERATION_KEYS.contains(&key.as_str());
-            let is_unused = match value {
-                Value::Null | Value::Bool(false) => true,
-                Value::Array(items) => items.is_empty(),
-                Value::Object(items) => items.is_empty(),
-                Value::Bool(true) | Value::Number(_) | Value::String(_) => false,
-            };
-            if !is_known && !is_unused {
-                return Err(Error::UnknownKey {
-                    key: key.clone(),
-                    value: value.to_string(),
-                    model_type: model_type.to_owned(),
-                });
-            }
-        }
-        Ok(())
-    }
-}
-
-fn invalid(key: &str, value: &Value, allowed: impl Into<String>) -> Error {
-    Error::InvalidValue { key: key.to_owned(), value: value.to_string(), allowed: allowed.into() }
-}
-
 fn kind_of(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
@@ -617,6 +229,7 @@ fn kind_of(value: &Value) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::architecture::rope::RopeScaling;
 
     const TINY: &str = r#""hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100"#;

@@ -2,7 +2,10 @@
 
 use serde_json::{Value, json};
 
-use crate::gguf::reader::Gguf;
+use crate::{
+    architecture::families::{FAMILIES, Family},
+    gguf::reader::Gguf,
+};
 
 /// Builds config.json.
 ///
@@ -11,15 +14,14 @@ use crate::gguf::reader::Gguf;
 pub(super) fn config(gguf: &Gguf) -> Result<Value, String> {
     let architecture =
         gguf.text("general.architecture").ok_or("the metadata lacks general.architecture")?;
-    let class = match architecture {
-        "llama" => "LlamaForCausalLM",
-        "qwen2" => "Qwen2ForCausalLM",
-        "qwen3" => "Qwen3ForCausalLM",
-        other => {
-            return Err(format!(
-                "the architecture {other:?} is not supported: use llama, qwen2 or qwen3"
-            ));
-        }
+    let family = Family::of_model_type(architecture).filter(|family| family.gguf.is_some());
+    let Some(family) = family else {
+        let known: Vec<_> = FAMILIES.iter().filter(|family| family.gguf.is_some()).collect();
+        let known: Vec<_> = known.iter().map(|family| family.model_type).collect();
+        return Err(format!(
+            "the architecture {architecture:?} is not supported: use one of {}",
+            known.join(", ")
+        ));
     };
     let key = |name: &str| format!("{architecture}.{name}");
     let integer =
@@ -55,7 +57,7 @@ pub(super) fn config(gguf: &Gguf) -> Result<Value, String> {
     refuse_other_networks(gguf, architecture, head_dim, context_length)?;
     let vocabulary = gguf.list("tokenizer.ggml.tokens").map_or(0, <[_]>::len);
     let mut config = json!({
-        "architectures": [class],
+        "architectures": [family.class],
         "model_type": architecture,
         "hidden_size": width,
         "intermediate_size": integer("feed_forward_length")?,

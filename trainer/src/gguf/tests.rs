@@ -202,7 +202,7 @@ fn rename(from: &str, to: &str) -> impl Fn(&mut Vec<u8>) {
 #[test]
 fn says_what_of_a_file_cannot_be_used() {
     assert_eq!(check(|_| {}), "imported");
-    insta::assert_snapshot!(check(say("general.architecture", "gemma")), @r#""/x.gguf": the architecture "gemma" is not supported: use llama, qwen2 or qwen3"#);
+    insta::assert_snapshot!(check(say("general.architecture", "gemma")), @r#""/x.gguf": the architecture "gemma" is not supported: use one of llama, qwen2, qwen3"#);
     insta::assert_snapshot!(check(say("tokenizer.ggml.model", "bert")), @r#""/x.gguf": its tokenizer is bert, but only byte-level BPE can be imported: use the model's original Hugging Face files"#);
     insta::assert_snapshot!(check(say("tokenizer.ggml.pre", "tekken")), @r#""/x.gguf": its tokenizer splits text as "tekken", which is not known: use the model's original Hugging Face files"#);
     insta::assert_snapshot!(check(rename("tokenizer.ggml.pre", "tokenizer.ggml.xxx")), @r#""/x.gguf": it does not say how its tokenizer splits text (tokenizer.ggml.pre): use the model's original Hugging Face files"#);

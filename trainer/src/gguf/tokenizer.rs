@@ -4,7 +4,10 @@ use std::collections::BTreeSet;
 
 use serde_json::{Map, Value, json};
 
-use crate::gguf::reader::{self, Gguf};
+use crate::{
+    architecture::Family,
+    gguf::reader::{self, Gguf},
+};
 
 /// A control token: special, and never part of ordinary text.
 const CONTROL: i64 = 3;
@@ -116,21 +119,19 @@ fn texts<'a>(gguf: &'a Gguf, key: &str) -> Result<Vec<&'a str>, String> {
         .collect()
 }
 
-/// Returns the name of the family's splitting.
+/// Returns the name of the rules that split text into words, llama.cpp's `pre`.
 fn pre(gguf: &Gguf) -> Result<&str, String> {
-    match gguf.text("tokenizer.ggml.pre") {
-        // Files from before May 2024 do not say it; all models of this architecture split alike.
-        None | Some("default")
-            if gguf.text("general.architecture").is_some_and(|name| name.starts_with("qwen")) =>
-        {
-            Ok("qwen2")
-        }
-        None => Err(
+    let family = gguf.text("general.architecture").and_then(Family::of_model_type);
+    let default = family.and_then(|family| family.gguf.as_ref()?.default_pre_tokenizer);
+    match (gguf.text("tokenizer.ggml.pre"), default) {
+        // Files from before May 2024 do not name it.
+        (None | Some("default"), Some(default)) => Ok(default),
+        (None, None) => Err(
             "it does not say how its tokenizer splits text (tokenizer.ggml.pre): use the model's \
-                     original Hugging Face files"
+             original Hugging Face files"
                 .to_owned(),
         ),
-        Some(pre) => Ok(pre),
+        (Some(pre), _) => Ok(pre),
     }
 }
 

@@ -7,7 +7,7 @@ use serde_json::Value;
 use tch::{Kind, Tensor};
 
 use crate::{
-    architecture::{config::ModelConfig, modules::TensorSpec},
+    architecture::{Family, config::ModelConfig, modules::TensorSpec},
     failure::Failure,
     gguf::{
         dequantize::storage_type,
@@ -87,10 +87,11 @@ fn tensor(gguf: &Gguf, config: &ModelConfig, spec: &TensorSpec) -> Result<Tensor
         ));
     }
     let value = unpack(gguf, &name, info)?;
-    // Only the architecture "llama" keeps its queries and keys in another order.
+    let family = Family::of_model_type(&config.model_type).and_then(|family| family.gguf.as_ref());
+    let interleaves_heads = family.is_some_and(|family| family.interleaves_heads);
     let heads = match spec.name.rsplit('.').nth(1) {
-        Some("q_proj") if config.model_type == "llama" => config.num_attention_heads,
-        Some("k_proj") if config.model_type == "llama" => config.num_key_value_heads,
+        Some("q_proj") if interleaves_heads => config.num_attention_heads,
+        Some("k_proj") if interleaves_heads => config.num_key_value_heads,
         _ => return Ok(value),
     };
     Ok(interleaved_to_halves(&value, heads as i64))

@@ -3,7 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::{
-    architecture::config::{Rope, RopeScaling},
+    architecture::rope::{Rope, RopeScaling},
     ops,
 };
 
