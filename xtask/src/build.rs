@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
-use crate::{libtorch, shell};
+use crate::tools::{libtorch, shell};
 
 /// Where the binaries are.
 pub(crate) struct Binaries {

@@ -2,7 +2,10 @@
 
 use anyhow::Result;
 
-use crate::{generate, libtorch, shell};
+use crate::{
+    generate,
+    tools::{libtorch, shell},
+};
 
 /// Checks formatting, lints, documentation, generated files and licences.
 pub(crate) fn run() -> Result<()> {

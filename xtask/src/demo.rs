@@ -11,10 +11,10 @@ use clap::Args;
 use finetune_contract::{Progress, Stage};
 
 use crate::{
+    bench::plot::{self, Curve},
     build::{self, Binaries},
-    dataset, model,
-    plot::{self, Curve},
-    shell,
+    fixtures::{dataset, model},
+    tools::shell,
 };
 
 /// Held-out questions asked before and after.

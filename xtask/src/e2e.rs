@@ -11,7 +11,9 @@ use serde_json::json;
 use crate::{
     build::{self, Binaries},
     cluster::{self, Cluster, Extent},
-    images, model, shell,
+    fixtures::model,
+    images,
+    tools::shell,
 };
 
 const NAMESPACE: &str = "finetune-system";
@@ -102,7 +104,7 @@ impl Prepared {
             }
         };
         command.current_dir(shell::root());
-        command.env("LIBTORCH", crate::libtorch::directory()?);
+        command.env("LIBTORCH", crate::tools::libtorch::directory()?);
         command.env("KUBECONFIG", self.cluster.kubeconfig());
         command.env("FINETUNE_TEST_CLUSTER", "1");
         command.env("FINETUNE_TEST_MODEL", &self.model);

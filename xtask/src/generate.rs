@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use crate::{build, shell};
+use crate::{build, tools::shell};
 
 /// What Helm can read must be below the chart.
 const CHART_FILES: &str = "charts/finetune-operator/files";

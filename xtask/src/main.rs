@@ -2,33 +2,18 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is a command people read")]
 
 mod bench;
-mod bench_kind;
-mod bench_losses;
-mod bench_memory;
-mod bench_operator;
-mod bench_rows;
-mod bench_table;
 mod build;
-mod cache;
 mod check;
 mod cluster;
-mod dataset;
 mod demo;
 mod e2e;
+mod fixtures;
 mod generate;
 mod images;
-mod libtorch;
-mod limit;
-mod model;
-mod oci;
 mod parity;
-mod plot;
-mod promtool;
-mod python;
 mod runner;
-mod s3;
-mod shell;
 mod test;
+mod tools;
 
 use std::process::ExitCode;
 

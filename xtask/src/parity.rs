@@ -4,7 +4,11 @@ use std::{path::PathBuf, process::Command};
 
 use anyhow::Result;
 
-use crate::{build, cache, libtorch, model, python::unpack, shell};
+use crate::{
+    build,
+    fixtures::model,
+    tools::{cache, libtorch, python::unpack, shell},
+};
 
 /// A package that has the chat templates of many models.
 const TEMPLATES: &str = "trl==1.16.0";

@@ -15,10 +15,9 @@ use anyhow::{Context, Result};
 use crate::{
     build, cluster,
     e2e::{self, Phase},
-    libtorch, model, promtool,
+    fixtures::{model, s3::Server},
     runner::{Part, Reader},
-    s3::Server,
-    shell,
+    tools::{libtorch, promtool, shell},
 };
 
 /// What was prepared, and what could not be.

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use crate::{cache, shell};
+use crate::tools::{cache, shell};
 
 const KUBERNETES: Module = Module {
     entry: "kubernetes-1.36.3",

@@ -4,9 +4,10 @@ use std::process::Stdio;
 
 use anyhow::Result;
 
-use crate::s3;
-
-use super::{Cluster, network};
+use crate::{
+    cluster::{Cluster, network},
+    fixtures::s3,
+};
 
 /// The components in the order of their start.
 pub(crate) const NAMES: [&str; 4] = [ETCD, APISERVER, CONTROLLER_MANAGER, SCHEDULER];

@@ -4,7 +4,7 @@ use std::{path::PathBuf, process::Command};
 
 use anyhow::{Result, bail};
 
-use crate::shell;
+use crate::tools::shell;
 
 /// Where containerd looks for network plugins.
 pub(crate) const CNI_PLUGINS: &str = "/usr/lib/cni";

@@ -8,9 +8,10 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use crate::s3;
-
-use super::{Cluster, network, storage};
+use crate::{
+    cluster::{Cluster, network, storage},
+    fixtures::s3,
+};
 
 /// The component's name.
 pub(crate) const NAME: &str = "coredns";

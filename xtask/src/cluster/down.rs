@@ -12,11 +12,12 @@ use std::{
 use anyhow::{Context, Result};
 use rustix::mount::{UnmountFlags, unmount};
 
-use crate::cache;
-
-use super::{
-    Cluster, Extent, cgroups, names, network,
-    processes::{self, Process},
+use crate::{
+    cluster::{
+        Cluster, Extent, cgroups, names, network,
+        processes::{self, Process},
+    },
+    tools::cache,
 };
 
 /// Where the kubelet links the logs of containers, whatever its configuration says.

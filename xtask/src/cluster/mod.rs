@@ -26,9 +26,11 @@ use std::{
 use anyhow::{Context, Result, bail};
 use clap::Subcommand;
 
-use crate::{cache, s3, shell};
-
-use self::{binaries::Binaries, network::Namespace, processes::Processes};
+use crate::{
+    cluster::{binaries::Binaries, network::Namespace, processes::Processes},
+    fixtures::s3,
+    tools::{cache, shell},
+};
 
 /// The file by which a directory is known to be a cluster's, to be removed with all it has.
 const MARKER: &str = "finetune-cluster";

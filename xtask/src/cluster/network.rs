@@ -17,7 +17,7 @@ use anyhow::{Context, Result};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use sha2::{Digest, Sha256};
 
-use crate::shell;
+use crate::tools::shell;
 
 /// The node's address, and the pods' gateway.
 pub(crate) const NODE: &str = "10.88.0.1";

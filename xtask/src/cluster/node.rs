@@ -6,11 +6,11 @@ use anyhow::{Context, Result};
 use serde_json::json;
 
 use crate::{
-    oci::{self, Image},
-    s3, shell,
+    cluster::{Cluster, cgroups, debian, network},
+    fixtures::s3,
+    images::oci::{self, Image},
+    tools::shell,
 };
-
-use super::{Cluster, cgroups, debian, network};
 
 /// The node's name.
 pub(crate) const NODE_NAME: &str = "node0";

@@ -5,9 +5,10 @@ use std::{path::Path, process::Command};
 use anyhow::Result;
 use serde_json::json;
 
-use crate::shell;
-
-use super::{network, node};
+use crate::{
+    cluster::{network, node},
+    tools::shell,
+};
 
 /// A day is too short for a cluster left up, a year is not.
 const VALID_DAYS: &str = "365";

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::network::Namespace;
+use crate::cluster::network::Namespace;
 
 /// How long a program may take until it is ready.
 const READY_TIMEOUT: Duration = Duration::from_mins(1);

@@ -2,9 +2,10 @@
 
 use anyhow::Result;
 
-use crate::s3;
-
-use super::{Cluster, network};
+use crate::{
+    cluster::{Cluster, network},
+    fixtures::s3,
+};
 
 /// The component's name.
 pub(crate) const NAME: &str = "s3";

@@ -4,7 +4,10 @@ use std::fmt::Write;
 
 use anyhow::{Context, Result};
 
-use crate::{bench_kind, plot, shell};
+use crate::{
+    bench::{kind, plot},
+    tools::shell,
+};
 
 const HEADER: &str = "name,rounds,our_tokens_per_second,speed_ratio,memory_ratio";
 
@@ -25,7 +28,7 @@ pub(crate) struct Measured {
 
 /// Writes the table and the picture of this kind of CPU anew, with one line replaced or added.
 pub(crate) fn publish(measured: &Measured) -> Result<()> {
-    let kind = bench_kind::here()?;
+    let kind = kind::here()?;
     let path = shell::root().join(format!("docs/bench/{kind}.csv"));
     let before = std::fs::read_to_string(&path).unwrap_or_default();
     let mut table = parse(&before).with_context(|| path.display().to_string())?;

@@ -3,6 +3,8 @@
 //! `images/*/Containerfile` says the same for people with a container tool: the directories made
 //! here are their build contexts.
 
+pub(crate) mod oci;
+
 use std::{
     path::{Path, PathBuf},
     process::Command,
@@ -13,9 +15,8 @@ use serde_json::json;
 
 use crate::{
     build::{self, Binaries},
-    libtorch,
-    oci::{self, Image},
-    shell,
+    images::oci::Image,
+    tools::{libtorch, shell},
 };
 
 /// The operator image's name, where no registry is meant.

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use crate::{cache, shell};
+use crate::tools::{cache, shell};
 
 /// The cache's entry; its version is the distribution's.
 const ENTRY: &str = "promtool-debian";

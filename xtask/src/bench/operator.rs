@@ -15,7 +15,7 @@ use serde_json::json;
 use crate::{
     build,
     cluster::{self, Cluster, Extent},
-    shell,
+    tools::shell,
 };
 
 const LISTEN: &str = "127.0.0.1:18080";

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use crate::shell;
+use crate::tools::shell;
 
 /// The platform whose wheels are taken, whatever Python runs here.
 const PLATFORM: [&str; 8] = [

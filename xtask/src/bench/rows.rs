@@ -12,7 +12,12 @@ use clap::Args;
 use serde::Deserialize;
 use serde_json::json;
 
-use crate::{bench, build, cache, dataset, model, parity, shell};
+use crate::{
+    bench, build,
+    fixtures::{dataset, model},
+    parity,
+    tools::{cache, shell},
+};
 
 /// The peer's packages, beside those of the parity environment.
 const PACKAGES: [&str; 9] = [

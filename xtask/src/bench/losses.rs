@@ -5,7 +5,7 @@
 use anyhow::Result;
 use clap::Args;
 
-use crate::{bench, build, model, parity, shell};
+use crate::{bench, build, fixtures::model, parity, tools::shell};
 
 /// What to run.
 #[derive(Debug, Args)]
@@ -20,7 +20,8 @@ pub(crate) fn run(settings: &Settings) -> Result<()> {
     let binaries = build::run()?;
     let model = model::directory(&binaries)?;
     let python = parity::python()?;
-    let rows = bench::rows(&binaries, &model, bench::Shape { rows: 4, shortest: 64, length: 64 })?;
+    let rows =
+        bench::prepare_rows(&binaries, &model, bench::Shape { rows: 4, shortest: 64, length: 64 })?;
     let losses = |is_ours: bool, dtype: &str| -> Result<Vec<f64>> {
         let mut command =
             if is_ours { bench::ours(&binaries.trainer) } else { bench::peer(&python) };

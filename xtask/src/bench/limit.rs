@@ -8,7 +8,7 @@ use finetune_contract::{
     PreflightConfig, PreflightReport, RunId,
 };
 
-use crate::{build::Binaries, dataset, shell};
+use crate::{build::Binaries, fixtures::dataset, tools::shell};
 
 /// The machine and the model trained on it.
 pub(crate) struct Limit {

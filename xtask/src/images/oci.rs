@@ -7,7 +7,7 @@ use anyhow::Result;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::shell;
+use crate::tools::shell;
 
 /// An image to write.
 pub(crate) struct Image<'a> {

@@ -1,5 +1,14 @@
 //! Our trainer beside transformers + PEFT: the same weights, tokens and settings, in turn.
 
+mod kind;
+mod limit;
+mod losses;
+mod memory;
+mod operator;
+pub(crate) mod plot;
+mod rows;
+mod table;
+
 use std::{
     fmt,
     path::{Path, PathBuf},
@@ -13,12 +22,11 @@ use finetune_contract::parallelism::environment::GOMP_SPINCOUNT;
 use serde::Deserialize;
 
 use crate::{
-    bench_kind, bench_losses, bench_memory, bench_operator, bench_rows,
-    bench_table::{self, Measured},
+    bench::{limit::Limit, table::Measured},
     build::{self, Binaries},
-    dataset,
-    limit::{self, Limit},
-    model, parity, shell,
+    fixtures::{dataset, model},
+    parity,
+    tools::shell,
 };
 
 /// What to measure.
@@ -35,9 +43,9 @@ enum What {
     /// The memory of training steps; writes docs/memory.csv.
     Memory,
     /// How far bf16 leads losses away from fp32, beside the peer; writes docs/losses.csv.
-    Losses(bench_losses::Settings),
+    Losses(losses::Settings),
     /// Reading and tokenising chat rows, beside datasets and transformers.
-    Rows(bench_rows::Settings),
+    Rows(rows::Settings),
     /// Jobs of the operator, on a real apiserver whose pods never run.
     Operator {
         /// FineTuneJobs there are when it starts.
@@ -162,17 +170,17 @@ impl Figures {
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let settings = match &arguments.what {
         What::Trainer(settings) => settings,
-        What::Memory => return bench_memory::run(),
-        What::Losses(settings) => return bench_losses::run(settings),
-        What::Rows(settings) => return bench_rows::run(settings),
-        What::Operator { jobs } => return bench_operator::run(*jobs),
+        What::Memory => return memory::run(),
+        What::Losses(settings) => return losses::run(settings),
+        What::Rows(settings) => return rows::run(settings),
+        What::Operator { jobs } => return operator::run(*jobs),
     };
     ensure!(settings.rounds > 0, "--rounds is 0, must be at least 1");
     let binaries = build::run()?;
     let model = model::directory(&binaries)?;
     let python = if settings.peer { Some(parity::python()?) } else { None };
     let limit = limit::measure(&binaries, &model)?;
-    println!("{}: {}", bench_kind::here()?, limit.describe());
+    println!("{}: {}", kind::here()?, limit.describe());
     let bench = Bench { settings, binaries, model, python, limit };
     for &method in &settings.method {
         for &shape in &settings.shape {
@@ -195,7 +203,7 @@ impl Bench<'_> {
     /// Measures one method on one shape, all rounds of it.
     fn measure(&self, method: Method, shape: Shape) -> Result<()> {
         let Self { settings, binaries, model, python, limit } = self;
-        let rows = rows(binaries, model, shape)?;
+        let rows = prepare_rows(binaries, model, shape)?;
         let mut flags = vec![
             format!("--model={}", model.display()),
             format!("--rows={}", rows.display()),
@@ -240,7 +248,7 @@ impl Bench<'_> {
             println!("memory, peer / ours:  {}", spread(&memories));
         }
         if settings.publish {
-            bench_table::publish(&Measured {
+            table::publish(&Measured {
                 name: name.clone(),
                 rounds: settings.rounds,
                 tokens_per_second: median(&ours_speeds),
@@ -323,8 +331,8 @@ fn require_same_work(ours: &Figures, peer: &Figures, dtype: Dtype) -> Result<()>
     Ok(())
 }
 
-/// Makes rows of real tokens; every token is a target.
-pub(crate) fn rows(binaries: &Binaries, model: &Path, shape: Shape) -> Result<PathBuf> {
+/// Prepares rows of real tokens; every token is a target.
+pub(crate) fn prepare_rows(binaries: &Binaries, model: &Path, shape: Shape) -> Result<PathBuf> {
     let Shape { shortest, length, .. } = shape;
     let rows = shell::root().join(format!("target/bench-rows-{shortest}-{length}.json"));
     let text = dataset::files()?.train;

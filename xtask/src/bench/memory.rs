@@ -9,7 +9,9 @@ use anyhow::Result;
 
 use crate::{
     bench::{self, Shape},
-    build, model, shell,
+    build,
+    fixtures::model,
+    tools::shell,
 };
 
 /// Rows and tokens of a step.
@@ -22,7 +24,7 @@ pub(crate) fn run() -> Result<()> {
     let mut csv = "method,dtype,recompute,rows,tokens,peak_anonymous_bytes\n".to_owned();
     for shape in SHAPES {
         let shape: Shape = shape.parse().map_err(anyhow::Error::msg)?;
-        let rows = bench::rows(&binaries, &model, shape)?;
+        let rows = bench::prepare_rows(&binaries, &model, shape)?;
         for (method, is_full) in [("lora", false), ("full", true)] {
             for dtype in ["bf16", "fp32"] {
                 for (recompute, is_on) in [("none", false), ("block", true)] {

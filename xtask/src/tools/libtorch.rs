@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use crate::{cache, python, shell};
+use crate::tools::{cache, python, shell};
 
 /// The version tch 0.26 is made for.
 const VERSION: &str = "2.13.0";
