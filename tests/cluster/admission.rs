@@ -8,14 +8,14 @@ use kube::{
 };
 use serde_json::{Value, json};
 
-use crate::bed::Bed;
+use crate::test_namespace::TestNamespace;
 
 #[tokio::test]
 async fn a_real_apiserver_accepts_and_refuses_by_the_schema() {
-    let Some(bed) = Bed::new("admission").await else { return };
+    let Some(test) = TestNamespace::new("admission").await else { return };
     let resource = ApiResource::erase::<FineTuneJob>(&());
     let api: Api<DynamicObject> =
-        Api::namespaced_with(bed.client.clone(), &bed.namespace, &resource);
+        Api::namespaced_with(test.client.clone(), &test.namespace, &resource);
     let dry = PostParams { dry_run: true, ..PostParams::default() };
     let whole = json!({"name": "bucket"});
     let accepted = [
@@ -70,14 +70,14 @@ async fn a_real_apiserver_accepts_and_refuses_by_the_schema() {
         ("/metadata/name", json!("a".repeat(53)), "at most 52 characters"),
     ];
     for (place, value) in accepted {
-        let job = changed(&bed.job("good"), place, &value);
+        let job = changed(&test.job("good"), place, &value);
         let object = serde_json::from_value(job).unwrap();
         if let Err(error) = api.create(&dry, &object).await {
             panic!("{place}: {value} was refused: {error}");
         }
     }
     for (place, value, words) in refused {
-        let job = changed(&bed.job("bad"), place, &value);
+        let job = changed(&test.job("bad"), place, &value);
         let object = serde_json::from_value(job).unwrap();
         let error = api.create(&dry, &object).await.expect_err(place).to_string();
         assert!(error.contains(words), "{place}: {value}: {error}");
@@ -93,12 +93,12 @@ fn changed(job: &Value, place: &str, value: &Value) -> Value {
 
 #[tokio::test]
 async fn what_decides_a_run_cannot_be_changed() {
-    let Some(bed) = Bed::new("immutable").await else { return };
+    let Some(test) = TestNamespace::new("immutable").await else { return };
     // Suspended, so that no pod of it takes another test's place.
-    let mut job = bed.job("fixed");
+    let mut job = test.job("fixed");
     job["spec"]["suspend"] = json!(true);
     job["spec"]["loraConfig"]["targetModules"] = json!("all-linear");
-    bed.apply(&job).await;
+    test.apply(&job).await;
     for (place, value) in [
         ("/spec/loraConfig/targetModules", json!(["q_proj"])),
         ("/spec/loraConfig/targetModules", json!(".*_proj")),
@@ -108,7 +108,7 @@ async fn what_decides_a_run_cannot_be_changed() {
         ("/spec/dataset/trainOn", json!("lastTurn")),
     ] {
         let patch = changed(&job, place, &value);
-        let error = bed
+        let error = test
             .jobs
             .patch("fixed", &PatchParams::default(), &Patch::Merge(patch))
             .await
@@ -117,5 +117,5 @@ async fn what_decides_a_run_cannot_be_changed() {
         assert!(error.contains("is immutable"), "{place}: {error}");
     }
     let same = json!({"metadata": {"labels": {"a": "b"}}, "spec": job["spec"]});
-    bed.jobs.patch("fixed", &PatchParams::default(), &Patch::Merge(same)).await.unwrap();
+    test.jobs.patch("fixed", &PatchParams::default(), &Patch::Merge(same)).await.unwrap();
 }

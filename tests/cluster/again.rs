@@ -4,88 +4,89 @@ use finetune_operator::api::FineTuneJob;
 use kube::api::DeleteParams;
 use serde_json::{Value, json};
 
-use crate::bed::{Bed, rows};
+use crate::test_namespace::{TestNamespace, rows};
 
 /// Deletes a job and waits until it is gone.
-async fn delete(bed: &Bed, name: &str) {
-    bed.jobs.delete(name, &DeleteParams::default()).await.unwrap();
-    bed.until("the job is gone", || async {
-        bed.jobs.get_opt(name).await.unwrap().is_none().then_some(())
+async fn delete(test: &TestNamespace, name: &str) {
+    test.jobs.delete(name, &DeleteParams::default()).await.unwrap();
+    test.until("the job is gone", || async {
+        test.jobs.get_opt(name).await.unwrap().is_none().then_some(())
     })
     .await;
 }
 
-async fn run_id(bed: &Bed, name: &str) -> String {
-    bed.status(name).await.plan.unwrap().run_id
+async fn run_id(test: &TestNamespace, name: &str) -> String {
+    test.status(name).await.plan.unwrap().run_id
 }
 
 #[tokio::test]
 async fn the_same_job_again_on_the_same_rows_says_that_nothing_was_trained() {
-    let Some(bed) = Bed::new("same").await else { return };
-    let job = bed.job("again");
-    bed.apply(&job).await;
-    bed.wait("again", "True Succeeded").await;
-    let (first, result) = (run_id(&bed, "again").await, bed.status("again").await.result.unwrap());
-    delete(&bed, "again").await;
-    bed.apply(&job).await;
-    bed.wait("again", "True AlreadyPublished").await;
-    assert!(bed.training_pods("again").await.is_empty(), "no pod trains");
-    let message = bed.message("again", "Published").await;
+    let Some(test) = TestNamespace::new("same").await else { return };
+    let job = test.job("again");
+    test.apply(&job).await;
+    test.wait("again", "True Succeeded").await;
+    let (first, result) =
+        (run_id(&test, "again").await, test.status("again").await.result.unwrap());
+    delete(&test, "again").await;
+    test.apply(&job).await;
+    test.wait("again", "True AlreadyPublished").await;
+    assert!(test.training_pods("again").await.is_empty(), "no pod trains");
+    let message = test.message("again", "Published").await;
     assert!(message.contains("nothing was trained") && message.contains(&first), "{message}");
     assert!(!message.contains("proven"), "{message}");
-    assert_ne!(run_id(&bed, "again").await, first);
-    let after = bed.status("again").await.result.unwrap();
+    assert_ne!(run_id(&test, "again").await, first);
+    let after = test.status("again").await.result.unwrap();
     assert_eq!(after.manifest_sha256, result.manifest_sha256);
-    bed.verify("again");
+    test.verify("again");
 }
 
 #[tokio::test]
 async fn the_same_job_again_on_other_rows_is_refused_or_trains() {
-    let Some(bed) = Bed::new("refreshed").await else { return };
-    let mut job = bed.job("weekly");
-    bed.apply(&job).await;
-    bed.wait("weekly", "True Succeeded").await;
-    let first = bed.status("weekly").await.result.unwrap();
-    bed.put_text("train.jsonl", &rows(0..13));
-    delete(&bed, "weekly").await;
-    bed.apply(&job).await;
-    bed.wait("weekly", "False OutputExists").await;
-    let message = bed.message("weekly", "Succeeded").await;
+    let Some(test) = TestNamespace::new("refreshed").await else { return };
+    let mut job = test.job("weekly");
+    test.apply(&job).await;
+    test.wait("weekly", "True Succeeded").await;
+    let first = test.status("weekly").await.result.unwrap();
+    test.put_text("train.jsonl", &rows(0..13));
+    delete(&test, "weekly").await;
+    test.apply(&job).await;
+    test.wait("weekly", "False OutputExists").await;
+    let message = test.message("weekly", "Succeeded").await;
     assert!(message.contains("the rows of dataset.train"), "{message}");
 
     job["spec"]["output"]["overwrite"] = json!(true);
-    delete(&bed, "weekly").await;
-    bed.apply(&job).await;
-    bed.wait("weekly", "True Succeeded").await;
-    let second = bed.status("weekly").await.result.unwrap();
+    delete(&test, "weekly").await;
+    test.apply(&job).await;
+    test.wait("weekly", "True Succeeded").await;
+    let second = test.status("weekly").await.result.unwrap();
     assert_ne!(second.manifest_sha256, first.manifest_sha256);
-    bed.verify("weekly");
+    test.verify("weekly");
 }
 
 #[tokio::test]
 async fn a_job_that_failed_on_bad_rows_trains_once_they_are_mended() {
-    let Some(bed) = Bed::new("mended").await else { return };
-    let job = bed.job("mended");
-    bed.put_text("train.jsonl", "{\"text\": 1\n");
-    bed.apply(&job).await;
-    bed.wait("mended", "False InvalidDataset").await;
-    bed.put_text("train.jsonl", &rows(0..12));
-    delete(&bed, "mended").await;
-    bed.apply(&job).await;
-    bed.wait("mended", "True Succeeded").await;
-    bed.verify("mended");
+    let Some(test) = TestNamespace::new("mended").await else { return };
+    let job = test.job("mended");
+    test.put_text("train.jsonl", "{\"text\": 1\n");
+    test.apply(&job).await;
+    test.wait("mended", "False InvalidDataset").await;
+    test.put_text("train.jsonl", &rows(0..12));
+    delete(&test, "mended").await;
+    test.apply(&job).await;
+    test.wait("mended", "True Succeeded").await;
+    test.verify("mended");
 }
 
 /// Returns a job with its result at another's place.
-fn at_output_of(mut job: Value, other: &Bed, name: &str) -> FineTuneJob {
+fn at_output_of(mut job: Value, other: &TestNamespace, name: &str) -> FineTuneJob {
     job["spec"]["output"]["uri"] = json!(other.uri(&format!("out/{name}")));
     serde_json::from_value(job).unwrap()
 }
 
 #[tokio::test]
 async fn namesakes_in_two_namespaces_share_neither_checkpoints_nor_results() {
-    let Some(first) = Bed::new("namesake-a").await else { return };
-    let second = Bed::new("namesake-b").await.unwrap();
+    let Some(first) = TestNamespace::new("namesake-a").await else { return };
+    let second = TestNamespace::new("namesake-b").await.unwrap();
     // Other rows, one name, one output: told to replace, the second trains on its own.
     first.apply(&first.job("bot")).await;
     first.wait("bot", "True Succeeded").await;
@@ -105,16 +106,16 @@ async fn namesakes_in_two_namespaces_share_neither_checkpoints_nor_results() {
 
 #[tokio::test]
 async fn an_output_that_touches_an_input_makes_no_pod() {
-    let Some(bed) = Bed::new("touching").await else { return };
+    let Some(test) = TestNamespace::new("touching").await else { return };
     for (name, output) in [("equal", "model"), ("below", "model/out"), ("above", "")] {
-        let mut job = bed.job(name);
-        job["spec"]["output"]["uri"] = json!(bed.uri(output));
+        let mut job = test.job(name);
+        job["spec"]["output"]["uri"] = json!(test.uri(output));
         job["spec"]["output"]["overwrite"] = json!(true);
-        bed.apply(&job).await;
-        bed.wait(name, "False InvalidSpec").await;
-        let message = bed.message(name, "Succeeded").await;
+        test.apply(&job).await;
+        test.wait(name, "False InvalidSpec").await;
+        let message = test.message(name, "Succeeded").await;
         assert!(message.contains("spec.model.uri"), "{message}");
     }
-    let jobs = bed.children.list(&kube::api::ListParams::default()).await.unwrap().items;
+    let jobs = test.children.list(&kube::api::ListParams::default()).await.unwrap().items;
     assert!(jobs.is_empty());
 }

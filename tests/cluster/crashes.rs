@@ -24,7 +24,7 @@ use kube::{
 use tokio::sync::Notify;
 use tower::{BoxError, Layer, Service};
 
-use crate::bed::Bed;
+use crate::test_namespace::TestNamespace;
 
 /// Writes of a job's whole life, at most.
 const WRITES_MAX: u32 = 12;
@@ -123,26 +123,26 @@ async fn start(namespace: &str, faults: &Faults) -> tokio::task::JoinHandle<()> 
 
 /// Lives one job's life with a crash in it; returns the number of writes of the first operator.
 async fn live(name: &str, crash: Crash) -> u32 {
-    let bed = Bed::new(&format!("crash-{name}")).await.unwrap();
+    let test = TestNamespace::new(&format!("crash-{name}")).await.unwrap();
     let faults = Faults { crash, writes: Arc::default(), crashed: Arc::default() };
-    let first = start(&bed.namespace, &faults).await;
-    bed.apply(&bed.job("job")).await;
+    let first = start(&test.namespace, &faults).await;
+    test.apply(&test.job("job")).await;
     let mut second = None;
     if crash == Crash::Never {
-        bed.wait("job", "True Succeeded").await;
+        test.wait("job", "True Succeeded").await;
     } else {
         tokio::select! {
             () = faults.crashed.notified() => {}
-            () = bed.wait("job", "True Succeeded") => {
+            () = test.wait("job", "True Succeeded") => {
                 // The last write is an event: all that matters was written.
             }
         }
         first.abort();
         let never = Faults { crash: Crash::Never, writes: Arc::default(), crashed: Arc::default() };
-        second = Some(start(&bed.namespace, &never).await);
-        bed.wait("job", "True Succeeded").await;
+        second = Some(start(&test.namespace, &never).await);
+        test.wait("job", "True Succeeded").await;
     }
-    let mut jobs: Vec<String> = bed
+    let mut jobs: Vec<String> = test
         .children
         .list(&ListParams::default())
         .await
@@ -152,7 +152,7 @@ async fn live(name: &str, crash: Crash) -> u32 {
         .collect();
     jobs.sort();
     assert_eq!(jobs, ["job-0", "job-check-0"], "{crash:?}: one Job a step, whatever happened");
-    let attempt = bed.status("job").await.attempt.unwrap();
+    let attempt = test.status("job").await.attempt.unwrap();
     assert_eq!((attempt.number, attempt.failures, attempt.disruptions), (0, 0, 0), "{crash:?}");
     // Events come last.
     tokio::time::sleep(std::time::Duration::from_secs(1)).await;
@@ -171,7 +171,7 @@ async fn live(name: &str, crash: Crash) -> u32 {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_operator_changes_nothing_in_the_end() {
-    if Bed::new("crashes").await.is_none() {
+    if TestNamespace::new("crashes").await.is_none() {
         return;
     }
     let writes = live("never", Crash::Never).await;

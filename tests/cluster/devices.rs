@@ -9,7 +9,7 @@ use finetune_operator::operator::{controller::Operator, metrics::Metrics, settin
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::json;
 
-use crate::bed::{Bed, real_model, variable};
+use crate::test_namespace::{TestNamespace, real_model, variable};
 
 const RESOURCE: &str = "finetune.dev/test-gpu";
 
@@ -31,12 +31,12 @@ fn devices(pod: &Pod) -> Option<&str> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_run_for_devices_gets_them_and_says_when_they_do_not_work() {
-    let Some(bed) = Bed::new("devices").await else { return };
-    bed.advertise(RESOURCE, 2).await;
-    let scope = Some(bed.namespace.clone());
+    let Some(test) = TestNamespace::new("devices").await else { return };
+    test.advertise(RESOURCE, 2).await;
+    let scope = Some(test.namespace.clone());
     let metrics = Metrics::new().unwrap();
     let operator =
-        Operator::new(bed.client.clone(), settings(&bed.namespace), metrics, "test", scope);
+        Operator::new(test.client.clone(), settings(&test.namespace), metrics, "test", scope);
     let operator = tokio::spawn(Arc::new(operator.unwrap()).run(std::future::pending()));
 
     let model = json!(real_model());
@@ -44,20 +44,20 @@ async fn a_run_for_devices_gets_them_and_says_when_they_do_not_work() {
         ("one", true, "1", "on one test-gpu"),
         ("two", false, "2", "over 2 ranks, each on one test-gpu"),
     ] {
-        let mut job = bed.job(name);
+        let mut job = test.job(name);
         job["spec"]["model"]["uri"] = model.clone();
         job["spec"]["training"] = json!({"maxSteps": 2, "contextLength": 64});
         if !is_lora {
             job["spec"].as_object_mut().unwrap().remove("loraConfig");
         }
-        bed.apply(&job).await;
-        bed.wait(name, "False DeviceUnavailable").await;
-        let message = bed.message(name, "Succeeded").await;
+        test.apply(&job).await;
+        test.wait(name, "False DeviceUnavailable").await;
+        let message = test.message(name, "Succeeded").await;
         assert!(message.contains("built without CUDA"), "{message}");
-        let planned = bed.message(name, "Planned").await;
+        let planned = test.message(name, "Planned").await;
         assert!(planned.contains(words), "{planned}");
         // The ranks of a node share a pod.
-        let pods = bed.training_pods(name).await;
+        let pods = test.training_pods(name).await;
         assert_eq!(pods.len(), 1, "{planned}");
         assert_eq!(devices(&pods[0]), Some(count), "{planned}");
     }

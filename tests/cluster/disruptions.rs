@@ -14,8 +14,8 @@ use serde_json::json;
 use tokio::sync::Mutex;
 
 use crate::{
-    bed::{Bed, variable},
     faults::goes_on,
+    test::{TestNamespace, variable},
 };
 
 const NODE: &str = "node0";
@@ -42,41 +42,41 @@ impl Drop for Cordon {
 
 #[tokio::test]
 async fn a_drained_node_ends_a_try_and_no_job() {
-    let Some(bed) = Bed::new("drained").await else { return };
+    let Some(test) = TestNamespace::new("drained").await else { return };
     let _ours = NODE_IS_OURS.lock().await;
-    bed.apply(&bed.long_job("drained")).await;
-    bed.wait_for_training("drained").await;
+    test.apply(&test.long_job("drained")).await;
+    test.wait_for_training("drained").await;
     let cordon = Cordon;
     // Of this test's pods only: the others are in other tests.
     let ours = "--pod-selector=finetune.dev/job=drained,finetune.dev/step=training";
     kubectl(&["drain", NODE, ours, "--delete-emptydir-data", "--timeout=90s"]);
-    bed.wait("drained", "Unknown Unschedulable").await;
-    let message = bed.message("drained", "Succeeded").await;
+    test.wait("drained", "Unknown Unschedulable").await;
+    let message = test.message("drained", "Succeeded").await;
     assert!(message.contains("unschedulable"), "the scheduler's own words: {message}");
     drop(cordon);
-    goes_on(&bed, "drained").await;
+    goes_on(&test, "drained").await;
 }
 
 #[tokio::test]
 async fn a_preempted_pod_goes_on_when_there_is_room_again() {
-    let Some(bed) = Bed::new("preempted").await else { return };
+    let Some(test) = TestNamespace::new("preempted").await else { return };
     let _ours = NODE_IS_OURS.lock().await;
-    let nodes: Api<Node> = Api::all(bed.client.clone());
+    let nodes: Api<Node> = Api::all(test.client.clone());
     let seat = json!({"status": {"capacity": {SEAT: "1"}, "allocatable": {SEAT: "1"}}});
     nodes.patch_status(NODE, &PatchParams::default(), &Patch::Merge(seat)).await.unwrap();
     let class: PriorityClass = serde_json::from_value(json!({
         "metadata": {"name": "e2e-urgent"}, "value": 1_000_000, "preemptionPolicy": "PreemptLowerPriority",
     }))
     .unwrap();
-    let classes: Api<PriorityClass> = Api::all(bed.client.clone());
+    let classes: Api<PriorityClass> = Api::all(test.client.clone());
     if classes.get_opt("e2e-urgent").await.unwrap().is_none() {
         classes.create(&PostParams::default(), &class).await.unwrap();
     }
 
-    let mut job = bed.long_job("preempted");
+    let mut job = test.long_job("preempted");
     job["spec"]["resources"]["limits"][SEAT] = json!("1");
-    bed.apply(&job).await;
-    let victim = bed.wait_for_training("preempted").await;
+    test.apply(&job).await;
+    let victim = test.wait_for_training("preempted").await;
     let urgent: Pod = serde_json::from_value(json!({
         "metadata": {"name": "urgent"},
         "spec": {
@@ -96,19 +96,19 @@ async fn a_preempted_pod_goes_on_when_there_is_room_again() {
         },
     }))
     .unwrap();
-    bed.pods.create(&PostParams::default(), &urgent).await.unwrap();
-    bed.until("the urgent pod runs", || async {
-        let phase = bed.pods.get("urgent").await.unwrap().status?.phase?;
+    test.pods.create(&PostParams::default(), &urgent).await.unwrap();
+    test.until("the urgent pod runs", || async {
+        let phase = test.pods.get("urgent").await.unwrap().status?.phase?;
         (phase == "Running").then_some(())
     })
     .await;
-    bed.wait("preempted", "Unknown Unschedulable").await;
-    let attempt = bed.status("preempted").await.attempt.unwrap();
+    test.wait("preempted", "Unknown Unschedulable").await;
+    let attempt = test.status("preempted").await.attempt.unwrap();
     assert_eq!((attempt.failures, attempt.disruptions), (0, 1), "{attempt:?}");
-    let next = bed.training_pods("preempted").await;
+    let next = test.training_pods("preempted").await;
     assert!(next.iter().all(
         |pod| pod.name_any() != victim.name_any() || pod.metadata.deletion_timestamp.is_none()
     ));
-    bed.pods.delete("urgent", &DeleteParams::default()).await.unwrap();
-    goes_on(&bed, "preempted").await;
+    test.pods.delete("urgent", &DeleteParams::default()).await.unwrap();
+    goes_on(&test, "preempted").await;
 }

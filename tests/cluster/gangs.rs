@@ -13,7 +13,7 @@ use kube::{
 };
 use serde_json::json;
 
-use crate::bed::{Bed, real_model, variable};
+use crate::test_namespace::{TestNamespace, real_model, variable};
 
 const RESOURCE: &str = "finetune.dev/test-slot";
 /// How often, and with what between, it is seen that nothing was placed: for longer than the
@@ -44,11 +44,11 @@ fn has_node(pod: &Pod) -> bool {
 }
 
 /// Lists how many pods must be placed together, by group of the namespace.
-async fn gangs(bed: &Bed) -> Vec<Option<u64>> {
+async fn gangs(test: &TestNamespace) -> Vec<Option<u64>> {
     let kind = GroupVersionKind::gvk("scheduling.k8s.io", "v1alpha2", "PodGroup");
     let groups: Api<DynamicObject> = Api::namespaced_with(
-        bed.client.clone(),
-        &bed.namespace,
+        test.client.clone(),
+        &test.namespace,
         &ApiResource::from_gvk_with_plural(&kind, "podgroups"),
     );
     let groups = groups.list(&ListParams::default()).await.unwrap().items;
@@ -60,15 +60,15 @@ async fn gangs(bed: &Bed) -> Vec<Option<u64>> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_run_over_two_pods_gets_nodes_for_both_or_for_none() {
-    let Some(bed) = Bed::new("gangs").await else { return };
-    bed.advertise(RESOURCE, 1).await;
-    let scope = Some(bed.namespace.clone());
+    let Some(test) = TestNamespace::new("gangs").await else { return };
+    test.advertise(RESOURCE, 1).await;
+    let scope = Some(test.namespace.clone());
     let metrics = Metrics::new().unwrap();
     let operator =
-        Operator::new(bed.client.clone(), settings(&bed.namespace), metrics, "test", scope);
+        Operator::new(test.client.clone(), settings(&test.namespace), metrics, "test", scope);
     let operator = tokio::spawn(Arc::new(operator.unwrap()).run(std::future::pending()));
 
-    let mut job = bed.job("gang");
+    let mut job = test.job("gang");
     job["spec"].as_object_mut().unwrap().remove("loraConfig");
     job["spec"]["model"]["uri"] = json!(real_model());
     job["spec"]["training"] = json!({
@@ -76,29 +76,29 @@ async fn a_run_over_two_pods_gets_nodes_for_both_or_for_none() {
         "gradientAccumulationSteps": 2,
     });
     job["spec"]["resources"] = json!({"limits": {RESOURCE: "1"}});
-    bed.apply(&job).await;
-    bed.until("the scheduler refused both pods", || async {
-        let pods = bed.training_pods("gang").await;
+    test.apply(&job).await;
+    test.until("the scheduler refused both pods", || async {
+        let pods = test.training_pods("gang").await;
         (pods.len() == 2 && pods.iter().all(is_refused)).then_some(())
     })
     .await;
-    bed.wait("gang", "Unknown Unschedulable").await;
-    assert_eq!(gangs(&bed).await, [Some(2)]);
+    test.wait("gang", "Unknown Unschedulable").await;
+    assert_eq!(gangs(&test).await, [Some(2)]);
     // One of them would have a place.
     for _ in 0..LOOKS {
-        let pods = bed.training_pods("gang").await;
+        let pods = test.training_pods("gang").await;
         assert_eq!(pods.len(), 2);
         assert!(!pods.iter().any(has_node), "{pods:#?}");
-        assert_eq!(bed.summary("gang").await, "Unknown Unschedulable");
-        let message = bed.message("gang", "Succeeded").await;
+        assert_eq!(test.summary("gang").await, "Unknown Unschedulable");
+        let message = test.message("gang", "Succeeded").await;
         assert!(message.starts_with("none of 2 pods has a node"), "{message}");
         assert!(message.contains(&format!("1 Insufficient {RESOURCE}")), "{message}");
         tokio::time::sleep(BETWEEN_LOOKS).await;
     }
 
-    bed.advertise(RESOURCE, 2).await;
-    bed.wait("gang", "True Succeeded").await;
-    let attempt = bed.status("gang").await.attempt.unwrap();
+    test.advertise(RESOURCE, 2).await;
+    test.wait("gang", "True Succeeded").await;
+    let attempt = test.status("gang").await.attempt.unwrap();
     assert_eq!((attempt.number, attempt.failures, attempt.disruptions), (0, 0, 0), "{attempt:?}");
     operator.abort();
 }

@@ -4,7 +4,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
-use crate::bed::variable;
+use crate::test_namespace::variable;
 
 const CHART: &str = "charts/finetune-operator";
 

@@ -13,23 +13,23 @@
 
 mod admission;
 mod again;
-mod bed;
 mod crashes;
 mod devices;
 mod disruptions;
 mod faults;
 mod gangs;
 mod helm;
-#[path = "../e2e/model.rs"]
-mod model;
 mod monitoring;
 mod names;
 mod namespaces;
 mod policies;
 mod prometheus;
-#[path = "../it/promql.rs"]
+#[path = "../support/promql.rs"]
 mod promql;
 mod ranks;
 mod refusals;
 mod runs;
 mod sockets;
+mod test_namespace;
+#[path = "../support/tiny_model.rs"]
+mod tiny_model;

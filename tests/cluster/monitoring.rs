@@ -13,9 +13,9 @@ use kube::{
 use serde_json::{Value, json};
 
 use crate::{
-    bed::{Bed, rows},
     prometheus::{Prometheus, dashboard, documented, of_monitors},
     promql,
+    test::{TestNamespace, rows},
 };
 
 /// The job that the job's dashboard shows.
@@ -95,23 +95,23 @@ async fn has_data(prometheus: &Prometheus, question: &Question) -> bool {
 }
 
 /// A namespace where the apiserver refuses every Job: its quota is used up.
-async fn refuse_jobs(bed: &Bed) {
-    let quotas: Api<ResourceQuota> = Api::namespaced(bed.client.clone(), &bed.namespace);
+async fn refuse_jobs(test: &TestNamespace) {
+    let quotas: Api<ResourceQuota> = Api::namespaced(test.client.clone(), &test.namespace);
     let quota = serde_json::from_value(json!({
         "metadata": {"name": "none"}, "spec": {"hard": {"count/jobs.batch": "0"}},
     }))
     .unwrap();
     quotas.create(&PostParams::default(), &quota).await.unwrap();
     // Until it is counted, any Job is refused too, with other words.
-    bed.until("the quota is counted", || async {
+    test.until("the quota is counted", || async {
         quotas.get("none").await.unwrap().status?.hard.map(|_| ())
     })
     .await;
 }
 
 /// A namespace where the apiserver fails at every Job: it cannot ask the one it must ask.
-async fn break_jobs(bed: &Bed) -> Api<ValidatingWebhookConfiguration> {
-    let webhooks: Api<ValidatingWebhookConfiguration> = Api::all(bed.client.clone());
+async fn break_jobs(test: &TestNamespace) -> Api<ValidatingWebhookConfiguration> {
+    let webhooks: Api<ValidatingWebhookConfiguration> = Api::all(test.client.clone());
     // Left by an earlier run on the same cluster.
     let _ = webhooks.delete(WEBHOOK, &DeleteParams::default()).await;
     let webhook = serde_json::from_value(json!({
@@ -119,9 +119,9 @@ async fn break_jobs(bed: &Bed) -> Api<ValidatingWebhookConfiguration> {
         "webhooks": [{
             "name": "gone.e2e.finetune.dev", "admissionReviewVersions": ["v1"], "sideEffects": "None",
             "failurePolicy": "Fail", "timeoutSeconds": 2,
-            "clientConfig": {"service": {"name": "gone", "namespace": bed.namespace}},
+            "clientConfig": {"service": {"name": "gone", "namespace": test.namespace}},
             "namespaceSelector": {
-                "matchLabels": {"kubernetes.io/metadata.name": bed.namespace},
+                "matchLabels": {"kubernetes.io/metadata.name": test.namespace},
             },
             "rules": [{
                 "apiGroups": ["batch"], "apiVersions": ["v1"], "resources": ["jobs"],
@@ -136,7 +136,7 @@ async fn break_jobs(bed: &Bed) -> Api<ValidatingWebhookConfiguration> {
 
 #[tokio::test]
 async fn every_query_of_dashboards_and_alerts_returns_data() {
-    let Some(bed) = Bed::new("metrics").await else { return };
+    let Some(test) = TestNamespace::new("metrics").await else { return };
     let mut servers = [
         Prometheus::start("by monitors", 9390, of_monitors()),
         Prometheus::start("by the document", 9391, documented()),
@@ -146,43 +146,44 @@ async fn every_query_of_dashboards_and_alerts_returns_data() {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     }
-    let (refused, broken) = (Bed::new("quota").await.unwrap(), Bed::new("webhook").await.unwrap());
+    let (refused, broken) =
+        (TestNamespace::new("quota").await.unwrap(), TestNamespace::new("webhook").await.unwrap());
     refuse_jobs(&refused).await;
     let webhooks = break_jobs(&broken).await;
-    for bed in [&refused, &broken] {
-        bed.apply(&bed.job("job")).await;
+    for test in [&refused, &broken] {
+        test.apply(&test.job("job")).await;
     }
-    bed.put_text("bad.jsonl", "not json\n");
-    let mut failing = bed.job("failing");
-    failing["spec"]["dataset"]["train"] = json!(bed.uri("bad.jsonl"));
-    let mut waiting = bed.job("waiting");
+    test.put_text("bad.jsonl", "not json\n");
+    let mut failing = test.job("failing");
+    failing["spec"]["dataset"]["train"] = json!(test.uri("bad.jsonl"));
+    let mut waiting = test.job("waiting");
     waiting["spec"]["approval"] = json!("Manual");
-    let mut large = bed.job("large");
+    let mut large = test.job("large");
     large["spec"]["resources"] = json!({"requests": {"cpu": "64"}});
-    let mut watched = bed.long_job(WATCHED);
-    bed.put_text("validation.jsonl", &rows(12..16));
-    watched["spec"]["dataset"]["validation"] = json!(bed.uri("validation.jsonl"));
+    let mut watched = test.long_job(WATCHED);
+    test.put_text("validation.jsonl", &rows(12..16));
+    watched["spec"]["dataset"]["validation"] = json!(test.uri("validation.jsonl"));
     watched["spec"]["training"]["maxSteps"] = json!(4000);
     watched["spec"]["training"]["evaluationSteps"] = json!(100);
     for job in [&watched, &failing, &waiting, &large] {
-        bed.apply(job).await;
+        test.apply(job).await;
     }
-    let pod = bed.wait_for_training(WATCHED).await;
+    let pod = test.wait_for_training(WATCHED).await;
     // Jobs are counted every ten seconds.
-    bed.until("a job is counted that trains", || async {
+    test.until("a job is counted that trains", || async {
         let counted = r#"finetune_jobs{reason="Training"}"#;
         (!servers[1].numbers(counted).await.is_empty()).then_some(())
     })
     .await;
-    bed.pods.evict(&pod.name_any(), &EvictParams::default()).await.unwrap();
-    bed.wait("failing", "False InvalidDataset").await;
-    bed.wait("waiting", "Unknown AwaitingApproval").await;
-    bed.wait("large", "Unknown Unschedulable").await;
+    test.pods.evict(&pod.name_any(), &EvictParams::default()).await.unwrap();
+    test.wait("failing", "False InvalidDataset").await;
+    test.wait("waiting", "Unknown AwaitingApproval").await;
+    test.wait("large", "Unknown Unschedulable").await;
     refused.wait("job", "Unknown JobRefused").await;
-    bed.wait(WATCHED, "True Succeeded").await;
+    test.wait(WATCHED, "True Succeeded").await;
 
     let of_job =
-        [("namespace", bed.namespace.as_str()), ("finetunejob", WATCHED), ("run_id", ".*")];
+        [("namespace", test.namespace.as_str()), ("finetunejob", WATCHED), ("run_id", ".*")];
     // As with the choice "All".
     let of_operator = [("job", ".*"), ("instance", ".*"), ("namespace", ".*")];
     for server in &servers {

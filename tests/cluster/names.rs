@@ -10,7 +10,7 @@ use kube::{
 };
 use serde_json::json;
 
-use crate::bed::{Bed, variable};
+use crate::test_namespace::{TestNamespace, variable};
 
 /// The first pod waits to be found, the second asks for it until it is.
 const SCRIPT: &str = "if [ $JOB_COMPLETION_INDEX = 0 ]; then exec sleep 600; fi; \
@@ -18,8 +18,8 @@ const SCRIPT: &str = "if [ $JOB_COMPLETION_INDEX = 0 ]; then exec sleep 600; fi;
 
 #[tokio::test]
 async fn a_pod_of_an_indexed_job_finds_another_by_its_name() {
-    let Some(bed) = Bed::new("names").await else { return };
-    let services: Api<Service> = Api::namespaced(bed.client.clone(), &bed.namespace);
+    let Some(test) = TestNamespace::new("names").await else { return };
+    let services: Api<Service> = Api::namespaced(test.client.clone(), &test.namespace);
     // As for ranks, which must meet before any is ready.
     let service = serde_json::from_value(json!({
         "metadata": {"name": "ranks"},
@@ -29,7 +29,7 @@ async fn a_pod_of_an_indexed_job_finds_another_by_its_name() {
     }))
     .unwrap();
     services.create(&PostParams::default(), &service).await.unwrap();
-    let name = format!("ranks-0.ranks.{}.svc.cluster.local", bed.namespace);
+    let name = format!("ranks-0.ranks.{}.svc.cluster.local", test.namespace);
     let job: Job = serde_json::from_value(json!({
         "metadata": {"name": "ranks"},
         "spec": {
@@ -52,20 +52,20 @@ async fn a_pod_of_an_indexed_job_finds_another_by_its_name() {
         },
     }))
     .unwrap();
-    bed.children.create(&PostParams::default(), &job).await.unwrap();
+    test.children.create(&PostParams::default(), &job).await.unwrap();
     let index = |pod: &Pod, index: &str| {
         pod.labels().get("batch.kubernetes.io/job-completion-index").is_some_and(|own| own == index)
     };
-    let (first, second) = bed
+    let (first, second) = test
         .until("the second has found the first", || async {
-            let pods = bed.pods.list(&ListParams::default()).await.unwrap().items;
+            let pods = test.pods.list(&ListParams::default()).await.unwrap().items;
             let first = pods.iter().find(|pod| index(pod, "0"))?;
             let second = pods.iter().find(|pod| index(pod, "1"))?;
             let phase = second.status.as_ref()?.phase.as_deref()?;
             (phase == "Succeeded").then(|| (first.clone(), second.name_any()))
         })
         .await;
-    let said = bed.pods.logs(&second, &LogParams::default()).await.unwrap();
+    let said = test.pods.logs(&second, &LogParams::default()).await.unwrap();
     let address = first.status.unwrap().pod_ip.unwrap();
     assert!(said.starts_with(&format!("{address} ")), "{said} is not {address}");
 }

@@ -5,8 +5,8 @@ use std::process::Command;
 use kube::ResourceExt;
 
 use crate::{
-    bed::{Bed, variable},
     helm,
+    test::{TestNamespace, variable},
 };
 
 const RELEASE: &str = "teams";
@@ -14,9 +14,9 @@ const ITS_NAMESPACE: &str = "e2e-teams-operator";
 
 #[tokio::test]
 async fn an_operator_of_two_namespaces_leaves_a_third_alone() {
-    let Some(first) = Bed::new("team-a").await else { return };
-    let second = Bed::new("team-b").await.unwrap();
-    let third = Bed::new("team-c").await.unwrap();
+    let Some(first) = TestNamespace::new("team-a").await else { return };
+    let second = TestNamespace::new("team-b").await.unwrap();
+    let third = TestNamespace::new("team-c").await.unwrap();
     let namespaces = format!("settings.namespaces={{{},{}}}", first.namespace, second.namespace);
     helm::install(
         RELEASE,
@@ -25,12 +25,12 @@ async fn an_operator_of_two_namespaces_leaves_a_third_alone() {
         &["--set", &namespaces, "--set", "crds.enabled=false", "--set", "replicas=1"],
     );
     let untouched = third.apply(&third.job("job")).await;
-    for bed in [&first, &second] {
-        bed.apply(&bed.job("job")).await;
+    for test in [&first, &second] {
+        test.apply(&test.job("job")).await;
     }
-    for bed in [&first, &second] {
-        bed.wait("job", "True Succeeded").await;
-        bed.verify("job");
+    for test in [&first, &second] {
+        test.wait("job", "True Succeeded").await;
+        test.verify("job");
     }
     let after = third.jobs.get("job").await.unwrap();
     assert_eq!(after.resource_version(), untouched.resource_version(), "nobody has written it");
@@ -42,12 +42,12 @@ async fn an_operator_of_two_namespaces_leaves_a_third_alone() {
         &["create", "jobs.batch"],
         &["delete", "pods"],
     ] {
-        for (bed, expected) in [(&first, "yes"), (&second, "yes"), (&third, "no")] {
+        for (test, expected) in [(&first, "yes"), (&second, "yes"), (&third, "no")] {
             let mut kubectl = Command::new(variable("FINETUNE_TEST_KUBECTL"));
-            kubectl.args(["auth", "can-i", "--namespace", &bed.namespace, &account]).args(right);
+            kubectl.args(["auth", "can-i", "--namespace", &test.namespace, &account]).args(right);
             let answer = kubectl.output().unwrap();
             let said = String::from_utf8_lossy(&answer.stdout);
-            assert_eq!(said.trim(), expected, "{right:?} in {}", bed.namespace);
+            assert_eq!(said.trim(), expected, "{right:?} in {}", test.namespace);
         }
     }
     helm::run(&["uninstall", RELEASE, "--namespace", ITS_NAMESPACE, "--wait"]);

@@ -20,9 +20,9 @@ use kube::{Api, ResourceExt, api::ListParams};
 use serde_json::json;
 
 use crate::{
-    bed::Bed,
     helm,
     sockets::{Flow, Watcher},
+    test::TestNamespace,
 };
 
 const OPERATORS_NAMESPACE: &str = "finetune-system";
@@ -201,30 +201,30 @@ pub fn strict(namespace: &str) -> Vec<NetworkPolicy> {
     )
 }
 
-async fn pods(bed: &Bed) -> Vec<End> {
-    let operators: Api<Pod> = Api::namespaced(bed.client.clone(), OPERATORS_NAMESPACE);
+async fn pods(test: &TestNamespace) -> Vec<End> {
+    let operators: Api<Pod> = Api::namespaced(test.client.clone(), OPERATORS_NAMESPACE);
     let of_operator = operators.list(&ListParams::default()).await.unwrap().items;
-    let of_job = bed.pods.list(&ListParams::default()).await.unwrap().items;
+    let of_job = test.pods.list(&ListParams::default()).await.unwrap().items;
     of_operator.iter().chain(&of_job).filter_map(End::of).collect()
 }
 
 #[tokio::test]
 async fn what_a_run_is_seen_to_do_is_what_policies_allow() {
-    let Some(bed) = Bed::new("policies").await else { return };
+    let Some(test) = TestNamespace::new("policies").await else { return };
     let watcher = Watcher::start();
-    let mut ends = pods(&bed).await;
-    bed.apply(&bed.long_job("watched")).await;
-    bed.wait_for_training("watched").await;
-    ends.extend(pods(&bed).await);
-    bed.wait("watched", "True Succeeded").await;
-    ends.extend(pods(&bed).await);
+    let mut ends = pods(&test).await;
+    test.apply(&test.long_job("watched")).await;
+    test.wait_for_training("watched").await;
+    ends.extend(pods(&test).await);
+    test.wait("watched", "True Succeeded").await;
+    ends.extend(pods(&test).await);
     let find = |address: IpAddr| {
         let pod = ends.iter().find(|end| end.address == address);
         pod.cloned().unwrap_or(End { address, pod: None })
     };
 
     let mut seen = BTreeSet::new();
-    let (default, strict) = (policies(&bed.namespace, &[]), strict(&bed.namespace));
+    let (default, strict) = (policies(&test.namespace, &[]), strict(&test.namespace));
     assert_eq!((default.len(), strict.len()), (2, 2), "one of the operator, one of trainers");
     for Flow { protocol, from, to, port } in watcher.stop() {
         let [from, to] = [from, to].map(find);
@@ -259,7 +259,7 @@ async fn what_a_run_is_seen_to_do_is_what_policies_allow() {
 
 #[test]
 fn what_nobody_has_asked_for_is_closed() {
-    if !crate::bed::is_there() {
+    if !crate::test_namespace::is_there() {
         return;
     }
     let trainer_labels = [
@@ -332,7 +332,7 @@ fn what_nobody_has_asked_for_is_closed() {
 
 #[test]
 fn ranks_of_one_run_reach_each_other_and_nobody_else_reaches_them() {
-    if !crate::bed::is_there() {
+    if !crate::test_namespace::is_there() {
         return;
     }
     let rank = |namespace: &str, address: &str, job: &str, step: &str| {

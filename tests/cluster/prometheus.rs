@@ -10,7 +10,7 @@ use std::{
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::{bed::variable, helm};
+use crate::{helm, test_namespace::variable};
 
 const OPERATIONS: &str = include_str!("../../docs/OPERATIONS.md");
 const RULES: &str = "charts/finetune-operator/files/rules.yaml";

@@ -14,9 +14,9 @@ use kube::{Api, ResourceExt, api::DeleteParams};
 use serde_json::json;
 
 use crate::{
-    bed::{Bed, real_model, variable},
     policies::{End, is_allowed, strict},
     sockets::Watcher,
+    test::{TestNamespace, real_model, variable},
 };
 
 const STEPS: i64 = 12;
@@ -35,9 +35,9 @@ fn settings(namespace: &str) -> Settings {
 }
 
 /// Returns the pods of a try by rank.
-async fn ranks(bed: &Bed, name: &str, number: i32) -> Vec<Pod> {
+async fn ranks(test: &TestNamespace, name: &str, number: i32) -> Vec<Pod> {
     let job = format!("{name}-{number}");
-    let mut pods = bed.training_pods(name).await;
+    let mut pods = test.training_pods(name).await;
     pods.retain(|pod| pod.labels().get("batch.kubernetes.io/job-name") == Some(&job));
     let rank = |pod: &Pod| pod.labels()["batch.kubernetes.io/job-completion-index"].clone();
     pods.sort_by_key(rank);
@@ -49,8 +49,8 @@ fn address(pod: &Pod) -> Option<String> {
 }
 
 /// Asks rank 0 itself, which knows more than the status and sooner.
-async fn progress(bed: &Bed, name: &str) -> Option<Progress> {
-    let ranks = ranks(bed, name, 0).await;
+async fn progress(test: &TestNamespace, name: &str) -> Option<Progress> {
+    let ranks = ranks(test, name, 0).await;
     let url = format!("http://{}:9464/progress", address(ranks.first()?)?);
     let answer = Command::new("curl").args(["--silent", "--max-time", "2", &url]).output().unwrap();
     finetune_contract::parse(&String::from_utf8_lossy(&answer.stdout)).ok()
@@ -58,14 +58,14 @@ async fn progress(bed: &Bed, name: &str) -> Option<Progress> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_model_that_no_pod_holds_is_trained_over_two_and_outlives_one() {
-    let Some(bed) = Bed::new("ranks").await else { return };
-    let scope = Some(bed.namespace.clone());
+    let Some(test) = TestNamespace::new("ranks").await else { return };
+    let scope = Some(test.namespace.clone());
     let metrics = Metrics::new().unwrap();
     let operator =
-        Operator::new(bed.client.clone(), settings(&bed.namespace), metrics, "test", scope);
+        Operator::new(test.client.clone(), settings(&test.namespace), metrics, "test", scope);
     let operator = tokio::spawn(Arc::new(operator.unwrap()).run(std::future::pending()));
 
-    let mut job = bed.job("ranks");
+    let mut job = test.job("ranks");
     job["spec"].as_object_mut().unwrap().remove("loraConfig");
     job["spec"]["model"]["uri"] = json!(real_model());
     job["spec"]["training"] = json!({
@@ -77,44 +77,44 @@ async fn a_model_that_no_pod_holds_is_trained_over_two_and_outlives_one() {
     let alone = alone.map(|line| line.rsplit(',').next().unwrap().parse::<u64>().unwrap()).min();
     assert!(alone.unwrap() > LIMIT_BYTES, "one rank could live in {LIMIT_BYTES}: {alone:?}");
     let watcher = Watcher::start();
-    bed.apply(&job).await;
-    bed.until("a checkpoint is there, and steps are left", || async {
-        let summary = bed.summary("ranks").await;
+    test.apply(&job).await;
+    test.until("a checkpoint is there, and steps are left", || async {
+        let summary = test.summary("ranks").await;
         let is_over = summary.starts_with("True") || summary.starts_with("False");
-        assert!(!is_over, "{summary}: {}", bed.message("ranks", "Succeeded").await);
-        progress(&bed, "ranks").await?.checkpoint_step.filter(|step| *step > 0)
+        assert!(!is_over, "{summary}: {}", test.message("ranks", "Succeeded").await);
+        progress(&test, "ranks").await?.checkpoint_step.filter(|step| *step > 0)
     })
     .await;
 
-    let plan = bed.status("ranks").await.plan.unwrap();
+    let plan = test.status("ranks").await.plan.unwrap();
     assert!(plan.summary.contains("zero3"), "{}", plan.summary);
-    let pods = ranks(&bed, "ranks", 0).await;
+    let pods = ranks(&test, "ranks", 0).await;
     assert_eq!(pods.len(), 2);
     for pod in &pods {
         let resources = pod.spec.as_ref().unwrap().containers[0].resources.as_ref().unwrap();
         assert_eq!(resources.limits.as_ref().unwrap()["memory"].0, "2000Mi");
     }
     let at_once = DeleteParams::default().grace_period(0);
-    bed.pods.delete(&pods[1].name_any(), &at_once).await.unwrap();
+    test.pods.delete(&pods[1].name_any(), &at_once).await.unwrap();
 
-    bed.wait("ranks", "True Succeeded").await;
-    let status = bed.status("ranks").await;
+    test.wait("ranks", "True Succeeded").await;
+    let status = test.status("ranks").await;
     let attempt = status.attempt.unwrap();
     assert_eq!((attempt.number, attempt.failures, attempt.disruptions), (1, 0, 1), "{attempt:?}");
     assert_eq!(status.result.unwrap().steps, STEPS);
-    let again = ranks(&bed, "ranks", 1).await;
+    let again = ranks(&test, "ranks", 1).await;
     assert_eq!(again.len(), 2);
     let statuses = again[0].status.as_ref().unwrap().container_statuses.as_ref().unwrap();
     let ended = statuses[0].state.as_ref().unwrap().terminated.as_ref().unwrap();
     let report: RunReport = finetune_contract::parse(ended.message.as_ref().unwrap()).unwrap();
     assert!(report.resumed_from_step >= Some(3), "{report:?}");
-    bed.verify("ranks");
+    test.verify("ranks");
 
     // What the ranks said to each other is what the policies of a confined namespace let through.
-    let services: Api<Service> = Api::namespaced(bed.client.clone(), &bed.namespace);
+    let services: Api<Service> = Api::namespaced(test.client.clone(), &test.namespace);
     assert!(services.get("ranks-ranks").await.unwrap().spec.unwrap().selector.is_some());
-    let own: Api<NetworkPolicy> = Api::namespaced(bed.client.clone(), &bed.namespace);
-    let mut policies = strict(&bed.namespace);
+    let own: Api<NetworkPolicy> = Api::namespaced(test.client.clone(), &test.namespace);
+    let mut policies = strict(&test.namespace);
     policies.push(own.get("ranks-ranks").await.unwrap());
     let ends: Vec<End> = pods.iter().chain(&again).filter_map(End::of).collect();
     let find = |address: IpAddr| ends.iter().find(|end| end.address == address);

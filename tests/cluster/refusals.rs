@@ -2,18 +2,18 @@
 
 use serde_json::{Value, json};
 
-use crate::bed::{Bed, real_model};
+use crate::test_namespace::{TestNamespace, real_model};
 
 #[tokio::test]
 async fn what_cannot_work_says_why_and_takes_no_training_pod() {
-    let Some(bed) = Bed::new("refused").await else { return };
-    bed.put_text("bad.jsonl", "{\"messages\": []}\nnot json\n");
+    let Some(test) = TestNamespace::new("refused").await else { return };
+    test.put_text("bad.jsonl", "{\"messages\": []}\nnot json\n");
     let wrong = json!({"name": "wrong-keys"});
     let real = real_model();
     let elsewhere = json!({"name": "elsewhere"});
     let cases: [(&str, &str, Value, &str, &str); 11] = [
-        ("rows", "/dataset/train", json!(bed.uri("bad.jsonl")), "InvalidDataset", "bad.jsonl:2"),
-        ("model", "/model/uri", json!(bed.uri("no-model/")), "NotFound", "no-model"),
+        ("rows", "/dataset/train", json!(test.uri("bad.jsonl")), "InvalidDataset", "bad.jsonl:2"),
+        ("model", "/model/uri", json!(test.uri("no-model/")), "NotFound", "no-model"),
         (
             "bucket",
             "/dataset/train",
@@ -37,7 +37,7 @@ async fn what_cannot_work_says_why_and_takes_no_training_pod() {
         ("large", "/model/uri", json!(real), "NoAcceleratorFits", "too little"),
     ];
     for (name, place, value, _, _) in &cases {
-        let mut job = bed.job(name);
+        let mut job = test.job(name);
         if *name == "large" {
             job["spec"].as_object_mut().unwrap().remove("loraConfig");
             job["spec"]["training"] = json!({"contextLength": 1024});
@@ -45,24 +45,24 @@ async fn what_cannot_work_says_why_and_takes_no_training_pod() {
         }
         let (parent, field) = place.rsplit_once('/').unwrap();
         job["spec"].pointer_mut(parent).unwrap()[field] = value.clone();
-        bed.apply(&job).await;
+        test.apply(&job).await;
     }
     for (name, _, _, reason, words) in &cases {
-        bed.wait(name, &format!("False {reason}")).await;
-        let message = bed.message(name, "Succeeded").await;
+        test.wait(name, &format!("False {reason}")).await;
+        let message = test.message(name, "Succeeded").await;
         assert!(message.contains(words), "{name}: {message}");
-        assert!(bed.training_pods(name).await.is_empty(), "{name} had a training pod");
-        assert!(bed.children.get_opt(&format!("{name}-0")).await.unwrap().is_none());
+        assert!(test.training_pods(name).await.is_empty(), "{name} had a training pod");
+        assert!(test.children.get_opt(&format!("{name}-0")).await.unwrap().is_none());
     }
 }
 
 #[tokio::test]
 async fn a_secret_that_is_not_there_is_named() {
-    let Some(bed) = Bed::new("secret").await else { return };
-    let mut job = bed.job("secret");
+    let Some(test) = TestNamespace::new("secret").await else { return };
+    let mut job = test.job("secret");
     job["spec"]["output"]["secretRef"] = json!({"name": "no-such-secret"});
-    bed.apply(&job).await;
-    bed.wait("secret", "Unknown SecretOrConfigMapMissing").await;
-    let message = bed.message("secret", "Succeeded").await;
+    test.apply(&job).await;
+    test.wait("secret", "Unknown SecretOrConfigMapMissing").await;
+    let message = test.message("secret", "Succeeded").await;
     assert!(message.contains("no-such-secret"), "{message}");
 }

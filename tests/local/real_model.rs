@@ -9,7 +9,7 @@ use std::{
 
 use serde_json::{Value, json};
 
-use crate::bench::{Bench, lines, needed};
+use crate::sandbox::{Sandbox, lines, needed};
 
 /// The most memory a LoRA run on a model of this size may take, in bytes.
 const LORA_PEAK_BYTES: u64 = 1_600_000_000;
@@ -17,15 +17,15 @@ const LORA_PEAK_BYTES: u64 = 1_600_000_000;
 const LEARNED: f64 = 0.6;
 
 /// Returns a job that teaches the model how one station answers.
-fn job(bench: &Bench, training: Value) -> Option<Value> {
+fn job(sandbox: &Sandbox, training: Value) -> Option<Value> {
     let directory = std::env::var_os("FINETUNE_TEST_MODEL").map(PathBuf::from);
     let directory = needed(directory, "FINETUNE_TEST_MODEL is not set")?;
-    bench.write("train.jsonl", &reports(0..160));
-    bench.write("validation.jsonl", &reports(160..176));
-    let mut job = bench.job("output");
+    sandbox.write("train.jsonl", &reports(0..160));
+    sandbox.write("validation.jsonl", &reports(160..176));
+    let mut job = sandbox.job("output");
     let spec = &mut job["spec"];
     spec["model"]["uri"] = json!(format!("file://{}", directory.display()));
-    spec["dataset"]["validation"] = json!(bench.uri("validation.jsonl"));
+    spec["dataset"]["validation"] = json!(sandbox.uri("validation.jsonl"));
     spec["training"] = training;
     Some(job)
 }
@@ -45,46 +45,46 @@ fn reports(numbers: std::ops::Range<u32>) -> String {
 /// Real work takes all processors, so there is one such run at a time.
 static MACHINE: Mutex<()> = Mutex::new(());
 
-fn bench() -> Option<(Bench, MutexGuard<'static, ()>)> {
+fn sandbox() -> Option<(Sandbox, MutexGuard<'static, ()>)> {
     let machine = MACHINE.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut bench = Bench::new()?;
+    let mut sandbox = Sandbox::new()?;
     let processors = std::thread::available_parallelism().unwrap();
-    bench.set("OMP_NUM_THREADS", &processors.to_string());
-    Some((bench, machine))
+    sandbox.set("OMP_NUM_THREADS", &processors.to_string());
+    Some((sandbox, machine))
 }
 
 #[track_caller]
-fn learns(bench: &Bench, job: &Value) {
-    let ran = bench.run(job).ok();
+fn learns(sandbox: &Sandbox, job: &Value) {
+    let ran = sandbox.run(job).ok();
     eprintln!("{}", ran.stdout);
-    let [before, after] = bench.report(job).eval_loss.unwrap();
+    let [before, after] = sandbox.report(job).eval_loss.unwrap();
     assert!(after < LEARNED * before, "{before} → {after}");
-    bench.published("output");
-    bench.finetune(&["verify", &bench.uri("output")]).ok();
+    sandbox.published("output");
+    sandbox.finetune(&["verify", &sandbox.uri("output")]).ok();
 }
 
 #[test]
 fn an_adapter_of_a_real_model_learns_in_little_memory() {
-    let Some((bench, _machine)) = bench() else { return };
+    let Some((sandbox, _machine)) = sandbox() else { return };
     let training = json!({
         "contextLength": 128, "maxSteps": 25, "learningRate": 1e-3, "trainBatchSizePerDevice": 2,
         "gradientAccumulationSteps": 2, "evaluationSteps": 25,
     });
-    let Some(mut job) = job(&bench, training) else { return };
+    let Some(mut job) = job(&sandbox, training) else { return };
     job["spec"]["loraConfig"] = json!({});
-    learns(&bench, &job);
-    let peak = bench.report(&job).measured_peak_bytes;
+    learns(&sandbox, &job);
+    let peak = sandbox.report(&job).measured_peak_bytes;
     assert!(peak < LORA_PEAK_BYTES, "{peak} bytes");
 }
 
 #[test]
 fn a_real_model_trained_in_full_learns() {
-    let Some((bench, _machine)) = bench() else { return };
+    let Some((sandbox, _machine)) = sandbox() else { return };
     let training = json!({
         "contextLength": 128, "maxSteps": 6, "learningRate": 1e-4, "trainBatchSizePerDevice": 2,
         "gradientAccumulationSteps": 2, "numWarmupSteps": 1, "evaluationSteps": 6,
     });
-    let Some(mut job) = job(&bench, training) else { return };
+    let Some(mut job) = job(&sandbox, training) else { return };
     job["spec"].as_object_mut().unwrap().remove("loraConfig");
-    learns(&bench, &job);
+    learns(&sandbox, &job);
 }

@@ -8,7 +8,7 @@ use std::{path::Path, process::Command};
 
 use serde_json::{Value, json};
 
-use crate::bench::{Bench, needed, sha256};
+use crate::sandbox::{Sandbox, needed, sha256};
 
 /// A prefix of a bucket that no other test writes to.
 struct Bucket {
@@ -36,13 +36,13 @@ impl Bucket {
         })
     }
 
-    /// Returns a bench whose processes know the server.
-    fn bench(&self) -> Option<Bench> {
-        let mut bench = Bench::new()?;
-        bench.set("AWS_ENDPOINT_URL", &self.endpoint);
-        bench.set("AWS_REGION", "us-east-1");
-        bench.set("FINETUNE_STORE_RETRIES", "1");
-        Some(bench)
+    /// Returns a sandbox whose processes know the server.
+    fn sandbox(&self) -> Option<Sandbox> {
+        let mut sandbox = Sandbox::new()?;
+        sandbox.set("AWS_ENDPOINT_URL", &self.endpoint);
+        sandbox.set("AWS_REGION", "us-east-1");
+        sandbox.set("FINETUNE_STORE_RETRIES", "1");
+        Some(sandbox)
     }
 
     fn uri(&self, name: &str) -> String {
@@ -66,8 +66,8 @@ impl Bucket {
     }
 }
 
-fn long_job(bench: &Bench, output: &str) -> Value {
-    let mut job = bench.job("output");
+fn long_job(sandbox: &Sandbox, output: &str) -> Value {
+    let mut job = sandbox.job("output");
     job["spec"]["output"]["uri"] = json!(output);
     job["spec"]["training"]["maxSteps"] = json!(30);
     job
@@ -76,43 +76,43 @@ fn long_job(bench: &Bench, output: &str) -> Value {
 #[test]
 fn a_run_in_a_bucket_is_killed_goes_on_and_is_proven() {
     let Some(bucket) = Bucket::new("killed") else { return };
-    let Some(bench) = bucket.bench() else { return };
-    bucket.put("train.jsonl", &bench.path("train.jsonl"));
-    let mut job = long_job(&bench, &bucket.uri("output"));
+    let Some(sandbox) = bucket.sandbox() else { return };
+    bucket.put("train.jsonl", &sandbox.path("train.jsonl"));
+    let mut job = long_job(&sandbox, &bucket.uri("output"));
     job["spec"]["dataset"]["train"] = json!(bucket.uri("train.jsonl"));
-    let mut started = bench.start(&job);
+    let mut started = sandbox.start(&job);
     started.wait_for_checkpoint(9);
     started.signal("-KILL");
-    bench.run(&job).ok();
-    assert!(bench.report(&job).resumed_from_step.is_some_and(|step| step >= 9));
-    bench.finetune(&["verify", &bucket.uri("output")]).ok();
-    let ran = bench.run(&job).ok();
+    sandbox.run(&job).ok();
+    assert!(sandbox.report(&job).resumed_from_step.is_some_and(|step| step >= 9));
+    sandbox.finetune(&["verify", &bucket.uri("output")]).ok();
+    let ran = sandbox.run(&job).ok();
     assert!(ran.stdout.contains("nothing was trained"), "{}", ran.stdout);
 
     // What is there is what a run on disk without interruption gives.
-    bench.run(&long_job(&bench, &bench.uri("on-disk"))).ok();
-    let fetched = bench.path("fetched.safetensors");
+    sandbox.run(&long_job(&sandbox, &sandbox.uri("on-disk"))).ok();
+    let fetched = sandbox.path("fetched.safetensors");
     bucket.get("output/adapter_model.safetensors", &fetched);
-    assert_eq!(sha256(&fetched), sha256(&bench.path("on-disk/adapter_model.safetensors")));
+    assert_eq!(sha256(&fetched), sha256(&sandbox.path("on-disk/adapter_model.safetensors")));
 }
 
 #[test]
 fn a_bucket_that_refuses_or_is_not_there_says_so() {
     let Some(bucket) = Bucket::new("refused") else { return };
-    let Some(mut bench) = bucket.bench() else { return };
+    let Some(mut sandbox) = bucket.sandbox() else { return };
     // To be read: some servers make a bucket that is written to.
-    let mut job = long_job(&bench, &bucket.uri("output"));
+    let mut job = long_job(&sandbox, &bucket.uri("output"));
     job["spec"]["dataset"]["train"] = json!("s3://finetune-no-such-bucket/train.jsonl");
-    let shown = without_server_words(&bench.shown(&bench.run(&job)));
+    let shown = without_server_words(&sandbox.shown(&sandbox.run(&job)));
     insta::assert_snapshot!(shown, @r"
 exit 78
 error: the run cannot start:
   spec.dataset.train: cannot list s3://finetune-no-such-bucket/train.jsonl: the bucket does not exist (…); create it or mend the URI
 ");
 
-    bench.set("AWS_SECRET_ACCESS_KEY", "wrong");
-    let job = long_job(&bench, &bucket.uri("output"));
-    let shown = bench.shown(&bench.run(&job)).replace(&bucket.uri("output"), "OUTPUT");
+    sandbox.set("AWS_SECRET_ACCESS_KEY", "wrong");
+    let job = long_job(&sandbox, &bucket.uri("output"));
+    let shown = sandbox.shown(&sandbox.run(&job)).replace(&bucket.uri("output"), "OUTPUT");
     insta::assert_snapshot!(without_server_words(&shown), @r"
 exit 77
 error: the run cannot start:

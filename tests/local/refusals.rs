@@ -4,11 +4,11 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-use crate::bench::Bench;
+use crate::sandbox::Sandbox;
 
-fn check(bench: &Bench, job: &Value) -> String {
-    let shown = bench.shown(&bench.run(job));
-    assert!(!bench.path("output/finetune-manifest.json").exists());
+fn check(sandbox: &Sandbox, job: &Value) -> String {
+    let shown = sandbox.shown(&sandbox.run(job));
+    assert!(!sandbox.path("output/finetune-manifest.json").exists());
     shown
 }
 
@@ -19,10 +19,10 @@ fn first_problem(shown: &str) -> String {
 
 #[test]
 fn refuses_a_model_that_is_not_there() {
-    let Some(bench) = Bench::new() else { return };
-    let mut job = bench.job("output");
-    job["spec"]["model"]["uri"] = json!(bench.uri("absent"));
-    insta::assert_snapshot!(check(&bench, &job), @r#"
+    let Some(sandbox) = Sandbox::new() else { return };
+    let mut job = sandbox.job("output");
+    job["spec"]["model"]["uri"] = json!(sandbox.uri("absent"));
+    insta::assert_snapshot!(check(&sandbox, &job), @r#"
 exit 78
 error: the run cannot start:
   spec.model.uri: nothing is at file://DIR/absent
@@ -31,10 +31,10 @@ error: the run cannot start:
 
 #[test]
 fn refuses_bad_rows_by_file_and_line() {
-    let Some(bench) = Bench::new() else { return };
+    let Some(sandbox) = Sandbox::new() else { return };
     let good = r#"{"text": "fine"}"#;
-    bench.write("train.jsonl", &format!("{good}\n{{\"text\": \n{good}\n{{\"txt\": \"typo\"}}\n"));
-    insta::assert_snapshot!(check(&bench, &bench.job("output")), @r#"
+    sandbox.write("train.jsonl", &format!("{good}\n{{\"text\": \n{good}\n{{\"txt\": \"typo\"}}\n"));
+    insta::assert_snapshot!(check(&sandbox, &sandbox.job("output")), @r#"
 exit 65
 error: the run cannot start:
   train.jsonl:2: the row is not JSON: EOF while parsing a value at column 8
@@ -44,16 +44,16 @@ error: the run cannot start:
 
 #[test]
 fn refuses_an_adapter_that_does_not_fit() {
-    let Some(bench) = Bench::new() else { return };
-    let mut job = bench.job("output");
+    let Some(sandbox) = Sandbox::new() else { return };
+    let mut job = sandbox.job("output");
     job["spec"]["loraConfig"]["r"] = json!(512);
-    insta::assert_snapshot!(first_problem(&check(&bench, &job)), @r#"
+    insta::assert_snapshot!(first_problem(&check(&sandbox, &job)), @r#"
 exit 78
 error: the run cannot start:
   spec.loraConfig.r: loraConfig.r is 512, larger than "model.layers.0.mlp.down_proj" (32 x 64): use at most 32
 "#);
     job["spec"]["loraConfig"] = json!({"targetModules": ["q_porj", "v_proj"]});
-    insta::assert_snapshot!(first_problem(&check(&bench, &job)), @r#"
+    insta::assert_snapshot!(first_problem(&check(&sandbox, &job)), @r#"
 exit 78
 error: the run cannot start:
   spec.loraConfig.targetModules: loraConfig.targetModules names "q_porj", which no module of this model is called: use down_proj, embed_tokens, gate_proj, input_layernorm, k_proj, lm_head, norm, o_proj, post_attention_layernorm, q_proj, up_proj, v_proj (did you mean "q_proj"?)
@@ -62,10 +62,10 @@ error: the run cannot start:
 
 #[test]
 fn refuses_pickled_weights() {
-    let Some(bench) = Bench::new() else { return };
-    fs::rename(bench.path("model/model.safetensors"), bench.path("model/pytorch_model.bin"))
+    let Some(sandbox) = Sandbox::new() else { return };
+    fs::rename(sandbox.path("model/model.safetensors"), sandbox.path("model/pytorch_model.bin"))
         .unwrap();
-    insta::assert_snapshot!(check(&bench, &bench.job("output")), @r#"
+    insta::assert_snapshot!(check(&sandbox, &sandbox.job("output")), @r#"
 exit 65
 error: the run cannot start:
   spec.model.uri: the weights are a pickle (pytorch_model.bin), which can run any code when opened: convert them with transformers' save_pretrained, which writes safetensors

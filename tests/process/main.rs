@@ -7,4 +7,5 @@ mod command;
 mod manifest;
 mod needs;
 mod operations;
+#[path = "../support/promql.rs"]
 mod promql;

@@ -9,11 +9,11 @@ use std::{
 use finetune_contract::Strategy;
 use serde_json::{Value, json};
 
-use crate::bench::{Bench, Ran};
+use crate::sandbox::{Ran, Sandbox};
 
 /// Returns a job at a rate so low that rounding stays small.
-fn smooth_job(bench: &Bench, output: &str, accumulation: u32, is_lora: bool) -> Value {
-    let mut job = bench.job(output);
+fn smooth_job(sandbox: &Sandbox, output: &str, accumulation: u32, is_lora: bool) -> Value {
+    let mut job = sandbox.job(output);
     let spec = job["spec"].as_object_mut().unwrap();
     spec["training"]["gradientAccumulationSteps"] = json!(accumulation);
     spec["training"]["learningRate"] = json!(1e-3);
@@ -25,22 +25,22 @@ fn smooth_job(bench: &Bench, output: &str, accumulation: u32, is_lora: bool) -> 
 
 #[test]
 fn two_ranks_train_what_one_does() {
-    let Some(bench) = Bench::new() else { return };
-    bench.write_rows("validation.jsonl", 20..25);
+    let Some(sandbox) = Sandbox::new() else { return };
+    sandbox.write_rows("validation.jsonl", 20..25);
     for is_lora in [true, false] {
         let job = |output: &str, accumulation: u32| {
-            let mut job = smooth_job(&bench, output, accumulation, is_lora);
-            job["spec"]["dataset"]["validation"] = json!(bench.uri("validation.jsonl"));
+            let mut job = smooth_job(&sandbox, output, accumulation, is_lora);
+            job["spec"]["dataset"]["validation"] = json!(sandbox.uri("validation.jsonl"));
             // A step after an evaluation finds weights gathered.
             job["spec"]["training"]["evaluationSteps"] = json!(1000);
             job
         };
         let (one, two) = (format!("one-{is_lora}"), format!("two-{is_lora}"));
         let (one_job, two_job) = (job(&one, 4), job(&two, 2));
-        bench.run(&one_job).ok();
-        let ran = Ran::of(&bench.ranks_command(&two_job, 2).output().unwrap()).ok();
+        sandbox.run(&one_job).ok();
+        let ran = Ran::of(&sandbox.ranks_command(&two_job, 2).output().unwrap()).ok();
         assert!(ran.stderr.contains("ranks                      2"), "{}", ran.stderr);
-        let (one_report, report) = (bench.report(&one_job), bench.report(&two_job));
+        let (one_report, report) = (sandbox.report(&one_job), sandbox.report(&two_job));
         let losses = |report: &finetune_contract::RunReport| {
             [report.train_loss.unwrap(), report.eval_loss.unwrap()].concat()
         };
@@ -52,19 +52,19 @@ fn two_ranks_train_what_one_does() {
         let predicted = report.predicted_sent_bytes.unwrap();
         let more = report.measured_sent_bytes.unwrap() - predicted;
         assert!(if is_lora { more == 3 * 8 } else { more < predicted / 50 }, "{more} {predicted}");
-        assert_eq!(bench.published(&one).files.len(), bench.published(&two).files.len());
-        bench.finetune(&["verify", &bench.uri(&two)]).ok();
+        assert_eq!(sandbox.published(&one).files.len(), sandbox.published(&two).files.len());
+        sandbox.finetune(&["verify", &sandbox.uri(&two)]).ok();
     }
 }
 
 /// 19 rows in steps of 8: the last has 3, which two ranks cannot halve.
 #[test]
 fn two_ranks_share_a_short_last_step() {
-    let Some(bench) = Bench::new() else { return };
-    bench.write_rows("train.jsonl", 0..19);
+    let Some(sandbox) = Sandbox::new() else { return };
+    sandbox.write_rows("train.jsonl", 0..19);
     for is_lora in [true, false] {
         let job = |output: &str, accumulation: u32| {
-            let mut job = smooth_job(&bench, output, accumulation, is_lora);
+            let mut job = smooth_job(&sandbox, output, accumulation, is_lora);
             let training = job["spec"]["training"].as_object_mut().unwrap();
             training.remove("maxSteps");
             training.insert("numEpochs".to_owned(), json!(1));
@@ -74,9 +74,9 @@ fn two_ranks_share_a_short_last_step() {
         };
         let (one_job, two_job) =
             (job(&format!("one-{is_lora}"), 4), job(&format!("two-{is_lora}"), 2));
-        bench.run(&one_job).ok();
-        Ran::of(&bench.ranks_command(&two_job, 2).output().unwrap()).ok();
-        let [one, two] = [bench.report(&one_job), bench.report(&two_job)];
+        sandbox.run(&one_job).ok();
+        Ran::of(&sandbox.ranks_command(&two_job, 2).output().unwrap()).ok();
+        let [one, two] = [sandbox.report(&one_job), sandbox.report(&two_job)];
         assert_eq!((one.steps, two.steps), (3, 3));
         assert_eq!(two.tokens_seen, one.tokens_seen);
         let losses = one.train_loss.unwrap().into_iter().zip(two.train_loss.unwrap());
@@ -88,10 +88,10 @@ fn two_ranks_share_a_short_last_step() {
 
 #[test]
 fn the_plan_says_how_ranks_divide_the_run() {
-    let Some(bench) = Bench::new() else { return };
-    let job = bench.job("output");
-    fs::write(bench.path("job.json"), job.to_string()).unwrap();
-    let ran = bench.finetune(&["plan", "-f", "job.json", "--ranks", "4", "-o", "json"]).ok();
+    let Some(sandbox) = Sandbox::new() else { return };
+    let job = sandbox.job("output");
+    fs::write(sandbox.path("job.json"), job.to_string()).unwrap();
+    let ran = sandbox.finetune(&["plan", "-f", "job.json", "--ranks", "4", "-o", "json"]).ok();
     let plan: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
     let parallelism = &plan["runConfig"]["parallelism"];
     assert_eq!(
@@ -102,22 +102,22 @@ fn the_plan_says_how_ranks_divide_the_run() {
 
 #[test]
 fn the_death_of_a_rank_ends_the_command_which_goes_on_when_run_again() {
-    let Some(bench) = Bench::new() else { return };
-    let mut job = bench.job("output");
+    let Some(sandbox) = Sandbox::new() else { return };
+    let mut job = sandbox.job("output");
     job["spec"]["training"]["maxSteps"] = json!(400);
-    let mut started = bench.start_with(&mut bench.ranks_command(&job, 2), &job);
+    let mut started = sandbox.start_with(&mut sandbox.ranks_command(&job, 2), &job);
     started.wait_for_checkpoint(3);
-    let victim = trainer_in(&bench.work_dir(&job).join("rank-1"));
+    let victim = trainer_in(&sandbox.work_dir(&job).join("rank-1"));
     let killed = Instant::now();
     assert!(Command::new("kill").args(["-9", &victim]).status().unwrap().success());
     let ran = started.end();
     assert!(killed.elapsed() < Duration::from_secs(20), "{:?}", killed.elapsed());
-    insta::assert_snapshot!(bench.shown(&ran), @r"
+    insta::assert_snapshot!(sandbox.shown(&ran), @r"
     exit 76
     error: rank 1 was killed (signal 9), perhaps for want of memory; the other ranks ended with it. Started again, the run goes on from the last checkpoint
     ");
-    Ran::of(&bench.ranks_command(&job, 2).output().unwrap()).ok();
-    assert!(bench.report(&job).resumed_from_step.is_some());
+    Ran::of(&sandbox.ranks_command(&job, 2).output().unwrap()).ok();
+    assert!(sandbox.report(&job).resumed_from_step.is_some());
 }
 
 /// Finds the process that works in a directory.

@@ -11,13 +11,14 @@
 #![allow(clippy::print_stderr, reason = "what is skipped is said")]
 #![allow(unreachable_pub, reason = "modules of a test binary share items by `pub`")]
 
-mod bench;
 mod data_check;
 mod inputs;
 mod kills;
-mod model;
 mod objects;
 mod ranks;
 mod real_model;
 mod refusals;
 mod runs;
+mod sandbox;
+#[path = "../support/tiny_model.rs"]
+mod tiny_model;

@@ -19,14 +19,14 @@ use kube::{
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::model;
+use crate::tiny_model;
 
 /// How long anything may take that a test waits for.
 const PATIENCE: Duration = Duration::from_mins(5);
 const POLL: Duration = Duration::from_millis(300);
 
 /// A place to work in.
-pub struct Bed {
+pub struct TestNamespace {
     pub client: Client,
     pub namespace: String,
     pub jobs: Api<FineTuneJob>,
@@ -79,7 +79,7 @@ fn put_at(key: &str, file: &Path) {
     assert!(curl.status().unwrap().success(), "{key} could not be stored");
 }
 
-impl Bed {
+impl TestNamespace {
     /// Makes a namespace under Pod Security `restricted`, with a tiny model and twelve rows in the
     /// bucket.
     pub async fn new(name: &str) -> Option<Self> {
@@ -88,7 +88,7 @@ impl Bed {
         }
         let client = Client::try_default().await.unwrap();
         let namespace = format!("e2e-{name}");
-        let bed = Self {
+        let test = Self {
             jobs: Api::namespaced(client.clone(), &namespace),
             pods: Api::namespaced(client.clone(), &namespace),
             children: Api::namespaced(client.clone(), &namespace),
@@ -101,12 +101,12 @@ impl Bed {
             client,
             namespace,
         };
-        bed.make_namespace().await;
-        let model = bed.directory.path().join("model");
-        model::write(&model);
-        put_all(&format!("{}/model", bed.prefix), &model);
-        bed.put_text("train.jsonl", &rows(0..12));
-        Some(bed)
+        test.make_namespace().await;
+        let model = test.directory.path().join("model");
+        tiny_model::write(&model);
+        put_all(&format!("{}/model", test.prefix), &model);
+        test.put_text("train.jsonl", &rows(0..12));
+        Some(test)
     }
 
     async fn make_namespace(&self) {

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
-use crate::model;
+use crate::tiny_model;
 
 const FINETUNE: &str = env!("CARGO_BIN_EXE_finetune");
 /// How long a process may take to get where a test waits for it.
@@ -34,7 +34,7 @@ pub(crate) fn needed<T>(value: Option<T>, missing: &str) -> Option<T> {
 }
 
 /// A directory with a tiny model in `model` and twelve rows in `train.jsonl`.
-pub(crate) struct Bench {
+pub(crate) struct Sandbox {
     directory: TempDir,
     trainer: PathBuf,
     environment: Vec<(String, String)>,
@@ -47,7 +47,7 @@ pub(crate) struct Ran {
     pub(crate) stderr: String,
 }
 
-impl Bench {
+impl Sandbox {
     pub(crate) fn new() -> Option<Self> {
         let beside = Path::new(FINETUNE).with_file_name("finetune-trainer");
         let release = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/release/finetune-trainer");
@@ -60,10 +60,10 @@ impl Bench {
             ("OMP_NUM_THREADS".to_owned(), "1".to_owned()),
             ("XDG_STATE_HOME".to_owned(), state),
         ];
-        let bench = Self { directory, trainer, environment };
-        model::write(&bench.path("model"));
-        bench.write_rows("train.jsonl", 0..12);
-        Some(bench)
+        let sandbox = Self { directory, trainer, environment };
+        tiny_model::write(&sandbox.path("model"));
+        sandbox.write_rows("train.jsonl", 0..12);
+        Some(sandbox)
     }
 
     /// Sets a variable of the processes' environment.

@@ -5,7 +5,7 @@ use std::fs;
 use finetune_contract::ArtifactKind;
 use serde_json::json;
 
-use crate::bench::{Bench, lines, rows, sha256};
+use crate::sandbox::{Sandbox, lines, rows, sha256};
 
 fn paths(manifest: &finetune_contract::Manifest) -> Vec<&str> {
     manifest.files.iter().map(|file| file.path.as_str()).collect()
@@ -13,11 +13,11 @@ fn paths(manifest: &finetune_contract::Manifest) -> Vec<&str> {
 
 #[test]
 fn a_lora_run_publishes_an_adapter_once() {
-    let Some(bench) = Bench::new() else { return };
-    let job = bench.job("output");
-    let ran = bench.run(&job).ok();
+    let Some(sandbox) = Sandbox::new() else { return };
+    let job = sandbox.job("output");
+    let ran = sandbox.run(&job).ok();
     assert!(ran.stdout.starts_with("published "), "{}", ran.stdout);
-    let manifest = bench.published("output");
+    let manifest = sandbox.published("output");
     assert_eq!(manifest.kind, ArtifactKind::Adapter);
     assert_eq!(manifest.step, 6);
     insta::assert_debug_snapshot!(paths(&manifest), @r#"
@@ -30,23 +30,23 @@ fn a_lora_run_publishes_an_adapter_once() {
     "tokenizer_config.json",
 ]
 "#);
-    assert!(bench.checkpoints("output").is_empty());
-    let [first, last] = bench.report(&job).train_loss.unwrap();
+    assert!(sandbox.checkpoints("output").is_empty());
+    let [first, last] = sandbox.report(&job).train_loss.unwrap();
     assert!(last < first, "{first} → {last}");
 
     // The same again changes nothing.
-    let manifest_path = bench.path("output/finetune-manifest.json");
+    let manifest_path = sandbox.path("output/finetune-manifest.json");
     let before =
         (sha256(&manifest_path), fs::metadata(&manifest_path).unwrap().modified().unwrap());
-    let ran = bench.run(&job).ok();
+    let ran = sandbox.run(&job).ok();
     assert!(ran.stdout.starts_with("the same inputs are already published at "), "{}", ran.stdout);
     let after = (sha256(&manifest_path), fs::metadata(&manifest_path).unwrap().modified().unwrap());
     assert_eq!(before, after);
 
     // And anybody can prove it, and use it.
-    let uri = bench.uri("output");
-    bench.finetune(&["verify", &uri]).ok();
-    let generated = bench.finetune(&[
+    let uri = sandbox.uri("output");
+    sandbox.finetune(&["verify", &uri]).ok();
+    let generated = sandbox.finetune(&[
         "generate",
         "--model",
         "model",
@@ -60,12 +60,12 @@ fn a_lora_run_publishes_an_adapter_once() {
     assert!(!generated.ok().stdout.trim().is_empty());
 
     // Unless a byte of it changes.
-    let path = bench.path("output/adapter_model.safetensors");
+    let path = sandbox.path("output/adapter_model.safetensors");
     let mut bytes = fs::read(&path).unwrap();
     *bytes.last_mut().unwrap() ^= 1;
     fs::write(&path, bytes).unwrap();
-    let ran = bench.finetune(&["verify", &uri]);
-    insta::assert_snapshot!(without_digests(&bench.shown(&ran)), @"
+    let ran = sandbox.finetune(&["verify", &uri]);
+    insta::assert_snapshot!(without_digests(&sandbox.shown(&ran)), @"
 exit 70
 error: file://DIR/output/adapter_model.safetensors is damaged: the manifest says 19840 bytes with SHA-256 DIGEST, the store holds 19840 with DIGEST
 ");
@@ -82,11 +82,11 @@ fn without_digests(text: &str) -> String {
 
 #[test]
 fn a_full_parameter_run_publishes_a_model() {
-    let Some(bench) = Bench::new() else { return };
-    let mut job = bench.job("output");
+    let Some(sandbox) = Sandbox::new() else { return };
+    let mut job = sandbox.job("output");
     job["spec"].as_object_mut().unwrap().remove("loraConfig");
-    bench.run(&job).ok();
-    let manifest = bench.published("output");
+    sandbox.run(&job).ok();
+    let manifest = sandbox.published("output");
     assert_eq!(manifest.kind, ArtifactKind::FullModel);
     insta::assert_debug_snapshot!(paths(&manifest), @r#"
 [
@@ -98,19 +98,19 @@ fn a_full_parameter_run_publishes_a_model() {
     "tokenizer_config.json",
 ]
 "#);
-    bench.finetune(&["verify", &bench.uri("output")]).ok();
-    bench
+    sandbox.finetune(&["verify", &sandbox.uri("output")]).ok();
+    sandbox
         .finetune(&["generate", "--model", "output", "--prompt", "3+1", "--max-new-tokens", "8"])
         .ok();
 }
 
 #[test]
 fn a_merged_run_publishes_the_model_and_its_adapter() {
-    let Some(bench) = Bench::new() else { return };
-    let mut job = bench.job("output");
+    let Some(sandbox) = Sandbox::new() else { return };
+    let mut job = sandbox.job("output");
     job["spec"]["output"]["merge"] = json!(true);
-    bench.run(&job).ok();
-    let manifest = bench.published("output");
+    sandbox.run(&job).ok();
+    let manifest = sandbox.published("output");
     assert_eq!(manifest.kind, ArtifactKind::MergedModel);
     insta::assert_debug_snapshot!(paths(&manifest), @r#"
 [
@@ -128,78 +128,78 @@ fn a_merged_run_publishes_the_model_and_its_adapter() {
     "tokenizer_config.json",
 ]
 "#);
-    bench.finetune(&["verify", &bench.uri("output")]).ok();
+    sandbox.finetune(&["verify", &sandbox.uri("output")]).ok();
 }
 
 /// A model whose generation would go on after the end of a turn, with a stale index beside its weights.
 #[test]
 fn a_result_stops_where_its_turns_end() {
-    let Some(bench) = Bench::new() else { return };
-    bench.write("model/generation_config.json", "{\"eos_token_id\": 256}");
-    bench.write(
+    let Some(sandbox) = Sandbox::new() else { return };
+    sandbox.write("model/generation_config.json", "{\"eos_token_id\": 256}");
+    sandbox.write(
         "model/model.safetensors.index.json",
         "{\"weight_map\": {\"model.norm.weight\": \"model-00001-of-00001.safetensors\"}}",
     );
     for is_merged in [true, false] {
-        let mut job = bench.job(&format!("output-{is_merged}"));
+        let mut job = sandbox.job(&format!("output-{is_merged}"));
         if is_merged {
             job["spec"]["output"]["merge"] = json!(true);
         } else {
             job["spec"].as_object_mut().unwrap().remove("loraConfig");
         }
-        let ran = bench.run(&job).ok();
+        let ran = sandbox.run(&job).ok();
         let said = format!("{}{}", ran.stdout, ran.stderr);
         assert!(said.contains("answers end with \"<|im_end|>\" (token 257)"), "{said}");
         assert!(said.contains("model.safetensors is used, as transformers does"), "{said}");
-        let path = bench.path(&format!("output-{is_merged}/generation_config.json"));
+        let path = sandbox.path(&format!("output-{is_merged}/generation_config.json"));
         let config: serde_json::Value =
             serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap();
         assert_eq!(config["eos_token_id"], json!([256, 257]));
-        bench.finetune(&["verify", &bench.uri(&format!("output-{is_merged}"))]).ok();
+        sandbox.finetune(&["verify", &sandbox.uri(&format!("output-{is_merged}"))]).ok();
     }
 }
 
 /// A template of one's own, whose turns end with a token that the model does not have.
 #[test]
 fn tokens_are_added_to_a_model_and_trained() {
-    let Some(bench) = Bench::new() else { return };
-    bench.write("chat.jsonl", "{\"messages\": [{\"role\": \"user\", \"content\": \"hi\"}, {\"role\": \"assistant\", \"content\": \"yes\"}]}\n{\"messages\": [{\"role\": \"user\", \"content\": \"ho\"}, {\"role\": \"assistant\", \"content\": \"no\"}]}\n");
-    let mut job = bench.job("adapter");
+    let Some(sandbox) = Sandbox::new() else { return };
+    sandbox.write("chat.jsonl", "{\"messages\": [{\"role\": \"user\", \"content\": \"hi\"}, {\"role\": \"assistant\", \"content\": \"yes\"}]}\n{\"messages\": [{\"role\": \"user\", \"content\": \"ho\"}, {\"role\": \"assistant\", \"content\": \"no\"}]}\n");
+    let mut job = sandbox.job("adapter");
     job["spec"]["model"]["addedTokens"] =
         json!(["<|user|>", "<|bot|>", "<|1|>", "<|2|>", "<|3|>", "<|4|>", "<|5|>", "<|over|>",]);
     job["spec"]["dataset"] = json!({
-        "train": bench.uri("chat.jsonl"),
+        "train": sandbox.uri("chat.jsonl"),
         "chatTemplate": "{% for m in messages %}<|{{ 'bot' if m.role == 'assistant' else m.role }}|>{{ m.content }}<|over|>{% endfor %}{% if add_generation_prompt %}<|bot|>{% endif %}",
     });
-    let refused = bench.run(&job);
-    insta::assert_snapshot!(bench.shown(&refused), @r#"
+    let refused = sandbox.run(&job);
+    insta::assert_snapshot!(sandbox.shown(&refused), @r#"
 exit 78
 error: the run cannot start:
   spec.model.addedTokens: adds 8 tokens, whose rows would not be trained and mean nothing: add embed_tokens and lm_head to loraConfig.modulesToSave, or leave loraConfig out to train every parameter
 "#);
     job["spec"]["loraConfig"]["modulesToSave"] = json!(["embed_tokens", "lm_head"]);
-    let planned = bench.run(&job).ok();
+    let planned = sandbox.run(&job).ok();
     let said = planned.stdout.lines().chain(planned.stderr.lines());
     let of_tokens: Vec<&str> = said.filter(|line| line.contains("addedTokens")).collect();
     insta::assert_snapshot!(of_tokens.join("\n"), @"  addedTokens                8               new to the tokenizer: their rows start as the mean of all; the vocabulary has 266 rows with them");
-    bench.published("adapter");
-    bench.finetune(&["verify", &bench.uri("adapter")]).ok();
+    sandbox.published("adapter");
+    sandbox.finetune(&["verify", &sandbox.uri("adapter")]).ok();
     // The adapter says itself which tokens its base model needs.
     let prompt = ["--prompt", "hi", "--max-new-tokens", "4"];
-    bench
+    sandbox
         .finetune(
             &[&["generate", "--model", "model", "--adapter", "adapter"], &prompt[..]].concat(),
         )
         .ok();
-    let card = fs::read_to_string(bench.path("adapter/README.md")).unwrap();
+    let card = fs::read_to_string(sandbox.path("adapter/README.md")).unwrap();
     assert!(card.contains("base.resize_token_embeddings("), "{card}");
 
     // In full, generation stops where the turns end.
     job["spec"].as_object_mut().unwrap().remove("loraConfig");
-    job["spec"]["output"] = json!({"uri": bench.uri("model-with-tokens")});
-    bench.run(&job).ok();
+    job["spec"]["output"] = json!({"uri": sandbox.uri("model-with-tokens")});
+    sandbox.run(&job).ok();
     let read = |name: &str| -> serde_json::Value {
-        let path = bench.path("model-with-tokens").join(name);
+        let path = sandbox.path("model-with-tokens").join(name);
         serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
     };
     let over =
@@ -209,72 +209,72 @@ error: the run cannot start:
         Some(&over)
     );
     assert_eq!(read("config.json")["vocab_size"].as_u64(), over.as_u64().map(|last| last + 1));
-    bench.finetune(&["verify", &bench.uri("model-with-tokens")]).ok();
+    sandbox.finetune(&["verify", &sandbox.uri("model-with-tokens")]).ok();
 
     // What has the tokens is trained further with the same list, and nothing is new.
-    job["spec"]["model"]["uri"] = json!(bench.uri("model-with-tokens"));
+    job["spec"]["model"]["uri"] = json!(sandbox.uri("model-with-tokens"));
     job["spec"]["loraConfig"] = json!({"r": 4});
-    job["spec"]["output"] = json!({"uri": bench.uri("further")});
-    bench.run(&job).ok();
+    job["spec"]["output"] = json!({"uri": sandbox.uri("further")});
+    sandbox.run(&job).ok();
 }
 
 #[test]
 fn an_output_of_another_run_is_replaced_only_when_told() {
-    let Some(bench) = Bench::new() else { return };
-    let mut job = bench.job("output");
-    bench.run(&job).ok();
-    let first = bench.published("output");
+    let Some(sandbox) = Sandbox::new() else { return };
+    let mut job = sandbox.job("output");
+    sandbox.run(&job).ok();
+    let first = sandbox.published("output");
     job["spec"]["training"]["seed"] = json!(7);
-    let shown = bench.shown(&bench.run(&job));
+    let shown = sandbox.shown(&sandbox.run(&job));
     assert!(
         shown.starts_with("exit 78\n") && shown.contains("made with other settings"),
         "{shown}"
     );
-    assert_eq!(bench.published("output"), first);
+    assert_eq!(sandbox.published("output"), first);
     job["spec"]["output"]["overwrite"] = json!(true);
-    bench.run(&job).ok();
-    let second = bench.published("output");
+    sandbox.run(&job).ok();
+    let second = sandbox.published("output");
     assert_ne!(second.files, first.files);
-    bench.finetune(&["verify", &bench.uri("output")]).ok();
+    sandbox.finetune(&["verify", &sandbox.uri("output")]).ok();
 }
 
 #[test]
 fn patience_ends_a_run_and_publishes_its_best() {
-    let Some(bench) = Bench::new() else { return };
+    let Some(sandbox) = Sandbox::new() else { return };
     // Answers that contradict those trained on: learning soon makes them less likely.
     let unlike = rows(0..6).replace("= ", "~ ~");
-    bench.write("validation.jsonl", &unlike);
-    let mut job = bench.job("output");
-    job["spec"]["dataset"]["validation"] = json!(bench.uri("validation.jsonl"));
+    sandbox.write("validation.jsonl", &unlike);
+    let mut job = sandbox.job("output");
+    job["spec"]["dataset"]["validation"] = json!(sandbox.uri("validation.jsonl"));
     let training = job["spec"]["training"].as_object_mut().unwrap();
     training.insert("maxSteps".to_owned(), json!(400));
     training.insert("evaluationSteps".to_owned(), json!(5));
     training.insert("earlyStoppingPatience".to_owned(), json!(2));
-    bench.run(&job).ok();
-    let report = bench.report(&job);
+    sandbox.run(&job).ok();
+    let report = sandbox.report(&job);
     let best = report.best_step.unwrap();
     assert!(report.steps < 400);
     assert_eq!(report.steps, best + 10, "two evaluations after the best");
-    assert_eq!(bench.published("output").step, best);
+    assert_eq!(sandbox.published("output").step, best);
 }
 
 #[test]
 fn rows_may_have_a_sequence_each() {
-    let Some(bench) = Bench::new() else { return };
-    let mut job = bench.job("output");
+    let Some(sandbox) = Sandbox::new() else { return };
+    let mut job = sandbox.job("output");
     let training = job["spec"]["training"].as_object_mut().unwrap();
     training.remove("maxSteps");
     training.insert("numEpochs".to_owned(), json!(2));
     training.insert("packing".to_owned(), json!(false));
-    bench.run(&job).ok();
-    assert_eq!(bench.report(&job).steps, 6, "12 rows × 2 epochs / 4 rows a step");
-    bench.published("output");
+    sandbox.run(&job).ok();
+    assert_eq!(sandbox.report(&job).steps, 6, "12 rows × 2 epochs / 4 rows a step");
+    sandbox.published("output");
 }
 
 /// Three conversations of two answers each, thoughts of all but the last left out, each read twice.
 #[test]
 fn a_conversation_that_becomes_several_rows_is_repeated_as_a_whole() {
-    let Some(bench) = Bench::new() else { return };
+    let Some(sandbox) = Sandbox::new() else { return };
     let talk = |number: u32| {
         let turn = |role: &str, content: String| json!({"role": role, "content": content});
         json!({"messages": [
@@ -282,56 +282,56 @@ fn a_conversation_that_becomes_several_rows_is_repeated_as_a_whole() {
             turn("user", "sure?".to_owned()), turn("assistant", "<think>b</think>no".to_owned()),
         ]})
     };
-    bench.write("talks.jsonl", &lines((0..3).map(talk)));
-    let mut job = bench.job("output");
+    sandbox.write("talks.jsonl", &lines((0..3).map(talk)));
+    let mut job = sandbox.job("output");
     job["spec"]["dataset"] = json!({
-        "sources": [{"uri": bench.uri("talks.jsonl"), "weight": 2}],
+        "sources": [{"uri": sandbox.uri("talks.jsonl"), "weight": 2}],
         "chatTemplate": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     });
     job["spec"]["training"]["packing"] = json!(false);
-    let planned = bench.planned(&job, 1);
+    let planned = sandbox.planned(&job, 1);
     assert_eq!(planned.expected.sequences, 3 * 2 * 2);
-    bench.run(&job).ok();
+    sandbox.run(&job).ok();
 }
 
 #[test]
 fn rows_too_long_are_dropped_when_told() {
-    let Some(bench) = Bench::new() else { return };
+    let Some(sandbox) = Sandbox::new() else { return };
     let long = json!({"text": "x".repeat(300)});
     let text = format!("{{\"text\": \"short\"}}\n{long}\n{{\"text\": \"brief\"}}\n");
-    bench.write("train.jsonl", &text);
-    let mut job = bench.job("output");
+    sandbox.write("train.jsonl", &text);
+    let mut job = sandbox.job("output");
     job["spec"]["dataset"]["onOverflow"] = json!("drop");
     job["spec"]["training"]["packing"] = json!(false);
-    bench.run(&job).ok();
-    let config = fs::read_to_string(bench.work_dir(&job).join("train-config.json")).unwrap();
+    sandbox.run(&job).ok();
+    let config = fs::read_to_string(sandbox.work_dir(&job).join("train-config.json")).unwrap();
     let config: finetune_contract::RunConfig = finetune_contract::parse(&config).unwrap();
     assert_eq!(config.expected.sequences, 2);
 }
 
 #[test]
 fn a_published_adapter_is_trained_further() {
-    let Some(bench) = Bench::new() else { return };
-    bench.write_rows("validation.jsonl", 20..24);
+    let Some(sandbox) = Sandbox::new() else { return };
+    sandbox.write_rows("validation.jsonl", 20..24);
     let job = |output: &str| {
-        let mut job = bench.job(output);
-        job["spec"]["dataset"]["validation"] = json!(bench.uri("validation.jsonl"));
+        let mut job = sandbox.job(output);
+        job["spec"]["dataset"]["validation"] = json!(sandbox.uri("validation.jsonl"));
         job
     };
     let first = job("first");
-    bench.run(&first).ok();
+    sandbox.run(&first).ok();
     let mut second = job("second");
-    second["spec"]["initialAdapter"] = json!({"uri": bench.uri("first")});
-    bench.run(&second).ok();
-    let [_, published] = bench.report(&first).eval_loss.unwrap();
-    let [start, _] = bench.report(&second).eval_loss.unwrap();
+    second["spec"]["initialAdapter"] = json!({"uri": sandbox.uri("first")});
+    sandbox.run(&second).ok();
+    let [_, published] = sandbox.report(&first).eval_loss.unwrap();
+    let [start, _] = sandbox.report(&second).eval_loss.unwrap();
     assert!((start - published).abs() < 1e-6, "{start} {published}");
-    bench.finetune(&["verify", &bench.uri("second")]).ok();
+    sandbox.finetune(&["verify", &sandbox.uri("second")]).ok();
 
     let mut other = job("other");
-    other["spec"]["initialAdapter"] = json!({"uri": bench.uri("first")});
+    other["spec"]["initialAdapter"] = json!({"uri": sandbox.uri("first")});
     other["spec"]["loraConfig"]["r"] = json!(2);
-    insta::assert_snapshot!(bench.shown(&bench.run(&other)), @r"
+    insta::assert_snapshot!(sandbox.shown(&sandbox.run(&other)), @r"
     exit 78
     error: the run cannot start:
       spec.loraConfig.r: is 2, but what training starts from has 4: set it to that
@@ -340,13 +340,13 @@ fn a_published_adapter_is_trained_further() {
 
 #[test]
 fn a_run_whose_time_is_over_publishes_its_best() {
-    let Some(bench) = Bench::new() else { return };
-    let mut job = bench.job("output");
+    let Some(sandbox) = Sandbox::new() else { return };
+    let mut job = sandbox.job("output");
     job["spec"]["training"]["maxSteps"] = json!(1_000_000);
     job["spec"]["training"]["maxTimeSeconds"] = json!(1);
-    let ran = bench.run(&job).ok();
+    let ran = sandbox.run(&job).ok();
     assert!(ran.stdout.contains("ended early by training.maxTimeSeconds"), "{}", ran.stdout);
-    let steps = bench.report(&job).steps;
+    let steps = sandbox.report(&job).steps;
     assert!((1..1_000_000).contains(&steps));
-    assert_eq!(bench.published("output").step, steps);
+    assert_eq!(sandbox.published("output").step, steps);
 }

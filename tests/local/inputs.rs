@@ -4,17 +4,17 @@ use std::{fs, os::unix::fs::symlink};
 
 use serde_json::{Value, json};
 
-use crate::bench::{Bench, rows, sha256};
+use crate::sandbox::{Sandbox, rows, sha256};
 
 const NOTHING: &str = "the same inputs are already published at ";
 
 /// Runs a job that is published, after a change; returns what is said, without digests and paths.
-fn again(bench: &Bench, job: &Value) -> String {
-    let ran = bench.run(job);
+fn again(sandbox: &Sandbox, job: &Value) -> String {
+    let ran = sandbox.run(job);
     if ran.stdout.starts_with(NOTHING) {
         "nothing was trained".to_owned()
     } else {
-        bench.shown(&ran)
+        sandbox.shown(&ran)
     }
 }
 
@@ -27,133 +27,133 @@ fn assert_differs(shown: &str, what: &str) {
 
 #[test]
 fn rows_mended_in_place_are_never_taken_for_what_was_trained() {
-    let Some(bench) = Bench::new() else { return };
-    let mut job = bench.job("output");
-    bench.run(&job).ok();
-    let before = bench.published("output");
-    assert_eq!(again(&bench, &job), "nothing was trained");
+    let Some(sandbox) = Sandbox::new() else { return };
+    let mut job = sandbox.job("output");
+    sandbox.run(&job).ok();
+    let before = sandbox.published("output");
+    assert_eq!(again(&sandbox, &job), "nothing was trained");
     // White space between rows is no change; neither is another place of the same rows.
-    bench.write("train.jsonl", &rows(0..12).replace('\n', "\n\n"));
-    assert_eq!(again(&bench, &job), "nothing was trained");
+    sandbox.write("train.jsonl", &rows(0..12).replace('\n', "\n\n"));
+    assert_eq!(again(&sandbox, &job), "nothing was trained");
 
-    bench.write_rows("train.jsonl", 0..13);
-    assert_differs(&again(&bench, &job), "the rows of dataset.train");
-    assert_eq!(bench.published("output"), before);
+    sandbox.write_rows("train.jsonl", 0..13);
+    assert_differs(&again(&sandbox, &job), "the rows of dataset.train");
+    assert_eq!(sandbox.published("output"), before);
     job["spec"]["output"]["overwrite"] = json!(true);
-    bench.run(&job).ok();
-    let after = bench.published("output");
+    sandbox.run(&job).ok();
+    let after = sandbox.published("output");
     assert_ne!(after.files, before.files, "trained on the new rows");
     assert_eq!(
-        again(&bench, &job),
+        again(&sandbox, &job),
         "nothing was trained",
         "the same again, also when told to replace"
     );
 
     // Rows may move.
-    fs::rename(bench.path("train.jsonl"), bench.path("moved.jsonl")).unwrap();
-    job["spec"]["dataset"]["train"] = json!(bench.uri("moved.jsonl"));
-    assert_eq!(again(&bench, &job), "nothing was trained");
+    fs::rename(sandbox.path("train.jsonl"), sandbox.path("moved.jsonl")).unwrap();
+    job["spec"]["dataset"]["train"] = json!(sandbox.uri("moved.jsonl"));
+    assert_eq!(again(&sandbox, &job), "nothing was trained");
 }
 
 #[test]
 fn other_validation_rows_weights_or_tokens_are_other_inputs() {
-    let Some(bench) = Bench::new() else { return };
-    bench.write_rows("validation.jsonl", 20..24);
-    let mut job = bench.job("output");
-    job["spec"]["dataset"]["validation"] = json!(bench.uri("validation.jsonl"));
-    bench.run(&job).ok();
-    assert_eq!(again(&bench, &job), "nothing was trained");
+    let Some(sandbox) = Sandbox::new() else { return };
+    sandbox.write_rows("validation.jsonl", 20..24);
+    let mut job = sandbox.job("output");
+    job["spec"]["dataset"]["validation"] = json!(sandbox.uri("validation.jsonl"));
+    sandbox.run(&job).ok();
+    assert_eq!(again(&sandbox, &job), "nothing was trained");
 
-    bench.write_rows("validation.jsonl", 20..25);
-    assert_differs(&again(&bench, &job), "the rows of dataset.validation");
-    bench.write_rows("validation.jsonl", 20..24);
-    assert_eq!(again(&bench, &job), "nothing was trained");
+    sandbox.write_rows("validation.jsonl", 20..25);
+    assert_differs(&again(&sandbox, &job), "the rows of dataset.validation");
+    sandbox.write_rows("validation.jsonl", 20..24);
+    assert_eq!(again(&sandbox, &job), "nothing was trained");
 
     // Other weights, of the same size and name: one bit.
-    let weights = bench.path("model/model.safetensors");
+    let weights = sandbox.path("model/model.safetensors");
     let bytes = fs::read(&weights).unwrap();
     let mut changed = bytes.clone();
     *changed.last_mut().unwrap() ^= 1;
     fs::write(&weights, changed).unwrap();
-    assert_differs(&again(&bench, &job), "the files of model.uri");
+    assert_differs(&again(&sandbox, &job), "the files of model.uri");
     // The same weights at another time.
     fs::write(&weights, &bytes).unwrap();
-    assert_eq!(again(&bench, &job), "nothing was trained");
+    assert_eq!(again(&sandbox, &job), "nothing was trained");
 
     // Another template, another end of text: what rows become changes.
-    let settings = bench.path("model/tokenizer_config.json");
+    let settings = sandbox.path("model/tokenizer_config.json");
     let text = fs::read_to_string(&settings).unwrap();
     fs::write(&settings, format!("{text}\n")).unwrap();
-    assert_differs(&again(&bench, &job), "the files of model.uri");
+    assert_differs(&again(&sandbox, &job), "the files of model.uri");
 }
 
 #[test]
 fn another_start_is_another_input() {
-    let Some(bench) = Bench::new() else { return };
-    bench.run(&bench.job("first")).ok();
-    let mut job = bench.job("output");
-    job["spec"]["initialAdapter"] = json!({"uri": bench.uri("first")});
-    bench.run(&job).ok();
-    assert_eq!(again(&bench, &job), "nothing was trained");
-    let mut first = bench.job("first");
+    let Some(sandbox) = Sandbox::new() else { return };
+    sandbox.run(&sandbox.job("first")).ok();
+    let mut job = sandbox.job("output");
+    job["spec"]["initialAdapter"] = json!({"uri": sandbox.uri("first")});
+    sandbox.run(&job).ok();
+    assert_eq!(again(&sandbox, &job), "nothing was trained");
+    let mut first = sandbox.job("first");
     first["spec"]["training"]["seed"] = json!(7);
     first["spec"]["output"]["overwrite"] = json!(true);
-    bench.run(&first).ok();
-    assert_differs(&again(&bench, &job), "what training starts from");
+    sandbox.run(&first).ok();
+    assert_differs(&again(&sandbox, &job), "what training starts from");
 }
 
 #[test]
 fn a_result_of_an_earlier_release_is_not_taken_for_what_it_does_not_say() {
-    let Some(bench) = Bench::new() else { return };
-    let mut job = bench.job("output");
-    bench.run(&job).ok();
-    let path = bench.path("output/finetune-manifest.json");
+    let Some(sandbox) = Sandbox::new() else { return };
+    let mut job = sandbox.job("output");
+    sandbox.run(&job).ok();
+    let path = sandbox.path("output/finetune-manifest.json");
     let mut manifest: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
     let fields = manifest.as_object_mut().unwrap();
     assert!(fields.remove("inputs").is_some() && fields.remove("settings").is_some());
     fs::write(&path, manifest.to_string()).unwrap();
-    insta::assert_snapshot!(again(&bench, &job).replace(manifest["runId"].as_str().unwrap(), "RUN"), @r#"
+    insta::assert_snapshot!(again(&sandbox, &job).replace(manifest["runId"].as_str().unwrap(), "RUN"), @r#"
 exit 78
 error: the run cannot start:
   spec.output.uri: file://DIR/output already holds the result of run RUN, of an earlier release that recorded only the training rows, which are the same: the validation rows, the model's files and the settings cannot be compared: choose another output.uri, or set output.overwrite: true to replace it
 "#);
     job["spec"]["output"]["overwrite"] = json!(true);
-    bench.run(&job).ok();
-    assert!(bench.published("output").inputs.is_some(), "trained and recorded");
+    sandbox.run(&job).ok();
+    assert!(sandbox.published("output").inputs.is_some(), "trained and recorded");
 }
 
 #[test]
 fn a_run_that_failed_on_bad_rows_trains_when_they_are_mended() {
-    let Some(bench) = Bench::new() else { return };
-    let job = bench.job("output");
-    bench.write("train.jsonl", &format!("{}{{\"text\": 1\n", rows(0..12)));
-    assert_eq!(bench.run(&job).code, 65);
-    bench.write_rows("train.jsonl", 0..12);
-    bench.run(&job).ok();
-    bench.published("output");
+    let Some(sandbox) = Sandbox::new() else { return };
+    let job = sandbox.job("output");
+    sandbox.write("train.jsonl", &format!("{}{{\"text\": 1\n", rows(0..12)));
+    assert_eq!(sandbox.run(&job).code, 65);
+    sandbox.write_rows("train.jsonl", 0..12);
+    sandbox.run(&job).ok();
+    sandbox.published("output");
 }
 
 #[test]
 fn a_result_with_a_lost_file_is_made_again() {
-    let Some(bench) = Bench::new() else { return };
-    let job = bench.job("output");
-    bench.run(&job).ok();
-    let weights = bench.path("output/adapter_model.safetensors");
+    let Some(sandbox) = Sandbox::new() else { return };
+    let job = sandbox.job("output");
+    sandbox.run(&job).ok();
+    let weights = sandbox.path("output/adapter_model.safetensors");
     let before = sha256(&weights);
     fs::remove_file(&weights).unwrap();
-    bench.run(&job).ok();
+    sandbox.run(&job).ok();
     assert_eq!(sha256(&weights), before);
 }
 
 #[test]
 fn an_output_that_touches_an_input_is_refused_before_a_byte_is_written() {
-    let Some(bench) = Bench::new() else { return };
-    fs::create_dir(bench.path("rows")).unwrap();
-    bench.write_rows("rows/train.jsonl", 0..12);
-    symlink(bench.path("model"), bench.path("link")).unwrap();
-    symlink(bench.path("rows"), bench.path("other")).unwrap();
+    let Some(sandbox) = Sandbox::new() else { return };
+    fs::create_dir(sandbox.path("rows")).unwrap();
+    sandbox.write_rows("rows/train.jsonl", 0..12);
+    symlink(sandbox.path("model"), sandbox.path("link")).unwrap();
+    symlink(sandbox.path("rows"), sandbox.path("other")).unwrap();
     let names = |directory: &str| -> Vec<_> {
-        let entries = fs::read_dir(bench.path(directory)).unwrap();
+        let entries = fs::read_dir(sandbox.path(directory)).unwrap();
         let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name()).collect();
         names.sort();
         names
@@ -161,14 +161,14 @@ fn an_output_that_touches_an_input_is_refused_before_a_byte_is_written() {
     let before = (names("model"), names("rows"));
     let mut shown = Vec::new();
     for output in ["model", "model/", "model/out", "rows", "", "link", "link/out", "other"] {
-        let mut job = bench.job("output");
-        job["spec"]["dataset"]["train"] = json!(bench.uri("rows/train.jsonl"));
-        job["spec"]["output"] = json!({"uri": bench.uri(output), "overwrite": true});
-        let file = bench.path("job.json");
+        let mut job = sandbox.job("output");
+        job["spec"]["dataset"]["train"] = json!(sandbox.uri("rows/train.jsonl"));
+        job["spec"]["output"] = json!({"uri": sandbox.uri(output), "overwrite": true});
+        let file = sandbox.path("job.json");
         fs::write(&file, job.to_string()).unwrap();
-        let ran = bench.finetune(&["run", "-f", "job.json", "--work-dir", "work"]);
+        let ran = sandbox.finetune(&["run", "-f", "job.json", "--work-dir", "work"]);
         assert_eq!(ran.code, 78, "{output}: {}", ran.stderr);
-        let text = bench.shown(&ran);
+        let text = sandbox.shown(&ran);
         let line = text.lines().find(|line| line.contains("spec.output.uri")).unwrap();
         shown.push(format!("{output:?}: {}", line.trim().split(": a result is").next().unwrap()));
     }

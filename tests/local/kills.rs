@@ -6,18 +6,18 @@ use finetune_contract::{Optimizer, RunConfig, Stage, Strategy};
 use serde_json::{Value, json};
 
 use crate::{
-    bench::{Bench, Ran, sha256},
-    model::Random,
+    sandbox::{Ran, Sandbox, sha256},
+    tiny_model::Random,
 };
 
 const STEPS: u64 = 40;
 
 /// Returns a job long enough to be killed in, with dropout and held-out rows, so that all state
 /// counts.
-fn long_job(bench: &Bench, output: &str) -> Value {
-    bench.write_rows("validation.jsonl", 20..24);
-    let mut job = bench.job(output);
-    job["spec"]["dataset"]["validation"] = json!(bench.uri("validation.jsonl"));
+fn long_job(sandbox: &Sandbox, output: &str) -> Value {
+    sandbox.write_rows("validation.jsonl", 20..24);
+    let mut job = sandbox.job(output);
+    job["spec"]["dataset"]["validation"] = json!(sandbox.uri("validation.jsonl"));
     job["spec"]["training"]["maxSteps"] = json!(STEPS);
     job["spec"]["training"]["evaluationSteps"] = json!(4);
     job
@@ -31,18 +31,18 @@ enum Moment {
 
 /// Kills the trainers of runs of a job again and again, while they load, train, write checkpoints,
 /// export, publish and prove, and lets each run end at last with the file an unkilled one has.
-fn kill_often(bench: &Bench, planned: &RunConfig, kills: u32, seed: u64) {
+fn kill_often(sandbox: &Sandbox, planned: &RunConfig, kills: u32, seed: u64) {
     let ranks = planned.parallelism.world_size;
     let file =
         if planned.lora.is_some() { "adapter_model.safetensors" } else { "model.safetensors" };
     let into = |output: &str| {
         let mut config = planned.clone();
-        config.output.uri = bench.uri(output);
-        config.checkpoints_uri = bench.uri(&format!("{output}.checkpoints"));
+        config.output.uri = sandbox.uri(output);
+        config.checkpoints_uri = sandbox.uri(&format!("{output}.checkpoints"));
         config
     };
-    let digest = |output: &str| sha256(&bench.path(&format!("{output}/{file}")));
-    bench.start_trainers(&into("whole")).finish();
+    let digest = |output: &str| sha256(&sandbox.path(&format!("{output}/{file}")));
+    sandbox.start_trainers(&into("whole")).finish();
     let whole = digest("whole");
 
     let mut random = Random::new(seed);
@@ -52,7 +52,7 @@ fn kill_often(bench: &Bench, planned: &RunConfig, kills: u32, seed: u64) {
         runs += 1;
         let output = format!("killed-{runs}");
         loop {
-            let mut trainers = bench.start_trainers(&into(&output));
+            let mut trainers = sandbox.start_trainers(&into(&output));
             if done == kills {
                 trainers.finish();
                 break;
@@ -83,10 +83,10 @@ fn kill_often(bench: &Bench, planned: &RunConfig, kills: u32, seed: u64) {
                 break;
             }
             done += 1;
-            half_written.extend(bench.half_written(&output));
+            half_written.extend(sandbox.half_written(&output));
             at_the_end += u32::from(is_at_the_end);
         }
-        bench.published(&output);
+        sandbox.published(&output);
         assert_eq!(digest(&output), whole, "seed {seed}, run {runs}, {done} kills");
     }
     eprintln!(
@@ -99,26 +99,26 @@ fn kill_often(bench: &Bench, planned: &RunConfig, kills: u32, seed: u64) {
 
 #[test]
 fn a_lora_run_killed_a_hundred_times_ends_with_the_very_same_adapter() {
-    let Some(bench) = Bench::new() else { return };
-    let planned = bench.planned(&long_job(&bench, "output"), 1);
-    kill_often(&bench, &planned, 100, 1);
+    let Some(sandbox) = Sandbox::new() else { return };
+    let planned = sandbox.planned(&long_job(&sandbox, "output"), 1);
+    kill_often(&sandbox, &planned, 100, 1);
 }
 
 #[test]
 fn a_killed_full_parameter_run_ends_with_the_very_same_model() {
     for optimizer in ["adamw", "adamw8bit"] {
-        let Some(bench) = Bench::new() else { return };
-        let mut job = full_parameter(&bench);
+        let Some(sandbox) = Sandbox::new() else { return };
+        let mut job = full_parameter(&sandbox);
         job["spec"]["training"]["optimizer"] = json!(optimizer);
-        kill_often(&bench, &bench.planned(&job, 1), 15, 2);
+        kill_often(&sandbox, &sandbox.planned(&job, 1), 15, 2);
     }
 }
 
 #[test]
 fn two_killed_ranks_end_with_the_very_same_weights() {
-    let Some(bench) = Bench::new() else { return };
-    let planned = bench.planned(&long_job(&bench, "output"), 2);
-    kill_often(&bench, &planned, 15, 3);
+    let Some(sandbox) = Sandbox::new() else { return };
+    let planned = sandbox.planned(&long_job(&sandbox, "output"), 2);
+    kill_often(&sandbox, &planned, 15, 3);
 }
 
 #[test]
@@ -126,16 +126,16 @@ fn two_killed_ranks_that_divide_the_model_end_with_the_very_same_weights() {
     for (strategy, optimizer) in
         [(Strategy::Zero1, Optimizer::Adamw), (Strategy::Zero3, Optimizer::Adamw8bit)]
     {
-        let Some(bench) = Bench::new() else { return };
-        let mut planned = bench.planned(&full_parameter(&bench), 2);
+        let Some(sandbox) = Sandbox::new() else { return };
+        let mut planned = sandbox.planned(&full_parameter(&sandbox), 2);
         planned.parallelism.strategy = strategy;
         planned.training.optimizer = optimizer;
-        kill_often(&bench, &planned, 10, 4);
+        kill_often(&sandbox, &planned, 10, 4);
     }
 }
 
-fn full_parameter(bench: &Bench) -> Value {
-    let mut job = long_job(bench, "output");
+fn full_parameter(sandbox: &Sandbox) -> Value {
+    let mut job = long_job(sandbox, "output");
     job["spec"].as_object_mut().unwrap().remove("loraConfig");
     job["spec"]["training"]["learningRate"] = json!(1e-3);
     job
@@ -143,79 +143,80 @@ fn full_parameter(bench: &Bench) -> Value {
 
 #[test]
 fn an_interrupted_run_says_so_and_goes_on() {
-    let Some(bench) = Bench::new() else { return };
-    let job = long_job(&bench, "output");
-    let mut started = bench.start(&job);
+    let Some(sandbox) = Sandbox::new() else { return };
+    let job = long_job(&sandbox, "output");
+    let mut started = sandbox.start(&job);
     started.wait_for_step(5);
     let ran = started.signal("-INT");
     assert_eq!(ran.code, 75, "{}", ran.stderr);
-    let saved = bench.report(&job).steps;
+    let saved = sandbox.report(&job).steps;
     assert!((5..STEPS).contains(&saved));
     let message =
         format!("interrupted; step {saved} is saved. Run the same command again to go on");
     assert!(ran.stderr.contains(&message), "{}", ran.stderr);
-    bench.run(&job).ok();
-    assert_eq!(bench.report(&job).resumed_from_step, Some(saved));
-    bench.published("output");
+    sandbox.run(&job).ok();
+    assert_eq!(sandbox.report(&job).resumed_from_step, Some(saved));
+    sandbox.published("output");
 }
 
 #[test]
 fn a_truncated_checkpoint_is_passed_over_for_the_one_before() {
-    let Some(bench) = Bench::new() else { return };
-    bench.run(&long_job(&bench, "whole")).ok();
-    let job = long_job(&bench, "output");
-    let mut started = bench.start(&job);
+    let Some(sandbox) = Sandbox::new() else { return };
+    sandbox.run(&long_job(&sandbox, "whole")).ok();
+    let job = long_job(&sandbox, "output");
+    let mut started = sandbox.start(&job);
     started.wait_for_checkpoint(8);
     started.signal("-KILL");
-    let checkpoints = bench.checkpoints("output");
+    let checkpoints = sandbox.checkpoints("output");
     let [.., before, newest] = &checkpoints[..] else { panic!("{checkpoints:?}") };
     let state = newest.join("state.safetensors");
     let length = fs::metadata(&state).unwrap().len();
     fs::File::options().write(true).open(&state).unwrap().set_len(length / 2).unwrap();
-    let ran = bench.run(&job).ok();
+    let ran = sandbox.run(&job).ok();
     assert!(ran.stderr.contains("skipped a damaged checkpoint"), "{}", ran.stderr);
-    let step = bench.report(&job).resumed_from_step.unwrap();
+    let step = sandbox.report(&job).resumed_from_step.unwrap();
     assert_eq!(before.file_name().unwrap().to_string_lossy(), format!("step-{step:08}"));
-    let digest = |output: &str| sha256(&bench.path(&format!("{output}/adapter_model.safetensors")));
+    let digest =
+        |output: &str| sha256(&sandbox.path(&format!("{output}/adapter_model.safetensors")));
     assert_eq!(digest("output"), digest("whole"));
 }
 
 #[test]
 fn a_checkpoint_of_which_one_part_is_damaged_is_passed_over_by_all() {
-    let Some(bench) = Bench::new() else { return };
+    let Some(sandbox) = Sandbox::new() else { return };
     let job = |output: &str| {
-        let mut job = full_parameter(&bench);
-        job["spec"]["output"]["uri"] = json!(bench.uri(output));
+        let mut job = full_parameter(&sandbox);
+        job["spec"]["output"]["uri"] = json!(sandbox.uri(output));
         job
     };
-    Ran::of(&bench.ranks_command(&job("whole"), 2).output().unwrap()).ok();
+    Ran::of(&sandbox.ranks_command(&job("whole"), 2).output().unwrap()).ok();
     let damaged = job("output");
-    let mut started = bench.start_with(&mut bench.ranks_command(&damaged, 2), &damaged);
+    let mut started = sandbox.start_with(&mut sandbox.ranks_command(&damaged, 2), &damaged);
     started.wait_for_checkpoint(8);
     assert_eq!(started.signal("-INT").code, 75);
-    let checkpoints = bench.checkpoints("output");
+    let checkpoints = sandbox.checkpoints("output");
     let [.., before, newest] = &checkpoints[..] else { panic!("{checkpoints:?}") };
     let part = newest.join("state-00002-of-00002.safetensors");
     let length = fs::metadata(&part).unwrap().len();
     fs::File::options().write(true).open(&part).unwrap().set_len(length / 2).unwrap();
-    let ran = Ran::of(&bench.ranks_command(&damaged, 2).output().unwrap()).ok();
+    let ran = Ran::of(&sandbox.ranks_command(&damaged, 2).output().unwrap()).ok();
     assert!(ran.stderr.contains("skipped a damaged checkpoint"), "{}", ran.stderr);
-    let step = bench.report(&damaged).resumed_from_step.unwrap();
+    let step = sandbox.report(&damaged).resumed_from_step.unwrap();
     assert_eq!(before.file_name().unwrap().to_string_lossy(), format!("step-{step:08}"));
-    let digest = |output: &str| sha256(&bench.path(&format!("{output}/model.safetensors")));
+    let digest = |output: &str| sha256(&sandbox.path(&format!("{output}/model.safetensors")));
     assert_eq!(digest("output"), digest("whole"));
 }
 
 #[test]
 fn a_run_does_not_go_on_with_other_rows() {
-    let Some(bench) = Bench::new() else { return };
-    let job = long_job(&bench, "output");
-    let mut started = bench.start(&job);
+    let Some(sandbox) = Sandbox::new() else { return };
+    let job = long_job(&sandbox, "output");
+    let mut started = sandbox.start(&job);
     started.wait_for_step(4);
     started.signal("-INT");
-    bench.write_rows("train.jsonl", 0..13);
-    let shown = bench.shown(&bench.run(&job));
-    let step = bench.checkpoints("output").pop().unwrap();
+    sandbox.write_rows("train.jsonl", 0..13);
+    let shown = sandbox.shown(&sandbox.run(&job));
+    let step = sandbox.checkpoints("output").pop().unwrap();
     let shown = shown.replace(&*step.file_name().unwrap().to_string_lossy(), "STEP");
     let run = step.parent().unwrap().file_name().unwrap().to_string_lossy().into_owned();
     insta::assert_snapshot!(shown.replace(&run, "RUN"), @r"

@@ -1,23 +1,23 @@
 //! What `finetune data check` shows of rows.
 
-use crate::bench::Bench;
+use crate::sandbox::Sandbox;
 
 const ROWS: &str = r#"{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}, {"role": "user", "content": "bye"}, {"role": "assistant", "content": "so long", "weight": 0}]}
 {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "contnt": "hello"}]}
 {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]}
 "#;
 
-fn check(bench: &Bench, arguments: &[&str]) -> String {
+fn check(sandbox: &Sandbox, arguments: &[&str]) -> String {
     let all = [&["data", "check"], arguments, &["--work-dir", "work"]].concat();
-    let ran = bench.finetune(&all);
-    format!("{}{}", ran.stdout, bench.shown(&ran))
+    let ran = sandbox.finetune(&all);
+    format!("{}{}", ran.stdout, sandbox.shown(&ran))
 }
 
 #[test]
 fn shows_what_is_trained_on_and_every_fault() {
-    let Some(bench) = Bench::new() else { return };
-    bench.write("chat.jsonl", ROWS);
-    insta::assert_snapshot!(check(&bench, &["chat.jsonl", "--model", "model", "--rows", "1"]), @r#"
+    let Some(sandbox) = Sandbox::new() else { return };
+    sandbox.write("chat.jsonl", ROWS);
+    insta::assert_snapshot!(check(&sandbox, &["chat.jsonl", "--model", "model", "--rows", "1"]), @r#"
 chat.jsonl:1: 59 tokens, 6 trained on
 <|im_start|>user
 hi<|im_end|>
@@ -33,7 +33,7 @@ chat.jsonl:2: messages[1]: the key "contnt" is not known (did you mean "content"
 exit 65
 error: 1 of 3 rows cannot be used: mend them
 "#);
-    insta::assert_snapshot!(check(&bench, &["chat.jsonl", "--model", "model", "--line", "2", "--line", "chat.jsonl:3", "--ids"]), @r#"
+    insta::assert_snapshot!(check(&sandbox, &["chat.jsonl", "--model", "model", "--line", "2", "--line", "chat.jsonl:3", "--ids"]), @r#"
 chat.jsonl:2: cannot be used
 messages[1]: the key "contnt" is not known (did you mean "content"?), and what it says would be lost: remove it, or list it in dataset.ignoredKeys if nothing of it is to be trained on
 
@@ -68,14 +68,14 @@ exit 65
 error: 1 of 3 rows cannot be used: mend them
 "#);
     // Read as the manifest says: the last turn of each row, cut at the context.
-    bench.write("good.jsonl", &ROWS.replace("contnt", "content"));
-    let mut job = bench.job("output");
+    sandbox.write("good.jsonl", &ROWS.replace("contnt", "content"));
+    let mut job = sandbox.job("output");
     job["spec"]["dataset"] = serde_json::json!({
-        "train": bench.uri("good.jsonl"), "trainOn": "lastTurn", "ignoredKeys": ["weight"],
+        "train": sandbox.uri("good.jsonl"), "trainOn": "lastTurn", "ignoredKeys": ["weight"],
     });
     job["spec"]["training"]["contextLength"] = serde_json::json!(64);
-    bench.write("job.yaml", &job.to_string());
-    insta::assert_snapshot!(check(&bench, &["-f", "job.yaml", "--rows", "1"]), @r#"
+    sandbox.write("job.yaml", &job.to_string());
+    insta::assert_snapshot!(check(&sandbox, &["-f", "job.yaml", "--rows", "1"]), @r#"
 good.jsonl:1: 59 tokens, 8 trained on
 <|im_start|>user
 hi<|im_end|>
@@ -93,28 +93,28 @@ exit 0
 
 #[test]
 fn says_what_is_wrong_with_the_question() {
-    let Some(bench) = Bench::new() else { return };
-    bench.write("chat.jsonl", ROWS);
-    insta::assert_snapshot!(check(&bench, &["chat.jsonl", "--model", "model", "--rows", "0", "--line", "7"]), @r#"
+    let Some(sandbox) = Sandbox::new() else { return };
+    sandbox.write("chat.jsonl", ROWS);
+    insta::assert_snapshot!(check(&sandbox, &["chat.jsonl", "--model", "model", "--rows", "0", "--line", "7"]), @r#"
 chat.jsonl: 2 rows, 8 of 82 tokens trained on
 chat.jsonl:2: messages[1]: the key "contnt" is not known (did you mean "content"?), and what it says would be lost: remove it, or list it in dataset.ignoredKeys if nothing of it is to be trained on
 exit 65
 error: there is no row at 7: rows have the numbers of their lines, from 1
 "#);
-    insta::assert_snapshot!(check(&bench, &["absent.jsonl", "--model", "model"]), @r#"
+    insta::assert_snapshot!(check(&sandbox, &["absent.jsonl", "--model", "model"]), @r#"
 exit 78
 error: nothing is at file://DIR/absent.jsonl
 "#);
-    insta::assert_snapshot!(check(&bench, &["chat.jsonl", "--model", "absent"]), @r#"
+    insta::assert_snapshot!(check(&sandbox, &["chat.jsonl", "--model", "absent"]), @r#"
 exit 78
 error: spec.model.uri: nothing is at file://DIR/absent
 "#);
-    insta::assert_snapshot!(check(&bench, &["chat.jsonl", "--model", "ftp://absent"]), @r#"
+    insta::assert_snapshot!(check(&sandbox, &["chat.jsonl", "--model", "ftp://absent"]), @r#"
 exit 78
 error: these rows or this model cannot be read:
   spec.model.uri: "ftp://absent" has the unknown scheme "ftp": use hf, s3, gs, az, pvc or file
 "#);
-    insta::assert_snapshot!(check(&bench, &["chat.jsonl"]), @r#"
+    insta::assert_snapshot!(check(&sandbox, &["chat.jsonl"]), @r#"
 exit 2
 error: the following required arguments were not provided:
   --model <MODEL>
