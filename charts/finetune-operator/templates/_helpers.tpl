@@ -46,7 +46,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- end }}
 {{- end }}
 
-{{/* A cluster-wide object's name must differ between releases of one name in two namespaces. */}}
+{{/* The names of cluster-wide objects must differ between releases of the same name in two namespaces. */}}
 {{- define "finetune.clusterName" -}}
 {{- printf "%s-%s" .Release.Namespace (include "finetune.fullname" .) }}
 {{- end }}
