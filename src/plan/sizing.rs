@@ -351,7 +351,7 @@ mod tests {
         assert!((5.96..6.0).contains(&a_parameter), "{a_parameter}");
     }
 
-    /// What two ranks took of 4x256 each, by strategy (`docs/LOG.md`).
+    /// What two ranks took of 4x256 each, by strategy (`docs/log/2026-11.md`).
     #[test]
     fn predicts_measured_divided_runs() {
         let model = fixture::smollm2();

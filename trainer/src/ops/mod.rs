@@ -23,7 +23,7 @@ pub use runs::Run;
 /// oneDNN multiplies to a multiple of 64.
 ///
 /// It compiles and keeps kernels by shape. Micro-batches without padding have ever other numbers of
-/// positions, so every step added some 20 MB to what it keeps (`docs/LOG.md`).
+/// positions, so every step added some 20 MB to what it keeps (`docs/log/2026-11.md`).
 pub fn whole_positions(positions: usize, kind: Kind, device: Device) -> usize {
     #[cfg(target_arch = "x86_64")]
     if device == Device::Cpu && cpu::matmul::is_ours(kind) {

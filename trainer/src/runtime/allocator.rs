@@ -4,7 +4,7 @@
 //! one does not. What is freed stays here: the next micro-batch wants the same buffers, and pages
 //! that were given back cost faults when they are written again, a tenth of a step. Where the next
 //! one wants buffers of other sizes the pages go back first, or those would come on top of them.
-//! `docs/LOG.md` has the figures.
+//! `docs/log/2026-11.md` has the figures.
 #![expect(unsafe_code, reason = "configures and calls jemalloc by its C names")]
 
 use std::{
