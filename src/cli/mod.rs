@@ -64,9 +64,9 @@ enum Command {
     /// Look at a dataset before it is trained on
     #[command(subcommand)]
     Data(Data),
-    /// Turn a GGUF file into a Hugging Face directory
-    #[command(disable_help_flag = true)]
-    Import(PassedOn),
+    /// Convert a GGUF file to a Hugging Face directory
+    #[command(disable_help_flag = true, alias = "import")]
+    Convert(PassedOn),
     /// Run the operator of a cluster; its Helm chart does
     Operator(operator::Arguments),
     /// Print what makes a shell complete this command
@@ -153,7 +153,7 @@ fn carry_out(arguments: Arguments) -> Result<(), Failure> {
         Command::Verify(passed) => trainer::pass_on(trainer, "verify", &passed.arguments),
         Command::Generate(passed) => trainer::pass_on(trainer, "generate", &passed.arguments),
         Command::Data(Data::Check(asked)) => data::check(asked, trainer),
-        Command::Import(passed) => trainer::pass_on(trainer, "import", &passed.arguments),
+        Command::Convert(passed) => trainer::pass_on(trainer, "convert", &passed.arguments),
         Command::Operator(arguments) => operator::run(&arguments),
         Command::Completions { shell } => {
             let mut script = Vec::new();

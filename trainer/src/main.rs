@@ -57,8 +57,9 @@ enum Command {
     /// Times training steps on given tokens and prints the figures as JSON.
     #[command(hide = true)]
     Bench(bench::Arguments),
-    /// Writes a GGUF file as a Hugging Face directory.
-    Import(gguf::Arguments),
+    /// Converts a GGUF file to a Hugging Face directory.
+    #[command(alias = "import")]
+    Convert(gguf::Arguments),
 }
 
 #[derive(Debug, Args)]
@@ -122,7 +123,7 @@ impl Command {
             | Self::Generate(_)
             | Self::DataCheck(_)
             | Self::Bench(_)
-            | Self::Import(_) => true,
+            | Self::Convert(_) => true,
         }
     }
 }
@@ -154,7 +155,7 @@ fn dispatch(command: &Command) -> Result<ExitCode, Failure> {
             print_line(&figures);
             ExitCode::Success
         }),
-        Command::Import(arguments) => gguf::run(arguments).map(|()| ExitCode::Success),
+        Command::Convert(arguments) => gguf::run(arguments).map(|()| ExitCode::Success),
     }
 }
 

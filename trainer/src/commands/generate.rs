@@ -300,7 +300,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let to = directory.path().join("model");
         let gguf = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/gguf/golden/qwen2.gguf");
-        crate::gguf::import(&gguf, &to).unwrap();
+        crate::gguf::convert(&gguf, &to).unwrap();
         let tokenizer = Tokenizer::load(&to, &Rendering::of_model()).unwrap();
         let text = "hé 你好 🌸!";
         let tokens = tokenizer.encode(text, true).unwrap();

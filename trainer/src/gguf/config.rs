@@ -1,4 +1,4 @@
-//! The config.json of an imported model, from GGUF metadata.
+//! The config.json of a converted model, from GGUF metadata.
 
 use serde_json::{Value, json};
 
@@ -99,7 +99,7 @@ fn refuse_other_networks(
         let key = format!("{architecture}.{name}");
         if let Some(number) = gguf.integer(&key).filter(|number| !allowed.contains(number)) {
             return Err(format!(
-                "{key} is {number}: {what} cannot be imported, use the model's original Hugging Face files"
+                "{key} is {number}: {what} cannot be converted, use the model's original Hugging Face files"
             ));
         }
     }

@@ -1,4 +1,4 @@
-//! Turning a GGUF file into a Hugging Face directory: config, bf16 weights, tokenizer, template.
+//! Converting a GGUF file to a Hugging Face directory: config, bf16 weights, tokenizer, template.
 
 mod config;
 mod dequantize;
@@ -21,7 +21,7 @@ use crate::{
     store::{Store, directory, fetch_model},
 };
 
-/// What to import.
+/// What to convert.
 #[derive(Debug, Args)]
 pub struct Arguments {
     /// The GGUF file.
@@ -32,7 +32,7 @@ pub struct Arguments {
     to: PathBuf,
 }
 
-/// Imports a local file.
+/// Converts a local file.
 ///
 /// # Errors
 /// A [`Failure`] that says what of the file cannot be used, or that `--to` is taken.
@@ -45,13 +45,13 @@ pub fn run(arguments: &Arguments) -> Result<(), Failure> {
             format!("{to:?} exists already: name another directory with --to, or remove it"),
         ));
     }
-    import(&arguments.from, to)
+    convert(&arguments.from, to)
 }
 
 /// Returns a local Hugging Face directory of a model, whatever it is stored as.
 ///
 /// # Errors
-/// A [`Failure`] if it cannot be fetched, or a GGUF file cannot be imported.
+/// A [`Failure`] if it cannot be fetched, or a GGUF file cannot be converted.
 pub fn local_directory(store: &Store, cache: &Path) -> Result<PathBuf, Failure> {
     if !store.uri().path.ends_with(".gguf") {
         return Ok(fetch_model(store, cache)?);
@@ -70,11 +70,11 @@ pub fn local_directory(store: &Store, cache: &Path) -> Result<PathBuf, Failure> 
     let directory = cache.join(format!("gguf-{}", &hex(&Sha256::digest(key))[..16]));
     directory::once(&directory, || {
         if let Some(path) = store.local_path("") {
-            return import(&path, &directory);
+            return convert(&path, &directory);
         }
         let path = directory.with_extension("gguf");
         store.fetch("", &path)?;
-        import(&path, &directory)?;
+        convert(&path, &directory)?;
         // It is not needed again, and as large as the model.
         std::fs::remove_file(&path)
             .map_err(|error| Failure::from_io(&error, &format!("cannot make {directory:?}")))
@@ -83,7 +83,7 @@ pub fn local_directory(store: &Store, cache: &Path) -> Result<PathBuf, Failure> 
 }
 
 /// Writes the directory of a file: it is there complete or not at all.
-pub(crate) fn import(from: &Path, to: &Path) -> Result<(), Failure> {
+pub(crate) fn convert(from: &Path, to: &Path) -> Result<(), Failure> {
     let gguf = Gguf::open(from)
         .map_err(|error| Failure::new(FailureReason::InvalidModel, format!("{from:?}: {error}")))?;
     directory::create(to, |partial| write(&gguf, from, partial))

@@ -1,4 +1,4 @@
-//! Whole imports: of files that transformers reads too, and of files with one thing wrong.
+//! Whole conversions: of files that transformers reads too, and of files with one thing wrong.
 
 use std::{
     collections::BTreeMap,
@@ -16,7 +16,7 @@ use crate::{
         Rendering, Tokenizer,
         conversation::{ChatRole, Message},
     },
-    gguf::{Arguments, import, local_directory, run},
+    gguf::{Arguments, convert, local_directory, run},
     hf::{read_config, weights::Checkpoint},
     store::{Environment, Role, Store, sha256_hex},
     verification::load_frozen,
@@ -64,7 +64,7 @@ fn imports_what_transformers_reads_from_the_same_file() {
         let golden_text = fs::read_to_string(golden(&format!("{name}.json"))).unwrap();
         let expected: Golden = serde_json::from_str(&golden_text).unwrap();
         let to = directory.path().join(name);
-        import(&golden(&format!("{name}.gguf")), &to).unwrap();
+        convert(&golden(&format!("{name}.gguf")), &to).unwrap();
 
         let config = read_config(&to).unwrap();
         for (key, value) in &expected.config {
@@ -93,7 +93,7 @@ fn imports_what_transformers_reads_from_the_same_file() {
 fn keeps_the_chat_template_and_the_end_of_a_turn() {
     let directory = tempfile::tempdir().unwrap();
     let to = directory.path().join("model");
-    import(&golden("llama-smollm.gguf"), &to).unwrap();
+    convert(&golden("llama-smollm.gguf"), &to).unwrap();
     let tokenizer = Tokenizer::load(&to, &Rendering::of_model()).unwrap();
     let message = Message::new(ChatRole::User, "hello");
     let text = tokenizer.render_chat(&[message], false).unwrap();
@@ -135,7 +135,7 @@ fn imports_a_file_again_only_when_its_bytes_are_others() {
     assert_ne!(imported(), first);
 }
 
-/// Changes a file and tries to import it.
+/// Changes a file and tries to convert it.
 fn check(edit: impl Fn(&mut Vec<u8>)) -> String {
     let directory = tempfile::tempdir().unwrap();
     let from = directory.path().join("x.gguf");
@@ -143,10 +143,10 @@ fn check(edit: impl Fn(&mut Vec<u8>)) -> String {
     edit(&mut bytes);
     fs::write(&from, bytes).unwrap();
     let to = directory.path().join("model");
-    match import(&from, &to) {
+    match convert(&from, &to) {
         Ok(()) => "imported".to_owned(),
         Err(failure) => {
-            assert!(!to.exists(), "a failed import must leave nothing");
+            assert!(!to.exists(), "a failed conversion must leave nothing");
             failure.message.replace(directory.path().to_str().unwrap(), "")
         }
     }
@@ -214,9 +214,9 @@ fn says_what_of_a_file_cannot_be_used() {
     insta::assert_snapshot!(check(set("llama.attention.head_count", 0)), @r#""/x.gguf": llama.embedding_length is 64 and llama.attention.head_count is 0"#);
     insta::assert_snapshot!(check(set("llama.attention.head_count_kv", 3)), @r#""/x.gguf": config.json has num_key_value_heads = 3: it must divide num_attention_heads = 4"#);
     insta::assert_snapshot!(check(rename("llama.context_length", "llama.xxxxxxx_length")), @r#""/x.gguf": the metadata lacks llama.context_length"#);
-    insta::assert_snapshot!(check(add("llama.expert_count", 8)), @r#""/x.gguf": llama.expert_count is 8: a mixture of experts cannot be imported, use the model's original Hugging Face files"#);
-    insta::assert_snapshot!(check(add("llama.attention.value_length", 8)), @r#""/x.gguf": llama.attention.value_length is 8: values of another width than keys cannot be imported, use the model's original Hugging Face files"#);
-    insta::assert_snapshot!(check(add("llama.attention.sliding_window", 255)), @r#""/x.gguf": llama.attention.sliding_window is 255: a sliding window cannot be imported, use the model's original Hugging Face files"#);
+    insta::assert_snapshot!(check(add("llama.expert_count", 8)), @r#""/x.gguf": llama.expert_count is 8: a mixture of experts cannot be converted, use the model's original Hugging Face files"#);
+    insta::assert_snapshot!(check(add("llama.attention.value_length", 8)), @r#""/x.gguf": llama.attention.value_length is 8: values of another width than keys cannot be converted, use the model's original Hugging Face files"#);
+    insta::assert_snapshot!(check(add("llama.attention.sliding_window", 255)), @r#""/x.gguf": llama.attention.sliding_window is 255: a sliding window cannot be converted, use the model's original Hugging Face files"#);
     assert_eq!(check(add("llama.attention.sliding_window", 256)), "imported");
     insta::assert_snapshot!(check(rename("blk.0.attn_norm.weight", "blk.0.attn_q.bias12345")), @r#""/x.gguf": its architecture does not use 1 of its tensors, such as "blk.0.attn_q.bias12345": use the model's original Hugging Face files"#);
     // Behind the name stand the number of dimensions, two of them, and the type.

@@ -1,4 +1,4 @@
-//! The tokenizer.json of an imported model: byte-level BPE with the family's own splitting of text.
+//! The tokenizer.json of a converted model: byte-level BPE with the family's own splitting of text.
 
 use std::collections::BTreeSet;
 

@@ -1,4 +1,4 @@
-//! The weights of an imported model: unpacked, un-permuted, rounded to bf16, written one by one.
+//! The weights of a converted model: unpacked, un-permuted, rounded to bf16, written one by one.
 
 use std::{collections::BTreeSet, path::Path};
 
