@@ -130,6 +130,8 @@ impl Operator {
         instance: &str,
         namespace: Option<String>,
     ) -> anyhow::Result<Self> {
+        // An error means that one is set already, and none but ring is compiled in.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let instance = Some(instance.to_owned());
         let reporter = Reporter { controller: "finetune-operator".to_owned(), instance };
         Ok(Self {

@@ -105,6 +105,7 @@ impl Store {
                 ),
             });
         }
+        use_ring();
         let backend = match uri.scheme {
             Scheme::Hf => {
                 let repository = hub::Repository::open(uri, revision, role, environment)?;
@@ -402,4 +403,10 @@ impl Store {
     fn failed(&self, action: &'static str, path: &str, error: object_store::Error) -> Error {
         Error::object(action, self.name(path), error)
     }
+}
+
+/// Makes ring the TLS provider of every client in this process.
+fn use_ring() {
+    // An error means that one is set already, and none but ring is compiled in.
+    let _ = rustls::crypto::ring::default_provider().install_default();
 }
