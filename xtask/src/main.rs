@@ -11,6 +11,7 @@ mod fixtures;
 mod generate;
 mod images;
 mod parity;
+mod release;
 mod runner;
 mod test;
 mod tools;
@@ -63,6 +64,8 @@ enum Command {
     /// A real Kubernetes on this machine, built from source; needs root and Go.
     #[command(subcommand)]
     Cluster(cluster::Action),
+    /// Gives crates, chart and changelog a new version, commits and tags it; pushes nothing.
+    Release(release::Arguments),
     /// Measures.
     Bench(bench::Arguments),
 }
@@ -80,6 +83,7 @@ fn main() -> ExitCode {
         Command::Generate { check } => generate::run(check).map(|()| ExitCode::SUCCESS),
         Command::Parity => parity::run().map(|()| ExitCode::SUCCESS),
         Command::Cluster(action) => cluster::run(action),
+        Command::Release(arguments) => release::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Bench(arguments) => bench::run(&arguments).map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| {

@@ -142,6 +142,11 @@ fn image(
         "User": format!("{USER}:{USER}"),
         "Env": variables,
         "Entrypoint": [format!("/bin/{}", file.to_string_lossy())],
+        "Labels": {
+            "org.opencontainers.image.source": env!("CARGO_PKG_REPOSITORY"),
+            "org.opencontainers.image.licenses": env!("CARGO_PKG_LICENSE"),
+            "org.opencontainers.image.version": env!("CARGO_PKG_VERSION"),
+        },
     });
     let size = oci::write(&Image { name, root: &root, config, is_compressed }, &archive)?;
     Ok((archive, size))
