@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use crate::{build, tools::shell};
+use crate::{build, reference, tools::shell};
 
 /// What Helm can read must be below the chart.
 const CHART_FILES: &str = "charts/finetune-operator/files";
@@ -15,9 +15,13 @@ const CHART_FILES: &str = "charts/finetune-operator/files";
 /// Writes the generated files; with `check`, fails if one would change and changes none.
 pub(crate) fn run(check: bool) -> Result<()> {
     let binaries = build::run()?;
-    let crd = shell::output(Command::new(binaries.finetune).arg("crd"))?;
+    let crd = shell::output(Command::new(&binaries.finetune).arg("crd"))?;
     let root = shell::root();
-    let changes = changes(&root, crd)?;
+    let pages = vec![
+        (root.join("docs/reference/finetunejob.md"), reference::crd::page(&crd)?),
+        (root.join("docs/reference/finetune.md"), reference::cli::page(&binaries)?),
+    ];
+    let changes = changes(&root, crd, pages)?;
     if check && !changes.is_empty() {
         let names: Vec<_> = changes.iter().map(|change| change.path(&root)).collect();
         bail!("not what the code generates: {}; run cargo xtask generate", names.join(", "));
@@ -51,10 +55,10 @@ impl Change {
 }
 
 /// Compares what is there with what should be.
-fn changes(root: &Path, crd: String) -> Result<Vec<Change>> {
+fn changes(root: &Path, crd: String, mut files: Vec<(PathBuf, String)>) -> Result<Vec<Change>> {
     let chart = root.join(CHART_FILES);
     let crd_name = "finetunejobs.finetune.dev.yaml";
-    let mut files = vec![(root.join("crds").join(crd_name), crd.clone())];
+    files.push((root.join("crds").join(crd_name), crd.clone()));
     files.push((chart.join(crd_name), crd));
     let copies = chart.join("dashboards");
     for dashboard in json_files(&root.join("dashboards"))? {

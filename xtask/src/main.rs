@@ -11,6 +11,10 @@ mod fixtures;
 mod generate;
 mod images;
 mod parity;
+mod reference {
+    pub(crate) mod cli;
+    pub(crate) mod crd;
+}
 mod release;
 mod runner;
 mod test;
