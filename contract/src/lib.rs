@@ -8,7 +8,8 @@
 //!
 //! In reading order: [`uri`] and [`settings`] are the words shared by the documents;
 //! [`PreflightConfig`] goes out and [`PreflightReport`] comes back; then [`RunConfig`] goes out,
-//! [`Progress`] is told while running, and [`RunReport`] with an [`ExitCode`] is the last word.
+//! [`Progress`] is served while running, and [`RunReport`] with an [`ExitCode`] is the last word.
+//! [`Reason`] is why a condition of a job has its value; problems and failures are subsets of it.
 //! [`artifact`] names what is left in the bucket.
 #![forbid(unsafe_code)]
 
@@ -21,6 +22,7 @@ pub mod parallelism;
 mod preflight_config;
 mod preflight_report;
 mod progress;
+mod reason;
 mod rendering;
 mod run_config;
 mod run_report;
@@ -42,6 +44,7 @@ pub use preflight_report::{
     PreflightReport, Problem, ProblemReason, Split,
 };
 pub use progress::{Progress, Stage};
+pub use reason::{Reason, ReasonPhase, UnknownReason};
 pub use rendering::{Reasoning, RenderingSettings, is_template_text, template_uri};
 pub use run_config::{ExpectedData, RunConfig, TrainingSettings};
 pub use run_report::{FailureReason, Outcome, Proof, RunReport, StoppedEarly};

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use finetune_contract::Progress;
+use finetune_contract::{Progress, Reason};
 use futures::{StreamExt, future, stream};
 use k8s_openapi::{
     api::{batch::v1::Job, core::v1::Pod},
@@ -397,8 +397,8 @@ impl Operator {
         message.truncate(message.floor_char_boundary(NOTE_LIMIT));
         let event = Event {
             type_: if is_warning { EventType::Warning } else { EventType::Normal },
-            action: reason.clone(),
-            reason,
+            action: reason.as_str().to_owned(),
+            reason: reason.as_str().to_owned(),
             note: Some(message),
             secondary: None,
         };
@@ -529,7 +529,7 @@ impl Operator {
                     .status
                     .as_ref()
                     .and_then(|status| conditions::find(status, Kind::Succeeded))
-                    .map_or("Pending", |condition| condition.reason.as_str());
+                    .map_or(Reason::Pending.as_str(), |condition| condition.reason.as_str());
                 let namespace = job.namespace().unwrap_or_default();
                 *counts.entry((namespace, reason.to_owned())).or_default() += 1;
             }

@@ -7,8 +7,8 @@
 use std::time::Duration;
 
 use finetune_contract::{
-    ExitCode, FailureReason, Outcome, Parallelism, PreflightReport, Progress, RunConfig, RunReport,
-    Stage,
+    ExitCode, FailureReason, Outcome, Parallelism, PreflightReport, Progress, Reason, RunConfig,
+    RunReport, Stage,
 };
 use k8s_openapi::{
     api::{batch::v1::Job, core::v1::Service, networking::v1::NetworkPolicy},
@@ -56,9 +56,6 @@ const RANKS_GRACE: SignedDuration = SignedDuration::from_secs(60);
 /// The longest summary of a plan; the CRD allows a little more.
 const SUMMARY_LIMIT: usize = 16_000;
 
-/// The reason of a run whose inputs were published before.
-const ALREADY_PUBLISHED: &str = "AlreadyPublished";
-
 const QUEUED: &str = "the queue decides when the pod starts";
 
 /// What is to be done.
@@ -91,8 +88,8 @@ pub enum Action {
 pub struct Note {
     /// Whether something went wrong.
     pub is_warning: bool,
-    /// One CamelCase word.
-    pub reason: String,
+    /// Why, as the condition has it.
+    pub reason: Reason,
     /// For people.
     pub message: String,
 }
@@ -122,15 +119,15 @@ pub fn decide(
         let seconds = job.spec.active_deadline_seconds.unwrap_or_default();
         visit.finish(
             Truth::False,
-            "DeadlineExceeded",
+            Reason::DeadlineExceeded,
             &format!("the run took longer than activeDeadlineSeconds: {seconds}; its last checkpoint stays"),
         );
     } else if let Some(problem) = unreachable_uri(job)
         .or_else(|| overlapping_output(job))
         .or_else(|| wishes::unusable_names(job))
     {
-        visit.set(Kind::Accepted, Truth::False, "InvalidSpec", &problem);
-        visit.finish(Truth::False, "InvalidSpec", &problem);
+        visit.set(Kind::Accepted, Truth::False, Reason::InvalidSpec, &problem);
+        visit.finish(Truth::False, Reason::InvalidSpec, &problem);
     } else {
         visit.go_on();
     }
@@ -181,24 +178,24 @@ impl<'a> Visit<'a> {
         Self { job, observed, settings, now, decision }
     }
 
-    fn set(&mut self, kind: Kind, truth: Truth, reason: &str, message: &str) {
+    fn set(&mut self, kind: Kind, truth: Truth, reason: Reason, message: &str) {
         conditions::set(&mut self.decision.status, self.now, kind, truth, reason, message);
     }
 
     /// Says that the preflight found nothing in the way.
     fn accept(&mut self) {
         let message = "model, dataset and output can be used";
-        self.set(Kind::Accepted, Truth::True, "PreflightPassed", message);
+        self.set(Kind::Accepted, Truth::True, Reason::PreflightPassed, message);
     }
 
     /// Says where the run is.
-    fn say(&mut self, reason: &str, message: &str) {
+    fn say(&mut self, reason: Reason, message: &str) {
         self.set(Kind::Succeeded, Truth::Unknown, reason, message);
     }
 
-    fn note(&mut self, is_warning: bool, reason: &str, message: impl Into<String>) {
+    fn note(&mut self, is_warning: bool, reason: Reason, message: impl Into<String>) {
         let message = message.into();
-        self.decision.notes.push(Note { is_warning, reason: reason.to_owned(), message });
+        self.decision.notes.push(Note { is_warning, reason, message });
     }
 
     fn look_again_in(&mut self, wait: Duration) {
@@ -232,7 +229,7 @@ impl<'a> Visit<'a> {
     }
 
     /// Ends the run for good.
-    fn finish(&mut self, truth: Truth, reason: &str, message: &str) {
+    fn finish(&mut self, truth: Truth, reason: Reason, message: &str) {
         self.set(Kind::Succeeded, truth, reason, message);
         self.decision.status.completion_time = Some(Time(self.now));
         if let Some(progress) = &mut self.decision.status.progress {
@@ -281,7 +278,12 @@ impl<'a> Visit<'a> {
     /// Takes the run one step further.
     fn go_on(&mut self) {
         if !self.is_suspended() {
-            self.set(Kind::Suspended, Truth::False, "NotSuspended", "spec.suspend is not set");
+            self.set(
+                Kind::Suspended,
+                Truth::False,
+                Reason::NotSuspended,
+                "spec.suspend is not set",
+            );
         }
         if self.decision.status.plan.is_none() {
             self.preflight();
@@ -302,7 +304,7 @@ impl<'a> Visit<'a> {
             Ending::OutOfMemory(_) => {
                 return self.finish(
                     Truth::False,
-                    "OutOfMemory",
+                    Reason::OutOfMemory,
                     "the preflight's pod has too little memory for this dataset: an administrator must raise preflight.memoryGiB of the operator's settings",
                 );
             }
@@ -315,7 +317,7 @@ impl<'a> Visit<'a> {
         let retryable =
             |problem: &finetune_contract::Problem| problem.reason.exit_code().is_retryable();
         if !report.problems.is_empty() && report.problems.iter().all(retryable) {
-            return self.try_again_after_failure("StoreUnavailable", &listed(&report));
+            return self.try_again_after_failure(Reason::StoreUnavailable, &listed(&report));
         }
         match placement::place(self.job, &report, &self.settings.accelerators) {
             Ok(placement) => {
@@ -369,8 +371,8 @@ impl<'a> Visit<'a> {
             "{method} {place} {}{time}; see status.plan.summary",
             render::bytes(plan.memory.total())
         );
-        self.set(Kind::Planned, Truth::True, "Planned", &message);
-        self.note(false, "Planned", message);
+        self.set(Kind::Planned, Truth::True, Reason::Planned, &message);
+        self.note(false, Reason::Planned, message);
     }
 
     /// Ends a run of inputs that were published before; no pod trains them again.
@@ -382,7 +384,7 @@ impl<'a> Visit<'a> {
         self.already_published(
             ResultStatus {
                 uri: plan.run_config.output.uri.clone(),
-                kind: format!("{:?}", found.kind),
+                kind: found.kind.as_str().to_owned(),
                 manifest_sha256: found.manifest_sha256.clone(),
                 eval_loss: None,
                 steps: i64::try_from(found.step).unwrap_or(i64::MAX),
@@ -394,8 +396,8 @@ impl<'a> Visit<'a> {
 
     fn already_published(&mut self, result: ResultStatus, message: &str) {
         self.decision.status.result = Some(result);
-        self.set(Kind::Published, Truth::True, ALREADY_PUBLISHED, message);
-        self.finish(Truth::True, ALREADY_PUBLISHED, message);
+        self.set(Kind::Published, Truth::True, Reason::AlreadyPublished, message);
+        self.finish(Truth::True, Reason::AlreadyPublished, message);
     }
 
     fn refuse(&mut self, unplaced: &Unplaced, report: &PreflightReport) {
@@ -404,22 +406,20 @@ impl<'a> Visit<'a> {
         let message = format!("{unplaced}{more}");
         match unplaced {
             Unplaced::Problems(_) => {
-                let reason = unplaced
-                    .reason()
-                    .map_or_else(|| "InvalidSpec".to_owned(), |reason| format!("{reason:?}"));
-                self.set(Kind::Accepted, Truth::False, &reason, &message);
-                self.finish(Truth::False, &reason, &message);
+                let reason = unplaced.reason().map_or(Reason::InvalidSpec, Reason::from);
+                self.set(Kind::Accepted, Truth::False, reason, &message);
+                self.finish(Truth::False, reason, &message);
             }
             Unplaced::TooLarge(_) => {
                 self.accept();
-                self.set(Kind::Planned, Truth::False, "NoAcceleratorFits", &message);
-                self.finish(Truth::False, "NoAcceleratorFits", &message);
+                self.set(Kind::Planned, Truth::False, Reason::NoAcceleratorFits, &message);
+                self.finish(Truth::False, Reason::NoAcceleratorFits, &message);
             }
             Unplaced::NoTrainer { .. } => {
                 // Held, not failed: it can be planned once the settings have changed.
                 self.accept();
-                self.set(Kind::Planned, Truth::False, "TrainerImageMissing", &message);
-                self.say("TrainerImageMissing", &message);
+                self.set(Kind::Planned, Truth::False, Reason::TrainerImageMissing, &message);
+                self.say(Reason::TrainerImageMissing, &message);
             }
         }
     }
@@ -430,7 +430,7 @@ impl<'a> Visit<'a> {
             Err(error) => {
                 return self.finish(
                     Truth::False,
-                    "PlanUnreadable",
+                    Reason::PlanUnreadable,
                     &format!("the plan in status.plan was made by another release: {error}; create the job again"),
                 );
             }
@@ -465,7 +465,7 @@ impl<'a> Visit<'a> {
             Outcome::Succeeded { kind, uri, manifest_sha256, .. } => {
                 self.decision.status.result = Some(ResultStatus {
                     uri: uri.clone(),
-                    kind: format!("{kind:?}"),
+                    kind: kind.as_str().to_owned(),
                     manifest_sha256: manifest_sha256.clone(),
                     eval_loss: report.eval_loss.map(|[_, after]| rounded(after)),
                     steps: i64::try_from(report.steps).unwrap_or(i64::MAX),
@@ -485,14 +485,15 @@ impl<'a> Visit<'a> {
                 let left_out = report.rows_left_out.map_or(String::new(), |rows| {
                     format!("; {rows} training rows could not be used and were left out")
                 });
-                let message = format!("{kind:?} at {uri}, read back and proven{early}{left_out}");
-                self.set(Kind::Published, Truth::True, "Proven", &message);
-                self.finish(Truth::True, "Succeeded", &message);
+                let kind = kind.as_str();
+                let message = format!("{kind} at {uri}, read back and proven{early}{left_out}");
+                self.set(Kind::Published, Truth::True, Reason::Proven, &message);
+                self.finish(Truth::True, Reason::Succeeded, &message);
             }
             Outcome::AlreadyPublished { kind, uri, manifest_sha256, by } => {
                 let result = ResultStatus {
                     uri: uri.clone(),
-                    kind: format!("{kind:?}"),
+                    kind: kind.as_str().to_owned(),
                     manifest_sha256: manifest_sha256.clone(),
                     eval_loss: None,
                     steps: i64::try_from(report.steps).unwrap_or(i64::MAX),
@@ -505,13 +506,13 @@ impl<'a> Visit<'a> {
                 "the trainer was told to stop and saved step {checkpoint_step}"
             )),
             Outcome::Failed { reason, message } => {
-                let word = format!("{reason:?}");
+                let word = Reason::from(*reason);
                 if reason.exit_code().is_retryable() {
-                    self.try_again_after_failure(&word, message);
+                    self.try_again_after_failure(word, message);
                 } else if *reason == FailureReason::OutOfMemory {
                     self.adapt(message, plan, config, self.tensor_limit(plan));
                 } else {
-                    self.finish(Truth::False, &word, message);
+                    self.finish(Truth::False, word, message);
                 }
             }
         }
@@ -524,7 +525,7 @@ impl<'a> Visit<'a> {
         if self.has_device(plan) {
             // The tensors are elsewhere: a smaller micro-batch changes nothing here.
             let message = format!("{why}: set resources.limits.memory");
-            return self.finish(Truth::False, "OutOfMemory", &message);
+            return self.finish(Truth::False, Reason::OutOfMemory, &message);
         }
         self.adapt(&why, plan, config, limit);
     }
@@ -548,7 +549,7 @@ impl<'a> Visit<'a> {
         let Some(attempt) = self.decision.status.attempt.clone() else { return };
         let adapted = match fallbacks::adapt(config, &plan.fallbacks, Some(limit)) {
             Ok(adapted) if !is_last(&attempt) => adapted,
-            Ok(_) => return self.finish(Truth::False, "OutOfMemory", why),
+            Ok(_) => return self.finish(Truth::False, Reason::OutOfMemory, why),
             Err(nothing_left) => {
                 let advice = if self.has_device(plan) {
                     "list an accelerator with more memory in the operator's settings"
@@ -557,7 +558,7 @@ impl<'a> Visit<'a> {
                 };
                 let message =
                     format!("{why}, and {nothing_left}. Lower training.contextLength, or {advice}");
-                return self.finish(Truth::False, "OutOfMemory", &message);
+                return self.finish(Truth::False, Reason::OutOfMemory, &message);
             }
         };
         let Adapted { config, left, change } = adapted;
@@ -572,8 +573,8 @@ impl<'a> Visit<'a> {
             fallbacks: left,
             ..plan.clone()
         });
-        self.set(Kind::Planned, Truth::True, "Adapted", &message);
-        self.wait_for(next, "Adapted", &message);
+        self.set(Kind::Planned, Truth::True, Reason::Adapted, &message);
+        self.wait_for(next, Reason::Adapted, &message);
     }
 
     /// The program ended, and what it left is no report.
@@ -586,10 +587,10 @@ impl<'a> Visit<'a> {
             // A report that cannot be read, or a refusal of its own input: the same again.
             Some(exit) if !exit.is_retryable() => {
                 let hint = "are the operator and the trainer's image of the same release?";
-                self.finish(Truth::False, "TrainerFailed", &format!("{what}: {hint}"));
+                self.finish(Truth::False, Reason::TrainerFailed, &format!("{what}: {hint}"));
             }
             // Killed, crashed, or a store that did not answer.
-            _ => self.try_again_after_failure("TrainerFailed", &what),
+            _ => self.try_again_after_failure(Reason::TrainerFailed, &what),
         }
     }
 
@@ -608,7 +609,7 @@ impl<'a> Visit<'a> {
         if disruptions > self.settings.disruptions || is_last(&attempt) {
             return self.finish(
                 Truth::False,
-                "TooManyDisruptions",
+                Reason::TooManyDisruptions,
                 &format!("the cluster ended {disruptions} tries, the last one: {why}"),
             );
         }
@@ -616,7 +617,7 @@ impl<'a> Visit<'a> {
         self.wait_for_retry(next, why);
     }
 
-    fn try_again_after_failure(&mut self, reason: &str, why: &str) {
+    fn try_again_after_failure(&mut self, reason: Reason, why: &str) {
         let Some(attempt) = self.decision.status.attempt.clone() else { return };
         let failures = attempt.failures + 1;
         if failures > self.settings.retries || is_last(&attempt) {
@@ -634,10 +635,10 @@ impl<'a> Visit<'a> {
 
     fn wait_for_retry(&mut self, next: AttemptStatus, why: &str) {
         let message = format!("try {} follows, because: {why}", next.number + 1);
-        self.wait_for(next, "Retrying", &message);
+        self.wait_for(next, Reason::Retrying, &message);
     }
 
-    fn wait_for(&mut self, next: AttemptStatus, reason: &str, message: &str) {
+    fn wait_for(&mut self, next: AttemptStatus, reason: Reason, message: &str) {
         if let Some(time) = &next.retry_time {
             self.look_again_at(time.0);
         }
@@ -664,7 +665,7 @@ impl<'a> Visit<'a> {
         }
         let pods = self.observed.pods_of(job);
         if job.is_deleting {
-            self.say("Stopping", "the pods of this try are ending");
+            self.say(Reason::Stopping, "the pods of this try are ending");
             return None;
         }
         if let Some(is_success) = job.ended {
@@ -675,7 +676,7 @@ impl<'a> Visit<'a> {
                 .actions
                 .push(Action::DeleteJob { name: job.name.clone(), uid: job.uid.clone() });
             self.say(
-                "Stopping",
+                Reason::Stopping,
                 "spec.suspend is set: the pods of this try save a checkpoint and end",
             );
             return None;
@@ -702,8 +703,8 @@ impl<'a> Visit<'a> {
         }
         if self.is_suspended() {
             let message = "spec.suspend is set; set it to false to go on from the last checkpoint";
-            self.set(Kind::Suspended, Truth::True, "Suspended", message);
-            self.say("Suspended", message);
+            self.set(Kind::Suspended, Truth::True, Reason::Suspended, message);
+            self.say(Reason::Suspended, message);
             return None;
         }
         // A pod without a Job would work on the same run.
@@ -711,7 +712,7 @@ impl<'a> Visit<'a> {
         if strays > 0 {
             let deletions = self.stray_deletions();
             self.decision.actions.extend(deletions);
-            self.say("Stopping", &format!("{strays} pods of an earlier try are ending"));
+            self.say(Reason::Stopping, &format!("{strays} pods of an earlier try are ending"));
             return None;
         }
         if let Some(time) = attempt.retry_time.as_ref().filter(|time| time.0 > self.now) {
@@ -720,7 +721,7 @@ impl<'a> Visit<'a> {
         }
         if step == Step::Training && self.job.spec.approval == Some(Approval::Manual) {
             let message = "read status.plan.summary, then set spec.approval to Auto";
-            self.say("AwaitingApproval", message);
+            self.say(Reason::AwaitingApproval, message);
             return None;
         }
         self.start(step, attempt.number, config, plan);
@@ -743,14 +744,14 @@ impl<'a> Visit<'a> {
                         "the operator's settings no longer list the accelerator {:?} of the plan: an administrator must add it again, or create the job again",
                         plan.accelerator
                     );
-                    return self.say("AcceleratorMissing", &message);
+                    return self.say(Reason::AcceleratorMissing, &message);
                 };
                 if !accelerator.has_trainer() {
                     let message = format!(
                         "the operator's settings no longer name a trainer for the accelerator {:?} of the plan: an administrator must set its `image` again",
                         plan.accelerator
                     );
-                    return self.say("TrainerImageMissing", &message);
+                    return self.say(Reason::TrainerImageMissing, &message);
                 }
                 Some((accelerator, pod_size(&plan.pod)))
             }
@@ -769,11 +770,11 @@ impl<'a> Visit<'a> {
         self.decision.actions.push(Action::CreateJob(Box::new(job)));
         let labels = self.job.metadata.labels.as_ref();
         if let Some(refusal) = &self.observed.refusal {
-            self.say("JobRefused", refusal);
+            self.say(Reason::JobRefused, refusal);
         } else if step == Step::Training
             && labels.is_some_and(|labels| labels.contains_key(QUEUE_LABEL))
         {
-            self.say("Queued", QUEUED);
+            self.say(Reason::Queued, QUEUED);
         } else {
             self.say_started(step);
         }
@@ -786,7 +787,7 @@ impl<'a> Visit<'a> {
     /// share one message, for each message is a write.
     fn watch(&mut self, step: Step, job: &ObservedJob, pods: &[Option<&ObservedPod>]) {
         if job.is_suspended {
-            return self.say("Queued", QUEUED);
+            return self.say(Reason::Queued, QUEUED);
         }
         if self.end_what_waits(job, pods) {
             return;
@@ -806,7 +807,7 @@ impl<'a> Visit<'a> {
         match pod.map(|pod| &pod.state) {
             None => self.say_started(step),
             Some(PodState::Unschedulable(message)) => {
-                self.say("Unschedulable", &format!("{who}{message}"));
+                self.say(Reason::Unschedulable, &format!("{who}{message}"));
             }
             Some(PodState::Waiting { reason, message }) => {
                 let scheduled = pod.and_then(|pod| pod.scheduled);
@@ -848,14 +849,18 @@ impl<'a> Visit<'a> {
             to_end.map(|pod| Action::DeletePod { name: pod.name.clone(), uid: pod.uid.clone() });
         self.decision.actions.extend(deletions);
         let message = format!("a rank is lost; {} that wait for it are ended", waiting.len());
-        self.say("Stopping", &message);
+        self.say(Reason::Stopping, &message);
         true
     }
 
     fn say_started(&mut self, step: Step) {
         match step {
-            Step::Preflight => self.say("Preflight", "model, dataset and output are being checked"),
-            Step::Training => self.say("Starting", "the training pod starts and loads the model"),
+            Step::Preflight => {
+                self.say(Reason::Preflight, "model, dataset and output are being checked");
+            }
+            Step::Training => {
+                self.say(Reason::Starting, "the training pod starts and loads the model");
+            }
         }
     }
 
@@ -869,10 +874,10 @@ impl<'a> Visit<'a> {
     ) {
         let word = match reason {
             "ErrImagePull" | "ImagePullBackOff" | "InvalidImageName" | "ErrImageNeverPull" => {
-                "ImagePullFailed"
+                Reason::ImagePullFailed
             }
-            "CreateContainerConfigError" => "SecretOrConfigMapMissing",
-            "CreateContainerError" | "RunContainerError" => "ContainerCannotStart",
+            "CreateContainerConfigError" => Reason::SecretOrConfigMapMissing,
+            "CreateContainerError" | "RunContainerError" => Reason::ContainerCannotStart,
             _ => return self.say_started(step),
         };
         let deadline = scheduled.map(|scheduled| {
@@ -918,9 +923,11 @@ impl<'a> Visit<'a> {
             Stage::Fetching | Stage::Loading => {
                 self.say_started(Step::Training);
             }
-            Stage::Training | Stage::Evaluating => self.say("Training", "see status.progress"),
+            Stage::Training | Stage::Evaluating => {
+                self.say(Reason::Training, "see status.progress");
+            }
             Stage::Exporting | Stage::Publishing | Stage::Verifying => {
-                self.say("Publishing", "the result is being written, read back and proven");
+                self.say(Reason::Publishing, "the result is being written, read back and proven");
             }
         }
     }
@@ -931,7 +938,7 @@ fn progress_status(progress: &Progress, now: Timestamp) -> ProgressStatus {
     // JSON has no word for what is not finite; four digits are what a table has room for.
     let finite = |value: Option<f64>| value.filter(|value| value.is_finite()).map(rounded);
     ProgressStatus {
-        stage: format!("{:?}", progress.stage),
+        stage: progress.stage.as_str().to_owned(),
         step: whole(progress.step),
         total_steps: whole(progress.total_steps),
         loss: finite(progress.loss),

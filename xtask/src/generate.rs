@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use crate::{build, shell};
+use crate::{build, reference, shell};
 
 /// What Helm can read must be below the chart.
 const CHART_FILES: &str = "charts/finetune-operator/files";
@@ -56,6 +56,7 @@ fn changes(root: &Path, crd: String) -> Result<Vec<Change>> {
     let crd_name = "finetunejobs.finetune.dev.yaml";
     let mut files = vec![(root.join("crds").join(crd_name), crd.clone())];
     files.push((chart.join(crd_name), crd));
+    files.push((root.join("docs/reference/reasons.md"), reference::reasons()));
     let copies = chart.join("dashboards");
     for dashboard in json_files(&root.join("dashboards"))? {
         let copy = copies.join(dashboard.file_name().unwrap_or_default());

@@ -25,6 +25,7 @@ mod parity;
 mod plot;
 mod promtool;
 mod python;
+mod reference;
 mod runner;
 mod s3;
 mod shell;
