@@ -7,8 +7,14 @@
 use std::collections::BTreeMap;
 
 use finetune_contract::{
-    ObjectUri, Parallelism, Scheme,
-    parallelism::environment::{GOMP_SPINCOUNT, MASTER_ADDR, MASTER_PORT, WORLD_SIZE},
+    ObjectUri, Parallelism, Role, Scheme, TrainerArgs, TrainerCommand,
+    process::{
+        METRICS_PORT, POD_ADDRESS, PVC_ROOT,
+        environment::{
+            ALLOWED_ENDPOINTS, GOMP_SPINCOUNT, MASTER_ADDR, MASTER_PORT, OMP_NUM_THREADS,
+            WORLD_SIZE,
+        },
+    },
 };
 use k8s_openapi::{
     api::{
@@ -34,14 +40,12 @@ use kube::Resource;
 
 use super::settings::Settings;
 use crate::{
-    api::{self, FineTuneJob, GIB, Step},
+    api::{self, FineTuneJob, FineTuneJobSpec, GIB, SecretRef, Step},
     plan::{accelerators::Accelerator, placement::PodSize},
 };
 
 /// The name of the one container that counts.
 pub const CONTAINER: &str = "trainer";
-/// The port of `/metrics` and `/progress`.
-pub const METRICS_PORT: i32 = 9464;
 /// Where rank 0 brings the ranks together; torch's own default.
 const RENDEZVOUS_PORT: u16 = 29500;
 /// The label that names the FineTuneJob.
@@ -59,6 +63,9 @@ const GANG_LABEL: &str = "scheduling.x-k8s.io/pod-group";
 const GANG_SIZE_ANNOTATION: &str = "scheduling.volcano.sh/group-min-member";
 const CONFIG_ANNOTATION: &str = "finetune.dev/config";
 const CONFIG_DIRECTORY: &str = "/etc/finetune";
+const CONFIG_FILE: &str = "config.json";
+/// The kubelet keeps what is written there as the termination message.
+const TERMINATION_MESSAGE_PATH: &str = "/dev/termination-log";
 const WORK_DIRECTORY: &str = "/work";
 /// The user of the image; any number but 0 does.
 const USER: i64 = 65532;
@@ -301,19 +308,9 @@ fn container(
     attempt: &Attempt<'_>,
     template: &api::PodTemplate,
 ) -> Container {
-    let words = match attempt.step {
-        Step::Preflight => vec!["preflight".to_owned()],
-        Step::Training => vec!["train".to_owned(), format!("--listen=0.0.0.0:{METRICS_PORT}")],
-    };
-    let arguments = [
-        format!("--config={CONFIG_DIRECTORY}/config.json"),
-        // The kubelet keeps what is written there as the termination message.
-        "--report=/dev/termination-log".to_owned(),
-        format!("--work-dir={WORK_DIRECTORY}"),
-    ];
     let port = ContainerPort {
         name: Some("metrics".to_owned()),
-        container_port: METRICS_PORT,
+        container_port: i32::from(METRICS_PORT),
         ..ContainerPort::default()
     };
     let mount = |name: &str, path: String, read_only: bool| VolumeMount {
@@ -331,13 +328,13 @@ fn container(
         mounts.push(mount("shm", "/dev/shm".to_owned(), false));
     }
     for claim in claims(job) {
-        mounts.push(mount(&format!("pvc-{claim}"), format!("/mnt/pvc/{claim}"), false));
+        mounts.push(mount(&format!("pvc-{claim}"), format!("{PVC_ROOT}/{claim}"), false));
     }
     Container {
         name: CONTAINER.to_owned(),
         image: Some(image(settings, attempt)),
         image_pull_policy: settings.image_pull_policy.clone(),
-        args: Some(words.into_iter().chain(arguments).collect()),
+        args: Some(arguments(attempt.step)),
         env: Some(variables(job, settings, attempt, template)),
         env_from: Some(secrets(job)),
         ports: (attempt.step == Step::Training).then(|| vec![port]),
@@ -354,6 +351,21 @@ fn container(
         volume_mounts: Some(mounts),
         ..Container::default()
     }
+}
+
+/// Returns the trainer's command line.
+fn arguments(step: Step) -> Vec<String> {
+    let (command, listen) = match step {
+        Step::Preflight => (TrainerCommand::Preflight, None),
+        Step::Training => (TrainerCommand::Train, Some(POD_ADDRESS)),
+    };
+    let config = format!("{CONFIG_DIRECTORY}/{CONFIG_FILE}");
+    let args = TrainerArgs {
+        listen,
+        ..TrainerArgs::new(command, config, TERMINATION_MESSAGE_PATH, WORK_DIRECTORY)
+    };
+    // Its paths are Unicode: they are the constants above.
+    args.to_args().iter().map(|arg| arg.to_string_lossy().into_owned()).collect()
 }
 
 /// The environment: the administrator's, then the user's, then what must be as it is.
@@ -375,7 +387,7 @@ fn variables(
     };
     let mut own = vec![
         plain("HOME", WORK_DIRECTORY),
-        plain("OMP_NUM_THREADS", &cores.to_string()),
+        plain(OMP_NUM_THREADS, &cores.to_string()),
         plain(GOMP_SPINCOUNT.0, GOMP_SPINCOUNT.1),
     ];
     if attempt.place.is_some_and(|(accelerator, _)| accelerator.is_device()) {
@@ -389,7 +401,7 @@ fn variables(
         own.push(plain(MASTER_PORT, &RENDEZVOUS_PORT.to_string()));
     }
     if !settings.allowed_endpoints.is_empty() {
-        own.push(plain("FINETUNE_ALLOWED_ENDPOINTS", &settings.allowed_endpoints.join(",")));
+        own.push(plain(ALLOWED_ENDPOINTS, &settings.allowed_endpoints.join(",")));
     }
     let administrators =
         settings.environment.iter().map(|(name, value)| plain(name, value)).collect::<Vec<_>>();
@@ -437,29 +449,25 @@ fn first_rank(job: &FineTuneJob, attempt: &Attempt<'_>) -> String {
 
 /// Each Secret's keys, under the prefix of what they are for.
 fn secrets(job: &FineTuneJob) -> Vec<EnvFromSource> {
-    let spec = &job.spec;
-    [
-        ("FINETUNE_MODEL_", spec.model.secret_ref.as_ref()),
-        (
-            "FINETUNE_ADAPTER_",
-            spec.initial_adapter.as_ref().and_then(|adapter| adapter.secret_ref.as_ref()),
-        ),
-        (
-            "FINETUNE_CHECKPOINT_",
-            spec.initial_checkpoint.as_ref().and_then(|checkpoint| checkpoint.secret_ref.as_ref()),
-        ),
-        ("FINETUNE_DATASET_", spec.dataset.secret_ref.as_ref()),
-        ("FINETUNE_OUTPUT_", spec.output.secret_ref.as_ref()),
-    ]
-    .into_iter()
-    .filter_map(|(prefix, secret)| {
+    let source = |role: Role| {
+        let secret = secret_of(&job.spec, role)?;
         Some(EnvFromSource {
-            prefix: Some(prefix.to_owned()),
-            secret_ref: Some(SecretEnvSource { name: secret?.name.clone(), optional: None }),
+            prefix: Some(role.prefix().to_owned()),
+            secret_ref: Some(SecretEnvSource { name: secret.name.clone(), optional: None }),
             config_map_ref: None,
         })
-    })
-    .collect()
+    };
+    Role::ALL.into_iter().filter_map(source).collect()
+}
+
+fn secret_of(spec: &FineTuneJobSpec, role: Role) -> Option<&SecretRef> {
+    match role {
+        Role::Model => spec.model.secret_ref.as_ref(),
+        Role::Adapter => spec.initial_adapter.as_ref()?.secret_ref.as_ref(),
+        Role::Checkpoint => spec.initial_checkpoint.as_ref()?.secret_ref.as_ref(),
+        Role::Dataset => spec.dataset.secret_ref.as_ref(),
+        Role::Output => spec.output.secret_ref.as_ref(),
+    }
 }
 
 fn shared_memory(attempt: &Attempt<'_>) -> u64 {
@@ -527,7 +535,7 @@ fn volumes(job: &FineTuneJob, settings: &Settings, attempt: &Attempt<'_>) -> Vec
         ..Volume::default()
     };
     let config = DownwardAPIVolumeFile {
-        path: "config.json".to_owned(),
+        path: CONFIG_FILE.to_owned(),
         field_ref: Some(ObjectFieldSelector {
             field_path: format!("metadata.annotations['{CONFIG_ANNOTATION}']"),
             api_version: None,

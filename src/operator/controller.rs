@@ -7,7 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use finetune_contract::{Progress, Reason};
+use finetune_contract::{
+    Progress, Reason,
+    process::{METRICS_PORT, PROGRESS_PATH},
+};
 use futures::{StreamExt, future, stream};
 use k8s_openapi::{
     api::{batch::v1::Job, core::v1::Pod},
@@ -28,7 +31,7 @@ use kube::{
 use tracing::{error, info, warn};
 
 use super::{
-    build::{JOB_LABEL, MANAGED_BY, METRICS_PORT},
+    build::{JOB_LABEL, MANAGED_BY},
     children::Children,
     conditions::{self, Kind},
     lifecycle::{self, Action, Decision, Note, PROGRESS_INTERVAL},
@@ -433,7 +436,8 @@ impl Operator {
             return None;
         }
         let host = if ip.contains(':') { format!("[{ip}]") } else { ip.clone() };
-        let answer = self.http.get(format!("http://{host}:{METRICS_PORT}/progress")).send().await;
+        let answer =
+            self.http.get(format!("http://{host}:{METRICS_PORT}{PROGRESS_PATH}")).send().await;
         let text = answer.ok()?.error_for_status().ok()?.text().await.ok()?;
         // A pod may answer anything: what is not this run's progress is not believed.
         let progress: Progress = finetune_contract::parse(&text).ok()?;

@@ -6,7 +6,7 @@
 
 use finetune_contract::{ModelFacts, Optimizer, Parallelism, Recompute, RunConfig, Strategy};
 
-use super::{placement::MOST_RANKS, render, sizing, sizing::Load, word};
+use super::{render, sizing, sizing::Load, word};
 use crate::api::Fallback;
 
 /// A run in smaller pieces.
@@ -67,7 +67,7 @@ fn lower(load: Load, accumulation: u64, may_add_ranks: bool) -> Option<(Load, u6
         return Some((Load { recompute: Recompute::Block, ..load }, accumulation));
     }
     let ranks = load.ranks * 2;
-    let can_divide = accumulation.is_multiple_of(2) && ranks <= u64::from(MOST_RANKS);
+    let can_divide = accumulation.is_multiple_of(2) && ranks <= u64::from(Parallelism::MAX_RANKS);
     (may_add_ranks && can_divide)
         .then_some((Load { ranks, strategy: Strategy::Zero3, ..load }, accumulation / 2))
 }
