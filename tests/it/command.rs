@@ -352,7 +352,7 @@ fn says_what_is_missing_when_the_smallest_pieces_are_too_large() {
     going on with trainBatchSizePerDevice 2 instead of 4, gradientAccumulationSteps 4 instead of 2: 8 sequences a step and the same result, in 260 MB instead of 266 MB, because the device ran out of memory
     going on with trainBatchSizePerDevice 1 instead of 2, gradientAccumulationSteps 8 instead of 4: 8 sequences a step and the same result, in 256 MB instead of 260 MB, because the device ran out of memory
     going on with recompute block instead of none: 8 sequences a step and the same result, in 255 MB instead of 256 MB, because the device ran out of memory
-    error: the device ran out of memory, and no way is left to make its micro-batches smaller: 255 MB are predicted. Lower training.contextLength, or use a machine with more memory
+    error: the device ran out of memory, and no smaller configuration is left to try: 255 MB are predicted. Lower training.contextLength, or use a machine with more memory
     ");
     let told = fs::read_to_string(directory.path().join("told")).unwrap();
     assert_eq!(told.lines().count(), 5, "8, 4, 2, 1, and blocks computed again");
