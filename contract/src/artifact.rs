@@ -35,6 +35,17 @@ pub enum ArtifactKind {
     MergedModel,
 }
 
+impl ArtifactKind {
+    /// Returns the kind as a job's status has it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Adapter => "Adapter",
+            Self::FullModel => "FullModel",
+            Self::MergedModel => "MergedModel",
+        }
+    }
+}
+
 /// The files of a published result, written last and create-only.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]

@@ -8,11 +8,14 @@
 //!
 //! In reading order: [`uri`] and [`settings`] are the words shared by the documents;
 //! [`PreflightConfig`] goes out and [`PreflightReport`] comes back; then [`RunConfig`] goes out,
-//! [`Progress`] is told while running, and [`RunReport`] with an [`ExitCode`] is the last word.
-//! [`artifact`] names what is left in the bucket.
+//! [`Progress`] is served while running, and [`RunReport`] with an [`ExitCode`] is the last word.
+//! [`Reason`] is why a condition of a job has its value; problems and failures are subsets of it.
+//! [`process`] and [`Role`] are how a trainer is started, reached and given its Secrets, [`cost`] what
+//! the plan knows of its memory, and [`artifact`] names what is left in the bucket.
 #![forbid(unsafe_code)]
 
 pub mod artifact;
+pub mod cost;
 mod document;
 mod exit_code;
 mod inputs;
@@ -20,8 +23,11 @@ pub mod overlap;
 pub mod parallelism;
 mod preflight_config;
 mod preflight_report;
+pub mod process;
 mod progress;
+mod reason;
 mod rendering;
+mod role;
 mod run_config;
 mod run_report;
 pub mod settings;
@@ -41,8 +47,11 @@ pub use preflight_report::{
     DatasetCensus, LengthPoint, LoraFacts, MachineFacts, ModelFacts, ModuleShape, OutputState,
     PreflightReport, Problem, ProblemReason, Split,
 };
+pub use process::{TrainerArgs, TrainerCommand};
 pub use progress::{Progress, Stage};
+pub use reason::{Reason, ReasonPhase, UnknownReason};
 pub use rendering::{Reasoning, RenderingSettings, is_template_text, template_uri};
+pub use role::Role;
 pub use run_config::{ExpectedData, RunConfig, TrainingSettings};
 pub use run_report::{FailureReason, Outcome, Proof, RunReport, StoppedEarly};
 pub use settings::{

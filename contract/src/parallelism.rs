@@ -1,4 +1,4 @@
-//! How a run is divided over processes, and how each of them learns which one it is.
+//! How a run is divided over processes.
 
 use serde::{Deserialize, Serialize};
 
@@ -33,6 +33,8 @@ pub enum Strategy {
 }
 
 impl Parallelism {
+    /// The most ranks of a run.
+    pub const MAX_RANKS: u32 = 64;
     /// One process that holds everything.
     pub const SINGLE: Self = Self { world_size: 1, strategy: Strategy::None, local_world_size: 1 };
 
@@ -60,24 +62,4 @@ impl Default for Parallelism {
     fn default() -> Self {
         Self::SINGLE
     }
-}
-
-/// Environment variables of a trainer: `torchrun`'s, by which a rank is told its place, and libgomp's.
-pub mod environment {
-    /// This rank's number, from 0.
-    pub const RANK: &str = "RANK";
-    /// The number of a pod of an Indexed Job of Kubernetes, from 0; read where [`RANK`] is absent.
-    pub const JOB_COMPLETION_INDEX: &str = "JOB_COMPLETION_INDEX";
-    /// This rank's number among those of its pod or machine; set where one process started them.
-    pub const LOCAL_RANK: &str = "LOCAL_RANK";
-    /// How many ranks there are; must be the run's.
-    pub const WORLD_SIZE: &str = "WORLD_SIZE";
-    /// A name or address of rank 0.
-    pub const MASTER_ADDR: &str = "MASTER_ADDR";
-    /// The port on which rank 0 brings the ranks together.
-    pub const MASTER_PORT: &str = "MASTER_PORT";
-    /// How long a thread of libtorch spins while it waits for the others, in turns of a loop, before
-    /// it sleeps: some 30 µs. Waking costs a step 10 % and more if none spins; spinning without
-    /// end takes the processors, or the quota, that the others need.
-    pub const GOMP_SPINCOUNT: (&str, &str) = ("GOMP_SPINCOUNT", "2000");
 }

@@ -78,3 +78,18 @@ pub enum Stage {
     /// Reading them back.
     Verifying,
 }
+
+impl Stage {
+    /// Returns the stage as a job's status has it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Fetching => "Fetching",
+            Self::Loading => "Loading",
+            Self::Training => "Training",
+            Self::Evaluating => "Evaluating",
+            Self::Exporting => "Exporting",
+            Self::Publishing => "Publishing",
+            Self::Verifying => "Verifying",
+        }
+    }
+}

@@ -140,6 +140,16 @@ pub enum Operator {
     Exists,
 }
 
+impl Operator {
+    /// Returns Kubernetes' word.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Equal => "Equal",
+            Self::Exists => "Exists",
+        }
+    }
+}
+
 /// A taint's effect.
 #[derive(JsonSchema, Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "Kubernetes' words")]
@@ -147,4 +157,15 @@ pub enum Effect {
     NoSchedule,
     PreferNoSchedule,
     NoExecute,
+}
+
+impl Effect {
+    /// Returns Kubernetes' word.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::NoSchedule => "NoSchedule",
+            Self::PreferNoSchedule => "PreferNoSchedule",
+            Self::NoExecute => "NoExecute",
+        }
+    }
 }

@@ -1,6 +1,6 @@
 //! What the operator reports of a FineTuneJob.
 
-use finetune_contract::{Recompute, Strategy};
+use finetune_contract::{Parallelism, Recompute, Strategy};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -126,7 +126,7 @@ pub struct Fallback {
     #[schemars(with = "String", length(max = 16))]
     pub recompute: Recompute,
     /// Ranks.
-    #[schemars(with = "i32", range(min = 1, max = 64))]
+    #[schemars(with = "i32", range(min = 1, max = Parallelism::MAX_RANKS))]
     pub ranks: u32,
     /// What is divided over them: `none`, `ddp`, `zero1`, `zero2` or `zero3`.
     #[schemars(with = "String", length(max = 16))]

@@ -12,6 +12,7 @@ mod trainer;
 use std::{ffi::OsString, path::PathBuf, process::ExitCode as Status};
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use finetune_contract::Parallelism;
 
 use crate::{api::schema, plan::render};
 use failure::Failure;
@@ -98,7 +99,7 @@ struct Job {
 #[derive(Debug, Args)]
 struct Ranks {
     /// Trainers that share this machine and train one model together
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(Parallelism::MAX_RANKS)))]
     ranks: u32,
 }
 

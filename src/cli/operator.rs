@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use clap::Args;
+use finetune_contract::process::environment::LOG;
 
 use super::failure::Failure;
 use crate::operator::{self, Host, settings::Settings};
@@ -39,8 +40,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), Failure> {
         .with_current_span(false)
         .with_span_list(false)
         .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_env("FINETUNE_LOG")
-                .unwrap_or_else(|_| "info".into()),
+            tracing_subscriber::EnvFilter::try_from_env(LOG).unwrap_or_else(|_| "info".into()),
         )
         .with_writer(std::io::stderr)
         .init();

@@ -7,7 +7,7 @@ use std::{
 
 use finetune_contract::{
     ExitCode, FailureReason, ObjectUri, Outcome, ParseDocumentError, PreflightReport, RunConfig,
-    RunReport, Scheme,
+    RunReport, Scheme, TrainerCommand,
 };
 
 use super::{
@@ -104,7 +104,8 @@ pub(super) fn plan(
     accelerators: &[Accelerator],
 ) -> Result<(PreflightReport, RunPlan), Failure> {
     let Prepared { job, trainer } = prepared;
-    let (ended, text) = trainer.run("preflight", &settings::preflight_config(job, true))?;
+    let (ended, text) =
+        trainer.run(TrainerCommand::Preflight, &settings::preflight_config(job, true))?;
     let Some(text) = text.filter(|_| !ended.was_interrupted) else {
         return Err(without_report("preflight", &ended));
     };
@@ -183,7 +184,7 @@ enum Trained {
 }
 
 fn train_once(trainer: &Trainer, config: &RunConfig) -> Result<Trained, Failure> {
-    let (ended, text) = trainer.run("train", config)?;
+    let (ended, text) = trainer.run(TrainerCommand::Train, config)?;
     if ended.is_out_of_memory && !ended.was_interrupted {
         let why = "the kernel ended the trainer for want of memory";
         return Ok(Trained::OutOfMemory(why.to_owned()));

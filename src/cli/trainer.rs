@@ -9,7 +9,9 @@ use std::{
     time::Duration,
 };
 
-use finetune_contract::{Document, ExitCode, Progress, parallelism::environment::GOMP_SPINCOUNT};
+use finetune_contract::{
+    Document, ExitCode, Progress, TrainerArgs, TrainerCommand, process::environment::GOMP_SPINCOUNT,
+};
 use rustix::process::{Pid, Signal, kill_process};
 use signal_hook::{
     consts::{SIGINT, SIGTERM},
@@ -101,15 +103,15 @@ impl Trainer {
     /// Runs one step with `config`; returns how it ended and the text of its report, if it left one.
     pub(super) fn run<D: Document>(
         &self,
-        subcommand: &str,
+        what: TrainerCommand,
         config: &D,
     ) -> Result<(Ended, Option<String>), Failure> {
-        let documents = Documents::prepare(&self.work_dir, subcommand, config)?;
+        let documents = Documents::prepare(&self.work_dir, what.as_str(), config)?;
         // Listening replaces the default action, so that the child can save a checkpoint first.
         let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(Failure::internal)?;
         let memory = OomWatch::start();
         let mut child = self
-            .command(subcommand, &documents)
+            .command(what, &documents)
             .stdout(Stdio::piped())
             .spawn()
             .map_err(|error| cannot_start(&self.program, &error))?;
@@ -124,16 +126,11 @@ impl Trainer {
     }
 
     /// Makes the command of a trainer.
-    fn command(&self, subcommand: &str, documents: &Documents) -> Command {
+    fn command(&self, what: TrainerCommand, documents: &Documents) -> Command {
+        let Documents { config_path, report_path } = documents;
         let mut command = Command::new(&self.program);
         command
-            .arg(subcommand)
-            .arg("--config")
-            .arg(&documents.config_path)
-            .arg("--report")
-            .arg(&documents.report_path)
-            .arg("--work-dir")
-            .arg(&self.work_dir)
+            .args(TrainerArgs::new(what, config_path, report_path, &self.work_dir).to_args())
             .env(GOMP_SPINCOUNT.0, GOMP_SPINCOUNT.1)
             .stdin(self.locks.as_ref().map_or_else(Stdio::null, Locks::for_trainer));
         command

@@ -1,5 +1,6 @@
 //! The conditions of a FineTuneJob's status.
 
+use finetune_contract::Reason;
 use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::{Condition, Time},
     jiff::Timestamp,
@@ -29,6 +30,17 @@ impl Kind {
     /// All of them, in the order they are shown.
     pub const ALL: [Self; 5] =
         [Self::Succeeded, Self::Accepted, Self::Planned, Self::Published, Self::Suspended];
+
+    /// Returns the condition's type.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Succeeded => "Succeeded",
+            Self::Accepted => "Accepted",
+            Self::Planned => "Planned",
+            Self::Published => "Published",
+            Self::Suspended => "Suspended",
+        }
+    }
 }
 
 /// Whether a condition holds.
@@ -40,15 +52,26 @@ pub enum Truth {
     Unknown,
 }
 
+impl Truth {
+    /// Returns the condition's status.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::True => "True",
+            Self::False => "False",
+            Self::Unknown => "Unknown",
+        }
+    }
+}
+
 /// Finds a condition.
 pub fn find(status: &FineTuneJobStatus, kind: Kind) -> Option<&Condition> {
-    let name = format!("{kind:?}");
-    status.conditions.iter().find(|condition| condition.type_ == name)
+    status.conditions.iter().find(|condition| condition.type_ == kind.as_str())
 }
 
 /// Tells whether the run has succeeded or failed for good.
 pub fn is_finished(status: &FineTuneJobStatus) -> bool {
-    find(status, Kind::Succeeded).is_some_and(|condition| condition.status != "Unknown")
+    find(status, Kind::Succeeded)
+        .is_some_and(|condition| condition.status != Truth::Unknown.as_str())
 }
 
 /// Sets a condition; the time of its last transition is kept while its truth stays.
@@ -57,16 +80,16 @@ pub fn set(
     now: Timestamp,
     kind: Kind,
     truth: Truth,
-    reason: &str,
+    reason: Reason,
     message: &str,
 ) {
-    let truth = format!("{truth:?}");
+    let truth = truth.as_str();
     let same = find(status, kind).filter(|condition| condition.status == truth);
     let since = same.map_or(Time(now), |condition| condition.last_transition_time.clone());
     let condition = Condition {
-        type_: format!("{kind:?}"),
-        status: truth,
-        reason: reason.to_owned(),
+        type_: kind.as_str().to_owned(),
+        status: truth.to_owned(),
+        reason: reason.as_str().to_owned(),
         message: shorten(message),
         last_transition_time: since,
         observed_generation: status.observed_generation,
@@ -82,7 +105,7 @@ pub fn complete(status: &mut FineTuneJobStatus, now: Timestamp) {
     for kind in Kind::ALL {
         if find(status, kind).is_none() {
             let truth = if kind == Kind::Suspended { Truth::False } else { Truth::Unknown };
-            set(status, now, kind, truth, "Pending", "nothing is known yet");
+            set(status, now, kind, truth, Reason::Pending, "nothing is known yet");
         }
     }
 }

@@ -11,13 +11,13 @@ use prometheus::{
 #[derive(Clone)]
 pub struct Metrics {
     registry: Registry,
-    /// Visits by result: `success`, `error` or `conflict`.
+    /// Reconciliations by result: `success`, `error` or `conflict`.
     pub reconciles: IntCounterVec,
-    /// Visits that failed.
+    /// Reconciliations that failed.
     pub reconcile_errors: prometheus::IntCounter,
-    /// Seconds of a visit.
+    /// Seconds of a reconciliation.
     pub reconcile_seconds: Histogram,
-    /// Visits under way.
+    /// Reconciliations in progress.
     pub active_workers: IntGauge,
     /// 1 in the replica that acts.
     pub leader: Gauge,
@@ -31,7 +31,7 @@ pub struct Metrics {
     pub completions: IntCounterVec,
     /// Seconds from the first training pod to the end, by method.
     pub job_seconds: HistogramVec,
-    /// Tries that were repeated, by namespace and cause.
+    /// Attempts that were retried, by namespace and cause.
     pub retries: IntCounterVec,
     /// Predicted memory of jobs that ended, in bytes.
     pub predicted_bytes: GaugeVec,
@@ -58,16 +58,17 @@ impl Metrics {
         };
         let reconcile_errors = prometheus::IntCounter::new(
             "finetune_operator_reconcile_errors_total",
-            "Visits of a job that failed and are repeated",
+            "Reconciliations of a job that failed and are repeated",
         )?;
         let reconcile_seconds = Histogram::with_opts(
             HistogramOpts::new(
                 "finetune_operator_reconcile_time_seconds",
-                "Seconds of a visit of a job",
+                "Seconds of a reconciliation of a job",
             )
             .buckets(vec![0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0]),
         )?;
-        let active_workers = IntGauge::new("finetune_operator_active_workers", "Visits under way")?;
+        let active_workers =
+            IntGauge::new("finetune_operator_active_workers", "Reconciliations in progress")?;
         let leader =
             Gauge::new("finetune_operator_leader", "1 in the replica that acts, 0 in the others")?;
         let jobs = IntGaugeVec::new(
@@ -95,7 +96,7 @@ impl Metrics {
         Ok(Self {
             reconciles: counters(
                 "finetune_operator_reconcile_total",
-                "Visits of a job by result",
+                "Reconciliations of a job by result",
                 &["result"],
             )?,
             api_requests: counters(
@@ -115,7 +116,7 @@ impl Metrics {
             )?,
             retries: counters(
                 "finetune_job_retries_total",
-                "Tries that were repeated",
+                "Attempts that were retried",
                 &["namespace", "cause"],
             )?,
             predicted_bytes: gauges(
@@ -138,10 +139,10 @@ impl Metrics {
         })
     }
 
-    /// Starts timing a visit; the visit ends when the result is dropped.
-    pub fn visit(&self) -> Visit<'_> {
+    /// Counts and times a reconciliation until the result is dropped.
+    pub fn reconciling(&self) -> Reconciling<'_> {
         self.active_workers.inc();
-        Visit { metrics: self, started: Instant::now() }
+        Reconciling { metrics: self, started: Instant::now() }
     }
 
     /// Returns all of them in Prometheus' text format.
@@ -153,13 +154,13 @@ impl Metrics {
     }
 }
 
-/// A visit under way.
-pub struct Visit<'a> {
+/// A reconciliation in progress.
+pub struct Reconciling<'a> {
     metrics: &'a Metrics,
     started: Instant,
 }
 
-impl Drop for Visit<'_> {
+impl Drop for Reconciling<'_> {
     fn drop(&mut self) {
         self.metrics.active_workers.dec();
         self.metrics.reconcile_seconds.observe(self.started.elapsed().as_secs_f64());

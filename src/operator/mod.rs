@@ -1,22 +1,31 @@
 //! The operator: FineTuneJobs of a cluster, from a manifest to a published result.
 //!
-//! In reading order: `observe` says what is seen of a job's children and `children` keeps it;
-//! `lifecycle` decides what happens next, without I/O, and `build` makes the objects of one try;
-//! `controller` drives and acts. `settings` are the administrator's; `leader`, `metrics`, `server`
-//! and `client` are what every operator has.
+//! In reading order: `controller` has the watches and the queue; `reconcile` is one reconciliation of
+//! one job, on one screen; `observe` reads its children, which `child_cache` keeps; [`decide`] says
+//! what happens next, without I/O, and [`build`] makes the objects of one attempt; `apply` and `events`
+//! carry it out, and `accounting` counts. `settings` are the administrator's; `leader`, `metrics`,
+//! `server` and `client` are what every operator has.
 
+mod accounting;
+mod apply;
 pub mod build;
-pub mod children;
+pub mod child_cache;
 pub mod client;
 pub mod conditions;
+pub mod context;
 pub mod controller;
+pub mod decide;
+mod events;
+pub mod invalid_object;
 pub mod leader;
-pub mod lifecycle;
 pub mod metrics;
 pub mod observe;
-pub mod readable;
+mod progress_client;
+mod reconcile;
 pub mod server;
 pub mod settings;
+#[cfg(test)]
+pub(crate) mod testing;
 
 use std::{
     net::SocketAddr,
@@ -88,12 +97,12 @@ pub async fn run(settings: Settings, host: Host) -> Result<()> {
         [] => vec![None],
         names => names.iter().cloned().map(Some).collect(),
     };
-    let mut visits = JoinSet::new();
+    let mut operators = JoinSet::new();
     for namespace in namespaces {
         let (client, settings, metrics) = (client.clone(), settings.clone(), metrics.clone());
         let operator = Operator::new(client, settings, metrics, &host.identity, namespace)?;
         let mut stopped = stopped.clone();
-        visits.spawn(Arc::new(operator).run(async move {
+        operators.spawn(Arc::new(operator).run(async move {
             let _ = stopped.wait_for(|stop| *stop).await;
         }));
     }
@@ -106,10 +115,10 @@ pub async fn run(settings: Settings, host: Host) -> Result<()> {
         // Another may act already: not one more write.
         bail!("the lease was lost");
     }
-    info!("stopping: visits under way are finished first");
+    info!("stopping: reconciliations in progress are finished first");
     stop.send_replace(true);
     tokio::select! {
-        _ = visits.join_all() => {}
+        _ = operators.join_all() => {}
         // The Lease is kept until the last write.
         () = candidate.keep() => bail!("the lease was lost"),
     }

@@ -14,7 +14,7 @@ use k8s_openapi::{
 };
 use kube::ResourceExt;
 
-use super::build::CONTAINER;
+use super::build::names::CONTAINER;
 
 /// Where a Job writes which rank a pod is.
 const INDEX_ANNOTATION: &str = "batch.kubernetes.io/job-completion-index";
@@ -121,8 +121,8 @@ impl Observed {
         (0..job.ranks).map(newest).collect()
     }
 
-    /// Lists pods that live though their Job is gone.
-    pub fn strays(&self) -> impl Iterator<Item = &ObservedPod> {
+    /// Lists the pods that run though their Job is gone.
+    pub fn orphaned_pods(&self) -> impl Iterator<Item = &ObservedPod> {
         let has_job =
             |pod: &&ObservedPod| self.jobs.iter().any(|job| Some(&job.uid) == pod.job_uid.as_ref());
         self.pods

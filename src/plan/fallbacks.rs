@@ -6,7 +6,7 @@
 
 use finetune_contract::{ModelFacts, Optimizer, Parallelism, Recompute, RunConfig, Strategy};
 
-use super::{placement::MOST_RANKS, render, sizing, sizing::Load, word};
+use super::{render, sizing, sizing::Load, word};
 use crate::api::Fallback;
 
 /// A run in smaller pieces.
@@ -67,7 +67,7 @@ fn lower(load: Load, accumulation: u64, may_add_ranks: bool) -> Option<(Load, u6
         return Some((Load { recompute: Recompute::Block, ..load }, accumulation));
     }
     let ranks = load.ranks * 2;
-    let can_divide = accumulation.is_multiple_of(2) && ranks <= u64::from(MOST_RANKS);
+    let can_divide = accumulation.is_multiple_of(2) && ranks <= u64::from(Parallelism::MAX_RANKS);
     (may_add_ranks && can_divide)
         .then_some((Load { ranks, strategy: Strategy::Zero3, ..load }, accumulation / 2))
 }
@@ -156,7 +156,7 @@ fn change(from: &RunConfig, to: &RunConfig) -> String {
 fn shortfall(config: &RunConfig, ladder: &[Fallback], limit: Option<u64>) -> String {
     let predicted = config.predicted_peak_bytes;
     let least = ladder.last().map_or(predicted, |way| way.predicted_peak_bytes);
-    let nothing = "no way is left to make its micro-batches smaller";
+    let nothing = "no smaller configuration is left to try";
     match limit {
         Some(limit) if least > limit => format!(
             "{nothing}: the least it needs is {}, {} more than the limit of {}",
@@ -290,8 +290,8 @@ mod tests {
         let (config, ladder) = planned("  loraConfig: {}\n", 8.0);
         let adapted = adapt(&config, &ladder, Some(300_000_000)).unwrap();
         insta::assert_snapshot!(adapted.change, @"trainBatchSizePerDevice 1 instead of 8, gradientAccumulationSteps 16 instead of 2: 16 sequences a step and the same result, in 269 MB instead of 967 MB");
-        insta::assert_snapshot!(adapt(&config, &ladder, Some(24 << 20)).unwrap_err(), @"no way is left to make its micro-batches smaller: the least it needs is 190 MB, 164 MB more than the limit of 25 MB");
-        insta::assert_snapshot!(adapt(&config, &[], Some(2_000_000_000)).unwrap_err(), @"no way is left to make its micro-batches smaller: 967 MB are predicted, and the limit of 2.00 GB, 1.03 GB above that, was too little");
-        insta::assert_snapshot!(adapt(&config, &[], None).unwrap_err(), @"no way is left to make its micro-batches smaller: 967 MB are predicted");
+        insta::assert_snapshot!(adapt(&config, &ladder, Some(24 << 20)).unwrap_err(), @"no smaller configuration is left to try: the least it needs is 190 MB, 164 MB more than the limit of 25 MB");
+        insta::assert_snapshot!(adapt(&config, &[], Some(2_000_000_000)).unwrap_err(), @"no smaller configuration is left to try: 967 MB are predicted, and the limit of 2.00 GB, 1.03 GB above that, was too little");
+        insta::assert_snapshot!(adapt(&config, &[], None).unwrap_err(), @"no smaller configuration is left to try: 967 MB are predicted");
     }
 }

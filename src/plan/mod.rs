@@ -21,7 +21,8 @@ use finetune_contract::{
     CONTRACT_VERSION, DatasetSource, Device, Dtype, ExpectedData, LrScheduler, MachineFacts,
     ModelFacts, Optimizer, OutputState, Parallelism, PreflightReport, Problem, ProblemReason,
     PublishedResult, Recompute, RenderingSettings, RunConfig, RunId, Strategy, TrainingSettings,
-    artifact::MANIFEST_NAME, decisive_settings, settings_text,
+    artifact::MANIFEST_NAME, cost::CHECKPOINT_BYTES_PER_PARAMETER, decisive_settings,
+    settings_text,
 };
 use serde::Serialize;
 
@@ -417,7 +418,7 @@ pub fn plan_over(
     let already_published = published_before(report, &run_config).map_err(|other| vec![other])?;
     Ok(RunPlan {
         already_published,
-        checkpoint_bytes: trained * sizing::CHECKPOINT_BYTES,
+        checkpoint_bytes: trained * CHECKPOINT_BYTES_PER_PARAMETER,
         fallbacks: fallbacks::ladder(model, load, batch.accumulation, place.has_more()),
         seconds: seconds(machine.as_ref(), place.efficiency(), model, &load, tokens)
             .map(|seconds| seconds * sharing as f64 / f64::from(ranks)),

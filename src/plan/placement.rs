@@ -1,6 +1,8 @@
 //! Chooses the accelerator of a run in a cluster, and the size of its pod.
 
-use finetune_contract::{PreflightReport, Problem, ProblemReason, RunConfig, Strategy};
+use finetune_contract::{
+    Parallelism, PreflightReport, Problem, ProblemReason, RunConfig, Strategy,
+};
 
 use super::{
     Decision, Place, RunPlan, accelerators::Accelerator, invalid, plan, plan_over, render, sizing,
@@ -60,9 +62,6 @@ pub enum Unplaced {
         ranks: u32,
     },
 }
-
-/// The most ranks a run is planned over: more than share a model of this trainer's kind sensibly.
-pub(super) const MOST_RANKS: u32 = 64;
 
 /// Plans `job` for the first of `accelerators` that it fits; if it fits none alone, over the fewest
 /// of a kind that hold it. One without a trainer is taken only to say what it lacks.
@@ -193,7 +192,7 @@ fn placed(
 fn over_ranks(job: &FineTuneJob, report: &PreflightReport, place: Place<'_>) -> Option<RunPlan> {
     let numbers = std::iter::successors(Some(2), |ranks| Some(ranks * 2));
     numbers
-        .take_while(|ranks| *ranks <= MOST_RANKS)
+        .take_while(|ranks| *ranks <= Parallelism::MAX_RANKS)
         .find_map(|ranks| plan_over(ranks, job, report, place).ok())
 }
 

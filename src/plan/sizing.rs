@@ -5,17 +5,17 @@
 //! follow what the trainer's hand-written backward pass keeps; the constants below are the only
 //! numbers that are not derived from a shape.
 
-use finetune_contract::{Dtype, ModelFacts, Optimizer, Recompute, Strategy};
+use finetune_contract::{
+    Dtype, ModelFacts, Optimizer, Recompute, Strategy,
+    cost::{
+        CHECKPOINT_BYTES_PER_PARAMETER, HEAD_ROWS, MOMENTS_BLOCK, UPLOAD_PART_BYTES,
+        UPLOAD_PARTS_IN_FLIGHT,
+    },
+};
 use serde::Serialize;
 
 /// fp32 weight and gradient, per trained parameter.
 pub const STATE_BYTES: u64 = 8;
-
-/// Parameters whose moments share an fp32 scale each, where they take a byte.
-const MOMENTS_BLOCK: u64 = 256;
-
-/// Rows of the output head computed at once.
-pub const HEAD_ROWS: u64 = 512;
 
 /// What the process holds beside tensors: allocator, tokenizer, token file, threads.
 ///
@@ -31,11 +31,8 @@ pub const RUNTIME_BYTES: u64 = 75_000_000;
 /// measured.
 pub const DEVICE_RUNTIME_BYTES: u64 = 1_500_000_000;
 
-/// What a checkpoint keeps of a trained parameter: the fp32 weight and the two moments.
-pub const CHECKPOINT_BYTES: u64 = 12;
-
-/// What is in memory, at most, of a checkpoint that is sent from local disk: four parts of 8 MiB.
-pub const UPLOAD_BYTES: u64 = 32 << 20;
+/// What is in memory, at most, of a checkpoint that is uploaded from local disk.
+pub const UPLOAD_BYTES: u64 = UPLOAD_PART_BYTES * UPLOAD_PARTS_IN_FLIGHT;
 
 /// The share of the machine's memory a plan may take; the rest is page cache and the system.
 pub const USABLE_MEMORY: f64 = 0.9;
@@ -218,7 +215,7 @@ pub fn memory(model: &ModelFacts, load: &Load) -> Memory {
     let evaluated = logits(t).saturating_sub(activations);
     let head = logits(micro_batch * load.targets.min(context)).max(evaluated);
     // A device's state is copied to the host's memory.
-    let checkpoint = if is_device { 0 } else { trained * CHECKPOINT_BYTES };
+    let checkpoint = if is_device { 0 } else { trained * CHECKPOINT_BYTES_PER_PARAMETER };
     let moments = match load.optimizer {
         Optimizer::Adamw => 2 * 4 * trained,
         Optimizer::Adamw8bit => 2 * trained + (2 * 4 * trained).div_ceil(MOMENTS_BLOCK),

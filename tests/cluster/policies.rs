@@ -353,7 +353,7 @@ fn ranks_of_one_run_reach_each_other_and_nobody_else_reaches_them() {
                 "output": {"uri": "s3://b/o"},
             },
         });
-        build::ranks_policy(&serde_json::from_value(job).unwrap())
+        build::ranks::policy(&serde_json::from_value(job).unwrap())
     };
     let first = rank("team", "10.88.0.20", "a", "training");
     let second = rank("team", "10.88.0.21", "a", "training");

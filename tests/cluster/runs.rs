@@ -27,7 +27,7 @@ async fn an_adapter_of_a_real_model_is_published_and_proven() {
     assert_eq!(result.uri, test.uri("out/lora"));
     assert!(result.measured_peak_bytes < plan.pod.memory_bytes);
     let published = test.message("lora", "Published").await;
-    assert!(published.contains("read back and proven"), "{published}");
+    assert!(published.contains("read back and verified"), "{published}");
     assert!(status.start_time.is_some() && status.completion_time.is_some());
     test.verify("lora");
 }

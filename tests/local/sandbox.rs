@@ -11,7 +11,8 @@ use std::{
 };
 
 use finetune_contract::{
-    Manifest, Progress, RunConfig, RunReport, artifact::MANIFEST_NAME, parse, render,
+    Manifest, Progress, RunConfig, RunReport, TrainerArgs, TrainerCommand, artifact::MANIFEST_NAME,
+    parse, render,
 };
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -175,9 +176,10 @@ impl Sandbox {
             let path = |name: &str| directory.join(name);
             fs::write(path("config.json"), render(config)).unwrap();
             let mut command = Command::new(&self.trainer);
-            command.arg("train").arg("--work-dir").arg(&directory);
-            command.arg("--config").arg(path("config.json"));
-            command.arg("--report").arg(path("report.json"));
+            let [config_file, report_file] = ["config.json", "report.json"].map(path);
+            let args =
+                TrainerArgs::new(TrainerCommand::Train, config_file, report_file, &directory);
+            command.args(args.to_args());
             command.envs(self.environment.iter().map(|(key, value)| (key, value)));
             command.env("RANK", rank.to_string()).env("WORLD_SIZE", world_size.to_string());
             command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", port.to_string());

@@ -38,6 +38,9 @@ fn ended_by(outcome: &str) -> String {
     format!("{}\"outcome\":{outcome},{}", &SUCCEEDED[..start], &SUCCEEDED[end..])
 }
 
+/// How a test double of the trainer begins: it reads its arguments as the trainer does.
+const ARGUMENTS: &str = "#!/bin/sh\nfor argument; do case \"$argument\" in\n--config=*) config=\"${argument#*=}\";;\n--report=*) report=\"${argument#*=}\";;\nesac; done\n";
+
 /// What the test double does.
 struct Trainer<'a> {
     preflight: (&'a str, i32),
@@ -75,9 +78,8 @@ fn finetune_with(command: &[&str], manifest: &str, trainer: Option<&Trainer>) ->
     if let Some(Trainer { preflight, train }) = trainer {
         fs::write(path("preflight.json"), preflight.0).unwrap();
         fs::write(path("train.json"), train.0).unwrap();
-        // $1 subcommand, $3 config, $5 report, $7 work directory.
         let script = format!(
-            "#!/bin/sh\nset -e\n[ -s \"$3\" ]\ncp {here}/$1.json \"$5\"\nif [ $1 = preflight ]; then exit {}; fi\necho '{PROGRESS}'\nexit {}\n",
+            "{ARGUMENTS}set -e\n[ -s \"$config\" ]\ncp {here}/$1.json \"$report\"\nif [ $1 = preflight ]; then exit {}; fi\necho '{PROGRESS}'\nexit {}\n",
             preflight.1,
             train.1,
             here = directory.path().display(),
@@ -302,10 +304,10 @@ fn run_in_little_memory(fitting: &[u32]) -> (Output, TempDir) {
     let fitting: Vec<String> =
         fitting.iter().map(|size| format!("*'\"microBatchSize\":{size},'*")).collect();
     let script = format!(
-        "#!/bin/sh\nif [ $1 = preflight ]; then cp {here}/preflight.json \"$5\"; exit 0; fi\n\
-         told=$(tr -d ' \\n' < \"$3\"); echo \"$told\" >> {here}/told\n\
-         case \"$told\" in {}) cp {here}/succeeded.json \"$5\"; exit 0;; esac\n\
-         cp {here}/failed.json \"$5\"; exit 71\n",
+        "{ARGUMENTS}if [ $1 = preflight ]; then cp {here}/preflight.json \"$report\"; exit 0; fi\n\
+         told=$(tr -d ' \\n' < \"$config\"); echo \"$told\" >> {here}/told\n\
+         case \"$told\" in {}) cp {here}/succeeded.json \"$report\"; exit 0;; esac\n\
+         cp {here}/failed.json \"$report\"; exit 71\n",
         if fitting.is_empty() { "none".to_owned() } else { fitting.join("|") },
     );
     put_trainer(directory.path(), &script);
@@ -350,7 +352,7 @@ fn says_what_is_missing_when_the_smallest_pieces_are_too_large() {
     going on with trainBatchSizePerDevice 2 instead of 4, gradientAccumulationSteps 4 instead of 2: 8 sequences a step and the same result, in 260 MB instead of 266 MB, because the device ran out of memory
     going on with trainBatchSizePerDevice 1 instead of 2, gradientAccumulationSteps 8 instead of 4: 8 sequences a step and the same result, in 256 MB instead of 260 MB, because the device ran out of memory
     going on with recompute block instead of none: 8 sequences a step and the same result, in 255 MB instead of 256 MB, because the device ran out of memory
-    error: the device ran out of memory, and no way is left to make its micro-batches smaller: 255 MB are predicted. Lower training.contextLength, or use a machine with more memory
+    error: the device ran out of memory, and no smaller configuration is left to try: 255 MB are predicted. Lower training.contextLength, or use a machine with more memory
     ");
     let told = fs::read_to_string(directory.path().join("told")).unwrap();
     assert_eq!(told.lines().count(), 5, "8, 4, 2, 1, and blocks computed again");
@@ -366,7 +368,7 @@ fn survives_the_first_interrupt_and_waits_for_the_trainer() {
     fs::write(path("train.json"), report).unwrap();
     // Like the trainer, the test double outlives an interrupt, saves and ends in its own time.
     let script = format!(
-        "#!/bin/sh\nif [ $1 = train ]; then trap '' INT; kill -INT $PPID; sleep 0.3; fi\ncp {}/$1.json \"$5\"\n[ $1 = preflight ] || exit 75\n",
+        "{ARGUMENTS}if [ $1 = train ]; then trap '' INT; kill -INT $PPID; sleep 0.3; fi\ncp {}/$1.json \"$report\"\n[ $1 = preflight ] || exit 75\n",
         directory.path().display()
     );
     put_trainer(directory.path(), &script);
@@ -386,7 +388,7 @@ fn passes_an_interrupt_on_that_only_the_command_was_sent() {
         let here = directory.path().display();
         // Unlike a terminal, the test double tells the command alone, and waits to be told.
         let script = format!(
-            "#!/bin/sh\nif [ $1 = preflight ]; then cp {here}/preflight.json \"$5\"; exit 0; fi\n\
+            "{ARGUMENTS}if [ $1 = preflight ]; then cp {here}/preflight.json \"$report\"; exit 0; fi\n\
              trap 'echo told > {here}/told; exit 75' {signal}\nkill -{signal} $PPID\n\
              for i in $(seq 100); do sleep 0.05; done\n"
         );
@@ -422,7 +424,7 @@ fn start_slow_run(directory: &Path) -> std::process::Child {
     fs::write(directory.join("preflight.json"), PREFLIGHT).unwrap();
     fs::write(directory.join("train.json"), SUCCEEDED).unwrap();
     let script = format!(
-        "#!/bin/sh\ncp {here}/$1.json \"$5\"\n[ $1 = train ] || exit 0\necho begun >> {here}/begun\nwhile [ ! -e {here}/go ]; do sleep 0.02; done\necho ended >> {here}/begun\n",
+        "{ARGUMENTS}cp {here}/$1.json \"$report\"\n[ $1 = train ] || exit 0\necho begun >> {here}/begun\nwhile [ ! -e {here}/go ]; do sleep 0.02; done\necho ended >> {here}/begun\n",
         here = directory.display(),
     );
     put_trainer(directory, &script);

@@ -2,52 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use finetune_contract::{Reason, ReasonPhase};
+
 const DOCUMENT: &str = include_str!("../../docs/OPERATIONS.md");
 const README: &str = include_str!("../../charts/finetune-operator/README.md");
-const LIFECYCLE: &str = include_str!("../../src/operator/lifecycle.rs");
-/// Words of lifecycle.rs that are no reason of the condition `Succeeded`: of other conditions, of
-/// plans, and of the kubelet.
-const OTHER_WORDS: [&str; 13] = [
-    "CreateContainerConfigError",
-    "CreateContainerError",
-    "ErrImageNeverPull",
-    "ErrImagePull",
-    "Full",
-    "ImagePullBackOff",
-    "InvalidImageName",
-    "LoRA",
-    "NotSuspended",
-    "Planned",
-    "PreflightPassed",
-    "Proven",
-    "RunContainerError",
-];
+const REASONS: &str = include_str!("../../docs/reference/reasons.md");
 
 /// Lists the reasons the condition `Succeeded` can have.
 pub(crate) fn reasons() -> BTreeSet<String> {
-    let is_word = |text: &&str| {
-        text.starts_with(|first: char| first.is_ascii_uppercase())
-            && text.chars().all(char::is_alphanumeric)
-    };
-    let in_code = LIFECYCLE.split('"').filter(is_word);
-    let in_code = in_code.filter(|word| !OTHER_WORDS.contains(word) && quoted(word));
-    // Set before anything is known.
-    let first = ["Pending"];
-    let of_trainer = [
-        variants(include_str!("../../contract/src/run_report.rs"), "FailureReason"),
-        variants(include_str!("../../contract/src/preflight_report.rs"), "ProblemReason"),
-    ];
-    in_code.chain(first).chain(of_trainer.into_iter().flatten()).map(str::to_owned).collect()
-}
-
-fn quoted(word: &str) -> bool {
-    LIFECYCLE.contains(&format!("\"{word}\""))
-}
-
-fn variants(code: &'static str, name: &str) -> Vec<&'static str> {
-    let (_, rest) = code.split_once(&format!("pub enum {name} {{")).unwrap();
-    let (body, _) = rest.split_once("\n}").unwrap();
-    body.lines().filter_map(|line| line.trim().strip_suffix(',')).collect()
+    let of_succeeded = |reason: &&Reason| reason.phase() != ReasonPhase::OtherCondition;
+    Reason::ALL.iter().filter(of_succeeded).map(ToString::to_string).collect()
 }
 
 /// Lists the alerts that have a runbook.
@@ -70,13 +34,16 @@ pub(crate) fn metrics() -> BTreeMap<String, BTreeSet<String>> {
 
 #[test]
 fn says_every_reason_and_no_other() {
-    let rows = rows(section("### Reasons"));
-    let documented: BTreeSet<String> = rows.iter().flat_map(|row| code_words(&row[0])).collect();
+    let (of_succeeded, of_others) = REASONS.split_once("\n## Of other conditions\n").unwrap();
+    let documented: BTreeSet<String> =
+        rows(of_succeeded).iter().flat_map(|row| code_words(&row[0])).collect();
     let expected = reasons();
     let missing: Vec<_> = expected.difference(&documented).collect();
     let stale: Vec<_> = documented.difference(&expected).collect();
-    assert!(missing.is_empty(), "not in docs/OPERATIONS.md: {missing:?}");
-    assert!(stale.is_empty(), "in docs/OPERATIONS.md, but not in the code: {stale:?}");
+    assert!(missing.is_empty(), "not in docs/reference/reasons.md: {missing:?}");
+    assert!(stale.is_empty(), "in docs/reference/reasons.md, but not in the code: {stale:?}");
+    assert_eq!(rows(of_others).len() + expected.len(), Reason::ALL.len());
+    assert!(section("### Reasons").contains("(reference/reasons.md)"), "a reader finds the page");
 }
 
 #[test]

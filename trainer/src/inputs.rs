@@ -7,13 +7,14 @@ use finetune_contract::{
     RenderingSettings, RunConfig, Scheme,
     artifact::CHECKPOINT_MANIFEST_NAME,
     overlap::{input_uris, overlaps_with_inputs},
+    process::PVC_ROOT,
 };
 
 use crate::{
     data::chat::template_source,
     failure::Failure,
     lora,
-    store::{Environment, PVC_ROOT, Role, Store, identity, is_model_file, sha256_hex},
+    store::{Environment, Role, Store, identity, is_model_file, sha256_hex},
 };
 
 /// What a run reads beside its rows.

@@ -15,7 +15,7 @@ use std::{
 use clap::{Args, Parser, Subcommand};
 use finetune_contract::{
     CONTRACT_VERSION, Document, Dtype, ExitCode, FailureReason, Outcome, PreflightConfig,
-    RunConfig, RunReport, parse, render,
+    RunConfig, RunReport, parse, process::environment::LOG, render,
 };
 use finetune_trainer::{
     commands::{bench, data_check, generate, verify},
@@ -93,8 +93,7 @@ fn main() -> process::ExitCode {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_env("FINETUNE_LOG")
-                .unwrap_or_else(|_| "info".into()),
+            tracing_subscriber::EnvFilter::try_from_env(LOG).unwrap_or_else(|_| "info".into()),
         )
         .with_target(false)
         .init();
@@ -182,7 +181,7 @@ fn run_ranks(
         config_path: &documents.config,
         report_path: &documents.report,
         work_dir: &make_work_dir(&documents.work_dir)?,
-        first_rank_arguments: listen.iter().map(|address| format!("--listen={address}")).collect(),
+        listen: *listen,
     };
     launch::run(&launch, environment)
         .map_err(|failure| report_early(config, &documents.report, failure))
@@ -359,4 +358,47 @@ fn make_work_dir(path: &Path) -> Result<PathBuf, Failure> {
 fn print_line(line: &str) {
     let mut out = std::io::stdout().lock();
     let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use clap::Parser;
+    use finetune_contract::{TrainerArgs, TrainerCommand, process::POD_ADDRESS};
+
+    use super::{Cli, Command, Documents, Train};
+
+    fn parse(args: &TrainerArgs) -> Command {
+        let program = std::iter::once("finetune-trainer".into());
+        Cli::try_parse_from(program.chain(args.to_args())).unwrap().command
+    }
+
+    fn paths(documents: &Documents) -> [&PathBuf; 3] {
+        let Documents { config, report, work_dir } = documents;
+        [config, report, work_dir]
+    }
+
+    #[test]
+    fn the_command_line_of_the_contract_is_understood() {
+        // Values that begin like options, too.
+        let [config, report, work_dir] = ["c", "--r", "w d"].map(PathBuf::from);
+        let mut args = TrainerArgs::new(TrainerCommand::Preflight, &config, &report, &work_dir);
+        let Command::Preflight(documents) = parse(&args) else { panic!("another command") };
+        assert_eq!(paths(&documents), [&config, &report, &work_dir]);
+        args.command = TrainerCommand::Train;
+        let Command::Train(Train { documents, listen, models }) = parse(&args) else {
+            panic!("another command")
+        };
+        assert_eq!(
+            (paths(&documents), listen, models),
+            ([&config, &report, &work_dir], None, None)
+        );
+        args.listen = Some(POD_ADDRESS);
+        args.models = Some(PathBuf::from("m"));
+        let Command::Train(Train { listen, models, .. }) = parse(&args) else {
+            panic!("another command")
+        };
+        assert_eq!((listen, models), (args.listen, args.models));
+    }
 }

@@ -17,10 +17,7 @@ pub(crate) fn run(check: bool) -> Result<()> {
     let binaries = build::run()?;
     let crd = shell::output(Command::new(&binaries.finetune).arg("crd"))?;
     let root = shell::root();
-    let pages = vec![
-        (root.join("docs/reference/finetunejob.md"), reference::crd::page(&crd)?),
-        (root.join("docs/reference/finetune.md"), reference::cli::page(&binaries)?),
-    ];
+    let pages = reference::pages(&root, &crd, &binaries)?;
     let changes = changes(&root, crd, pages)?;
     if check && !changes.is_empty() {
         let names: Vec<_> = changes.iter().map(|change| change.path(&root)).collect();

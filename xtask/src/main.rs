@@ -11,10 +11,7 @@ mod fixtures;
 mod generate;
 mod images;
 mod parity;
-mod reference {
-    pub(crate) mod cli;
-    pub(crate) mod crd;
-}
+mod reference;
 mod release;
 mod runner;
 mod test;

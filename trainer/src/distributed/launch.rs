@@ -4,7 +4,7 @@
 //! passes signals on, and reports what the rank says that ended for a reason of its own.
 
 use std::{
-    net::TcpListener,
+    net::{SocketAddr, TcpListener},
     os::unix::process::ExitStatusExt,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
@@ -12,9 +12,10 @@ use std::{
 };
 
 use finetune_contract::{
-    Device, ExitCode, FailureReason, RunConfig,
-    parallelism::environment::{
-        JOB_COMPLETION_INDEX, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE,
+    Device, ExitCode, FailureReason, RunConfig, TrainerArgs, TrainerCommand,
+    process::environment::{
+        JOB_COMPLETION_INDEX, LOCAL_RANK, LOG, MASTER_ADDR, MASTER_PORT, OMP_NUM_THREADS, RANK,
+        WORLD_SIZE,
     },
 };
 use rustix::process::{Pid, Signal, kill_process};
@@ -33,10 +34,6 @@ use crate::{
 const POLL: Duration = Duration::from_millis(50);
 /// How long the others may take to end by themselves after one has failed.
 const GRACE: Duration = Duration::from_secs(15);
-/// What limits the threads of libtorch.
-const THREADS: &str = "OMP_NUM_THREADS";
-/// What a trainer logs.
-const LOG: &str = "FINETUNE_LOG";
 /// Which GPUs a process sees.
 const GPUS: &str = "CUDA_VISIBLE_DEVICES";
 
@@ -54,8 +51,8 @@ pub struct Launch<'a> {
     pub report_path: &'a Path,
     /// Scratch space of the first rank; the others' lies in it.
     pub work_dir: &'a Path,
-    /// What only the run's first rank is started with.
-    pub first_rank_arguments: Vec<String>,
+    /// Where the run's first rank serves its progress, if anywhere.
+    pub listen: Option<SocketAddr>,
 }
 
 /// Makes a rank that was started here end with the process that started it.
@@ -138,7 +135,7 @@ fn start(
     local: u32,
     port: u16,
 ) -> Result<Rank, Failure> {
-    let Launch { config, config_path, work_dir, first_rank_arguments, .. } = launch;
+    let Launch { config, config_path, work_dir, .. } = launch;
     let parallelism = config.parallelism;
     let place = environment.plain(JOB_COMPLETION_INDEX).map_or(Ok(0), str::parse::<u32>);
     let place = place.map_err(|_| {
@@ -158,36 +155,30 @@ fn start(
         .map_err(|error| Failure::from_io(&error, &format!("cannot prepare {work_dir:?}")))?;
     let program = std::env::current_exe()
         .map_err(|error| Failure::from_io(&error, "cannot find this program"))?;
+    let args = TrainerArgs {
+        listen: launch.listen.filter(|_| number == 0),
+        models: (local > 0).then_some(models),
+        ..TrainerArgs::new(TrainerCommand::Train, *config_path, &report, &work_dir)
+    };
     let mut command = Command::new(&program);
     command
-        .arg("train")
-        .arg("--config")
-        .arg(config_path)
-        .arg("--report")
-        .arg(&report)
-        .arg("--work-dir")
-        .arg(&work_dir)
+        .args(args.to_args())
         .env(RANK, number.to_string())
         .env(LOCAL_RANK, local.to_string())
         .env(WORLD_SIZE, parallelism.world_size.to_string())
         .stdin(Stdio::null());
-    if local > 0 {
-        command.arg("--models").arg(&models);
-    }
     if parallelism.places() == 1 {
         command.env(MASTER_ADDR, "127.0.0.1").env(MASTER_PORT, port.to_string());
     }
     if config.device == Device::Cuda {
         command.env(GPUS, visible_gpu(environment.plain(GPUS), local));
     }
-    if environment.plain(THREADS).is_none() {
+    if environment.plain(OMP_NUM_THREADS).is_none() {
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let threads = cores / parallelism.local_world_size as usize;
-        command.env(THREADS, threads.max(1).to_string());
+        command.env(OMP_NUM_THREADS, threads.max(1).to_string());
     }
-    if number == 0 {
-        command.args(first_rank_arguments);
-    } else {
+    if number > 0 {
         // All say the same of what goes well; the first says it.
         command.stdout(Stdio::null());
         if environment.plain(LOG).is_none() {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use finetune_contract::{
     FailureReason, Parallelism, Strategy,
-    parallelism::environment::{JOB_COMPLETION_INDEX, MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE},
+    process::environment::{JOB_COMPLETION_INDEX, MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE},
 };
 
 use crate::{failure::Failure, store::Environment};

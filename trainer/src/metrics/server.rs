@@ -6,7 +6,10 @@ use std::{
 };
 
 use axum::{Router, extract::State, routing::get};
-use finetune_contract::{FailureReason, Progress, RunConfig, Stage, parse};
+use finetune_contract::{
+    FailureReason, Progress, RunConfig, Stage, parse,
+    process::{METRICS_PATH, PROGRESS_PATH},
+};
 use prometheus::{Encoder, Gauge, Opts, Registry, TextEncoder};
 
 use crate::failure::Failure;
@@ -54,8 +57,8 @@ impl Board {
         let listener = TcpListener::bind(address).map_err(|error| cannot(&error))?;
         listener.set_nonblocking(true).map_err(|error| cannot(&error))?;
         let router = Router::new()
-            .route("/progress", get(|State(board): State<Self>| async move { board.progress() }))
-            .route("/metrics", get(|State(board): State<Self>| async move { board.metrics() }))
+            .route(PROGRESS_PATH, get(|State(board): State<Self>| async move { board.progress() }))
+            .route(METRICS_PATH, get(|State(board): State<Self>| async move { board.metrics() }))
             .with_state(self.clone());
         let serve = move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

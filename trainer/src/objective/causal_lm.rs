@@ -1,5 +1,6 @@
 //! The output head and the loss, fused and in chunks: no tensor of all logits ever exists.
 
+use finetune_contract::cost::HEAD_ROWS;
 use tch::Tensor;
 
 use crate::{
@@ -11,7 +12,7 @@ use crate::{
 };
 
 /// Rows of logits that exist at once. GEMMs reach their full speed from about this size on.
-pub const CHUNK_ROWS: i64 = 512;
+pub const CHUNK_ROWS: i64 = HEAD_ROWS as i64;
 
 /// A dropout site no block uses.
 const SITE: u64 = 1 << 32;

@@ -1,11 +1,14 @@
 //! Flat numbers in a byte each.
 
+use finetune_contract::cost::MOMENTS_BLOCK;
 use finetune_kernels::adamw_8bit::{BLOCK, LARGEST, LARGEST_SIGNED};
 use tch::{Device, Kind, Tensor};
 
 use crate::ops::aten::stretches;
 
 const BLOCK_SIZE: i64 = BLOCK as i64;
+// The plan predicts the memory of the scales.
+const _: () = assert!(BLOCK as u64 == MOMENTS_BLOCK);
 
 /// Numbers as [`finetune_kernels::adamw_8bit`] stores them: a code each, a scale for each block.
 #[derive(Debug)]

@@ -2,45 +2,12 @@
 
 use std::collections::BTreeMap;
 
+pub use finetune_contract::Role;
+use finetune_contract::process::environment::ALLOWED_ENDPOINTS;
 use reqwest::Url;
 
-/// Hosts, or host:port, separated by commas: the only servers a store's variables may name. Set by
-/// an administrator; absent or empty for any.
-const ALLOWED_ENDPOINTS: &str = "FINETUNE_ALLOWED_ENDPOINTS";
 /// How variables begin that the stores read.
 const STORES: [&str; 4] = ["AWS_", "AZURE_", "GOOGLE_", "HF_"];
-
-/// Which secret's variables apply.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Role {
-    /// The base model: `FINETUNE_MODEL_…`.
-    Model,
-    /// The adapter that training starts from: `FINETUNE_ADAPTER_…`.
-    Adapter,
-    /// The checkpoint of another run that training starts from: `FINETUNE_CHECKPOINT_…`.
-    Checkpoint,
-    /// The rows: `FINETUNE_DATASET_…`.
-    Dataset,
-    /// The result and its checkpoints: `FINETUNE_OUTPUT_…`.
-    Output,
-}
-
-impl Role {
-    /// Each of them.
-    const ALL: [Self; 5] =
-        [Self::Model, Self::Adapter, Self::Checkpoint, Self::Dataset, Self::Output];
-
-    /// Returns what the operator writes before each key of the role's Secret.
-    pub const fn prefix(self) -> &'static str {
-        match self {
-            Self::Model => "FINETUNE_MODEL_",
-            Self::Adapter => "FINETUNE_ADAPTER_",
-            Self::Checkpoint => "FINETUNE_CHECKPOINT_",
-            Self::Dataset => "FINETUNE_DATASET_",
-            Self::Output => "FINETUNE_OUTPUT_",
-        }
-    }
-}
 
 /// The environment variables of the process, or those of a test.
 ///

@@ -26,7 +26,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use finetune_contract::{ObjectUri, Scheme};
+use finetune_contract::{ObjectUri, Scheme, process::PVC_ROOT};
 use futures::TryStreamExt as _;
 use object_store::{
     GetOptions, ObjectStore, ObjectStoreExt as _, PutMode, PutOptions, path::Path as Key,
@@ -36,7 +36,6 @@ pub use environment::{Environment, Role};
 pub use error::Error;
 pub use identity::identity;
 pub use model_cache::{TEMPLATE_FOLDER, fetch_model, is_model_file};
-pub use objects::PVC_ROOT;
 pub use transfer::{PART_BYTES, file_parts, hash_file, sha256_hex};
 
 use crate::store::runtime::block_on;

@@ -6,7 +6,7 @@
 
 use std::{collections::BTreeMap, str::FromStr, sync::Arc, time::Duration};
 
-use finetune_contract::{ObjectUri, Scheme};
+use finetune_contract::{ObjectUri, Scheme, process::environment::STORE_RETRIES};
 use object_store::{
     BackoffConfig, ClientConfigKey, ObjectStore, RetryConfig,
     aws::{AmazonS3Builder, AmazonS3ConfigKey},
@@ -17,12 +17,9 @@ use object_store::{
 
 use crate::store::{Environment, Error, Role};
 
-/// Where the operator mounts the claims named by `pvc://`.
-pub const PVC_ROOT: &str = "/mnt/pvc";
-
 /// Returns the retries of one request.
 pub(super) fn retries(environment: &Environment) -> usize {
-    environment.plain("FINETUNE_STORE_RETRIES").and_then(|text| text.parse().ok()).unwrap_or(5)
+    environment.plain(STORE_RETRIES).and_then(|text| text.parse().ok()).unwrap_or(5)
 }
 
 /// Opens the store that holds `uri`; `hf` is not one.

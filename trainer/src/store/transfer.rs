@@ -8,6 +8,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use finetune_contract::cost::{UPLOAD_PART_BYTES, UPLOAD_PARTS_IN_FLIGHT};
 use object_store::{ObjectStoreExt as _, PutPayload, WriteMultipart};
 use sha2::{Digest, Sha256};
 
@@ -21,11 +22,11 @@ const CHUNK_BYTES: u64 = 8 << 20;
 /// Files at least this large go up in parts.
 const MULTIPART_BYTES: u64 = 32 << 20;
 /// Bytes of a part, unless that made too many.
-pub const PART_BYTES: usize = 8 << 20;
+pub const PART_BYTES: usize = UPLOAD_PART_BYTES as usize;
 /// S3 takes at most 10 000 parts.
 const MAX_PARTS: u64 = 9_000;
 /// Parts in flight; bounds memory to this times the part size.
-const PARTS_IN_FLIGHT: usize = 4;
+const PARTS_IN_FLIGHT: usize = UPLOAD_PARTS_IN_FLIGHT as usize;
 
 impl Store {
     /// Opens a file as a stream that asks for one bounded range after another.

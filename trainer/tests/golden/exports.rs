@@ -11,7 +11,8 @@ use std::{
 use finetune_contract::{
     CONTRACT_VERSION, DatasetFormat, DatasetSource, Document, Dtype, ExpectedData, LoraSettings,
     LrScheduler, ModelSource, OnOverflow, Optimizer, OutputTarget, Parallelism, PreflightConfig,
-    PreflightReport, Recompute, RunConfig, RunId, TargetModules, TrainingSettings, parse, render,
+    PreflightReport, Recompute, RunConfig, RunId, TargetModules, TrainerArgs, TrainerCommand,
+    TrainingSettings, parse, render,
 };
 use finetune_trainer::{
     data::{Rendering, Tokenizer},
@@ -252,7 +253,7 @@ impl<'a> Case<'a> {
             base_model_name: None,
         };
         let report: PreflightReport = self.trainer(
-            "preflight",
+            TrainerCommand::Preflight,
             &PreflightConfig {
                 version: CONTRACT_VERSION,
                 run_id: run_id.clone(),
@@ -267,7 +268,7 @@ impl<'a> Case<'a> {
             },
         );
         let _: finetune_contract::RunReport = self.trainer(
-            "train",
+            TrainerCommand::Train,
             &RunConfig {
                 version: CONTRACT_VERSION,
                 run_id,
@@ -295,28 +296,26 @@ impl<'a> Case<'a> {
     }
 
     /// Runs one command of the trainer and reads its report.
-    fn trainer<D: Document, R: Document>(&self, command: &str, document: &D) -> R {
-        let path = |suffix: &str| self.directory.join(format!("{command}.{suffix}"));
+    fn trainer<D: Document, R: Document>(&self, command: TrainerCommand, document: &D) -> R {
+        let name = command.as_str();
+        let path = |suffix: &str| self.directory.join(format!("{name}.{suffix}"));
         fs::write(path("json"), render(document)).unwrap();
         let run = Command::new(env!("CARGO_BIN_EXE_finetune-trainer"))
             // On models this small a second thread only waits.
             .env("OMP_NUM_THREADS", "1")
-            .arg(command)
-            .arg("--config")
-            .arg(path("json"))
-            .arg("--report")
-            .arg(path("report.json"))
-            .arg("--work-dir")
-            .arg(self.directory.join("work"))
+            .args(
+                TrainerArgs::new(
+                    command,
+                    path("json"),
+                    path("report.json"),
+                    self.directory.join("work"),
+                )
+                .to_args(),
+            )
             .output()
             .unwrap();
         let said = String::from_utf8_lossy(&run.stderr);
-        assert!(
-            run.status.success(),
-            "{}: {command} ended with {}:\n{said}",
-            self.name,
-            run.status
-        );
+        assert!(run.status.success(), "{}: {name} ended with {}:\n{said}", self.name, run.status);
         parse(&fs::read_to_string(path("report.json")).unwrap()).unwrap()
     }
 

@@ -12,7 +12,8 @@ use finetune_contract::{
     CONTRACT_VERSION, DatasetFormat, DatasetSource, Device, Document, Dtype, ExpectedData,
     FailureReason, LrScheduler, ModelSource, OnOverflow, Optimizer, Outcome, OutputTarget,
     Parallelism, PreflightConfig, PreflightReport, Progress, Recompute, RunConfig, RunId,
-    RunReport, StoppedEarly, Strategy, TrainingSettings, parse, render,
+    RunReport, StoppedEarly, Strategy, TrainerArgs, TrainerCommand, TrainingSettings, parse,
+    render,
 };
 use serde_json::json;
 use tch::{Kind, Tensor};
@@ -115,7 +116,7 @@ impl Case {
             output: config.output.clone(),
             measure_machine: false,
         };
-        let rank = self.spawn("preflight", "preflight", &preflight, &[]);
+        let rank = self.spawn(TrainerCommand::Preflight, "preflight", &preflight, &[]);
         let report = rank.report.clone();
         let ended = rank.end(PATIENCE);
         assert_eq!(ended.code, Some(0), "{}", ended.said);
@@ -135,7 +136,7 @@ impl Case {
 
     fn spawn<D: Document>(
         &self,
-        command: &str,
+        command: TrainerCommand,
         name: &str,
         config: &D,
         environment: &[(&str, String)],
@@ -146,13 +147,10 @@ impl Case {
         let child = Command::new(env!("CARGO_BIN_EXE_finetune-trainer"))
             .env("OMP_NUM_THREADS", "1")
             .envs(environment.iter().map(|(key, value)| (key, value)))
-            .arg(command)
-            .arg("--config")
-            .arg(path("json"))
-            .arg("--report")
-            .arg(path("report.json"))
-            .arg("--work-dir")
-            .arg(path("work"))
+            .args(
+                TrainerArgs::new(command, path("json"), path("report.json"), path("work"))
+                    .to_args(),
+            )
             .stdout(Stdio::piped())
             .stderr(fs::File::create(path("log")).unwrap())
             .spawn()
@@ -174,7 +172,7 @@ impl Case {
                     ("MASTER_ADDR", "127.0.0.1".to_owned()),
                     ("MASTER_PORT", port.to_string()),
                 ];
-                self.spawn("train", &format!("rank-{rank}"), &config, &environment)
+                self.spawn(TrainerCommand::Train, &format!("rank-{rank}"), &config, &environment)
             })
             .collect()
     }

@@ -5,7 +5,7 @@ use std::{path::Path, process::Command};
 use anyhow::{Context, Result};
 use finetune_contract::{
     CONTRACT_VERSION, DatasetSource, MachineFacts, ModelFacts, ModelSource, OutputTarget,
-    PreflightConfig, PreflightReport, RunId,
+    PreflightConfig, PreflightReport, RunId, TrainerArgs, TrainerCommand,
 };
 
 use crate::{build::Binaries, fixtures::dataset, tools::shell};
@@ -76,8 +76,9 @@ pub(crate) fn measure(binaries: &Binaries, model: &Path) -> Result<Limit> {
         ["config.json", "report.json"].map(|name| directory.join(name));
     std::fs::write(&config_file, finetune_contract::render(&config))?;
     let mut preflight = Command::new(&binaries.trainer);
-    preflight.arg("preflight").arg("--config").arg(config_file);
-    preflight.arg("--report").arg(&report_file).arg("--work-dir").arg(directory.join("work"));
+    let work_dir = directory.join("work");
+    let args = TrainerArgs::new(TrainerCommand::Preflight, config_file, &report_file, work_dir);
+    preflight.args(args.to_args());
     // What it prints is for the command line, which is not between us here.
     shell::output(&mut preflight)?;
     let report: PreflightReport = finetune_contract::parse(&std::fs::read_to_string(report_file)?)?;

@@ -18,7 +18,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, Subcommand, ValueEnum};
-use finetune_contract::parallelism::environment::GOMP_SPINCOUNT;
+use finetune_contract::process::environment::GOMP_SPINCOUNT;
 use serde::Deserialize;
 
 use crate::{

@@ -1,5 +1,5 @@
-//! FineTuneJobs that cannot be read: stored by another release's schema, or by hand. One of them
-//! must not keep the watch from the others.
+//! FineTuneJobs that cannot be deserialised: stored by another release's schema, or by hand. One of
+//! them must not keep the watch from the others.
 
 use kube::{
     Resource,
@@ -11,27 +11,27 @@ use tracing::error;
 
 use crate::api::FineTuneJob;
 
-/// Passes on what can be read; what can no longer be read is as good as gone.
-pub fn readable(event: Event<DeserializeGuard<FineTuneJob>>) -> Option<Event<FineTuneJob>> {
+/// Passes on the jobs that can be deserialised; one that no longer can is treated as deleted.
+pub fn valid_jobs(event: Event<DeserializeGuard<FineTuneJob>>) -> Option<Event<FineTuneJob>> {
     Some(match event {
         Event::Init => Event::Init,
         Event::InitDone => Event::InitDone,
         Event::InitApply(DeserializeGuard(Ok(job))) => Event::InitApply(job),
         Event::InitApply(DeserializeGuard(Err(invalid))) => {
-            complain(&invalid);
+            log_invalid(&invalid);
             return None;
         }
         Event::Apply(DeserializeGuard(Ok(job))) => Event::Apply(job),
         Event::Apply(DeserializeGuard(Err(invalid))) => {
-            complain(&invalid);
-            Event::Delete(nameplate(invalid)?)
+            log_invalid(&invalid);
+            Event::Delete(object_stub(invalid)?)
         }
         Event::Delete(DeserializeGuard(Ok(job))) => Event::Delete(job),
-        Event::Delete(DeserializeGuard(Err(invalid))) => Event::Delete(nameplate(invalid)?),
+        Event::Delete(DeserializeGuard(Err(invalid))) => Event::Delete(object_stub(invalid)?),
     })
 }
 
-fn complain(invalid: &InvalidObject) {
+fn log_invalid(invalid: &InvalidObject) {
     let metadata = &invalid.metadata;
     error!(
         error = %invalid.error,
@@ -41,8 +41,8 @@ fn complain(invalid: &InvalidObject) {
     );
 }
 
-/// A job that says no more than which one it is.
-fn nameplate(invalid: InvalidObject) -> Option<FineTuneJob> {
+/// Returns a job with nothing but its metadata.
+fn object_stub(invalid: InvalidObject) -> Option<FineTuneJob> {
     let empty = json!({
         "metadata": {}, "spec": {"model": {"uri": ""}, "dataset": {"train": ""}, "output": {"uri": ""}},
     });
@@ -56,7 +56,7 @@ mod tests {
     use kube::{ResourceExt, core::DeserializeGuard, runtime::watcher::Event};
     use serde_json::json;
 
-    use super::readable;
+    use super::valid_jobs;
     use crate::api::FineTuneJob;
 
     fn job(rank: &serde_json::Value) -> DeserializeGuard<FineTuneJob> {
@@ -73,12 +73,12 @@ mod tests {
 
     #[test]
     fn a_job_that_cannot_be_read_is_not_listed_and_goes_when_it_becomes_one() {
-        assert!(matches!(readable(Event::InitApply(job(&json!(8)))), Some(Event::InitApply(_))));
-        assert!(readable(Event::InitApply(job(&json!("8")))).is_none());
-        let Some(Event::Delete(gone)) = readable(Event::Apply(job(&json!("8")))) else {
+        assert!(matches!(valid_jobs(Event::InitApply(job(&json!(8)))), Some(Event::InitApply(_))));
+        assert!(valid_jobs(Event::InitApply(job(&json!("8")))).is_none());
+        let Some(Event::Delete(gone)) = valid_jobs(Event::Apply(job(&json!("8")))) else {
             panic!("it would be acted on as it was")
         };
         assert_eq!((gone.name_any(), gone.namespace()), ("a".to_owned(), Some("team".to_owned())));
-        assert!(matches!(readable(Event::Delete(job(&json!("8")))), Some(Event::Delete(_))));
+        assert!(matches!(valid_jobs(Event::Delete(job(&json!("8")))), Some(Event::Delete(_))));
     }
 }

@@ -1,4 +1,5 @@
-//! The children of all jobs as two watches tell of them: what `observe` reads, kept by parent.
+//! The Jobs and pods of all FineTuneJobs, cached from two watches: what `observe` reads of them, by
+//! parent.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -13,7 +14,7 @@ use kube::{
 use tokio::sync::watch;
 
 use super::{
-    build::JOB_LABEL,
+    build::names::JOB_LABEL,
     observe::{Observed, ObservedJob, ObservedPod, observe_job, observe_pod},
 };
 use crate::api::FineTuneJob;
@@ -22,27 +23,27 @@ use crate::api::FineTuneJob;
 type Parent = (String, String);
 
 /// A cache of Jobs and pods.
-pub struct Children {
-    jobs: Mutex<Kept<ObservedJob>>,
-    pods: Mutex<Kept<ObservedPod>>,
+pub struct ChildCache {
+    jobs: Mutex<ChildrenOfKind<ObservedJob>>,
+    pods: Mutex<ChildrenOfKind<ObservedPod>>,
     ready: watch::Sender<(bool, bool)>,
 }
 
 /// One kind of child.
-struct Kept<T> {
+struct ChildrenOfKind<T> {
     by_parent: HashMap<Parent, BTreeMap<String, T>>,
-    /// What a list under way has brought so far.
+    /// What a list in progress has brought so far.
     incoming: Option<HashMap<Parent, BTreeMap<String, T>>>,
 }
 
-impl<T> Default for Kept<T> {
+impl<T> Default for ChildrenOfKind<T> {
     fn default() -> Self {
         Self { by_parent: HashMap::new(), incoming: None }
     }
 }
 
-impl<T: Clone> Kept<T> {
-    /// Takes an event; returns the parents that should look again, and whether a list is complete.
+impl<T: Clone> ChildrenOfKind<T> {
+    /// Takes an event; returns the parents to reconcile, and whether a list is complete.
     fn take<K: Resource>(&mut self, event: Event<K>, read: fn(&K) -> T) -> (Vec<Parent>, bool) {
         match event {
             Event::Init => {
@@ -66,7 +67,7 @@ impl<T: Clone> Kept<T> {
             Event::Apply(child) => {
                 let Some(parent) = parent(&child) else { return (Vec::new(), false) };
                 let (name, child) = (child.name_any(), read(&child));
-                // Made here while a list is under way: that list may be older.
+                // Created here while a list is in progress: that list may be older.
                 if let Some(incoming) = &mut self.incoming {
                     let children = incoming.entry(parent.clone()).or_default();
                     children.insert(name.clone(), child.clone());
@@ -107,7 +108,7 @@ fn refer(parents: Vec<Parent>) -> Vec<ObjectRef<FineTuneJob>> {
     parents.into_iter().map(|(namespace, name)| ObjectRef::new(&name).within(&namespace)).collect()
 }
 
-impl Default for Children {
+impl Default for ChildCache {
     fn default() -> Self {
         Self {
             jobs: Mutex::default(),
@@ -117,8 +118,8 @@ impl Default for Children {
     }
 }
 
-impl Children {
-    /// Takes an event of the Jobs' watch; returns who should look again.
+impl ChildCache {
+    /// Takes an event of the Jobs' watch; returns the parents to reconcile.
     pub fn take_job(&self, event: Event<Job>) -> Vec<ObjectRef<FineTuneJob>> {
         let (parents, is_complete) = lock(&self.jobs).take(event, observe_job);
         if is_complete {
@@ -127,7 +128,7 @@ impl Children {
         refer(parents)
     }
 
-    /// Takes an event of the pods' watch; returns who should look again.
+    /// Takes an event of the pods' watch; returns the parents to reconcile.
     pub fn take_pod(&self, event: Event<Pod>) -> Vec<ObjectRef<FineTuneJob>> {
         let (parents, is_complete) = lock(&self.pods).take(event, observe_pod);
         if is_complete {
@@ -136,13 +137,13 @@ impl Children {
         refer(parents)
     }
 
-    /// Waits until both kinds have been listed once: what is not here then is not there.
+    /// Waits until both kinds have been listed once: what is not cached then does not exist.
     pub async fn ready(&self) {
         // The sender lives as long as this does.
         let _ = self.ready.subscribe().wait_for(|ready| *ready == (true, true)).await;
     }
 
-    /// Returns what is seen of the job with `uid`.
+    /// Returns what is observed of the job with `uid`.
     pub fn of(&self, namespace: &str, name: &str, uid: &str) -> Observed {
         let parent = (namespace.to_owned(), name.to_owned());
         let mut jobs = lock(&self.jobs).of(&parent);
@@ -161,7 +162,7 @@ mod tests {
     };
     use kube::runtime::watcher::Event;
 
-    use super::{Children, JOB_LABEL};
+    use super::{ChildCache, JOB_LABEL};
 
     fn job(name: &str, parent: &str) -> Job {
         let owner = OwnerReference {
@@ -181,14 +182,14 @@ mod tests {
         }
     }
 
-    fn names(children: &Children, parent: &str) -> Vec<String> {
+    fn names(children: &ChildCache, parent: &str) -> Vec<String> {
         let observed = children.of("team", parent, &format!("{parent}-uid"));
         observed.jobs.into_iter().map(|job| job.name).collect()
     }
 
     #[test]
     fn a_new_list_replaces_what_was_known_and_tells_those_who_lost_a_child() {
-        let children = Children::default();
+        let children = ChildCache::default();
         children.take_job(Event::Apply(job("a-0", "a")));
         children.take_job(Event::Apply(job("b-0", "b")));
         children.take_job(Event::Init);
@@ -204,7 +205,7 @@ mod tests {
 
     #[test]
     fn what_was_made_during_a_list_outlives_it() {
-        let children = Children::default();
+        let children = ChildCache::default();
         children.take_job(Event::Init);
         children.take_job(Event::Apply(job("a-0", "a")));
         children.take_job(Event::InitDone);
@@ -213,7 +214,7 @@ mod tests {
 
     #[test]
     fn children_of_a_namesake_that_is_gone_are_not_ours() {
-        let children = Children::default();
+        let children = ChildCache::default();
         children.take_job(Event::Apply(job("a-0", "a")));
         assert!(children.of("team", "a", "another-uid").jobs.is_empty());
         children.take_job(Event::Delete(job("a-0", "a")));

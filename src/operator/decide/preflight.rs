@@ -1,0 +1,105 @@
+//! The first stage: a pod checks model, dataset and output, and its report becomes the plan.
+
+use finetune_contract::{Parallelism, PreflightReport, Problem, Reason};
+
+use super::{
+    Input,
+    attempt::{self, AttemptState, Work},
+    retry,
+    state::{ConditionChange, Finished, InProgress, Planned, State},
+    status::{plan_message, plan_status, published_before},
+    termination::Termination,
+};
+use crate::{
+    api::{AttemptStatus, FineTuneJobStatus, Step},
+    operator::conditions::{Kind, Truth},
+    plan::{
+        placement::{self, Placement, Unplaced},
+        settings as wishes,
+    },
+};
+
+/// Decides about a job that has no plan yet.
+pub(super) fn decide(input: &Input<'_>, status: &FineTuneJobStatus) -> State {
+    let config = || finetune_contract::render(&wishes::preflight_config(input.job, false));
+    let work = Work {
+        step: Step::Preflight,
+        config: &config,
+        plan: None,
+        parallelism: Parallelism::SINGLE,
+    };
+    let (attempt, termination) = match attempt::reconcile(input, status, &work) {
+        AttemptState::Ended(attempt, termination) => (attempt, termination),
+        AttemptState::Other(state) => return state,
+    };
+    let (code, message) = match termination {
+        Termination::Exited { code, message } => (code, message),
+        Termination::OutOfMemory(_) => {
+            let message = "the preflight's pod has too little memory for this dataset: an administrator must raise preflight.memoryGiB of the operator's settings";
+            return State::Finished(Finished::failed(Reason::OutOfMemory, message).of(attempt));
+        }
+        Termination::Disrupted(why) => return retry::after_disruption(input, attempt, &why),
+    };
+    match finetune_contract::parse::<PreflightReport>(&message) {
+        Ok(report) => take_report(input, attempt, &report),
+        Err(error) => retry::without_report(input, attempt, code, &message, &error.to_string()),
+    }
+}
+
+fn take_report(input: &Input<'_>, attempt: AttemptStatus, report: &PreflightReport) -> State {
+    let is_retryable = |problem: &Problem| problem.reason.exit_code().is_retryable();
+    if !report.problems.is_empty() && report.problems.iter().all(is_retryable) {
+        let problems: Vec<String> = report.problems.iter().map(ToString::to_string).collect();
+        let why = problems.join("\n");
+        return retry::after_failure(input, attempt, Reason::StoreUnavailable, &why);
+    }
+    match placement::place(input.job, report, &input.settings.accelerators) {
+        Ok(placement) => planned(&placement),
+        Err(unplaced) => refused(attempt, &unplaced, report),
+    }
+}
+
+/// The run can be trained; if its inputs were published before, no pod trains them again.
+fn planned(placement: &Placement) -> State {
+    let plan = &placement.plan;
+    let already_published =
+        plan.already_published.as_ref().zip(plan.nothing_to_train()).map(|(found, message)| {
+            let result = published_before(&plan.run_config.output.uri, found);
+            let reason = Reason::AlreadyPublished;
+            Finished::succeeded(reason, reason, message, result)
+        });
+    State::Planned(Planned {
+        plan: plan_status(placement),
+        message: plan_message(placement),
+        already_published,
+    })
+}
+
+fn refused(attempt: AttemptStatus, unplaced: &Unplaced, report: &PreflightReport) -> State {
+    let hidden = report.problems_total.saturating_sub(report.problems.len() as u64);
+    let more = if hidden > 0 { format!("\nand {hidden} more") } else { String::new() };
+    let message = format!("{unplaced}{more}");
+    let not_planned = |reason| ConditionChange::new(Kind::Planned, Truth::False, reason, &message);
+    match unplaced {
+        Unplaced::Problems(_) => {
+            let reason = unplaced.reason().map_or(Reason::InvalidSpec, Reason::from);
+            let accepted = ConditionChange::new(Kind::Accepted, Truth::False, reason, &message);
+            State::Finished(Finished::failed(reason, message).with(accepted).of(attempt))
+        }
+        Unplaced::TooLarge(_) => {
+            let reason = Reason::NoAcceleratorFits;
+            let end = Finished::failed(reason, &message)
+                .with(ConditionChange::accepted())
+                .with(not_planned(reason));
+            State::Finished(end.of(attempt))
+        }
+        Unplaced::NoTrainer { .. } => {
+            // It waits, and can be planned once the settings have changed.
+            let reason = Reason::TrainerImageMissing;
+            let waiting = InProgress::new(attempt, reason, &message)
+                .with(ConditionChange::accepted())
+                .with(not_planned(reason));
+            State::InProgress(waiting)
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! One reconciliation of one job: observe, decide, write the status, emit events, apply.
+
+use std::time::Duration;
+
+use k8s_openapi::jiff::Timestamp;
+use kube::{Api, ResourceExt, api::PostParams, runtime::controller};
+
+use super::{
+    accounting, apply,
+    context::{Context, ReconcileError},
+    decide::{Decision, decide},
+    events,
+    observe::Observed,
+    progress_client,
+};
+use crate::api::{FineTuneJob, FineTuneJobStatus};
+
+/// How long a reconciliation may take.
+const TIMEOUT: Duration = Duration::from_mins(1);
+
+/// Reconciles one job, and counts how it went.
+pub(super) async fn reconcile(
+    context: &Context,
+    job: &FineTuneJob,
+) -> Result<controller::Action, ReconcileError> {
+    context.children.ready().await;
+    let _active = context.metrics.reconciling();
+    let reconciled = tokio::time::timeout(TIMEOUT, reconcile_once(context, job)).await;
+    let reconciled = reconciled.unwrap_or(Err(ReconcileError::TimedOut(TIMEOUT)));
+    let result = match &reconciled {
+        Ok(_) => {
+            context.remember(job, |memory| memory.failures = 0);
+            "success"
+        }
+        Err(error) if error.is_conflict() => "conflict",
+        Err(_) => "error",
+    };
+    context.metrics.reconciles.with_label_values(&[result]).inc();
+    reconciled
+}
+
+async fn reconcile_once(
+    context: &Context,
+    job: &FineTuneJob,
+) -> Result<controller::Action, ReconcileError> {
+    if job.metadata.deletion_timestamp.is_some() {
+        // Its Jobs and their pods are deleted with it: they are owned.
+        return Ok(controller::Action::await_change());
+    }
+    let version = job.resource_version();
+    if context.remember(job, |memory| memory.replaced.is_some() && memory.replaced == version) {
+        return Ok(controller::Action::await_change());
+    }
+
+    let observed = observe(context, job).await;
+    let decision = decide(job, &observed, &context.settings, Timestamp::now());
+
+    let Decision { status, actions, events, requeue_after } = decision;
+    if job.status.as_ref() != Some(&status) {
+        // A plan is stored before a pod of it exists.
+        write_status(context, job, &status).await?;
+        accounting::count_changes(context, job, &status);
+        // Before the actions: if one fails, the next reconciliation finds the status written.
+        for event in events {
+            events::emit(context, job, event).await;
+        }
+    }
+    for action in actions {
+        apply::apply(context, job, action).await?;
+    }
+    Ok(requeue_after.map_or_else(controller::Action::await_change, controller::Action::requeue))
+}
+
+async fn observe(context: &Context, job: &FineTuneJob) -> Observed {
+    let (namespace, name) = (job.namespace().unwrap_or_default(), job.name_any());
+    let uid = job.metadata.uid.as_deref().unwrap_or_default();
+    let mut observed = context.children.of(&namespace, &name, uid);
+    observed.progress = progress_client::progress(context, job, &observed).await;
+    observed.refusal = context.remember(job, |memory| memory.refusal.clone());
+    observed
+}
+
+async fn write_status(
+    context: &Context,
+    job: &FineTuneJob,
+    status: &FineTuneJobStatus,
+) -> Result<(), ReconcileError> {
+    let mut next = job.clone();
+    next.status = Some(status.clone());
+    let namespace = job.namespace().unwrap_or_default();
+    let api: Api<FineTuneJob> = Api::namespaced(context.client.clone(), &namespace);
+    // The object carries the version that was read: a newer one makes this fail.
+    api.replace_status(&job.name_any(), &PostParams::default(), &next)
+        .await
+        .map_err(ReconcileError::api("write the status"))?;
+    context.remember(job, |memory| memory.replaced = job.resource_version());
+    Ok(())
+}
