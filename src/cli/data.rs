@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::{failure::Failure, run, trainer};
-use crate::{api::FineTuneJob, manifest, plan::settings};
+use crate::{api::FineTuneJob, manifest, plan::resolve};
 
 /// Which rows, and how they are shown.
 #[derive(Debug, Args)]
@@ -47,7 +47,7 @@ pub(super) fn check(asked: Check, named: Option<PathBuf>) -> Result<(), Failure>
     let program = trainer::find(named)?;
     let work_dir = run::make_work_dir(work_dir, &job)?;
     let config_path = work_dir.join("data-check-config.json");
-    let config = settings::preflight_config(&job, false);
+    let config = resolve::preflight_config(&job, false);
     fs::write(&config_path, finetune_contract::render(&config))
         .map_err(|error| trainer::cannot_write(&config_path, &error))?;
     let mut arguments: Vec<OsString> = vec![

@@ -9,7 +9,7 @@ use std::{
 use finetune_contract::{Progress, Stage};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::plan::render;
+use crate::plan::units;
 
 /// The least time between two plain lines of one stage.
 const LINE_INTERVAL: Duration = Duration::from_secs(2);
@@ -101,7 +101,7 @@ fn summary(progress: &Progress) -> String {
         parts.push(format!("{speed:.0} tok/s"));
     }
     if let Some(seconds) = progress.eta_seconds {
-        parts.push(format!("{} left", render::duration(seconds as f64)));
+        parts.push(format!("{} left", units::duration(seconds as f64)));
     }
     parts.join("  ")
 }

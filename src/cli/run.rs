@@ -20,10 +20,13 @@ use crate::{
     api::FineTuneJob,
     manifest,
     plan::{
-        self, Place, RunPlan,
+        self,
         accelerators::Accelerator,
         fallbacks::{self, Adapted},
-        render, settings,
+        render, resolve,
+        run_plan::{RunPlan, nothing_trained},
+        target::Target,
+        units,
     },
 };
 
@@ -65,7 +68,7 @@ pub(super) fn read(file: &Path) -> Result<FineTuneJob, Failure> {
 pub(super) fn make_work_dir(named: Option<PathBuf>, job: &FineTuneJob) -> Result<PathBuf, Failure> {
     let work_dir = match named {
         Some(work_dir) => std::path::absolute(&work_dir).map_err(Failure::internal)?,
-        None => default_work_dir()?.join(settings::run_id(job).0),
+        None => default_work_dir()?.join(resolve::run_id(job).0),
     };
     fs::create_dir_all(&work_dir).map_err(|error| {
         Failure::configuration(format!(
@@ -105,14 +108,14 @@ pub(super) fn plan(
 ) -> Result<(PreflightReport, RunPlan), Failure> {
     let Prepared { job, trainer } = prepared;
     let (ended, text) =
-        trainer.run(TrainerCommand::Preflight, &settings::preflight_config(job, true))?;
+        trainer.run(TrainerCommand::Preflight, &resolve::preflight_config(job, true))?;
     let Some(text) = text.filter(|_| !ended.was_interrupted) else {
         return Err(without_report("preflight", &ended));
     };
     let report: PreflightReport =
         finetune_contract::parse(&text).map_err(|error| unreadable(&error))?;
     let plan =
-        plan::plan_over(ranks, job, &report, Place::Here(accelerators)).map_err(|problems| {
+        plan::plan(job, &report, Target::Local(accelerators), ranks).map_err(|problems| {
             let hidden = report.problems_total.saturating_sub(report.problems.len() as u64);
             Failure::problems("the run cannot start:", &problems, problems.len() as u64 + hidden)
         })?;
@@ -138,7 +141,7 @@ pub(super) fn run(mut prepared: Prepared, ranks: u32) -> Result<(), Failure> {
             Ok(())
         }
         Outcome::AlreadyPublished { uri, by, .. } => {
-            display::result(&format!("{}\n", plan::nothing_trained(uri, by)));
+            display::result(&format!("{}\n", nothing_trained(uri, by)));
             Ok(())
         }
         Outcome::Interrupted { checkpoint_step } => Err(Failure::new(
@@ -212,7 +215,7 @@ fn summary(report: &RunReport) -> String {
             });
         line(
             "proven",
-            format!("{} files, {} read back{losses}", proof.files, render::bytes(proof.bytes)),
+            format!("{} files, {} read back{losses}", proof.files, units::bytes(proof.bytes)),
         );
     }
     if let Some([first, last]) = report.train_loss {
@@ -234,18 +237,18 @@ fn summary(report: &RunReport) -> String {
         report.tokens_per_second.map(|speed| format!(", {speed:.0} tok/s")).unwrap_or_default();
     let kernel =
         report.bf16_kernel.as_ref().map_or(String::new(), |kernel| format!(", bf16 by {kernel}"));
-    line("time", format!("{}{speed}{kernel}", render::duration(report.duration_seconds)));
+    line("time", format!("{}{speed}{kernel}", units::duration(report.duration_seconds)));
     line(
         "memory",
         format!(
             "{} peak, {} predicted",
-            render::bytes(report.measured_peak_bytes),
-            render::bytes(report.predicted_peak_bytes)
+            units::bytes(report.measured_peak_bytes),
+            units::bytes(report.predicted_peak_bytes)
         ),
     );
     if let (Some(sent), Some(predicted)) = (report.measured_sent_bytes, report.predicted_sent_bytes)
     {
-        let (sent, predicted) = (render::bytes(sent), render::bytes(predicted));
+        let (sent, predicted) = (units::bytes(sent), units::bytes(predicted));
         line("network", format!("{sent} sent in a step by rank 0, {predicted} predicted"));
     }
     lines.concat()

@@ -3,7 +3,6 @@
 use std::{
     collections::{HashMap, HashSet},
     sync::{Arc, Mutex, PoisonError},
-    time::Instant,
 };
 
 use kube::{
@@ -32,8 +31,6 @@ pub struct Context {
 pub(super) struct Memory {
     /// The version this operator has replaced: seen again, it is old news.
     pub(super) replaced: Option<String>,
-    /// When the trainer was last asked for its progress.
-    pub(super) asked: Option<Instant>,
     /// Reconciliations that failed in a row.
     pub(super) failures: u32,
     /// Why the apiserver refused the Job of the current attempt, or what its ranks share.
@@ -81,6 +78,7 @@ impl Context {
             jobs.iter().filter_map(|job| job.metadata.uid.as_deref()).collect();
         let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
         memory.retain(|uid, _| uids.contains(uid.as_str()));
+        self.progress.forget_others(&uids);
     }
 }
 

@@ -11,7 +11,6 @@ use super::{
     decide::{Decision, decide},
     events,
     observe::Observed,
-    progress_client,
 };
 use crate::api::{FineTuneJob, FineTuneJobStatus};
 
@@ -75,7 +74,7 @@ async fn observe(context: &Context, job: &FineTuneJob) -> Observed {
     let (namespace, name) = (job.namespace().unwrap_or_default(), job.name_any());
     let uid = job.metadata.uid.as_deref().unwrap_or_default();
     let mut observed = context.children.of(&namespace, &name, uid);
-    observed.progress = progress_client::progress(context, job, &observed).await;
+    observed.progress = context.progress.progress(job, &observed).await;
     observed.refusal = context.remember(job, |memory| memory.refusal.clone());
     observed
 }

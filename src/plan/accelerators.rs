@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use finetune_contract::{Dtype, MachineFacts, ModelFacts, Strategy};
 use serde::{Deserialize, Serialize};
 
-use super::sizing::{self, Load, Memory};
+use super::sizing::{self, Memory, Workload};
 use crate::api::{GIB, Toleration};
 
 /// One kind of accelerator, as the user or the administrator describes it; the processor is one.
@@ -109,7 +109,7 @@ impl Accelerator {
 /// How a run would do on one accelerator.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Offer {
+pub struct Estimate {
     /// The accelerator's name.
     pub name: String,
     /// Predicted memory, the weights included, in bytes.
@@ -127,21 +127,27 @@ pub struct Offer {
 }
 
 /// Sizes a run of `tokens` positions on `accelerator`.
-pub fn offer(accelerator: &Accelerator, model: &ModelFacts, load: &Load, tokens: f64) -> Offer {
+pub fn estimate(
+    accelerator: &Accelerator,
+    model: &ModelFacts,
+    workload: &Workload,
+    tokens: f64,
+) -> Estimate {
     let (dtype, tflops) = if accelerator.has_bf16 {
         (Dtype::Bf16, accelerator.bf16_tflops)
     } else {
         (Dtype::Fp32, accelerator.fp32_tflops)
     };
-    let load = Load { dtype, is_device: true, ranks: 1, strategy: Strategy::None, ..*load };
-    let memory: Memory = sizing::memory(model, &load);
+    let workload =
+        Workload { dtype, is_device: true, ranks: 1, strategy: Strategy::None, ..*workload };
+    let memory: Memory = sizing::memory(model, &workload);
     let needed = memory.total();
-    let available = sizing::usable(accelerator.memory_bytes());
+    let available = sizing::budget(accelerator.memory_bytes());
     let shortfall = needed.saturating_sub(available);
-    let ranks = if load.is_full && shortfall > 0 { ranks(&memory, available) } else { None };
+    let ranks = if workload.is_full && shortfall > 0 { ranks(&memory, available) } else { None };
     let speed = tflops * 1e12 * sizing::ACCELERATOR_EFFICIENCY;
-    let seconds = sizing::flops_per_token(model, &load) * tokens / speed;
-    Offer {
+    let seconds = sizing::flops_per_token(model, &workload) * tokens / speed;
+    Estimate {
         name: accelerator.name.clone(),
         needed_bytes: needed,
         shortfall_bytes: shortfall,

@@ -1,10 +1,15 @@
-//! Decides the micro-batch, the accumulation and whether blocks are computed again.
+//! Decides the micro-batch, the accumulation and whether activations are checkpointed.
 
 use std::cmp::Reverse;
 
 use finetune_contract::{ModelFacts, Recompute, Strategy};
 
-use super::{Decisions, recompute, render, sizing, sizing::Load, word};
+use super::{
+    choices::Choices,
+    resolve::recompute,
+    sizing::{self, Workload},
+    units::{self, word},
+};
 use crate::api::Training;
 
 /// Sequences of one optimizer step, unless the data is small.
@@ -15,7 +20,7 @@ const LARGEST_MICRO_BATCH: u64 = 8;
 
 /// What was decided.
 pub(super) struct Batch {
-    pub(super) load: Load,
+    pub(super) workload: Workload,
     /// Micro-batches of a step on each rank.
     pub(super) accumulation: u32,
 }
@@ -59,7 +64,7 @@ impl Sizes {
     }
 
     /// Lists the micro-batches there may be, the largest first.
-    fn candidates(&self) -> Vec<u64> {
+    fn micro_batches(&self) -> Vec<u64> {
         if let Some(asked) = self.asked {
             return vec![asked];
         }
@@ -86,52 +91,65 @@ impl Sizes {
 pub(super) fn decide(
     training: &Training,
     model: &ModelFacts,
-    load: Load,
+    workload: Workload,
     sequences: u64,
-    usable: u64,
-    decisions: &mut Decisions,
-    rejected: &mut Decisions,
+    budget: u64,
+    decisions: &mut Choices,
+    rejected: &mut Choices,
 ) -> Batch {
-    let needs = |load: &Load| sizing::memory(model, load).total();
-    let sizes = Sizes::new(training, sequences, load.ranks);
-    let candidates = sizes.candidates();
-    let smallest = *candidates.last().unwrap_or(&1);
-    // The way with the largest micro-batch that fits; the smallest if none does.
-    let cut = |way: Load| {
-        let sized = |micro_batch| Load { micro_batch, ..way };
-        let fits = candidates.iter().map(|&size| sized(size)).find(|way| needs(way) <= usable);
+    let needs = |workload: &Workload| sizing::memory(model, workload).total();
+    let sizes = Sizes::new(training, sequences, workload.ranks);
+    let micro_batches = sizes.micro_batches();
+    let smallest = *micro_batches.last().unwrap_or(&1);
+    // With the largest micro-batch that fits; the smallest if none does.
+    let cut = |candidate: Workload| {
+        let sized = |micro_batch| Workload { micro_batch, ..candidate };
+        let fits = micro_batches
+            .iter()
+            .map(|&size| sized(size))
+            .find(|candidate| needs(candidate) <= budget);
         fits.unwrap_or_else(|| sized(smallest))
     };
-    let sends = |way: &Load| sizing::sent_bytes(model, way, sizes.accumulation(way.micro_batch));
-    let ways = |recompute| {
-        let cut = |strategy| cut(Load { recompute, strategy, ..load });
-        strategies(&load).iter().map(|&strategy| cut(strategy)).collect::<Vec<_>>()
+    let sends = |candidate: &Workload| {
+        sizing::sent_bytes(model, candidate, sizes.accumulation(candidate.micro_batch))
     };
-    let least_sent = |ways: Vec<Load>| {
-        ways.into_iter()
-            .filter(|way| needs(way) <= usable)
-            .min_by_key(|way| (sends(way), Reverse(way.micro_batch), needs(way)))
+    let candidates = |recompute| {
+        let cut = |strategy| cut(Workload { recompute, strategy, ..workload });
+        strategies(&workload).iter().map(|&strategy| cut(strategy)).collect::<Vec<_>>()
+    };
+    let least_sent = |candidates: Vec<Workload>| {
+        candidates.into_iter().filter(|candidate| needs(candidate) <= budget).min_by_key(
+            |candidate| (sends(candidate), Reverse(candidate.micro_batch), needs(candidate)),
+        )
     };
     let set = recompute(training.recompute);
     let allowed = set.map_or(vec![Recompute::None, Recompute::Block], |set| vec![set]);
-    let fitting = allowed.iter().find_map(|&recompute| least_sent(ways(recompute)));
+    let fitting = allowed.iter().find_map(|&recompute| least_sent(candidates(recompute)));
     // What needs least, to say what is missing.
-    let closest = || allowed.iter().flat_map(|&recompute| ways(recompute)).min_by_key(needs);
-    let chosen = fitting.or_else(closest).unwrap_or(load);
+    let closest = || allowed.iter().flat_map(|&recompute| candidates(recompute)).min_by_key(needs);
+    let chosen = fitting.or_else(closest).unwrap_or(workload);
 
-    explain_strategy(&chosen, &ways(chosen.recompute), needs, sends, usable, decisions, rejected);
+    explain_strategy(
+        &chosen,
+        &candidates(chosen.recompute),
+        needs,
+        sends,
+        budget,
+        decisions,
+        rejected,
+    );
     let reason = match (set, chosen.recompute) {
         (Some(_), _) => "set in the manifest",
         (None, Recompute::None) => "fits the memory, and computes nothing twice",
         (None, Recompute::Block) => {
-            let whole = ways(Recompute::None).iter().map(needs).min().unwrap_or(0);
-            rejected.add("recompute", "none", does_not_fit(whole, usable));
+            let whole = candidates(Recompute::None).iter().map(needs).min().unwrap_or(0);
+            rejected.add("recompute", "none", does_not_fit(whole, budget));
             "the only way to fit the memory; about a third slower"
         }
     };
     decisions.add("recompute", word(&chosen.recompute), reason);
-    for &micro_batch in candidates.iter().take_while(|size| **size > chosen.micro_batch) {
-        let reason = does_not_fit(needs(&Load { micro_batch, ..chosen }), usable);
+    for &micro_batch in micro_batches.iter().take_while(|size| **size > chosen.micro_batch) {
+        let reason = does_not_fit(needs(&Workload { micro_batch, ..chosen }), budget);
         rejected.add("trainBatchSizePerDevice", micro_batch, reason);
     }
     let lowered = format!("set in the manifest, lowered: there are only {sequences} sequences");
@@ -142,9 +160,10 @@ pub(super) fn decide(
     };
     decisions.add("trainBatchSizePerDevice", chosen.micro_batch, why);
     let usual = sizes.usual_accumulation(chosen.micro_batch);
-    let why_steps = sizes.explain(usual * chosen.micro_batch * load.ranks, sequences, load.ranks);
+    let why_steps =
+        sizes.explain(usual * chosen.micro_batch * workload.ranks, sequences, workload.ranks);
     let steps = decisions.pick("gradientAccumulationSteps", sizes.accumulation, usual, &why_steps);
-    Batch { load: chosen, accumulation: steps as u32 }
+    Batch { workload: chosen, accumulation: steps as u32 }
 }
 
 impl Sizes {
@@ -168,8 +187,8 @@ impl Sizes {
 ///
 /// Of a model trained whole the optimizer's state is always divided: summing parts of the gradient
 /// and gathering weights sends no more than summing all of it everywhere.
-const fn strategies(load: &Load) -> &'static [Strategy] {
-    match (load.ranks, load.is_full) {
+const fn strategies(workload: &Workload) -> &'static [Strategy] {
+    match (workload.ranks, workload.is_full) {
         (1, _) => &[Strategy::None],
         (_, true) => &[Strategy::Zero1, Strategy::Zero2, Strategy::Zero3],
         (_, false) => &[Strategy::Ddp, Strategy::Zero3],
@@ -178,29 +197,32 @@ const fn strategies(load: &Load) -> &'static [Strategy] {
 
 /// Says why ranks divide what they do, and why nothing else.
 fn explain_strategy(
-    chosen: &Load,
-    ways: &[Load],
-    needs: impl Fn(&Load) -> u64,
-    sends: impl Fn(&Load) -> u64,
-    usable: u64,
-    decisions: &mut Decisions,
-    rejected: &mut Decisions,
+    chosen: &Workload,
+    candidates: &[Workload],
+    needs: impl Fn(&Workload) -> u64,
+    sends: impl Fn(&Workload) -> u64,
+    budget: u64,
+    decisions: &mut Choices,
+    rejected: &mut Choices,
 ) {
     if chosen.ranks == 1 {
         return;
     }
-    for way in ways.iter().filter(|way| way.strategy != chosen.strategy) {
-        let reason = if needs(way) > usable {
-            does_not_fit(needs(way), usable)
+    for candidate in candidates.iter().filter(|candidate| candidate.strategy != chosen.strategy) {
+        let reason = if needs(candidate) > budget {
+            does_not_fit(needs(candidate), budget)
         } else {
-            let [there, here] = [way, chosen].map(|way| render::bytes(sends(way)));
-            if sends(way) == sends(chosen) {
-                format!("sends as much in a step, {here}, and needs {}", render::bytes(needs(way)))
+            let [there, here] = [candidate, chosen].map(|candidate| units::bytes(sends(candidate)));
+            if sends(candidate) == sends(chosen) {
+                format!(
+                    "sends as much in a step, {here}, and needs {}",
+                    units::bytes(needs(candidate))
+                )
             } else {
                 format!("sends {there} in a step where {here} are enough")
             }
         };
-        rejected.add("strategy", word(&way.strategy), reason);
+        rejected.add("strategy", word(&candidate.strategy), reason);
     }
     let divides = match (chosen.strategy, chosen.is_full) {
         (Strategy::None | Strategy::Ddp, _) => "each rank holds everything and sends gradients",
@@ -213,8 +235,8 @@ fn explain_strategy(
     decisions.add("strategy", word(&chosen.strategy), reason);
 }
 
-fn does_not_fit(bytes: u64, usable: u64) -> String {
-    format!("{} do not fit {}", render::bytes(bytes), render::bytes(usable))
+fn does_not_fit(bytes: u64, budget: u64) -> String {
+    format!("{} do not fit {}", units::bytes(bytes), units::bytes(budget))
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use finetune_contract::{
     DatasetCensus, DatasetSource, LengthPoint, ModelFacts, OnOverflow, Problem, ProblemReason,
 };
 
-use super::{Decisions, invalid};
+use super::{choices::Choices, problems::invalid};
 use crate::api::Training;
 
 /// A length that cuts nothing is preferred if it is at most this much longer.
@@ -26,7 +26,7 @@ pub(super) fn decide(
     model: &ModelFacts,
     census: &DatasetCensus,
     packing: bool,
-    decisions: &mut Decisions,
+    decisions: &mut Choices,
     problems: &mut Vec<Problem>,
 ) -> Option<Data> {
     if census.rows == 0 && !problems.is_empty() {

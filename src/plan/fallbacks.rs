@@ -1,83 +1,87 @@
-//! What a run does instead when it finds too little memory: the same steps in smaller pieces.
+//! What a run does instead when it runs out of memory: the same steps in smaller pieces.
 //!
 //! A step keeps its sequences, their order and its noise, so what is trained stays the same to
-//! rounding, and the newest checkpoint is gone on from. The ways are part of the plan, in the order
-//! they are taken: what was approved contains them.
+//! rounding, and the run resumes from the newest checkpoint. The fallbacks are part of the plan, in
+//! the order they are taken: what was approved contains them.
 
 use finetune_contract::{ModelFacts, Optimizer, Parallelism, Recompute, RunConfig, Strategy};
 
-use super::{render, sizing, sizing::Load, word};
+use super::{
+    sizing::{self, Workload},
+    units::{self, word},
+};
 use crate::api::Fallback;
 
 /// A run in smaller pieces.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Adapted {
-    /// What the trainer is told from now on.
+    /// The trainer's configuration from now on.
     pub config: RunConfig,
-    /// The ways that are left after this one.
+    /// The fallbacks that are left after this one.
     pub left: Vec<Fallback>,
     /// What changed, for people.
     pub change: String,
 }
 
-/// Lists the ways from `load` down: the micro-batch in halves, more divided over the ranks there are,
-/// blocks computed again, and, where a rank more brings memory of its own, twice the ranks.
-pub(super) fn ladder(
+/// Lists the fallbacks of `workload`: half the micro-batch, more divided over the ranks there are,
+/// activation checkpointing, and, where a rank more brings memory of its own, twice the ranks.
+pub(super) fn list(
     model: &ModelFacts,
-    load: Load,
+    workload: Workload,
     accumulation: u32,
     may_add_ranks: bool,
 ) -> Vec<Fallback> {
-    let mut least = sizing::memory(model, &load).total();
-    let lower = |&(load, accumulation): &(Load, u64)| lower(load, accumulation, may_add_ranks);
-    let ways = std::iter::successors(Some((load, u64::from(accumulation))), lower).skip(1);
-    let mut ladder = Vec::new();
-    for (load, accumulation) in ways {
-        let predicted_peak_bytes = sizing::memory(model, &load).total();
-        // What saves nothing is no way out.
+    let mut least = sizing::memory(model, &workload).total();
+    let lower =
+        |&(workload, accumulation): &(Workload, u64)| lower(workload, accumulation, may_add_ranks);
+    let smaller = std::iter::successors(Some((workload, u64::from(accumulation))), lower).skip(1);
+    let mut fallbacks = Vec::new();
+    for (workload, accumulation) in smaller {
+        let predicted_peak_bytes = sizing::memory(model, &workload).total();
+        // What saves nothing is no fallback.
         if predicted_peak_bytes >= least {
             continue;
         }
         least = predicted_peak_bytes;
-        ladder.push(Fallback {
-            train_batch_size_per_device: load.micro_batch as u32,
+        fallbacks.push(Fallback {
+            train_batch_size_per_device: workload.micro_batch as u32,
             gradient_accumulation_steps: accumulation as u32,
-            recompute: load.recompute,
-            ranks: load.ranks as u32,
-            strategy: load.strategy,
+            recompute: workload.recompute,
+            ranks: workload.ranks as u32,
+            strategy: workload.strategy,
             predicted_peak_bytes,
-            predicted_sent_bytes: (load.ranks > 1)
-                .then(|| sizing::sent_bytes(model, &load, accumulation)),
+            predicted_sent_bytes: (workload.ranks > 1)
+                .then(|| sizing::sent_bytes(model, &workload, accumulation)),
         });
     }
-    ladder
+    fallbacks
 }
 
-/// Returns the next way down with as many sequences a step.
-fn lower(load: Load, accumulation: u64, may_add_ranks: bool) -> Option<(Load, u64)> {
-    if load.micro_batch > 1 {
-        let divisor = smallest_divisor(load.micro_batch);
-        let micro_batch = load.micro_batch / divisor;
-        return Some((Load { micro_batch, ..load }, accumulation * divisor));
+/// Returns the next smaller workload with as many sequences a step.
+fn lower(workload: Workload, accumulation: u64, may_add_ranks: bool) -> Option<(Workload, u64)> {
+    if workload.micro_batch > 1 {
+        let divisor = smallest_divisor(workload.micro_batch);
+        let micro_batch = workload.micro_batch / divisor;
+        return Some((Workload { micro_batch, ..workload }, accumulation * divisor));
     }
-    if let Some(strategy) = divided_further(&load) {
-        return Some((Load { strategy, ..load }, accumulation));
+    if let Some(strategy) = divided_further(&workload) {
+        return Some((Workload { strategy, ..workload }, accumulation));
     }
-    if load.recompute == Recompute::None {
-        return Some((Load { recompute: Recompute::Block, ..load }, accumulation));
+    if workload.recompute == Recompute::None {
+        return Some((Workload { recompute: Recompute::Block, ..workload }, accumulation));
     }
-    let ranks = load.ranks * 2;
+    let ranks = workload.ranks * 2;
     let can_divide = accumulation.is_multiple_of(2) && ranks <= u64::from(Parallelism::MAX_RANKS);
     (may_add_ranks && can_divide)
-        .then_some((Load { ranks, strategy: Strategy::Zero3, ..load }, accumulation / 2))
+        .then_some((Workload { ranks, strategy: Strategy::Zero3, ..workload }, accumulation / 2))
 }
 
 /// Returns what divides more over as many ranks; `None` if nothing does.
-const fn divided_further(load: &Load) -> Option<Strategy> {
-    match load.strategy {
+const fn divided_further(workload: &Workload) -> Option<Strategy> {
+    match workload.strategy {
         Strategy::None | Strategy::Zero3 => None,
         Strategy::Zero1 => Some(Strategy::Zero2),
-        Strategy::Ddp if load.is_full => Some(Strategy::Zero1),
+        Strategy::Ddp if workload.is_full => Some(Strategy::Zero1),
         Strategy::Ddp | Strategy::Zero2 => Some(Strategy::Zero3),
     }
 }
@@ -87,19 +91,20 @@ fn smallest_divisor(number: u64) -> u64 {
     (2..number).find(|divisor| number.is_multiple_of(*divisor)).unwrap_or(number)
 }
 
-/// Goes down the ladder, for a run that found `limit` bytes too little; a way that is predicted to
-/// need more than them is passed over.
+/// Takes the next fallback of a run for which `limit` bytes were too little; one that is predicted to
+/// need more than that is skipped.
 ///
 /// # Errors
-/// Why no way is left, with the bytes that are missing.
+/// Why no fallback is left, with the bytes that are missing.
 pub fn adapt(
     config: &RunConfig,
-    ladder: &[Fallback],
+    fallbacks: &[Fallback],
     limit: Option<u64>,
 ) -> Result<Adapted, String> {
-    let fits = |way: &Fallback| limit.is_none_or(|limit| way.predicted_peak_bytes <= limit);
-    let Some(taken) = ladder.iter().position(fits) else {
-        return Err(shortfall(config, ladder, limit));
+    let fits =
+        |fallback: &Fallback| limit.is_none_or(|limit| fallback.predicted_peak_bytes <= limit);
+    let Some(taken) = fallbacks.iter().position(fits) else {
+        return Err(shortfall(config, fallbacks, limit));
     };
     let Fallback {
         train_batch_size_per_device,
@@ -109,7 +114,7 @@ pub fn adapt(
         strategy,
         predicted_peak_bytes,
         predicted_sent_bytes,
-    } = ladder[taken];
+    } = fallbacks[taken];
     let mut adapted = config.clone();
     adapted.training.micro_batch_size = train_batch_size_per_device;
     adapted.training.gradient_accumulation_steps = gradient_accumulation_steps;
@@ -118,7 +123,7 @@ pub fn adapt(
     adapted.predicted_peak_bytes = predicted_peak_bytes;
     adapted.predicted_sent_bytes = predicted_sent_bytes;
     let change = change(config, &adapted);
-    Ok(Adapted { config: adapted, left: ladder[taken + 1..].to_vec(), change })
+    Ok(Adapted { config: adapted, left: fallbacks[taken + 1..].to_vec(), change })
 }
 
 /// Says what changed and what did not.
@@ -148,37 +153,37 @@ fn change(from: &RunConfig, to: &RunConfig) -> String {
         "{}: {} sequences a step and the same result{but}, in {} instead of {}",
         changed.join(", "),
         to.global_batch_size(),
-        render::bytes(to.predicted_peak_bytes),
-        render::bytes(from.predicted_peak_bytes)
+        units::bytes(to.predicted_peak_bytes),
+        units::bytes(from.predicted_peak_bytes)
     )
 }
 
-fn shortfall(config: &RunConfig, ladder: &[Fallback], limit: Option<u64>) -> String {
+fn shortfall(config: &RunConfig, fallbacks: &[Fallback], limit: Option<u64>) -> String {
     let predicted = config.predicted_peak_bytes;
-    let least = ladder.last().map_or(predicted, |way| way.predicted_peak_bytes);
+    let least = fallbacks.last().map_or(predicted, |fallback| fallback.predicted_peak_bytes);
     let nothing = "no smaller configuration is left to try";
     match limit {
         Some(limit) if least > limit => format!(
             "{nothing}: the least it needs is {}, {} more than the limit of {}",
-            render::bytes(least),
-            render::bytes(least - limit),
-            render::bytes(limit)
+            units::bytes(least),
+            units::bytes(least - limit),
+            units::bytes(limit)
         ),
         Some(limit) => format!(
             "{nothing}: {} are predicted, and the limit of {}, {} above that, was too little",
-            render::bytes(predicted),
-            render::bytes(limit),
-            render::bytes(limit.saturating_sub(predicted))
+            units::bytes(predicted),
+            units::bytes(limit),
+            units::bytes(limit.saturating_sub(predicted))
         ),
-        None => format!("{nothing}: {} are predicted", render::bytes(predicted)),
+        None => format!("{nothing}: {} are predicted", units::bytes(predicted)),
     }
 }
 
-/// Says the ways in one line; none if there is none.
-pub(super) fn describe(config: &RunConfig, ladder: &[Fallback]) -> Option<String> {
+/// Describes the fallbacks in one line, if there are any.
+pub(super) fn describe(config: &RunConfig, fallbacks: &[Fallback]) -> Option<String> {
     let mut parts: Vec<(&str, Vec<String>)> = Vec::new();
     let mut last = config.clone();
-    let mut left = ladder;
+    let mut left = fallbacks;
     while let Ok(next) = adapt(&last, left, None) {
         let (before, after) = (&last, &next.config);
         let (name, value) = if before.parallelism.world_size != after.parallelism.world_size {
@@ -210,7 +215,7 @@ mod tests {
     use crate::{
         api::Fallback,
         manifest,
-        plan::{Place, accelerators::Accelerator, fixture, plan, plan_over},
+        plan::{accelerators::Accelerator, fixture, plan, target::Target},
     };
 
     /// Plans the small model for a pod of so many GiB.
@@ -226,15 +231,15 @@ mod tests {
             ..Accelerator::default()
         };
         let report = fixture::report(fixture::smollm2(), 8_000_000_000);
-        let plan = plan(&job, &report, Place::on(&pod, &job)).unwrap();
+        let plan = plan(&job, &report, Target::on(&pod, &job), 1).unwrap();
         (plan.run_config, plan.fallbacks)
     }
 
     #[test]
     fn halves_then_computes_again_then_adds_ranks() {
-        let (config, ladder) = planned("", 8.0);
-        insta::assert_snapshot!(describe(&config, &ladder).unwrap(), @"trainBatchSizePerDevice 4, 2, 1; then recompute block; then ranks 2, 4, 8, 16");
-        let (mut last, mut left) = (config.clone(), ladder);
+        let (config, fallbacks) = planned("", 8.0);
+        insta::assert_snapshot!(describe(&config, &fallbacks).unwrap(), @"trainBatchSizePerDevice 4, 2, 1; then recompute block; then ranks 2, 4, 8, 16");
+        let (mut last, mut left) = (config.clone(), fallbacks);
         let mut said = Vec::new();
         while let Ok(next) = adapt(&last, &left, None) {
             assert_eq!(next.config.global_batch_size(), config.global_batch_size());
@@ -256,30 +261,32 @@ mod tests {
     }
 
     #[test]
-    fn ranks_of_one_machine_share_its_memory_and_are_no_way_out() {
+    fn ranks_of_one_machine_share_its_memory_and_are_no_fallback() {
         let job = manifest::parse(include_str!("../../examples/minimal.yaml")).unwrap();
         let report = fixture::report(fixture::smollm2(), 8_000_000_000);
-        let plan = plan_over(2, &job, &report, Place::Here(&[])).unwrap();
-        assert!(plan.fallbacks.iter().all(|way| way.ranks == 2), "{:?}", plan.fallbacks);
+        let plan = plan(&job, &report, Target::Local(&[]), 2).unwrap();
+        assert!(plan.fallbacks.iter().all(|fallback| fallback.ranks == 2), "{:?}", plan.fallbacks);
     }
 
     #[test]
     fn ranks_that_hold_weights_whole_divide_them_before_anything_is_computed_again() {
         let job = manifest::parse(include_str!("../../examples/minimal.yaml")).unwrap();
         let report = fixture::report(fixture::smollm2(), 16_000_000_000);
-        let plan = plan_over(2, &job, &report, Place::Here(&[])).unwrap();
+        let plan = plan(&job, &report, Target::Local(&[]), 2).unwrap();
         let strategy = plan.run_config.parallelism.strategy;
-        let ladder = describe(&plan.run_config, &plan.fallbacks).unwrap();
-        insta::assert_snapshot!(format!("{strategy:?}: {ladder}"), @"Zero2: trainBatchSizePerDevice 4, 2, 1; then strategy zero3; then recompute block");
+        let fallbacks = describe(&plan.run_config, &plan.fallbacks).unwrap();
+        insta::assert_snapshot!(format!("{strategy:?}: {fallbacks}"), @"Zero2: trainBatchSizePerDevice 4, 2, 1; then strategy zero3; then recompute block");
     }
 
     #[test]
     fn a_micro_batch_without_halves_is_divided_otherwise() {
         let lines = "  training: {trainBatchSizePerDevice: 15, gradientAccumulationSteps: 1, recompute: block}\n  loraConfig: {}\n";
-        let (config, ladder) = planned(lines, 8.0);
-        let sizes: Vec<_> = ladder
+        let (config, fallbacks) = planned(lines, 8.0);
+        let sizes: Vec<_> = fallbacks
             .iter()
-            .map(|way| (way.train_batch_size_per_device, way.gradient_accumulation_steps))
+            .map(|fallback| {
+                (fallback.train_batch_size_per_device, fallback.gradient_accumulation_steps)
+            })
             .collect();
         assert_eq!(sizes, [(5, 3), (1, 15)]);
         assert_eq!(config.global_batch_size(), 15);
@@ -287,10 +294,10 @@ mod tests {
 
     #[test]
     fn passes_over_what_cannot_fit_and_says_what_is_missing() {
-        let (config, ladder) = planned("  loraConfig: {}\n", 8.0);
-        let adapted = adapt(&config, &ladder, Some(300_000_000)).unwrap();
+        let (config, fallbacks) = planned("  loraConfig: {}\n", 8.0);
+        let adapted = adapt(&config, &fallbacks, Some(300_000_000)).unwrap();
         insta::assert_snapshot!(adapted.change, @"trainBatchSizePerDevice 1 instead of 8, gradientAccumulationSteps 16 instead of 2: 16 sequences a step and the same result, in 269 MB instead of 967 MB");
-        insta::assert_snapshot!(adapt(&config, &ladder, Some(24 << 20)).unwrap_err(), @"no smaller configuration is left to try: the least it needs is 190 MB, 164 MB more than the limit of 25 MB");
+        insta::assert_snapshot!(adapt(&config, &fallbacks, Some(24 << 20)).unwrap_err(), @"no smaller configuration is left to try: the least it needs is 190 MB, 164 MB more than the limit of 25 MB");
         insta::assert_snapshot!(adapt(&config, &[], Some(2_000_000_000)).unwrap_err(), @"no smaller configuration is left to try: 967 MB are predicted, and the limit of 2.00 GB, 1.03 GB above that, was too little");
         insta::assert_snapshot!(adapt(&config, &[], None).unwrap_err(), @"no smaller configuration is left to try: 967 MB are predicted");
     }

@@ -1,6 +1,6 @@
 //! Decides the length of a run: its steps, and the sequences of the last one.
 
-use super::Decisions;
+use super::choices::Choices;
 use crate::api::Training;
 
 /// What was decided.
@@ -17,7 +17,7 @@ pub(super) fn decide(
     training: &Training,
     sequences: u64,
     global: u64,
-    decisions: &mut Decisions,
+    decisions: &mut Choices,
 ) -> Length {
     if let Some(steps) = training.max_steps {
         let steps = steps.unsigned_abs();
@@ -57,7 +57,7 @@ mod tests {
     use super::*;
 
     fn check(training: &Training, sequences: u64, global: u64) -> String {
-        let mut decisions = Decisions::default();
+        let mut decisions = Choices::default();
         let Length { total_steps, total_sequences } =
             decide(training, sequences, global, &mut decisions);
         let reason = decisions.0.pop().unwrap().reason;

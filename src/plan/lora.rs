@@ -4,14 +4,14 @@ use finetune_contract::{
     LoraFacts, LoraSettings, ModelFacts, ModuleNames, ModuleShape, Problem, TargetModules,
 };
 
-use super::{Decisions, invalid};
+use super::{choices::Choices, problems::invalid};
 
 /// Returns how many parameters are trained.
 pub(super) fn trained_parameters(
     model: &ModelFacts,
     lora: Option<&LoraSettings>,
     facts: Option<&LoraFacts>,
-    decisions: &mut Decisions,
+    decisions: &mut Choices,
     problems: &mut Vec<Problem>,
 ) -> u64 {
     let Some(lora) = lora else {

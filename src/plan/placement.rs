@@ -1,27 +1,12 @@
 //! Chooses the accelerator of a run in a cluster, and the size of its pod.
 
-use finetune_contract::{
-    Parallelism, PreflightReport, Problem, ProblemReason, RunConfig, Strategy,
-};
+use finetune_contract::{Parallelism, PreflightReport, Problem, ProblemReason};
 
 use super::{
-    Decision, Place, RunPlan, accelerators::Accelerator, invalid, plan, plan_over, render, sizing,
+    accelerators::Accelerator, choices::Choice, plan, pod::PodSize, problems::invalid,
+    run_plan::RunPlan, target::Target, units,
 };
 use crate::api::FineTuneJob;
-
-/// What a pod needs over what its tensors do, as a factor: the allocator's slack and the error of
-/// the prediction.
-const MEMORY_SLACK: f64 = 1.25;
-/// What the container runtime and small files take of a pod's memory.
-const POD_BYTES: u64 = 192 << 20;
-/// Host memory of a pod whose tensors are on a device: runtime, staging buffers, the tokenizer.
-const DEVICE_HOST_BYTES: u64 = 4 << 30;
-/// Shared memory of a pod with a device.
-const DEVICE_SHARED_BYTES: u64 = 1 << 30;
-/// Scratch space for tokens, documents and small files.
-const SCRATCH_BYTES: u64 = 1 << 30;
-/// Processor cores of a pod for which the accelerator says none.
-const DEFAULT_CPU: f64 = 2.0;
 
 /// A run with its place.
 #[derive(Debug, Clone)]
@@ -32,19 +17,6 @@ pub struct Placement {
     pub accelerator: String,
     /// What its pod asks for.
     pub pod: PodSize,
-}
-
-/// What one training pod asks for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PodSize {
-    /// Processor, in thousandths of a core.
-    pub cpu_millis: i64,
-    /// Memory, in bytes.
-    pub memory_bytes: u64,
-    /// Shared memory, in bytes, part of the memory.
-    pub shared_memory_bytes: u64,
-    /// Ephemeral storage, in bytes.
-    pub storage_bytes: u64,
 }
 
 /// Why no place was found.
@@ -78,12 +50,12 @@ pub fn place(
 ) -> Result<Placement, Unplaced> {
     let training = job.spec.training.as_ref();
     let is_chosen = training.is_some_and(|training| training.train_batch_size_per_device.is_some());
-    let within = place_each(job, report, accelerators, |kind| Place::on(kind, job));
+    let within = place_each(job, report, accelerators, |kind| Target::on(kind, job));
     let Err(Unplaced::TooLarge(_) | Unplaced::NoTrainer { .. }) = within else { return within };
     if !is_chosen || job.spec.memory_limit().is_none() {
         return within;
     }
-    let anywhere = |accelerator| Place::On { accelerator, limit: None };
+    let anywhere = |accelerator| Target::Accelerator { accelerator, limit: None };
     let mut placement = place_each(job, report, accelerators, anywhere)?;
     placement.plan.warnings.push(invalid(
         "spec.resources.limits.memory",
@@ -96,12 +68,12 @@ fn place_each<'a>(
     job: &FineTuneJob,
     report: &PreflightReport,
     accelerators: &'a [Accelerator],
-    on: impl Fn(&'a Accelerator) -> Place<'a>,
+    on: impl Fn(&'a Accelerator) -> Target<'a>,
 ) -> Result<Placement, Unplaced> {
     let mut lacking = Vec::new();
     let mut without_trainer = None;
     for accelerator in accelerators {
-        match plan(job, report, on(accelerator)) {
+        match plan(job, report, on(accelerator), 1) {
             Ok(plan) if accelerator.has_trainer() => {
                 match placed(plan, accelerator, job, report, &lacking) {
                     Ok(placement) => return Ok(placement),
@@ -168,19 +140,19 @@ fn placed(
     report: &PreflightReport,
     lacking: &[Problem],
 ) -> Result<Placement, Problem> {
-    let mut pod = pod_size(&plan, accelerator, report);
+    let mut pod = PodSize::new(&plan, accelerator, report);
     if let Some(limit) = job.spec.memory_limit() {
         if accelerator.is_device() && limit < pod.memory_bytes {
             let message = format!(
                 "a pod with it needs {} of the host's memory, but resources.limits.memory is {}: raise it",
-                render::bytes(pod.memory_bytes),
-                render::bytes(limit)
+                units::bytes(pod.memory_bytes),
+                units::bytes(limit)
             );
             return Err(invalid(&accelerator.name, message));
         }
         pod.memory_bytes = limit;
     }
-    plan.rejected.extend(lacking.iter().map(|problem| Decision {
+    plan.rejected.extend(lacking.iter().map(|problem| Choice {
         field: "accelerator",
         value: problem.location.clone(),
         reason: problem.message.clone(),
@@ -189,58 +161,11 @@ fn placed(
 }
 
 /// Plans `job` over the fewest of an accelerator that hold it, if some number does.
-fn over_ranks(job: &FineTuneJob, report: &PreflightReport, place: Place<'_>) -> Option<RunPlan> {
+fn over_ranks(job: &FineTuneJob, report: &PreflightReport, place: Target<'_>) -> Option<RunPlan> {
     let numbers = std::iter::successors(Some(2), |ranks| Some(ranks * 2));
     numbers
         .take_while(|ranks| *ranks <= Parallelism::MAX_RANKS)
-        .find_map(|ranks| plan_over(ranks, job, report, place).ok())
-}
-
-/// Returns the memory of a pod without a device whose tensors take `tensors`. The mapped weights
-/// count, though they can be given back: without them they would be read again at every step.
-fn pod_bytes(tensors: u64, mapped_weights: u64) -> u64 {
-    (tensors as f64 * MEMORY_SLACK) as u64 + mapped_weights + POD_BYTES
-}
-
-/// Returns what tensors may take of a pod without a device: the inverse of its size.
-pub(super) fn tensor_bytes(pod: u64, mapped_weights: u64) -> u64 {
-    (pod.saturating_sub(mapped_weights + POD_BYTES) as f64 / MEMORY_SLACK) as u64
-}
-
-/// Returns what the proof of a divided run takes of a device's host, where it is computed: the
-/// weights, if those in the file are not of the computation's type and must be converted.
-fn proof_bytes(plan: &RunPlan, report: &PreflightReport) -> u64 {
-    let RunConfig { parallelism, training, .. } = &plan.run_config;
-    let Some(model) = report.model.as_ref() else { return 0 };
-    let is_on_host = parallelism.strategy == Strategy::Zero3;
-    if is_on_host && !sizing::is_computed_as_stored(model, training.dtype) {
-        model.parameters * training.dtype.bytes()
-    } else {
-        0
-    }
-}
-
-fn pod_size(plan: &RunPlan, accelerator: &Accelerator, report: &PreflightReport) -> PodSize {
-    let model = report.model.as_ref();
-    let on_disk = model.map_or(0, |model| model.weight_bytes);
-    let ranks = u64::from(plan.run_config.parallelism.local_world_size);
-    let shared_memory_bytes = if accelerator.is_device() { DEVICE_SHARED_BYTES * ranks } else { 0 };
-    let memory_bytes = if accelerator.is_device() {
-        DEVICE_HOST_BYTES * ranks + shared_memory_bytes + on_disk + proof_bytes(plan, report)
-    } else {
-        pod_bytes(plan.memory.total(), plan.memory.mapped_weights)
-    };
-    // The model as fetched, once for all ranks of the pod, and as exported; the checkpoint gone on
-    // from, which each rank may have fetched whole and has open, and the one on its way out.
-    let checkpoints = (ranks + 1) * plan.checkpoint_bytes;
-    let storage_bytes = SCRATCH_BYTES * ranks + 2 * on_disk + checkpoints;
-    PodSize {
-        cpu_millis: (accelerator.cpu.unwrap_or(DEFAULT_CPU) * 1000.0).round() as i64
-            * ranks.cast_signed(),
-        memory_bytes,
-        shared_memory_bytes,
-        storage_bytes,
-    }
+        .find_map(|ranks| plan(job, report, place, ranks).ok())
 }
 
 impl std::fmt::Display for Unplaced {
@@ -268,25 +193,15 @@ impl Unplaced {
     }
 }
 
-/// Says what a pod asks for, in one line.
-pub fn describe(pod: &PodSize) -> String {
-    format!(
-        "{} CPU, {} memory, {} storage",
-        pod.cpu_millis as f64 / 1000.0,
-        render::bytes(pod.memory_bytes),
-        render::bytes(pod.storage_bytes)
-    )
-}
-
 #[cfg(test)]
 mod tests {
     use finetune_contract::{Device, ModelFacts, Strategy};
 
-    use super::{Unplaced, describe, place};
+    use super::{Unplaced, place};
     use crate::{
         api::FineTuneJob,
         manifest,
-        plan::{accelerators::Accelerator, fixture},
+        plan::{accelerators::Accelerator, fixture, pod::describe},
     };
 
     fn job(lines: &str) -> FineTuneJob {

@@ -2,7 +2,13 @@
 
 use std::fmt::Write;
 
-use super::{Decision, RunPlan, fallbacks};
+use super::{
+    choices::Choice,
+    fallbacks,
+    run_plan::RunPlan,
+    sizing::ACCELERATOR_EFFICIENCY,
+    units::{bytes, duration},
+};
 
 /// Returns the plan as aligned lines.
 pub fn text(plan: &RunPlan) -> String {
@@ -34,8 +40,8 @@ pub fn text(plan: &RunPlan) -> String {
         plan.memory_limit.map(|limit| format!("  of {} {place}", bytes(limit))).unwrap_or_default();
     let each = if plan.run_config.parallelism.world_size > 1 { " of each rank" } else { "" };
     line(format!("  {:<27}{:>10}{limit}", format!("peak{each}"), bytes(plan.memory.total())));
-    if let Some(ways) = fallbacks::describe(&plan.run_config, &plan.fallbacks) {
-        line(format!("  {:<27}{ways}", "if that is too little"));
+    if let Some(fallbacks) = fallbacks::describe(&plan.run_config, &plan.fallbacks) {
+        line(format!("  {:<27}{fallbacks}", "if that is too little"));
     }
     if plan.memory.mapped_weights > 0 {
         line(format!(
@@ -55,21 +61,22 @@ pub fn text(plan: &RunPlan) -> String {
         ));
     }
     if !plan.accelerators.is_empty() {
-        line("\nElsewhere (assuming 35 % of the stated speed)".to_owned());
+        let percent = ACCELERATOR_EFFICIENCY * 100.0;
+        line(format!("\nElsewhere (assuming {percent:.0} % of the stated speed)"));
     }
-    for offer in &plan.accelerators {
-        let mut verdict = if offer.shortfall_bytes == 0 {
-            format!("fits, about {}", duration(offer.seconds))
+    for estimate in &plan.accelerators {
+        let mut verdict = if estimate.shortfall_bytes == 0 {
+            format!("fits, about {}", duration(estimate.seconds))
         } else {
-            format!("{} too little", bytes(offer.shortfall_bytes))
+            format!("{} too little", bytes(estimate.shortfall_bytes))
         };
-        if let Some(cost) = offer.cost.filter(|_| offer.shortfall_bytes == 0) {
+        if let Some(cost) = estimate.cost.filter(|_| estimate.shortfall_bytes == 0) {
             let _ = write!(verdict, ", costs {cost:.2}");
         }
-        if let Some(ranks) = offer.ranks {
+        if let Some(ranks) = estimate.ranks {
             let _ = write!(verdict, ", {ranks} ranks would hold it");
         }
-        line(format!("  {:<27}{:>10}  {verdict}", offer.name, bytes(offer.needed_bytes)));
+        line(format!("  {:<27}{:>10}  {verdict}", estimate.name, bytes(estimate.needed_bytes)));
     }
     if !plan.warnings.is_empty() {
         line("\nWarnings".to_owned());
@@ -78,24 +85,7 @@ pub fn text(plan: &RunPlan) -> String {
     text
 }
 
-fn row(decision: &Decision) -> String {
-    let Decision { field, value, reason } = decision;
+fn row(decision: &Choice) -> String {
+    let Choice { field, value, reason } = decision;
     format!("  {field:<27}{value:<14}  {reason}")
-}
-
-/// Returns bytes in decimal units, for people.
-pub fn bytes(bytes: u64) -> String {
-    match bytes as f64 {
-        size if size >= 1e9 => format!("{:.2} GB", size / 1e9),
-        size => format!("{:.0} MB", size / 1e6),
-    }
-}
-
-/// Returns a duration in the largest unit that matters.
-pub fn duration(seconds: f64) -> String {
-    match seconds {
-        seconds if seconds < 90.0 => format!("{seconds:.0} s"),
-        seconds if seconds < 5400.0 => format!("{:.0} min", seconds / 60.0),
-        seconds => format!("{:.1} h", seconds / 3600.0),
-    }
 }

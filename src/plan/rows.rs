@@ -2,10 +2,10 @@
 
 use finetune_contract::{DatasetCensus, DatasetSource, OnInvalidRow, PreflightReport, TrainOn};
 
-use super::{Decisions, word};
+use super::{choices::Choices, units::word};
 
 /// Adds what was read, held out and left out.
-pub(super) fn explain(source: &DatasetSource, report: &PreflightReport, decisions: &mut Decisions) {
+pub(super) fn explain(source: &DatasetSource, report: &PreflightReport, decisions: &mut Choices) {
     if let Some(census) = report.train.as_ref().filter(|census| census.files > 1) {
         decisions.add("train", format!("{} files", census.files), names(census));
     }
@@ -48,7 +48,7 @@ mod tests {
         let mut source = DatasetSource::of("s3://a/train/");
         let mut report = fixture::report(fixture::smollm2(), 1 << 33);
         change(&mut source, &mut report);
-        let mut decisions = Decisions::default();
+        let mut decisions = Choices::default();
         explain(&source, &report, &mut decisions);
         let lines = decisions.0.iter();
         lines

@@ -12,8 +12,7 @@ use k8s_openapi::api::core::v1::{
 
 use super::{
     Attempt,
-    names::{job_name, ranks_name},
-    pod::WORK_DIRECTORY,
+    names::{WORK_DIRECTORY, job_name, ranks_name},
 };
 use crate::{
     api::{self, FineTuneJob, FineTuneJobSpec, SecretRef},

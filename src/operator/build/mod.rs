@@ -23,7 +23,7 @@ use k8s_openapi::{
 use super::settings::Settings;
 use crate::{
     api::{FineTuneJob, GIB, Step},
-    plan::{accelerators::Accelerator, placement::PodSize},
+    plan::{accelerators::Accelerator, pod::PodSize},
 };
 use names::{QUEUE_LABEL, job_name, labels, owner};
 use pod::pod_template;

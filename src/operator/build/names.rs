@@ -9,6 +9,8 @@ use crate::api::{FineTuneJob, Step};
 
 /// The name of the trainer's container.
 pub const CONTAINER: &str = "trainer";
+/// The home of the trainer: scratch space that ends with the pod.
+pub(super) const WORK_DIRECTORY: &str = "/work";
 /// The label that names the FineTuneJob.
 pub const JOB_LABEL: &str = "finetune.dev/job";
 /// The label that names the step.

@@ -19,7 +19,7 @@ use k8s_openapi::{
 
 use super::{
     Attempt, env,
-    names::{CONTAINER, ranks_name},
+    names::{CONTAINER, WORK_DIRECTORY, ranks_name},
     resources::{self, mebibytes},
 };
 use crate::{
@@ -27,8 +27,6 @@ use crate::{
     operator::settings::Settings,
 };
 
-/// The home of the trainer: scratch space that ends with the pod.
-pub(super) const WORK_DIRECTORY: &str = "/work";
 const CONFIG_ANNOTATION: &str = "finetune.dev/config";
 const CONFIG_DIRECTORY: &str = "/etc/finetune";
 const CONFIG_FILE: &str = "config.json";

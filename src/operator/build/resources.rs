@@ -10,7 +10,7 @@ use super::Attempt;
 use crate::{
     api::{FineTuneJob, Step},
     operator::settings::Settings,
-    plan::placement::PodSize,
+    plan::pod::PodSize,
 };
 
 pub(super) fn resources(

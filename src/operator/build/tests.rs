@@ -11,7 +11,7 @@ use crate::{
     api::{NAME_LIMIT, Step},
     manifest,
     operator::settings::Settings,
-    plan::placement::PodSize,
+    plan::pod::PodSize,
 };
 
 const SETTINGS: &str = "trainerImage: trainer:1\naccelerators:\n- {name: a100, resourceName: nvidia.com/gpu, image: 'trainer-cuda:1', gpusPerNode: 4, memoryGiB: 80, bf16Tflops: 312, fp32Tflops: 19, hasBf16: true, nodeSelector: {gpu: a100}, tolerations: [{key: gpu, operator: Exists, effect: NoSchedule}]}\nenvironment: {AWS_REGION: eu-1, LOG: x}\nallowedEndpoints: [s3.acme.com]\n";

@@ -7,9 +7,8 @@ use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
 use super::{
     Action, Input,
-    retry::{first_attempt, next_attempt},
     state::{ConditionChange, Finished, InProgress, State},
-    status::{pod_size, progress_status},
+    status::{first_attempt, next_attempt, pod_size, progress_status},
     termination::{Termination, termination},
 };
 use crate::{
@@ -23,7 +22,7 @@ use crate::{
         conditions::{Kind, Truth},
         observe::{ObservedJob, ObservedPod, PodState},
     },
-    plan::{accelerators::Accelerator, placement::PodSize},
+    plan::{accelerators::Accelerator, pod::PodSize},
 };
 
 /// How often a running trainer is asked for its progress, at most.

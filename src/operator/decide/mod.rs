@@ -33,7 +33,7 @@ use super::{
 };
 use crate::{
     api::{FineTuneJob, FineTuneJobStatus, OUTPUT},
-    plan::settings as wishes,
+    plan::resolve,
 };
 use state::{ConditionChange, Finished, NextStatus};
 
@@ -158,7 +158,7 @@ fn invalid_spec(input: &Input<'_>) -> Option<Finished> {
     let job = input.job;
     let problem = unreachable_uri(job)
         .or_else(|| overlapping_output(job))
-        .or_else(|| wishes::unusable_names(job))?;
+        .or_else(|| resolve::unusable_names(job))?;
     let accepted =
         ConditionChange::new(Kind::Accepted, Truth::False, Reason::InvalidSpec, &problem);
     Some(Finished::failed(Reason::InvalidSpec, problem).with(accepted))

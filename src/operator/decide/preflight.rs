@@ -15,13 +15,13 @@ use crate::{
     operator::conditions::{Kind, Truth},
     plan::{
         placement::{self, Placement, Unplaced},
-        settings as wishes,
+        resolve,
     },
 };
 
 /// Decides about a job that has no plan yet.
 pub(super) fn decide(input: &Input<'_>, status: &FineTuneJobStatus) -> State {
-    let config = || finetune_contract::render(&wishes::preflight_config(input.job, false));
+    let config = || finetune_contract::render(&resolve::preflight_config(input.job, false));
     let work = Work {
         step: Step::Preflight,
         config: &config,

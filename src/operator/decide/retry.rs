@@ -1,16 +1,14 @@
 //! Whether another attempt follows one that ended, and when.
 
 use finetune_contract::{ExitCode, Reason};
-use k8s_openapi::{
-    apimachinery::pkg::apis::meta::v1::Time,
-    jiff::{SignedDuration, Timestamp},
-};
+use k8s_openapi::jiff::SignedDuration;
 
 use super::{
     Input,
     state::{Finished, Retry, State},
+    status::next_attempt,
 };
-use crate::api::{AttemptStatus, Step};
+use crate::api::AttemptStatus;
 
 /// The first wait after a failure; it doubles.
 const FIRST_BACKOFF: SignedDuration = SignedDuration::from_secs(10);
@@ -78,19 +76,6 @@ pub(super) fn without_report(
 fn retrying(attempt: AttemptStatus, why: &str) -> State {
     let message = format!("retrying as attempt {}: {why}", attempt.number);
     State::Retry(Retry { attempt, reason: Reason::Retrying, message, adapted_plan: None })
-}
-
-pub(super) fn first_attempt(step: Step) -> AttemptStatus {
-    AttemptStatus { step, number: 0, failures: 0, disruptions: 0, job_uid: None, retry_time: None }
-}
-
-pub(super) fn next_attempt(attempt: AttemptStatus, at: Timestamp) -> AttemptStatus {
-    AttemptStatus {
-        number: attempt.number + 1,
-        job_uid: None,
-        retry_time: Some(Time(at)),
-        ..attempt
-    }
 }
 
 pub(super) fn is_last(attempt: &AttemptStatus) -> bool {

@@ -13,7 +13,7 @@ use crate::{
     api::{AttemptStatus, FineTuneJobStatus, PlanStatus, ProgressStatus, ResultStatus, Step},
     operator::{
         conditions::{self, Kind, Truth},
-        decide::retry::first_attempt,
+        decide::status::first_attempt,
     },
 };
 

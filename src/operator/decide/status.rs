@@ -4,15 +4,29 @@ use finetune_contract::{ArtifactKind, Progress, PublishedResult, RunConfig, RunR
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 
 use crate::{
-    api::{Fallback, PlanStatus, PodStatus, ProgressStatus, ResultStatus},
+    api::{AttemptStatus, Fallback, PlanStatus, PodStatus, ProgressStatus, ResultStatus, Step},
     plan::{
-        placement::{self, Placement, PodSize},
-        render,
+        placement::Placement,
+        pod::{self, PodSize},
+        render, units,
     },
 };
 
 /// The longest summary of a plan; the CRD allows a little more.
 const SUMMARY_LIMIT: usize = 16_000;
+
+pub(super) fn first_attempt(step: Step) -> AttemptStatus {
+    AttemptStatus { step, number: 0, failures: 0, disruptions: 0, job_uid: None, retry_time: None }
+}
+
+pub(super) fn next_attempt(attempt: AttemptStatus, at: Timestamp) -> AttemptStatus {
+    AttemptStatus {
+        number: attempt.number + 1,
+        job_uid: None,
+        retry_time: Some(Time(at)),
+        ..attempt
+    }
+}
 
 pub(super) fn plan_status(placement: &Placement) -> PlanStatus {
     let Placement { plan, accelerator, pod } = placement;
@@ -45,7 +59,7 @@ fn pods(placement: &Placement) -> String {
         (pods, 1) => format!("On {pods} pods of {accelerator}, each"),
         (pods, some) => format!("On {pods} pods with {some} {accelerator} each, a pod"),
     };
-    format!("{pods} {}", placement::describe(pod))
+    format!("{pods} {}", pod::describe(pod))
 }
 
 /// Says in one line what was planned.
@@ -55,10 +69,10 @@ pub(super) fn plan_message(placement: &Placement) -> String {
         1 => format!("on one {accelerator},"),
         ranks => format!("over {ranks} ranks, each on one {accelerator} with"),
     };
-    let memory = render::bytes(plan.memory.total());
+    let memory = units::bytes(plan.memory.total());
     let time = plan
         .seconds
-        .map_or(String::new(), |seconds| format!(", about {}", render::duration(seconds)));
+        .map_or(String::new(), |seconds| format!(", about {}", units::duration(seconds)));
     format!("{} {place} {memory}{time}; see status.plan.summary", method(placement))
 }
 
@@ -104,7 +118,7 @@ pub(super) fn progress_status(progress: &Progress, now: Timestamp) -> ProgressSt
         eval_loss: finite(progress.eval_loss),
         tokens_per_second: finite(progress.tokens_per_second),
         eta_seconds: progress.eta_seconds.map(signed),
-        eta: progress.eta_seconds.map(|seconds| render::duration(seconds as f64)),
+        eta: progress.eta_seconds.map(|seconds| units::duration(seconds as f64)),
         last_updated_time: Some(Time(now)),
     }
 }

@@ -6,9 +6,9 @@ use finetune_contract::{ExitCode, FailureReason, Outcome, Reason, RunConfig, Run
 use super::{
     Input,
     attempt::{self, AttemptState, Work},
-    retry::{self, DISRUPTION_BACKOFF, is_last, next_attempt},
+    retry::{self, DISRUPTION_BACKOFF, is_last},
     state::{Finished, Retry, State},
-    status::{adapted_plan, last_progress, pod_size, result_status},
+    status::{adapted_plan, last_progress, next_attempt, pod_size, result_status},
     termination::Termination,
 };
 use crate::{
@@ -17,7 +17,8 @@ use crate::{
     plan::{
         accelerators::Accelerator,
         fallbacks::{self, Adapted},
-        nothing_trained, render,
+        run_plan::nothing_trained,
+        units,
     },
 };
 
@@ -133,7 +134,7 @@ impl Run<'_> {
     /// A rank was OOM-killed at the memory limit of its pod.
     fn oom_killed(&self, attempt: AttemptStatus, who: &str) -> State {
         let limit = build::memory_limit(self.input.job, &pod_size(&self.plan.pod));
-        let why = format!("{who} was OOM-killed at its memory limit ({})", render::bytes(limit));
+        let why = format!("{who} was OOM-killed at its memory limit ({})", units::bytes(limit));
         if self.has_device() {
             // The tensors are on the device: a smaller micro-batch changes nothing here.
             let message = format!("{why}: set resources.limits.memory");

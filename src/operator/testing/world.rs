@@ -19,7 +19,7 @@ use crate::{
         observe::{Observed, ObservedJob, ObservedPod, PodState},
         settings::Settings,
     },
-    plan::{fixture, settings::sha256_hex},
+    plan::{fixture, resolve::sha256_hex},
 };
 
 const SETTINGS: &str = "trainerImage: trainer:1\naccelerators:\n- {name: cpu, cpu: 2, memoryGiB: 4, bf16Tflops: 0.5, fp32Tflops: 0.2, hasBf16: true}\n- {name: a100, resourceName: nvidia.com/gpu, memoryGiB: 80, bf16Tflops: 312, fp32Tflops: 19, hasBf16: true}\nretries: 2\ndisruptions: 2\n";

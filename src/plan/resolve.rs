@@ -1,21 +1,21 @@
-//! Turns the manifest's words into the contract's, with the defaults that need no facts.
+//! Resolves a spec into the words of the contract, with the defaults that need no facts.
 
 use finetune_contract::{
     CONTRACT_VERSION, DatasetFormat, DatasetSource, LoraSettings, ModelSource, ModuleNames,
-    OnInvalidRow, OnOverflow, OutputTarget, PreflightConfig, Reasoning, RenderingSettings,
-    RowSource, RunId, TargetModules, TrainOn,
+    OnInvalidRow, OnOverflow, OutputTarget, PreflightConfig, Reasoning, Recompute,
+    RenderingSettings, RowSource, RunId, TargetModules, TrainOn,
 };
 use sha2::{Digest, Sha256};
 
 use crate::api::{
     Dataset, FineTuneJob, FineTuneJobSpec, Format, InvalidRow, Names, Overflow, ReasoningKept,
-    TrainedTurns, is_all_linear,
+    Recomputation, TrainedTurns, is_all_linear,
 };
 
 /// The seed unless one is set: fixed, so that a run can be repeated.
 pub(super) const DEFAULT_SEED: u64 = 42;
 
-/// Returns what the preflight of `job` is told.
+/// Returns the configuration of the preflight of `job`.
 pub fn preflight_config(job: &FineTuneJob, measure_machine: bool) -> PreflightConfig {
     let training = job.spec.training.as_ref();
     let mut dataset = dataset(&job.spec);
@@ -224,6 +224,14 @@ pub(super) fn output(spec: &FineTuneJobSpec) -> OutputTarget {
         merge: output.merge.unwrap_or(false),
         overwrite: output.overwrite.unwrap_or(false),
         base_model_name: output.base_model_name.clone(),
+    }
+}
+
+pub(super) fn recompute(set: Option<Recomputation>) -> Option<Recompute> {
+    match set {
+        Some(Recomputation::None) => Some(Recompute::None),
+        Some(Recomputation::Block) => Some(Recompute::Block),
+        Some(Recomputation::Auto) | None => None,
     }
 }
 

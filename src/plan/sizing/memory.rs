@@ -1,8 +1,8 @@
-//! The arithmetic of a run's memory and time: the only place that holds it.
+//! The memory of a run, by term.
 //!
 //! Letters are the trainer's: `D` model width, `H` query heads, `K` key/value heads, `E` head
 //! width, `F` feed-forward width, `V` vocabulary, `T` positions of one micro-batch. The terms
-//! follow what the trainer's hand-written backward pass keeps; the constants below are the only
+//! follow what the trainer's hand-written backward pass saves; the constants below are the only
 //! numbers that are not derived from a shape.
 
 use finetune_contract::{
@@ -13,6 +13,16 @@ use finetune_contract::{
     },
 };
 use serde::Serialize;
+
+use super::workload::{Workload, units};
+
+/// The share of the machine's memory a plan may take; the rest is page cache and the system.
+pub const USABLE_MEMORY: f64 = 0.9;
+
+/// Returns how many of a machine's or device's bytes a plan may take.
+pub fn budget(bytes: u64) -> u64 {
+    (bytes as f64 * USABLE_MEMORY) as u64
+}
 
 /// fp32 weight and gradient, per trained parameter.
 pub const STATE_BYTES: u64 = 8;
@@ -33,60 +43,6 @@ pub const DEVICE_RUNTIME_BYTES: u64 = 1_500_000_000;
 
 /// What is in memory, at most, of a checkpoint that is uploaded from local disk.
 pub const UPLOAD_BYTES: u64 = UPLOAD_PART_BYTES * UPLOAD_PARTS_IN_FLIGHT;
-
-/// The share of the machine's memory a plan may take; the rest is page cache and the system.
-pub const USABLE_MEMORY: f64 = 0.9;
-
-/// The share of a measured matrix-product speed that whole steps reach.
-///
-/// An assumption, said in the plan; the trainer reports the speed it has.
-pub const CPU_EFFICIENCY: f64 = 0.5;
-
-/// The share of an accelerator's stated peak that whole steps reach. An assumption.
-pub const ACCELERATOR_EFFICIENCY: f64 = 0.35;
-
-/// Returns how many of a machine's or device's bytes a plan may take.
-pub fn usable(bytes: u64) -> u64 {
-    (bytes as f64 * USABLE_MEMORY) as u64
-}
-
-/// All that memory depends on.
-#[derive(Debug, Clone, Copy)]
-pub struct Load {
-    /// Parameters trained.
-    pub trained: u64,
-    /// Whether all of the model is trained.
-    pub is_full: bool,
-    /// The element type of the computation.
-    pub dtype: Dtype,
-    /// What takes the steps.
-    pub optimizer: Optimizer,
-    /// What a block keeps.
-    pub recompute: Recompute,
-    /// Sequences of one micro-batch.
-    pub micro_batch: u64,
-    /// Positions of a sequence.
-    pub context: u64,
-    /// Those of them that are predicted, at most.
-    pub targets: u64,
-    /// Whether it runs on a device, to which frozen weights are copied: there is nothing to map.
-    pub is_device: bool,
-    /// Processes that train together.
-    pub ranks: u64,
-    /// What is divided over them.
-    pub strategy: Strategy,
-}
-
-/// Modules outside the blocks; divided they are gathered together.
-const OUTER: [&str; 3] = ["embed_tokens", "norm", "lm_head"];
-
-/// Returns the parameters outside the blocks, and of one block.
-fn units(model: &ModelFacts) -> [u64; 2] {
-    let outer = model.modules.iter().filter(|module| OUTER.contains(&module.name.as_str()));
-    let outer = outer.map(finetune_contract::ModuleShape::parameters).sum();
-    let blocks = u64::from(model.num_hidden_layers).max(1);
-    [outer, model.parameters.saturating_sub(outer) / blocks]
-}
 
 /// Memory of a run by term, in bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -154,8 +110,9 @@ pub fn is_computed_as_stored(model: &ModelFacts, dtype: Dtype) -> bool {
 }
 
 /// Predicts the memory of a run on `model`, of each rank.
-pub fn memory(model: &ModelFacts, load: &Load) -> Memory {
-    let Load { trained, is_full, dtype, recompute, micro_batch, context, is_device, .. } = *load;
+pub fn memory(model: &ModelFacts, workload: &Workload) -> Memory {
+    let Workload { trained, is_full, dtype, recompute, micro_batch, context, is_device, .. } =
+        *workload;
     let [d, h, k, e, f, v, layers] = [
         model.hidden_size,
         model.num_attention_heads,
@@ -178,17 +135,17 @@ pub fn memory(model: &ModelFacts, load: &Load) -> Memory {
     };
     // The gradient of the largest weight in the computation's type, before it is added in fp32.
     let weight_gradient = if is_full && dtype == Dtype::Bf16 { v * d * s } else { 0 };
-    let is_sharded = load.strategy == Strategy::Zero3;
+    let is_sharded = workload.strategy == Strategy::Zero3;
     let divides = |is_divided: bool, bytes: u64| {
-        if is_divided { bytes.div_ceil(load.ranks) } else { bytes }
+        if is_divided { bytes.div_ceil(workload.ranks) } else { bytes }
     };
-    let divides_state = is_full && !matches!(load.strategy, Strategy::None | Strategy::Ddp);
+    let divides_state = is_full && !matches!(workload.strategy, Strategy::None | Strategy::Ddp);
     // Room for the outer unit and two blocks, or for all; in full also for gradients, and for what
     // the other ranks send of the largest unit.
     let [outer, block] = units(model);
     let turns = outer + 2 * block;
     let received = outer.max(block);
-    let gathered = match (load.strategy, is_full) {
+    let gathered = match (workload.strategy, is_full) {
         (Strategy::None | Strategy::Ddp, _) | (Strategy::Zero1 | Strategy::Zero2, false) => 0,
         (Strategy::Zero1, true) => s * model.parameters + 4 * (model.parameters + received),
         (Strategy::Zero2, true) => s * model.parameters + 4 * (turns + received),
@@ -213,10 +170,10 @@ pub fn memory(model: &ModelFacts, load: &Load) -> Memory {
     // are kept.
     let logits = |rows: u64| HEAD_ROWS.min(rows) * v * of_logit;
     let evaluated = logits(t).saturating_sub(activations);
-    let head = logits(micro_batch * load.targets.min(context)).max(evaluated);
+    let head = logits(micro_batch * workload.targets.min(context)).max(evaluated);
     // A device's state is copied to the host's memory.
     let checkpoint = if is_device { 0 } else { trained * CHECKPOINT_BYTES_PER_PARAMETER };
-    let moments = match load.optimizer {
+    let moments = match workload.optimizer {
         Optimizer::Adamw => 2 * 4 * trained,
         Optimizer::Adamw8bit => 2 * trained + (2 * 4 * trained).div_ceil(MOMENTS_BLOCK),
     };
@@ -242,52 +199,17 @@ pub fn memory(model: &ModelFacts, load: &Load) -> Memory {
     }
 }
 
-/// Predicts the bytes a rank sends in one optimizer step of `accumulation` micro-batches.
-///
-/// # Source
-/// A ring all-reduce sends `2 n (W − 1) / W` of `n` bytes, an all-gather and a reduce-scatter half of
-/// that. Divided, weights are gathered once a step, for they change only then; but with `zero3` a
-/// block forward and backward, though not the two last used, which are still there. Gradients are
-/// summed once a step with `zero1`, else those of blocks once a micro-batch.
-pub fn sent_bytes(model: &ModelFacts, load: &Load, accumulation: u64) -> u64 {
-    let share = |bytes: u64| bytes * (load.ranks - 1) / load.ranks;
-    let summed = 2 * share(4 * load.trained);
-    let [outer, block] = units(model);
-    let (s, layers) = (load.dtype.bytes(), u64::from(model.num_hidden_layers));
-    let passes = 2 * accumulation * layers.saturating_sub(2);
-    let (gathers, sums) = match (load.strategy, load.is_full) {
-        (Strategy::None | Strategy::Ddp, _) | (Strategy::Zero1 | Strategy::Zero2, false) => {
-            return summed;
-        }
-        (Strategy::Zero3, false) => return summed + share(s * block) * passes,
-        (Strategy::Zero1, true) => (layers, layers),
-        (Strategy::Zero2, true) => (layers, layers * accumulation),
-        (Strategy::Zero3, true) => (passes + layers.min(2), layers * accumulation),
-    };
-    share(s * outer) + share(s * block) * gathers + share(4 * outer) + share(4 * block) * sums
-}
-
-/// Returns the floating-point operations of one trained position.
-///
-/// # Source
-/// 2 per weight forward, 2 for the input's gradient, 2 for the weight's gradient of what is
-/// trained, 2 for computing a block again (Kaplan et al., arXiv 2001.08361, appendix B).
-pub fn flops_per_token(model: &ModelFacts, load: &Load) -> f64 {
-    let (n, trained) = (model.parameters as f64, load.trained as f64);
-    let again = if load.recompute == Recompute::Block { 2.0 * n } else { 0.0 };
-    again + if load.is_full { 6.0 * n } else { 4.0 * n + 6.0 * trained }
-}
-
 #[cfg(test)]
 mod tests {
     use finetune_contract::{Dtype, Optimizer, Recompute, Strategy};
     use proptest::prelude::{prop_assert, proptest};
 
-    use super::{HEAD_ROWS, Load, memory, sent_bytes};
+    use super::{HEAD_ROWS, memory};
     use crate::plan::fixture;
+    use crate::plan::sizing::{Workload, sent_bytes};
 
-    fn load(trained: u64, is_full: bool, recompute: Recompute) -> Load {
-        Load {
+    fn workload(trained: u64, is_full: bool, recompute: Recompute) -> Workload {
+        Workload {
             trained,
             is_full,
             dtype: Dtype::Bf16,
@@ -303,7 +225,7 @@ mod tests {
     }
 
     /// Steps measured by `cargo xtask bench memory`.
-    const MEASURED: &str = include_str!("../../docs/memory.csv");
+    const MEASURED: &str = include_str!("../../../docs/memory.csv");
 
     #[test]
     fn predictions_are_at_most_5_percent_over_and_2_under_what_was_measured() {
@@ -318,15 +240,15 @@ mod tests {
             };
             let is_full = method == "full";
             let policy = if recompute == "block" { Recompute::Block } else { Recompute::None };
-            let load = Load {
+            let workload = Workload {
                 dtype: if dtype == "bf16" { Dtype::Bf16 } else { Dtype::Fp32 },
                 micro_batch: rows.parse().unwrap(),
                 context: tokens.parse().unwrap(),
                 targets: tokens.parse().unwrap(),
-                ..load(if is_full { model.parameters } else { 2_442_240 }, is_full, policy)
+                ..workload(if is_full { model.parameters } else { 2_442_240 }, is_full, policy)
             };
             // The steps were measured without checkpoints.
-            let predicted = memory(&model, &load);
+            let predicted = memory(&model, &workload);
             let predicted = (predicted.total() - predicted.checkpoint) as f64;
             let ratio = predicted / bytes.parse::<f64>().unwrap();
             assert!(
@@ -341,8 +263,8 @@ mod tests {
     #[test]
     fn moments_of_a_byte_save_six_bytes_a_parameter() {
         let model = fixture::smollm2();
-        let full = load(model.parameters, true, Recompute::None);
-        let small = Load { optimizer: Optimizer::Adamw8bit, ..full };
+        let full = workload(model.parameters, true, Recompute::None);
+        let small = Workload { optimizer: Optimizer::Adamw8bit, ..full };
         let saved = memory(&model, &full).total() - memory(&model, &small).total();
         let a_parameter = saved as f64 / model.parameters as f64;
         assert!((5.96..6.0).contains(&a_parameter), "{a_parameter}");
@@ -355,8 +277,12 @@ mod tests {
         for (strategy, bytes) in
             [(Strategy::Zero1, 2_616e6), (Strategy::Zero2, 2_218e6), (Strategy::Zero3, 2_024e6)]
         {
-            let load = Load { ranks: 2, strategy, ..load(model.parameters, true, Recompute::None) };
-            let predicted = memory(&model, &load);
+            let workload = Workload {
+                ranks: 2,
+                strategy,
+                ..workload(model.parameters, true, Recompute::None)
+            };
+            let predicted = memory(&model, &workload);
             let ratio = (predicted.total() - predicted.checkpoint) as f64 / bytes;
             assert!((0.98..1.05).contains(&ratio), "{strategy:?}: {ratio} {predicted:?}");
         }
@@ -366,8 +292,8 @@ mod tests {
     fn only_predicted_positions_have_logits() {
         let model = fixture::smollm2();
         let head = |targets, recompute| {
-            let load = Load { targets, ..load(2_442_240, false, recompute) };
-            memory(&model, &load).head
+            let workload = Workload { targets, ..workload(2_442_240, false, recompute) };
+            memory(&model, &workload).head
         };
         let row = u64::from(model.vocab_size) * 2;
         assert_eq!(head(256, Recompute::None), HEAD_ROWS * row);
@@ -380,18 +306,18 @@ mod tests {
     #[test]
     fn sharding_divides_the_state_and_sends_for_each_micro_batch() {
         let model = fixture::smollm2();
-        let whole = load(model.parameters, true, Recompute::None);
-        let over = |ranks, strategy| Load { ranks, strategy, ..whole };
+        let whole = workload(model.parameters, true, Recompute::None);
+        let over = |ranks, strategy| Workload { ranks, strategy, ..whole };
         let (ddp, zero3) = (over(4, Strategy::Ddp), over(4, Strategy::Zero3));
         assert_eq!(memory(&model, &ddp), memory(&model, &whole));
-        let state = |load| memory(&model, load).trained_state;
+        let state = |workload| memory(&model, workload).trained_state;
         assert_eq!(state(&zero3), state(&whole) / 4);
         // bf16 weights gathered twice and fp32 gradients once, over fp32 gradients twice: 8 to 8
         // bytes a parameter, less what need not be gathered again.
         let ratio = sent_bytes(&model, &zero3, 1) as f64 / sent_bytes(&model, &ddp, 1) as f64;
         assert!((0.85..1.0).contains(&ratio), "{ratio}");
         // Measured over two ranks, less the 16 bytes of two numbers.
-        let two = |strategy| Load { ranks: 2, strategy, ..whole };
+        let two = |strategy| Workload { ranks: 2, strategy, ..whole };
         assert_eq!(sent_bytes(&model, &two(Strategy::Zero3), 1), 502_667_728 - 16);
         assert_eq!(sent_bytes(&model, &two(Strategy::Ddp), 1), 538_060_040 - 8);
         for strategy in [Strategy::Zero1, Strategy::Zero2] {
@@ -407,9 +333,9 @@ mod tests {
             let model = fixture::smollm2();
             for recompute in [Recompute::None, Recompute::Block] {
                 let at = |micro_batch, context| {
-                    let whole = load(2_442_240, false, recompute);
-                    let load = Load { micro_batch, context, targets: context, ..whole };
-                    memory(&model, &load).total()
+                    let whole = workload(2_442_240, false, recompute);
+                    let workload = Workload { micro_batch, context, targets: context, ..whole };
+                    memory(&model, &workload).total()
                 };
                 prop_assert!(at(micro, context) <= at(micro + 1, context));
                 prop_assert!(at(micro, context) <= at(micro, context + 1));
