@@ -221,6 +221,6 @@ fn a_run_does_not_go_on_with_other_rows() {
     let run = step.parent().unwrap().file_name().unwrap().to_string_lossy().into_owned();
     insta::assert_snapshot!(shown.replace(&run, "RUN"), @r"
 exit 78
-error: the checkpoint file://DIR/output.checkpoints/RUN/STEP was written with other data or settings than this run's: delete file://DIR/output.checkpoints/RUN to start over, or restore what was changed
+error: the checkpoint file://DIR/output.checkpoints/RUN/STEP was written with data or settings that differ from this run's: delete file://DIR/output.checkpoints/RUN to start over, or restore the original data and settings
 ");
 }

@@ -114,7 +114,7 @@ fn the_death_of_a_rank_ends_the_command_which_goes_on_when_run_again() {
     assert!(killed.elapsed() < Duration::from_secs(20), "{:?}", killed.elapsed());
     insta::assert_snapshot!(sandbox.shown(&ran), @r"
     exit 76
-    error: rank 1 was killed (signal 9), perhaps for want of memory; the other ranks ended with it. Started again, the run goes on from the last checkpoint
+    error: rank 1 was killed (signal 9), perhaps because it ran out of memory; the other ranks ended with it. Start the run again to resume it from its last checkpoint
     ");
     Ran::of(&sandbox.ranks_command(&job, 2).output().unwrap()).ok();
     assert!(sandbox.report(&job).resumed_from_step.is_some());

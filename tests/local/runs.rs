@@ -334,7 +334,7 @@ fn a_published_adapter_is_trained_further() {
     insta::assert_snapshot!(sandbox.shown(&sandbox.run(&other)), @r"
     exit 78
     error: the run cannot start:
-      spec.loraConfig.r: is 2, but what training starts from has 4: set it to that
+      spec.loraConfig.r: is 2, but the initial weights have 4: set it to 4
     ");
 }
 

@@ -22,8 +22,8 @@ use finetune_trainer::{
     context::RunContext,
     distributed::{
         self, OnLost, Ranks,
-        launch::{self, Launch, MODELS},
-        rank::{Patience, Place},
+        launch::{self, Launch, MODEL_CACHE},
+        rank::{RankInfo, Timeouts},
     },
     failure::Failure,
     gguf,
@@ -133,7 +133,7 @@ fn dispatch(command: &Command) -> Result<ExitCode, Failure> {
         Command::Preflight(documents) => run_preflight(documents, &environment),
         Command::Train(arguments) => {
             let config: RunConfig = read(&arguments.documents.config)?;
-            if launch::is_asked_for_all(&config, &environment) {
+            if launch::is_launcher(&config, &environment) {
                 run_ranks(&config, arguments, &environment)
             } else {
                 launch::end_with_launcher(&environment);
@@ -197,13 +197,13 @@ fn run_train(
     let work_dir = make_work_dir(&documents.work_dir)?;
     let stop = stop_on_signal()?;
     let device = device::open(config.device).map_err(early)?;
-    let place = Place::read(config.parallelism, environment).map_err(early)?;
+    let place = RankInfo::read(config.parallelism, environment).map_err(early)?;
     let ranks = match place {
         None => Ranks::alone(),
         Some(place) => {
             let name = format!("{}/{}", config.run_id, config.attempt);
             let on_lost = end_when_lost(config, &documents.report);
-            Ranks::join(&place, &name, device, Patience::default(), on_lost)
+            Ranks::join(&place, &name, device, Timeouts::default(), on_lost)
                 .map_err(|error| early(error.into()))?
         }
     };
@@ -221,7 +221,7 @@ fn run_train(
     let context = RunContext {
         environment,
         work_dir: &work_dir,
-        model_cache: &models.clone().unwrap_or_else(|| work_dir.join(MODELS)),
+        model_cache: &models.clone().unwrap_or_else(|| work_dir.join(MODEL_CACHE)),
         shares_model_cache: models.is_some(),
         stop: &stop,
         device,

@@ -4,9 +4,9 @@ use finetune_contract::{LrScheduler, Optimizer, TrainingSettings};
 use tch::Tensor;
 
 use crate::{
-    ops::{self, Codes},
-    params::flat::{Flat, FlatParams},
-    runtime::rng::Counter,
+    ops::{self, QuantizedState},
+    params::flat::{FlatParams, FlatState},
+    runtime::rng::RngKey,
 };
 
 /// AdamW's decay rate of the first moment; the default everywhere.
@@ -15,6 +15,7 @@ const BETA1: f64 = 0.9;
 const BETA2: f64 = 0.999;
 /// AdamW's guard against division by zero.
 const EPSILON: f64 = 1e-8;
+
 /// AdamW with decoupled weight decay.
 ///
 /// # Source
@@ -23,33 +24,32 @@ const EPSILON: f64 = 1e-8;
 pub struct AdamW {
     moments: Moments,
     weight_decay: f64,
-    /// (first element, length, decays), neighbours of equal fate joined.
+    /// (first element, length, decays); adjacent spans with the same decay are merged.
     spans: Vec<(i64, i64, bool)>,
 }
 
 /// The first and the second moment of each parameter, flat.
 #[derive(Debug)]
 enum Moments {
-    Floats([Tensor; 2]),
-    Codes([Codes; 2]),
+    Fp32([Tensor; 2]),
+    Quantized([QuantizedState; 2]),
 }
 
 impl AdamW {
-    /// Makes an optimizer with zero moments.
+    /// Creates an optimizer with zero moments.
     pub fn new(params: &FlatParams, optimizer: Optimizer, weight_decay: f64) -> Self {
         let master = params.master();
-        let moments =
-            match optimizer {
-                Optimizer::Adamw => Moments::Floats([master.zeros_like(), master.zeros_like()]),
-                Optimizer::Adamw8bit => Moments::Codes([true, false].map(|has_signs| {
-                    Codes::zeros(master.numel() as i64, has_signs, master.device())
-                })),
-            };
+        let moments = match optimizer {
+            Optimizer::Adamw => Moments::Fp32([master.zeros_like(), master.zeros_like()]),
+            Optimizer::Adamw8bit => Moments::Quantized([true, false].map(|is_signed| {
+                QuantizedState::zeros(master.numel() as i64, is_signed, master.device())
+            })),
+        };
         let mut spans: Vec<(i64, i64, bool)> = Vec::new();
         for (start, length, decays) in params.decay_spans() {
             let (start, end) = (start as i64, (start + length) as i64);
             match spans.last_mut() {
-                Some((first, joined, same)) if *same == decays => *joined = end - *first,
+                Some((first, merged, same)) if *same == decays => *merged = end - *first,
                 _ => spans.push((start, end - start, decays)),
             }
         }
@@ -57,68 +57,71 @@ impl AdamW {
     }
 
     /// Returns both moments, to be stored or restored.
-    pub fn moments(&self) -> [Flat<'_>; 2] {
+    pub fn moments(&self) -> [FlatState<'_>; 2] {
         match &self.moments {
-            Moments::Floats(moments) => moments.each_ref().map(Flat::Floats),
-            Moments::Codes(moments) => moments.each_ref().map(Flat::Codes),
+            Moments::Fp32(moments) => moments.each_ref().map(FlatState::Fp32),
+            Moments::Quantized(moments) => moments.each_ref().map(FlatState::Quantized),
         }
     }
 
-    /// Updates the masters from the gradients times `scale`; `step` counts from 1.
+    /// Updates the masters from the gradients times `scale`; `step` starts at 1.
     pub fn step(&mut self, params: &mut FlatParams, scale: f64, learning_rate: f64, step: u64) {
         let correction = |beta: f64| 1.0 - beta.powi(i32::try_from(step).unwrap_or(i32::MAX));
-        let shrink = |decays| {
+        let weight_decay_factor = |decays| {
             let weight_decay = if decays { self.weight_decay } else { 0.0 };
             (1.0 - learning_rate * weight_decay) as f32
         };
-        let numbers = |shrink| ops::Step {
+        let factors = |weight_decay_factor| ops::AdamWStep {
             grad_scale: scale as f32,
             beta1: BETA1 as f32,
             beta2: BETA2 as f32,
             epsilon: EPSILON as f32,
-            shrink,
+            weight_decay_factor,
             step_size: (learning_rate / correction(BETA1)) as f32,
-            second_root: correction(BETA2).sqrt() as f32,
+            bias_correction2_sqrt: correction(BETA2).sqrt() as f32,
         };
         match &self.moments {
-            Moments::Floats([exp_avg, exp_avg_sq]) => {
+            Moments::Fp32([exp_avg, exp_avg_sq]) => {
                 for &(first, length, decays) in &self.spans {
                     let part = |flat: &Tensor| flat.narrow(0, first, length);
                     let state = [params.master(), exp_avg, exp_avg_sq].map(part);
-                    let numbers = numbers(shrink(decays));
-                    ops::adamw(numbers, &part(params.grad()), state, part(params.compute()));
+                    let factors = factors(weight_decay_factor(decays));
+                    ops::adamw(factors, &part(params.grad()), state, part(params.compute()));
                 }
             }
-            // Blocks know nothing of spans.
-            Moments::Codes(moments) => {
+            // Quantization blocks can cross spans, so weight decay is a pass of its own.
+            Moments::Quantized(moments) => {
                 for &(first, length, decays) in &self.spans {
-                    if shrink(decays) < 1.0 {
+                    let factor = weight_decay_factor(decays);
+                    if factor < 1.0 {
                         let mut master = params.master().narrow(0, first, length);
-                        let _ = master.g_mul_scalar_(f64::from(shrink(decays)));
+                        let _ = master.g_mul_scalar_(f64::from(factor));
                     }
                 }
-                let key = Counter::from_seed(step).key();
+                let key = RngKey::from_seed(step).to_bits();
                 let [master, compute] =
                     [params.master(), params.compute()].map(Tensor::shallow_clone);
                 let moments = moments.each_ref();
-                ops::adamw_8bit(numbers(1.0), key, params.grad(), master, moments, compute);
+                ops::adamw_8bit(factors(1.0), key, params.grad(), master, moments, compute);
             }
         }
     }
 }
 
-/// What makes a step's gradient of the sum over its target tokens: the mean, clipped.
+/// The norm of a step's mean gradient, and the factor that turns the summed gradient into the clipped
+/// mean.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Clipped {
-    /// The mean's 2-norm before clipping.
+    /// The 2-norm of the mean gradient before clipping.
     pub norm: f64,
-    /// What the sum is multiplied by.
+    /// The factor on the summed gradient.
     pub scale: f64,
 }
 
-/// Clips the mean of a gradient, given the sum's square; `max_grad_norm` of 0 never clips.
+/// Clips the mean gradient, given the squared norm of the summed one; a `max_grad_norm` of 0 never
+/// clips.
 ///
-/// Nothing is written: [`AdamW::step`] scales what it reads.
+/// Gradients are not written: [`AdamW::step`] applies the factor when it reads them.
 ///
 /// # Source
 /// `torch.nn.utils.clip_grad_norm_`, whose divisor has 1e-6 added.
@@ -130,7 +133,7 @@ pub fn clip(square: f64, target_tokens: u64, max_grad_norm: f64) -> Clipped {
     Clipped { norm, scale: scale / targets }
 }
 
-/// Returns the learning rate of a step, counted from 0.
+/// Returns the learning rate of a step; the first step is 0.
 ///
 /// # Source
 /// `transformers/optimization.py: get_{cosine,linear,constant}_schedule_with_warmup`. Differs: the
@@ -156,7 +159,7 @@ mod tests {
     use tch::{Device, Kind};
 
     use super::*;
-    use crate::{architecture::modules::TensorSpec, runtime::rng::Counter};
+    use crate::{architecture::modules::TensorSpec, runtime::rng::RngKey};
 
     fn settings(lr_scheduler_type: LrScheduler) -> TrainingSettings {
         TrainingSettings {
@@ -207,7 +210,7 @@ mod tests {
             Dtype::Fp32,
             Device::Cpu,
         );
-        let seed = Counter::from_seed(1);
+        let seed = RngKey::from_seed(1);
         params
             .master()
             .shallow_clone()
@@ -226,8 +229,8 @@ mod tests {
         let (mut m, mut v) = (value.zeros_like(), value.zeros_like());
         for step in 1..=10_i32 {
             let grad =
-                Counter::from_seed(100 + step as u64).normal_tensor(&value.size(), Device::Cpu);
-            // As it comes: a sum over four targets.
+                RngKey::from_seed(100 + step as u64).normal_tensor(&value.size(), Device::Cpu);
+            // The gradient is a sum over four targets.
             params.grad().shallow_clone().copy_(&(&grad * 4.0));
             let (g, rate) = (wide(&grad), 1e-2 / f64::from(step));
             m = m * 0.9 + &g * 0.1;
@@ -237,8 +240,8 @@ mod tests {
             value = &value - (&value * &decay) * rate - m_hat / (v_hat.sqrt() + 1e-8) * rate;
             optimizer.step(&mut params, 0.25, rate, step as u64);
         }
-        let of = |flat: &Tensor| (flat.narrow(0, 0, 90_300), flat.narrow(0, 90_300, 7));
-        let (found, expected) = (of(&wide(params.master())), of(&value));
+        let split = |flat: &Tensor| (flat.narrow(0, 0, 90_300), flat.narrow(0, 90_300, 7));
+        let (found, expected) = (split(&wide(params.master())), split(&value));
         for (found, expected) in [(found.0, expected.0), (found.1, expected.1)] {
             let difference = (found - expected).abs().max().double_value(&[]);
             assert!(difference < 2e-6, "{difference:e}");

@@ -21,20 +21,20 @@ use crate::{
     gguf,
     hf::{extension, read_config},
     inputs,
-    lora::trainable::Attachment,
+    lora::trainable::Trainable,
     metrics::recorder::Teller,
     model::{
-        Division, Model,
-        adapter::{self, Adapter},
+        DataParallel, Model,
+        adapter::{self, AdapterDirectory},
     },
     ops,
     optim::AdamW,
-    runtime::rng::Counter,
+    runtime::rng::RngKey,
     store::{
         self, Role, Store,
         publish::{self, Found, Published},
     },
-    train::{Ended, Split, Training},
+    train::{DataSplit, TrainLoop, TrainOutcome},
     verification::{self, Probe},
 };
 
@@ -56,7 +56,7 @@ pub fn run(
         Some(inputs) => find_published(config, &output, inputs)?,
         None => None,
     };
-    ranks.wait_for_all("compared")?;
+    ranks.barrier("compared")?;
     if ranks.any(found.is_some())? {
         let Some(published) = found else { return Ok(None) };
         let base = fetch_model(&config.model, context)?;
@@ -79,13 +79,13 @@ pub fn run(
 
     // The model, with what is trained of it; then the thread of an earlier attempt, if there is one.
     let model = load_model(config, &base, context)?;
-    ranks.wait_for_all("loaded")?;
+    ranks.barrier("loaded")?;
     let probe = Probe::of(&model, &train);
     let optimizer =
         AdamW::new(model.trained(), config.training.optimizer, config.training.weight_decay);
     let store = open(&config.checkpoints_uri, Role::Output, context)?;
     let checkpoints = Checkpoints::new(store, context.work_dir, config, made_from.clone(), &model);
-    let mut training = Training {
+    let mut training = TrainLoop {
         config,
         model,
         optimizer,
@@ -105,7 +105,7 @@ pub fn run(
     }
 
     // Train.
-    if training.run(context.stop, teller)? == Ended::Interrupted {
+    if training.run(context.stop, teller)? == TrainOutcome::Interrupted {
         return Ok(Some(Outcome::Interrupted { checkpoint_step: training.state.step }));
     }
     let step = take_best(&mut training)?;
@@ -174,36 +174,36 @@ fn fetch_model(source: &ModelSource, context: &RunContext<'_>) -> Result<PathBuf
 /// Fetches the model once for all ranks of a machine: who comes second finds what is there.
 fn fetch_model_for_all(source: &ModelSource, context: &RunContext<'_>) -> Result<PathBuf, Failure> {
     if context.shares_model_cache {
-        context.ranks.wait_for_all("fetched")?;
+        context.ranks.barrier("fetched")?;
         return fetch_model(source, context);
     }
     let directory = fetch_model(source, context)?;
-    context.ranks.wait_for_all("fetched")?;
+    context.ranks.barrier("fetched")?;
     Ok(directory)
 }
 
 fn load_model(config: &RunConfig, base: &Path, context: &RunContext<'_>) -> Result<Model, Failure> {
     let model_config = read_config(base)?;
     let attachment = match &config.lora {
-        None => Attachment::Full,
-        Some(lora) => Attachment::lora(&model_config, lora)
+        None => Trainable::Full,
+        Some(lora) => Trainable::lora(&model_config, lora)
             .map_err(|error| Failure::from_chain(FailureReason::InvalidConfiguration, &error))?,
     };
-    let seed = Counter::from_seed(config.training.seed).fold_name("init");
-    let division = Division {
+    let seed = RngKey::from_seed(config.training.seed).fold_in_name("init");
+    let division = DataParallel {
         ranks: context.ranks.clone(),
         strategy: config.parallelism.strategy,
-        ..Division::none()
+        ..DataParallel::single_rank()
     };
     let dtype = config.training.dtype;
-    Model::load_divided(base, model_config, attachment, dtype, context.device, seed, division)
+    Model::load_data_parallel(base, model_config, attachment, dtype, context.device, seed, division)
 }
 
 fn prepare_train(
     config: &RunConfig,
     context: &RunContext<'_>,
     tokenizer: &Tokenizer,
-) -> Result<Split, Failure> {
+) -> Result<DataSplit, Failure> {
     let rows = open_rows(config, context, finetune_contract::Split::Train)?.ok_or_else(|| {
         Failure::new(FailureReason::InvalidConfiguration, "the dataset names no training rows")
     })?;
@@ -233,7 +233,7 @@ fn prepare_validation(
     config: &RunConfig,
     context: &RunContext<'_>,
     tokenizer: &Tokenizer,
-) -> Result<Option<Split>, Failure> {
+) -> Result<Option<DataSplit>, Failure> {
     let Some(rows) = open_rows(config, context, finetune_contract::Split::Validation)? else {
         return Ok(None);
     };
@@ -249,7 +249,7 @@ fn prepare(
     tokenizer: &Tokenizer,
     rows: &RowSources,
     name: &str,
-) -> Result<Split, Failure> {
+) -> Result<DataSplit, Failure> {
     let scratch = context.empty_directory(name)?;
     let training = &config.training;
     let dataset = Dataset::prepare(
@@ -260,7 +260,7 @@ fn prepare(
         &scratch,
     )?;
     let sequences = Sequences::new(&dataset, training.packing, training.context_length);
-    Ok(Split { dataset, sequences })
+    Ok(DataSplit { dataset, sequences })
 }
 
 fn unchanged(uri: &str, expected: &str, found: &str) -> Result<(), Failure> {
@@ -274,11 +274,11 @@ fn unchanged(uri: &str, expected: &str, found: &str) -> Result<(), Failure> {
 }
 
 fn resume(
-    training: &mut Training<'_>,
+    training: &mut TrainLoop<'_>,
     teller: &mut Teller<'_>,
     device: Device,
 ) -> Result<(), Failure> {
-    let Training { checkpoints, model, optimizer, state, config, .. } = training;
+    let TrainLoop { checkpoints, model, optimizer, state, config, .. } = training;
     if let Some(restored) = checkpoints.restore_newest(model, optimizer)? {
         info!(step = restored.step, "continuing from a checkpoint");
         *state = restored;
@@ -302,30 +302,30 @@ fn keep_kernel(state: &mut TrainState) {
 /// Gives the adapter the weights of a published one; a run that goes on has its own.
 fn start_from(
     uri: &str,
-    training: &mut Training<'_>,
+    training: &mut TrainLoop<'_>,
     base: &Path,
     context: &RunContext<'_>,
 ) -> Result<(), Failure> {
     let directory = context.empty_directory("initial-adapter")?;
     adapter::fetch(&open(uri, Role::Adapter, context)?, &directory)?;
-    let Training { config, model, .. } = training;
+    let TrainLoop { config, model, .. } = training;
     let asked = config.lora.as_ref().ok_or_else(|| {
         Failure::new(FailureReason::InvalidConfiguration, "initialAdapter needs lora")
     })?;
-    let there = Adapter::open(model.config(), &directory)?;
+    let there = AdapterDirectory::open(model.config(), &directory)?;
     let unlike = |message| Failure::new(FailureReason::InvalidConfiguration, message);
     let lora = &there.settings.lora;
-    let attachment = &there.published.attachment;
+    let attachment = &there.published.adapters;
     let differences = adapter::differences(model.config(), asked, lora, attachment)
         .map_err(|error| unlike(format!("the adapter at {uri} does not fit the model: {error}")))?;
     if let Some((field, message)) = differences.into_iter().next() {
         return Err(unlike(format!("spec.loraConfig.{field}: {message}")));
     }
-    Ok(model.take_adapter(&there, base)?)
+    Ok(model.load_adapter_weights(&there, base)?)
 }
 
 /// Puts the best weights back if they are not the last; returns the step they belong to.
-fn take_best(training: &mut Training<'_>) -> Result<u64, Failure> {
+fn take_best(training: &mut TrainLoop<'_>) -> Result<u64, Failure> {
     // What rank 0 saved last is there for all only now.
     training.model.ranks().any(false)?;
     let state = &training.state;

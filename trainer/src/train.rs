@@ -1,4 +1,4 @@
-//! The loop: accumulate, normalise, clip, step, record, evaluate, save, and stop when told.
+//! The training loop: accumulate, normalise, clip, step, record, evaluate, save, and stop on request.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -14,66 +14,70 @@ use crate::{
     metrics::recorder::{StepFigures, Teller},
     model::Model,
     optim::{self, AdamW, Clipped},
-    runtime::{clock, rng::Counter},
+    runtime::{clock, rng::RngKey},
 };
 
-/// The share of the largest micro-batch that is as good as it.
-const NEARLY: f64 = 0.95;
+/// A micro-batch of this share of the largest one needs nearly the same memory.
+const NEARLY_LARGEST: f64 = 0.95;
 
-/// What the loop works on.
-pub struct Training<'a> {
-    /// The run.
+/// The training loop and its state.
+pub struct TrainLoop<'a> {
+    /// The configuration of the run.
     pub config: &'a RunConfig,
-    /// The model, with what is trained.
+    /// The model with its trained parameters.
     pub model: Model,
     /// The optimizer.
     pub optimizer: AdamW,
-    /// The rows trained on.
-    pub train: Split,
-    /// The rows held out.
-    pub validation: Option<Split>,
-    /// Where to save.
+    /// The training rows.
+    pub train: DataSplit,
+    /// The validation rows, if there are any.
+    pub validation: Option<DataSplit>,
+    /// The checkpoints of the run.
     pub checkpoints: Checkpoints,
-    /// What the run has come to.
+    /// The progress of the run.
     pub state: TrainState,
 }
 
-/// Rows and how they are arranged in sequences.
-pub struct Split {
+/// The rows of a split, and their sequences.
+pub struct DataSplit {
     /// The rows.
     pub dataset: Dataset,
-    /// Their arrangement.
+    /// The sequences that the rows are packed into.
     pub sequences: Sequences,
 }
 
-/// How the loop ended.
+/// How the training loop ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ended {
-    /// All steps are done, or no more are worth doing.
+pub enum TrainOutcome {
+    /// All steps are done, or it stopped early.
     Complete,
-    /// It was told to stop, and saved a checkpoint.
+    /// It was asked to stop, and saved a checkpoint.
     Interrupted,
 }
 
-impl Training<'_> {
-    /// Runs the steps that are left.
+impl TrainLoop<'_> {
+    /// Runs the remaining steps.
     ///
     /// # Errors
     /// A [`Failure`] if the loss is no longer finite, a checkpoint cannot be saved, or another rank
     /// is lost.
-    pub fn run(&mut self, stop: &AtomicBool, teller: &mut Teller<'_>) -> Result<Ended, Failure> {
+    pub fn run(
+        &mut self,
+        stop: &AtomicBool,
+        teller: &mut Teller<'_>,
+    ) -> Result<TrainOutcome, Failure> {
         let settings = &self.config.training;
         if self.state.step == 0 && self.state.base_eval_loss.is_none() {
             self.state.base_eval_loss = self.evaluate(teller)?;
             teller.evaluated(&self.state);
         }
-        let mut order = Order::new(settings.seed);
+        let mut sample_order = SampleOrder::new(settings.seed);
         if !self.is_over() {
-            self.rehearse(&mut order)?;
+            self.probe_peak_memory(&mut sample_order)?;
         }
         let mut since = clock::now();
         while !self.is_over() {
-            let figures = self.step(&mut order)?;
+            let figures = self.step(&mut sample_order)?;
             self.state.training_seconds += since.elapsed().as_secs_f64();
             since = clock::now();
             teller.step(&self.state, self.epoch(), &figures);
@@ -81,75 +85,75 @@ impl Training<'_> {
                 info!(step = self.state.step, "stopping early: its time is over");
                 self.state.stopped_early = Some(StoppedEarly::Time);
             }
-            let is_to_evaluate =
+            let is_evaluation_due =
                 self.is_over() || is_due(self.state.step, settings.evaluation_steps);
-            let is_best = is_to_evaluate && self.evaluate_and_compare(teller)?;
+            let is_best = is_evaluation_due && self.evaluate_and_compare(teller)?;
             if !self.is_over() && self.is_out_of_patience() {
                 let evaluations = self.state.evaluations_since_best;
                 let step = self.state.step;
                 info!(step, evaluations, "stopping early: the validation loss no longer falls");
                 self.state.stopped_early = Some(StoppedEarly::Patience);
             }
-            self.checkpoints.look()?;
-            // One rank is told to stop, rank 0 knows what a checkpoint costs, and each whether its part
-            // of one is written; all must do the same after the same step.
+            self.checkpoints.poll()?;
+            // One rank is asked to stop, rank 0 knows the cost of a checkpoint, and each rank knows
+            // whether its shard is written. All must act alike after the same step, so they share it.
             let ranks = self.model.ranks();
-            let is_time =
+            let is_save_due =
                 ranks.is_first() && self.checkpoints.is_due(self.state.step, figures.seconds);
-            let said =
-                [stop.load(Ordering::Relaxed), is_time, self.checkpoints.has_written_its_part()];
-            let [stops, times, written] =
-                ranks.sum(said.map(|is_so| f64::from(u8::from(is_so))))?;
-            let (is_stopped, is_time) = (stops > 0.0, times > 0.0);
+            let flags =
+                [stop.load(Ordering::Relaxed), is_save_due, self.checkpoints.has_written_shard()];
+            let [stops, saves_due, written] =
+                ranks.sum(flags.map(|flag| f64::from(u8::from(flag))))?;
+            let (is_stopped, is_save_due) = (stops > 0.0, saves_due > 0.0);
             if written >= f64::from(ranks.world_size()) {
-                self.checkpoints.join_parts()?;
+                self.checkpoints.complete_shards()?;
             }
-            let is_time = is_time && !self.checkpoints.is_waiting_for_parts();
-            if self.is_over() || is_stopped || is_best || is_time {
+            let is_save_due = is_save_due && !self.checkpoints.is_waiting_for_shards();
+            if self.is_over() || is_stopped || is_best || is_save_due {
                 self.checkpoints.save(&self.state, &self.model, &self.optimizer)?;
             }
-            self.tell_saved(teller);
+            self.report_checkpoint(teller);
             if is_stopped && !self.is_over() {
-                self.checkpoints.settle()?;
-                self.tell_saved(teller);
-                return Ok(Ended::Interrupted);
+                self.checkpoints.flush()?;
+                self.report_checkpoint(teller);
+                return Ok(TrainOutcome::Interrupted);
             }
         }
-        self.checkpoints.settle()?;
-        self.tell_saved(teller);
+        self.checkpoints.flush()?;
+        self.report_checkpoint(teller);
         teller.finished(&self.state);
-        Ok(Ended::Complete)
+        Ok(TrainOutcome::Complete)
     }
 
-    /// Tells whether no step is left.
+    /// Reports whether no step is left.
     fn is_over(&self) -> bool {
         self.state.step >= self.config.training.total_steps || self.state.stopped_early.is_some()
     }
 
-    /// Tells whether a rank has trained as long as the run may.
+    /// Reports whether any rank has reached `maxTimeSeconds`.
     fn is_out_of_time(&self) -> Result<bool, distributed::Error> {
         let Some(limit) = self.config.training.max_time_seconds else { return Ok(false) };
         self.model.ranks().any(self.state.training_seconds >= limit as f64)
     }
 
-    /// Tells whether too many evaluations have brought nothing better.
+    /// Reports whether too many evaluations have passed without a better one.
     fn is_out_of_patience(&self) -> bool {
         let patience = self.config.training.early_stopping_patience;
         patience > 0 && self.state.evaluations_since_best >= patience
     }
 
-    fn tell_saved(&self, teller: &mut Teller<'_>) {
+    fn report_checkpoint(&self, teller: &mut Teller<'_>) {
         if let Some(saved) = self.checkpoints.saved() {
             teller.saved(saved);
         }
     }
 
-    /// Computes the mean validation loss, each rank a share of it; `None` without a validation set.
+    /// Computes the mean validation loss, distributed over ranks; `None` without a validation set.
     ///
     /// # Errors
     /// [`distributed::Error`] if another rank is lost.
     pub fn evaluate(&self, teller: &mut Teller<'_>) -> Result<Option<f64>, distributed::Error> {
-        let Some(Split { dataset, sequences }) = &self.validation else { return Ok(None) };
+        let Some(DataSplit { dataset, sequences }) = &self.validation else { return Ok(None) };
         teller.stage(Stage::Evaluating);
         let ranks = self.model.ranks();
         let all: Vec<usize> = (0..sequences.len()).collect();
@@ -161,7 +165,8 @@ impl Training<'_> {
                 loss += self.model.loss(&batch);
                 targets += batch.labels.len();
             } else if self.model.sharded().is_some() {
-                // The others need this rank's part of the weights: it goes the same way, for nothing.
+                // The other ranks need this rank's shards of the weights, so it runs the same forward
+                // pass and discards the result.
                 let _ = self.model.loss(&sequences.batch(dataset, round[0]));
             }
         }
@@ -169,67 +174,70 @@ impl Training<'_> {
         Ok(Some(loss / targets))
     }
 
-    /// Returns the passes over the data done.
+    /// Returns the number of passes over the training data.
     fn epoch(&self) -> f64 {
         let sequences = self.state.step * self.config.global_batch_size();
         let sequences = self.config.training.total_sequences.map_or(sequences, |total| {
-            let is_whole = self.state.step < self.config.training.total_steps;
-            if is_whole { sequences } else { sequences.min(total) }
+            let has_steps_left = self.state.step < self.config.training.total_steps;
+            if has_steps_left { sequences } else { sequences.min(total) }
         });
         sequences as f64 / self.train.sequences.len() as f64
     }
 
-    /// Computes the largest micro-batch there can be, for nothing, if the first step has none nearly as
-    /// large: too little memory shows at once and not hours later.
+    /// Computes the largest possible micro-batch and discards the result, unless the first step has one
+    /// that is nearly as large: running out of memory then shows at once instead of hours later.
     ///
-    /// Packed sequences are nearly equal, so for them it costs nothing; else a micro-batch a process.
-    fn rehearse(&self, order: &mut Order) -> Result<(), distributed::Error> {
+    /// Packed sequences have nearly equal lengths, so they need no extra micro-batch; otherwise it costs
+    /// one per process.
+    fn probe_peak_memory(&self, sample_order: &mut SampleOrder) -> Result<(), distributed::Error> {
         let settings = &self.config.training;
-        let Split { dataset, sequences } = &self.train;
+        let DataSplit { dataset, sequences } = &self.train;
         let largest = sequences.largest(dataset, settings.micro_batch_size as usize);
         let largest = sequences.batch(dataset, &largest);
         let first = (0..self.micro_batches(self.state.step))
-            .map(|micro| self.micro_batch(order, self.state.step, micro));
+            .map(|micro| self.micro_batch(sample_order, self.state.step, micro));
         let first = first.map(|batch| batch.tokens.len()).max().unwrap_or(0);
-        if (first as f64) < NEARLY * largest.tokens.len() as f64 {
-            let noise = self.dropout(self.state.step);
-            self.model.accumulate_gradients(&largest, settings.recompute, noise.as_ref());
-            // Rooms of gradients are emptied by this; the rest by the step.
+        if (first as f64) < NEARLY_LARGEST * largest.tokens.len() as f64 {
+            let dropout = self.dropout(self.state.step);
+            self.model.accumulate_gradients(&largest, settings.recompute, dropout.as_ref());
+            // This zeroes the gradient buffers of sharded parameters; the step zeroes all others.
             self.model.reduce_gradients()?;
         }
         Ok(())
     }
 
     /// Does one optimizer step.
-    fn step(&mut self, order: &mut Order) -> Result<StepFigures, Failure> {
+    fn step(&mut self, sample_order: &mut SampleOrder) -> Result<StepFigures, Failure> {
         let started = clock::now();
         let settings = &self.config.training;
         let step = self.state.step;
         let (mut loss, mut targets, mut tokens) = (0.0, 0, 0);
         let sent_before = self.model.ranks().sent_bytes();
-        self.model.trained().forget_gradients();
+        self.model.trained().zero_grad();
         let ranks = self.model.ranks().clone();
         let world_size = u64::from(ranks.world_size());
-        let noise = self.dropout(step);
+        let dropout = self.dropout(step);
         let (mut tokens_before, mut targets_before) = (0, 0);
         let micro_batches = self.micro_batches(step);
         for micro in 0..micro_batches {
             let is_own = micro % world_size == u64::from(ranks.rank());
-            // Of the others' only the sizes matter, and only to noise.
-            if !is_own && noise.is_none() {
+            // Of other ranks' micro-batches only the sizes matter, and only to dropout.
+            if !is_own && dropout.is_none() {
                 continue;
             }
-            let batch = self.micro_batch(order, step, micro);
+            let batch = self.micro_batch(sample_order, step, micro);
             let (batch_tokens, batch_targets) =
                 (batch.tokens.len() as u64, batch.labels.len() as u64);
-            // The step's micro-batches are dealt out like cards: neither how many there are nor which
-            // rank computes one changes rows or noise.
+            // Micro-batches are distributed round-robin: neither their number nor the rank that computes
+            // one changes its rows or dropout masks.
             if is_own {
-                let noise = noise.map(|noise| noise.after(tokens_before, targets_before));
+                let dropout =
+                    dropout.map(|dropout| dropout.at_offset(tokens_before, targets_before));
                 if micro + world_size >= micro_batches {
-                    self.model.expect_last();
+                    self.model.mark_last_backward();
                 }
-                loss += self.model.accumulate_gradients(&batch, settings.recompute, noise.as_ref());
+                loss +=
+                    self.model.accumulate_gradients(&batch, settings.recompute, dropout.as_ref());
                 targets += batch_targets;
                 tokens += batch_tokens;
             }
@@ -251,8 +259,8 @@ impl Training<'_> {
                 step + 1,
                 settings.learning_rate,
             );
-            // The last good step is what one may want to start from.
-            self.checkpoints.settle()?;
+            // The user may want to start from the last good step.
+            self.checkpoints.flush()?;
             return Err(Failure::new(FailureReason::Diverged, message));
         }
         self.optimizer.step(self.model.trained_mut(), scale, learning_rate, step + 1);
@@ -270,7 +278,7 @@ impl Training<'_> {
         })
     }
 
-    /// Evaluates, and tells whether the weights are the best so far, which must be kept.
+    /// Evaluates, and reports whether the weights are the best so far and must be saved.
     fn evaluate_and_compare(&mut self, teller: &mut Teller<'_>) -> Result<bool, Failure> {
         let Some(loss) = self.evaluate(teller)? else { return Ok(false) };
         let evaluated = Evaluated { step: self.state.step, loss };
@@ -289,26 +297,28 @@ impl Training<'_> {
     /// Returns the micro-batches of a step over all ranks, the same number on each.
     fn micro_batches(&self, step: u64) -> u64 {
         let world_size = u64::from(self.config.parallelism.world_size);
-        let of_all_ranks = u64::from(self.config.training.micro_batch_size) * world_size;
-        self.config.sequences_of_step(step).div_ceil(of_all_ranks) * world_size
+        let sequences_per_round = u64::from(self.config.training.micro_batch_size) * world_size;
+        self.config.sequences_of_step(step).div_ceil(sequences_per_round) * world_size
     }
 
-    fn micro_batch(&self, order: &mut Order, step: u64, micro: u64) -> Batch {
+    fn micro_batch(&self, sample_order: &mut SampleOrder, step: u64, micro: u64) -> Batch {
         let start = step * self.config.global_batch_size();
-        // All of equal size but in a short last step, whose sequences are dealt out evenly.
+        // All micro-batches have the same size, except in a short last step, whose sequences are
+        // distributed evenly.
         let (sequences_of_step, micro_batches) =
             (self.config.sequences_of_step(step), self.micro_batches(step));
-        let until = |micro: u64| start + sequences_of_step * micro / micro_batches;
-        let Split { dataset, sequences } = &self.train;
-        let chosen: Vec<usize> =
-            (until(micro)..until(micro + 1)).map(|index| order.at(sequences, index)).collect();
+        let first = |micro: u64| start + sequences_of_step * micro / micro_batches;
+        let DataSplit { dataset, sequences } = &self.train;
+        let chosen: Vec<usize> = (first(micro)..first(micro + 1))
+            .map(|index| sample_order.get(sequences, index))
+            .collect();
         sequences.batch(dataset, &chosen)
     }
 
     fn dropout(&self, step: u64) -> Option<Dropout> {
         let probability = self.config.lora.as_ref()?.lora_dropout;
-        let noise = Counter::from_seed(self.config.training.seed).fold_name("dropout");
-        Dropout::new(probability, noise.fold(step))
+        let key = RngKey::from_seed(self.config.training.seed).fold_in_name("dropout");
+        Dropout::new(probability, key.fold_in(step))
     }
 }
 
@@ -316,26 +326,26 @@ fn is_due(step: u64, every: u64) -> bool {
     every > 0 && step.is_multiple_of(every)
 }
 
-/// The endless stream of sequences: epoch after epoch without gaps, each in an order of its own.
-pub struct Order {
+/// The infinite stream of training sequences: one epoch after another, each in its own order.
+pub struct SampleOrder {
     seed: u64,
     epoch: Option<(u64, Vec<usize>)>,
 }
 
-impl Order {
-    /// Makes the stream of a seed.
+impl SampleOrder {
+    /// Creates the stream of a seed.
     pub fn new(seed: u64) -> Self {
         Self { seed, epoch: None }
     }
 
     /// Returns the `index`-th sequence of the stream.
-    pub fn at(&mut self, sequences: &Sequences, index: u64) -> usize {
+    pub fn get(&mut self, sequences: &Sequences, index: u64) -> usize {
         let length = sequences.len() as u64;
         let epoch = index / length;
         if self.epoch.as_ref().is_none_or(|(known, _)| *known != epoch) {
             self.epoch = Some((epoch, sequences.epoch_order(self.seed, epoch)));
         }
-        let (_, order) = self.epoch.as_ref().expect("it was just set");
+        let (_, order) = self.epoch.as_ref().expect("the epoch was just set");
         order[(index % length) as usize]
     }
 }

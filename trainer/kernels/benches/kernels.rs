@@ -4,12 +4,12 @@
 use std::{hint::black_box, time::Instant};
 
 use finetune_kernels::{
-    Element, Multiplied, adamw,
+    Element, GemmElement, adamw,
     adamw_8bit::{self, BLOCK, Moments},
     attention, cross_entropy,
-    dropout::{self, Noise},
+    dropout::{self, DropoutMask},
     matmul::{self, Target},
-    matrix::{Matrix, Side},
+    matrix::{Matrix, Operand},
     pool::Serial,
     rms_norm, rope, swiglu,
 };
@@ -36,8 +36,8 @@ fn main() {
     time("rope::rotate, queries", || {
         rope::rotate(&mut y, angles, angles, WIDTH, 32, 1.0);
     });
-    let noise = Noise { key: 1, threshold: 3277 };
-    time("dropout::apply", || dropout::apply(noise, 0, x, &mut y));
+    let mask = DropoutMask { key: 1, threshold: 3277 };
+    time("dropout::apply", || dropout::apply(mask, 0, x, &mut y));
     let labels = vec![1_i64; 64];
     let logits = values(64 * VOCABULARY);
     time("cross_entropy::backward, 64 rows", || {
@@ -45,14 +45,14 @@ fn main() {
     });
     let mut state = [const { Vec::new() }; 3].map(|_: Vec<f32>| vec![1.0_f32; 1 << 20]);
     let (grad, mut compute) = (vec![1.0_f32; 1 << 20], vec![bf16::ZERO; 1 << 20]);
-    let step = adamw::Step {
+    let step = adamw::AdamWStep {
         grad_scale: 1.0,
         beta1: 0.9,
         beta2: 0.999,
         epsilon: 1e-8,
-        shrink: 1.0,
+        weight_decay_factor: 1.0,
         step_size: 1e-3,
-        second_root: 1.0,
+        bias_correction2_sqrt: 1.0,
     };
     time("adamw::step, a million parameters", || {
         let [master, exp_avg, exp_avg_sq] = &mut state;
@@ -66,11 +66,11 @@ fn main() {
         let moments = Moments { exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale };
         adamw_8bit::step(step, 1, 0, &grad, &mut state[0], moments, &mut compute);
     });
-    multiplied::<bf16>("bf16");
-    multiplied::<f32>("fp32");
+    products::<bf16>("bf16");
+    products::<f32>("fp32");
 }
 
-/// Returns numbers that start a line of the cache, as libtorch's do.
+/// Returns numbers that are aligned to a cache line, as libtorch's tensors are.
 fn values<E: Element>(length: usize) -> &'static mut [E] {
     let all: Vec<E> = numbers(length + 64 / size_of::<E>());
     let all = all.leak();
@@ -84,9 +84,9 @@ fn numbers<E: Element>(length: usize) -> Vec<E> {
         .collect()
 }
 
-fn multiplied<E: Multiplied>(dtype: &str) {
+fn products<E: GemmElement>(dtype: &str) {
     let Some(kernel) = E::kernel() else {
-        println!("{dtype}: skipped, no kernel of ours multiplies it here");
+        println!("{dtype}: skipped, none of our kernels multiplies it on this CPU");
         return;
     };
     println!("{dtype}, by {kernel}:");
@@ -96,37 +96,37 @@ fn multiplied<E: Multiplied>(dtype: &str) {
     }
 }
 
-fn matmul<E: Multiplied>() {
+fn matmul<E: GemmElement>() {
     for (depth, columns) in [(WIDTH, FEED_FORWARD), (FEED_FORWARD, WIDTH), (WIDTH, VOCABULARY)] {
         let (x, weight) = (values::<E>(POSITIONS * depth), values::<E>(columns * depth));
         let y = values::<E>(POSITIONS * columns);
         let mut grad = vec![0.0; depth * columns];
         let size = [POSITIONS, columns];
         time_product("forward", [POSITIONS, depth, columns], || {
-            let right = Side::Transposed(matrix(weight, columns, depth));
-            let terms = [(Side::Plain(matrix(x, POSITIONS, depth)), right)];
+            let right = Operand::Transposed(matrix(weight, columns, depth));
+            let terms = [(Operand::Plain(matrix(x, POSITIONS, depth)), right)];
             matmul::multiply(&Serial, &terms, size, Target::Write(y, None));
         });
-        // As in a step, where nothing is still in the near caches.
+        // As in a training step, where no operand is still in the L1 or L2 cache.
         let many: Vec<_> = (0..24)
             .map(|_| (values::<E>(POSITIONS * depth), values::<E>(columns * depth)))
             .collect();
-        let mut turns = many.iter().cycle();
+        let mut operands = many.iter().cycle();
         time_product("forward, from memory", [POSITIONS, depth, columns], || {
-            let Some((x, weight)) = turns.next() else { return };
-            let right = Side::Transposed(matrix(weight, columns, depth));
-            let terms = [(Side::Plain(matrix(x, POSITIONS, depth)), right)];
+            let Some((x, weight)) = operands.next() else { return };
+            let right = Operand::Transposed(matrix(weight, columns, depth));
+            let terms = [(Operand::Plain(matrix(x, POSITIONS, depth)), right)];
             matmul::multiply(&Serial, &terms, size, Target::Write(y, None));
         });
         time_product("input's gradient", [POSITIONS, depth, columns], || {
-            let right = Side::Plain(matrix(weight, depth, columns));
-            let terms = [(Side::Plain(matrix(x, POSITIONS, depth)), right)];
+            let right = Operand::Plain(matrix(weight, depth, columns));
+            let terms = [(Operand::Plain(matrix(x, POSITIONS, depth)), right)];
             matmul::multiply(&Serial, &terms, size, Target::Write(y, None));
         });
         time_product("weight's gradient", [depth, POSITIONS, columns], || {
-            let left = Side::Transposed(matrix(x, POSITIONS, depth));
-            let terms = [(left, Side::Plain(matrix(y, POSITIONS, columns)))];
-            let target = Target::Sum { to: &mut grad, is_added: true };
+            let left = Operand::Transposed(matrix(x, POSITIONS, depth));
+            let terms = [(left, Operand::Plain(matrix(y, POSITIONS, columns)))];
+            let target = Target::Sum { to: &mut grad, accumulate: true };
             matmul::multiply(&Serial, &terms, [depth, columns], target);
         });
     }
@@ -144,7 +144,7 @@ fn time_product(what: &str, [rows, depth, columns]: [usize; 3], run: impl FnMut(
     println!("{:40} {:.0} GFLOP/s", "", 2e-6 * (rows * depth * columns) as f64 / best);
 }
 
-fn attention<E: Multiplied>(segments: usize, length: usize) {
+fn attention<E: GemmElement>(segments: usize, length: usize) {
     let shape = attention::Shape { heads: 9, kv_heads: 3, width: 64, window: usize::MAX };
     let positions = segments * length;
     let lengths = vec![length; segments];
@@ -154,15 +154,16 @@ fn attention<E: Multiplied>(segments: usize, length: usize) {
         attention::forward(&Serial, shape, &lengths, [q, k, k], &mut out, &mut lse);
     });
     let (mut dq, mut dk, mut dv) = (q.to_vec(), k.to_vec(), k.to_vec());
-    let attended = attention::Attended { out: &out, logsumexp: &lse, d_out: q };
+    let backward_inputs = attention::BackwardInputs { out: &out, logsumexp: &lse, d_out: q };
     time(&format!("attention::backward, {segments}x{length}"), || {
         let grads = [&mut dq[..], &mut dk, &mut dv];
-        attention::backward(&Serial, shape, &lengths, [q, k, k], attended, grads);
+        attention::backward(&Serial, shape, &lengths, [q, k, k], backward_inputs, grads);
     });
 }
 
-/// Prints the best and the middle of some runs, and returns the best, in milliseconds.
-/// Measures what has the command line's first word in its name, or everything.
+/// Prints the best and the median of 30 runs, and returns the best, in milliseconds.
+///
+/// Measures only benchmarks whose name contains the command line's first word, if there is one.
 fn time(what: &str, mut run: impl FnMut()) -> f64 {
     let wanted = std::env::args().skip(1).find(|word| !word.starts_with('-'));
     if wanted.is_some_and(|wanted| !what.contains(&wanted)) {

@@ -1,35 +1,34 @@
-//! One step of AdamW over a run of parameters, in one pass over memory.
+//! One step of AdamW over some parameters, in one pass over memory.
 
 use crate::versions::versions;
 
-/// The numbers of one step.
+/// The factors of one step.
 #[derive(Debug, Clone, Copy)]
-pub struct Step {
-    /// What gradients are multiplied with first: the mean's divisor and clipping.
+pub struct AdamWStep {
+    /// The factor on gradients: the mean over target tokens, and clipping.
     pub grad_scale: f32,
     /// Decay rate of the first moment.
     pub beta1: f32,
     /// Decay rate of the second moment.
     pub beta2: f32,
-    /// Added to the root of the second moment.
+    /// Added to the square root of the second moment.
     pub epsilon: f32,
     /// `1 − learning rate · weight decay`.
-    pub shrink: f32,
+    pub weight_decay_factor: f32,
     /// Learning rate over the first moment's bias correction.
     pub step_size: f32,
-    /// Root of the second moment's bias correction.
-    pub second_root: f32,
+    /// The square root of the second moment's bias correction.
+    pub bias_correction2_sqrt: f32,
 }
 
 versions! {
-    /// Updates masters and moments, and rounds the masters to what is computed with.
-    ///
-    /// `compute` is empty where masters are computed with themselves.
+    /// Updates masters and moments, and rounds the masters to `compute`, which is empty if the model
+    /// computes with the masters themselves.
     ///
     /// # Source
     /// arXiv 1711.05101, algorithm 2; the order of operations is `torch.optim.AdamW`'s, 2.13.
     pub fn step<E>(
-        step: Step,
+        step: AdamWStep,
         grad: &[f32],
         master: &mut [f32],
         exp_avg: &mut [f32],
@@ -44,21 +43,21 @@ versions! {
 }
 
 /// Updates masters and moments.
-#[expect(clippy::inline_always, reason = "called in every version of a kernel")]
+#[expect(clippy::inline_always, reason = "inlined into every version of a kernel")]
 #[inline(always)]
 pub(crate) fn update(
-    step: Step,
+    step: AdamWStep,
     grad: &[f32],
     master: &mut [f32],
     exp_avg: &mut [f32],
     exp_avg_sq: &mut [f32],
 ) {
-    let places = master.iter_mut().zip(exp_avg).zip(exp_avg_sq);
-    for (((master, exp_avg), exp_avg_sq), &grad) in places.zip(grad) {
+    let elements = master.iter_mut().zip(exp_avg).zip(exp_avg_sq);
+    for (((master, exp_avg), exp_avg_sq), &grad) in elements.zip(grad) {
         let grad = grad * step.grad_scale;
         *exp_avg += (grad - *exp_avg) * (1.0 - step.beta1);
         *exp_avg_sq = *exp_avg_sq * step.beta2 + grad * grad * (1.0 - step.beta2);
-        let denominator = exp_avg_sq.sqrt() / step.second_root + step.epsilon;
-        *master = *master * step.shrink - step.step_size * (*exp_avg / denominator);
+        let denominator = exp_avg_sq.sqrt() / step.bias_correction2_sqrt + step.epsilon;
+        *master = *master * step.weight_decay_factor - step.step_size * (*exp_avg / denominator);
     }
 }

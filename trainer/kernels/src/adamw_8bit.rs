@@ -1,50 +1,49 @@
-//! AdamW with moments of one byte each, in one pass over memory.
+//! AdamW with 8-bit moments, quantized blockwise, in one pass over memory.
 //!
-//! [`BLOCK`] neighbours share a scale, the largest magnitude among them. A code is the fourth root
-//! of a moment's share of it, so small moments keep some digits too: of a signed first moment in
-//! steps of 1/127, of a second moment in steps of 1/255. A value between two codes becomes the
-//! upper one as often as makes the mean right. Without that a second moment, which changes by a
-//! thousandth in a step, would be rounded back to where it was for ever.
+//! The elements of a [`BLOCK`] share a scale, the largest magnitude among them. A code is the fourth
+//! root of the ratio of a moment to the scale, so that small moments keep some precision: in steps of
+//! 1/127 for the signed first moment, of 1/255 for the second. Rounding is stochastic and unbiased.
+//! Rounding to nearest would freeze the second moment, which changes by a thousandth per step.
 //!
 //! # Source
-//! Scales by block: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861.
-//! Differs: the codes, and rounding at random instead of to the nearest.
+//! Blockwise scales: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861.
+//! Differs: the code book, and stochastic rounding.
 
 use crate::{
-    adamw::{Step, update},
-    dropout::{NEXT_GROUP, mix},
+    adamw::{AdamWStep, update},
+    dropout::{GOLDEN_GAMMA, mix},
     versions::versions,
 };
 
-/// Neighbours that share a scale.
+/// Elements that share a scale.
 pub const BLOCK: usize = 256;
 
 /// The largest code of a first moment; its smallest is the negative.
-pub const LARGEST_SIGNED: f32 = 127.0;
+pub const MAX_SIGNED_CODE: f32 = 127.0;
 /// The largest code of a second moment.
-pub const LARGEST: f32 = 255.0;
+pub const MAX_UNSIGNED_CODE: f32 = 255.0;
 
-/// Adding this to a whole number below 2²² leaves it in the lowest bits.
-const WHOLE: f32 = 12_582_912.0;
+/// Adding this to an integer below 2²² leaves the integer in the lowest bits.
+const INTEGER_MAGIC: f32 = 12_582_912.0;
 
-/// The moments of some parameters, which start at a block's first.
+/// The quantized moments of some parameters, which start at a block boundary.
 #[derive(Debug)]
 pub struct Moments<'a> {
-    /// First moments.
+    /// The codes of first moments.
     pub exp_avg: &'a mut [i8],
     /// The scale of each block of them.
     pub exp_avg_scale: &'a mut [f32],
-    /// Second moments.
+    /// The codes of second moments.
     pub exp_avg_sq: &'a mut [u8],
     /// The scale of each block of them.
     pub exp_avg_sq_scale: &'a mut [f32],
 }
 
 versions! {
-    /// As [`crate::adamw::step`]; `first` is the first parameter's number, and with `key` decides
-    /// how moments are rounded.
+    /// As [`crate::adamw::step`]; `key` and the index of the first parameter, `first`, seed the
+    /// stochastic rounding.
     pub fn step<E>(
-        step: Step,
+        step: AdamWStep,
         key: u64,
         first: usize,
         grad: &[f32],
@@ -61,25 +60,25 @@ versions! {
             let scale_sq = &mut moments.exp_avg_sq_scale[block];
             let (exp_avg, exp_avg_sq) = (&mut exp_avg[..length], &mut exp_avg_sq[..length]);
             for (value, &code) in exp_avg.iter_mut().zip(&*codes) {
-                *value = *scale * signed_share(f32::from(code));
+                *value = *scale * decode_signed(f32::from(code));
             }
             for (value, &code) in exp_avg_sq.iter_mut().zip(&*codes_sq) {
-                *value = *scale_sq * share(f32::from(code) * (1.0 / LARGEST));
+                *value = *scale_sq * decode(f32::from(code) * (1.0 / MAX_UNSIGNED_CODE));
             }
             update(step, grad, master, exp_avg, exp_avg_sq);
             *scale = largest(exp_avg);
             *scale_sq = largest(exp_avg_sq);
-            let [by, by_sq] = [*scale, *scale_sq].map(reciprocal);
+            let [inverse, inverse_sq] = [*scale, *scale_sq].map(reciprocal);
             let uniform = uniform_of_block(key, first + at);
             for ((value, code), &uniform) in exp_avg.iter().zip(codes).zip(&uniform) {
-                let root = code_of(value.abs() * by, LARGEST_SIGNED, uniform);
-                *code = (root.copysign(*value) + WHOLE).to_bits() as i8;
+                let root = encode(value.abs() * inverse, MAX_SIGNED_CODE, uniform);
+                *code = (root.copysign(*value) + INTEGER_MAGIC).to_bits() as i8;
             }
             for ((&value, code), &uniform) in exp_avg_sq.iter().zip(codes_sq).zip(&uniform) {
-                let root = code_of(value * by_sq, LARGEST, uniform);
+                let root = encode(value * inverse_sq, MAX_UNSIGNED_CODE, uniform);
                 // A second moment of zero would make the step of a parameter enormous.
                 let root = if value > 0.0 { root.max(1.0) } else { root };
-                *code = (root + WHOLE).to_bits() as u8;
+                *code = (root + INTEGER_MAGIC).to_bits() as u8;
             }
         }
         for (compute, &master) in compute.iter_mut().zip(master.iter()) {
@@ -88,40 +87,40 @@ versions! {
     }
 }
 
-/// Returns the share that a root stands for.
-#[expect(clippy::inline_always, reason = "called in every version of a kernel")]
+/// Decodes a code that was divided by the largest one: its fourth power.
+#[expect(clippy::inline_always, reason = "inlined into every version of a kernel")]
 #[inline(always)]
-fn share(root: f32) -> f32 {
+fn decode(root: f32) -> f32 {
     let square = root * root;
     square * square
 }
 
-#[expect(clippy::inline_always, reason = "called in every version of a kernel")]
+#[expect(clippy::inline_always, reason = "inlined into every version of a kernel")]
 #[inline(always)]
-fn signed_share(code: f32) -> f32 {
-    let root = code * (1.0 / LARGEST_SIGNED);
-    share(root).copysign(root)
+fn decode_signed(code: f32) -> f32 {
+    let root = code * (1.0 / MAX_SIGNED_CODE);
+    decode(root).copysign(root)
 }
 
-/// Returns the code of a share from 0 to 1, one of its two neighbours by the luck of `uniform`.
-#[expect(clippy::inline_always, reason = "called in every version of a kernel")]
+/// Encodes a ratio from 0 to 1 as one of the two nearest codes, chosen by `uniform`.
+#[expect(clippy::inline_always, reason = "inlined into every version of a kernel")]
 #[inline(always)]
-fn code_of(of: f32, largest: f32, uniform: f32) -> f32 {
-    let step = 1.0 / largest;
-    let below = (of.sqrt().sqrt() * largest).floor().min(largest - 1.0);
-    let (low, high) = (share(below * step), share((below + 1.0) * step));
-    if uniform * (high - low) < of - low { below + 1.0 } else { below }
+fn encode(ratio: f32, max_code: f32, uniform: f32) -> f32 {
+    let step = 1.0 / max_code;
+    let below = (ratio.sqrt().sqrt() * max_code).floor().min(max_code - 1.0);
+    let (low, high) = (decode(below * step), decode((below + 1.0) * step));
+    if uniform * (high - low) < ratio - low { below + 1.0 } else { below }
 }
 
-/// Returns numbers from 0 to 1 for the block that starts with parameter `first`: four of 16 bits
+/// Returns uniform numbers in `[0, 1)` for the block that starts at parameter `first`: four of 16 bits
 /// from each draw.
-#[expect(clippy::inline_always, reason = "called in every version of a kernel")]
+#[expect(clippy::inline_always, reason = "inlined into every version of a kernel")]
 #[inline(always)]
 fn uniform_of_block(key: u64, first: usize) -> [f32; BLOCK] {
     let mut draws = [0_u64; BLOCK / 4];
     for (group, draw) in draws.iter_mut().enumerate() {
         let number = (first / 4 + group) as u64;
-        *draw = mix(key.wrapping_add(number.wrapping_mul(NEXT_GROUP)));
+        *draw = mix(key.wrapping_add(number.wrapping_mul(GOLDEN_GAMMA)));
     }
     let mut uniform = [0.0; BLOCK];
     for (uniform, draw) in uniform.chunks_exact_mut(4).zip(draws) {
@@ -132,7 +131,7 @@ fn uniform_of_block(key: u64, first: usize) -> [f32; BLOCK] {
     uniform
 }
 
-#[expect(clippy::inline_always, reason = "called in every version of a kernel")]
+#[expect(clippy::inline_always, reason = "inlined into every version of a kernel")]
 #[inline(always)]
 fn largest(values: &[f32]) -> f32 {
     let mut lanes = [0.0_f32; 16];
@@ -144,12 +143,12 @@ fn largest(values: &[f32]) -> f32 {
     lanes.into_iter().fold(0.0, f32::max)
 }
 
-#[expect(clippy::inline_always, reason = "called in every version of a kernel")]
+#[expect(clippy::inline_always, reason = "inlined into every version of a kernel")]
 #[inline(always)]
 fn reciprocal(scale: f32) -> f32 {
-    // Shares of a block of zeros, or of numbers too small to divide by, are zero.
-    let by = 1.0 / scale;
-    if by.is_finite() { by } else { 0.0 }
+    // The ratios in a block of zeros, or of numbers too small to divide by, are zero.
+    let inverse = 1.0 / scale;
+    if inverse.is_finite() { inverse } else { 0.0 }
 }
 
 #[cfg(test)]
@@ -157,17 +156,17 @@ mod tests {
     use super::*;
     use crate::testing::numbers;
 
-    const STEP: Step = Step {
+    const STEP: AdamWStep = AdamWStep {
         grad_scale: 1.0,
         beta1: 0.9,
         beta2: 0.999,
         epsilon: 1e-8,
-        shrink: 1.0,
+        weight_decay_factor: 1.0,
         step_size: 1e-3,
-        second_root: 1.0,
+        bias_correction2_sqrt: 1.0,
     };
 
-    /// Masters and both kinds of moments, some codes and some fp32, of as many steps as gradients.
+    /// Masters and quantized moments.
     struct State {
         master: Vec<f32>,
         exp_avg: Vec<i8>,
@@ -191,12 +190,13 @@ mod tests {
         }
 
         fn second(&self, index: usize) -> f32 {
-            self.scales[1][index / BLOCK] * share(f32::from(self.exp_avg_sq[index]) / LARGEST)
+            self.scales[1][index / BLOCK]
+                * decode(f32::from(self.exp_avg_sq[index]) / MAX_UNSIGNED_CODE)
         }
     }
 
     #[test]
-    fn the_largest_of_a_block_is_exact_and_zeros_stay() {
+    fn the_largest_element_of_a_block_is_exact_and_zeros_stay() {
         let mut state = State::new(2 * BLOCK + 10);
         let mut grad = numbers(2 * BLOCK + 10, 1);
         grad[BLOCK..2 * BLOCK].fill(0.0);
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_computed_alone_are_the_same() {
+    fn blocks_computed_alone_are_the_same() {
         let grad = numbers(4 * BLOCK, 5);
         let (mut whole, mut part) = (State::new(4 * BLOCK), State::new(2 * BLOCK));
         for key in 0..4 {

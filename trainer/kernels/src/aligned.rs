@@ -1,28 +1,28 @@
-//! Memory whose first element starts a line of the cache.
+//! Memory that is aligned to cache lines.
 //!
-//! A tile of AMX is loaded line by line; where each row crosses a border between lines, a product
-//! takes three times as long.
+//! AMX loads a tile row by row. If each row crosses a cache line boundary, a product takes three times
+//! as long.
 
 use std::{
     marker::PhantomData,
     ops::{Deref, DerefMut},
 };
 
-/// Words of a line.
+/// Words of a cache line.
 const LINE: usize = 16;
 
-/// A line of the cache.
+/// A cache line.
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(64))]
 struct Line([u32; LINE]);
 
-/// Numbers of 32 bits, of which any bits are one.
+/// A type of 32 bits for which any bit pattern is valid.
 pub(crate) trait Word: Copy {}
 
 impl Word for u32 {}
 impl Word for f32 {}
 
-/// A buffer that grows.
+/// An aligned buffer that grows.
 #[derive(Debug)]
 pub(crate) struct Buffer<T> {
     lines: Vec<Line>,
@@ -31,12 +31,12 @@ pub(crate) struct Buffer<T> {
 }
 
 impl<T: Word> Buffer<T> {
-    /// Makes an empty one.
+    /// Creates an empty buffer.
     pub(crate) const fn new() -> Self {
         Self { lines: Vec::new(), length: 0, element: PhantomData }
     }
 
-    /// Makes it at least so long; what is in it stays as it is, and what is new is zero.
+    /// Grows the buffer to at least this length; new elements are zero.
     pub(crate) fn grow(&mut self, length: usize) {
         let lines = length.div_ceil(LINE);
         if self.lines.len() < lines {
@@ -45,7 +45,7 @@ impl<T: Word> Buffer<T> {
         self.length = self.length.max(length);
     }
 
-    /// Makes it so many zeros.
+    /// Fills the buffer with this many zeros.
     pub(crate) fn set_zero(&mut self, length: usize) {
         self.lines.clear();
         self.lines.resize(length.div_ceil(LINE), Line([0; LINE]));
@@ -64,7 +64,7 @@ impl<T: Word> Deref for Buffer<T> {
 
     fn deref(&self) -> &[T] {
         #[expect(unsafe_code, reason = "lines as their elements")]
-        // SAFETY: so many elements are in the lines, and any bits are one.
+        // SAFETY: the lines hold this many elements, and any bit pattern is valid.
         unsafe {
             std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.length)
         }
@@ -81,7 +81,7 @@ impl<T: Word> DerefMut for Buffer<T> {
     }
 }
 
-/// An array that starts a line.
+/// An array that is aligned to a cache line.
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(64))]
 pub(crate) struct Aligned<A>(pub A);
@@ -105,7 +105,7 @@ mod tests {
     use super::Buffer;
 
     #[test]
-    fn grows_without_losing_what_is_there_and_starts_a_line() {
+    fn grows_without_losing_elements_and_is_aligned() {
         let mut buffer = Buffer::<u32>::new();
         assert!(buffer.is_empty());
         buffer.grow(20);

@@ -1,8 +1,8 @@
-//! Products in bf16 on Intel AMX: tiles of 16 rows of 64 bytes, multiplied as a whole.
+//! The micro-kernel for bf16 on Intel AMX: tiles of 16 rows of 64 bytes, multiplied as a whole.
 //!
-//! Six tiles hold sums, 32 rows by 48 columns; the other two take the operands in turn. Of each step
-//! of the depth that loads seven tiles for six products, and reads 5 KiB where four tiles of sums
-//! would read 4 KiB for four products: the second cache keeps up.
+//! Six tiles hold sums, 32 rows by 48 columns; the other two hold the operands in turn. Each step of
+//! the depth loads seven tiles for six products and reads 5 KiB, where four tiles of sums would read
+//! 4 KiB for four products: the L2 cache keeps up.
 //!
 //! # Source
 //! Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18, and volume 2,
@@ -27,7 +27,7 @@ const TILE_WORDS: usize = 16;
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Amx;
 
-/// Tells whether the processor has the instructions and the operating system lets this process use them.
+/// Reports whether the CPU has the instructions and the operating system permits their use.
 fn is_available() -> bool {
     static IS_AVAILABLE: LazyLock<bool> = LazyLock::new(|| {
         let features = std::arch::x86_64::__cpuid_count(7, 0).edx;
@@ -38,7 +38,7 @@ fn is_available() -> bool {
     *IS_AVAILABLE
 }
 
-/// Asks Linux for the state of the tiles, which it saves only for processes that asked.
+/// Requests permission to use tiles from Linux, which saves their state only for processes that asked.
 #[cfg(target_os = "linux")]
 fn request_permission() -> bool {
     const ARCH_PRCTL: u64 = 158;
@@ -46,7 +46,7 @@ fn request_permission() -> bool {
     const XFEATURE_XTILEDATA: u64 = 18;
     let status: u64;
     #[expect(unsafe_code, reason = "a system call that the standard library lacks")]
-    // SAFETY: it changes what the process may do, and touches no memory of it.
+    // SAFETY: it changes permissions of the process, and accesses no memory.
     unsafe {
         asm!(
             "syscall",
@@ -76,7 +76,7 @@ struct Configuration {
     rows: [u8; 16],
 }
 
-/// By rows less one of sums and left sides; right sides always have 16.
+/// The configurations for 1 to 16 rows of sums and left operands; right operands always have 16.
 static CONFIGURATIONS: [Configuration; TILE_ROWS] = {
     let mut all = [const {
         Configuration {
@@ -101,7 +101,7 @@ thread_local! {
     static CONFIGURED: Cell<usize> = const { Cell::new(0) };
 }
 
-/// Makes sums and left sides some rows high.
+/// Configures tiles for this many rows of sums and left operands.
 ///
 /// # Safety
 /// [`is_available`].
@@ -110,7 +110,7 @@ thread_local! {
 unsafe fn configure(rows: usize) {
     if CONFIGURED.get() != rows {
         let configuration = &raw const CONFIGURATIONS[rows - 1];
-        // SAFETY: the configuration is valid, and the processor can.
+        // SAFETY: the configuration is valid, and the CPU has the instructions.
         unsafe {
             asm!("ldtilecfg [{}]", in(reg) configuration, options(nostack, preserves_flags, readonly));
         }
@@ -118,7 +118,7 @@ unsafe fn configure(rows: usize) {
     }
 }
 
-/// Loads a tile, whose rows lie a number of bytes apart.
+/// Loads a tile whose rows are `$stride` bytes apart.
 macro_rules! load {
     ($tile:literal, $from:expr, $stride:expr) => {
         asm!(
@@ -130,7 +130,7 @@ macro_rules! load {
     };
 }
 
-/// Stores a tile.
+/// Stores a tile whose rows are `$stride` bytes apart.
 macro_rules! store {
     ($tile:literal, $to:expr, $stride:expr) => {
         asm!(
@@ -142,14 +142,14 @@ macro_rules! store {
     };
 }
 
-/// Empties a tile.
+/// Zeroes a tile.
 macro_rules! zero {
     ($tile:literal) => {
         asm!(concat!("tilezero tmm", $tile), options(nomem, nostack, preserves_flags))
     };
 }
 
-/// Adds the product of tile 6, on the left, and tile 7 to a tile of sums.
+/// Adds the product of tile 6, the left operand, and tile 7 to a tile of sums.
 macro_rules! add_product {
     ($tile:literal) => {
         asm!(
@@ -159,7 +159,7 @@ macro_rules! add_product {
     };
 }
 
-/// Loads or stores the tiles of sums that are used: of the upper rows, then of the lower ones.
+/// Loads or stores the tiles of sums in use: those of the upper rows, then those of the lower rows.
 macro_rules! each_sum {
     ($action:ident, $width:expr, $is_tall:expr, [$upper:expr, $lower:expr], $stride:expr) => {
         $action!(0, $upper, $stride);
@@ -181,11 +181,10 @@ macro_rules! each_sum {
     };
 }
 
-/// Computes sums of `W` registers by 16 rows, or by 32 if they are `TALL`; a lower number of rows is
-/// that of the configuration.
+/// Computes sums of `W` registers by 32 rows if `TALL`, else by the configured rows, 16 at most.
 ///
 /// # Safety
-/// All of the tile's places must exist, its words be a multiple of [`TILE_WORDS`], and tiles be
+/// All pointers of the tile must be in bounds, its words a multiple of [`TILE_WORDS`], and tiles
 /// configured.
 #[expect(unsafe_code, reason = "instructions that the standard library lacks")]
 #[expect(clippy::inline_always, reason = "constants decide which tiles are used")]
@@ -197,7 +196,7 @@ unsafe fn block<const TALL: bool, const W: usize, const ADD: bool>(tile: &Tile) 
     let mut low = left.wrapping_add(TILE_ROWS * tile.left_stride);
     let c = tile.c;
     let low_c = c.wrapping_add(TILE_ROWS * tile.columns);
-    // SAFETY: the caller's.
+    // SAFETY: the caller's contract.
     unsafe {
         if ADD {
             each_sum!(load, W, TALL, [c, low_c], columns);
@@ -247,14 +246,14 @@ impl MicroKernel for Amx {
     type Number = bf16;
     const ROWS: usize = 2 * TILE_ROWS;
     const REGISTERS: usize = 3;
-    // Products are so fast that panels must not come from the third cache for each block of rows.
+    // Products are so fast that reading panels from the L3 cache for each block of rows would limit them.
     const PANELS: usize = 8;
-    const KEEPS_PANELS: bool = true;
+    const REUSES_PANELS: bool = true;
     const STEP: usize = TILE_WORDS;
-    const READS_ROWS: bool = true;
+    const NEEDS_ROW_MAJOR_LEFT: bool = true;
 
     fn is_supported() -> bool {
-        // Results are rounded by an instruction of the latter.
+        // Results are rounded by an AVX512-BF16 instruction.
         Avx512Bf16::is_supported() && is_available()
     }
 
@@ -263,18 +262,18 @@ impl MicroKernel for Amx {
         Avx512Bf16::word(first, second)
     }
 
-    #[expect(unsafe_code, reason = "for certain processors")]
-    #[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
+    #[expect(unsafe_code, reason = "needs certain CPU features")]
+    #[expect(clippy::inline_always, reason = "inlined into functions with target features")]
     #[inline(always)]
     unsafe fn round(values: &[f32; LANES]) -> [bf16; LANES] {
-        // SAFETY: the caller's.
+        // SAFETY: the caller's contract.
         unsafe { Avx512Bf16::round(values) }
     }
 
-    #[expect(unsafe_code, reason = "for certain processors")]
-    unsafe fn compute_some<const W: usize, const ADD: bool>(tile: &Tile, rows: usize) -> usize {
+    #[expect(unsafe_code, reason = "needs certain CPU features")]
+    unsafe fn micro_kernel<const W: usize, const ADD: bool>(tile: &Tile, rows: usize) -> usize {
         debug_assert!(tile.left_step == 1 && tile.words.is_multiple_of(TILE_WORDS));
-        // SAFETY: the caller's.
+        // SAFETY: the caller's contract.
         unsafe {
             configure(rows.min(TILE_ROWS));
             if rows >= 2 * TILE_ROWS {
@@ -287,7 +286,7 @@ impl MicroKernel for Amx {
         }
     }
 
-    #[expect(unsafe_code, reason = "for certain processors")]
+    #[expect(unsafe_code, reason = "needs certain CPU features")]
     unsafe fn product<const ADD: bool>(
         [rows, words, columns]: [usize; 3],
         left: Words<'_>,
@@ -295,7 +294,7 @@ impl MicroKernel for Amx {
         c: &mut [f32],
     ) {
         let whole = words / TILE_WORDS * TILE_WORDS;
-        // SAFETY: the caller's.
+        // SAFETY: the caller's contract.
         unsafe {
             if whole > 0 || words == 0 {
                 product::<Self, ADD>([rows, whole, columns], left, right, c);
@@ -303,11 +302,11 @@ impl MicroKernel for Amx {
             if whole == words {
                 return;
             }
-            let rest = Rest::new([rows, words - whole, columns], left, right, whole);
+            let remainder = Remainder::new([rows, words - whole, columns], left, right, whole);
             if ADD || whole > 0 {
-                rest.product::<true>([rows, columns], c);
+                remainder.product::<true>([rows, columns], c);
             } else {
-                rest.product::<false>([rows, columns], c);
+                remainder.product::<false>([rows, columns], c);
             }
         }
     }
@@ -315,43 +314,43 @@ impl MicroKernel for Amx {
     #[expect(unsafe_code, reason = "instructions that the standard library lacks")]
     fn release() {
         if CONFIGURED.replace(0) != 0 {
-            // SAFETY: they were configured, so the processor can.
+            // SAFETY: they were configured, so the CPU supports them.
             unsafe { asm!("tilerelease", options(nomem, nostack, preserves_flags)) };
         }
     }
 }
 
-/// The last words of a depth that is no multiple of [`TILE_WORDS`], filled up with zeros.
-struct Rest {
+/// The last words of a depth that is not a multiple of [`TILE_WORDS`], padded with zeros.
+struct Remainder {
     left: Vec<u32>,
     right: Vec<u32>,
 }
 
-impl Rest {
+impl Remainder {
     fn new(
         [rows, words, columns]: [usize; 3],
         left: Words<'_>,
         right: Words<'_>,
         first: usize,
     ) -> Self {
-        let mut rest =
+        let mut remainder =
             Self { left: vec![0; rows * TILE_WORDS], right: vec![0; TILE_WORDS * columns] };
-        for (row, to) in rest.left.chunks_exact_mut(TILE_WORDS).enumerate() {
+        for (row, to) in remainder.left.chunks_exact_mut(TILE_WORDS).enumerate() {
             to[..words].copy_from_slice(&left.data[row * left.stride + first..][..words]);
         }
-        for (word, to) in rest.right.chunks_exact_mut(columns).enumerate().take(words) {
+        for (word, to) in remainder.right.chunks_exact_mut(columns).enumerate().take(words) {
             to.copy_from_slice(&right.data[(first + word) * right.stride..][..columns]);
         }
-        rest
+        remainder
     }
 
     /// # Safety
-    /// The processor can.
-    #[expect(unsafe_code, reason = "for certain processors")]
+    /// The CPU must support the kernel.
+    #[expect(unsafe_code, reason = "needs certain CPU features")]
     unsafe fn product<const ADD: bool>(&self, [rows, columns]: [usize; 2], c: &mut [f32]) {
         let left = Words { data: &self.left, stride: TILE_WORDS };
         let right = Words { data: &self.right, stride: columns };
-        // SAFETY: the caller's.
+        // SAFETY: the caller's contract.
         unsafe {
             product::<Amx, ADD>([rows, TILE_WORDS, columns], left, right, c);
         }

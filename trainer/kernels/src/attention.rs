@@ -1,32 +1,32 @@
-//! Causal attention of one segment and its gradient, tile by tile, without the matrix of scores.
+//! Causal attention of one segment and its gradient, tile by tile; the matrix of scores never exists.
 //!
 //! # Source
 //! FlashAttention (arXiv 2205.14135), algorithms 1 and 4. Differs: query heads that share a key
 //! head are computed together, so that keys are packed once and their gradients need no second
-//! sum; scores are computed transposed, keys by queries, so that whatever belongs to a query is a
-//! lane of a register and nothing is summed across lanes.
+//! sum; scores are computed transposed, keys by queries, so that each query is a lane of a register
+//! and nothing is summed across lanes.
 
 use std::cell::RefCell;
 
 use crate::{
     Element,
     aligned::{Aligned, Buffer},
-    choice::{Multiplied, by_kernel},
+    choice::{GemmElement, by_kernel},
     exp::exp,
-    gemm::{Held, LANES, MicroKernel, Words, interleave, words_of, write_words},
+    gemm::{LANES, MicroKernel, ReleaseGuard, Words, interleave, words_of, write_words},
     pool::{Pool, Shared},
-    transpose::{SIDE, transpose, transpose_block},
+    transpose::{BLOCK_SIDE, transpose, transpose_block},
 };
 
-/// Queries and keys of one tile: its scores, its probabilities and its four factors fit the first
-/// caches.
+/// Queries and keys of one tile: its scores, its probabilities and their four factors fit in the L1
+/// and L2 caches.
 const TILE: usize = 64;
-/// Queries of one unit of the forward pass. Its keys are packed once for them.
+/// Queries of one task of the forward pass; keys are packed once per task.
 const QUERIES: usize = 256;
-/// The widest head there is room for.
-const WIDEST: usize = 256;
+/// The largest supported head width.
+const MAX_HEAD_DIM: usize = 256;
 
-/// The numbers attention needs beside its inputs.
+/// The shape of the heads, and the window.
 #[derive(Debug, Clone, Copy)]
 pub struct Shape {
     /// Query heads, `H`.
@@ -35,13 +35,13 @@ pub struct Shape {
     pub kv_heads: usize,
     /// Width of a head, `E`.
     pub width: usize,
-    /// How many positions back a query may look, itself included.
+    /// How many positions back a query attends, itself included.
     pub window: usize,
 }
 
-/// Tells whether this processor can, for heads of a width.
-pub fn is_supported<E: Multiplied>(width: usize) -> bool {
-    width.is_multiple_of(2 * LANES) && width <= WIDEST && E::kernel().is_some()
+/// Reports whether this CPU and these kernels support heads of a width.
+pub fn is_supported<E: GemmElement>(width: usize) -> bool {
+    width.is_multiple_of(2 * LANES) && width <= MAX_HEAD_DIM && E::kernel().is_some()
 }
 
 /// Computes attention inside each segment.
@@ -51,8 +51,8 @@ pub fn is_supported<E: Multiplied>(width: usize) -> bool {
 /// `lengths` sum to `T` at most.
 ///
 /// # Panics
-/// If a size is wrong, or the processor cannot ([`is_supported`]).
-pub fn forward<E: Multiplied>(
+/// If a size is wrong, or the CPU is not supported ([`is_supported`]).
+pub fn forward<E: GemmElement>(
     pool: &dyn Pool,
     shape: Shape,
     lengths: &[usize],
@@ -60,7 +60,7 @@ pub fn forward<E: Multiplied>(
     out: &mut [E],
     logsumexp: &mut [f32],
 ) {
-    assert!(is_supported::<E>(shape.width), "heads of {}", shape.width);
+    assert!(is_supported::<E>(shape.width), "heads of width {}", shape.width);
     by_kernel!(E, K => {
         forward_with::<E, K>(pool, shape, lengths, [q, k, v], out, logsumexp);
     });
@@ -76,39 +76,39 @@ fn forward_with<E: Element, K: MicroKernel>(
 ) {
     assert!(K::is_supported());
     let positions = logsumexp.len() / shape.heads;
-    let mut units = Vec::new();
+    let mut tasks = Vec::new();
     for (start, length) in starts(lengths) {
         for first in (0..length).step_by(QUERIES) {
             let queries = QUERIES.min(length - first);
             for kv_head in 0..shape.kv_heads {
-                units.push(Unit { start, length, kv_head, first, queries });
+                tasks.push(Task { start, length, kv_head, first, queries });
             }
         }
     }
-    // Long ones first, so that no thread is left with one at the end.
-    units.sort_by_key(|unit| std::cmp::Reverse(unit.first + unit.queries));
+    // Long tasks first, so that no thread is left with one at the end.
+    tasks.sort_by_key(|task| std::cmp::Reverse(task.first + task.queries));
     let (out, logsumexp) = (Shared::new(out), Shared::new(logsumexp));
-    pool.run(units.len(), &|unit| {
-        #[expect(unsafe_code, reason = "for certain processors")]
-        // SAFETY: the processor was asked.
+    pool.run(tasks.len(), &|index| {
+        #[expect(unsafe_code, reason = "needs certain CPU features")]
+        // SAFETY: the CPU was checked.
         BUFFERS.with_borrow_mut(|buffers| unsafe {
-            let _held = Held::<K>::new();
-            let unit = &units[unit];
+            let _release = ReleaseGuard::<K>::new();
+            let task = &tasks[index];
             let forward =
                 if K::PER_WORD == 2 { forward_bf16::<E, K> } else { forward_fp32::<E, K> };
-            forward(unit, shape, positions, [q, k, v], &out, &logsumexp, buffers);
+            forward(task, shape, positions, [q, k, v], &out, &logsumexp, buffers);
         });
     });
 }
 
-/// What the forward pass left, and the gradient it is asked with.
+/// The saved results of the forward pass, and the gradient of its output.
 #[derive(Debug, Clone, Copy)]
-pub struct Attended<'a, E> {
-    /// Its result, `[T, H · E]`.
+pub struct BackwardInputs<'a, E> {
+    /// The output of the forward pass, `[T, H · E]`.
     pub out: &'a [E],
-    /// Its denominators' logarithms, `[H, T]`.
+    /// The logarithms of the softmax denominators, `[H, T]`.
     pub logsumexp: &'a [f32],
-    /// The gradient of `out`.
+    /// The gradient of `out`, `[T, H · E]`.
     pub d_out: &'a [E],
 }
 
@@ -118,18 +118,18 @@ pub struct Attended<'a, E> {
 /// As in [`forward`]; gradients are of their inputs' shapes.
 ///
 /// # Panics
-/// If a size is wrong, or the processor cannot ([`is_supported`]).
-pub fn backward<E: Multiplied>(
+/// If a size is wrong, or the CPU is not supported ([`is_supported`]).
+pub fn backward<E: GemmElement>(
     pool: &dyn Pool,
     shape: Shape,
     lengths: &[usize],
     [q, k, v]: [&[E]; 3],
-    attended: Attended<'_, E>,
+    backward_inputs: BackwardInputs<'_, E>,
     [dq, dk, dv]: [&mut [E]; 3],
 ) {
-    assert!(is_supported::<E>(shape.width), "heads of {}", shape.width);
+    assert!(is_supported::<E>(shape.width), "heads of width {}", shape.width);
     by_kernel!(E, K => {
-        backward_with::<E, K>(pool, shape, lengths, [q, k, v], attended, [dq, dk, dv]);
+        backward_with::<E, K>(pool, shape, lengths, [q, k, v], backward_inputs, [dq, dk, dv]);
     });
 }
 
@@ -138,14 +138,14 @@ fn backward_with<E: Element, K: MicroKernel>(
     shape: Shape,
     lengths: &[usize],
     [q, k, v]: [&[E]; 3],
-    attended: Attended<'_, E>,
+    backward_inputs: BackwardInputs<'_, E>,
     [dq, dk, dv]: [&mut [E]; 3],
 ) {
     assert!(K::is_supported());
-    let positions = attended.logsumexp.len() / shape.heads;
-    let mut units: Vec<Unit> = starts(lengths)
+    let positions = backward_inputs.logsumexp.len() / shape.heads;
+    let mut tasks: Vec<Task> = starts(lengths)
         .flat_map(|(start, length)| {
-            (0..shape.kv_heads).map(move |kv_head| Unit {
+            (0..shape.kv_heads).map(move |kv_head| Task {
                 start,
                 length,
                 kv_head,
@@ -154,17 +154,17 @@ fn backward_with<E: Element, K: MicroKernel>(
             })
         })
         .collect();
-    units.sort_by_key(|unit| std::cmp::Reverse(unit.length));
+    tasks.sort_by_key(|task| std::cmp::Reverse(task.length));
     let grads = [dq, dk, dv].map(Shared::new);
-    pool.run(units.len(), &|unit| {
-        #[expect(unsafe_code, reason = "for certain processors")]
-        // SAFETY: the processor was asked.
+    pool.run(tasks.len(), &|index| {
+        #[expect(unsafe_code, reason = "needs certain CPU features")]
+        // SAFETY: the CPU was checked.
         BUFFERS.with_borrow_mut(|buffers| unsafe {
-            let _held = Held::<K>::new();
-            let unit = &units[unit];
+            let _release = ReleaseGuard::<K>::new();
+            let task = &tasks[index];
             let backward =
                 if K::PER_WORD == 2 { backward_bf16::<E, K> } else { backward_fp32::<E, K> };
-            backward(unit, shape, positions, [q, k, v], attended, &grads, buffers);
+            backward(task, shape, positions, [q, k, v], backward_inputs, &grads, buffers);
         });
     });
 }
@@ -178,9 +178,9 @@ fn starts(lengths: &[usize]) -> impl Iterator<Item = (usize, usize)> {
     })
 }
 
-/// What a unit works in.
+/// The temporary memory of a task.
 ///
-/// Kept by each thread: fresh memory costs page faults, and freeing it stops the other threads.
+/// Reused by each thread: fresh memory costs page faults, and freeing it stalls the other threads.
 #[derive(Default)]
 struct Buffers {
     k_rows: Buffer<u32>,
@@ -200,8 +200,8 @@ thread_local! {
     static BUFFERS: RefCell<Buffers> = RefCell::default();
 }
 
-/// Some queries of a segment, in all heads that share a key head.
-struct Unit {
+/// The work on some queries of a segment, in all heads that share a key head.
+struct Task {
     start: usize,
     length: usize,
     kv_head: usize,
@@ -210,13 +210,13 @@ struct Unit {
     queries: usize,
 }
 
-/// Compiles what a [`Unit`] does for processors with some features.
+/// Compiles the passes of a [`Task`] for certain CPU features.
 macro_rules! compiled {
     ($features:literal, $forward:ident, $backward:ident) => {
-        #[expect(unsafe_code, reason = "for certain processors")]
+        #[expect(unsafe_code, reason = "needs certain CPU features")]
         #[target_feature(enable = $features)]
         unsafe fn $forward<E: Element, K: MicroKernel>(
-            unit: &Unit,
+            task: &Task,
             shape: Shape,
             positions: usize,
             inputs: [&[E]; 3],
@@ -224,36 +224,38 @@ macro_rules! compiled {
             logsumexp: &Shared<'_, f32>,
             buffers: &mut Buffers,
         ) {
-            // SAFETY: the caller's.
-            unsafe { unit.forward::<E, K>(shape, positions, inputs, out, logsumexp, buffers) }
+            // SAFETY: the caller's contract.
+            unsafe { task.forward::<E, K>(shape, positions, inputs, out, logsumexp, buffers) }
         }
 
-        #[expect(unsafe_code, reason = "for certain processors")]
+        #[expect(unsafe_code, reason = "needs certain CPU features")]
         #[target_feature(enable = $features)]
         unsafe fn $backward<E: Element, K: MicroKernel>(
-            unit: &Unit,
+            task: &Task,
             shape: Shape,
             positions: usize,
             inputs: [&[E]; 3],
-            attended: Attended<'_, E>,
+            backward_inputs: BackwardInputs<'_, E>,
             grads: &[Shared<'_, E>; 3],
             buffers: &mut Buffers,
         ) {
-            // SAFETY: the caller's.
-            unsafe { unit.backward::<E, K>(shape, positions, inputs, attended, grads, buffers) }
+            // SAFETY: the caller's contract.
+            unsafe {
+                task.backward::<E, K>(shape, positions, inputs, backward_inputs, grads, buffers)
+            }
         }
     };
 }
 
-// The kernel's own loops are compiled apart, with what they need.
+// The micro-kernel's loops are compiled separately, with the features they need.
 compiled!("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16", forward_bf16, backward_bf16);
 compiled!("avx512f,avx512bw,avx512dq,avx512vl", forward_fp32, backward_fp32);
 
-#[expect(unsafe_code, reason = "for certain processors")]
-#[expect(clippy::inline_always, reason = "compiled with their callers' instructions")]
-impl Unit {
+#[expect(unsafe_code, reason = "needs certain CPU features")]
+#[expect(clippy::inline_always, reason = "inlined into functions with target features")]
+impl Task {
     /// # Safety
-    /// The processor can.
+    /// The CPU must support the kernel.
     #[inline(always)]
     unsafe fn forward<E: Element, K: MicroKernel>(
         &self,
@@ -279,7 +281,7 @@ impl Unit {
         let k_words = kv_rows.words::<E, K>(k, end - lowest, k_rows);
         kv_rows.pack_words::<E, K>(v, end - lowest, keys, row_words);
         let key_words = keys / K::PER_WORD;
-        // SAFETY: the caller's.
+        // SAFETY: the caller's contract.
         unsafe { transpose(row_words, [key_words, width], transposed) }; // [E, key words]
         let mut scores = Aligned([0.0; TILE * TILE]); // [keys, queries]
         let mut p_words = Aligned([0_u32; TILE * TILE]);
@@ -292,14 +294,14 @@ impl Unit {
                     column: head * width,
                     width,
                 };
-                // SAFETY: the caller's.
+                // SAFETY: the caller's contract.
                 unsafe { rows.pack_columns::<E, K>(q, count, q_columns) };
                 let mut softmax = OnlineSoftmax::new(scale);
                 sums.set_zero(width * TILE); // [E, queries]
                 let mut tile = (first + 1).saturating_sub(window) / TILE * TILE;
                 while tile < first + count {
                     let keys_here = TILE.min(self.length - tile);
-                    // SAFETY: the caller's.
+                    // SAFETY: the caller's contract.
                     unsafe {
                         K::product::<false>(
                             [keys_here, width / K::PER_WORD, TILE],
@@ -309,9 +311,9 @@ impl Unit {
                         );
                     }
                     scores[keys_here * TILE..].fill(f32::NEG_INFINITY);
-                    hide(&mut scores, [tile, keys_here], [first, count], window);
+                    apply_causal_mask(&mut scores, [tile, keys_here], [first, count], window);
                     let first_word = (tile - lowest) / K::PER_WORD;
-                    // SAFETY: the caller's.
+                    // SAFETY: the caller's contract.
                     unsafe {
                         softmax.add::<K>(&scores, &mut p_words, sums);
                         K::product::<true>(
@@ -324,12 +326,12 @@ impl Unit {
                     tile += TILE;
                 }
                 let at = head * positions + self.start + first;
-                #[expect(unsafe_code, reason = "units write side by side")]
-                // SAFETY: these queries of this head belong to this unit.
+                #[expect(unsafe_code, reason = "tasks write to disjoint ranges")]
+                // SAFETY: these queries of this head belong to this task.
                 let lse = unsafe { logsumexp.range(at..at + count) };
                 lse.copy_from_slice(&softmax.logsumexp()[..count]);
                 scale_columns(sums, &softmax.total.map(|total| 1.0 / total));
-                #[expect(unsafe_code, reason = "units write side by side")]
+                #[expect(unsafe_code, reason = "tasks write to disjoint ranges")]
                 // SAFETY: as above.
                 unsafe {
                     rows.write_transposed(sums, count, out);
@@ -339,7 +341,7 @@ impl Unit {
     }
 
     /// # Safety
-    /// The processor can.
+    /// The CPU must support the kernel.
     #[expect(clippy::too_many_lines, reason = "one loop nest whose parts share a dozen buffers")]
     #[inline(always)]
     unsafe fn backward<E: Element, K: MicroKernel>(
@@ -347,7 +349,7 @@ impl Unit {
         shape: Shape,
         positions: usize,
         [q, k, v]: [&[E]; 3],
-        attended: Attended<'_, E>,
+        backward_inputs: BackwardInputs<'_, E>,
         [dq, dk, dv]: &[Shared<'_, E>; 3],
         buffers: &mut Buffers,
     ) {
@@ -368,7 +370,7 @@ impl Unit {
         let v_words = k_rows.words::<E, K>(v, length, &mut buffers.v_rows);
         k_rows.pack_words::<E, K>(k, length, padded, row_words);
         let key_words = padded / K::PER_WORD;
-        // SAFETY: the caller's.
+        // SAFETY: the caller's contract.
         unsafe { transpose(row_words, [key_words, width], k_transposed) }; // [E, key words]
         k_sums.set_zero(padded * width);
         v_sums.set_zero(padded * width);
@@ -385,19 +387,20 @@ impl Unit {
                     column: head * width,
                     width,
                 };
-                // SAFETY: the caller's.
+                // SAFETY: the caller's contract.
                 unsafe {
                     rows.pack_columns::<E, K>(q, count, q_columns);
-                    rows.pack_columns::<E, K>(attended.d_out, count, d_columns);
+                    rows.pack_columns::<E, K>(backward_inputs.d_out, count, d_columns);
                 }
                 rows.pack_words::<E, K>(q, count, TILE, q_words);
-                rows.pack_words::<E, K>(attended.d_out, count, TILE, d_words);
+                rows.pack_words::<E, K>(backward_inputs.d_out, count, TILE, d_words);
                 // Queries past the end get probability 0.
                 let (mut lse, mut delta) = ([f32::INFINITY; TILE], [0.0; TILE]);
                 let at = head * positions + self.start + first;
-                lse[..count].copy_from_slice(&attended.logsumexp[at..at + count]);
+                lse[..count].copy_from_slice(&backward_inputs.logsumexp[at..at + count]);
                 for (row, delta) in delta[..count].iter_mut().enumerate() {
-                    let (d_out, out) = (rows.row(attended.d_out, row), rows.row(attended.out, row));
+                    let (d_out, out) =
+                        (rows.row(backward_inputs.d_out, row), rows.row(backward_inputs.out, row));
                     *delta = crate::sum::of_pairs(d_out, out, |d_out, out| d_out * out);
                 }
                 q_sums.set_zero(width * TILE); // transposed
@@ -407,18 +410,18 @@ impl Unit {
                     let sizes = [keys, width / K::PER_WORD, TILE];
                     let columns = |data| Words { data, stride: TILE };
                     let (k_left, v_left) = (k_words.below(tile), v_words.below(tile));
-                    // SAFETY: the caller's.
+                    // SAFETY: the caller's contract.
                     unsafe {
                         K::product::<false>(sizes, k_left, columns(q_columns), &mut *scores);
                         K::product::<false>(sizes, v_left, columns(d_columns), &mut *d_scores);
                     }
                     scores[keys * TILE..].fill(f32::NEG_INFINITY);
-                    hide(&mut scores, [tile, keys], [first, count], window);
+                    apply_causal_mask(&mut scores, [tile, keys], [first, count], window);
                     for key in (0..keys).step_by(2) {
                         let both = key * TILE..(key + 2) * TILE;
-                        // SAFETY: the caller's.
+                        // SAFETY: the caller's contract.
                         unsafe {
-                            gradients_of_scores::<K>(
+                            score_gradients::<K>(
                                 [&scores[both.clone()], &d_scores[both.clone()]],
                                 scale,
                                 &lse,
@@ -437,7 +440,7 @@ impl Unit {
                     let k_left = Words { data: &k_transposed[first_word..], stride: key_words };
                     let ds_right = Words { data: &*ds_words, stride: TILE };
                     let q_sizes = [width, keys.div_ceil(K::PER_WORD), TILE];
-                    // SAFETY: the caller's.
+                    // SAFETY: the caller's contract.
                     unsafe {
                         K::product::<true>(sizes, left(&*p), right(d_words), v_sums);
                         K::product::<true>(sizes, left(&*ds), right(q_words), k_sums);
@@ -446,8 +449,8 @@ impl Unit {
                     tile += TILE;
                 }
                 scale_columns(q_sums, &[scale; TILE]);
-                #[expect(unsafe_code, reason = "units write side by side")]
-                // SAFETY: this head's queries belong to this unit.
+                #[expect(unsafe_code, reason = "tasks write to disjoint ranges")]
+                // SAFETY: this head's queries belong to this task.
                 unsafe {
                     rows.write_transposed(q_sums, count, dq);
                 }
@@ -455,8 +458,8 @@ impl Unit {
         }
         for row in 0..length {
             let at = k_at + row * kv_heads * width;
-            #[expect(unsafe_code, reason = "units write side by side")]
-            // SAFETY: this head's keys and values belong to this unit.
+            #[expect(unsafe_code, reason = "tasks write to disjoint ranges")]
+            // SAFETY: this head's keys and values belong to this task.
             let (dk, dv) = unsafe { (dk.range(at..at + width), dv.range(at..at + width)) };
             for (dk, &sum) in dk.iter_mut().zip(&k_sums[row * width..]) {
                 *dk = E::from_f32(sum * scale);
@@ -468,21 +471,21 @@ impl Unit {
     }
 }
 
-/// Hides the scores of keys that queries must not see: those after them, and those beyond the window.
-#[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
+/// Sets scores to −∞ where a query does not attend: keys after it, and keys beyond the window.
+#[expect(clippy::inline_always, reason = "inlined into functions with target features")]
 #[inline(always)]
-fn hide(
+fn apply_causal_mask(
     scores: &mut [f32; TILE * TILE],
     [tile, keys]: [usize; 2],
     [first, count]: [usize; 2],
     window: usize,
 ) {
-    let all_see_all = tile + keys <= first + 1 && first + count <= tile.saturating_add(window);
-    if all_see_all {
+    let is_unmasked = tile + keys <= first + 1 && first + count <= tile.saturating_add(window);
+    if is_unmasked {
         return;
     }
     for key in 0..keys {
-        // Query `i` sees key `j` if j ≤ i < j + window.
+        // Query `i` attends to key `j` if j ≤ i < j + window.
         let start = (tile + key).saturating_sub(first).min(TILE);
         let end = (tile + key).saturating_add(window).saturating_sub(first).clamp(start, TILE);
         let row = &mut scores[key * TILE..][..TILE];
@@ -491,7 +494,7 @@ fn hide(
     }
 }
 
-/// The softmax over keys that come tile by tile, for each query of a tile.
+/// The online softmax over tiles of keys, for each query of a tile.
 ///
 /// # Source
 /// Milakov, Gimelshein: Online normalizer calculation for softmax, arXiv 1805.02867, algorithm 3.
@@ -506,13 +509,13 @@ impl OnlineSoftmax {
         Self { scale, largest: [f32::NEG_INFINITY; TILE], total: [0.0; TILE] }
     }
 
-    /// Takes a tile of scores `[keys, queries]`: writes its probabilities in words of keys and
-    /// brings `sums`, `[E, queries]`, to their scale.
+    /// Adds a tile of scores `[keys, queries]`: writes its probabilities as words of adjacent keys, and
+    /// rescales `sums`, `[E, queries]`, to the new maximum.
     ///
     /// # Safety
-    /// The processor can.
-    #[expect(unsafe_code, reason = "for certain processors")]
-    #[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
+    /// The CPU must support the kernel.
+    #[expect(unsafe_code, reason = "needs certain CPU features")]
+    #[expect(clippy::inline_always, reason = "inlined into functions with target features")]
     #[inline(always)]
     unsafe fn add<K: MicroKernel>(
         &mut self,
@@ -530,7 +533,7 @@ impl OnlineSoftmax {
         let mut changed = false;
         for ((old, new), correction) in self.largest.iter_mut().zip(largest).zip(&mut correction) {
             let new = new * self.scale;
-            // A query that has seen nothing yet keeps its sums, which are zero.
+            // A query that has attended to nothing yet keeps its sums, which are zero.
             if new > *old {
                 *correction = exp::<true>(*old - new);
                 *old = new;
@@ -543,7 +546,7 @@ impl OnlineSoftmax {
                 *total *= correction;
             }
         }
-        // Hidden scores are -∞; a query that sees nothing subtracts 0, not -∞, from them.
+        // Masked scores are −∞; a query with only those subtracts 0 from them instead of −∞.
         let subtract = self.largest.map(|largest| if largest < f32::MIN { 0.0 } else { largest });
         let (scale, total) = (self.scale, &mut self.total);
         let words = words.chunks_exact_mut(2 * TILE / K::PER_WORD);
@@ -560,21 +563,21 @@ impl OnlineSoftmax {
                 for (total, (low, high)) in total[lane..].iter_mut().zip(p_low.iter().zip(p_high)) {
                     *total += low + high;
                 }
-                // SAFETY: the caller's.
+                // SAFETY: the caller's contract.
                 let p = unsafe { [K::round(&p_low), K::round(&p_high)] };
                 store_words::<K>(&p, &mut words[lane..]);
             }
         }
     }
 
-    /// Returns the logarithm of the denominators.
+    /// Returns the logarithms of the denominators.
     fn logsumexp(&self) -> [f32; TILE] {
         std::array::from_fn(|query| self.largest[query] + self.total[query].ln())
     }
 }
 
 /// Multiplies each column of `[rows, TILE]` by its factor.
-#[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
+#[expect(clippy::inline_always, reason = "inlined into functions with target features")]
 #[inline(always)]
 fn scale_columns(matrix: &mut [f32], factors: &[f32; TILE]) {
     for row in matrix.chunks_exact_mut(TILE) {
@@ -584,14 +587,15 @@ fn scale_columns(matrix: &mut [f32], factors: &[f32; TILE]) {
     }
 }
 
-/// For two keys: probabilities `p`, `ds = p ∘ (dp − delta)`, and the latter once more as words of keys.
+/// For two keys, computes probabilities `p` and score gradients `ds = p ∘ (dp − delta)`, the latter also
+/// as words of adjacent keys.
 ///
 /// # Safety
-/// The processor can.
-#[expect(unsafe_code, reason = "for certain processors")]
-#[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
+/// The CPU must support the kernel.
+#[expect(unsafe_code, reason = "needs certain CPU features")]
+#[expect(clippy::inline_always, reason = "inlined into functions with target features")]
 #[inline(always)]
-unsafe fn gradients_of_scores<K: MicroKernel>(
+unsafe fn score_gradients<K: MicroKernel>(
     [scores, d_scores]: [&[f32]; 2],
     scale: f32,
     lse: &[f32; TILE],
@@ -609,7 +613,7 @@ unsafe fn gradients_of_scores<K: MicroKernel>(
                 probability[query] = exp::<true>(score[query] * scale - lse[query]);
                 d[query] = probability[query] * (d_score[query] - delta[query]);
             }
-            // SAFETY: the caller's.
+            // SAFETY: the caller's contract.
             let (probability, d) = unsafe { (K::round(&probability), K::round(&d)) };
             p[key + lane..][..LANES].copy_from_slice(&probability);
             ds[key + lane..][..LANES].copy_from_slice(&d);
@@ -619,14 +623,14 @@ unsafe fn gradients_of_scores<K: MicroKernel>(
     }
 }
 
-#[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
+#[expect(clippy::inline_always, reason = "inlined into functions with target features")]
 #[inline(always)]
 fn lanes(values: &[f32], first: usize) -> &[f32; LANES] {
     values[first..].first_chunk().expect("tiles are whole registers")
 }
 
-/// Stores two rows as words of neighbours: one row of pairs, or two a tile apart.
-#[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
+/// Stores two rows as words: in bf16 one row of pairs, in fp32 two rows.
+#[expect(clippy::inline_always, reason = "inlined into functions with target features")]
 #[inline(always)]
 fn store_words<K: MicroKernel>(rows: &[[K::Number; LANES]; 2], to: &mut [u32]) {
     for (word, rows) in rows.chunks_exact(K::PER_WORD).enumerate() {
@@ -646,14 +650,14 @@ struct Rows {
     width: usize,
 }
 
-#[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
+#[expect(clippy::inline_always, reason = "inlined into functions with target features")]
 impl Rows {
     #[inline(always)]
     fn row<'a, E>(&self, from: &'a [E], row: usize) -> &'a [E] {
         &from[(self.start + row) * self.stride + self.column..][..self.width]
     }
 
-    /// Returns rows as words, where they lie if they are words there.
+    /// Returns rows as words, in place if they can be read as such.
     #[inline(always)]
     fn words<'a, E: Element, K: MicroKernel>(
         &self,
@@ -672,11 +676,11 @@ impl Rows {
         Words { data: packed, stride: self.width / K::PER_WORD }
     }
 
-    /// Packs up to [`TILE`] rows as columns of words, `[words, TILE]`; what is missing is zero.
+    /// Packs up to [`TILE`] rows as columns of words, `[words, TILE]`; missing rows are zero.
     ///
     /// # Safety
-    /// The processor can.
-    #[expect(unsafe_code, reason = "for certain processors")]
+    /// The CPU must support the kernel.
+    #[expect(unsafe_code, reason = "needs certain CPU features")]
     #[inline(always)]
     unsafe fn pack_columns<E: Element, K: MicroKernel>(
         &self,
@@ -686,29 +690,30 @@ impl Rows {
     ) {
         let width = self.width / K::PER_WORD;
         to.set_zero(width * TILE);
-        let mut block = [0; SIDE * SIDE];
-        for row in (0..count).step_by(SIDE) {
-            let rows = SIDE.min(count - row);
-            for column in (0..width).step_by(SIDE) {
+        let mut block = [0; BLOCK_SIDE * BLOCK_SIDE];
+        for row in (0..count).step_by(BLOCK_SIDE) {
+            let rows = BLOCK_SIDE.min(count - row);
+            for column in (0..width).step_by(BLOCK_SIDE) {
                 let to = &mut to[column * TILE + row..];
                 if K::reads::<E>() {
                     let at = (self.start + row) * self.stride + self.column;
                     let from = &words_of(&from[at..])[column..];
-                    // SAFETY: the caller's.
+                    // SAFETY: the caller's contract.
                     unsafe { transpose_block(from, self.stride / K::PER_WORD, rows, to, TILE) };
                 } else {
-                    for (index, block) in block.chunks_exact_mut(SIDE).enumerate().take(rows) {
+                    for (index, block) in block.chunks_exact_mut(BLOCK_SIDE).enumerate().take(rows)
+                    {
                         let from = &self.row(from, row + index)[column * K::PER_WORD..];
                         write_words::<E, K>(from, block);
                     }
-                    // SAFETY: the caller's.
-                    unsafe { transpose_block(&block, SIDE, rows, to, TILE) };
+                    // SAFETY: the caller's contract.
+                    unsafe { transpose_block(&block, BLOCK_SIDE, rows, to, TILE) };
                 }
             }
         }
     }
 
-    /// Packs neighbouring rows as words, `[words, E]`; what is missing is zero.
+    /// Packs adjacent rows as words, `[words, E]`; missing rows are zero.
     #[inline(always)]
     fn pack_words<E: Element, K: MicroKernel>(
         &self,
@@ -718,22 +723,22 @@ impl Rows {
         to: &mut Buffer<u32>,
     ) {
         to.set_zero(padded / K::PER_WORD * self.width);
-        let nothing = [E::default(); WIDEST];
+        let zeros = [E::default(); MAX_HEAD_DIM];
         for (word, to) in to.chunks_exact_mut(self.width).enumerate() {
             let first = word * K::PER_WORD;
             if first >= count {
                 break;
             }
             let second = first + K::PER_WORD - 1;
-            let second = if second < count { self.row(from, second) } else { &nothing };
+            let second = if second < count { self.row(from, second) } else { &zeros };
             interleave::<E, K>(self.row(from, first), second, to);
         }
     }
 
-    /// Rounds the columns of `[E, TILE]` to rows of a matrix.
+    /// Rounds the columns of `[E, TILE]` and stores them as rows of a matrix.
     ///
     /// # Safety
-    /// No other unit may touch those rows of this head, and the processor can.
+    /// No other task may access those rows of this head, and the CPU must support the kernel.
     #[expect(unsafe_code, reason = "see above")]
     #[inline(always)]
     unsafe fn write_transposed<E: Element>(
@@ -742,16 +747,17 @@ impl Rows {
         count: usize,
         to: &Shared<'_, E>,
     ) {
-        let mut block = [0_u32; SIDE * SIDE];
-        for row in (0..count).step_by(SIDE) {
-            for column in (0..self.width).step_by(SIDE) {
+        let mut block = [0_u32; BLOCK_SIDE * BLOCK_SIDE];
+        for row in (0..count).step_by(BLOCK_SIDE) {
+            for column in (0..self.width).step_by(BLOCK_SIDE) {
                 let from = words_of(&columns[column * TILE + row..]);
-                // SAFETY: the caller's.
-                unsafe { transpose_block(from, TILE, SIDE, &mut block, SIDE) };
-                for (index, values) in block.chunks_exact(SIDE).enumerate().take(count - row) {
+                // SAFETY: the caller's contract.
+                unsafe { transpose_block(from, TILE, BLOCK_SIDE, &mut block, BLOCK_SIDE) };
+                for (index, values) in block.chunks_exact(BLOCK_SIDE).enumerate().take(count - row)
+                {
                     let at = (self.start + row + index) * self.stride + self.column + column;
-                    // SAFETY: the caller's.
-                    let to = unsafe { to.range(at..at + SIDE) };
+                    // SAFETY: the caller's contract.
+                    let to = unsafe { to.range(at..at + BLOCK_SIDE) };
                     for (to, &value) in to.iter_mut().zip(values) {
                         *to = E::from_f32(f32::from_bits(value));
                     }
@@ -765,7 +771,7 @@ impl Rows {
 mod tests {
     use half::bf16;
 
-    use super::{Attended, Shape, backward_with, forward_with};
+    use super::{BackwardInputs, Shape, backward_with, forward_with};
     use crate::{
         Element,
         amx::Amx,
@@ -834,13 +840,13 @@ mod tests {
         let mut logsumexp = vec![f32::NAN; positions * shape.heads];
         forward_with::<E, K>(&Serial, shape, lengths, [&q, &k, &v], &mut found, &mut logsumexp);
         let wide = |values: &[E]| values.iter().map(|value| value.to_f32()).collect::<Vec<_>>();
-        // Results, and probabilities on the way, are off by as much.
+        // Both the results and the probabilities are rounded.
         assert_close(&wide(&found), &out, 4.0 * rounding);
         let mut grads =
             [q.len(), k.len(), v.len()].map(|length| vec![E::from_f32(f32::NAN); length]);
-        let attended = Attended { out: &found, logsumexp: &logsumexp, d_out: &d_out };
+        let backward_inputs = BackwardInputs { out: &found, logsumexp: &logsumexp, d_out: &d_out };
         let [a, b, c] = &mut grads;
-        backward_with::<E, K>(&Serial, shape, lengths, [&q, &k, &v], attended, [a, b, c]);
+        backward_with::<E, K>(&Serial, shape, lengths, [&q, &k, &v], backward_inputs, [a, b, c]);
         for (found, exact) in grads.iter().zip([dq, dk, dv]) {
             assert_close(&wide(found), &exact, 8.0 * rounding);
         }
@@ -857,7 +863,7 @@ mod tests {
 
     fn check_shapes<E: Element, K: MicroKernel>(rounding: f64) {
         if !K::is_supported() {
-            eprintln!("skipped: this processor has no {}", std::any::type_name::<K>());
+            eprintln!("skipped: this CPU has no {}", std::any::type_name::<K>());
             return;
         }
         let all = usize::MAX;

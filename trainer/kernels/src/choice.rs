@@ -1,7 +1,7 @@
-//! Which instructions multiply numbers of a type on this machine: the fastest, by measurement.
+//! Chooses the instructions for matrix products on this machine: the fastest, by measurement.
 //!
-//! What a processor says it has does not tell which is fast: on Intel's, `VDPBF16PS` multiplies half
-//! as much in a second as `VFMADD` does in fp32, on AMD's twice as much.
+//! CPU features do not tell which instructions are fast: on Intel CPUs `VDPBF16PS` has half the
+//! throughput of `VFMADD` in fp32, on AMD CPUs twice.
 
 use std::{
     fmt,
@@ -22,25 +22,25 @@ use crate::{
     gemm::{Avx512, Avx512Bf16, MicroKernel, Words},
 };
 
-/// Instructions that multiply.
+/// The instructions of a matrix product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kernel {
     /// Intel AMX with bf16.
     Amx,
     /// AVX-512 with bf16.
     Avx512Bf16,
-    /// AVX-512 with fp32, to which bf16 is widened while it is packed.
+    /// AVX-512 with fp32; bf16 is converted while it is packed.
     Avx512,
 }
 
-/// What multiplies bf16 in this process, as its place in [`Kernel::ALL`] and one, if it was chosen.
+/// The kernel chosen for bf16 in this process: its index in [`Kernel::ALL`] plus one, or 0 for none.
 static CHOSEN: AtomicUsize = AtomicUsize::new(0);
 
 impl Kernel {
-    /// All of them, the widest first.
+    /// All kernels, the widest instructions first.
     pub const ALL: [Self; 3] = [Self::Amx, Self::Avx512Bf16, Self::Avx512];
 
-    /// Returns its name, as reports and the command line have it.
+    /// Returns the name used in reports and on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Amx => "amx",
@@ -49,7 +49,7 @@ impl Kernel {
         }
     }
 
-    /// Tells whether this processor has the instructions.
+    /// Reports whether this CPU has the instructions.
     pub fn is_supported(self) -> bool {
         match self {
             Self::Amx => Amx::is_supported(),
@@ -58,20 +58,20 @@ impl Kernel {
         }
     }
 
-    /// Makes it multiply bf16 in this process from now on, whatever is fastest.
+    /// Makes this the kernel for bf16 in this process, even if it is not the fastest.
     ///
     /// # Errors
-    /// If this processor cannot.
+    /// If this CPU lacks the instructions.
     pub fn choose(self) -> Result<(), String> {
         if !self.is_supported() {
-            return Err(format!("this processor lacks the instructions of {self}"));
+            return Err(format!("this CPU lacks the instructions of the kernel {self}"));
         }
-        let place = Self::ALL.into_iter().position(|kernel| kernel == self);
-        CHOSEN.store(place.map_or(0, |place| place + 1), Ordering::Relaxed);
+        let index = Self::ALL.into_iter().position(|kernel| kernel == self);
+        CHOSEN.store(index.map_or(0, |index| index + 1), Ordering::Relaxed);
         Ok(())
     }
 
-    /// Returns the numbers it multiplies in a second, measured some 20 microseconds long.
+    /// Measures its throughput for some 20 microseconds, in multiplications per second.
     fn measure(self) -> f64 {
         match self {
             Self::Amx => measure::<Amx>(),
@@ -93,39 +93,39 @@ impl FromStr for Kernel {
     fn from_str(name: &str) -> Result<Self, String> {
         let found = Self::ALL.into_iter().find(|kernel| kernel.name() == name);
         let names = || Self::ALL.map(Self::name).join(", ");
-        found.ok_or_else(|| format!("{name:?} is no kernel, must be one of {}", names()))
+        found.ok_or_else(|| format!("{name:?} is not a kernel, must be one of {}", names()))
     }
 }
 
-/// A type whose products are ours on some machines.
-pub trait Multiplied: Element {
-    /// Returns what multiplies it here, if anything of ours does.
+/// An element type of matrix products.
+pub trait GemmElement: Element {
+    /// Returns the kernel for this type on this machine; `None` if none of ours is supported.
     fn kernel() -> Option<Kernel>;
 }
 
-impl Multiplied for f32 {
+impl GemmElement for f32 {
     fn kernel() -> Option<Kernel> {
         Avx512::is_supported().then_some(Kernel::Avx512)
     }
 }
 
-impl Multiplied for bf16 {
+impl GemmElement for bf16 {
     fn kernel() -> Option<Kernel> {
         static FASTEST: LazyLock<Option<Kernel>> = LazyLock::new(fastest);
         match CHOSEN.load(Ordering::Relaxed) {
             0 => *FASTEST,
-            place => Some(Kernel::ALL[place - 1]),
+            index => Some(Kernel::ALL[index - 1]),
         }
     }
 }
 
-/// Calls with `$K` as the type of the kernel that multiplies numbers of type `$E`.
+/// Evaluates an expression with `$K` as the micro-kernel for elements of type `$E`.
 ///
 /// # Panics
 /// If there is none.
 macro_rules! by_kernel {
     ($E:ty, $K:ident => $call:expr) => {
-        match <$E as $crate::choice::Multiplied>::kernel() {
+        match <$E as $crate::choice::GemmElement>::kernel() {
             Some($crate::choice::Kernel::Amx) => {
                 type $K = $crate::amx::Amx;
                 $call
@@ -138,23 +138,23 @@ macro_rules! by_kernel {
                 type $K = $crate::gemm::Avx512;
                 $call
             }
-            None => panic!("no kernel of ours multiplies on this processor"),
+            None => panic!("none of our kernels multiplies on this CPU"),
         }
     };
 }
 
 pub(crate) use by_kernel;
 
-/// Rows, words and columns of the product that is measured: its operands stay in the first cache.
+/// Rows, words and columns of the measured product, whose operands fit in the L1 cache.
 const MEASURED: [usize; 3] = [32, 64, 48];
-/// Measurements of each kernel, in turn; the fastest counts, for a machine is never faster than it is.
+/// Measurements of each kernel, in turn; the fastest counts, as noise only slows a kernel down.
 const ROUNDS: usize = 8;
 /// Products in one measurement.
 const PRODUCTS: usize = 16;
 
-/// Returns the kernel that multiplies most bf16 numbers in a second.
+/// Returns the kernel with the highest bf16 throughput.
 ///
-/// They differ by a factor of two and more, so that noise does not change the choice.
+/// Kernels differ by a factor of two or more, so that noise does not change the choice.
 fn fastest() -> Option<Kernel> {
     let mut candidates: Vec<(Kernel, f64)> = Kernel::ALL
         .into_iter()
@@ -170,7 +170,7 @@ fn fastest() -> Option<Kernel> {
     fastest.map(|(kernel, _)| kernel)
 }
 
-/// Returns the numbers multiplied in a second.
+/// Returns the multiplications per second.
 fn measure<K: MicroKernel>() -> f64 {
     let [rows, words, columns] = MEASURED;
     let one = K::word(1.0_f32, 1.0);
@@ -178,8 +178,8 @@ fn measure<K: MicroKernel>() -> f64 {
     let mut sums = vec![0.0; rows * columns];
     let started = Instant::now();
     for _ in 0..PRODUCTS {
-        #[expect(unsafe_code, reason = "for certain processors")]
-        // SAFETY: the processor was asked.
+        #[expect(unsafe_code, reason = "needs certain CPU features")]
+        // SAFETY: the CPU was checked.
         unsafe {
             let (left, right) =
                 (Words { data: &left, stride: words }, Words { data: &right, stride: columns });
@@ -196,10 +196,10 @@ fn measure<K: MicroKernel>() -> f64 {
 mod tests {
     use half::bf16;
 
-    use super::{CHOSEN, Kernel, Multiplied, Ordering, fastest};
+    use super::{CHOSEN, GemmElement, Kernel, Ordering, fastest};
 
     #[test]
-    fn the_fastest_is_one_that_the_processor_has_and_amx_where_it_has_that() {
+    fn the_fastest_kernel_is_supported_and_is_amx_if_available() {
         let fastest = fastest();
         assert!(fastest.is_none_or(Kernel::is_supported));
         assert_eq!(fastest.is_none(), !Kernel::ALL.into_iter().any(Kernel::is_supported));
@@ -209,16 +209,16 @@ mod tests {
     }
 
     #[test]
-    fn names_are_read_as_they_are_written() {
+    fn names_parse_as_they_are_printed() {
         for kernel in Kernel::ALL {
             assert_eq!(kernel.to_string().parse(), Ok(kernel));
         }
         let error = "sse2".parse::<Kernel>().unwrap_err();
-        assert_eq!(error, "\"sse2\" is no kernel, must be one of amx, avx512-bf16, avx512");
+        assert_eq!(error, "\"sse2\" is not a kernel, must be one of amx, avx512-bf16, avx512");
     }
 
     #[test]
-    fn what_is_chosen_multiplies_and_what_is_not_there_cannot_be_chosen() {
+    fn a_supported_kernel_can_be_chosen_and_an_unsupported_one_cannot() {
         for kernel in Kernel::ALL {
             match kernel.choose() {
                 Ok(()) => assert_eq!(bf16::kernel(), Some(kernel)),

@@ -44,7 +44,7 @@ versions! {
 }
 
 /// Returns the largest logit and `Σ e^(logit − largest)`.
-#[expect(clippy::inline_always, reason = "called in every version of a kernel")]
+#[expect(clippy::inline_always, reason = "inlined into every version of a kernel")]
 #[inline(always)]
 fn normalizer<E: Element, const FUSED: bool>(row: &[E]) -> (f32, f32) {
     let (runs, rest) = row.as_chunks::<32>();
@@ -60,7 +60,7 @@ fn normalizer<E: Element, const FUSED: bool>(row: &[E]) -> (f32, f32) {
     (largest, sum::of(row, |x| exp::<FUSED>(x - largest)))
 }
 
-#[expect(clippy::inline_always, reason = "called in every version of a kernel")]
+#[expect(clippy::inline_always, reason = "inlined into every version of a kernel")]
 #[inline(always)]
 fn loss_of<E: Element>(label: E, largest: f32, denominator: f32) -> f64 {
     f64::from(denominator).ln() - f64::from(label.to_f32() - largest)
@@ -93,14 +93,14 @@ mod tests {
     }
 
     #[test]
-    fn a_number_that_is_none_stays_one() {
+    fn nan_propagates() {
         let mut logits = vec![1.0_f32, f32::NAN, 2.0];
         assert!(super::backward(&mut logits, &[0]).is_nan());
         assert!(logits.iter().any(|value| value.is_nan()));
     }
 
     #[test]
-    fn no_rows_have_no_loss() {
+    fn zero_rows_have_zero_loss() {
         assert!(super::loss::<f32>(&[], &[]) == 0.0);
     }
 }

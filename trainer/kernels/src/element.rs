@@ -1,18 +1,18 @@
-//! The element types computed with.
+//! The element types of the kernels.
 
 use half::bf16;
 
-/// A number that is stored in its own type and computed with in fp32.
+/// An element type: values are stored in it and computed with in fp32.
 pub trait Element: Copy + Default + Send + Sync + 'static {
-    /// Widens, exactly.
+    /// Converts to fp32, exactly.
     fn to_f32(self) -> f32;
-    /// Rounds to nearest, ties to even.
+    /// Converts from fp32, rounding to nearest, ties to even.
     fn from_f32(value: f32) -> Self;
-    /// Narrows to bf16, to nearest.
+    /// Converts to bf16, rounding to nearest.
     fn to_bf16(self) -> bf16;
 }
 
-#[expect(clippy::inline_always, reason = "called in every version of every kernel")]
+#[expect(clippy::inline_always, reason = "inlined into every version of every kernel")]
 impl Element for f32 {
     #[inline(always)]
     fn to_f32(self) -> f32 {
@@ -30,7 +30,7 @@ impl Element for f32 {
     }
 }
 
-#[expect(clippy::inline_always, reason = "called in every version of every kernel")]
+#[expect(clippy::inline_always, reason = "inlined into every version of every kernel")]
 impl Element for bf16 {
     #[inline(always)]
     fn to_f32(self) -> f32 {
@@ -39,7 +39,7 @@ impl Element for bf16 {
 
     #[inline(always)]
     fn from_f32(value: f32) -> Self {
-        // `half`'s own conversion branches, and a branch keeps a loop from being vectorised.
+        // `half`'s own conversion has a branch, which keeps loops from being vectorised.
         let bits = value.to_bits();
         let rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
         Self::from_bits(if value.is_nan() { 0x7FC0 } else { rounded as u16 })

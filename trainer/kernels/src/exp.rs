@@ -1,11 +1,11 @@
-//! The exponential function, in a form that compilers turn into vector code.
+//! The exponential function, in a form that compilers can vectorise.
 
 use std::f32::consts::LOG2_E;
 
 /// Returns `e^x`; 0 below -87, and `e^88` above 88.
 ///
-/// Within 2 units in the last place of the exact value. `FUSED` computes products and sums in one
-/// instruction, where the processor has one; elsewhere it would be a call of a slow function.
+/// Within 2 units in the last place of the exact value. `FUSED` uses fused multiply-add; on CPUs without
+/// it that would be a slow function call.
 ///
 /// # Source
 /// Range reduction of Cody and Waite with `ln 2` in two parts, and the polynomial of Cephes'
@@ -14,7 +14,7 @@ use std::f32::consts::LOG2_E;
 pub(crate) fn exp<const FUSED: bool>(x: f32) -> f32 {
     /// Adding and subtracting it rounds to a whole number.
     const ROUND: f32 = 12_582_912.0;
-    /// `ln 2` to few enough bits that `n` times it is exact, and the rest.
+    /// `ln 2` in two parts: the first with few enough bits that `n` times it is exact.
     const LN_2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
     let fused = |a: f32, b: f32, c: f32| if FUSED { a.mul_add(b, c) } else { a * b + c };
     let clamped = x.clamp(-87.0, 88.0);

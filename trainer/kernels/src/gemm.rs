@@ -1,9 +1,10 @@
-//! Small matrix products with fp32 sums, out of registers and the first caches; larger ones are made
-//! of their tiles (`matmul`).
+//! Micro-kernels: small matrix products with fp32 sums, in registers and the L1 cache. `matmul` builds
+//! larger products from their tiles.
 //!
 //! # Source
-//! The blocking is the usual one for outer products in registers (Goto, van de Geijn: Anatomy of
-//! High-Performance Matrix Multiplication, 2008); VDPBF16PS multiplies pairs of neighbours.
+//! The register blocking of Goto and BLIS: outer products of a column and a row (Goto, van de Geijn:
+//! Anatomy of High-Performance Matrix Multiplication, 2008). BLIS calls [`MicroKernel::ROWS`] `MR` and
+//! the columns of a panel `NR`. VDPBF16PS multiplies pairs of elements.
 
 use std::{
     arch::x86_64::{
@@ -18,60 +19,62 @@ use half::bf16;
 
 use crate::{Element, versions::Level};
 
-/// Elements of one register.
+/// fp32 elements of one register.
 pub(crate) const LANES: usize = 16;
-/// Rows of one register tile: with two registers each, sums fill half of the registers, with three,
-/// what a register of the right side is read for hides its reading.
+/// Rows of one register tile. With two registers per row, the sums fill half of the registers; with
+/// three, 24 of 32, and each register loaded from the right operand is used often enough to hide the
+/// load.
 pub(crate) const ROWS: usize = 8;
 
-/// A way to multiply: the words it takes, and its innermost loops over them.
+/// A micro-kernel: the format of its operands, and the innermost loops of a product.
 ///
-/// A word has 32 bits: one fp32 number, or two bf16 numbers that are neighbours along the depth.
+/// Operands are made of 32-bit words: one fp32 element, or two bf16 elements that are adjacent along
+/// the depth.
 pub(crate) trait MicroKernel {
-    /// What words are made of.
+    /// The element type of words.
     type Number: Element;
-    /// The numbers of a word.
+    /// Elements of a word.
     const PER_WORD: usize = size_of::<u32>() / size_of::<Self::Number>();
-    /// Rows that are computed at once.
+    /// Rows of a register tile.
     const ROWS: usize;
-    /// Registers side by side that small products compute at once, 3 at most.
+    /// Registers per row of a tile in small products, 3 at most.
     const REGISTERS: usize;
-    /// Panels of one unit of a large product: whole lines of the cache, which units side by side would
-    /// take from each other.
+    /// Panels of one task of a large product. Tasks write whole cache lines, to avoid false sharing.
     const PANELS: usize;
-    /// Whether units one after another share panels, and not rows.
-    const KEEPS_PANELS: bool;
-    /// Depths of panels are filled up with zeros to a multiple of so many words.
+    /// Whether consecutive tasks use the same panels instead of the same rows.
+    const REUSES_PANELS: bool;
+    /// The depth of panels is padded with zeros to a multiple of this many words.
     const STEP: usize;
-    /// Whether the words of a left side's row must lie side by side.
-    const READS_ROWS: bool;
-    /// Tells whether this processor can.
+    /// Whether the words of a row of the left operand must be contiguous.
+    const NEEDS_ROW_MAJOR_LEFT: bool;
+    /// Reports whether this CPU supports the kernel.
     fn is_supported() -> bool;
 
-    /// Joins neighbours, the first in the low half; a word of one has no second.
+    /// Packs adjacent elements into a word, the first one in the low half; an fp32 word has no second.
     fn word<E: Element>(first: E, second: E) -> u32;
 
-    /// Tells whether its words are numbers of a type as they are stored.
+    /// Reports whether a slice of this element type can be read as words without packing.
     fn reads<E: Element>() -> bool {
         size_of::<E>() * Self::PER_WORD == size_of::<u32>()
     }
 
-    /// Rounds a register of numbers.
+    /// Rounds a register of fp32 elements.
     ///
     /// # Safety
-    /// The processor can.
-    #[expect(unsafe_code, reason = "for certain processors")]
+    /// The CPU must support the kernel.
+    #[expect(unsafe_code, reason = "needs certain CPU features")]
     unsafe fn round(values: &[f32; LANES]) -> [Self::Number; LANES];
 
-    /// Computes as many of a tile's rows as there are instructions for, and returns how many.
+    /// Computes as many of a tile's `rows` as one register tile holds, and returns their number. `W` is
+    /// the number of registers per row.
     ///
     /// # Safety
-    /// All of the tile's places must exist, its words be a multiple of [`Self::STEP`], and the
-    /// processor can.
-    #[expect(unsafe_code, reason = "for certain processors")]
-    unsafe fn compute_some<const W: usize, const ADD: bool>(tile: &Tile, rows: usize) -> usize;
+    /// All pointers of the tile must be in bounds, its words a multiple of [`Self::STEP`], and the CPU
+    /// must support the kernel.
+    #[expect(unsafe_code, reason = "needs certain CPU features")]
+    unsafe fn micro_kernel<const W: usize, const ADD: bool>(tile: &Tile, rows: usize) -> usize;
 
-    /// Writes a small product to `c`, or adds it; sizes are rows, words and columns.
+    /// Writes a small product to `c`, or adds it; `sizes` are rows, words and columns.
     ///
     /// # Shapes
     /// As in [`product`].
@@ -80,8 +83,8 @@ pub(crate) trait MicroKernel {
     /// If a matrix is too small.
     ///
     /// # Safety
-    /// The processor can.
-    #[expect(unsafe_code, reason = "for certain processors")]
+    /// The CPU must support the kernel.
+    #[expect(unsafe_code, reason = "needs certain CPU features")]
     unsafe fn product<const ADD: bool>(
         sizes: [usize; 3],
         left: Words<'_>,
@@ -89,41 +92,41 @@ pub(crate) trait MicroKernel {
         c: &mut [f32],
     );
 
-    /// Gives back what this thread holds of the processor's state.
+    /// Releases the CPU state that this thread holds.
     fn release() {}
 }
 
-/// Calls [`MicroKernel::release`] when dropped, at the end of a unit of work.
-pub(crate) struct Held<K: MicroKernel>(PhantomData<K>);
+/// Calls [`MicroKernel::release`] when dropped, at the end of a task.
+pub(crate) struct ReleaseGuard<K: MicroKernel>(PhantomData<K>);
 
-impl<K: MicroKernel> Held<K> {
+impl<K: MicroKernel> ReleaseGuard<K> {
     pub(crate) fn new() -> Self {
         Self(PhantomData)
     }
 }
 
-impl<K: MicroKernel> Drop for Held<K> {
+impl<K: MicroKernel> Drop for ReleaseGuard<K> {
     fn drop(&mut self) {
         K::release();
     }
 }
 
-/// Views numbers as words.
+/// Views elements as words.
 ///
 /// # Panics
-/// If they are no words, or do not start where a word may.
+/// If they are not aligned to words.
 pub(crate) fn words_of<E: Element>(values: &[E]) -> &[u32] {
     assert!(values.as_ptr().addr().is_multiple_of(align_of::<u32>()));
-    #[expect(unsafe_code, reason = "numbers under another name")]
-    // SAFETY: aligned as asserted, inside the slice, and any bits are a u32.
+    #[expect(unsafe_code, reason = "reinterprets elements")]
+    // SAFETY: aligned as asserted, inside the slice, and any bit pattern is a u32.
     unsafe {
         let length = size_of_val(values) / size_of::<u32>();
         std::slice::from_raw_parts(values.as_ptr().cast(), length)
     }
 }
 
-/// Writes the words of two rows' neighbours, or of the first row.
-#[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
+/// Packs two adjacent rows, or the first alone in fp32, into a row of words.
+#[expect(clippy::inline_always, reason = "inlined into functions with target features")]
 #[inline(always)]
 pub(crate) fn interleave<E: Element, K: MicroKernel>(first: &[E], second: &[E], to: &mut [u32]) {
     for ((to, &first), &second) in to.iter_mut().zip(first).zip(second) {
@@ -131,8 +134,8 @@ pub(crate) fn interleave<E: Element, K: MicroKernel>(first: &[E], second: &[E], 
     }
 }
 
-/// Writes the words of a row, as many as there are and room is for.
-#[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
+/// Packs the elements of a row into words, as many as both sides have.
+#[expect(clippy::inline_always, reason = "inlined into functions with target features")]
 #[inline(always)]
 pub(crate) fn write_words<'a, E: Element, K: MicroKernel>(
     row: &[E],
@@ -143,17 +146,17 @@ pub(crate) fn write_words<'a, E: Element, K: MicroKernel>(
     }
 }
 
-/// Multiplies words in registers.
+/// The multiply-add instruction of a micro-kernel.
 trait MultiplyAdd {
-    /// Adds the products of words.
+    /// Returns `sum` plus the products of the words.
     ///
     /// # Safety
-    /// The processor can.
-    #[expect(unsafe_code, reason = "for certain processors")]
+    /// The CPU must support the kernel.
+    #[expect(unsafe_code, reason = "needs certain CPU features")]
     unsafe fn multiply_add(sum: __m512, left: __m512i, right: __m512i) -> __m512;
 }
 
-/// AVX-512 with fp32: `VFMADD`. Numbers of other types are widened while they are packed.
+/// AVX-512 with fp32: `VFMADD`. Elements of other types are converted while they are packed.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Avx512;
 
@@ -161,24 +164,24 @@ pub(crate) struct Avx512;
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Avx512Bf16;
 
-/// Writes the innermost loops of a kernel for processors with some features.
+/// Compiles the innermost loops of a micro-kernel for certain CPU features.
 macro_rules! compiled {
     ($features:literal) => {
         const ROWS: usize = ROWS;
         const REGISTERS: usize = 2;
         const PANELS: usize = 4;
-        const KEEPS_PANELS: bool = false;
+        const REUSES_PANELS: bool = false;
         const STEP: usize = 1;
-        const READS_ROWS: bool = false;
+        const NEEDS_ROW_MAJOR_LEFT: bool = false;
 
-        #[expect(unsafe_code, reason = "for certain processors")]
+        #[expect(unsafe_code, reason = "needs certain CPU features")]
         #[target_feature(enable = $features)]
-        unsafe fn compute_some<const W: usize, const ADD: bool>(tile: &Tile, rows: usize) -> usize {
-            // SAFETY: the caller's.
-            unsafe { tile.compute_some::<Self, W, ADD>(rows) }
+        unsafe fn micro_kernel<const W: usize, const ADD: bool>(tile: &Tile, rows: usize) -> usize {
+            // SAFETY: the caller's contract.
+            unsafe { tile.micro_kernel::<Self, W, ADD>(rows) }
         }
 
-        #[expect(unsafe_code, reason = "for certain processors")]
+        #[expect(unsafe_code, reason = "needs certain CPU features")]
         #[target_feature(enable = $features)]
         unsafe fn product<const ADD: bool>(
             sizes: [usize; 3],
@@ -186,13 +189,13 @@ macro_rules! compiled {
             right: Words<'_>,
             c: &mut [f32],
         ) {
-            // SAFETY: the caller's.
+            // SAFETY: the caller's contract.
             unsafe { product::<Self, ADD>(sizes, left, right, c) }
         }
     };
 }
 
-#[expect(clippy::inline_always, reason = "compiled with their callers' instructions")]
+#[expect(clippy::inline_always, reason = "inlined into functions with target features")]
 impl MicroKernel for Avx512Bf16 {
     type Number = bf16;
 
@@ -206,11 +209,11 @@ impl MicroKernel for Avx512Bf16 {
         first | second << 16
     }
 
-    #[expect(unsafe_code, reason = "for certain processors")]
+    #[expect(unsafe_code, reason = "needs certain CPU features")]
     #[inline(always)]
     unsafe fn round(values: &[f32; LANES]) -> [bf16; LANES] {
-        // SAFETY: the processor can, there are 16 values, and these are the same 256 bits under another
-        // name.
+        // SAFETY: the CPU supports the kernel, there are 16 values, and both types
+        // have the same 256 bits.
         unsafe {
             let rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(values.as_ptr()));
             std::mem::transmute::<__m256bh, [bf16; LANES]>(rounded)
@@ -221,11 +224,11 @@ impl MicroKernel for Avx512Bf16 {
 }
 
 impl MultiplyAdd for Avx512Bf16 {
-    #[expect(unsafe_code, reason = "for certain processors")]
-    #[expect(clippy::inline_always, reason = "compiled with its callers' instructions")]
+    #[expect(unsafe_code, reason = "needs certain CPU features")]
+    #[expect(clippy::inline_always, reason = "inlined into functions with target features")]
     #[inline(always)]
     unsafe fn multiply_add(sum: __m512, left: __m512i, right: __m512i) -> __m512 {
-        // SAFETY: the processor can, and these are the same 512 bits under another name.
+        // SAFETY: the CPU supports the kernel, and these types have the same 512 bits.
         unsafe {
             let [left, right] =
                 [left, right].map(|bits| std::mem::transmute::<__m512i, __m512bh>(bits));
@@ -234,7 +237,7 @@ impl MultiplyAdd for Avx512Bf16 {
     }
 }
 
-#[expect(clippy::inline_always, reason = "compiled with their callers' instructions")]
+#[expect(clippy::inline_always, reason = "inlined into functions with target features")]
 impl MicroKernel for Avx512 {
     type Number = f32;
 
@@ -247,7 +250,7 @@ impl MicroKernel for Avx512 {
         first.to_f32().to_bits()
     }
 
-    #[expect(unsafe_code, reason = "where bf16 needs a certain processor")]
+    #[expect(unsafe_code, reason = "needs certain CPU features in bf16")]
     #[inline(always)]
     unsafe fn round(values: &[f32; LANES]) -> [f32; LANES] {
         *values
@@ -257,11 +260,11 @@ impl MicroKernel for Avx512 {
 }
 
 impl MultiplyAdd for Avx512 {
-    #[expect(unsafe_code, reason = "for certain processors")]
-    #[expect(clippy::inline_always, reason = "compiled with its callers' instructions")]
+    #[expect(unsafe_code, reason = "needs certain CPU features")]
+    #[expect(clippy::inline_always, reason = "inlined into functions with target features")]
     #[inline(always)]
     unsafe fn multiply_add(sum: __m512, left: __m512i, right: __m512i) -> __m512 {
-        // SAFETY: the processor can.
+        // SAFETY: the CPU supports the kernel.
         unsafe { _mm512_fmadd_ps(_mm512_castsi512_ps(left), _mm512_castsi512_ps(right), sum) }
     }
 }
@@ -269,14 +272,14 @@ impl MultiplyAdd for Avx512 {
 /// A matrix of words.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Words<'a> {
-    /// Its first element starts the slice.
+    /// Starts with the first element.
     pub data: &'a [u32],
-    /// From one row to the next.
+    /// The distance of rows, in words.
     pub stride: usize,
 }
 
 impl Words<'_> {
-    /// Returns the matrix without some rows at its start.
+    /// Returns the matrix from `row` on.
     pub(crate) fn below(self, row: usize) -> Self {
         Self { data: &self.data[row * self.stride..], ..self }
     }
@@ -285,17 +288,17 @@ impl Words<'_> {
 /// Writes `left · right` to `c`, or adds it.
 ///
 /// # Shapes
-/// `left` is `[rows, words]`: a word has neighbours along a row. `right` is `[words, columns]`: a word
-/// has neighbours along a column. `c` is `[rows, columns]` with rows `columns` apart, which
-/// is a multiple of [`LANES`].
+/// `left` is `[rows, words]`, where a word packs adjacent elements of a row. `right` is
+/// `[words, columns]`, where a word packs adjacent elements of a column. `c` is `[rows, columns]`,
+/// contiguous, fp32; `columns` is a multiple of [`LANES`].
 ///
 /// # Panics
 /// If a matrix is too small.
 ///
 /// # Safety
-/// The processor can ([`MicroKernel::is_supported`]).
-#[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
-#[expect(unsafe_code, reason = "for certain processors")]
+/// The CPU must support the kernel ([`MicroKernel::is_supported`]).
+#[expect(clippy::inline_always, reason = "inlined into functions with target features")]
+#[expect(unsafe_code, reason = "needs certain CPU features")]
 #[inline(always)]
 pub(crate) unsafe fn product<K: MicroKernel, const ADD: bool>(
     [rows, words, columns]: [usize; 3],
@@ -315,13 +318,13 @@ pub(crate) unsafe fn product<K: MicroKernel, const ADD: bool>(
     let mut column = 0;
     while column < columns {
         let registers = match (columns - column) / LANES {
-            // Two and two take less than three and one.
+            // Two tiles of two registers are faster than one of three and one of one.
             4 => 2,
             more => more.min(K::REGISTERS),
         };
         let mut row = 0;
         while row < rows {
-            let from = Tile {
+            let tile = Tile {
                 words,
                 left: left.data[row * left.stride..].as_ptr(),
                 left_stride: left.stride,
@@ -331,12 +334,12 @@ pub(crate) unsafe fn product<K: MicroKernel, const ADD: bool>(
                 c: c[row * columns + column..].as_mut_ptr(),
                 columns,
             };
-            // SAFETY: the sizes were checked above, and the processor can.
+            // SAFETY: the sizes were checked above, and the CPU supports the kernel.
             unsafe {
                 row += match registers {
-                    1 => K::compute_some::<1, ADD>(&from, rows - row),
-                    2 => K::compute_some::<2, ADD>(&from, rows - row),
-                    _ => K::compute_some::<3, ADD>(&from, rows - row),
+                    1 => K::micro_kernel::<1, ADD>(&tile, rows - row),
+                    2 => K::micro_kernel::<2, ADD>(&tile, rows - row),
+                    _ => K::micro_kernel::<3, ADD>(&tile, rows - row),
                 };
             }
         }
@@ -344,40 +347,40 @@ pub(crate) unsafe fn product<K: MicroKernel, const ADD: bool>(
     }
 }
 
-/// Where a register tile reads and writes.
+/// The memory that a register tile reads and writes.
 #[derive(Debug)]
 pub(crate) struct Tile {
-    /// Words that are multiplied for each sum.
+    /// The depth, in words.
     pub words: usize,
-    /// The first word of the first row.
+    /// The first word of the first row of the left operand.
     pub left: *const u32,
-    /// From one row to the next.
+    /// The distance of rows of the left operand, in words.
     pub left_stride: usize,
-    /// From one word of a row to the next.
+    /// The distance of adjacent words of a row, in words.
     pub left_step: usize,
-    /// The first word of the first column.
+    /// The first word of the first column of the right operand.
     pub right: *const u32,
-    /// From one word of a column to the next.
+    /// The distance of adjacent words of a column, in words.
     pub right_stride: usize,
     /// The first sum.
     pub c: *mut f32,
-    /// From one row of sums to the next.
+    /// The distance of rows of sums, in elements.
     pub columns: usize,
 }
 
-#[expect(clippy::inline_always, reason = "compiled with their callers' instructions")]
+#[expect(clippy::inline_always, reason = "inlined into functions with target features")]
 impl Tile {
-    /// Computes as many rows of `W` registers as there is a tile for, and returns how many.
+    /// Computes as many rows of `W` registers as the largest fitting tile has, and returns their number.
     ///
     /// # Safety
-    /// All of the tile's places must exist, and the processor can.
+    /// All pointers of the tile must be in bounds, and the CPU must support the kernel.
     #[expect(unsafe_code, reason = "the inner loop reads through pointers")]
     #[inline(always)]
-    unsafe fn compute_some<K: MultiplyAdd, const W: usize, const ADD: bool>(
+    unsafe fn micro_kernel<K: MultiplyAdd, const W: usize, const ADD: bool>(
         &self,
         rows: usize,
     ) -> usize {
-        // SAFETY: the caller's.
+        // SAFETY: the caller's contract.
         unsafe {
             match rows {
                 ROWS.. => self.compute::<K, ROWS, W, ADD>(),
@@ -391,13 +394,13 @@ impl Tile {
     /// Computes `M` rows of `W` registers and returns `M`.
     ///
     /// # Safety
-    /// As [`Self::compute_some`]'s.
+    /// As for [`Self::micro_kernel`].
     #[expect(unsafe_code, reason = "the inner loop reads through pointers")]
     #[inline(always)]
     unsafe fn compute<K: MultiplyAdd, const M: usize, const W: usize, const ADD: bool>(
         &self,
     ) -> usize {
-        // SAFETY: the caller's.
+        // SAFETY: the caller's contract.
         unsafe {
             let mut sums = [[_mm512_setzero_ps(); W]; M];
             if ADD {
@@ -454,7 +457,7 @@ mod tests {
 
     fn check<E: Element, K: MicroKernel>() {
         if !K::is_supported() {
-            eprintln!("skipped: this processor has no {}", std::any::type_name::<K>());
+            eprintln!("skipped: this CPU has no {}", std::any::type_name::<K>());
             return;
         }
         for rows in 1..36 {
@@ -470,7 +473,7 @@ mod tests {
         let words = depth / K::PER_WORD;
         let a: Vec<E> = rounded(&numbers(rows * depth, 1));
         let b: Vec<E> = rounded(&numbers(depth * columns, 2));
-        // Rows lie apart, and between them is what must not be read.
+        // Between the rows is memory that must not be read.
         let stride = words + 3;
         let mut left = vec![u32::MAX; rows * stride];
         for (row, to) in left.chunks_mut(stride).enumerate() {
@@ -500,8 +503,8 @@ mod tests {
             (Words { data: &left, stride }, Words { data: &right, stride: columns });
         let sizes = [rows, words, columns];
         for times in [1.0, 2.0] {
-            #[expect(unsafe_code, reason = "for certain processors")]
-            // SAFETY: the processor was asked.
+            #[expect(unsafe_code, reason = "needs certain CPU features")]
+            // SAFETY: the CPU was checked.
             unsafe {
                 if times < 2.0 {
                     K::product::<false>(sizes, left, right, &mut c);

@@ -1,12 +1,12 @@
-//! The trainer's own CPU kernels: what libtorch does slowly, on plain slices.
+//! The trainer's own CPU kernels, on plain slices, for operators that are slow in libtorch.
 //!
-//! Each function works on some rows and knows nothing of tensors or threads; the caller divides
-//! the rows. Arithmetic is fp32 whatever the element type. A row's result depends on that row
-//! alone, so results do not change with the number of threads.
+//! Each function computes some rows and knows nothing of tensors or threads; the caller divides the
+//! rows among threads. Arithmetic is fp32 whatever the element type. The result of a row depends on
+//! that row alone, so results do not change with the number of threads.
 //!
-//! One plain text is compiled for AVX-512, for AVX2 and for any processor (`versions`); only what
-//! multiplies matrices, `attention`, `low_rank` and `matmul`, is written with instructions of its
-//! own: it needs AVX-512, and takes what multiplies bf16 fastest (`choice`).
+//! The same source is compiled for AVX-512, for AVX2 and for the baseline (`versions`). Only the
+//! matrix products, `attention`, `low_rank` and `matmul`, use intrinsics: they need AVX-512, and
+//! multiply bf16 with the fastest instructions of the CPU (`choice`).
 
 mod versions;
 
@@ -42,7 +42,7 @@ pub mod swiglu;
 mod transpose;
 
 #[cfg(target_arch = "x86_64")]
-pub use choice::{Kernel, Multiplied};
+pub use choice::{GemmElement, Kernel};
 pub use element::Element;
 
 #[cfg(test)]

@@ -1,47 +1,46 @@
-//! Products with a factor of low rank: what a LoRA adapter adds to a layer, and its
-//! gradients.
+//! Products with a low-rank factor: a LoRA adapter's update of a layer, and its gradients.
 //!
-//! The long matrix is passed over once and in place. A general product reads and writes it several
-//! times more, and at these shapes it is memory that costs.
+//! These products are limited by memory bandwidth. The large matrix is read once and in place, where a
+//! general product would read and write it several times.
 
 use std::cell::RefCell;
 
 use crate::{
     Element,
     aligned::{Aligned, Buffer},
-    choice::{Multiplied, by_kernel},
-    gemm::{Held, LANES, MicroKernel, Words, interleave, words_of, write_words},
-    matrix::{Matrix, Side},
+    choice::{GemmElement, by_kernel},
+    gemm::{LANES, MicroKernel, ReleaseGuard, Words, interleave, words_of, write_words},
+    matrix::{Matrix, Operand},
     pool::{Pool, Shared},
 };
 
-/// Rows of one unit of [`multiply`].
+/// Rows of one task of [`multiply`].
 const ROWS: usize = 128;
-/// Rows and columns whose sums are kept in the first cache.
-const AT_ONCE: [usize; 2] = [16, 512];
-/// Rows of the long matrix that [`add_outer`] brings into words at once.
+/// Rows and columns of sums that fit in the L1 cache.
+const SUMS_TILE: [usize; 2] = [16, 512];
+/// Rows of the operands that [`add_outer`] packs into words at once.
 const DEPTH: usize = 64;
-/// The most units of [`add_outer`], each with sums of its own.
-const PARTS: usize = 8;
-/// From here on a general product is as good.
-const HIGHEST_RANK: usize = 128;
+/// The largest number of tasks of [`add_outer`], each with its own sums.
+const MAX_TASKS: usize = 8;
+/// With a higher rank, a general product is as fast.
+const MAX_RANK: usize = 128;
 
-/// Tells whether this processor can, for a layer's width and the sum of its adapters' ranks.
-pub fn is_supported<E: Multiplied>(width: usize, rank: usize) -> bool {
+/// Reports whether the kernels support a layer's width and the sum of its adapters' ranks on this CPU.
+pub fn is_supported<E: GemmElement>(width: usize, rank: usize) -> bool {
     width.is_multiple_of(LANES)
         && rank.is_multiple_of(size_of::<u32>() / size_of::<E>())
-        && rank <= HIGHEST_RANK
+        && rank <= MAX_RANK
         && E::kernel().is_some()
 }
 
-/// A matrix that is written to, perhaps some columns of a wider one.
+/// A mutable row-major matrix, which may be a column slice of a wider one.
 #[derive(Debug)]
 pub struct MatrixMut<'a, E> {
-    /// From its first element to its last.
+    /// The elements from the first to the last, including those between rows.
     pub data: &'a mut [E],
-    /// Its columns, `N`.
+    /// The number of columns, `N`.
     pub columns: usize,
-    /// From one row to the next.
+    /// The distance of rows, in elements.
     pub stride: usize,
 }
 
@@ -51,11 +50,11 @@ pub struct MatrixMut<'a, E> {
 /// `left` is `[T, K]`, `to` is `[T, N]`.
 ///
 /// # Panics
-/// If a size is wrong, or the processor cannot ([`is_supported`]).
-pub fn multiply<E: Multiplied, const ADD: bool>(
+/// If a size is wrong, or the CPU is not supported ([`is_supported`]).
+pub fn multiply<E: GemmElement, const ADD: bool>(
     pool: &dyn Pool,
     left: Matrix<'_, E>,
-    factor: Side<'_, E>,
+    factor: Operand<'_, E>,
     scale: f32,
     to: MatrixMut<'_, E>,
 ) {
@@ -65,7 +64,7 @@ pub fn multiply<E: Multiplied, const ADD: bool>(
 fn multiply_with<E: Element, K: MicroKernel, const ADD: bool>(
     pool: &dyn Pool,
     left: Matrix<'_, E>,
-    factor: Side<'_, E>,
+    factor: Operand<'_, E>,
     scale: f32,
     to: MatrixMut<'_, E>,
 ) {
@@ -76,12 +75,15 @@ fn multiply_with<E: Element, K: MicroKernel, const ADD: bool>(
     PACKED.with_borrow_mut(|words| {
         let right = Packed::new::<E, K>(factor, left.columns, columns, words);
         let data = Shared::new(data);
-        pool.run(rows.div_ceil(ROWS), &|unit| {
-            let range = unit * ROWS..rows.min((unit + 1) * ROWS);
-            #[expect(unsafe_code, reason = "units write side by side; for certain processors")]
-            // SAFETY: these rows belong to this unit, and the processor was asked.
+        pool.run(rows.div_ceil(ROWS), &|task| {
+            let range = task * ROWS..rows.min((task + 1) * ROWS);
+            #[expect(
+                unsafe_code,
+                reason = "tasks write to disjoint ranges; needs certain CPU features"
+            )]
+            // SAFETY: these rows belong to this task, and the CPU was checked.
             unsafe {
-                let _held = Held::<K>::new();
+                let _release = ReleaseGuard::<K>::new();
                 let data = data.range(range.start * stride..length.min(range.end * stride));
                 let mut to = MatrixMut { data, columns, stride };
                 right.multiply::<E, K, ADD>(left, range, scale, &mut to);
@@ -93,12 +95,11 @@ fn multiply_with<E: Element, K: MicroKernel, const ADD: bool>(
 /// Adds `leftᵀ · right` to `grad`, fp32.
 ///
 /// # Shapes
-/// `left` is `[T, S]`, `right` is `[T, N]`. `grad` is `[S, N]`, or `[N, S]` if it is
-/// `TRANSPOSED`.
+/// `left` is `[T, R]`, `right` is `[T, N]`. `grad` is `[R, N]`, or `[N, R]` if `TRANSPOSED`.
 ///
 /// # Panics
-/// If a size is wrong, or the processor cannot ([`is_supported`]).
-pub fn add_outer<E: Multiplied, const TRANSPOSED: bool>(
+/// If a size is wrong, or the CPU is not supported ([`is_supported`]).
+pub fn add_outer<E: GemmElement, const TRANSPOSED: bool>(
     pool: &dyn Pool,
     left: Matrix<'_, E>,
     right: Matrix<'_, E>,
@@ -120,19 +121,22 @@ fn add_outer_with<E: Element, K: MicroKernel, const TRANSPOSED: bool>(
     if rows == 0 || grad.is_empty() {
         return;
     }
-    // Parts of a length that does not depend on the number of threads, nor do their sums.
-    let part = rows.div_ceil(PARTS).next_multiple_of(DEPTH).max(DEPTH);
-    let parts = rows.div_ceil(part);
+    // The division into tasks does not depend on the number of threads, so neither does the sum.
+    let rows_per_task = rows.div_ceil(MAX_TASKS).next_multiple_of(DEPTH).max(DEPTH);
+    let tasks = rows.div_ceil(rows_per_task);
     SUMS.with_borrow_mut(|sums| {
-        sums.set_zero(parts * grad.len());
+        sums.set_zero(tasks * grad.len());
         let shared = Shared::new(sums);
-        pool.run(parts, &|unit| {
-            let range = unit * part..rows.min((unit + 1) * part);
-            #[expect(unsafe_code, reason = "units write side by side; for certain processors")]
-            // SAFETY: these sums belong to this unit, and the processor was asked.
+        pool.run(tasks, &|task| {
+            let range = task * rows_per_task..rows.min((task + 1) * rows_per_task);
+            #[expect(
+                unsafe_code,
+                reason = "tasks write to disjoint ranges; needs certain CPU features"
+            )]
+            // SAFETY: these sums belong to this task, and the CPU was checked.
             WORDS.with_borrow_mut(|words| unsafe {
-                let _held = Held::<K>::new();
-                let sums = shared.range(unit * grad.len()..(unit + 1) * grad.len());
+                let _release = ReleaseGuard::<K>::new();
+                let sums = shared.range(task * grad.len()..(task + 1) * grad.len());
                 outer::<E, K>(left, right, range, sums, words);
             });
         });
@@ -149,7 +153,7 @@ fn add_outer_with<E: Element, K: MicroKernel, const TRANSPOSED: bool>(
     });
 }
 
-// Kept by each thread: fresh memory costs page faults, and freeing it stops the other threads.
+// Reused by each thread: fresh memory costs page faults, and freeing it stalls the other threads.
 thread_local! {
     static PACKED: RefCell<Buffer<u32>> = const { RefCell::new(Buffer::new()) };
     static SUMS: RefCell<Buffer<f32>> = const { RefCell::new(Buffer::new()) };
@@ -157,17 +161,17 @@ thread_local! {
         const { RefCell::new([Buffer::new(), Buffer::new()]) };
 }
 
-/// A factor in words, by the depth and `N`, filled up with zeros to whole registers.
+/// A factor packed into words, `[depth, stride]`; columns are padded with zeros to whole registers.
 struct Packed<'a> {
     words: &'a [u32],
-    /// Its rows.
+    /// Rows of words.
     depth: usize,
     stride: usize,
 }
 
 impl<'a> Packed<'a> {
     fn new<E: Element, K: MicroKernel>(
-        factor: Side<'_, E>,
+        factor: Operand<'_, E>,
         depth: usize,
         columns: usize,
         words: &'a mut Buffer<u32>,
@@ -177,7 +181,7 @@ impl<'a> Packed<'a> {
         let depth = depth / K::PER_WORD;
         words.set_zero(depth * stride);
         match factor {
-            Side::Plain(matrix) => {
+            Operand::Plain(matrix) => {
                 for (word, to) in words.chunks_exact_mut(stride).enumerate() {
                     let first = word * K::PER_WORD;
                     let [first, second] =
@@ -185,7 +189,7 @@ impl<'a> Packed<'a> {
                     interleave::<E, K>(first, second, to);
                 }
             }
-            Side::Transposed(matrix) => {
+            Operand::Transposed(matrix) => {
                 for column in 0..columns {
                     let to = words[column..].iter_mut().step_by(stride);
                     write_words::<E, K>(matrix.row(column), to);
@@ -203,26 +207,26 @@ impl<'a> Packed<'a> {
         scale: f32,
         to: &mut MatrixMut<'_, E>,
     ) {
-        let [most_rows, most_columns] = AT_ONCE;
+        let [tile_rows, tile_columns] = SUMS_TILE;
         #[expect(clippy::large_stack_arrays, reason = "32 KiB of a stack of megabytes")]
-        let mut sums = Aligned([0.0; AT_ONCE[0] * AT_ONCE[1]]);
-        let mut widened: Vec<u32> = Vec::new();
+        let mut sums = Aligned([0.0; SUMS_TILE[0] * SUMS_TILE[1]]);
+        let mut packed: Vec<u32> = Vec::new();
         let left = if K::reads::<E>() {
             let data = words_of(&left.data[rows.start * left.stride..]);
             Words { data, stride: left.stride / K::PER_WORD }
         } else {
-            widened.resize(rows.len() * self.depth, 0);
-            for (row, to) in rows.clone().zip(widened.chunks_exact_mut(self.depth.max(1))) {
+            packed.resize(rows.len() * self.depth, 0);
+            for (row, to) in rows.clone().zip(packed.chunks_exact_mut(self.depth.max(1))) {
                 write_words::<E, K>(left.row(row), to);
             }
-            Words { data: &widened, stride: self.depth }
+            Words { data: &packed, stride: self.depth }
         };
-        for row in (0..rows.len()).step_by(most_rows) {
-            let count = most_rows.min(rows.len() - row);
-            for column in (0..self.stride).step_by(most_columns) {
-                let width = most_columns.min(self.stride - column);
-                #[expect(unsafe_code, reason = "for certain processors")]
-                // SAFETY: the processor was asked.
+        for row in (0..rows.len()).step_by(tile_rows) {
+            let count = tile_rows.min(rows.len() - row);
+            for column in (0..self.stride).step_by(tile_columns) {
+                let width = tile_columns.min(self.stride - column);
+                #[expect(unsafe_code, reason = "needs certain CPU features")]
+                // SAFETY: the CPU was checked.
                 unsafe {
                     K::product::<false>(
                         [count, self.depth, width],
@@ -245,7 +249,7 @@ impl<'a> Packed<'a> {
     }
 }
 
-/// Writes `leftᵀ · right` of some rows to `sums`, which are zero.
+/// Adds `leftᵀ · right` of some rows to `sums`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn outer<E: Element, K: MicroKernel>(
     left: Matrix<'_, E>,
@@ -256,29 +260,29 @@ fn outer<E: Element, K: MicroKernel>(
 ) {
     let width = right.columns;
     let depth = DEPTH / K::PER_WORD;
-    left_words.grow(left.columns * depth); // [S, depth]
+    left_words.grow(left.columns * depth); // [R, depth]
     right_words.grow(depth * width);
-    let nothing = vec![E::default(); left.columns.max(width)];
+    let zeros = vec![E::default(); left.columns.max(width)];
     for first in rows.clone().step_by(DEPTH) {
         let count = DEPTH.min(rows.end - first);
-        // A row too few is filled up with zeros.
+        // An odd last row is paired with zeros.
         let words = count.div_ceil(K::PER_WORD);
         for word in 0..words {
-            let both = |of| {
+            let row_pair = |matrix| {
                 let row = first + word * K::PER_WORD;
-                let second = if row + 1 < rows.end { Matrix::row(of, row + 1) } else { &nothing };
-                (Matrix::row(of, row), second)
+                let second = if row + 1 < rows.end { Matrix::row(matrix, row + 1) } else { &zeros };
+                (Matrix::row(matrix, row), second)
             };
-            let (one, other) = both(left);
+            let (one, other) = row_pair(left);
             let to = left_words[word..].iter_mut().step_by(depth);
             to.zip(one.iter().zip(other))
                 .for_each(|(to, (&one, &other))| *to = K::word(one, other));
             let to = &mut right_words[word * width..][..width];
-            let (one, other) = both(right);
+            let (one, other) = row_pair(right);
             interleave::<E, K>(one, other, to);
         }
-        #[expect(unsafe_code, reason = "for certain processors")]
-        // SAFETY: the processor was asked.
+        #[expect(unsafe_code, reason = "needs certain CPU features")]
+        // SAFETY: the CPU was checked.
         unsafe {
             K::product::<true>(
                 [left.columns, words, width],
@@ -299,7 +303,7 @@ mod tests {
         Element,
         amx::Amx,
         gemm::{Avx512, Avx512Bf16, MicroKernel},
-        matrix::{Matrix, Side},
+        matrix::{Matrix, Operand},
         pool::Serial,
         testing::{assert_close, numbers, rounded},
     };
@@ -317,11 +321,11 @@ mod tests {
             .collect()
     }
 
-    fn transposed<E: Element>(of: &[E], columns: usize) -> Vec<E> {
-        (0..of.len())
+    fn transposed<E: Element>(matrix: &[E], columns: usize) -> Vec<E> {
+        (0..matrix.len())
             .map(|index| {
-                let rows = of.len() / columns;
-                of[index % rows * columns + index / rows]
+                let rows = matrix.len() / columns;
+                matrix[index % rows * columns + index / rows]
             })
             .collect()
     }
@@ -330,12 +334,12 @@ mod tests {
     const SHAPES: [[usize; 3]; 6] =
         [[1, 16, 2], [17, 48, 8], [130, 576, 24], [65, 1552, 16], [700, 32, 64], [3, 64, 6]];
 
-    fn can<K: MicroKernel>() -> bool {
-        let can = K::is_supported();
-        if !can {
-            eprintln!("skipped: this processor has no {}", std::any::type_name::<K>());
+    fn is_supported<K: MicroKernel>() -> bool {
+        let is_supported = K::is_supported();
+        if !is_supported {
+            eprintln!("skipped: this CPU has no {}", std::any::type_name::<K>());
         }
-        can
+        is_supported
     }
 
     #[test]
@@ -347,7 +351,7 @@ mod tests {
     }
 
     fn check_products<E: Element, K: MicroKernel>(rounding: f64) {
-        if !can::<K>() {
+        if !is_supported::<K>() {
             return;
         }
         for [rows, width, rank] in SHAPES {
@@ -355,11 +359,12 @@ mod tests {
                 let left: Vec<E> = rounded(&numbers(rows * depth, 1));
                 let right: Vec<E> = rounded(&numbers(depth * columns, 2));
                 let expected = exact(&left, &right, [rows, depth, columns]);
-                let turned = transposed(&right, columns);
+                let flipped = transposed(&right, columns);
                 let plain = Matrix { data: &right, rows: depth, columns, stride: columns };
-                let turned = Matrix { data: &turned, rows: columns, columns: depth, stride: depth };
-                for factor in [Side::Plain(plain), Side::Transposed(turned)] {
-                    // The result lies between other columns, which stay.
+                let flipped =
+                    Matrix { data: &flipped, rows: columns, columns: depth, stride: depth };
+                for factor in [Operand::Plain(plain), Operand::Transposed(flipped)] {
+                    // The result is a column slice; the columns beside it must not change.
                     let (stride, first) = (columns + 5, 3);
                     let before: Vec<E> = rounded(&numbers(rows * stride, 3));
                     for add in [false, true] {
@@ -404,11 +409,11 @@ mod tests {
     }
 
     fn check_gradients<E: Element, K: MicroKernel>() {
-        if !can::<K>() {
+        if !is_supported::<K>() {
             return;
         }
         for [rows, width, rank] in SHAPES {
-            // The left side is a part of a wider matrix.
+            // The left operand is a column slice of a wider matrix.
             let wide: Vec<E> = rounded(&numbers(rows * (rank + 4), 1));
             let left: Vec<E> =
                 wide.chunks(rank + 4).flat_map(|row| &row[2..rank + 2]).copied().collect();
@@ -418,11 +423,11 @@ mod tests {
             let right = Matrix { data: &right, rows, columns: width, stride: width };
             let mut grad = vec![1.0; rank * width];
             add_outer_with::<E, K, false>(&Serial, left, right, &mut grad);
-            let mut turned = vec![1.0; rank * width];
-            add_outer_with::<E, K, true>(&Serial, left, right, &mut turned);
+            let mut flipped = vec![1.0; rank * width];
+            add_outer_with::<E, K, true>(&Serial, left, right, &mut flipped);
             let plus_one: Vec<f64> = expected.iter().map(|value| value + 1.0).collect();
             assert_close(&grad, &plus_one, 1e-5);
-            for (index, value) in turned.iter().enumerate() {
+            for (index, value) in flipped.iter().enumerate() {
                 assert!((value - grad[index % rank * width + index / rank]).abs() < 1e-9);
             }
         }

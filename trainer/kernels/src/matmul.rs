@@ -1,50 +1,52 @@
-//! Products of large matrices with fp32 sums: what linear layers compute forward and backward.
+//! Products of large matrices with fp32 sums, for the forward and backward passes of linear layers.
 //!
-//! The right side is brought into panels of words that the second cache holds, the left side is read
-//! where it lies unless it is to be transposed, and register tiles (`gemm`) do the rest. Sums of
-//! several products, fp32 gradients and biases need no pass of their own.
+//! The right operand is packed into panels that fit in the L2 cache. The left operand is read in place
+//! unless it is transposed. Register tiles (`gemm`) compute the product. Sums of several products,
+//! fp32 gradients and biases need no extra pass.
+//!
+//! In BLIS's terms [`BLOCK`] is `MC`, [`DEPTH`] is `KC`, and [`PACKED`] bounds `KC · NC`.
 //!
 //! # Source
-//! Goto, van de Geijn: Anatomy of High-Performance Matrix Multiplication, 2008, without its blocks of
-//! the left side: rows are read ahead by the processor itself.
+//! Goto, van de Geijn: Anatomy of High-Performance Matrix Multiplication, 2008. Differs: the left
+//! operand is not packed into blocks, because the hardware prefetches its rows.
 
 use std::{cell::RefCell, ops::Range};
 
 use crate::{
     Element,
     aligned::Buffer,
-    choice::{Multiplied, by_kernel},
-    gemm::{Held, LANES, MicroKernel, Tile},
-    matrix::Side,
+    choice::{GemmElement, by_kernel},
+    gemm::{LANES, MicroKernel, ReleaseGuard, Tile},
+    matrix::Operand,
     pack::{PANEL, Packed, Term, depth_of, in_place, pack, part, prefetch},
     pool::{Pool, Shared},
 };
 
-/// Rows of one unit.
+/// Rows of one task.
 const BLOCK: usize = 64;
-/// Words of a panel's columns multiplied at once: 384 KiB stay in the second cache.
+/// Words of depth that are multiplied before the next ones: 384 KiB of a panel stay in the L2 cache.
 const DEPTH: usize = 2048;
-/// Words in panels at once, 4 MiB, unless that leaves less than [`UNITS`] units.
+/// Words that are packed into panels at once, 4 MiB, unless that leaves fewer than [`MIN_TASKS`] tasks.
 const PACKED: usize = 1 << 20;
-/// The least units to divide work into.
-const UNITS: usize = 8;
+/// The least number of tasks.
+const MIN_TASKS: usize = 8;
 
-/// Tells whether this processor can.
-pub fn is_supported<E: Multiplied>() -> bool {
+/// Reports whether this CPU supports these products.
+pub fn is_supported<E: GemmElement>() -> bool {
     E::kernel().is_some()
 }
 
-/// Where a product goes, `[M, N]`, row by row.
+/// The destination of a product, `[M, N]`, row-major.
 #[derive(Debug)]
 pub enum Target<'a, E> {
-    /// It is written, with a bias `[N]` if there is one.
+    /// The product is written, plus a bias `[N]` if there is one.
     Write(&'a mut [E], Option<&'a [E]>),
-    /// It is kept in fp32: added to what is there, or written over it.
+    /// The product is added to fp32 sums, or overwrites them.
     Sum {
-        /// Where.
+        /// The sums.
         to: &'a mut [f32],
-        /// Whether it is added.
-        is_added: bool,
+        /// Whether the product is added.
+        accumulate: bool,
     },
 }
 
@@ -52,28 +54,28 @@ impl<E> Target<'_, E> {
     fn split_at(self, index: usize) -> (Self, Self) {
         match self {
             Self::Write(to, bias) => {
-                let (some, rest) = to.split_at_mut(index);
-                (Target::Write(some, bias), Target::Write(rest, bias))
+                let (head, rest) = to.split_at_mut(index);
+                (Target::Write(head, bias), Target::Write(rest, bias))
             }
-            Self::Sum { to, is_added } => {
-                let (some, rest) = to.split_at_mut(index);
-                (Target::Sum { to: some, is_added }, Target::Sum { to: rest, is_added })
+            Self::Sum { to, accumulate } => {
+                let (head, rest) = to.split_at_mut(index);
+                (Target::Sum { to: head, accumulate }, Target::Sum { to: rest, accumulate })
             }
         }
     }
 }
 
-/// Computes the sum of some products.
+/// Computes the sum of one or more products.
 ///
 /// # Shapes
-/// Every product is of `[M, K]` and `[K, N]`; their `K` may differ. In bf16 it is even where a left
-/// side is plain or a right side to be transposed: what lies in pairs is read in pairs.
+/// The terms are `[M, K] · [K, N]`; their `K` may differ. In bf16, `K` must be even if the left operand
+/// is plain or the right one transposed, because pairs along a row are read as words.
 ///
 /// # Panics
-/// If a size is wrong, or the processor cannot ([`is_supported`]).
-pub fn multiply<E: Multiplied>(
+/// If a size is wrong, or the CPU is not supported ([`is_supported`]).
+pub fn multiply<E: GemmElement>(
     pool: &dyn Pool,
-    terms: &[(Side<'_, E>, Side<'_, E>)],
+    terms: &[(Operand<'_, E>, Operand<'_, E>)],
     size: [usize; 2],
     to: Target<'_, E>,
 ) {
@@ -95,28 +97,28 @@ fn multiply_with<E: Element, K: MicroKernel>(
     }
     let depth: usize = terms.iter().map(depth_of::<E, K>).sum();
     if rows * columns + PACKED < depth * K::PANELS * PANEL {
-        return multiply_deep::<E, K>(pool, terms, [rows, columns], to);
+        return multiply_split_k::<E, K>(pool, terms, [rows, columns], to);
     }
-    let is_packed = terms.iter().any(|term| in_place::<E, K>(term).is_none());
-    let at_once = if is_packed {
-        // What is packed of left sides takes 8 MiB at most.
-        (2 * PACKED / depth.max(1) / BLOCK * BLOCK).max(UNITS * BLOCK)
+    let packs_left = terms.iter().any(|term| in_place::<E, K>(term).is_none());
+    let rows_at_once = if packs_left {
+        // The packed left operands take 8 MiB at most.
+        (2 * PACKED / depth.max(1) / BLOCK * BLOCK).max(MIN_TASKS * BLOCK)
     } else {
         rows
     };
-    for first in (0..rows).step_by(at_once) {
-        let range = first..rows.min(first + at_once);
+    for first in (0..rows).step_by(rows_at_once) {
+        let range = first..rows.min(first + rows_at_once);
         let terms: Vec<_> =
             terms.iter().map(|&(left, right)| (left.rows(range.clone()), right)).collect();
-        let (some, rest) = to.split_at(range.len() * columns);
-        multiply_at_once::<E, K>(pool, &terms, [range.len(), columns], some);
+        let (head, rest) = to.split_at(range.len() * columns);
+        multiply_packed::<E, K>(pool, &terms, [range.len(), columns], head);
         to = rest;
     }
 }
 
-/// Multiplies what has fewer sums than panels would have words, as the gradient of a head's input:
-/// some of the depth after the other.
-fn multiply_deep<E: Element, K: MicroKernel>(
+/// Computes products whose depth is large compared to their size, such as the input gradient of the
+/// head, by adding up slices of the depth (split-K, one slice after the other).
+fn multiply_split_k<E: Element, K: MicroKernel>(
     pool: &dyn Pool,
     terms: &[Term<'_, E>],
     [rows, columns]: [usize; 2],
@@ -128,19 +130,19 @@ fn multiply_deep<E: Element, K: MicroKernel>(
             for first in (0..depth).step_by(DEPTH * K::PER_WORD) {
                 let range = first..depth.min(first + DEPTH * K::PER_WORD);
                 let terms = [(left.columns(range.clone()), right.rows(range))];
-                let target = Target::Sum { to: sums, is_added: true };
-                multiply_at_once::<E, K>(pool, &terms, [rows, columns], target);
+                let target = Target::Sum { to: sums, accumulate: true };
+                multiply_packed::<E, K>(pool, &terms, [rows, columns], target);
             }
         }
     };
     match to {
-        Target::Sum { to, is_added } => {
-            if !is_added {
+        Target::Sum { to, accumulate } => {
+            if !accumulate {
                 to.fill(0.0);
             }
             add(to);
         }
-        Target::Write(to, bias) => DEEP_SUMS.with_borrow_mut(|sums| {
+        Target::Write(to, bias) => SPLIT_K_SUMS.with_borrow_mut(|sums| {
             sums.clear();
             sums.resize(rows * columns, 0.0);
             add(sums);
@@ -151,8 +153,8 @@ fn multiply_deep<E: Element, K: MicroKernel>(
     }
 }
 
-/// Multiplies with all of the left side at once.
-fn multiply_at_once<E: Element, K: MicroKernel>(
+/// Computes products whose left operands are packed all at once.
+fn multiply_packed<E: Element, K: MicroKernel>(
     pool: &dyn Pool,
     terms: &[Term<'_, E>],
     [rows, columns]: [usize; 2],
@@ -161,21 +163,22 @@ fn multiply_at_once<E: Element, K: MicroKernel>(
     let to = Output::new(to, [rows, columns]);
     let depth: usize = terms.iter().map(depth_of::<E, K>).sum();
     let blocks = rows.div_ceil(BLOCK);
-    let at_once = (PACKED / (depth * PANEL).max(1)).max(UNITS.div_ceil(blocks) * K::PANELS);
+    let panels_at_once =
+        (PACKED / (depth * PANEL).max(1)).max(MIN_TASKS.div_ceil(blocks) * K::PANELS);
     let panels = columns.div_ceil(PANEL);
-    PACKED_SIDES.with_borrow_mut(|[left, right]| {
-        for first in (0..panels).step_by(at_once) {
-            let chunk = first * PANEL..columns.min((first + at_once) * PANEL);
+    PACKED_OPERANDS.with_borrow_mut(|[left, right]| {
+        for first in (0..panels).step_by(panels_at_once) {
+            let chunk = first * PANEL..columns.min((first + panels_at_once) * PANEL);
             pack::<E, K>(pool, terms, chunk.clone(), [left, right], first == 0);
             let lefts = Packed::of_terms::<E, K>(terms, rows, left);
             let (groups, size) = (chunk.len().div_ceil(K::PANELS * PANEL), depth * PANEL);
-            pool.run(blocks * groups, &|unit| {
-                let _held = Held::<K>::new();
-                // Neighbours share what then stays in the second cache.
-                let (block, group) = if K::KEEPS_PANELS {
-                    (unit % blocks, unit / blocks)
+            pool.run(blocks * groups, &|task| {
+                let _release = ReleaseGuard::<K>::new();
+                // Consecutive tasks share the operand that then stays in the L2 cache.
+                let (block, group) = if K::REUSES_PANELS {
+                    (task % blocks, task / blocks)
                 } else {
-                    (unit / groups, unit % groups)
+                    (task / groups, task % groups)
                 };
                 let rows = block * BLOCK..rows.min((block + 1) * BLOCK);
                 let columns = part(&chunk, group * K::PANELS * PANEL, K::PANELS * PANEL);
@@ -184,10 +187,10 @@ fn multiply_at_once<E: Element, K: MicroKernel>(
                     let panel = &right[panel..panel + size];
                     #[expect(
                         unsafe_code,
-                        reason = "units write side by side; for certain processors"
+                        reason = "tasks write to disjoint ranges; needs certain CPU features"
                     )]
-                    // SAFETY: these rows of these columns belong to this unit, and the processor
-                    // was asked.
+                    // SAFETY: these rows of these columns belong to this task, and the CPU
+                    // was checked.
                     unsafe {
                         multiply_panel::<E, K>(
                             &lefts,
@@ -203,11 +206,11 @@ fn multiply_at_once<E: Element, K: MicroKernel>(
     });
 }
 
-/// Multiplies some rows with a panel.
+/// Multiplies some rows by a panel.
 ///
 /// # Safety
-/// No other unit that runs at the same time may have the same rows and columns.
-#[expect(unsafe_code, reason = "units write side by side")]
+/// No other task that runs at the same time may write the same rows and columns.
+#[expect(unsafe_code, reason = "tasks write to disjoint ranges")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 unsafe fn multiply_panel<E: Element, K: MicroKernel>(
     lefts: &[Packed<'_>],
@@ -218,25 +221,25 @@ unsafe fn multiply_panel<E: Element, K: MicroKernel>(
 ) {
     SUMS.with_borrow_mut(|sums| {
         sums.grow(BLOCK * PANEL);
-        // Unless depths are divided, sums go from the first cache to where they belong.
-        let at_once = if panel.len() <= DEPTH * PANEL { K::ROWS } else { BLOCK };
-        for start in (0..rows.len()).step_by(at_once) {
-            let rows = part(&rows, start, at_once);
-            // SAFETY: the caller's.
+        // Unless the depth is divided, sums go straight from the L1 cache to the destination.
+        let rows_at_once = if panel.len() <= DEPTH * PANEL { K::ROWS } else { BLOCK };
+        for start in (0..rows.len()).step_by(rows_at_once) {
+            let rows = part(&rows, start, rows_at_once);
+            // SAFETY: the caller's contract.
             unsafe {
                 to.prefetch(rows.clone(), columns.clone());
                 sum::<K>(lefts, panel, rows.clone(), columns.len(), sums);
-                to.take(sums, rows, columns.clone());
+                to.store(sums, rows, columns.clone());
             }
         }
     });
 }
 
-// Kept by each thread: fresh memory costs page faults, and freeing it stops the other threads.
+// Reused by each thread: fresh memory costs page faults, and freeing it stalls the other threads.
 thread_local! {
-    static PACKED_SIDES: RefCell<[Buffer<u32>; 2]> =
+    static PACKED_OPERANDS: RefCell<[Buffer<u32>; 2]> =
         const { RefCell::new([Buffer::new(), Buffer::new()]) };
-    static DEEP_SUMS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    static SPLIT_K_SUMS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
     static SUMS: RefCell<Buffer<f32>> = const { RefCell::new(Buffer::new()) };
 }
 
@@ -244,19 +247,19 @@ fn check<E: Element, K: MicroKernel>((left, right): Term<'_, E>, [rows, columns]
     let ([left_rows, depth], [right_depth, right_columns]) = (left.size(), right.size());
     assert_eq!((left_rows, right_depth, right_columns), (rows, depth, columns));
     for side in [left, right] {
-        let (Side::Plain(matrix) | Side::Transposed(matrix)) = side;
+        let (Operand::Plain(matrix) | Operand::Transposed(matrix)) = side;
         matrix.check();
     }
-    // These have their words along rows, and are read or moved as such.
-    if let Side::Plain(matrix) = left {
+    // The words of these operands lie along rows, and are read as such.
+    if let Operand::Plain(matrix) = left {
         matrix.check_words(K::PER_WORD);
     }
-    if let Side::Transposed(matrix) = right {
+    if let Operand::Transposed(matrix) = right {
         matrix.check_words(K::PER_WORD);
     }
 }
 
-/// Writes the sums of some rows and one panel, [`PANEL`] from row to row.
+/// Computes the sums of some rows and one panel, with rows [`PANEL`] elements apart.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn sum<K: MicroKernel>(
     lefts: &[Packed<'_>],
@@ -276,8 +279,8 @@ fn sum<K: MicroKernel>(
             right = rest;
             for row in rows.clone().step_by(K::ROWS) {
                 let data = &left.data[row / K::ROWS * left.group + start * left.step..];
-                let most = K::ROWS.min(rows.end - row);
-                assert!(data.len() > (most - 1) * left.stride + (words - 1) * left.step);
+                let count = K::ROWS.min(rows.end - row);
+                assert!(data.len() > (count - 1) * left.stride + (words - 1) * left.step);
                 let mut tile = Tile {
                     words,
                     left: data.as_ptr(),
@@ -288,22 +291,21 @@ fn sum<K: MicroKernel>(
                     c: sums[(row - rows.start) * PANEL..].as_mut_ptr(),
                     columns: PANEL,
                 };
-                let mut left_over = most;
-                while left_over > 0 {
+                let mut remaining = count;
+                while remaining > 0 {
                     #[expect(unsafe_code, reason = "the inner loop reads through pointers")]
-                    // SAFETY: the left side was checked above, the panel is `[pairs, PANEL]`, and
-                    // there are sums for all rows of a block.
-                    // The processor can.
+                    // SAFETY: the left operand was checked above, the panel is `[words, PANEL]`,
+                    // there are sums for all rows of a block, and the CPU supports the kernel.
                     unsafe {
                         let done = match (columns.div_ceil(LANES), is_first) {
-                            (1, true) => K::compute_some::<1, false>(&tile, left_over),
-                            (1, false) => K::compute_some::<1, true>(&tile, left_over),
-                            (2, true) => K::compute_some::<2, false>(&tile, left_over),
-                            (2, false) => K::compute_some::<2, true>(&tile, left_over),
-                            (_, true) => K::compute_some::<3, false>(&tile, left_over),
-                            (_, false) => K::compute_some::<3, true>(&tile, left_over),
+                            (1, true) => K::micro_kernel::<1, false>(&tile, remaining),
+                            (1, false) => K::micro_kernel::<1, true>(&tile, remaining),
+                            (2, true) => K::micro_kernel::<2, false>(&tile, remaining),
+                            (2, false) => K::micro_kernel::<2, true>(&tile, remaining),
+                            (_, true) => K::micro_kernel::<3, false>(&tile, remaining),
+                            (_, false) => K::micro_kernel::<3, true>(&tile, remaining),
                         };
-                        left_over -= done;
+                        remaining -= done;
                         tile.left = tile.left.wrapping_add(done * left.stride);
                         tile.c = tile.c.wrapping_add(done * PANEL);
                     }
@@ -317,16 +319,16 @@ fn sum<K: MicroKernel>(
     }
 }
 
-/// A [`Target`] that several units write to.
+/// A [`Target`] that several tasks write to.
 struct Output<'a, E> {
     to: SharedTarget<'a, E>,
-    /// Its columns, `N`.
+    /// The columns of the target, `N`.
     width: usize,
 }
 
 enum SharedTarget<'a, E> {
     Write(Shared<'a, E>, Option<&'a [E]>),
-    Sum { to: Shared<'a, f32>, is_added: bool },
+    Sum { to: Shared<'a, f32>, accumulate: bool },
 }
 
 impl<'a, E: Element> Output<'a, E> {
@@ -337,52 +339,52 @@ impl<'a, E: Element> Output<'a, E> {
                 assert!(bias.is_none_or(|bias| bias.len() == columns));
                 SharedTarget::Write(Shared::new(to), bias)
             }
-            Target::Sum { to, is_added } => {
+            Target::Sum { to, accumulate } => {
                 assert_eq!(to.len(), rows * columns);
-                SharedTarget::Sum { to: Shared::new(to), is_added }
+                SharedTarget::Sum { to: Shared::new(to), accumulate }
             }
         };
         Self { to, width: columns }
     }
 
-    /// Brings what is taken next into the first cache, while sums are computed.
+    /// Prefetches the elements that [`Self::store`] writes next, while their sums are computed.
     ///
     /// # Safety
-    /// As [`Self::take`]'s.
-    #[expect(unsafe_code, reason = "units write side by side")]
+    /// As for [`Self::store`].
+    #[expect(unsafe_code, reason = "tasks write to disjoint ranges")]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     unsafe fn prefetch(&self, rows: Range<usize>, columns: Range<usize>) {
         for row in rows {
             let range = row * self.width + columns.start..row * self.width + columns.end;
-            // SAFETY: the caller's.
+            // SAFETY: the caller's contract.
             unsafe {
                 match &self.to {
                     SharedTarget::Write(to, _) => prefetch(to.range(range)),
-                    // Whole lines are written, which nobody has to read.
-                    SharedTarget::Sum { is_added: false, .. } => {}
+                    // Whole cache lines are overwritten and need not be read.
+                    SharedTarget::Sum { accumulate: false, .. } => {}
                     SharedTarget::Sum { to, .. } => prefetch(to.range(range)),
                 }
             }
         }
     }
 
-    /// Takes the sums of some rows and columns.
+    /// Stores the sums of some rows and columns.
     ///
     /// # Safety
-    /// No other unit that runs at the same time may take the same.
-    #[expect(unsafe_code, reason = "units write side by side")]
+    /// No other task that runs at the same time may store to the same elements.
+    #[expect(unsafe_code, reason = "tasks write to disjoint ranges")]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    unsafe fn take(&self, sums: &[f32], rows: Range<usize>, columns: Range<usize>) {
+    unsafe fn store(&self, sums: &[f32], rows: Range<usize>, columns: Range<usize>) {
         for (row, sums) in rows.zip(sums.chunks_exact(PANEL)) {
             let range = row * self.width + columns.start..row * self.width + columns.end;
-            // SAFETY: the caller's.
+            // SAFETY: the caller's contract.
             unsafe {
                 match &self.to {
                     SharedTarget::Write(to, bias) => {
                         let bias = bias.map(|bias| &bias[columns.clone()]);
                         round(sums, bias, to.range(range));
                     }
-                    SharedTarget::Sum { to, is_added: false } => {
+                    SharedTarget::Sum { to, accumulate: false } => {
                         let to = to.range(range);
                         to.copy_from_slice(&sums[..to.len()]);
                     }
@@ -397,8 +399,8 @@ impl<'a, E: Element> Output<'a, E> {
     }
 }
 
-/// Rounds sums, with a bias if there is one.
-#[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
+/// Rounds sums to the element type, plus a bias if there is one.
+#[expect(clippy::inline_always, reason = "inlined into functions with target features")]
 #[inline(always)]
 fn round<E: Element>(sums: &[f32], bias: Option<&[E]>, to: &mut [E]) {
     match bias {
@@ -420,12 +422,12 @@ mod tests {
         Element,
         amx::Amx,
         gemm::{Avx512, Avx512Bf16, MicroKernel},
-        matrix::{Matrix, Side},
+        matrix::{Matrix, Operand},
         pool::{Pool, Serial},
         testing::{assert_close, numbers, rounded},
     };
 
-    /// Rows, depth and columns: below, at and beside the sizes of tiles, panels, blocks and depths.
+    /// Rows, depth and columns: below, at and above the sizes of tiles, panels, blocks and depth slices.
     const SHAPES: [[usize; 3]; 10] = [
         [1, 2, 1],
         [7, 34, 50],
@@ -439,15 +441,15 @@ mod tests {
         [9_000, 600, 10],
     ];
 
-    fn can<K: MicroKernel>() -> bool {
-        let can = K::is_supported();
-        if !can {
-            eprintln!("skipped: this processor has no {}", std::any::type_name::<K>());
+    fn is_supported<K: MicroKernel>() -> bool {
+        let is_supported = K::is_supported();
+        if !is_supported {
+            eprintln!("skipped: this CPU has no {}", std::any::type_name::<K>());
         }
-        can
+        is_supported
     }
 
-    /// A matrix of random numbers in rows that lie apart, and the same dense.
+    /// A matrix of random numbers with gaps between its rows, and the same without gaps.
     struct Random<E> {
         strided: Vec<E>,
         dense: Vec<E>,
@@ -500,28 +502,28 @@ mod tests {
     fn term<'a, E: Element>(
         left: (&'a Random<E>, bool),
         right: (&'a Random<E>, bool),
-    ) -> (Side<'a, E>, Side<'a, E>) {
+    ) -> (Operand<'a, E>, Operand<'a, E>) {
         let [(left, left_transposed), (right, right_transposed)] = [left, right];
         let (left, right) = (left.matrix(), right.matrix());
         (
-            if left_transposed { Side::Transposed(left) } else { Side::Plain(left) },
-            if right_transposed { Side::Transposed(right) } else { Side::Plain(right) },
+            if left_transposed { Operand::Transposed(left) } else { Operand::Plain(left) },
+            if right_transposed { Operand::Transposed(right) } else { Operand::Plain(right) },
         )
     }
 
     #[test]
     fn products_follow_the_formula_in_every_layout() {
         check_layouts::<bf16>(&[
-            can::<Amx>().then_some(multiply_with::<bf16, Amx>),
-            can::<Avx512Bf16>().then_some(multiply_with::<bf16, Avx512Bf16>),
-            can::<Avx512>().then_some(multiply_with::<bf16, Avx512>),
+            is_supported::<Amx>().then_some(multiply_with::<bf16, Amx>),
+            is_supported::<Avx512Bf16>().then_some(multiply_with::<bf16, Avx512Bf16>),
+            is_supported::<Avx512>().then_some(multiply_with::<bf16, Avx512>),
         ]);
-        check_layouts::<f32>(&[can::<Avx512>().then_some(multiply_with::<f32, Avx512>)]);
+        check_layouts::<f32>(&[is_supported::<Avx512>().then_some(multiply_with::<f32, Avx512>)]);
     }
 
     type Multiply<E> = fn(&dyn Pool, &[Term<'_, E>], [usize; 2], Target<'_, E>);
 
-    /// Compares each kernel with one computation of the formula, which takes longest.
+    /// Compares each kernel with the formula, which is computed once because it is slow.
     fn check_layouts<E: Element>(kernels: &[Option<Multiply<E>>]) {
         if kernels.iter().all(Option::is_none) {
             return;
@@ -536,11 +538,11 @@ mod tests {
                 let terms = [term((&left, flip_left), (&right, flip_right))];
                 for multiply in kernels.iter().flatten() {
                     let mut sums = vec![1.0; rows * columns];
-                    let target = Target::Sum { to: &mut sums, is_added: true };
+                    let target = Target::Sum { to: &mut sums, accumulate: true };
                     multiply(&Serial, &terms, [rows, columns], target);
                     let added: Vec<f32> = sums.iter().map(|sum| sum - 1.0).collect();
                     assert_close(&added, &exact, if depth > 0 { 1e-5 } else { 0.0 });
-                    let target = Target::Sum { to: &mut sums, is_added: false };
+                    let target = Target::Sum { to: &mut sums, accumulate: false };
                     multiply(&Serial, &terms, [rows, columns], target);
                     assert_close(&sums, &exact, if depth > 0 { 1e-5 } else { 0.0 });
                 }
@@ -549,14 +551,14 @@ mod tests {
     }
 
     #[test]
-    fn an_odd_number_of_rows_is_summed_over() {
+    fn transposed_operands_may_have_an_odd_depth() {
         check_odd::<Amx>();
         check_odd::<Avx512Bf16>();
         check_odd::<Avx512>();
     }
 
     fn check_odd<K: MicroKernel>() {
-        if !can::<K>() {
+        if !is_supported::<K>() {
             return;
         }
         let (left, right) = (Random::<bf16>::new([77, 40], 1), Random::new([77, 60], 2));
@@ -566,7 +568,7 @@ mod tests {
             &Serial,
             &terms,
             [40, 60],
-            Target::Sum { to: &mut sums, is_added: true },
+            Target::Sum { to: &mut sums, accumulate: true },
         );
         assert_close(&sums, &exact(&[[(&left, true), (&right, false)]], [40, 60]), 1e-6);
     }
@@ -580,7 +582,7 @@ mod tests {
     }
 
     fn check_terms<E: Element, K: MicroKernel>(rounding: f64, cancelled: f64) {
-        if !can::<K>() {
+        if !is_supported::<K>() {
             return;
         }
         let (rows, columns) = (140, 70);
@@ -619,7 +621,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_does_not_depend_on_the_rows_beside_it() {
+    fn a_row_does_not_depend_on_other_rows() {
         check_rows::<bf16, Amx>();
         check_rows::<bf16, Avx512Bf16>();
         check_rows::<bf16, Avx512>();
@@ -627,7 +629,7 @@ mod tests {
     }
 
     fn check_rows<E: Element, K: MicroKernel>() {
-        if !can::<K>() {
+        if !is_supported::<K>() {
             return;
         }
         let (left, right) = (Random::<E>::new([200, 300], 1), Random::new([90, 300], 2));
@@ -636,9 +638,10 @@ mod tests {
         multiply_with::<_, K>(&Serial, &terms, [200, 90], Target::Write(&mut all, None));
         for first in [0, 3, 150] {
             let data = &left.strided[first * left.stride..];
-            let some = Side::Plain(Matrix { data, rows: 50, columns: 300, stride: left.stride });
+            let slice =
+                Operand::Plain(Matrix { data, rows: 50, columns: 300, stride: left.stride });
             let mut rows = vec![E::default(); 50 * 90];
-            let terms = [(some, Side::Transposed(right.matrix()))];
+            let terms = [(slice, Operand::Transposed(right.matrix()))];
             multiply_with::<_, K>(&Serial, &terms, [50, 90], Target::Write(&mut rows, None));
             let bits =
                 |values: &[E]| values.iter().map(|x| x.to_f32().to_bits()).collect::<Vec<_>>();
@@ -648,14 +651,14 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "assertion")]
-    fn sizes_that_do_not_fit_are_refused() {
-        assert!(can::<Avx512>(), "assertion: skipped");
+    fn mismatched_sizes_panic() {
+        assert!(is_supported::<Avx512>(), "assertion: skipped");
         let (left, right) = (Random::<f32>::new([4, 6], 1), Random::new([8, 4], 2));
         multiply_with::<_, Avx512>(
             &Serial,
             &[term((&left, false), (&right, false))],
             [4, 4],
-            Target::Sum { to: &mut [0.0; 16], is_added: true },
+            Target::Sum { to: &mut [0.0; 16], accumulate: true },
         );
     }
 }

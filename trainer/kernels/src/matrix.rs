@@ -1,17 +1,17 @@
-//! Matrices where they lie.
+//! Views of matrices in memory.
 
 use std::ops::Range;
 
-/// A matrix in rows, perhaps some columns of a wider one.
+/// A row-major matrix, which may be a column slice of a wider one.
 #[derive(Debug, Clone, Copy)]
 pub struct Matrix<'a, E> {
-    /// From its first element to its last.
+    /// The elements from the first to the last, including those between rows.
     pub data: &'a [E],
-    /// Its rows, `T`.
+    /// The number of rows.
     pub rows: usize,
-    /// Its columns, `K`.
+    /// The number of columns.
     pub columns: usize,
-    /// From one row to the next.
+    /// The distance of rows, in elements.
     pub stride: usize,
 }
 
@@ -21,53 +21,53 @@ impl<'a, E: Copy> Matrix<'a, E> {
         &self.data[row * self.stride..][..self.columns]
     }
 
-    /// Returns some of it.
-    pub(crate) fn part(self, rows: Range<usize>, columns: Range<usize>) -> Self {
+    /// Returns a block of the matrix.
+    pub(crate) fn block(self, rows: Range<usize>, columns: Range<usize>) -> Self {
         let start = rows.start * self.stride + columns.start;
         let data = self.data.get(start..).unwrap_or_default();
         Self { data, rows: rows.len(), columns: columns.len(), stride: self.stride }
     }
 
-    /// Panics if a row could lie outside.
+    /// Panics if a row is out of bounds.
     pub(crate) fn check(&self) {
         let last = self.rows.checked_sub(1);
         let extent = last.map_or(0, |last| last * self.stride + self.columns);
         assert!(self.columns <= self.stride && self.data.len() >= extent);
     }
 
-    /// Panics if neighbours of a row are no words of so many in the same places in all rows.
+    /// Panics unless each row consists of whole words of `per_word` elements.
     pub(crate) fn check_words(&self, per_word: usize) {
         assert!(self.columns.is_multiple_of(per_word) && self.stride.is_multiple_of(per_word));
     }
 }
 
-/// One side of a product.
+/// One operand of a matrix product.
 #[derive(Debug, Clone, Copy)]
-pub enum Side<'a, E> {
-    /// As it is multiplied.
+pub enum Operand<'a, E> {
+    /// The matrix itself.
     Plain(Matrix<'a, E>),
-    /// To be transposed.
+    /// The transpose of the matrix.
     Transposed(Matrix<'a, E>),
 }
 
-impl<E: Copy> Side<'_, E> {
-    /// Returns some rows of it as it is multiplied.
+impl<E: Copy> Operand<'_, E> {
+    /// Returns some rows of the operand.
     pub(crate) fn rows(self, range: Range<usize>) -> Self {
         match self {
-            Self::Plain(matrix) => Self::Plain(matrix.part(range, 0..matrix.columns)),
-            Self::Transposed(matrix) => Self::Transposed(matrix.part(0..matrix.rows, range)),
+            Self::Plain(matrix) => Self::Plain(matrix.block(range, 0..matrix.columns)),
+            Self::Transposed(matrix) => Self::Transposed(matrix.block(0..matrix.rows, range)),
         }
     }
 
-    /// Returns some columns of it as it is multiplied.
+    /// Returns some columns of the operand.
     pub(crate) fn columns(self, range: Range<usize>) -> Self {
         match self {
-            Self::Plain(matrix) => Self::Plain(matrix.part(0..matrix.rows, range)),
-            Self::Transposed(matrix) => Self::Transposed(matrix.part(range, 0..matrix.columns)),
+            Self::Plain(matrix) => Self::Plain(matrix.block(0..matrix.rows, range)),
+            Self::Transposed(matrix) => Self::Transposed(matrix.block(range, 0..matrix.columns)),
         }
     }
 
-    /// Returns its size as it is multiplied.
+    /// Returns the rows and columns of the operand.
     pub(crate) fn size(&self) -> [usize; 2] {
         match self {
             Self::Plain(matrix) => [matrix.rows, matrix.columns],

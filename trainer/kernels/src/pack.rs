@@ -1,4 +1,4 @@
-//! The sides of large products in the order in which register tiles read them: as words, side by side.
+//! Packs the operands of large products in the order in which register tiles read them.
 
 use std::{
     arch::x86_64::{_MM_HINT_T0, _mm_prefetch},
@@ -9,47 +9,47 @@ use crate::{
     Element,
     aligned::Buffer,
     gemm::{LANES, MicroKernel, interleave, words_of, write_words},
-    matrix::{Matrix, Side},
+    matrix::{Matrix, Operand},
     pool::{Pool, Shared},
-    transpose::{SIDE, transpose_block},
+    transpose::{BLOCK_SIDE, transpose_block},
 };
 
-/// Columns of one panel: three registers, whose tiles of 8 rows fill 24 of 32.
+/// Columns of one panel: three registers, so that tiles of 8 rows fill 24 of 32 registers.
 pub(crate) const PANEL: usize = 3 * LANES;
-/// Columns of the left side that are transposed in one unit: two lines of the cache.
+/// Columns of the left operand that are transposed in one task: two cache lines.
 const LINE: usize = 64;
-/// Words of rows that are asked for before they are read.
-const AHEAD: usize = 8;
+/// Rows of words between a prefetch and its use.
+const PREFETCH_DISTANCE: usize = 8;
 
-/// Returns what of a range starts after some and is not longer than others.
-pub(crate) fn part(of: &Range<usize>, after: usize, length: usize) -> Range<usize> {
-    let start = of.start + after;
-    start..of.end.min(start + length)
+/// Returns the part of a range that starts at an offset and has at most this length.
+pub(crate) fn part(range: &Range<usize>, offset: usize, length: usize) -> Range<usize> {
+    let start = range.start + offset;
+    start..range.end.min(start + length)
 }
 
-/// A product that is summed with others.
-pub(crate) type Term<'a, E> = (Side<'a, E>, Side<'a, E>);
+/// One term of a sum of products: its left and right operands.
+pub(crate) type Term<'a, E> = (Operand<'a, E>, Operand<'a, E>);
 
-/// Returns the depth of a term in words, with those that fill it up.
+/// Returns the depth of a term in words, with padding.
 pub(crate) fn depth_of<E: Element, K: MicroKernel>((_, right): &Term<'_, E>) -> usize {
     right.size()[0].div_ceil(K::PER_WORD).next_multiple_of(K::STEP)
 }
 
-/// The left side of a term, as tiles read it.
+/// The left operand of a term, as tiles read it.
 pub(crate) struct Packed<'a> {
     pub data: &'a [u32],
-    /// From one group of [`MicroKernel::ROWS`] rows to the next.
+    /// The distance of groups of [`MicroKernel::ROWS`] rows, in words.
     pub group: usize,
-    /// From one row of a group to the next.
+    /// The distance of rows of a group, in words.
     pub stride: usize,
-    /// From one word of a row to the next.
+    /// The distance of adjacent words of a row, in words.
     pub step: usize,
-    /// Its depth.
+    /// The depth, in words.
     pub words: usize,
 }
 
 impl<'a> Packed<'a> {
-    /// Makes those of some terms; what could not be read where it lies is in `packed`.
+    /// Returns the left operands of terms; those that cannot be read in place are in `packed`.
     pub(crate) fn of_terms<E: Element, K: MicroKernel>(
         terms: &[Term<'a, E>],
         rows: usize,
@@ -64,46 +64,48 @@ impl<'a> Packed<'a> {
             }
             let (data, rest) = packed.split_at(rows.next_multiple_of(LINE) * words);
             packed = rest;
-            let (stride, step) = if lies_in_rows::<E, K>(term) { (words, 1) } else { (1, K::ROWS) };
+            let (stride, step) =
+                if is_packed_by_row::<E, K>(term) { (words, 1) } else { (1, K::ROWS) };
             Self { data, group: K::ROWS * words, stride, step, words }
         };
         terms.iter().map(one).collect()
     }
 }
 
-/// Returns a left side that is read where it lies: as words, in whole steps that start where a step may.
+/// Returns the left operand if it can be read in place: as words, in whole and aligned steps.
 pub(crate) fn in_place<'a, E: Element, K: MicroKernel>(
     term: &Term<'a, E>,
 ) -> Option<Matrix<'a, E>> {
     match term.0 {
-        Side::Plain(matrix) => {
+        Operand::Plain(matrix) => {
             let step = K::PER_WORD * K::STEP;
             let is_whole = matrix.columns.is_multiple_of(step)
                 && matrix.stride.is_multiple_of(step)
                 && matrix.data.as_ptr().addr().is_multiple_of(step * size_of::<E>());
             (K::reads::<E>() && is_whole).then_some(matrix)
         }
-        Side::Transposed(_) => None,
+        Operand::Transposed(_) => None,
     }
 }
 
-/// Tells whether a packed left side has the words of a row side by side, or those of a group's rows.
-fn lies_in_rows<E: Element, K: MicroKernel>((left, _): &Term<'_, E>) -> bool {
-    K::READS_ROWS || matches!(left, Side::Plain(_))
+/// Reports whether the words of a row are contiguous in a packed left operand; if not, the words of a
+/// group's rows are.
+fn is_packed_by_row<E: Element, K: MicroKernel>((left, _): &Term<'_, E>) -> bool {
+    K::NEEDS_ROW_MAJOR_LEFT || matches!(left, Operand::Plain(_))
 }
 
-/// Brings right sides of some columns into panels, and left sides that cannot be read where they lie
-/// into words if `wants_left`.
+/// Packs some columns of the right operands into panels and, if `packs_left`, the left operands that
+/// cannot be read in place into words.
 pub(crate) fn pack<E: Element, K: MicroKernel>(
     pool: &dyn Pool,
     terms: &[Term<'_, E>],
     columns: Range<usize>,
     [left, right]: [&mut Buffer<u32>; 2],
-    wants_left: bool,
+    packs_left: bool,
 ) {
     let mut lines = Vec::new();
     let mut length = 0;
-    for term in terms.iter().filter(|term| wants_left && in_place::<E, K>(term).is_none()) {
+    for term in terms.iter().filter(|term| packs_left && in_place::<E, K>(term).is_none()) {
         for first in (0..term.0.size()[0]).step_by(LINE) {
             let words = LINE * depth_of::<E, K>(term);
             lines.push((term.0, first, length..length + words));
@@ -114,26 +116,29 @@ pub(crate) fn pack<E: Element, K: MicroKernel>(
     let size = terms.iter().map(depth_of::<E, K>).sum::<usize>() * PANEL;
     right.grow(columns.len().div_ceil(PANEL) * size);
     let (left, right) = (Shared::new(left), Shared::new(right));
-    pool.run(lines.len() + columns.len().div_ceil(2 * PANEL), &|unit| {
-        #[expect(unsafe_code, reason = "units write side by side; for certain processors")]
-        // SAFETY: these groups or panels belong to this unit, and the processor was asked.
+    pool.run(lines.len() + columns.len().div_ceil(2 * PANEL), &|task| {
+        #[expect(
+            unsafe_code,
+            reason = "tasks write to disjoint ranges; needs certain CPU features"
+        )]
+        // SAFETY: these groups or panels belong to this task, and the CPU was checked.
         unsafe {
-            match unit.checked_sub(lines.len()) {
+            match task.checked_sub(lines.len()) {
                 None => {
-                    let (side, first, range) = &lines[unit];
+                    let (operand, first, range) = &lines[task];
                     let to = left.range(range.clone());
-                    match side {
-                        Side::Plain(matrix) => widen_rows::<E, K>(*matrix, *first, to),
-                        Side::Transposed(matrix) if K::READS_ROWS => {
+                    match operand {
+                        Operand::Plain(matrix) => pack_rows::<E, K>(*matrix, *first, to),
+                        Operand::Transposed(matrix) if K::NEEDS_ROW_MAJOR_LEFT => {
                             transpose_line_to_rows::<E, K>(*matrix, *first, to);
                         }
-                        Side::Transposed(matrix) => transpose_line::<E, K>(*matrix, *first, to),
+                        Operand::Transposed(matrix) => transpose_line::<E, K>(*matrix, *first, to),
                     }
                 }
-                Some(unit) => {
-                    let columns = part(&columns, unit * 2 * PANEL, 2 * PANEL);
-                    let end = 2 * unit + columns.len().div_ceil(PANEL);
-                    let to = right.range(2 * unit * size..end * size);
+                Some(task) => {
+                    let columns = part(&columns, task * 2 * PANEL, 2 * PANEL);
+                    let end = 2 * task + columns.len().div_ceil(PANEL);
+                    let to = right.range(2 * task * size..end * size);
                     if size > 0 {
                         pack_panels::<E, K>(terms, columns, to, size);
                     }
@@ -143,9 +148,9 @@ pub(crate) fn pack<E: Element, K: MicroKernel>(
     });
 }
 
-/// Writes [`LINE`] rows of words, filled up with zeros.
+/// Packs [`LINE`] rows of words, padded with zeros.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn widen_rows<E: Element, K: MicroKernel>(matrix: Matrix<'_, E>, first: usize, to: &mut [u32]) {
+fn pack_rows<E: Element, K: MicroKernel>(matrix: Matrix<'_, E>, first: usize, to: &mut [u32]) {
     let words = to.len() / LINE;
     for (row, to) in (first..matrix.rows).zip(to.chunks_exact_mut(words.max(1))) {
         let (pairs, rest) = to.split_at_mut(matrix.columns / K::PER_WORD);
@@ -154,7 +159,7 @@ fn widen_rows<E: Element, K: MicroKernel>(matrix: Matrix<'_, E>, first: usize, t
     }
 }
 
-/// Writes [`LINE`] columns as rows of words, filled up with zeros.
+/// Packs [`LINE`] columns as rows of words, padded with zeros.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn transpose_line_to_rows<E: Element, K: MicroKernel>(
     matrix: Matrix<'_, E>,
@@ -163,29 +168,28 @@ fn transpose_line_to_rows<E: Element, K: MicroKernel>(
 ) {
     let words = to.len() / LINE;
     let columns = first..matrix.columns.min(first + LINE);
-    let mut block = [0; SIDE * LINE]; // [words, columns]
-    for start in (0..words).step_by(SIDE) {
+    let mut block = [0; BLOCK_SIDE * LINE]; // [words, columns]
+    for start in (0..words).step_by(BLOCK_SIDE) {
         for (index, block) in block.chunks_exact_mut(LINE).enumerate() {
-            ask_ahead::<E, K>(matrix, start + index, columns.clone());
+            prefetch_rows::<E, K>(matrix, start + index, columns.clone());
             let [first, second] =
                 rows_of_word::<E, K, LINE>(matrix, start + index, columns.clone());
             interleave::<E, K>(&first, &second, block);
         }
-        for column in (0..LINE).step_by(SIDE) {
+        for column in (0..LINE).step_by(BLOCK_SIDE) {
             let to = &mut to[column * words + start..];
-            transpose_block(&block[column..], LINE, SIDE, to, words);
+            transpose_block(&block[column..], LINE, BLOCK_SIDE, to, words);
         }
     }
 }
 
-/// Writes [`LINE`] columns in groups of [`MicroKernel::ROWS`], each `[words, ROWS]`, with zeros where
-/// there are none.
+/// Packs [`LINE`] columns in groups of [`MicroKernel::ROWS`], each `[words, ROWS]`, padded with zeros.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn transpose_line<E: Element, K: MicroKernel>(matrix: Matrix<'_, E>, first: usize, to: &mut [u32]) {
     let words = matrix.rows.div_ceil(K::PER_WORD);
     let columns = first..matrix.columns.min(first + LINE);
     for word in 0..words {
-        ask_ahead::<E, K>(matrix, word, columns.clone());
+        prefetch_rows::<E, K>(matrix, word, columns.clone());
         let [first, second] = rows_of_word::<E, K, LINE>(matrix, word, columns.clone());
         for group in 0..LINE / K::ROWS {
             let to = &mut to[(group * words + word) * K::ROWS..][..K::ROWS];
@@ -194,8 +198,8 @@ fn transpose_line<E: Element, K: MicroKernel>(matrix: Matrix<'_, E>, first: usiz
     }
 }
 
-/// Writes the right sides of some columns in panels of a size, each `[words, PANEL]` of one term
-/// below those of another, with zeros where there are none.
+/// Packs some columns of the right operands into panels of `size` words, each `[words, PANEL]` with the
+/// terms one below the other, padded with zeros.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn pack_panels<E: Element, K: MicroKernel>(
     terms: &[Term<'_, E>],
@@ -208,10 +212,10 @@ fn pack_panels<E: Element, K: MicroKernel>(
         let range = start..start + depth_of::<E, K>(term) * PANEL;
         start = range.end;
         match term.1 {
-            Side::Plain(matrix) => {
+            Operand::Plain(matrix) => {
                 interleave_rows::<E, K>(matrix, columns.clone(), to, size, range);
             }
-            Side::Transposed(matrix) => {
+            Operand::Transposed(matrix) => {
                 for (panel, to) in to.chunks_exact_mut(size).enumerate() {
                     let rows = part(&columns, panel * PANEL, PANEL);
                     transpose_rows::<E, K>(matrix, rows, &mut to[range.clone()]);
@@ -221,7 +225,7 @@ fn pack_panels<E: Element, K: MicroKernel>(
     }
 }
 
-/// Writes words of rows to a range of each panel; panels lie `size` apart.
+/// Packs adjacent rows as words into a range of each panel; panels are `size` words apart.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn interleave_rows<E: Element, K: MicroKernel>(
     matrix: Matrix<'_, E>,
@@ -231,7 +235,7 @@ fn interleave_rows<E: Element, K: MicroKernel>(
     range: Range<usize>,
 ) {
     for (word, start) in range.step_by(PANEL).enumerate() {
-        ask_ahead::<E, K>(matrix, word, columns.clone());
+        prefetch_rows::<E, K>(matrix, word, columns.clone());
         for (panel, to) in to.chunks_exact_mut(size).enumerate() {
             let columns = part(&columns, panel * PANEL, PANEL);
             let [first, second] = rows_of_word::<E, K, PANEL>(matrix, word, columns);
@@ -240,8 +244,8 @@ fn interleave_rows<E: Element, K: MicroKernel>(
     }
 }
 
-/// Returns some columns of the rows of a word, with zeros where there are none.
-#[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
+/// Returns some columns of the rows that form a row of words, padded with zeros.
+#[expect(clippy::inline_always, reason = "inlined into functions with target features")]
 #[inline(always)]
 fn rows_of_word<E: Element, K: MicroKernel, const WIDTH: usize>(
     matrix: Matrix<'_, E>,
@@ -260,21 +264,21 @@ fn rows_of_word<E: Element, K: MicroKernel, const WIDTH: usize>(
     both
 }
 
-/// Asks for the rows that are read [`AHEAD`] words later.
-#[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
+/// Prefetches the rows that are read [`PREFETCH_DISTANCE`] words later.
+#[expect(clippy::inline_always, reason = "inlined into functions with target features")]
 #[inline(always)]
-fn ask_ahead<E: Element, K: MicroKernel>(
+fn prefetch_rows<E: Element, K: MicroKernel>(
     matrix: Matrix<'_, E>,
     word: usize,
     columns: Range<usize>,
 ) {
-    let first = (word + AHEAD) * K::PER_WORD;
+    let first = (word + PREFETCH_DISTANCE) * K::PER_WORD;
     for row in first..matrix.rows.min(first + K::PER_WORD) {
         prefetch(&matrix.row(row)[columns.clone()]);
     }
 }
 
-/// Writes words of a panel's columns, which are rows of the matrix, filled up with zeros.
+/// Packs the columns of a panel, which are rows of the matrix, as words, padded with zeros.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn transpose_rows<E: Element, K: MicroKernel>(
     matrix: Matrix<'_, E>,
@@ -282,18 +286,18 @@ fn transpose_rows<E: Element, K: MicroKernel>(
     to: &mut [u32],
 ) {
     let words = matrix.columns / K::PER_WORD;
-    let whole = words / SIDE * SIDE;
-    for part in (0..PANEL).step_by(SIDE) {
+    let whole = words / BLOCK_SIDE * BLOCK_SIDE;
+    for part in (0..PANEL).step_by(BLOCK_SIDE) {
         let first = rows.start + part;
-        let count = rows.end.saturating_sub(first).min(SIDE);
+        let count = rows.end.saturating_sub(first).min(BLOCK_SIDE);
         if count == 0 {
             for to in to.chunks_exact_mut(PANEL) {
-                to[part..part + SIDE].fill(0);
+                to[part..part + BLOCK_SIDE].fill(0);
             }
             continue;
         }
-        for word in (0..whole).step_by(SIDE) {
-            for row in first + SIDE..matrix.rows.min(first + 2 * SIDE) {
+        for word in (0..whole).step_by(BLOCK_SIDE) {
+            for row in first + BLOCK_SIDE..matrix.rows.min(first + 2 * BLOCK_SIDE) {
                 prefetch(&matrix.row(row)[word * K::PER_WORD..][..1]);
             }
             let to = &mut to[word * PANEL + part..];
@@ -302,15 +306,15 @@ fn transpose_rows<E: Element, K: MicroKernel>(
                 let from = &words_of(matrix.data)[first * stride + word..];
                 transpose_block(from, stride, count, to, PANEL);
             } else {
-                let mut block = [0; SIDE * SIDE];
-                for (row, block) in (first..first + count).zip(block.chunks_exact_mut(SIDE)) {
+                let mut block = [0; BLOCK_SIDE * BLOCK_SIDE];
+                for (row, block) in (first..first + count).zip(block.chunks_exact_mut(BLOCK_SIDE)) {
                     write_words::<E, K>(&matrix.row(row)[word * K::PER_WORD..], block);
                 }
-                transpose_block(&block, SIDE, count, to, PANEL);
+                transpose_block(&block, BLOCK_SIDE, count, to, PANEL);
             }
         }
         for (word, to) in to.chunks_exact_mut(PANEL).enumerate().skip(whole) {
-            let to = &mut to[part..part + SIDE];
+            let to = &mut to[part..part + BLOCK_SIDE];
             to.fill(0);
             for (row, to) in (first..first + count).zip(to) {
                 write_words::<E, K>(
@@ -322,14 +326,14 @@ fn transpose_rows<E: Element, K: MicroKernel>(
     }
 }
 
-/// Asks for the lines of a slice.
-#[expect(clippy::inline_always, reason = "compiled with its caller's instructions")]
+/// Prefetches the cache lines of a slice.
+#[expect(clippy::inline_always, reason = "inlined into functions with target features")]
 #[inline(always)]
 pub(crate) fn prefetch<T>(slice: &[T]) {
     let start = slice.as_ptr().cast::<i8>();
     for line in (0..size_of_val(slice)).step_by(64) {
         #[expect(unsafe_code, reason = "a hint that reads nothing")]
-        // SAFETY: any address may be asked for.
+        // SAFETY: any address may be prefetched.
         unsafe {
             _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(line));
         }

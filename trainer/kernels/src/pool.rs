@@ -1,24 +1,24 @@
-//! Division of work: units that write to places of their own.
+//! Parallel tasks that write to disjoint ranges of a slice.
 
 use std::{marker::PhantomData, ops::Range};
 
-/// Runs numbered units, several at once where it can.
+/// Runs indexed tasks, in parallel if it can.
 pub trait Pool: Sync {
-    /// Calls `task` once for each of `0..units` and returns when all are done.
-    fn run(&self, units: usize, task: &(dyn Fn(usize) + Sync));
+    /// Calls `task` once for each index below `count` and returns when all calls have.
+    fn run(&self, count: usize, task: &(dyn Fn(usize) + Sync));
 }
 
-/// Runs units one after another.
+/// Runs tasks one after another.
 #[derive(Debug)]
 pub struct Serial;
 
 impl Pool for Serial {
-    fn run(&self, units: usize, task: &(dyn Fn(usize) + Sync)) {
-        (0..units).for_each(task);
+    fn run(&self, count: usize, task: &(dyn Fn(usize) + Sync)) {
+        (0..count).for_each(task);
     }
 }
 
-/// A mutable slice that several units write to, each to elements no other unit touches.
+/// A mutable slice that several tasks write to, each to its own elements.
 #[derive(Debug)]
 pub struct Shared<'a, T> {
     start: *mut T,
@@ -27,7 +27,7 @@ pub struct Shared<'a, T> {
 }
 
 #[expect(unsafe_code, reason = "several threads write to one slice")]
-// SAFETY: elements are reached through `range` only, whose callers keep them apart.
+// SAFETY: elements are accessed only through `range`, whose callers use disjoint ranges.
 unsafe impl<T: Send> Sync for Shared<'_, T> {}
 
 impl<'a, T> Shared<'a, T> {
@@ -36,22 +36,22 @@ impl<'a, T> Shared<'a, T> {
         Self { start: slice.as_mut_ptr(), length: slice.len(), slice: PhantomData }
     }
 
-    /// Returns some elements.
+    /// Returns a range of elements.
     ///
     /// # Safety
-    /// No other unit that runs at the same time may touch them.
+    /// No other task that runs at the same time may access the range.
     ///
     /// # Panics
-    /// If the range lies outside.
+    /// If the range is out of bounds.
     #[expect(unsafe_code, reason = "see above")]
-    #[expect(clippy::mut_from_ref, reason = "units keep apart what they write")]
+    #[expect(clippy::mut_from_ref, reason = "tasks write to disjoint ranges")]
     pub unsafe fn range(&self, range: Range<usize>) -> &mut [T] {
         assert!(
             range.start <= range.end && range.end <= self.length,
             "{range:?} of {}",
             self.length
         );
-        // SAFETY: inside the slice, and the caller keeps others away.
+        // SAFETY: inside the slice, and no other task accesses it.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
     }
 }

@@ -19,7 +19,7 @@ versions! {
 }
 
 versions! {
-    /// Replaces the gradient of the result by that of `x`, with `residual` added where there is one.
+    /// Replaces the gradient of the result with the gradient of `x`, plus `residual` if there is one.
     ///
     /// With `x̂ = x / rms(x)` and `g = dy ∘ weight`: `dx = (g − x̂ · mean(g ∘ x̂)) / rms(x)`.
     /// Adds `Σ dy ∘ x̂` to `weight_grad` unless that is empty.
@@ -66,7 +66,7 @@ versions! {
     }
 }
 
-#[expect(clippy::inline_always, reason = "called in every version of a kernel")]
+#[expect(clippy::inline_always, reason = "inlined into every version of a kernel")]
 #[inline(always)]
 fn reciprocal_rms<E: Element>(x: &[E], eps: f32) -> f32 {
     let squares = sum::of(x, |x| x * x);
@@ -111,7 +111,7 @@ mod tests {
             super::backward(&x, &weight, 1e-5, &mut found, None, &mut grad);
             assert_close(&found, &dx, 1e-5);
             assert_close(&grad, &dw, 1e-5);
-            // Another result is added on the way.
+            // The residual is added.
             let (residual, mut found) = (numbers(3 * width, 4), dy.clone());
             super::backward(&x, &weight, 1e-5, &mut found, Some(&residual), &mut []);
             let sums: Vec<f64> = dx.iter().zip(&residual).map(|(a, b)| a + f64::from(*b)).collect();

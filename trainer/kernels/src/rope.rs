@@ -3,7 +3,7 @@
 use crate::versions::versions;
 
 versions! {
-    /// Rotates rows by their angles; with `direction` −1 rotates them back.
+    /// Rotates rows by their angles, or back if `direction` is −1.
     ///
     /// # Shapes
     /// `x` is `[rows, heads · E]`, `cos` and `sin` are `[rows, E/2]` with `half = E/2`.

@@ -1,12 +1,13 @@
-//! Sums that vectorise: additions of floating-point numbers may not be reordered by a compiler.
+//! Sums that vectorise, which compilers cannot do because they may not reorder floating-point
+//! additions.
 
 use crate::{Element, versions::versions};
 
-/// Partial sums kept apart: two AVX-512 registers.
+/// Independent partial sums: two AVX-512 registers.
 const LANES: usize = 32;
 
-/// Sums `term(x)` over a slice, in an order that depends on its length alone.
-#[expect(clippy::inline_always, reason = "called in every version of a kernel")]
+/// Sums `term(x)` over a slice, in an order that depends on the length alone.
+#[expect(clippy::inline_always, reason = "inlined into every version of a kernel")]
 #[inline(always)]
 pub(crate) fn of<E: Element>(x: &[E], term: impl Fn(f32) -> f32) -> f32 {
     let (runs, rest) = x.as_chunks::<LANES>();
@@ -19,15 +20,15 @@ pub(crate) fn of<E: Element>(x: &[E], term: impl Fn(f32) -> f32) -> f32 {
     lanes.iter().sum::<f32>() + rest.iter().map(|x| term(x.to_f32())).sum::<f32>()
 }
 
-/// Sums `term(x, y)` over slices of one length, in an order that depends on it alone.
-#[expect(clippy::inline_always, reason = "called in every version of a kernel")]
+/// Sums `term(x, y)` over slices of the same length, in an order that depends on it alone.
+#[expect(clippy::inline_always, reason = "inlined into every version of a kernel")]
 #[inline(always)]
 pub(crate) fn of_pairs<E: Element>(x: &[E], y: &[E], term: impl Fn(f32, f32) -> f32) -> f32 {
     of_triples(x, y, y, |x, y, _| term(x, y))
 }
 
-/// Sums `term(x, y, z)` over slices of one length, in an order that depends on it alone.
-#[expect(clippy::inline_always, reason = "called in every version of a kernel")]
+/// Sums `term(x, y, z)` over slices of the same length, in an order that depends on it alone.
+#[expect(clippy::inline_always, reason = "inlined into every version of a kernel")]
 #[inline(always)]
 pub(crate) fn of_triples<E: Element>(
     x: &[E],
@@ -60,12 +61,12 @@ versions! {
 }
 
 versions! {
-    /// Sums the squares.
+    /// Returns the sum of squares.
     pub fn squares<E>(values: &[E]) -> f64 {
-        // Short runs in fp32, their sums in f64: as exact as f64 throughout, at fp32's speed.
+        // Short chunks in fp32 and their sums in f64: nearly as exact as f64, at the speed of fp32.
         let mut sum = 0.0;
-        for run in values.chunks(4096) {
-            sum += f64::from(of(run, |x| x * x));
+        for chunk in values.chunks(4096) {
+            sum += f64::from(of(chunk, |x| x * x));
         }
         sum
     }

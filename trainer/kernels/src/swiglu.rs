@@ -30,7 +30,7 @@ versions! {
     }
 }
 
-#[expect(clippy::inline_always, reason = "called in every version of a kernel")]
+#[expect(clippy::inline_always, reason = "inlined into every version of a kernel")]
 #[inline(always)]
 fn sigmoid<const FUSED: bool>(x: f32) -> f32 {
     1.0 / (1.0 + exp::<FUSED>(-x))

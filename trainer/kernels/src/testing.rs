@@ -1,8 +1,8 @@
-//! Numbers for tests, and their comparison.
+//! Random numbers for tests, and their comparison.
 
 use crate::{Element, dropout::mix};
 
-/// Returns numbers in `[-1, 1)`, always the same for a seed.
+/// Returns numbers in `[-1, 1)` that depend on the seed alone.
 pub(crate) fn numbers(length: usize, seed: u64) -> Vec<f32> {
     (0..length as u64)
         .map(|index| {
@@ -12,7 +12,7 @@ pub(crate) fn numbers(length: usize, seed: u64) -> Vec<f32> {
         .collect()
 }
 
-/// Rounds to a type.
+/// Rounds to an element type.
 pub(crate) fn rounded<E: Element>(values: &[f32]) -> Vec<E> {
     values.iter().map(|value| E::from_f32(*value)).collect()
 }

@@ -1,4 +1,4 @@
-//! Compiles one plain text for several instruction sets and picks the widest at run time.
+//! Compiles one source for several instruction sets and picks the widest at run time.
 
 /// The instruction sets compiled for.
 #[cfg(target_arch = "x86_64")]
@@ -11,7 +11,7 @@ pub(crate) enum Level {
 
 #[cfg(target_arch = "x86_64")]
 impl Level {
-    /// Returns the widest this processor has; the standard library remembers what it asked.
+    /// Returns the widest level of this CPU; the standard library caches the detection.
     #[inline]
     pub(crate) fn here() -> Self {
         let has_avx512 = is_x86_feature_detected!("avx512f")
@@ -28,16 +28,16 @@ impl Level {
     }
 }
 
-/// Defines a function over [`Element`](crate::Element)s whose body is compiled once a [`Level`].
+/// Defines a function over [`Element`](crate::Element)s whose body is compiled once for each [`Level`].
 ///
-/// In the body `FUSED` tells whether the processor multiplies and adds in one instruction. What it
-/// calls must be `#[inline(always)]`, or it is compiled for the baseline only.
+/// In the body, `FUSED` says whether the CPU has fused multiply-add. Functions that it calls must be
+/// `#[inline(always)]`, or they are compiled for the baseline only.
 macro_rules! versions {
     ($(#[$meta:meta])* pub fn $name:ident<$($generic:ident),*>($($argument:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block) => {
         $(#[$meta])*
-        #[allow(clippy::too_many_arguments, reason = "rows, their factors and their places are what a kernel takes")]
+        #[allow(clippy::too_many_arguments, reason = "kernels take their operands one by one")]
         pub fn $name<$($generic: crate::Element),*>($($argument: $type),*) $(-> $result)? {
-            // Bodies that multiply and add may use it; not all do.
+            // Not all bodies use `FUSED`.
             #[allow(clippy::extra_unused_type_parameters, reason = "see above")]
             #[inline(always)]
             fn plain<$($generic: crate::Element,)* const FUSED: bool>($($argument: $type),*) $(-> $result)? $body
@@ -52,8 +52,8 @@ macro_rules! versions {
                 fn avx2<$($generic: crate::Element),*>($($argument: $type),*) $(-> $result)? {
                     plain::<$($generic,)* true>($($argument),*)
                 }
-                #[expect(unsafe_code, reason = "a function for certain processors is unsafe to call elsewhere")]
-                // SAFETY: the processor was asked for these instructions.
+                #[expect(unsafe_code, reason = "a function for certain CPU features is unsafe to call without them")]
+                // SAFETY: the CPU has these instructions.
                 match crate::versions::Level::here() {
                     crate::versions::Level::Avx512 => return unsafe { avx512($($argument),*) },
                     crate::versions::Level::Avx2 => return unsafe { avx2($($argument),*) },

@@ -1,4 +1,4 @@
-//! A step of another run, whose weights a run starts from.
+//! Starting a run from the weights of another run's checkpoint.
 
 use std::path::Path;
 
@@ -11,23 +11,23 @@ use crate::{
     architecture::config::ModelConfig,
     checkpoint::{
         MASTER,
-        archive::{self, CheckpointManifest},
-        fill, open, share,
+        checkpoint_store::{self, CheckpointManifest},
+        load_into, open, shard_of,
     },
     failure::Failure,
-    lora::trainable::Attachment,
+    lora::trainable::Trainable,
     model::{Model, adapter::differences},
-    params::flat::Flat,
+    params::flat::FlatState,
     store::{self, Store},
 };
 
-/// The manifest's field that names it.
+/// The field of the manifest that names the checkpoint.
 pub const LOCATION: &str = "spec.initialCheckpoint.uri";
 
-/// Why a run cannot start from a checkpoint.
+/// A reason why a run cannot start from a checkpoint.
 #[derive(Debug)]
-pub struct Unfit {
-    /// The kind of the fault.
+pub struct CheckpointFault {
+    /// The kind of fault.
     pub reason: ProblemReason,
     /// The field to change.
     pub location: String,
@@ -35,16 +35,16 @@ pub struct Unfit {
     pub message: String,
 }
 
-/// What was found of a checkpoint.
+/// The result of checking a checkpoint.
 #[derive(Debug)]
-pub struct Checked {
-    /// Why a run cannot start from it; none if it can.
-    pub faults: Vec<Unfit>,
-    /// The base model of an adapter's, if it is known and not the one asked for.
+pub struct CheckpointCheck {
+    /// Why a run cannot start from it; empty if it can.
+    pub faults: Vec<CheckpointFault>,
+    /// The base model of an adapter checkpoint, if it is known and not the requested one.
     pub other_base: Option<String>,
 }
 
-/// Checks that a directory is a checkpoint of what is to be trained; reads no weights.
+/// Checks that a directory is a checkpoint of the requested model and adapter, without reading weights.
 ///
 /// # Errors
 /// [`store::Error`].
@@ -53,26 +53,26 @@ pub fn check(
     base: &ModelSource,
     lora: Option<&LoraSettings>,
     model: &ModelConfig,
-) -> Result<Checked, store::Error> {
+) -> Result<CheckpointCheck, store::Error> {
     let manifest = match read(store)? {
         Ok(manifest) => manifest,
-        Err(unfit) => return Ok(Checked { faults: vec![unfit], other_base: None }),
+        Err(fault) => return Ok(CheckpointCheck { faults: vec![fault], other_base: None }),
     };
     let mut faults = faults(&manifest, lora, model);
     let sizes = match manifest.files() {
-        Ok(files) => archive::check_sizes(store, "", &files)?,
+        Ok(files) => checkpoint_store::check_sizes(store, "", &files)?,
         Err(why) => Err(why),
     };
     faults.extend(sizes.err().map(|why| damaged(store, &why)));
-    let there = manifest.model.filter(|_| manifest.lora.is_some());
-    let other_base = there.map(|there| there.uri).filter(|uri| *uri != base.uri);
-    Ok(Checked { faults, other_base })
+    let adapter_base = manifest.model.filter(|_| manifest.lora.is_some());
+    let other_base = adapter_base.map(|model| model.uri).filter(|uri| *uri != base.uri);
+    Ok(CheckpointCheck { faults, other_base })
 }
 
-/// Gives a model the weights of a checkpoint, on every rank what it has of them.
+/// Loads the weights of a checkpoint into a model; each rank loads what it stores.
 ///
 /// # Errors
-/// A [`Failure`] if it is not one of what is trained, is damaged, or cannot be fetched.
+/// A [`Failure`] if the checkpoint does not fit, is damaged, or cannot be fetched.
 pub fn start_from(
     store: &Store,
     lora: Option<&LoraSettings>,
@@ -80,87 +80,89 @@ pub fn start_from(
     scratch: &Path,
 ) -> Result<(), Failure> {
     let invalid = |message| Failure::new(FailureReason::InvalidConfiguration, message);
-    let unfit = |unfit: Unfit| invalid(format!("{}: {}", unfit.location, unfit.message));
-    let manifest = read(store)?.map_err(unfit)?;
-    if let Some(fault) = faults(&manifest, lora, model.config()).into_iter().next() {
-        return Err(unfit(fault));
+    let fault = |fault: CheckpointFault| invalid(format!("{}: {}", fault.location, fault.message));
+    let manifest = read(store)?.map_err(fault)?;
+    if let Some(first) = faults(&manifest, lora, model.config()).into_iter().next() {
+        return Err(fault(first));
     }
-    let files = archive::fetch_files(store, "", &manifest, share(model), scratch)?;
-    let files = files.map_err(|why| unfit(damaged(store, &why)))?;
+    let files = checkpoint_store::fetch_files(store, "", &manifest, shard_of(model), scratch)?;
+    let files = files.map_err(|why| fault(damaged(store, &why)))?;
     let files = open(&files, model)?;
-    fill(&files, model, &[(MASTER, Flat::Floats(model.trained().master()))])?;
+    load_into(&files, model, &[(MASTER, FlatState::Fp32(model.trained().master()))])?;
     model.trained_mut().refresh_compute();
     Ok(())
 }
 
-fn read(store: &Store) -> Result<Result<CheckpointManifest, Unfit>, store::Error> {
-    let unfit = |reason, message| Unfit { reason, location: LOCATION.to_owned(), message };
+fn read(store: &Store) -> Result<Result<CheckpointManifest, CheckpointFault>, store::Error> {
+    let fault =
+        |reason, message| CheckpointFault { reason, location: LOCATION.to_owned(), message };
     let uri = store.uri();
     if store.size(CHECKPOINT_MANIFEST_NAME)?.is_none() {
         let message = format!(
-            "{uri} has no {CHECKPOINT_MANIFEST_NAME}: name one step of a run, as OUTPUT.checkpoints/RUN/step-00000600; a published adapter is gone on from with initialAdapter, a published model by naming it as model.uri"
+            "{uri} has no {CHECKPOINT_MANIFEST_NAME}: name one step of a run, such as OUTPUT.checkpoints/RUN/step-00000600; to start from a published adapter use initialAdapter, from a published model use model.uri"
         );
-        return Ok(Err(unfit(ProblemReason::NotFound, message)));
+        return Ok(Err(fault(ProblemReason::NotFound, message)));
     }
-    Ok(archive::read_manifest(store, "")?.map_err(|why| damaged(store, &why)))
+    Ok(checkpoint_store::read_manifest(store, "")?.map_err(|why| damaged(store, &why)))
 }
 
-fn damaged(store: &Store, why: &str) -> Unfit {
-    Unfit {
+fn damaged(store: &Store, why: &str) -> CheckpointFault {
+    CheckpointFault {
         reason: ProblemReason::InvalidModel,
         location: LOCATION.to_owned(),
         message: format!("{} cannot be used: {why}; name another step", store.uri()),
     }
 }
 
-/// Lists why weights cannot be those of a model and adapter.
+/// Lists why a checkpoint does not fit a model and adapter.
 fn faults(
     manifest: &CheckpointManifest,
     lora: Option<&LoraSettings>,
     model: &ModelConfig,
-) -> Vec<Unfit> {
-    let unfit = |location: String, message: String| Unfit {
+) -> Vec<CheckpointFault> {
+    let fault = |location: String, message: String| CheckpointFault {
         reason: ProblemReason::InvalidSpec,
         location,
         message,
     };
-    let at_uri = |message: &str| vec![unfit(LOCATION.to_owned(), message.to_owned())];
-    let attachment = match (lora, &manifest.lora) {
-        (None, None) => Some(Attachment::Full),
-        (Some(asked), Some(there)) => {
-            let Ok(Attachment::Lora(attachment)) = Attachment::lora(model, there) else {
-                return at_uri("is of an adapter that does not fit this model");
+    let at_uri = |message: &str| vec![fault(LOCATION.to_owned(), message.to_owned())];
+    let trainable = match (lora, &manifest.lora) {
+        (None, None) => Some(Trainable::Full),
+        (Some(requested), Some(stored)) => {
+            let Ok(Trainable::Lora(adapters)) = Trainable::lora(model, stored) else {
+                return at_uri("belongs to an adapter that does not fit this model");
             };
-            // What is wrong with the settings asked for is already said.
-            let found = differences(model, asked, there, &attachment).unwrap_or_default();
+            // Errors in the requested settings are already reported.
+            let found = differences(model, requested, stored, &adapters).unwrap_or_default();
             if !found.is_empty() {
-                let fault = |(field, message)| unfit(format!("spec.loraConfig.{field}"), message);
-                return found.into_iter().map(fault).collect();
+                let to_fault =
+                    |(field, message)| fault(format!("spec.loraConfig.{field}"), message);
+                return found.into_iter().map(to_fault).collect();
             }
-            Attachment::lora(model, asked).ok()
+            Trainable::lora(model, requested).ok()
         }
-        (None, Some(there)) => {
-            return at_uri(&format!("is of an adapter: set loraConfig to {}", shape(there)));
+        (None, Some(stored)) => {
+            return at_uri(&format!("belongs to an adapter: set loraConfig to {}", shape(stored)));
         }
         (Some(_), None) => {
-            return at_uri("is of a model trained whole: remove loraConfig to go on with it");
+            return at_uri("belongs to a full-parameter run: remove loraConfig to continue it");
         }
     };
-    let Some(attachment) = attachment else { return Vec::new() };
-    let specs = attachment.trained(model);
+    let Some(trainable) = trainable else { return Vec::new() };
+    let specs = trainable.trained_tensors(model);
     let trained: usize = specs.iter().map(|spec| spec.shape.iter().product::<usize>()).sum();
     match manifest.trained {
-        Some(there) if there == trained as u64 => Vec::new(),
-        Some(there) => at_uri(&format!(
-            "has {there} trained parameters, but this model and loraConfig have {trained}: it is of another model"
+        Some(stored) if stored == trained as u64 => Vec::new(),
+        Some(stored) => at_uri(&format!(
+            "has {stored} trained parameters, but this model and loraConfig have {trained}: it belongs to another model"
         )),
         None => at_uri(
-            "is of an earlier release, which did not write what it is of: only its own run can go on from it",
+            "was written by an earlier release, which did not record its model: only its own run can resume from it",
         ),
     }
 }
 
-/// Writes an adapter's shape as a manifest has it.
+/// Formats an adapter's shape as in `spec.loraConfig`.
 fn shape(lora: &LoraSettings) -> String {
     let LoraSettings {
         r,

@@ -1,19 +1,19 @@
-//! Checkpoints: everything a run needs to go on as if it had never stopped.
+//! Asynchronous checkpoints: everything a run needs to resume as if it had never stopped.
 //!
-//! A checkpoint is safetensors files of flat fp32 tensors and, written after them, a manifest with
-//! their digests: without the manifest it does not exist. What every rank has whole, rank 0 writes to
-//! one file; what is divided, each rank writes its part of, and rank 0 the manifest when all parts
-//! are there. Any number of ranks reads either, for where elements stand is arithmetic
-//! (`model/layout.rs`). There is no random state and no data cursor in it: both are pure functions of
-//! the seed and the step.
+//! A checkpoint is a set of safetensors files with flat fp32 tensors and a manifest with their digests,
+//! written last: without the manifest the checkpoint does not exist. Rank 0 writes replicated state to
+//! one file. If state is sharded, each rank writes its shard, and rank 0 writes the manifest after all
+//! of them. Any number of ranks can load either form, because the position of each element is
+//! arithmetic (`params/layout.rs`). A checkpoint has no RNG state and no data cursor: both are pure
+//! functions of the seed and the step.
 //!
-//! Training stands still only for the snapshot: a copy in memory of what LoRA trains, a local file
-//! of what is too large for that. A thread of its own writes it to the store, one at a time.
-//! [`pace`] decides when, `snapshot` takes the state out of training's way, `writer` is the thread,
-//! `archive` what is in the store.
+//! Training waits only for the snapshot: a copy in host memory for LoRA, a local file for
+//! full-parameter training. A background thread uploads it, one checkpoint at a time. [`cadence`]
+//! decides when to save, `snapshot` copies the state, `writer` is the thread, and `checkpoint_store`
+//! manages the stored files.
 
-mod archive;
 pub mod cadence;
+mod checkpoint_store;
 pub mod initial;
 mod snapshot;
 mod writer;
@@ -32,9 +32,9 @@ use tracing::{debug, warn};
 
 use crate::{
     checkpoint::{
-        archive::{Archive, Fetched, Share, StateFile},
-        cadence::Pace,
-        snapshot::{Room, Snapshot},
+        cadence::SaveCadence,
+        checkpoint_store::{CheckpointStore, Fetched, Shard, StateFile},
+        snapshot::{HostBuffer, Snapshot},
         writer::Writer,
     },
     distributed::Ranks,
@@ -43,8 +43,8 @@ use crate::{
     model::Model,
     optim::AdamW,
     params::{
-        flat::Flat,
-        layout::{Move, Span, moves},
+        flat::FlatState,
+        layout::{CopyRange, Span, overlaps},
     },
     runtime::clock,
     store::{self, Store},
@@ -54,13 +54,13 @@ pub use writer::Saved;
 const MASTER: &str = "master";
 const MOMENTS: [&str; 2] = ["exp_avg", "exp_avg_sq"];
 
-/// What a run has come to, beside its tensors.
+/// The training state of a run apart from its tensors.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct TrainState {
-    /// Optimizer steps done.
+    /// Completed optimizer steps.
     pub step: u64,
-    /// Positions trained on.
+    /// Tokens trained on, including those that are not targets.
     pub tokens_seen: u64,
     /// Mean loss of the first step.
     pub first_loss: Option<f64>,
@@ -68,19 +68,19 @@ pub struct TrainState {
     pub last_loss: Option<f64>,
     /// Validation loss before the first step.
     pub base_eval_loss: Option<f64>,
-    /// Validation loss last evaluated, and when.
+    /// The last validation loss and its step.
     pub last_eval: Option<Evaluated>,
-    /// The best validation loss so far, and when.
+    /// The best validation loss so far and its step.
     pub best: Option<Evaluated>,
-    /// Evaluations since the best.
+    /// Evaluations since the best one.
     pub evaluations_since_best: u32,
     /// Seconds trained.
     #[serde(default)]
     pub training_seconds: f64,
-    /// Why training is over before its last step.
+    /// Why training stopped before its last step.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stopped_early: Option<StoppedEarly>,
-    /// The kernel that multiplied bf16: with another, a continued run is not equal bit for bit.
+    /// The kernel of bf16 matrix products: with another one, a resumed run is not equal bit for bit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bf16_kernel: Option<String>,
 }
@@ -89,7 +89,7 @@ pub struct TrainState {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Evaluated {
-    /// Optimizer steps done by then.
+    /// The number of completed optimizer steps.
     pub step: u64,
     /// Mean loss per target token.
     pub loss: f64,
@@ -98,40 +98,40 @@ pub struct Evaluated {
 /// The checkpoints of one run.
 #[derive(Debug)]
 pub struct Checkpoints {
-    archive: Archive,
+    store: CheckpointStore,
     scratch: PathBuf,
-    /// Whether a snapshot is small enough to be in memory.
-    is_copied: bool,
-    room: Room,
+    /// Whether snapshots are small enough for host memory.
+    snapshots_in_memory: bool,
+    host_buffer: HostBuffer,
     ranks: Ranks,
-    /// Writes this rank's part of what is divided.
-    part: Writer<StateFile>,
-    /// The checkpoint whose parts are being written.
-    begun: Option<Begun>,
-    /// Writes what makes a checkpoint complete, on rank 0.
+    /// Writes this rank's shard.
+    shard_writer: Writer<StateFile>,
+    /// The checkpoint whose shards are being written.
+    in_flight: Option<InFlight>,
+    /// Completes checkpoints, on rank 0.
     writer: Writer<Saved>,
     saved: Option<Saved>,
-    pace: Pace,
+    cadence: SaveCadence,
     started: Instant,
 }
 
 impl Drop for Checkpoints {
-    /// Without the other ranks a part is worth nothing, and they may be waiting for this one.
+    /// Without the other ranks a shard is worthless, and they may be waiting for this one.
     fn drop(&mut self) {
-        self.part.abandon();
+        self.shard_writer.abandon();
     }
 }
 
-/// A checkpoint on its way.
+/// A checkpoint that is being written.
 #[derive(Debug)]
-struct Begun {
+struct InFlight {
     state: TrainState,
     stall_seconds: f64,
     since: Instant,
 }
 
 impl Checkpoints {
-    /// Opens the checkpoints of a run; files pass through `scratch`.
+    /// Opens the checkpoints of a run, with temporary files in `scratch`.
     pub fn new(
         store: Store,
         scratch: &Path,
@@ -140,126 +140,127 @@ impl Checkpoints {
         model: &Model,
     ) -> Self {
         Self {
-            archive: Archive::new(store, config, inputs, model.trained_parameters() as u64),
+            store: CheckpointStore::new(store, config, inputs, model.trained_parameters() as u64),
             scratch: scratch.to_owned(),
-            is_copied: config.lora.is_some(),
-            room: Room::default(),
+            snapshots_in_memory: config.lora.is_some(),
+            host_buffer: HostBuffer::default(),
             ranks: model.ranks().clone(),
-            part: Writer::default(),
-            begun: None,
+            shard_writer: Writer::default(),
+            in_flight: None,
             writer: Writer::default(),
             saved: None,
-            pace: Pace::new(config.training.checkpoint_steps),
+            cadence: SaveCadence::new(config.training.checkpoint_steps),
             started: clock::now(),
         }
     }
 
-    /// Tells, on rank 0, whether to save after `step`, the last of which took `step_seconds`, unless
-    /// parts of the one before are being written ([`Self::is_waiting_for_parts`]).
+    /// Reports, on rank 0, whether to save after `step`, which took `step_seconds`, unless shards of the
+    /// checkpoint before are still being written ([`Self::is_waiting_for_shards`]).
     pub fn is_due(&self, step: u64, step_seconds: f64) -> bool {
-        !self.writer.is_busy() && self.pace.is_due(step, self.now(), step_seconds)
+        !self.writer.is_busy() && self.cadence.is_due(step, self.now(), step_seconds)
     }
 
-    /// Tells whether a checkpoint is begun that waits for parts of some rank, as all ranks know.
-    pub fn is_waiting_for_parts(&self) -> bool {
-        self.begun.is_some()
+    /// Reports whether shards of a checkpoint are being written, which is the same on all ranks.
+    pub fn is_waiting_for_shards(&self) -> bool {
+        self.in_flight.is_some()
     }
 
-    /// Begins a checkpoint to go on from, and to publish from if it is the best; training may go on
-    /// when this returns. The one before is waited for. When it is complete, those beyond the ones
-    /// to keep are removed. All ranks must ask for it after the same step.
+    /// Starts to save a checkpoint; training may continue when this returns. It waits for the checkpoint
+    /// before. When the new one is complete, checkpoints beyond those to keep are removed. All ranks
+    /// must call it after the same step.
     ///
     /// # Errors
-    /// A [`Failure`] if the disk fails or another rank is lost, or of the checkpoint before; those
-    /// that are complete stay.
+    /// A [`Failure`] if the disk fails, another rank is lost, or the checkpoint before failed; complete
+    /// checkpoints stay.
     pub fn save(
         &mut self,
         state: &TrainState,
         model: &Model,
         optimizer: &AdamW,
     ) -> Result<(), Failure> {
-        let share = share(model);
-        if share == Share::Whole && !self.ranks.is_first() {
+        let shard = shard_of(model);
+        if shard == Shard::Full && !self.ranks.is_first() {
             return Ok(());
         }
         let started = clock::now();
-        self.settle()?;
-        let settled = clock::now();
+        self.flush()?;
+        let flushed = clock::now();
         let tensors = tensors(model, optimizer);
-        let snapshot = if self.is_copied {
-            self.room.copy(&tensors)?
+        let snapshot = if self.snapshots_in_memory {
+            self.host_buffer.copy(&tensors)?
         } else {
             Snapshot::to_file(&self.scratch.join("checkpoint.tmp"), &tensors)?
         };
         let stall_seconds = started.elapsed().as_secs_f64();
-        self.pace.safe(state.step, self.now());
-        // What the writer before was waited for is no price of this one.
-        self.pace.stalled(settled.elapsed().as_secs_f64());
-        let begun = Begun { state: state.clone(), stall_seconds, since: clock::now() };
+        self.cadence.mark_saved(state.step, self.now());
+        // Waiting for the checkpoint before is not a cost of this one.
+        self.cadence.record_stall(flushed.elapsed().as_secs_f64());
+        let in_flight = InFlight { state: state.clone(), stall_seconds, since: clock::now() };
         let step = state.step;
-        if let Share::Part(_) = share {
-            let archive = self.archive.clone();
-            self.begun = Some(begun);
-            return self.part.start(move || Ok(archive.write(step, share, &snapshot)?));
+        if let Shard::OfRank(_) = shard {
+            let store = self.store.clone();
+            self.in_flight = Some(in_flight);
+            return self.shard_writer.start(move || Ok(store.write(step, shard, &snapshot)?));
         }
-        self.complete(begun, false, move |archive| Ok(vec![archive.write(step, share, &snapshot)?]))
+        self.complete(in_flight, false, move |store| Ok(vec![store.write(step, shard, &snapshot)?]))
     }
 
-    /// Lets the writer complete a checkpoint as soon as it has its files.
+    /// Starts to complete a checkpoint in the background, once `files` returns its files.
     fn complete(
         &mut self,
-        begun: Begun,
-        is_divided: bool,
-        files: impl FnOnce(&Archive) -> Result<Vec<StateFile>, store::Error> + Send + 'static,
+        in_flight: InFlight,
+        is_sharded: bool,
+        files: impl FnOnce(&CheckpointStore) -> Result<Vec<StateFile>, store::Error> + Send + 'static,
     ) -> Result<(), Failure> {
-        let Begun { state, stall_seconds, since } = begun;
-        let archive = self.archive.clone();
+        let InFlight { state, stall_seconds, since } = in_flight;
+        let store = self.store.clone();
         self.writer.start(move || {
-            archive.complete(&state, is_divided, files(&archive)?)?;
+            store.complete(&state, is_sharded, files(&store)?)?;
             let write_seconds = since.elapsed().as_secs_f64();
             Ok(Saved { step: state.step, stall_seconds, write_seconds })
         })
     }
 
-    /// Tells whether this rank has written its part of a checkpoint that is not complete.
-    pub fn has_written_its_part(&self) -> bool {
-        self.begun.is_some() && !self.part.is_busy()
+    /// Reports whether this rank has written its shard of the checkpoint in flight.
+    pub fn has_written_shard(&self) -> bool {
+        self.in_flight.is_some() && !self.shard_writer.is_busy()
     }
 
-    /// Waits for this rank's part of a checkpoint and, on rank 0, begins to complete it with those of
-    /// all; nothing if there is none. All ranks must call it after the same step.
+    /// Waits for this rank's shard of the checkpoint in flight, if there is one; rank 0 then starts to
+    /// complete it with the shards of all ranks. All ranks must call it after the same step.
     ///
     /// # Errors
-    /// A [`Failure`] if a part could not be written or another rank is lost.
-    pub fn join_parts(&mut self) -> Result<(), Failure> {
-        let (Some(begun), Some(part)) = (self.begun.take(), self.part.wait()?) else {
+    /// A [`Failure`] if a shard could not be written or another rank is lost.
+    pub fn complete_shards(&mut self) -> Result<(), Failure> {
+        let (Some(in_flight), Some(file)) = (self.in_flight.take(), self.shard_writer.wait()?)
+        else {
             return Ok(());
         };
-        let place = format!("checkpoint/{}", begun.state.step);
-        let Some(parts) = self.ranks.tell_first(&place, &part.to_text())? else { return Ok(()) };
-        let parts: Option<Vec<_>> = parts.iter().map(|text| StateFile::from_text(text)).collect();
-        let parts = parts.ok_or_else(|| {
-            let message = format!("the parts of {place} were not understood");
+        let key = format!("checkpoint/{}", in_flight.state.step);
+        let Some(texts) = self.ranks.gather_texts(&key, &file.to_text())? else { return Ok(()) };
+        let files: Option<Vec<_>> = texts.iter().map(|text| StateFile::from_text(text)).collect();
+        let files = files.ok_or_else(|| {
+            let message = format!("the shards of {key} could not be parsed");
             Failure::new(FailureReason::Internal, message)
         })?;
-        // The one before is complete: it was waited for before this one began.
-        self.complete(begun, true, move |_| Ok(parts))
+        // The checkpoint before is complete: `save` waited for it.
+        self.complete(in_flight, true, move |_| Ok(files))
     }
 
-    /// Takes note of a checkpoint that became complete meanwhile.
+    /// Records a checkpoint that has become complete, without waiting for one.
     ///
     /// # Errors
     /// A [`Failure`] if it could not be written.
-    pub fn look(&mut self) -> Result<(), Failure> {
+    pub fn poll(&mut self) -> Result<(), Failure> {
         if self.writer.is_busy() { Ok(()) } else { self.take_saved() }
     }
 
-    /// Waits until the last checkpoint begun is complete; of one that is divided all ranks must.
+    /// Waits until the checkpoint in flight is complete. If it is sharded, all ranks must call it.
     ///
     /// # Errors
     /// A [`Failure`] if it could not be written or another rank is lost.
-    pub fn settle(&mut self) -> Result<(), Failure> {
-        self.join_parts()?;
+    pub fn flush(&mut self) -> Result<(), Failure> {
+        self.complete_shards()?;
         self.take_saved()
     }
 
@@ -267,69 +268,69 @@ impl Checkpoints {
         if let Some(saved) = self.writer.wait()? {
             let Saved { step, stall_seconds, write_seconds } = saved;
             debug!(step, stall_seconds, write_seconds, "saved a checkpoint");
-            self.pace.written(saved.write_seconds);
+            self.cadence.record_write(saved.write_seconds);
             self.saved = Some(saved);
         }
         Ok(())
     }
 
-    /// Returns the last complete checkpoint of this process.
+    /// Returns the last checkpoint that this process has completed.
     pub fn saved(&self) -> Option<Saved> {
         self.saved
     }
 
-    /// Restores the newest complete checkpoint that all ranks find undamaged; `None` if there is none.
+    /// Restores the newest complete checkpoint that is undamaged on all ranks; `None` if there is none.
     ///
     /// # Errors
-    /// A [`Failure`] of reason `CheckpointMismatch` if it belongs to other data or settings, or one
-    /// of the store, or if another rank is lost.
+    /// A [`Failure`] of reason `CheckpointMismatch` if the checkpoint has other data or settings; also if
+    /// the store fails or another rank is lost.
     pub fn restore_newest(
         &mut self,
         model: &mut Model,
         optimizer: &AdamW,
     ) -> Result<Option<TrainState>, Failure> {
-        let names = if self.ranks.is_first() { self.archive.names()? } else { Vec::new() };
+        let names = if self.ranks.is_first() { self.store.names()? } else { Vec::new() };
         let mut steps = names.iter().rev().filter_map(|name| checkpoint_step(name));
         let restored = loop {
-            // Rank 0 chooses, for all must go on from the same.
-            let chosen = self.ranks.from_first(steps.next().map_or(0, |step| step + 1))?;
+            // Rank 0 chooses, because all ranks must resume from the same checkpoint.
+            let chosen = self.ranks.broadcast(steps.next().map_or(0, |step| step + 1))?;
             if chosen == 0 {
                 break None;
             }
             let name = checkpoint_name(chosen - 1);
             let stored = self.read(&name, model)?;
-            // No tensor has changed yet, so the one before can still be taken.
+            // No tensor has changed yet, so an earlier checkpoint can still be chosen.
             let number = f64::from(self.ranks.rank());
-            let said = if stored.is_some() { [0.0, 0.0] } else { [1.0, number] };
-            let [damaged, numbers] = self.ranks.sum(said)?;
+            let damage = if stored.is_some() { [0.0, 0.0] } else { [1.0, number] };
+            let [damaged, numbers] = self.ranks.sum(damage)?;
             let Some(stored) = stored else { continue };
             if damaged > 0.0 {
                 let who =
                     if damaged > 1.0 { "several ranks".into() } else { format!("rank {numbers}") };
-                let why = format!("{who} cannot use its part: see its log");
+                let why = format!("{who} cannot use its shard: see its log");
                 warn!(checkpoint = name, why, "skipped a damaged checkpoint");
             } else {
-                fill(&stored.files, model, &tensors(model, optimizer))?;
+                load_into(&stored.files, model, &tensors(model, optimizer))?;
                 model.trained_mut().refresh_compute();
                 break Some(stored.state);
             }
         };
-        self.pace.safe(restored.as_ref().map_or(0, |state| state.step), self.now());
+        self.cadence.mark_saved(restored.as_ref().map_or(0, |state| state.step), self.now());
         Ok(restored)
     }
 
-    /// Restores the weights of the best evaluation, which are those of its checkpoint.
+    /// Restores the weights of the best evaluation from its checkpoint.
     ///
     /// # Errors
-    /// A [`Failure`] if they are gone or damaged.
+    /// A [`Failure`] if they are missing or damaged.
     pub fn restore_best(&self, step: u64, model: &mut Model) -> Result<(), Failure> {
         let name = checkpoint_name(step);
         let Some(stored) = self.read(&name, model)? else {
             let message =
-                format!("the best weights at {} are gone or damaged", self.archive.uri(&name));
+                format!("the best weights at {} are missing or damaged", self.store.uri(&name));
             return Err(Failure::new(FailureReason::NotProven, message));
         };
-        fill(&stored.files, model, &[(MASTER, Flat::Floats(model.trained().master()))])?;
+        load_into(&stored.files, model, &[(MASTER, FlatState::Fp32(model.trained().master()))])?;
         model.trained_mut().refresh_compute();
         Ok(())
     }
@@ -337,14 +338,14 @@ impl Checkpoints {
     /// Removes every checkpoint of the run.
     ///
     /// # Errors
-    /// A [`Failure`] of the store.
+    /// A [`Failure`] if the store fails.
     pub fn clear(&self) -> Result<(), Failure> {
-        Ok(self.archive.clear()?)
+        Ok(self.store.clear()?)
     }
 
-    /// Fetches what this rank needs of a checkpoint; `None`, with a warning, if it is damaged.
+    /// Fetches the files of a checkpoint that this rank needs; `None`, with a warning, if it is damaged.
     fn read(&self, name: &str, model: &Model) -> Result<Option<Stored>, Failure> {
-        let fetched = self.archive.fetch(name, share(model), &self.scratch)?;
+        let fetched = self.store.fetch(name, shard_of(model), &self.scratch)?;
         let open = |Fetched { state, files }| Ok(Stored { state, files: open(&files, model)? });
         fetched.map(open).transpose()
     }
@@ -354,24 +355,24 @@ impl Checkpoints {
     }
 }
 
-/// A checkpoint, open.
+/// An opened checkpoint.
 struct Stored {
     state: TrainState,
     files: Vec<StoredFile>,
 }
 
-/// Opens fetched files, and leaves no name of them behind.
-fn open(files: &[(Share, PathBuf)], model: &Model) -> Result<Vec<StoredFile>, Failure> {
-    let open = |(share, path): &(Share, PathBuf)| {
-        let tensors = Tensors::open_file(path).map_err(unlike)?;
-        // The map keeps the bytes.
+/// Opens fetched files and unlinks them.
+fn open(files: &[(Shard, PathBuf)], model: &Model) -> Result<Vec<StoredFile>, Failure> {
+    let open = |(shard, path): &(Shard, PathBuf)| {
+        let tensors = Tensors::open_file(path).map_err(mismatch)?;
+        // The memory map keeps the bytes.
         let _ = std::fs::remove_file(path);
-        let (spans, length) = match *share {
-            Share::Part(place) => {
-                let layout = model.layout_of(place);
-                (layout.spans(), layout.part_length())
+        let (spans, length) = match *shard {
+            Shard::OfRank(rank) => {
+                let layout = model.layout_of(rank);
+                (layout.spans(), layout.shard_length())
             }
-            Share::Whole => {
+            Shard::Full => {
                 let length = model.trained_parameters();
                 (vec![Span::all(length)], length)
             }
@@ -383,48 +384,53 @@ fn open(files: &[(Share, PathBuf)], model: &Model) -> Result<Vec<StoredFile>, Fa
 
 struct StoredFile {
     tensors: Tensors,
-    /// Which elements of all that is trained the file's tensors have.
+    /// The elements of the unsharded state that the tensors of the file hold.
     spans: Vec<Span>,
-    /// Elements of each tensor, filling included.
+    /// Elements of each tensor, with padding.
     length: usize,
 }
 
-/// Copies what a rank has of each named tensor into it.
-fn fill(files: &[StoredFile], model: &Model, into: &[(&str, Flat<'_>)]) -> Result<(), Failure> {
+/// Loads each named tensor from files: the elements that this rank stores.
+fn load_into(
+    files: &[StoredFile],
+    model: &Model,
+    targets: &[(&str, FlatState<'_>)],
+) -> Result<(), Failure> {
     let own = model.trained_spans();
-    let moves: Vec<Vec<Move>> = files.iter().map(|file| moves(&file.spans, &own)).collect();
-    let moved = moves.iter().flatten().map(|moved| moved.length);
-    if moved.sum::<usize>() != own.iter().map(|span| span.length).sum::<usize>() {
-        let message = "the files of a checkpoint do not have all that is trained";
+    let ranges: Vec<Vec<CopyRange>> =
+        files.iter().map(|file| overlaps(&file.spans, &own)).collect();
+    let covered = ranges.iter().flatten().map(|range| range.length);
+    if covered.sum::<usize>() != own.iter().map(|span| span.length).sum::<usize>() {
+        let message = "the files of the checkpoint do not cover all trained parameters";
         return Err(Failure::new(FailureReason::CheckpointMismatch, message));
     }
-    for (name, target) in into {
-        let values = files.iter().zip(&moves).map(|(file, moves)| {
-            Ok((file.tensors.tensor_of(name, &[file.length])?, moves.as_slice()))
+    for (name, target) in targets {
+        let sources = files.iter().zip(&ranges).map(|(file, ranges)| {
+            Ok((file.tensors.tensor_of(name, &[file.length])?, ranges.as_slice()))
         });
-        target.fill(&values.collect::<Result<Vec<_>, _>>().map_err(unlike)?);
+        target.copy_from(&sources.collect::<Result<Vec<_>, _>>().map_err(mismatch)?);
     }
     Ok(())
 }
 
-fn unlike(error: weights::Error) -> Failure {
+fn mismatch(error: weights::Error) -> Failure {
     Failure::from_chain(FailureReason::CheckpointMismatch, &error)
 }
 
-/// Returns what a rank writes of a model's state.
-fn share(model: &Model) -> Share {
+/// Returns the shard of a model's state that this rank writes.
+fn shard_of(model: &Model) -> Shard {
     let ranks = model.ranks();
     match model.sharded_training() {
-        Some(_) => Share::Part([ranks.rank(), ranks.world_size()]),
-        None => Share::Whole,
+        Some(_) => Shard::OfRank([ranks.rank(), ranks.world_size()]),
+        None => Shard::Full,
     }
 }
 
-/// Names the tensors of a checkpoint: of a divided model, this rank's parts of them.
-fn tensors<'a>(model: &'a Model, optimizer: &'a AdamW) -> [(&'static str, Flat<'a>); 3] {
+/// Returns the named tensors of a checkpoint; if they are sharded, this rank's shards.
+fn tensors<'a>(model: &'a Model, optimizer: &'a AdamW) -> [(&'static str, FlatState<'a>); 3] {
     let [exp_avg, exp_avg_sq] = optimizer.moments();
     [
-        (MASTER, Flat::Floats(model.trained().master())),
+        (MASTER, FlatState::Fp32(model.trained().master())),
         (MOMENTS[0], exp_avg),
         (MOMENTS[1], exp_avg_sq),
     ]

@@ -1,4 +1,4 @@
-//! The state of one step, out of training's way: what is written from while training goes on.
+//! A copy of the training state of one step, which is written while training continues.
 
 use std::{
     fs::File,
@@ -13,50 +13,50 @@ use tch::Kind;
 use crate::{
     failure::Failure,
     hf::safetensors_writer::{self, Declared},
-    params::flat::Flat,
+    params::flat::FlatState,
     store::{self, PART_BYTES, file_parts},
 };
 
-/// What the header of a snapshot's file takes at most.
+/// The largest safetensors header of a snapshot.
 const HEADER_BYTES: usize = 1024;
 
-/// A safetensors file of flat fp32 tensors, where it can be read in peace.
+/// A safetensors file of flat fp32 tensors, independent of the tensors that training updates.
 #[derive(Debug)]
 pub(super) enum Snapshot {
     /// In memory.
     Memory(Bytes),
-    /// On local disk; it goes with the snapshot.
+    /// On local disk; the file is removed when the snapshot is dropped.
     File(PathBuf),
 }
 
-/// Elements of a flat tensor that are asked for at once.
-const AT_ONCE: usize = 1 << 20;
+/// Elements of a flat tensor that are converted at once.
+const CHUNK_ELEMENTS: usize = 1 << 20;
 
-/// Room in memory for a snapshot, used again for the next.
+/// A host buffer for a snapshot, reused for the next one.
 #[derive(Debug, Default, Clone)]
-pub(super) struct Room(Arc<Vec<u8>>);
+pub(super) struct HostBuffer(Arc<Vec<u8>>);
 
-impl AsRef<[u8]> for Room {
+impl AsRef<[u8]> for HostBuffer {
     fn as_ref(&self) -> &[u8] {
         &self.0
     }
 }
 
-impl Room {
-    /// Copies tensors.
+impl HostBuffer {
+    /// Copies tensors into the buffer.
     ///
     /// # Errors
-    /// None that is known: memory does not refuse.
-    pub(super) fn copy(&mut self, tensors: &[(&str, Flat<'_>)]) -> Result<Snapshot, Failure> {
+    /// A [`Failure`] if a tensor cannot be serialised; writing to memory does not fail.
+    pub(super) fn copy(&mut self, tensors: &[(&str, FlatState<'_>)]) -> Result<Snapshot, Failure> {
         if Arc::get_mut(&mut self.0).is_none() {
-            // A connection holds on to what it has sent.
+            // A connection still holds the bytes it has sent.
             self.0 = Arc::default();
         }
-        let room = Arc::get_mut(&mut self.0).expect("nobody else has what was just made");
-        room.clear();
+        let buffer = Arc::get_mut(&mut self.0).expect("the buffer has no other owner");
+        buffer.clear();
         let bytes: usize = tensors.iter().map(|(_, tensor)| 4 * tensor.length() as usize).sum();
-        room.reserve_exact(bytes + HEADER_BYTES);
-        write_flat(room, tensors).map_err(|error| failure(&error, "memory"))?;
+        buffer.reserve_exact(bytes + HEADER_BYTES);
+        write_flat(buffer, tensors).map_err(|error| failure(&error, "memory"))?;
         Ok(Snapshot::Memory(Bytes::from_owner(self.clone())))
     }
 }
@@ -65,20 +65,20 @@ impl Snapshot {
     /// Writes tensors to a local file.
     ///
     /// # Errors
-    /// A [`Failure`] if the disk refuses.
-    pub(super) fn to_file(path: &Path, tensors: &[(&str, Flat<'_>)]) -> Result<Self, Failure> {
+    /// A [`Failure`] if the disk fails.
+    pub(super) fn to_file(path: &Path, tensors: &[(&str, FlatState<'_>)]) -> Result<Self, Failure> {
         let write = || {
             let mut file = BufWriter::with_capacity(1 << 20, File::create(path)?);
             write_flat(&mut file, tensors)?;
             file.flush()
         };
-        // Made before it is full, so that a file which could not be written is removed too.
+        // Created first, so that a partly written file is removed too.
         let snapshot = Self::File(path.to_owned());
         write().map_err(|error| failure(&error, &format!("{path:?}")))?;
         Ok(snapshot)
     }
 
-    /// Returns its size, and its bytes part by part.
+    /// Returns the size of the file, and its bytes in parts.
     ///
     /// # Errors
     /// [`store::Error`] if the file cannot be read.
@@ -97,7 +97,7 @@ impl Snapshot {
     }
 }
 
-/// Bytes that come part by part.
+/// The bytes of a file in parts.
 type Parts<'a> = Box<dyn Iterator<Item = Result<Bytes, store::Error>> + 'a>;
 
 impl Drop for Snapshot {
@@ -112,9 +112,9 @@ fn failure(error: &std::io::Error, to: &str) -> Failure {
     Failure::from_io(error, &format!("cannot write a checkpoint to {to}"))
 }
 
-/// Writes flat fp32 tensors.
-fn write_flat(out: &mut impl Write, tensors: &[(&str, Flat<'_>)]) -> std::io::Result<()> {
-    let declare = |(name, tensor): &(&str, Flat<'_>)| Declared {
+/// Writes tensors as a safetensors file.
+fn write_flat(out: &mut impl Write, tensors: &[(&str, FlatState<'_>)]) -> std::io::Result<()> {
+    let declare = |(name, tensor): &(&str, FlatState<'_>)| Declared {
         name: (*name).to_owned(),
         kind: Kind::Float,
         shape: vec![tensor.length()],
@@ -122,9 +122,9 @@ fn write_flat(out: &mut impl Write, tensors: &[(&str, Flat<'_>)]) -> std::io::Re
     let declared: Vec<Declared> = tensors.iter().map(declare).collect();
     let mut next = tensors.iter();
     safetensors_writer::write_pieces(out, &declared, |_, put| {
-        let (_, tensor) = next.next().expect("each declared tensor is asked for once, in order");
-        (0..tensor.length()).step_by(AT_ONCE).try_for_each(|start| {
-            put(&tensor.part(start, (AT_ONCE as i64).min(tensor.length() - start)))
+        let (_, tensor) = next.next().expect("each declared tensor is written once, in order");
+        (0..tensor.length()).step_by(CHUNK_ELEMENTS).try_for_each(|start| {
+            put(&tensor.slice(start, (CHUNK_ELEMENTS as i64).min(tensor.length() - start)))
         })
     })
 }

@@ -1,4 +1,4 @@
-//! Writing while training goes on: one thread, one thing at a time.
+//! A background writer: one thread, one write at a time.
 
 use std::thread::{Builder, JoinHandle};
 
@@ -6,18 +6,18 @@ use tracing::warn;
 
 use crate::failure::Failure;
 
-/// A checkpoint that is complete, and what it cost.
+/// A complete checkpoint and its cost.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Saved {
-    /// Optimizer steps done by then.
+    /// The number of completed optimizer steps.
     pub step: u64,
-    /// Seconds training stood still for it.
+    /// Seconds that training waited for it.
     pub stall_seconds: f64,
-    /// Seconds from then until it was complete, beside training.
+    /// Seconds of writing in the background until it was complete.
     pub write_seconds: f64,
 }
 
-/// What is being written, if anything is, and what comes of it.
+/// The write in progress, if any, with its result.
 #[derive(Debug)]
 pub(super) struct Writer<T>(Option<JoinHandle<Result<T, Failure>>>);
 
@@ -28,15 +28,15 @@ impl<T> Default for Writer<T> {
 }
 
 impl<T: Send + 'static> Writer<T> {
-    /// Tells whether something is still being written.
+    /// Reports whether a write is in progress.
     pub(super) fn is_busy(&self) -> bool {
         self.0.as_ref().is_some_and(|thread| !thread.is_finished())
     }
 
-    /// Starts to write; what was written before must have been waited for.
+    /// Starts a write; the one before must have been waited for.
     ///
     /// # Errors
-    /// A [`Failure`] if no thread can be had.
+    /// A [`Failure`] if no thread can be started.
     pub(super) fn start(
         &mut self,
         write: impl FnOnce() -> Result<T, Failure> + Send + 'static,
@@ -48,18 +48,18 @@ impl<T: Send + 'static> Writer<T> {
         Ok(())
     }
 
-    /// Lets go of what is being written: it ends by itself, or with the process.
+    /// Detaches the write in progress: it ends by itself or with the process.
     pub(super) fn abandon(&mut self) {
         self.0 = None;
     }
 
-    /// Waits until nothing is being written; returns what was, unless that was asked before.
+    /// Waits for the write in progress and returns its result; `None` if there is none.
     ///
     /// # Errors
     /// The [`Failure`] of the write.
     ///
     /// # Panics
-    /// If the write did: a defect is reported where training ends.
+    /// If the write panicked.
     pub(super) fn wait(&mut self) -> Result<Option<T>, Failure> {
         let Some(thread) = self.0.take() else { return Ok(None) };
         thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)).map(Some)
@@ -67,7 +67,7 @@ impl<T: Send + 'static> Writer<T> {
 }
 
 impl<T> Drop for Writer<T> {
-    /// A run that ends early leaves the checkpoint whole that it had begun.
+    /// A run that ends early still completes the write in progress.
     fn drop(&mut self) {
         if let Some(Ok(Err(failure))) = self.0.take().map(JoinHandle::join) {
             warn!(%failure, "the last checkpoint could not be written");
@@ -89,25 +89,25 @@ mod tests {
     use crate::failure::Failure;
 
     #[test]
-    fn is_busy_until_the_write_ends_and_tells_it_once() {
-        let (go, told) = mpsc::channel();
+    fn is_busy_until_the_write_ends_and_returns_its_result_once() {
+        let (sender, receiver) = mpsc::channel();
         let mut writer = Writer::default();
         let saved = Saved { step: 3, stall_seconds: 0.1, write_seconds: 2.0 };
         writer
             .start(move || {
-                told.recv().unwrap();
+                receiver.recv().unwrap();
                 Ok(saved)
             })
             .unwrap();
         assert!(writer.is_busy());
-        go.send(()).unwrap();
+        sender.send(()).unwrap();
         assert_eq!(writer.wait().unwrap(), Some(saved));
         assert_eq!(writer.wait().unwrap(), None);
         assert!(!writer.is_busy());
     }
 
     #[test]
-    fn a_write_that_fails_says_so_to_who_waits() {
+    fn waiting_returns_the_failure_of_a_write() {
         let mut writer = Writer::<Saved>::default();
         let failure = Failure::new(FailureReason::StoreUnavailable, "the bucket is away");
         let failed = failure.clone();

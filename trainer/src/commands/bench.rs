@@ -1,14 +1,15 @@
-//! Steps on given tokens, timed: what `cargo xtask bench trainer` compares with other trainers.
+//! Benchmarks training steps on given tokens; `cargo xtask bench trainer` compares them with other
+//! trainers.
 //!
-//! The same engine, optimizer and schedule as a run, without fetching, checkpoints and publishing,
-//! so that only the training step is measured.
+//! It uses the engine and optimizer of a run without fetching, checkpoints and publishing, so that only
+//! the training step is measured.
 
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use finetune_contract::{
-    Device as Wanted, Dtype, ExitCode, FailureReason, LoraSettings, Optimizer, Parallelism,
-    Recompute, Strategy, TargetModules,
+    Device as RequestedDevice, Dtype, ExitCode, FailureReason, LoraSettings, Optimizer,
+    Parallelism, Recompute, Strategy, TargetModules,
 };
 use serde::{Deserialize, Serialize};
 use tch::Device;
@@ -18,41 +19,41 @@ use crate::{
     data::{Batch, Rendering, Tokenizer},
     distributed::{
         self, Ranks,
-        rank::{Patience, Place},
+        rank::{RankInfo, Timeouts},
     },
     failure::Failure,
     hf::read_config,
     layers::dropout::Dropout,
-    lora::trainable::Attachment,
-    model::{Division, Model},
+    lora::trainable::Trainable,
+    model::{DataParallel, Model},
     ops,
     optim::{self, AdamW},
-    runtime::{clock, device, memory::PeakMemory, profile, rng::Counter},
+    runtime::{clock, device, memory::PeakMemory, profile, rng::RngKey},
     store::Environment,
 };
 
-/// What to measure.
+/// What to benchmark.
 #[derive(Debug, Args)]
 pub struct Arguments {
     /// A Hugging Face model directory.
     #[arg(long)]
     model: PathBuf,
-    /// A JSON list of rows `{"input_ids": […], "labels": […]}`, where label -100 is no target.
+    /// A JSON list of rows `{"input_ids": […], "labels": […]}`, where label -100 is not a target.
     #[arg(long)]
     rows: PathBuf,
-    /// Write `rows` first, from the tokens of this text.
+    /// First write `rows`, from the tokens of this text.
     #[arg(long)]
     text: Option<PathBuf>,
-    /// Tokens of a row made from a text.
+    /// Tokens of each row that is made from the text.
     #[arg(long, default_value_t = 256)]
     length: usize,
-    /// Make rows of all lengths from this one to `length` instead.
+    /// Make rows of random lengths from this one to `length` instead.
     #[arg(long)]
     shortest: Option<usize>,
     /// Compute on a GPU.
     #[arg(long)]
     cuda: bool,
-    /// Train everything instead of adapters.
+    /// Train all parameters instead of adapters.
     #[arg(long)]
     full: bool,
     /// Rank of the adapters.
@@ -64,34 +65,34 @@ pub struct Arguments {
     /// Element type.
     #[arg(long, value_enum, default_value = "bf16")]
     dtype: DtypeArgument,
-    /// Multiply bf16 by these instructions instead of the fastest: amx, avx512-bf16 or avx512.
+    /// Kernel for bf16 matrix products instead of the fastest: amx, avx512-bf16 or avx512.
     #[arg(long)]
     kernel: Option<String>,
-    /// Keep AdamW's moments in a byte each.
+    /// Quantize AdamW's moments to 8 bits.
     #[arg(long = "adamw-8bit")]
     adamw_8bit: bool,
-    /// Keep only the input of each block.
+    /// Activation checkpointing: save only the input of each block.
     #[arg(long)]
     recompute: bool,
-    /// Rows of one step.
+    /// Rows of one step on each rank.
     #[arg(long, default_value_t = 4)]
     batch: usize,
-    /// Steps timed.
+    /// Steps to time.
     #[arg(long, default_value_t = 8)]
     steps: usize,
-    /// Steps before those.
+    /// Untimed steps before those.
     #[arg(long, default_value_t = 2)]
     warmup: usize,
-    /// Also tell where the timed steps' time goes, by operator.
+    /// Also report the time of the timed steps by operator.
     #[arg(long)]
     profile: bool,
     /// Learning rate, constant.
     #[arg(long, default_value_t = 1e-4)]
     learning_rate: f64,
-    /// Ranks that train together, each on rows of its own; torch's variables say which this is.
+    /// Number of ranks, each with its own rows; torch's variables say which one this is.
     #[arg(long, default_value_t = 1)]
     ranks: u32,
-    /// What is divided over the ranks, as a `RunConfig` says it.
+    /// The parallelism strategy, as in a `RunConfig`.
     #[arg(long, value_parser = parse_strategy, default_value = "ddp")]
     strategy: Strategy,
 }
@@ -115,7 +116,7 @@ struct Row {
 #[derive(Debug, Serialize)]
 struct Figures {
     step_seconds: Vec<f64>,
-    /// Tokens of each timed step, without what micro-batches are filled up with.
+    /// Tokens of each timed step, without padding.
     step_tokens: Vec<usize>,
     losses: Vec<f64>,
     peak_anonymous_bytes: u64,
@@ -131,7 +132,7 @@ struct Figures {
 /// # Errors
 /// A [`Failure`] if the model or the rows cannot be used.
 pub fn run(arguments: &Arguments, environment: &Environment) -> Result<String, Failure> {
-    let kind = if arguments.cuda { Wanted::Cuda } else { Wanted::Cpu };
+    let kind = if arguments.cuda { RequestedDevice::Cuda } else { RequestedDevice::Cpu };
     let device = device::open(kind)?;
     let ranks = join(arguments, device, environment)?;
     let started = clock::now();
@@ -152,21 +153,31 @@ pub fn run(arguments: &Arguments, environment: &Environment) -> Result<String, F
         return Err(invalid("each row needs as many labels as input_ids, at least 2".to_owned()));
     }
     let config = read_config(&arguments.model)?;
-    let attachment = if arguments.full {
-        Attachment::Full
+    let trainable = if arguments.full {
+        Trainable::Full
     } else {
-        Attachment::lora(&config, &lora(arguments)).map_err(|error| invalid(error.to_string()))?
+        Trainable::lora(&config, &lora(arguments)).map_err(|error| invalid(error.to_string()))?
     };
     let dtype = match arguments.dtype {
         DtypeArgument::Bf16 => Dtype::Bf16,
         DtypeArgument::Fp32 => Dtype::Fp32,
     };
     let recompute = if arguments.recompute { Recompute::Block } else { Recompute::None };
-    let seed = Counter::from_seed(0);
-    let division =
-        Division { ranks: ranks.clone(), strategy: strategy(arguments), ..Division::none() };
-    let mut model =
-        Model::load_divided(&arguments.model, config, attachment, dtype, device, seed, division)?;
+    let seed = RngKey::from_seed(0);
+    let data_parallel = DataParallel {
+        ranks: ranks.clone(),
+        strategy: strategy(arguments),
+        ..DataParallel::single_rank()
+    };
+    let mut model = Model::load_data_parallel(
+        &arguments.model,
+        config,
+        trainable,
+        dtype,
+        device,
+        seed,
+        data_parallel,
+    )?;
     let optimizer = if arguments.adamw_8bit { Optimizer::Adamw8bit } else { Optimizer::Adamw };
     let mut adamw = AdamW::new(model.trained(), optimizer, 0.0);
     let mut figures = Figures {
@@ -185,14 +196,14 @@ pub fn run(arguments: &Arguments, environment: &Environment) -> Result<String, F
                 &rows[(batch * arguments.batch + index) % rows.len()]
             })
             .collect();
-        let batch = flat(&chosen);
+        let batch = pack(&chosen);
         if step == arguments.warmup && arguments.profile {
             profile::start();
         }
         let (step_started, sent) = (clock::now(), ranks.sent_bytes());
-        let dropout = Dropout::new(arguments.dropout, seed.fold(step as u64));
-        model.trained().forget_gradients();
-        model.expect_last();
+        let dropout = Dropout::new(arguments.dropout, seed.fold_in(step as u64));
+        model.trained().zero_grad();
+        model.mark_last_backward();
         let loss = model.accumulate_gradients(&batch, recompute, dropout.as_ref());
         model.reduce_gradients()?;
         let [all_targets] = ranks.sum([batch.labels.len() as f64])?;
@@ -228,7 +239,7 @@ fn strategy(arguments: &Arguments) -> Strategy {
     }
 }
 
-/// Meets the other ranks, if there are any.
+/// Joins the other ranks, if there are any.
 fn join(
     arguments: &Arguments,
     device: Device,
@@ -239,23 +250,23 @@ fn join(
         strategy: strategy(arguments),
         ..Parallelism::SINGLE
     };
-    let Some(place) = Place::read(parallelism, environment)? else { return Ok(Ranks::alone()) };
+    let Some(info) = RankInfo::read(parallelism, environment)? else { return Ok(Ranks::alone()) };
     let on_lost = Box::new(|why: &str| {
         error!("{why}");
         distributed::exit(ExitCode::PeerLost)
     });
-    Ok(Ranks::join(&place, "bench", device, Patience::default(), on_lost)?)
+    Ok(Ranks::join(&info, "bench", device, Timeouts::default(), on_lost)?)
 }
 
-/// Cuts the tokens of a text into rows, every token a target.
+/// Divides the tokens of a text into rows in which every token is a target.
 fn write_rows(arguments: &Arguments, text: &Path) -> Result<(), String> {
     let text = std::fs::read_to_string(text)
         .map_err(|error| format!("cannot read {}: {error}", text.display()))?;
     let tokenizer = Tokenizer::load(&arguments.model, &Rendering::of_model())
         .map_err(|failure| failure.message)?;
     let tokens: Vec<i64> = tokenizer.encode(&text, false)?.into_iter().map(i64::from).collect();
-    let (shortest, numbers) =
-        (arguments.shortest.unwrap_or(arguments.length), Counter::from_seed(0));
+    let shortest = arguments.shortest.unwrap_or(arguments.length);
+    let key = RngKey::from_seed(0);
     if shortest < 2 || shortest > arguments.length {
         return Err(format!("--shortest is {shortest}, must be 2 to {}", arguments.length));
     }
@@ -263,10 +274,10 @@ fn write_rows(arguments: &Arguments, text: &Path) -> Result<(), String> {
     let mut rest = &tokens[..];
     while rest.len() >= arguments.length {
         let choices = (arguments.length - shortest + 1) as u64;
-        let length = shortest + (numbers.draw(rows.len() as u64) % choices) as usize;
-        let (row, others) = rest.split_at(length);
+        let length = shortest + (key.draw(rows.len() as u64) % choices) as usize;
+        let (row, remaining) = rest.split_at(length);
         rows.push(Row { input_ids: row.to_vec(), labels: row.to_vec() });
-        rest = others;
+        rest = remaining;
     }
     let json = serde_json::to_string(&rows).map_err(|error| error.to_string())?;
     std::fs::write(&arguments.rows, json).map_err(|error| error.to_string())
@@ -285,12 +296,12 @@ fn lora(arguments: &Arguments) -> LoraSettings {
     }
 }
 
-/// Puts rows one after another; label `i` is predicted from the tokens before it.
-fn flat(rows: &[&Row]) -> Batch {
+/// Packs rows into a micro-batch; label `i` of a row is predicted from the tokens before it.
+fn pack(rows: &[&Row]) -> Batch {
     let mut batch = Batch {
         tokens: Vec::new(),
         segment_lengths: Vec::new(),
-        predicting: Vec::new(),
+        target_positions: Vec::new(),
         labels: Vec::new(),
     };
     for row in rows {
@@ -298,7 +309,7 @@ fn flat(rows: &[&Row]) -> Batch {
         for (index, &label) in
             row.labels.iter().enumerate().skip(1).filter(|(_, label)| **label != -100)
         {
-            batch.predicting.push(start + index as i64 - 1);
+            batch.target_positions.push(start + index as i64 - 1);
             batch.labels.push(label);
         }
         batch.tokens.extend(&row.input_ids);

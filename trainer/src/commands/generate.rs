@@ -21,7 +21,7 @@ use crate::{
     layers::linear::Input,
     model::{Model, block::Block},
     ops,
-    runtime::rng::Counter,
+    runtime::rng::RngKey,
     store::Environment,
     verification::load_frozen,
 };
@@ -76,7 +76,7 @@ pub fn run(arguments: &Arguments, _environment: &Environment) -> Result<(), Fail
         let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
     };
     let choice =
-        Choice { temperature: arguments.temperature, numbers: Counter::from_seed(arguments.seed) };
+        Choice { temperature: arguments.temperature, numbers: RngKey::from_seed(arguments.seed) };
     let mut said = Said::default();
     for token in Continuation::new(&model, &prompt, choice).take(arguments.max_new_tokens) {
         if tokenizer.eos_ids().contains(&token) {
@@ -153,7 +153,7 @@ pub struct Choice {
     /// 0 takes the likeliest.
     pub temperature: f64,
     /// Numbers for the rest.
-    pub numbers: Counter,
+    pub numbers: RngKey,
 }
 
 /// The endless continuation of a prompt.
@@ -184,7 +184,7 @@ impl<'a> Continuation<'a> {
         self.position += tokens.len() as i64;
         let (norm, lm_head) = self.model.head();
         let last = x.narrow(0, tokens.len() as i64 - 1, 1);
-        let [logits] = lm_head.apply(&Input::plain(norm.forward(&last)));
+        let [logits] = lm_head.forward_only(&Input::without_dropout(norm.forward(&last)));
         logits.to_kind(Kind::Float).view(-1)
     }
 
@@ -219,7 +219,8 @@ fn step(
     cache: &mut Option<(Tensor, Tensor)>,
 ) -> Tensor {
     let split = |x: &Tensor| x.view([x.size()[0], -1, block.head_dim]);
-    let qkv = block.qkv_proj.apply(&Input::plain(block.input_layernorm.forward(x)));
+    let qkv =
+        block.qkv_proj.forward_only(&Input::without_dropout(block.input_layernorm.forward(x)));
     let [mut q, mut k, mut v] = qkv.each_ref().map(split);
     if let Some((q_norm, k_norm)) = &block.qk_norm {
         (q, k) = (q_norm.forward(&q), k_norm.forward(&k));
@@ -230,11 +231,11 @@ fn step(
     }
     let attended = attend(block, &q, &k, &v);
     *cache = Some((k, v));
-    let [o] = block.o_proj.apply(&Input::plain(attended));
+    let [o] = block.o_proj.forward_only(&Input::without_dropout(attended));
     let x = o + x;
-    let normed = Input::plain(block.post_attention_layernorm.forward(&x));
-    let [gate, up] = block.gate_up_proj.apply(&normed);
-    let [down] = block.down_proj.apply(&Input::plain(ops::swiglu(&gate, &up)));
+    let normed = Input::without_dropout(block.post_attention_layernorm.forward(&x));
+    let [gate, up] = block.gate_up_proj.forward_only(&normed);
+    let [down] = block.down_proj.forward_only(&Input::without_dropout(ops::swiglu(&gate, &up)));
     down + x
 }
 
@@ -269,7 +270,7 @@ mod tests {
         // Among them a window of six positions, and normed queries and keys.
         for family in ["llama", "llama-biases", "mistral-window", "qwen2-window", "qwen3"] {
             let model = load(&directory(family), None).unwrap();
-            let choice = Choice { temperature: 0.0, numbers: Counter::from_seed(0) };
+            let choice = Choice { temperature: 0.0, numbers: RngKey::from_seed(0) };
             let mut tokens: Vec<u32> = (5..14).collect();
             let mut continuation = Continuation::new(&model, &tokens, choice);
             for _ in 0..8 {
@@ -288,7 +289,7 @@ mod tests {
     fn the_seed_decides_what_is_sampled() {
         let model = load(&directory("llama"), None).unwrap();
         let sampled = |seed| {
-            let choice = Choice { temperature: 5.0, numbers: Counter::from_seed(seed) };
+            let choice = Choice { temperature: 5.0, numbers: RngKey::from_seed(seed) };
             Continuation::new(&model, &[5, 6, 7], choice).take(12).collect::<Vec<u32>>()
         };
         assert_eq!(sampled(1), sampled(1));

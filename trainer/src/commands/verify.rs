@@ -13,7 +13,7 @@ use crate::{
     failure::Failure,
     gguf,
     hf::{extension, weights::Checkpoint},
-    lora::trainable::Attachment,
+    lora::trainable::Trainable,
     model::Model,
     store::{Environment, Role, Store, publish},
     verification,
@@ -107,9 +107,9 @@ fn verify(
     };
     let model = verification::load(manifest.kind, &directory, &base, Dtype::Fp32, Device::Cpu)?;
     check_logits(&model)?;
-    let what = match model.attachment() {
-        Attachment::Lora(lora) => format!("an adapter on {} modules", lora.targets.len()),
-        Attachment::Frozen | Attachment::Full => {
+    let what = match model.trainable() {
+        Trainable::Lora(lora) => format!("an adapter on {} modules", lora.targets.len()),
+        Trainable::Frozen | Trainable::Full => {
             format!("{} parameters", model.config().parameters())
         }
     };
@@ -313,7 +313,7 @@ verified");
         // But one that was named must be there, and fit.
         assert!(check(Some(base("llama"))).ends_with("finite logits\nverified"));
         insta::assert_snapshot!(check(Some(base("no-such"))).lines().last().unwrap(), @r#"InvalidConfiguration: the base model "DATA/no-such" cannot be read: No such file or directory (os error 2)"#);
-        insta::assert_snapshot!(check(Some(base("llama-biases"))).lines().last().unwrap(), @r#"InvalidModel: "DIR/work/result" cannot be put on the base model: base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight is [32, 2], not [48, 2]: the adapter is of another model"#);
+        insta::assert_snapshot!(check(Some(base("llama-biases"))).lines().last().unwrap(), @r#"InvalidModel: "DIR/work/result" does not fit the base model: base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight has shape [32, 2], must be [48, 2]: the adapter belongs to another model"#);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use finetune_contract::{DatasetFormat, DatasetSource, OnInvalidRow, Split};
 
-use crate::{data::formats::ReadOptions, runtime::rng::Counter, store::Store};
+use crate::{data::formats::ReadOptions, runtime::rng::RngKey, store::Store};
 
 /// The sources of one split, opened.
 #[derive(Debug)]
@@ -87,15 +87,16 @@ impl RowSources {
     /// are never in both.
     pub fn has(&self, digest: u128) -> bool {
         let Some(fraction) = self.validation_fraction else { return true };
-        let numbers = Counter::from_seed(self.seed).fold_name("validation fraction");
-        let is_held_out = numbers.fold((digest >> 64) as u64).uniform(digest as u64) < fraction;
+        let numbers = RngKey::from_seed(self.seed).fold_in_name("validation fraction");
+        let is_held_out = numbers.fold_in((digest >> 64) as u64).uniform(digest as u64) < fraction;
         is_held_out == (self.split == Split::Validation)
     }
 
     /// Returns how often a row of a source occurs; `number` counts the source's rows.
     pub fn copies(&self, source: usize, number: u64) -> u64 {
         let weight = self.sources[source].weight;
-        let numbers = Counter::from_seed(self.seed).fold_name("source weight").fold(source as u64);
+        let numbers =
+            RngKey::from_seed(self.seed).fold_in_name("source weight").fold_in(source as u64);
         weight.trunc() as u64 + u64::from(numbers.uniform(number) < weight.fract())
     }
 
@@ -131,7 +132,7 @@ mod tests {
     }
 
     fn digest(row: u64) -> u128 {
-        let numbers = Counter::from_seed(row);
+        let numbers = RngKey::from_seed(row);
         u128::from(numbers.draw(0)) << 64 | u128::from(numbers.draw(1))
     }
 

@@ -2,7 +2,7 @@
 
 use crate::{
     data::{dataset::Dataset, packing},
-    runtime::rng::Counter,
+    runtime::rng::RngKey,
 };
 
 /// The sequences of a split.
@@ -21,7 +21,7 @@ pub struct Batch {
     /// The length of each segment; they add up to `T`.
     pub segment_lengths: Vec<usize>,
     /// Positions whose next token is a target, `[N]`, ascending.
-    pub predicting: Vec<i64>,
+    pub target_positions: Vec<i64>,
     /// That next token, `[N]`.
     pub labels: Vec<i64>,
 }
@@ -51,7 +51,7 @@ impl Sequences {
     /// needs no cursor.
     pub fn epoch_order(&self, seed: u64, epoch: u64) -> Vec<usize> {
         let mut order: Vec<usize> = (0..self.len()).collect();
-        let numbers = Counter::from_seed(seed).fold_name("order").fold(epoch);
+        let numbers = RngKey::from_seed(seed).fold_in_name("order").fold_in(epoch);
         // Fisher–Yates.
         for last in (1..order.len()).rev() {
             let other = (numbers.uniform(last as u64) * (last + 1) as f64) as usize;
@@ -79,7 +79,7 @@ impl Sequences {
             let start = batch.tokens.len() as i64;
             for (index, &token) in row.tokens.iter().enumerate() {
                 if index > 0 && row.targets[index] {
-                    batch.predicting.push(start + index as i64 - 1);
+                    batch.target_positions.push(start + index as i64 - 1);
                     batch.labels.push(i64::from(token));
                 }
             }
@@ -127,7 +127,7 @@ mod tests {
                 for length in &batch.segment_lengths {
                     ends.push(ends.last().unwrap_or(&0) + length);
                 }
-                for (&position, &label) in batch.predicting.iter().zip(&batch.labels) {
+                for (&position, &label) in batch.target_positions.iter().zip(&batch.labels) {
                     let next = position as usize + 1;
                     prop_assert!(!ends.contains(&next), "the first token of a segment is no target");
                     prop_assert_eq!(batch.tokens[next], label);

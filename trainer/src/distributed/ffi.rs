@@ -1,5 +1,5 @@
-//! The shim over torch's process groups (`trainer/shim/c10d.cpp`), made safe: the one place with `unsafe`
-//! of this module.
+//! Safe wrappers of the shim over torch's process groups (`trainer/shim/c10d.cpp`): the only `unsafe`
+//! code of this module.
 #![expect(unsafe_code, reason = "calls the C interface of the shim")]
 
 use std::{
@@ -13,7 +13,7 @@ use torch_sys::C_tensor;
 
 use crate::runtime::shim::{ErrorBuffer, call};
 
-/// Bytes of a value in the store, at most; they are numbers and digests.
+/// The largest value in the store, in bytes; values are numbers and digests.
 const VALUE_BYTES: usize = 128;
 
 unsafe extern "C" {
@@ -64,8 +64,8 @@ unsafe extern "C" {
     ) -> *mut c_void;
     fn finetune_all_gather(
         group: *mut c_void,
-        whole: *const C_tensor,
-        part: *const C_tensor,
+        gathered: *const C_tensor,
+        shard: *const C_tensor,
         error: ErrorBuffer,
     ) -> *mut c_void;
     fn finetune_all_to_all(
@@ -84,14 +84,14 @@ fn pointer(function: impl FnOnce(ErrorBuffer) -> *mut c_void) -> Result<NonNull<
 }
 
 fn text(text: &str) -> Result<CString, String> {
-    CString::new(text).map_err(|_| format!("{text:?} holds a zero byte"))
+    CString::new(text).map_err(|_| format!("{text:?} contains a zero byte"))
 }
 
 fn milliseconds(duration: Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }
 
-/// A client of the store at rank 0, and on rank 0 the store itself.
+/// A client of the store at rank 0; on rank 0 also its server.
 #[derive(Debug)]
 pub(super) struct Store(NonNull<c_void>);
 
@@ -114,7 +114,7 @@ impl Store {
         let (key, value) = (text(key)?, text(value)?);
         // SAFETY: the store is open until dropped; the strings outlive the call.
         call(
-            |is_done| *is_done,
+            |succeeded| *succeeded,
             |error| unsafe {
                 finetune_store_set(self.0.as_ptr(), key.as_ptr(), value.as_ptr(), error)
             },
@@ -125,12 +125,12 @@ impl Store {
     pub(super) fn get(&self, key: &str) -> Result<Option<String>, String> {
         let key = text(key)?;
         let mut value = [0_u8; VALUE_BYTES];
-        let room = value.as_mut_ptr().cast();
+        let buffer = value.as_mut_ptr().cast();
         // SAFETY: as in `set`; the shim writes at most `VALUE_BYTES` to `value`.
         let length = call(
             |length: &i64| *length >= 0,
             |error| unsafe {
-                finetune_store_get(self.0.as_ptr(), key.as_ptr(), room, VALUE_BYTES, error)
+                finetune_store_get(self.0.as_ptr(), key.as_ptr(), buffer, VALUE_BYTES, error)
             },
         )?;
         let value = &value[..length as usize];
@@ -140,21 +140,21 @@ impl Store {
 
 impl Drop for Store {
     fn drop(&mut self) {
-        // SAFETY: made by `open`, closed once; a group keeps its own reference.
+        // SAFETY: created by `open` and closed once; a group keeps its own reference.
         unsafe { finetune_store_close(self.0.as_ptr()) }
     }
 }
 
-/// What carries the data.
+/// The backend of a process group.
 pub(super) enum Backend<'a> {
-    /// Sockets between processors.
+    /// Gloo over sockets, between CPUs.
     Gloo {
-        /// Where this rank listens; empty for this machine's name.
+        /// The address this rank listens on; empty for this machine's host name.
         address: &'a str,
-        /// The interface it listens on, before the address; may be empty.
+        /// The interface this rank listens on, which takes precedence over the address; may be empty.
         interface: &'a str,
     },
-    /// NCCL between GPUs. Compiled only with the feature `cuda`, and never run by our tests.
+    /// NCCL between GPUs, with the feature `cuda` only; our tests never run it.
     Nccl,
 }
 
@@ -205,15 +205,15 @@ impl Group {
         })
     }
 
-    /// Starts to fill `whole` with each rank's `part`, by rank.
-    pub(super) fn all_gather(&self, whole: &Tensor, part: &Tensor) -> Result<Work, String> {
+    /// Starts to gather each rank's `shard` into `gathered`, in the order of ranks.
+    pub(super) fn all_gather(&self, gathered: &Tensor, shard: &Tensor) -> Result<Work, String> {
         // SAFETY: as in `all_reduce`.
-        Self::start([whole, part], |[whole, part], error| unsafe {
-            finetune_all_gather(self.0.as_ptr(), whole, part, error)
+        Self::start([gathered, shard], |[gathered, shard], error| unsafe {
+            finetune_all_gather(self.0.as_ptr(), gathered, shard, error)
         })
     }
 
-    /// Starts to send the `r`-th part of `sent` to rank `r`, and to receive this rank's of each.
+    /// Starts to send the `r`-th part of `sent` to rank `r`, and to receive this rank's part from each.
     pub(super) fn all_to_all(&self, received: &Tensor, sent: &Tensor) -> Result<Work, String> {
         // SAFETY: as in `all_reduce`.
         Self::start([received, sent], |[received, sent], error| unsafe {
@@ -229,31 +229,34 @@ impl Group {
         Ok(Work { work, _tensors: tensors.map(Tensor::shallow_clone) })
     }
 
-    /// Closes the group when nothing is under way; otherwise that would wait for the other ranks.
+    /// Closes the group, which must have no collective in flight: closing would wait for it.
     pub(super) fn close(self) {
-        // SAFETY: made by `open`, closed once.
+        // SAFETY: created by `open` and closed once.
         unsafe { finetune_group_close(self.0.as_ptr()) }
     }
 }
 
-/// A collective under way. It is waited for, or lost with a group that is never closed.
+/// A collective in flight. It is either waited for, or leaked with a group that is never closed.
 #[derive(Debug)]
 pub(super) struct Work {
     work: NonNull<c_void>,
-    /// What it reads and writes meanwhile.
+    /// The tensors that it reads and writes.
     _tensors: [Tensor; 2],
 }
 
 impl Work {
     pub(super) fn wait(self) -> Result<(), String> {
-        // SAFETY: made by the shim and freed by it here, once, for `self` is consumed.
-        call(|is_done| *is_done, |error| unsafe { finetune_work_wait(self.work.as_ptr(), error) })
-            .map(drop)
+        // SAFETY: created by the shim, which frees it here, once, because `self` is consumed.
+        call(
+            |succeeded| *succeeded,
+            |error| unsafe { finetune_work_wait(self.work.as_ptr(), error) },
+        )
+        .map(drop)
     }
 }
 
 /// Ends the process without running any destructor.
 pub(super) fn exit(code: u8) -> ! {
-    // SAFETY: takes a number and does not come back.
+    // SAFETY: takes a number and does not return.
     unsafe { finetune_exit(c_int::from(code)) }
 }

@@ -1,8 +1,8 @@
-//! Who is still there: one socket from every rank to rank 0, beside the collectives.
+//! The failure detector: one socket from every rank to rank 0, beside the collectives.
 //!
-//! A process that dies closes its sockets, so its end is known at once, by number; one that stops
-//! without dying falls silent. Rank 0 tells the others, and each ends by itself, or is ended when
-//! its main thread waits in a collective that will never be complete.
+//! A process that dies closes its sockets, so its end is known at once and by rank; one that hangs
+//! stops sending heartbeats. Rank 0 informs the others. Each then exits by itself, or is ended if its
+//! main thread waits in a collective that will never complete.
 
 use std::{
     collections::BTreeMap,
@@ -16,38 +16,38 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{distributed::rank::Patience, runtime::clock};
+use crate::{distributed::rank::Timeouts, runtime::clock};
 
-/// How often each side gives a sign of life.
-const BEAT: Duration = Duration::from_secs(1);
-/// How often a waiting host looks for the next caller.
+/// How often each side sends a heartbeat.
+const INTERVAL: Duration = Duration::from_secs(1);
+/// How often rank 0 polls for the next connection.
 const POLL: Duration = Duration::from_millis(20);
-/// The longest text that is passed on.
+/// The longest message that is passed on.
 const TEXT_BYTES: usize = 2000;
 
-/// What to do when another rank is lost and this one does not end by itself.
+/// Called when another rank is lost and this one does not exit by itself.
 pub type OnLost = Box<dyn FnOnce(&str) + Send>;
 
-/// This rank's end of the sockets.
+/// The connections of this rank: on rank 0 to every rank, on others to rank 0.
 #[derive(Debug)]
-pub(super) struct Lifeline {
+pub(super) struct Heartbeat {
     shared: Arc<Shared>,
 }
 
 #[derive(Debug)]
 struct Shared {
     rank: u32,
-    /// Collectives this rank has begun.
-    begun: AtomicU64,
+    /// The number of collectives this rank has started.
+    started: AtomicU64,
     state: Mutex<State>,
     changed: Condvar,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    /// Why the run cannot go on, as the first to know said it.
-    verdict: Option<String>,
-    /// Whether this rank has ended, well or not: what others do no longer matters to it.
+    /// Why the run was aborted, as the first rank to know reported it.
+    abort_reason: Option<String>,
+    /// Whether this rank has finished or failed, so that the loss of others no longer matters.
     is_done: bool,
     peers: BTreeMap<u32, Peer>,
 }
@@ -55,27 +55,28 @@ struct State {
 #[derive(Debug)]
 struct Peer {
     stream: TcpStream,
-    begun: u64,
+    /// The number of collectives it had started at its last heartbeat.
+    started: u64,
 }
 
-impl Lifeline {
-    /// Waits, on rank 0, for every other rank to call.
+impl Heartbeat {
+    /// Accepts, on rank 0, the connections of all other ranks.
     ///
     /// # Errors
-    /// What the system said, or that some did not call in time.
-    pub(super) fn host(
+    /// An error of the system, or a timeout if some ranks did not connect.
+    pub(super) fn accept(
         listener: &TcpListener,
         world_size: u32,
-        patience: Patience,
+        timeouts: Timeouts,
     ) -> std::io::Result<Self> {
-        let until = clock::now() + patience.rendezvous;
+        let until = clock::now() + timeouts.rendezvous;
         listener.set_nonblocking(true)?;
         let mut peers = BTreeMap::new();
         while peers.len() + 1 < world_size as usize {
             match listener.accept() {
                 Ok((stream, _)) => {
                     stream.set_nonblocking(false)?;
-                    if let Some((rank, stream)) = introduced(stream, world_size) {
+                    if let Some((rank, stream)) = handshake(stream, world_size) {
                         peers.insert(rank, stream);
                     }
                 }
@@ -88,95 +89,102 @@ impl Lifeline {
                 Err(error) => return Err(error),
             }
         }
-        Ok(Self::start(0, peers, patience))
+        Ok(Self::start(0, peers, timeouts))
     }
 
-    /// Calls rank 0.
+    /// Connects to rank 0.
     ///
     /// # Errors
-    /// What the system said.
-    pub(super) fn call(
+    /// An error of the system.
+    pub(super) fn connect(
         rank: u32,
         address: &str,
         port: u16,
-        patience: Patience,
+        timeouts: Timeouts,
     ) -> std::io::Result<Self> {
         let mut stream = TcpStream::connect((address, port))?;
         writeln!(stream, "rank {rank}")?;
-        Ok(Self::start(rank, BTreeMap::from([(0, stream)]), patience))
+        Ok(Self::start(rank, BTreeMap::from([(0, stream)]), timeouts))
     }
 
-    fn start(rank: u32, streams: BTreeMap<u32, TcpStream>, patience: Patience) -> Self {
+    fn start(rank: u32, streams: BTreeMap<u32, TcpStream>, timeouts: Timeouts) -> Self {
         let shared = Arc::new(Shared {
             rank,
-            begun: AtomicU64::new(0),
+            started: AtomicU64::new(0),
             state: Mutex::default(),
             changed: Condvar::new(),
         });
         for (rank, stream) in streams {
             let _ = stream.set_nodelay(true);
-            let _ = stream.set_read_timeout(Some(patience.silence));
+            let _ = stream.set_read_timeout(Some(timeouts.heartbeat));
             if let Ok(reader) = stream.try_clone() {
-                shared.lock().peers.insert(rank, Peer { stream, begun: 0 });
+                shared.lock().peers.insert(rank, Peer { stream, started: 0 });
                 let shared = Arc::clone(&shared);
-                thread::spawn(move || shared.listen(rank, reader, patience.silence));
+                thread::spawn(move || shared.listen(rank, reader, timeouts.heartbeat));
             }
         }
-        let beating = Arc::clone(&shared);
-        thread::spawn(move || beating.beat());
+        let sender = Arc::clone(&shared);
+        thread::spawn(move || sender.send_heartbeats());
         Self { shared }
     }
 
-    /// Calls `on_lost` if another rank is lost and this one is not done within its grace.
-    pub(super) fn guard(&self, grace: Duration, on_lost: OnLost) {
+    /// Calls `on_lost` if another rank is lost and this one is not done within the grace period.
+    pub(super) fn watch(&self, grace: Duration, on_lost: OnLost) {
         let shared = Arc::clone(&self.shared);
         thread::spawn(move || {
-            let Some(verdict) = shared.wait(None, |state| state.verdict.clone()) else { return };
+            let Some(reason) = shared.wait(None, |state| state.abort_reason.clone()) else {
+                return;
+            };
             let is_done = shared.wait(Some(grace), |state| state.is_done.then_some(()));
             if is_done.is_none() {
-                on_lost(&verdict);
+                on_lost(&reason);
             }
         });
     }
 
-    /// Notes that this rank begins its next collective.
-    pub(super) fn begin(&self) -> u64 {
-        self.shared.begun.fetch_add(1, Ordering::Relaxed) + 1
+    /// Counts a collective that this rank starts.
+    pub(super) fn count_collective(&self) -> u64 {
+        self.shared.started.fetch_add(1, Ordering::Relaxed) + 1
     }
 
-    /// Waits a while for word of who is lost.
-    pub(super) fn verdict(&self, patience: Duration) -> Option<String> {
-        self.shared.wait(Some(patience), |state| state.verdict.clone())
+    /// Waits for the reason of an abort; `None` if there is none within the timeout.
+    pub(super) fn abort_reason(&self, timeout: Duration) -> Option<String> {
+        self.shared.wait(Some(timeout), |state| state.abort_reason.clone())
     }
 
-    /// Names the ranks this one knows of that have begun fewer collectives than it has.
-    pub(super) fn behind(&self) -> Vec<u32> {
-        let begun = self.shared.begun.load(Ordering::Relaxed);
+    /// Lists the connected ranks that have started fewer collectives than this one.
+    pub(super) fn stragglers(&self) -> Vec<u32> {
+        let started = self.shared.started.load(Ordering::Relaxed);
         let state = self.shared.lock();
-        state.peers.iter().filter(|(_, peer)| peer.begun < begun).map(|(rank, _)| *rank).collect()
+        state
+            .peers
+            .iter()
+            .filter(|(_, peer)| peer.started < started)
+            .map(|(rank, _)| *rank)
+            .collect()
     }
 
-    /// Declares on behalf of all that the run cannot go on.
-    pub(super) fn declare(&self, why: &str) {
-        self.shared.decide(why.to_owned());
+    /// Aborts the run on all ranks.
+    pub(super) fn abort(&self, reason: &str) {
+        self.shared.abort(reason.to_owned());
     }
 
-    /// Says goodbye: this rank has done all it had to.
+    /// Tells the peers that this rank has finished.
     pub(super) fn done(&self) {
         self.leave("done");
     }
 
-    /// Says why this rank ends, so that the others can.
+    /// Tells the peers why this rank failed, so that they abort.
     pub(super) fn fail(&self, message: &str) {
         let Shared { rank, .. } = *self.shared;
         let text = one_line(&format!("rank {rank} failed: {message}"));
         self.leave(&format!("lost {text}"));
     }
 
-    fn leave(&self, word: &str) {
+    fn leave(&self, message: &str) {
         let mut state = self.shared.lock();
         state.is_done = true;
-        state.say(word);
+        state.broadcast(message);
         drop(state);
         self.shared.changed.notify_all();
     }
@@ -187,60 +195,60 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until `look` finds something, or for as long as is allowed.
-    fn wait<R>(&self, patience: Option<Duration>, look: impl Fn(&State) -> Option<R>) -> Option<R> {
-        let until: Option<Instant> = patience.map(|patience| clock::now() + patience);
+    /// Waits until `find` returns a value; `None` after the timeout.
+    fn wait<R>(&self, timeout: Option<Duration>, find: impl Fn(&State) -> Option<R>) -> Option<R> {
+        let until: Option<Instant> = timeout.map(|timeout| clock::now() + timeout);
         let mut state = self.lock();
         loop {
-            if let Some(found) = look(&state) {
+            if let Some(found) = find(&state) {
                 return Some(found);
             }
-            let left = match until {
+            let remaining = match until {
                 None => Duration::MAX,
                 Some(until) => until.saturating_duration_since(clock::now()),
             };
-            if left.is_zero() || (patience.is_none() && state.is_done) {
+            if remaining.is_zero() || (timeout.is_none() && state.is_done) {
                 return None;
             }
-            let woken = self.changed.wait_timeout(state, left.min(Duration::from_hours(1)));
+            let woken = self.changed.wait_timeout(state, remaining.min(Duration::from_hours(1)));
             state = woken.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
-    fn beat(&self) {
+    fn send_heartbeats(&self) {
         loop {
             {
                 let mut state = self.lock();
                 if state.is_done && self.rank != 0 {
                     return;
                 }
-                state.say(&format!("beat {}", self.begun.load(Ordering::Relaxed)));
+                state.broadcast(&format!("beat {}", self.started.load(Ordering::Relaxed)));
             }
-            thread::sleep(BEAT);
+            thread::sleep(INTERVAL);
         }
     }
 
-    /// Follows what a peer says until it says goodbye or is lost.
-    fn listen(&self, rank: u32, stream: TcpStream, silence: Duration) {
+    /// Reads the messages of a peer until it finishes or is lost.
+    fn listen(&self, rank: u32, stream: TcpStream, timeout: Duration) {
         let mut reader = BufReader::new(stream);
         let mut line = String::new();
-        let why = loop {
+        let reason = loop {
             line.clear();
             match reader.read_line(&mut line) {
-                Ok(0) => break format!("rank {rank} is gone: its process ended without a word"),
+                Ok(0) => break format!("rank {rank} is gone: its process ended without a message"),
                 Ok(_) => {}
                 Err(error) if is_timeout(&error) => {
                     break format!(
-                        "rank {rank} gave no sign of life for {} s: its machine or network is down, or it was stopped",
-                        silence.as_secs()
+                        "rank {rank} sent no heartbeat for {} s: its machine or network is down, or its process was suspended",
+                        timeout.as_secs()
                     );
                 }
                 Err(_) => break format!("rank {rank} is gone: its connection was reset"),
             }
             match line.trim_end().split_once(' ').unwrap_or((line.trim_end(), "")) {
-                ("beat", begun) => {
+                ("beat", started) => {
                     if let Some(peer) = self.lock().peers.get_mut(&rank) {
-                        peer.begun = begun.parse().unwrap_or(peer.begun);
+                        peer.started = started.parse().unwrap_or(peer.started);
                     }
                 }
                 ("done", _) => {
@@ -248,43 +256,43 @@ impl Shared {
                     return;
                 }
                 ("lost", text) => break text.to_owned(),
-                // Another release's word; versions are compared elsewhere.
+                // A message of another release; versions are compared elsewhere.
                 _ => {}
             }
         };
         self.lock().peers.remove(&rank);
-        self.decide(why);
+        self.abort(reason);
     }
 
-    /// Takes the first reason for the end, and, on rank 0, passes it on.
-    fn decide(&self, why: String) {
+    /// Records the first reason for an abort and passes it on to the peers.
+    fn abort(&self, reason: String) {
         let mut state = self.lock();
-        if state.is_done || state.verdict.is_some() {
+        if state.is_done || state.abort_reason.is_some() {
             return;
         }
-        state.say(&format!("lost {}", one_line(&why)));
-        state.verdict = Some(why);
+        state.broadcast(&format!("lost {}", one_line(&reason)));
+        state.abort_reason = Some(reason);
         drop(state);
         self.changed.notify_all();
     }
 }
 
 impl State {
-    /// Says a line to all peers; one that cannot hear it is noticed by who listens to it.
-    fn say(&mut self, line: &str) {
+    /// Sends a line to all peers; the reading thread notices a broken connection.
+    fn broadcast(&mut self, line: &str) {
         for peer in self.peers.values_mut() {
             let _ = writeln!(peer.stream, "{line}");
         }
     }
 }
 
-/// Reads who calls; `None` for a stranger.
-fn introduced(stream: TcpStream, world_size: u32) -> Option<(u32, TcpStream)> {
-    stream.set_read_timeout(Some(BEAT)).ok()?;
+/// Reads the rank of a new connection; `None` if it is not a rank of this run.
+fn handshake(stream: TcpStream, world_size: u32) -> Option<(u32, TcpStream)> {
+    stream.set_read_timeout(Some(INTERVAL)).ok()?;
     let mut line = String::new();
-    // Byte by byte: what follows belongs to who listens next.
-    let mut byte = BufReader::with_capacity(1, stream.try_clone().ok()?);
-    byte.read_line(&mut line).ok()?;
+    // Byte by byte, because later messages belong to the reading thread.
+    let mut reader = BufReader::with_capacity(1, stream.try_clone().ok()?);
+    reader.read_line(&mut line).ok()?;
     let rank: u32 = line.trim_end().strip_prefix("rank ")?.parse().ok()?;
     (1..world_size).contains(&rank).then_some((rank, stream))
 }
@@ -303,80 +311,83 @@ fn one_line(text: &str) -> String {
 mod tests {
     use super::*;
 
-    const PATIENCE: Patience = Patience {
+    const TIMEOUTS: Timeouts = Timeouts {
         rendezvous: Duration::from_secs(5),
         collective: Duration::from_secs(5),
-        silence: Duration::from_secs(3),
+        heartbeat: Duration::from_secs(3),
         grace: Duration::from_millis(10),
     };
 
-    /// Makes the lifelines of rank 0 and of as many callers.
-    fn join(callers: u32) -> (Lifeline, Vec<Lifeline>) {
+    /// Connects rank 0 with so many other ranks.
+    fn join(others: u32) -> (Heartbeat, Vec<Heartbeat>) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
-        let calling = thread::spawn(move || {
-            (1..=callers)
-                .map(|rank| Lifeline::call(rank, "127.0.0.1", port, PATIENCE).unwrap())
+        let connecting = thread::spawn(move || {
+            (1..=others)
+                .map(|rank| Heartbeat::connect(rank, "127.0.0.1", port, TIMEOUTS).unwrap())
                 .collect::<Vec<_>>()
         });
-        (Lifeline::host(&listener, callers + 1, PATIENCE).unwrap(), calling.join().unwrap())
+        (Heartbeat::accept(&listener, others + 1, TIMEOUTS).unwrap(), connecting.join().unwrap())
     }
 
-    fn hear(lifeline: &Lifeline) -> Option<String> {
-        lifeline.verdict(Duration::from_secs(6))
+    fn abort_reason(heartbeat: &Heartbeat) -> Option<String> {
+        heartbeat.abort_reason(Duration::from_secs(6))
     }
 
-    fn hang_up(lifeline: &Lifeline) {
-        let state = lifeline.shared.lock();
+    fn disconnect(heartbeat: &Heartbeat) {
+        let state = heartbeat.shared.lock();
         for peer in state.peers.values() {
             let _ = peer.stream.shutdown(std::net::Shutdown::Both);
         }
     }
 
     #[test]
-    fn all_hear_who_is_gone() {
-        let (host, callers) = join(2);
-        hang_up(&callers[1]);
-        let gone = "rank 2 is gone: its process ended without a word";
-        assert_eq!(hear(&host).as_deref(), Some(gone));
-        assert_eq!(hear(&callers[0]).as_deref(), Some(gone));
+    fn all_ranks_learn_which_rank_is_gone() {
+        let (first, others) = join(2);
+        disconnect(&others[1]);
+        let gone = "rank 2 is gone: its process ended without a message";
+        assert_eq!(abort_reason(&first).as_deref(), Some(gone));
+        assert_eq!(abort_reason(&others[0]).as_deref(), Some(gone));
     }
 
     #[test]
-    fn all_hear_why_one_failed() {
-        let (host, callers) = join(2);
-        callers[0].fail("the disk\nis full");
+    fn all_ranks_learn_why_one_failed() {
+        let (first, others) = join(2);
+        others[0].fail("the disk\nis full");
         let failed = "rank 1 failed: the disk is full";
-        assert_eq!(hear(&host).as_deref(), Some(failed));
-        assert_eq!(hear(&callers[1]).as_deref(), Some(failed));
+        assert_eq!(abort_reason(&first).as_deref(), Some(failed));
+        assert_eq!(abort_reason(&others[1]).as_deref(), Some(failed));
     }
 
     #[test]
-    fn who_is_done_may_go() {
-        let (host, callers) = join(2);
-        callers[0].done();
-        hang_up(&callers[0]);
-        assert_eq!(host.verdict(Duration::from_millis(300)), None);
-        host.done();
-        hang_up(&host);
-        assert_eq!(callers[1].verdict(Duration::from_millis(300)), None);
+    fn a_rank_that_is_done_may_disconnect() {
+        let (first, others) = join(2);
+        others[0].done();
+        disconnect(&others[0]);
+        assert_eq!(first.abort_reason(Duration::from_millis(300)), None);
+        first.done();
+        disconnect(&first);
+        assert_eq!(others[1].abort_reason(Duration::from_millis(300)), None);
     }
 
     #[test]
-    fn silence_is_noticed() {
+    fn missing_heartbeats_are_noticed() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut silent = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         writeln!(silent, "rank 1").unwrap();
-        let host = Lifeline::host(&listener, 2, PATIENCE).unwrap();
-        insta::assert_snapshot!(hear(&host).unwrap(), @"rank 1 gave no sign of life for 3 s: its machine or network is down, or it was stopped");
+        let first = Heartbeat::accept(&listener, 2, TIMEOUTS).unwrap();
+        insta::assert_snapshot!(abort_reason(&first).unwrap(), @"rank 1 sent no heartbeat for 3 s: its machine or network is down, or its process was suspended");
     }
 
     #[test]
-    fn who_does_not_end_is_ended() {
-        let (host, callers) = join(2);
-        let (tell, told) = std::sync::mpsc::channel();
-        host.guard(PATIENCE.grace, Box::new(move |why| tell.send(why.to_owned()).unwrap()));
-        hang_up(&callers[0]);
-        assert!(told.recv_timeout(Duration::from_secs(6)).unwrap().starts_with("rank 1 is gone"));
+    fn a_rank_that_does_not_exit_is_ended() {
+        let (first, others) = join(2);
+        let (sender, receiver) = std::sync::mpsc::channel();
+        first
+            .watch(TIMEOUTS.grace, Box::new(move |reason| sender.send(reason.to_owned()).unwrap()));
+        disconnect(&others[0]);
+        assert!(
+            receiver.recv_timeout(Duration::from_secs(6)).unwrap().starts_with("rank 1 is gone")
+        );
     }
 }

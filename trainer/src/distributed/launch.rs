@@ -1,7 +1,7 @@
-//! Several ranks in one pod or on one machine: started together, ended together.
+//! Launches several ranks in one pod or on one machine, as torchrun does.
 //!
-//! The process that is asked for all of them trains nothing itself. It starts itself once for each,
-//! passes signals on, and reports what the rank says that ended for a reason of its own.
+//! The launcher trains nothing itself. It starts this program once per rank, forwards signals, and
+//! publishes the report of the rank that failed first, or else of the first rank.
 
 use std::{
     net::{SocketAddr, TcpListener},
@@ -30,74 +30,74 @@ use crate::{
     store::Environment,
 };
 
-/// How often children and signals are looked at.
+/// How often child processes and signals are polled.
 const POLL: Duration = Duration::from_millis(50);
-/// How long the others may take to end by themselves after one has failed.
+/// How long the other ranks may take to exit by themselves after one has failed.
 const GRACE: Duration = Duration::from_secs(15);
-/// Which GPUs a process sees.
+/// The variable that limits the GPUs a process sees.
 const GPUS: &str = "CUDA_VISIBLE_DEVICES";
 
-/// Where a rank keeps fetched models, below its work directory.
-pub const MODELS: &str = "models";
+/// The directory of fetched models, below the work directory of a rank.
+pub const MODEL_CACHE: &str = "models";
 
-/// What the ranks are started with.
+/// The arguments of a launch.
 #[derive(Debug)]
 pub struct Launch<'a> {
-    /// The run, whose ranks here are started.
+    /// The run whose local ranks are started.
     pub config: &'a RunConfig,
     /// The file it was read from.
     pub config_path: &'a Path,
-    /// Where the report goes.
+    /// Where the report is written.
     pub report_path: &'a Path,
-    /// Scratch space of the first rank; the others' lies in it.
+    /// The work directory of the first local rank; those of the others are below it.
     pub work_dir: &'a Path,
-    /// Where the run's first rank serves its progress, if anywhere.
+    /// Where the first rank of the run serves its progress, if anywhere.
     pub listen: Option<SocketAddr>,
 }
 
-/// Makes a rank that was started here end with the process that started it.
+/// Makes a rank that a launcher started end with the launcher.
 pub fn end_with_launcher(environment: &Environment) {
     if environment.plain(LOCAL_RANK).is_some() {
-        // Fails where the kernel has no such thing; then the lifeline ends the rank, in seconds.
+        // Fails if the kernel does not support it; then the heartbeat ends the rank within seconds.
         let _ = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
     }
 }
 
-/// Tells whether this process is asked for all ranks of its place, and not for one.
-pub fn is_asked_for_all(config: &RunConfig, environment: &Environment) -> bool {
+/// Reports whether this process must launch all local ranks instead of being one of them.
+pub fn is_launcher(config: &RunConfig, environment: &Environment) -> bool {
     config.parallelism.local_world_size > 1 && environment.plain(RANK).is_none()
 }
 
-/// Trains with all ranks of this place; returns how that ended, which is written as a report too.
+/// Runs all local ranks; returns the exit code of the one whose report is published.
 ///
-/// That is the first rank's end, unless another failed by itself: its own word is worth more than
-/// what the others say of it.
+/// That is the first local rank, unless another failed first: its own report says more than what the
+/// others know of it.
 ///
 /// # Errors
-/// A [`Failure`] if a rank cannot be started, or was killed and so left no report.
+/// A [`Failure`] if a rank cannot be started, or was killed and left no report.
 pub fn run(launch: &Launch<'_>, environment: &Environment) -> Result<ExitCode, Failure> {
-    // Listening replaces the default action, so that the ranks can save a checkpoint first.
+    // Handling signals replaces the default action, so that the ranks can save a checkpoint first.
     let mut signals = Signals::new([SIGINT, SIGTERM])
         .map_err(|error| Failure::from_io(&error, "cannot listen for signals"))?;
     let oom_kills_before = memory::oom_kills();
-    let mut ranks = Started(Vec::new());
+    let mut ranks = LocalRanks(Vec::new());
     let port = free_port()?;
     for local in 0..launch.config.parallelism.local_world_size {
         ranks.0.push(start(launch, environment, local, port)?);
     }
-    let telling = wait(&mut ranks.0, &mut signals)?;
-    let Rank { number, report, status, .. } = &ranks.0[telling];
+    let reported = wait(&mut ranks.0, &mut signals)?;
+    let Rank { number, report, status, .. } = &ranks.0[reported];
     if let Some(signal) = status.and_then(|status| status.signal()) {
-        // On a GPU it was host memory, which smaller micro-batches need no less of.
-        let is_of_tensors = launch.config.device == Device::Cpu;
-        let is_kernels = memory::oom_kills() > oom_kills_before;
-        if signal == Signal::KILL.as_raw() && is_of_tensors && is_kernels {
-            let message = format!("the kernel ended rank {number} for want of memory");
+        // On a GPU, host memory ran out, which smaller micro-batches would not help.
+        let tensors_use_host_memory = launch.config.device == Device::Cpu;
+        let was_oom_killed = memory::oom_kills() > oom_kills_before;
+        if signal == Signal::KILL.as_raw() && tensors_use_host_memory && was_oom_killed {
+            let message = format!("rank {number} was OOM-killed by the kernel");
             return Err(Failure::new(FailureReason::OutOfMemory, message));
         }
         let message = format!(
-            "rank {number} was killed (signal {signal}), perhaps for want of memory; the other ranks ended with it. \
-             Started again, the run goes on from the last checkpoint"
+            "rank {number} was killed (signal {signal}), perhaps because it ran out of memory; the other ranks ended \
+             with it. Start the run again to resume it from its last checkpoint"
         );
         return Err(Failure::new(FailureReason::PeerLost, message));
     }
@@ -110,7 +110,7 @@ pub fn run(launch: &Launch<'_>, environment: &Environment) -> Result<ExitCode, F
     Ok(code.unwrap_or(ExitCode::Internal))
 }
 
-/// One rank's process.
+/// The process of one rank.
 #[derive(Debug)]
 struct Rank {
     number: u32,
@@ -119,11 +119,11 @@ struct Rank {
     status: Option<ExitStatus>,
 }
 
-/// Ranks that do not outlive the one who waits for them.
+/// The processes of local ranks, killed on drop.
 #[derive(Debug)]
-struct Started(Vec<Rank>);
+struct LocalRanks(Vec<Rank>);
 
-impl Drop for Started {
+impl Drop for LocalRanks {
     fn drop(&mut self) {
         kill_all(&mut self.0);
     }
@@ -137,14 +137,14 @@ fn start(
 ) -> Result<Rank, Failure> {
     let Launch { config, config_path, work_dir, .. } = launch;
     let parallelism = config.parallelism;
-    let place = environment.plain(JOB_COMPLETION_INDEX).map_or(Ok(0), str::parse::<u32>);
-    let place = place.map_err(|_| {
-        let message = format!("the variable {JOB_COMPLETION_INDEX} must be a whole number from 0");
+    let pod = environment.plain(JOB_COMPLETION_INDEX).map_or(Ok(0), str::parse::<u32>);
+    let pod = pod.map_err(|_| {
+        let message = format!("the variable {JOB_COMPLETION_INDEX} must be an integer from 0");
         Failure::new(FailureReason::InvalidConfiguration, message)
     })?;
-    let number = place * parallelism.local_world_size + local;
-    // The first works where one rank alone would: what it fetched before is still there.
-    let models = work_dir.join(MODELS);
+    let number = pod * parallelism.local_world_size + local;
+    // The first one uses the directory of a single rank, so that files fetched before are still there.
+    let model_cache = work_dir.join(MODEL_CACHE);
     let work_dir = match local {
         0 => work_dir.to_path_buf(),
         _ => work_dir.join(format!("rank-{number}")),
@@ -154,10 +154,10 @@ fn start(
         .and_then(|()| if report.exists() { std::fs::remove_file(&report) } else { Ok(()) })
         .map_err(|error| Failure::from_io(&error, &format!("cannot prepare {work_dir:?}")))?;
     let program = std::env::current_exe()
-        .map_err(|error| Failure::from_io(&error, "cannot find this program"))?;
+        .map_err(|error| Failure::from_io(&error, "cannot find the path of this program"))?;
     let args = TrainerArgs {
         listen: launch.listen.filter(|_| number == 0),
-        models: (local > 0).then_some(models),
+        models: (local > 0).then_some(model_cache),
         ..TrainerArgs::new(TrainerCommand::Train, *config_path, &report, &work_dir)
     };
     let mut command = Command::new(&program);
@@ -179,7 +179,7 @@ fn start(
         command.env(OMP_NUM_THREADS, threads.max(1).to_string());
     }
     if number > 0 {
-        // All say the same of what goes well; the first says it.
+        // All ranks would report the same progress; rank 0 does.
         command.stdout(Stdio::null());
         if environment.plain(LOG).is_none() {
             command.env(LOG, "error");
@@ -191,15 +191,16 @@ fn start(
     Ok(Rank { number, child, report, status: None })
 }
 
-/// Returns the one GPU a rank sees, of those that are visible here; none if they are too few.
+/// Returns the GPU of a local rank among the visible ones; empty if there are too few.
 fn visible_gpu(visible: Option<&str>, local: u32) -> String {
     let Some(list) = visible else { return local.to_string() };
     list.split(',').nth(local as usize).unwrap_or_default().trim().to_owned()
 }
 
-/// Waits for all, once one has failed not for long; returns the place of the one to tell of.
+/// Waits for all ranks, and after a failure only for the grace period; returns the index of the rank to
+/// report.
 ///
-/// Signals are passed on to all; who kills this process kills them.
+/// Signals are forwarded to all ranks, which are killed if this process is.
 fn wait(ranks: &mut [Rank], signals: &mut Signals) -> Result<usize, Failure> {
     let mut first_failed: Option<usize> = None;
     let mut has_killed = false;
@@ -214,9 +215,9 @@ fn wait(ranks: &mut [Rank], signals: &mut Signals) -> Result<usize, Failure> {
                 .child
                 .try_wait()
                 .map_err(|error| Failure::from_io(&error, "cannot wait for a rank"))?;
-            let Some(status) = rank.status.filter(|status| !is_well(*status)) else { continue };
+            let Some(status) = rank.status.filter(|status| !is_success(*status)) else { continue };
             until.get_or_insert_with(|| clock::now() + GRACE);
-            // Who lost a peer did not fail by itself; who did may be noticed a moment later.
+            // A rank that lost a peer is not the cause; the cause may be noticed a moment later.
             let known = first_failed.and_then(|first: usize| ranks[first].status);
             let is_cause = known.is_none() || !is_peer_lost(status);
             if !has_killed && known.is_none_or(is_peer_lost) && is_cause {
@@ -233,7 +234,7 @@ fn wait(ranks: &mut [Rank], signals: &mut Signals) -> Result<usize, Failure> {
         for signal in signals.pending() {
             let signal = if signal == SIGTERM { Signal::TERM } else { Signal::INT };
             for rank in ranks.iter().filter(|rank| rank.status.is_none()) {
-                // Not reaped yet, so the number still means this child.
+                // Not reaped yet, so the process id still belongs to this child.
                 let _ = kill_process(Pid::from_child(&rank.child), signal);
             }
         }
@@ -241,7 +242,7 @@ fn wait(ranks: &mut [Rank], signals: &mut Signals) -> Result<usize, Failure> {
     }
 }
 
-fn is_well(status: ExitStatus) -> bool {
+fn is_success(status: ExitStatus) -> bool {
     let interrupted = i32::from(ExitCode::Interrupted.code());
     status.success() || status.code() == Some(interrupted)
 }
@@ -256,12 +257,14 @@ fn kill_all(ranks: &mut [Rank]) {
     }
 }
 
-/// Finds a port for rank 0 to listen on: free now, and in a moment with all likelihood still.
+/// Finds a port for rank 0 that is free now, and very likely still is when it listens.
 fn free_port() -> Result<u16, Failure> {
     TcpListener::bind("127.0.0.1:0")
         .and_then(|listener| listener.local_addr())
         .map(|address| address.port())
-        .map_err(|error| Failure::from_io(&error, "no port is free for the ranks to meet at"))
+        .map_err(|error| {
+            Failure::from_io(&error, "no port is free for the rendezvous of the ranks")
+        })
 }
 
 #[cfg(test)]

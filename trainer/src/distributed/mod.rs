@@ -1,11 +1,11 @@
-//! The ranks of a run: they meet, exchange tensors through torch's process groups, and end together.
+//! The ranks of a run: rendezvous, collectives over torch's process groups, and a common end.
 //!
-//! [`place`] says which rank this is; `ffi` reaches c10d's TCPStore and ProcessGroupGloo through a
-//! small C++ shim; `lifeline` knows who is still there. [`Ranks`] is all that the rest sees, and one
-//! rank alone is a case of it.
+//! [`rank`] reads which rank this is; `ffi` calls c10d's TCPStore and process groups through a small
+//! C++ shim; `heartbeat` detects lost ranks. The rest of the trainer sees only [`Ranks`], which also
+//! represents a single rank.
 //!
-//! A group that broke stays broken: every later call returns the same error. So a call deep in the
-//! model, where no error can be returned, need not be: the next one that can returns it.
+//! A broken group stays broken: every later call returns the same error. A call deep in the model that
+//! cannot return an error may therefore ignore it, because the next call that can will return it.
 
 mod ffi;
 mod heartbeat;
@@ -25,70 +25,70 @@ use tch::{Device, Tensor};
 use crate::{
     distributed::{
         ffi::{Backend, Group, Store, Work},
-        heartbeat::Lifeline,
-        rank::{Patience, Place},
+        heartbeat::Heartbeat,
+        rank::{RankInfo, Timeouts},
     },
     failure::Failure,
     runtime::clock,
 };
 pub use heartbeat::OnLost;
 
-/// How often a waiting rank looks into the store.
+/// How often a waiting rank polls the store.
 const POLL: Duration = Duration::from_millis(100);
-/// The same where training stands still meanwhile.
+/// The same while training waits.
 const SHORT_POLL: Duration = Duration::from_millis(1);
-/// Where rank 0 says on which port it hears signs of life.
-const LIFELINE_PORT: &str = "lifeline-port";
+/// The key in the store of the port on which rank 0 accepts heartbeats.
+const HEARTBEAT_PORT: &str = "lifeline-port";
 
-/// Why ranks cannot work together.
+/// Why the ranks of a run cannot work together.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// Rank 0 cannot be reached, or, on rank 0, its port not be opened.
-    #[error("the ranks cannot meet at {address}:{port}: {reason}")]
-    Meet {
-        /// Rank 0's name or address.
+    /// Rank 0 cannot be reached, or cannot open its port.
+    #[error("the rendezvous of the ranks at {address}:{port} failed: {reason}")]
+    Rendezvous {
+        /// The host name or address of rank 0.
         address: String,
-        /// Its port.
+        /// The port of rank 0.
         port: u16,
-        /// What the system or torch said.
+        /// The error of the system or of torch.
         reason: String,
     },
-    /// Some did not come.
+    /// Some ranks did not reach the rendezvous.
     #[error(
-        "{} of {world_size} did not come to {place} within {seconds} s: see why in {} log", ranks(missing),
+        "{} of {world_size} did not connect to {address} within {seconds} s: see why in {} log", ranks(missing),
         if missing.len() == 1 { "its" } else { "their" }
     )]
     Missing {
-        /// Who.
+        /// The missing ranks.
         missing: Vec<u32>,
-        /// Of how many.
+        /// The number of ranks.
         world_size: u32,
-        /// To what.
-        place: String,
-        /// How long they were waited for.
+        /// The address of the rendezvous.
+        address: String,
+        /// The timeout.
         seconds: u64,
     },
-    /// Another rank ended or fell silent.
+    /// Another rank ended or stopped responding.
     #[error(
-        "{why}; this rank {rank} cannot go on without it: the run goes on from its last checkpoint when all are started again"
+        "{why}; rank {rank} cannot continue without it: restart all ranks to resume the run from its last checkpoint"
     )]
     Lost {
         /// This rank.
         rank: u32,
-        /// Who, and what is known.
+        /// Which rank was lost, and why if that is known.
         why: String,
     },
-    /// A collective failed though everybody is there.
-    #[error("rank {rank} could not complete {collective}: {reason}{}", stragglers(behind))]
+    /// A collective failed although no rank was lost.
+    #[error("rank {rank} could not complete {collective}: {reason}{}", not_joined(stragglers))]
     Collective {
         /// This rank.
         rank: u32,
-        /// Which.
+        /// The collective.
         collective: &'static str,
-        /// What torch said.
+        /// The error of torch.
         reason: String,
-        /// Who has not come to it.
-        behind: Vec<u32>,
+        /// The ranks that have not joined it.
+        stragglers: Vec<u32>,
     },
 }
 
@@ -97,11 +97,11 @@ fn ranks(ranks: &[u32]) -> String {
     format!("rank{} {}", if ranks.len() == 1 { "" } else { "s" }, numbers.join(", "))
 }
 
-fn stragglers(behind: &[u32]) -> String {
-    if behind.is_empty() {
+fn not_joined(stragglers: &[u32]) -> String {
+    if stragglers.is_empty() {
         String::new()
     } else {
-        format!("; {} did not come to it", ranks(behind))
+        format!("; {} did not join it", ranks(stragglers))
     }
 }
 
@@ -111,74 +111,76 @@ impl From<Error> for Failure {
     }
 }
 
-/// The ranks of a run, seen from one of them. A clone is the same group.
+/// The ranks of a run, seen from one of them. A clone refers to the same group.
 #[derive(Debug, Clone)]
-pub struct Ranks(Option<Rc<Joined>>);
+pub struct Ranks(Option<Rc<RankGroup>>);
 
 #[derive(Debug)]
-struct Joined {
+struct RankGroup {
     rank: u32,
     world_size: u32,
-    /// What the group is called in the store.
+    /// The prefix of the group's keys in the store.
     name: String,
     store: Store,
     group: RefCell<Option<Group>>,
-    lifeline: Lifeline,
-    patience: Patience,
+    heartbeat: Heartbeat,
+    timeouts: Timeouts,
     device: Device,
-    sent: Cell<u64>,
+    sent_bytes: Cell<u64>,
+    /// The error that broke the group.
     broken: RefCell<Option<Error>>,
 }
 
-/// A collective under way; wait for it before its tensors are used.
+/// A collective in flight; wait for it before its tensors are used.
 #[derive(Debug)]
 pub struct Pending(Option<(Work, &'static str)>);
 
-/// A sum over ranks of which each gets a part, under way.
+/// A reduce-scatter in flight.
 #[derive(Debug)]
-pub struct Reducing {
-    /// This rank's part from each rank, one after the other.
+pub struct PendingReduceScatter {
+    /// This rank's shard from each rank, in the order of ranks.
     received: Tensor,
     pending: Pending,
 }
 
 impl Ranks {
-    /// One rank, alone.
+    /// Returns the group of a single rank.
     pub fn alone() -> Self {
         Self(None)
     }
 
-    /// Meets the other ranks; `name` must be the same on all of them and new each time.
+    /// Waits for the other ranks at the rendezvous and forms a group. `name` must be the same on all
+    /// ranks and different for each group.
     ///
-    /// `on_lost` is called, from another thread, when a rank is lost and this one does not end by
-    /// itself within the grace.
+    /// `on_lost` is called from another thread when a rank is lost and this one does not exit by
+    /// itself within the grace period.
     ///
     /// # Errors
-    /// [`Error`] that names who did not come.
+    /// [`Error`] that names the ranks that did not connect.
     pub fn join(
-        place: &Place,
+        info: &RankInfo,
         name: &str,
         device: Device,
-        patience: Patience,
+        timeouts: Timeouts,
         on_lost: OnLost,
     ) -> Result<Self, Error> {
-        let Place { rank, world_size, master_address: address, master_port: port, .. } = place;
+        let RankInfo { rank, world_size, master_address: address, master_port: port, .. } = info;
         let (rank, world_size) = (*rank, *world_size);
-        let cannot_meet =
-            |reason: String| Error::Meet { address: address.clone(), port: *port, reason };
-        let store =
-            Store::open(address, *port, rank == 0, patience.rendezvous).map_err(cannot_meet)?;
-        let lifeline_key = format!("{name}/{LIFELINE_PORT}");
-        let listener = (rank == 0).then(|| listen(place)).transpose().map_err(cannot_meet)?;
+        let rendezvous_failed =
+            |reason: String| Error::Rendezvous { address: address.clone(), port: *port, reason };
+        let store = Store::open(address, *port, rank == 0, timeouts.rendezvous)
+            .map_err(rendezvous_failed)?;
+        let heartbeat_key = format!("{name}/{HEARTBEAT_PORT}");
+        let listener = (rank == 0).then(|| listen(info)).transpose().map_err(rendezvous_failed)?;
         if let Some((_, port)) = &listener {
-            store.set(&lifeline_key, &port.to_string()).map_err(cannot_meet)?;
+            store.set(&heartbeat_key, &port.to_string()).map_err(rendezvous_failed)?;
         }
-        // Who comes late still finds rank 0; who never comes is named.
-        store.set(&format!("{name}/here/{rank}"), "1").map_err(cannot_meet)?;
-        let until = clock::now() + patience.rendezvous;
+        // Ranks register one by one, so that the missing ones can be named.
+        store.set(&format!("{name}/here/{rank}"), "1").map_err(rendezvous_failed)?;
+        let until = clock::now() + timeouts.rendezvous;
         loop {
             let missing =
-                absent(&store, &format!("{name}/here"), world_size).map_err(cannot_meet)?;
+                absent(&store, &format!("{name}/here"), world_size).map_err(rendezvous_failed)?;
             if missing.is_empty() {
                 break;
             }
@@ -186,42 +188,42 @@ impl Ranks {
                 return Err(Error::Missing {
                     missing,
                     world_size,
-                    place: format!("{address}:{port}"),
-                    seconds: patience.rendezvous.as_secs(),
+                    address: format!("{address}:{port}"),
+                    seconds: timeouts.rendezvous.as_secs(),
                 });
             }
             std::thread::sleep(POLL);
         }
-        let lifeline = if let Some((listener, _)) = &listener {
-            Lifeline::host(listener, world_size, patience)
+        let heartbeat = if let Some((listener, _)) = &listener {
+            Heartbeat::accept(listener, world_size, timeouts)
         } else {
-            let port = store.get(&lifeline_key).map_err(cannot_meet)?.unwrap_or_default();
-            Lifeline::call(rank, address, port.parse().unwrap_or_default(), patience)
+            let port = store.get(&heartbeat_key).map_err(rendezvous_failed)?.unwrap_or_default();
+            Heartbeat::connect(rank, address, port.parse().unwrap_or_default(), timeouts)
         }
-        .map_err(|error| cannot_meet(format!("no sign of life can be given: {error}")))?;
-        lifeline.guard(patience.grace, on_lost);
+        .map_err(|error| rendezvous_failed(format!("no heartbeat can be sent: {error}")))?;
+        heartbeat.watch(timeouts.grace, on_lost);
         let backend = match device {
             Device::Cuda(_) => Backend::Nccl,
             _ => Backend::Gloo {
-                address: if place.is_local() { "127.0.0.1" } else { "" },
-                interface: place.interface.as_deref().unwrap_or_default(),
+                address: if info.is_local() { "127.0.0.1" } else { "" },
+                interface: info.interface.as_deref().unwrap_or_default(),
             },
         };
-        let group = Group::open(&store, name, [rank, world_size], &backend, patience.collective)
-            .map_err(|reason| match lifeline.verdict(Duration::ZERO) {
+        let group = Group::open(&store, name, [rank, world_size], &backend, timeouts.collective)
+            .map_err(|reason| match heartbeat.abort_reason(Duration::ZERO) {
                 Some(why) => Error::Lost { rank, why },
-                None => cannot_meet(reason),
+                None => rendezvous_failed(reason),
             })?;
-        Ok(Self(Some(Rc::new(Joined {
+        Ok(Self(Some(Rc::new(RankGroup {
             rank,
             world_size,
             name: name.to_owned(),
             store,
             group: RefCell::new(Some(group)),
-            lifeline,
-            patience,
+            heartbeat,
+            timeouts,
             device,
-            sent: Cell::new(0),
+            sent_bytes: Cell::new(0),
             broken: RefCell::new(None),
         }))))
     }
@@ -231,27 +233,27 @@ impl Ranks {
         self.0.as_ref().map_or(0, |joined| joined.rank)
     }
 
-    /// Returns how many there are.
+    /// Returns the number of ranks.
     pub fn world_size(&self) -> u32 {
         self.0.as_ref().map_or(1, |joined| joined.world_size)
     }
 
-    /// Tells whether this is the rank that writes, tells and publishes.
+    /// Reports whether this is rank 0, which reports progress, completes checkpoints and publishes.
     pub fn is_first(&self) -> bool {
         self.rank() == 0
     }
 
-    /// Returns the bytes of tensors this rank has sent.
+    /// Returns the bytes of tensors that this rank has sent.
     ///
     /// # Source
-    /// What each algorithm sends per rank, of `n` bytes over `W` ranks: `2 n (W − 1) / W` for a ring
-    /// all-reduce, `n (W − 1) / W` for a ring all-gather or an exchange of parts (Thakur et al.,
+    /// The bytes that each algorithm sends per rank, of `n` bytes over `W` ranks: `2 n (W − 1) / W` for a ring
+    /// all-reduce, `n (W − 1) / W` for a ring all-gather or an all-to-all exchange (Thakur et al.,
     /// "Optimization of Collective Communication Operations in MPICH", 2005).
     pub fn sent_bytes(&self) -> u64 {
-        self.0.as_ref().map_or(0, |joined| joined.sent.get())
+        self.0.as_ref().map_or(0, |joined| joined.sent_bytes.get())
     }
 
-    /// Sums a tensor over all ranks, in place; all get the very same bits.
+    /// Sums a tensor over all ranks, in place; the result is equal bit for bit on all of them.
     ///
     /// # Errors
     /// [`Error`] if another rank is lost.
@@ -259,32 +261,33 @@ impl Ranks {
         self.wait(self.start_all_reduce(tensor)?)
     }
 
-    /// Starts to do so.
+    /// Starts an all-reduce, in place.
     ///
     /// # Errors
     /// [`Error`] if another rank is lost.
     pub fn start_all_reduce(&self, tensor: &Tensor) -> Result<Pending, Error> {
         let Some(joined) = &self.0 else { return Ok(Pending(None)) };
         joined.count(2 * bytes(tensor));
-        let work = joined.start("a sum", |group| group.all_reduce(tensor))?;
+        let work = joined.start("all-reduce", |group| group.all_reduce(tensor))?;
         Ok(Pending(Some(work)))
     }
 
-    /// Starts to fill `whole` with the `part` of each rank, by rank.
+    /// Starts to gather the `shard` of each rank into `gathered`, in the order of ranks.
     ///
     /// # Errors
     /// [`Error`] if another rank is lost.
-    pub fn start_all_gather(&self, whole: &Tensor, part: &Tensor) -> Result<Pending, Error> {
+    pub fn start_all_gather(&self, gathered: &Tensor, shard: &Tensor) -> Result<Pending, Error> {
         let Some(joined) = &self.0 else {
-            whole.shallow_clone().copy_(part);
+            gathered.shallow_clone().copy_(shard);
             return Ok(Pending(None));
         };
-        joined.count(bytes(whole));
-        let work = joined.start("gathering weights", |group| group.all_gather(whole, part))?;
+        joined.count(bytes(gathered));
+        let work =
+            joined.start("all-gather of weights", |group| group.all_gather(gathered, shard))?;
         Ok(Pending(Some(work)))
     }
 
-    /// Waits for what was started.
+    /// Waits for a collective.
     ///
     /// # Errors
     /// [`Error`] if another rank is lost.
@@ -295,36 +298,43 @@ impl Ranks {
         }
     }
 
-    /// Starts to sum `whole` over all ranks, of which each gets its part. `whole` must not change
-    /// meanwhile.
+    /// Starts a reduce-scatter: `tensor` is summed over all ranks, and each rank gets its shard of the
+    /// sum. `tensor` must not change until it is finished.
     ///
-    /// Each rank sends every other its part, and each adds what it got in the order of ranks, so the
-    /// sum does not depend on who was first. c10d's own reduce-scatter is, with Gloo, an all-reduce
-    /// of which most is thrown away: twice the bytes.
+    /// Each rank sends every other rank its shard and adds what it receives in the order of ranks, so
+    /// the sum does not depend on which rank is fastest. With Gloo, c10d's own reduce-scatter is an
+    /// all-reduce of which most is thrown away: twice the bytes.
     ///
     /// # Errors
     /// [`Error`] if another rank is lost.
-    pub fn start_reduce_scatter(&self, whole: &Tensor) -> Result<Reducing, Error> {
+    pub fn start_reduce_scatter(&self, tensor: &Tensor) -> Result<PendingReduceScatter, Error> {
         let Some(joined) = &self.0 else {
-            return Ok(Reducing { received: whole.shallow_clone(), pending: Pending(None) });
+            return Ok(PendingReduceScatter {
+                received: tensor.shallow_clone(),
+                pending: Pending(None),
+            });
         };
-        joined.count(bytes(whole));
-        let received = whole.empty_like();
-        let work =
-            joined.start("reducing gradients", |group| group.all_to_all(&received, whole))?;
-        Ok(Reducing { received, pending: Pending(Some(work)) })
+        joined.count(bytes(tensor));
+        let received = tensor.empty_like();
+        let work = joined
+            .start("reduce-scatter of gradients", |group| group.all_to_all(&received, tensor))?;
+        Ok(PendingReduceScatter { received, pending: Pending(Some(work)) })
     }
 
-    /// Waits for such a sum and adds this rank's part of it to `part`.
+    /// Waits for a reduce-scatter and adds this rank's shard of the sum to `shard`.
     ///
     /// # Errors
     /// [`Error`] if another rank is lost.
-    pub fn finish_reduce_scatter(&self, reducing: Reducing, part: &Tensor) -> Result<(), Error> {
-        let Reducing { received, pending } = reducing;
+    pub fn finish_reduce_scatter(
+        &self,
+        reduce_scatter: PendingReduceScatter,
+        shard: &Tensor,
+    ) -> Result<(), Error> {
+        let PendingReduceScatter { received, pending } = reduce_scatter;
         self.wait(pending)?;
-        let mut part = part.shallow_clone();
+        let mut shard = shard.shallow_clone();
         for from in received.chunk(i64::from(self.world_size()), 0) {
-            let _ = part.g_add_(&from);
+            let _ = shard.g_add_(&from);
         }
         Ok(())
     }
@@ -340,102 +350,103 @@ impl Ranks {
         Ok(std::array::from_fn(|index| tensor.double_value(&[index as i64])))
     }
 
-    /// Tells whether any rank says so.
+    /// Reports whether the condition holds on any rank.
     ///
     /// # Errors
     /// [`Error`] if another rank is lost.
-    pub fn any(&self, is_so: bool) -> Result<bool, Error> {
-        self.sum([f64::from(u8::from(is_so))]).map(|[count]| count > 0.0)
+    pub fn any(&self, condition: bool) -> Result<bool, Error> {
+        self.sum([f64::from(u8::from(condition))]).map(|[count]| count > 0.0)
     }
 
-    /// Returns on every rank what rank 0 says; exact below 2⁵³.
+    /// Returns rank 0's number on every rank; exact below 2⁵³.
     ///
     /// # Errors
     /// [`Error`] if another rank is lost.
-    pub fn from_first(&self, number: u64) -> Result<u64, Error> {
-        let said = if self.is_first() { number as f64 } else { 0.0 };
-        self.sum([said]).map(|[number]| number as u64)
+    pub fn broadcast(&self, number: u64) -> Result<u64, Error> {
+        let summand = if self.is_first() { number as f64 } else { 0.0 };
+        self.sum([summand]).map(|[number]| number as u64)
     }
 
-    /// Waits until all ranks have come here, however long they take, unless one is lost: the way to
-    /// a first collective leads through downloads of unknown length.
+    /// Waits until all ranks have reached this barrier, without a timeout unless one is lost: before the
+    /// first collective come downloads of unknown length.
     ///
     /// # Errors
     /// [`Error`] if another rank is lost.
-    pub fn wait_for_all(&self, place: &str) -> Result<(), Error> {
+    pub fn barrier(&self, barrier: &str) -> Result<(), Error> {
         let Some(joined) = &self.0 else { return Ok(()) };
-        let Joined { rank, name, store, world_size, lifeline, .. } = &**joined;
-        let place = &format!("{name}/{place}");
+        let RankGroup { rank, name, store, world_size, heartbeat, .. } = &**joined;
+        let prefix = &format!("{name}/{barrier}");
         let lost = |reason: String| {
-            let why = lifeline.verdict(joined.patience.grace).unwrap_or(reason);
+            let why = heartbeat.abort_reason(joined.timeouts.grace).unwrap_or(reason);
             joined.broken(Error::Lost { rank: *rank, why })
         };
-        store.set(&format!("{place}/{rank}"), "1").map_err(lost)?;
-        while !absent(store, place, *world_size).map_err(lost)?.is_empty() {
-            if let Some(why) = lifeline.verdict(POLL) {
+        store.set(&format!("{prefix}/{rank}"), "1").map_err(lost)?;
+        while !absent(store, prefix, *world_size).map_err(lost)?.is_empty() {
+            if let Some(why) = heartbeat.abort_reason(POLL) {
                 return Err(joined.broken(Error::Lost { rank: *rank, why }));
             }
         }
         Ok(())
     }
 
-    /// Sends a short text to rank 0, which gets those of all, by rank; each `place` once.
+    /// Gathers a short text of every rank at rank 0, in the order of ranks; others get `None`. Each `key`
+    /// may be used once.
     ///
     /// # Errors
     /// [`Error`] if another rank is lost.
-    pub fn tell_first(&self, place: &str, text: &str) -> Result<Option<Vec<String>>, Error> {
+    pub fn gather_texts(&self, key: &str, text: &str) -> Result<Option<Vec<String>>, Error> {
         let Some(joined) = &self.0 else { return Ok(Some(vec![text.to_owned()])) };
-        let Joined { rank, name, store, world_size, lifeline, .. } = &**joined;
-        let key = |rank: u32| format!("{name}/{place}/{rank}");
-        let lost = |reason: String| joined.failed("telling rank 0", reason);
-        store.set(&key(*rank), text).map_err(lost)?;
+        let RankGroup { rank, name, store, world_size, heartbeat, .. } = &**joined;
+        let rank_key = |rank: u32| format!("{name}/{key}/{rank}");
+        let lost = |reason: String| joined.failed("gathering at rank 0", reason);
+        store.set(&rank_key(*rank), text).map_err(lost)?;
         if !self.is_first() {
             return Ok(None);
         }
-        let mut told = Vec::new();
-        while told.len() < *world_size as usize {
-            match store.get(&key(told.len() as u32)).map_err(lost)? {
-                Some(text) => told.push(text),
+        let mut texts = Vec::new();
+        while texts.len() < *world_size as usize {
+            match store.get(&rank_key(texts.len() as u32)).map_err(lost)? {
+                Some(text) => texts.push(text),
                 None => {
-                    if let Some(why) = lifeline.verdict(SHORT_POLL) {
+                    if let Some(why) = heartbeat.abort_reason(SHORT_POLL) {
                         return Err(joined.broken(Error::Lost { rank: *rank, why }));
                     }
                 }
             }
         }
-        Ok(Some(told))
+        Ok(Some(texts))
     }
 
-    /// Returns the error of a group that broke where no error could be returned.
+    /// Checks that the group is not broken.
     ///
     /// # Errors
-    /// That [`Error`].
+    /// The [`Error`] that broke it.
     pub fn check(&self) -> Result<(), Error> {
         self.0.as_ref().map_or(Ok(()), |joined| joined.check())
     }
 
-    /// Says that this rank has done all it had to, and closes the group.
+    /// Tells the other ranks that this one has finished, and closes the group.
     pub fn done(&self) {
         let Some(joined) = &self.0 else { return };
-        joined.lifeline.done();
+        joined.heartbeat.done();
         if let (Ok(()), Some(group)) = (joined.check(), joined.group.take()) {
             group.close();
         }
     }
 
-    /// Tells the other ranks why this one ends; the group is left open, for closing it could wait.
+    /// Tells the other ranks why this one failed; the group stays open, because closing it could block.
     pub fn fail(&self, message: &str) {
         if let Some(joined) = &self.0 {
-            joined.lifeline.fail(message);
+            joined.heartbeat.fail(message);
         }
     }
 }
 
-impl Joined {
-    /// Counts what is sent of a tensor whose every element but this rank's share goes out.
+impl RankGroup {
+    /// Counts the bytes sent when every element but this rank's shard is sent.
     fn count(&self, bytes: u64) {
         let world_size = u64::from(self.world_size);
-        self.sent.set(self.sent.get() + bytes * (world_size - 1) / world_size);
+        self.sent_bytes.set(self.sent_bytes.get() + bytes * (world_size - 1) / world_size);
     }
 
     fn check(&self) -> Result<(), Error> {
@@ -448,7 +459,7 @@ impl Joined {
         start: impl FnOnce(&Group) -> Result<Work, String>,
     ) -> Result<(Work, &'static str), Error> {
         self.check()?;
-        self.lifeline.begin();
+        self.heartbeat.count_collective();
         let group = self.group.borrow();
         let started = group.as_ref().ok_or_else(|| "the group is closed".to_owned());
         let work = started.and_then(start).map_err(|reason| self.failed(collective, reason))?;
@@ -460,15 +471,15 @@ impl Joined {
         work.wait().map_err(|reason| self.failed(collective, reason))
     }
 
-    /// Finds out why a collective failed, and remembers it.
+    /// Finds out why a collective failed, and breaks the group.
     fn failed(&self, collective: &'static str, reason: String) -> Error {
         let rank = self.rank;
-        if let Some(why) = self.lifeline.verdict(self.patience.grace) {
+        if let Some(why) = self.heartbeat.abort_reason(self.timeouts.grace) {
             return self.broken(Error::Lost { rank, why });
         }
-        let behind = self.lifeline.behind();
-        let error = Error::Collective { rank, collective, reason, behind };
-        self.lifeline.declare(&error.to_string());
+        let stragglers = self.heartbeat.stragglers();
+        let error = Error::Collective { rank, collective, reason, stragglers };
+        self.heartbeat.abort(&error.to_string());
         self.broken(error)
     }
 
@@ -478,13 +489,13 @@ impl Joined {
     }
 }
 
-/// Ends the process at once: its destructors could wait for ranks that will not answer.
+/// Exits at once, because destructors could wait for ranks that will not answer.
 pub fn exit(code: ExitCode) -> ! {
     ffi::exit(code.code())
 }
 
-fn listen(place: &Place) -> Result<(TcpListener, u16), String> {
-    let addresses = if place.is_local() { ["127.0.0.1", "::1"] } else { ["::", "0.0.0.0"] };
+fn listen(info: &RankInfo) -> Result<(TcpListener, u16), String> {
+    let addresses = if info.is_local() { ["127.0.0.1", "::1"] } else { ["::", "0.0.0.0"] };
     let listener = addresses
         .iter()
         .find_map(|address| TcpListener::bind((*address, 0)).ok())
@@ -493,11 +504,11 @@ fn listen(place: &Place) -> Result<(TcpListener, u16), String> {
     Ok((listener, port))
 }
 
-/// Lists the ranks that have not set their key below `place`.
-fn absent(store: &Store, place: &str, world_size: u32) -> Result<Vec<u32>, String> {
+/// Lists the ranks that have not set their key below `prefix`.
+fn absent(store: &Store, prefix: &str, world_size: u32) -> Result<Vec<u32>, String> {
     let mut absent = Vec::new();
     for rank in 0..world_size {
-        if store.get(&format!("{place}/{rank}"))?.is_none() {
+        if store.get(&format!("{prefix}/{rank}"))?.is_none() {
             absent.push(rank);
         }
     }

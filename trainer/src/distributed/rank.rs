@@ -1,4 +1,4 @@
-//! Which rank this process is, and where to meet the others: read from torch's variables.
+//! Which rank this process is, and the address of the rendezvous, from torch's environment variables.
 
 use std::time::Duration;
 
@@ -9,54 +9,54 @@ use finetune_contract::{
 
 use crate::{failure::Failure, store::Environment};
 
-/// The network interface for data between ranks; gloo's own variable.
+/// The network interface for data between ranks; the variable is gloo's.
 const INTERFACE: &str = "GLOO_SOCKET_IFNAME";
 
-/// One rank's place among all.
+/// The identity of this rank, and the address of rank 0.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Place {
+pub struct RankInfo {
     /// This rank, from 0.
     pub rank: u32,
-    /// How many there are.
+    /// The number of ranks.
     pub world_size: u32,
-    /// A name or address of rank 0.
+    /// The host name or address of rank 0.
     pub master_address: String,
-    /// Where rank 0 listens.
+    /// The port on which rank 0 listens.
     pub master_port: u16,
-    /// The interface for data between ranks; by this machine's name if absent.
+    /// The network interface for data between ranks; if absent, the one of this machine's host name.
     pub interface: Option<String>,
 }
 
 /// How long ranks wait for each other.
 #[derive(Debug, Clone, Copy)]
-pub struct Patience {
-    /// For all to come to the rendezvous. Pods start minutes apart when an image must be pulled.
+pub struct Timeouts {
+    /// For all ranks to reach the rendezvous. Pods start minutes apart if an image must be pulled.
     pub rendezvous: Duration,
-    /// For all to come to one collective. A peer's death ends it at once; this is for one that
-    /// lives and does not come, and must outlast the slowest upload of a checkpoint.
+    /// For all ranks to complete one collective. The death of a rank aborts it at once; this is for a
+    /// rank that lives and does not join, and must outlast the slowest upload of a checkpoint.
     pub collective: Duration,
-    /// Without a sign of life.
-    pub silence: Duration,
-    /// For the main thread to end by itself after another rank is known to be lost.
+    /// For the next heartbeat of a rank.
+    pub heartbeat: Duration,
+    /// For the main thread to exit by itself after another rank was lost.
     pub grace: Duration,
 }
 
-impl Default for Patience {
+impl Default for Timeouts {
     fn default() -> Self {
         Self {
             rendezvous: Duration::from_mins(10),
             collective: Duration::from_mins(30),
-            silence: Duration::from_secs(30),
+            heartbeat: Duration::from_secs(30),
             grace: Duration::from_secs(3),
         }
     }
 }
 
-impl Place {
-    /// Reads the place of a run's rank; `None` if the run has only one.
+impl RankInfo {
+    /// Reads the rank of this process; `None` if the run has only one rank.
     ///
     /// # Errors
-    /// A [`Failure`] that names the variable that is missing or contradicts the run.
+    /// A [`Failure`] that names the variable that is missing or inconsistent with the run.
     pub fn read(
         parallelism: Parallelism,
         environment: &Environment,
@@ -65,7 +65,7 @@ impl Place {
         if world_size == 0 || (strategy == Strategy::None && world_size != 1) {
             return Err(invalid(format!(
                 "parallelism.worldSize is {world_size} with strategy {strategy:?}: several ranks need ddp, zero1, zero2 or zero3, and \
-                 there is at least one"
+                 worldSize must be at least 1"
             )));
         }
         if world_size == 1 {
@@ -74,7 +74,7 @@ impl Place {
         let number = |name: &str| -> Result<Option<u32>, Failure> {
             let Some(text) = environment.plain(name) else { return Ok(None) };
             let number = text.parse().map_err(|_| {
-                invalid(format!("the variable {name} is {text:?}, must be a whole number from 0"))
+                invalid(format!("the variable {name} is {text:?}, must be an integer from 0"))
             })?;
             Ok(Some(number))
         };
@@ -119,7 +119,7 @@ impl Place {
         }))
     }
 
-    /// Tells whether all ranks are on this machine, which then need not know its name.
+    /// Reports whether all ranks are on this machine, which then need no host name.
     pub fn is_local(&self) -> bool {
         ["127.0.0.1", "::1", "localhost"].contains(&self.master_address.as_str())
     }
@@ -133,10 +133,10 @@ fn invalid(message: String) -> Failure {
 mod tests {
     use super::*;
 
-    fn read(world_size: u32, pairs: &[(&str, &str)]) -> Result<Option<Place>, String> {
+    fn read(world_size: u32, pairs: &[(&str, &str)]) -> Result<Option<RankInfo>, String> {
         let strategy = if world_size == 1 { Strategy::None } else { Strategy::Ddp };
         let environment = Environment::from_pairs(pairs.iter().copied());
-        Place::read(Parallelism { world_size, strategy, ..Parallelism::SINGLE }, &environment)
+        RankInfo::read(Parallelism { world_size, strategy, ..Parallelism::SINGLE }, &environment)
             .map_err(|failure| failure.message)
     }
 
@@ -146,20 +146,21 @@ mod tests {
     }
 
     #[test]
-    fn an_indexed_job_says_the_rank_too() {
-        let meet = [("MASTER_ADDR", "run-0.run"), ("MASTER_PORT", "29500")];
-        let place = read(2, &[&[("JOB_COMPLETION_INDEX", "1")], &meet[..]].concat());
-        assert_eq!(place.unwrap().unwrap().rank, 1);
-        let place = read(2, &[&[("RANK", "0"), ("JOB_COMPLETION_INDEX", "1")], &meet[..]].concat());
-        assert_eq!(place.unwrap().unwrap().rank, 0);
+    fn the_index_of_an_indexed_job_is_the_rank() {
+        let rendezvous = [("MASTER_ADDR", "run-0.run"), ("MASTER_PORT", "29500")];
+        let info = read(2, &[&[("JOB_COMPLETION_INDEX", "1")], &rendezvous[..]].concat());
+        assert_eq!(info.unwrap().unwrap().rank, 1);
+        let info =
+            read(2, &[&[("RANK", "0"), ("JOB_COMPLETION_INDEX", "1")], &rendezvous[..]].concat());
+        assert_eq!(info.unwrap().unwrap().rank, 0);
     }
 
     #[test]
-    fn says_which_variable_is_wrong() {
+    fn errors_name_the_variable() {
         let refusal = |pairs: &[(&str, &str)]| read(2, pairs).unwrap_err();
         insta::assert_snapshot!(refusal(&[]), @"the run has 2 ranks, but the variable RANK is not set: set it to this process's number, from 0, or start the run with `finetune run --ranks 2`");
         insta::assert_snapshot!(refusal(&[("RANK", "2")]), @"the variable RANK is 2, must be below the run's 2 ranks");
-        insta::assert_snapshot!(refusal(&[("RANK", "first")]), @r#"the variable RANK is "first", must be a whole number from 0"#);
+        insta::assert_snapshot!(refusal(&[("RANK", "first")]), @r#"the variable RANK is "first", must be an integer from 0"#);
         insta::assert_snapshot!(refusal(&[("WORLD_SIZE", "4")]), @"the variable WORLD_SIZE is 4, but the run was planned for 2 ranks: start that many");
         insta::assert_snapshot!(refusal(&[("RANK", "1"), ("MASTER_ADDR", "a"), ("MASTER_PORT", "0")]), @"the variable MASTER_PORT is 0, must be from 1 to 65535");
     }

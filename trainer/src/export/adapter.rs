@@ -19,7 +19,7 @@ use crate::{
     },
     lora::{
         CONFIG_FILE, PREFIX, WEIGHTS_FILE, targets,
-        trainable::{Attachment, LoraAttachment},
+        trainable::{LoraAdapters, Trainable},
     },
 };
 
@@ -29,7 +29,7 @@ pub(super) fn write(
     lora: &LoraSettings,
     directory: &Path,
 ) -> Result<(), Error> {
-    let Attachment::Lora(attachment) = export.training.model.attachment() else {
+    let Trainable::Lora(attachment) = export.training.model.trainable() else {
         return Ok(());
     };
     let config = export.training.model.config();
@@ -46,13 +46,15 @@ pub(super) fn write(
 pub fn adapter_config(
     config: &ModelConfig,
     lora: &LoraSettings,
-    attachment: &LoraAttachment,
+    attachment: &LoraAdapters,
     base_name: &str,
 ) -> Value {
     let targets: Vec<String> = attachment.targets.keys().cloned().collect();
-    let targets = targets::names_of(config, &targets, names::matches);
+    let targets = targets::shortest_names(config, &targets, names::matches);
     // PEFT compares these names without a dot.
-    let saved = targets::names_of(config, &attachment.saved, |name, path| path.ends_with(name));
+    let saved = targets::shortest_names(config, &attachment.modules_to_save, |name, path| {
+        path.ends_with(name)
+    });
     let saved = if saved.is_empty() { Value::Null } else { json!(saved) };
     // PEFT's own field is an integer; a whole number must not become 16.0.
     let alpha = if lora.lora_alpha.fract() == 0.0 {
@@ -139,8 +141,8 @@ mod tests {
     fn check(settings: &LoraSettings) -> String {
         let family = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/data/llama");
         let config = read_config(&family).unwrap();
-        let attachment = Attachment::lora(&config, settings).unwrap();
-        let Attachment::Lora(lora) = attachment else { panic!("LoRA settings attach LoRA") };
+        let attachment = Trainable::lora(&config, settings).unwrap();
+        let Trainable::Lora(lora) = attachment else { panic!("LoRA settings attach LoRA") };
         adapter_config(&config, settings, &lora, "someone/base").to_string()
     }
 

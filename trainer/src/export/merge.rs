@@ -10,7 +10,7 @@ use crate::{
     architecture::names,
     export::Error,
     hf::weights::Checkpoint,
-    lora::trainable::{Attachment, LoraAttachment, adapter_names},
+    lora::trainable::{LoraAdapters, Trainable, adapter_names},
     model::{Model, master::Masters},
 };
 
@@ -26,7 +26,7 @@ pub fn merged(masters: &mut Masters<'_>, base: &Checkpoint, name: &str) -> Resul
     let is_tied_head = name == head() && !base.contains(name);
     let stored = base.tensor(if is_tied_head { embedding() } else { name }).map_err(Error::Base)?;
     let stored = stored.to_kind(Kind::Float);
-    let Attachment::Lora(LoraAttachment { scaling, targets, .. }) = model.attachment() else {
+    let Trainable::Lora(LoraAdapters { scaling, targets, .. }) = model.trainable() else {
         return Ok(stored);
     };
     let path = name.strip_suffix(".weight").filter(|path| targets.contains_key(*path));
@@ -41,7 +41,7 @@ pub fn merged(masters: &mut Masters<'_>, base: &Checkpoint, name: &str) -> Resul
 /// Tells whether the result's head must be a tensor of its own though the base model's is not.
 pub(super) fn unties(model: &Model) -> bool {
     let is_tied = model.config().tie_word_embeddings;
-    is_tied && matches!(model.attachment(), Attachment::Lora(lora) if lora.unties())
+    is_tied && matches!(model.trainable(), Trainable::Lora(lora) if lora.unties_embeddings())
 }
 
 fn head() -> String {

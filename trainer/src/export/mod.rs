@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use finetune_contract::{ArtifactKind, FailureReason, RunConfig};
 
-use crate::{distributed, failure::Failure, hf::weights, model::Model, train::Training};
+use crate::{distributed, failure::Failure, hf::weights, model::Model, train::TrainLoop};
 
 pub use adapter::adapter_config;
 pub use merge::merged;
@@ -54,7 +54,7 @@ pub struct Export<'a> {
     /// The base model's directory.
     pub base: &'a Path,
     /// The trained model and what the run has come to.
-    pub training: &'a Training<'a>,
+    pub training: &'a TrainLoop<'a>,
     /// The step of the weights.
     pub step: u64,
     /// The template that took the place of the base model's, if one did.

@@ -1,42 +1,42 @@
 //! Causal attention inside each segment of a flat micro-batch.
 //!
-//! Segments never see each other, and no masked block between segments is ever touched.
+//! Tokens never attend across segments, and no score between segments is ever computed.
 
 use tch::Tensor;
 
-use crate::ops::{self, Run};
+use crate::ops::{self, AttentionMask, SegmentRun};
 
-/// The segments of a micro-batch as runs of equal length.
+/// The segments of a micro-batch, grouped into runs of equal length.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Segments {
-    runs: Vec<Run>,
+    runs: Vec<SegmentRun>,
 }
 
-/// What attention leaves for its backward pass.
-pub struct Attended {
+/// The result of attention, and what its backward pass needs.
+pub struct AttentionOutput {
     /// `[T, H, E]`.
     pub out: Tensor,
-    /// Logarithms of the softmax's denominators.
+    /// The logarithms of the softmax denominators; their layout is the kernel's own.
     logsumexp: Vec<Tensor>,
 }
 
-/// How far queries look.
+/// The attention of one block.
 #[derive(Debug, Clone, Copy)]
 pub struct Attention {
-    /// How many positions back a query may look; `None` means all.
+    /// How many positions back a query attends, itself included; `None` means all.
     pub window: Option<usize>,
 }
 
 impl Segments {
-    /// Groups segment lengths.
+    /// Groups segment lengths into runs.
     pub fn new(lengths: &[usize]) -> Self {
-        let mut runs: Vec<Run> = Vec::new();
+        let mut runs: Vec<SegmentRun> = Vec::new();
         let mut start = 0;
         for &length in lengths {
             let length = length as i64;
             match runs.last_mut() {
                 Some(run) if run.length == length => run.count += 1,
-                _ => runs.push(Run { start, count: 1, length }),
+                _ => runs.push(SegmentRun { start, count: 1, length }),
             }
             start += length;
         }
@@ -44,7 +44,7 @@ impl Segments {
     }
 
     /// Returns the runs, in order and without gaps.
-    pub fn runs(&self) -> &[Run] {
+    pub fn runs(&self) -> &[SegmentRun] {
         &self.runs
     }
 }
@@ -54,12 +54,18 @@ impl Attention {
     ///
     /// # Shapes
     /// `q` is `[T, H, E]`, `k` and `v` are `[T, K, E]`.
-    pub fn forward(self, q: &Tensor, k: &Tensor, v: &Tensor, segments: &Segments) -> Attended {
-        let (out, logsumexp) = ops::attention([q, k, v], self.over(segments));
-        Attended { out, logsumexp }
+    pub fn forward(
+        self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        segments: &Segments,
+    ) -> AttentionOutput {
+        let (out, logsumexp) = ops::attention([q, k, v], self.mask(segments));
+        AttentionOutput { out, logsumexp }
     }
 
-    /// Returns the gradients of `q`, `k` and `v`, of their shapes.
+    /// Returns the gradients of `q`, `k` and `v`, in their shapes.
     ///
     /// # Shapes
     /// `d_out` is `[T, H, E]`.
@@ -67,14 +73,14 @@ impl Attention {
         self,
         d_out: &Tensor,
         inputs: [&Tensor; 3],
-        attended: &Attended,
+        output: &AttentionOutput,
         segments: &Segments,
     ) -> [Tensor; 3] {
-        let Attended { out, logsumexp } = attended;
-        ops::attention_backward(inputs, out, logsumexp, d_out, self.over(segments))
+        let AttentionOutput { out, logsumexp } = output;
+        ops::attention_backward(inputs, out, logsumexp, d_out, self.mask(segments))
     }
 
-    fn over(self, segments: &Segments) -> ops::Attention<'_> {
-        ops::Attention { runs: &segments.runs, window: self.window }
+    fn mask(self, segments: &Segments) -> AttentionMask<'_> {
+        AttentionMask { runs: &segments.runs, window: self.window }
     }
 }

@@ -12,28 +12,28 @@ use crate::params::flat::Param;
 pub struct Embedding {
     /// `[V, D]`.
     pub weight: Param,
-    /// The adapter.
-    pub adapter: Option<Adapter>,
+    /// The adapter, if it has one.
+    pub adapter: Option<EmbeddingAdapter>,
 }
 
-/// A low-rank update of the table.
+/// A low-rank update of the embedding.
 #[derive(Debug)]
-pub struct Adapter {
-    /// `[R, V]`.
-    pub a: Param,
-    /// `[D, R]`.
-    pub b: Param,
+pub struct EmbeddingAdapter {
+    /// `lora_embedding_A`, `[R, V]`.
+    pub lora_a: Param,
+    /// `lora_embedding_B`, `[D, R]`.
+    pub lora_b: Param,
     /// The factor on the product.
     pub scaling: f64,
 }
 
 impl Embedding {
-    /// Looks tokens `[T]` up; the result is `[T, D]`.
+    /// Embeds tokens `[T]`; the result is `[T, D]`.
     pub fn forward(&self, tokens: &Tensor) -> Tensor {
         let mut x = self.weight.value.index_select(0, tokens);
         if let Some(adapter) = &self.adapter {
-            let u = adapter.a.value.index_select(1, tokens).tr() * adapter.scaling; // [T, R]
-            let _ = x.addmm_(&u, &adapter.b.value.tr());
+            let hidden = adapter.lora_a.value.index_select(1, tokens).tr() * adapter.scaling; // [T, R]
+            let _ = x.addmm_(&hidden, &adapter.lora_b.value.tr());
         }
         x
     }
@@ -44,18 +44,18 @@ impl Embedding {
             let _ = grad.sum().shallow_clone().index_add_(0, tokens, &dy.to_kind(Kind::Float));
         }
         let Some(adapter) = &self.adapter else { return };
-        let u = adapter.a.value.index_select(1, tokens) * adapter.scaling; // [R, T]
-        if let Some(grad) = &adapter.b.grad {
-            let _ = grad.sum().shallow_clone().g_add_(&dy.tr().mm(&u.tr())); // [D, R]
+        let hidden = adapter.lora_a.value.index_select(1, tokens) * adapter.scaling; // [R, T]
+        if let Some(grad) = &adapter.lora_b.grad {
+            let _ = grad.sum().shallow_clone().g_add_(&dy.tr().mm(&hidden.tr())); // [D, R]
         }
-        if let Some(grad) = &adapter.a.grad {
-            let d_a = dy.mm(&adapter.b.value) * adapter.scaling; // [T, R]
+        if let Some(grad) = &adapter.lora_a.grad {
+            let d_a = dy.mm(&adapter.lora_b.value) * adapter.scaling; // [T, R]
             let _ =
                 grad.sum().shallow_clone().index_add_(1, tokens, &d_a.to_kind(Kind::Float).tr());
         }
     }
 
-    /// Tells whether anything in the layer is trained.
+    /// Reports whether any parameter of the layer is trained.
     pub fn is_trained(&self) -> bool {
         self.adapter.is_some() || self.weight.is_trained()
     }

@@ -1,6 +1,6 @@
 //! Linear layers, frozen or trained, with or without LoRA adapters.
 
-use finetune_kernels::dropout::Noise;
+use finetune_kernels::dropout::DropoutMask;
 use tch::{Kind, Tensor};
 
 use crate::{
@@ -9,10 +9,10 @@ use crate::{
     runtime::profile,
 };
 
-/// Layers that read one input, each `y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ`.
+/// Linear layers that share an input, each `y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ`.
 ///
-/// Their adapters' `A` lie one below the other and are multiplied as one: products with few rows
-/// or columns cost as much as the memory they pass over.
+/// The `lora_A` matrices of all layers are stacked and multiplied at once: a product with few rows or
+/// columns costs as much as reading its large operand.
 ///
 /// # Source
 /// LoRA, arXiv 2106.09685, equation 3; dropout on the adapter's input only, as in
@@ -21,155 +21,169 @@ use crate::{
 pub struct Projections<const N: usize> {
     /// The layers.
     pub layers: [Linear; N],
-    /// What their adapters share.
-    pub down: Option<Down>,
+    /// The stacked `lora_A` of the layers' adapters, if any has one.
+    pub lora_a: Option<LoraA>,
 }
 
-/// One of the layers.
+/// One linear layer.
 #[derive(Debug)]
 pub struct Linear {
     /// `[out, in]`.
     pub weight: Param,
     /// `[out]`.
     pub bias: Option<Param>,
-    /// Its part of an adapter.
-    pub up: Option<Up>,
+    /// The `lora_B` of its adapter, if it has one.
+    pub lora_b: Option<LoraB>,
 }
 
-/// The first half of the adapters of layers with one input.
+/// The `lora_A` matrices of layers that share an input, stacked.
 #[derive(Debug)]
-pub struct Down {
-    /// Each adapter's `A`, `[ΣR, in]`.
-    pub a: Param,
-    /// The factor on the products.
+pub struct LoraA {
+    /// `[ΣR, in]`.
+    pub weight: Param,
+    /// The factor on each adapter's product.
     pub scaling: f64,
 }
 
-/// The second half of an adapter.
+/// The `lora_B` matrix of one layer.
 #[derive(Debug)]
-pub struct Up {
+pub struct LoraB {
     /// `[out, R]`.
-    pub b: Param,
-    /// The first of its rows in [`Down::a`].
-    pub first: i64,
+    pub weight: Param,
+    /// The index in [`LoraA::weight`] of the first row that belongs to this layer.
+    pub first_row: i64,
 }
 
-/// The input of some layers, with what dropout makes of it.
+/// The input of [`Projections`], `[T, in]`, with and without dropout.
 pub struct Input {
     x: Tensor,
     dropped: Option<Tensor>,
 }
 
-/// What adapters' first halves give, `[T, ΣR]`: small enough to be kept for the backward pass.
-pub struct Low(Option<Tensor>);
+/// The adapters' hidden activations, `scaling · dropout(x) Aᵀ`, `[T, ΣR]`: small enough to be saved
+/// for the backward pass. `None` without adapters.
+pub struct LoraHidden(Option<Tensor>);
 
-/// Gradients on their way through some layers.
-pub struct Passed {
-    /// That of the input, `[T, in]`.
+/// The gradients that [`Projections::backward_input`] computes.
+pub struct InputGrads {
+    /// The gradient of the input, `[T, in]`, if it was asked for.
     dx: Option<Tensor>,
-    /// Those of what adapters' first halves give, `[T, ΣR]`.
-    d_low: Option<Tensor>,
+    /// The gradient of the adapters' hidden activations, `[T, ΣR]`, if there are adapters.
+    d_hidden: Option<Tensor>,
 }
 
-impl Passed {
-    /// Takes the gradient of the input, `[T, in]`, where it was wanted.
-    pub fn take_input_grad(&mut self) -> Option<Tensor> {
+impl InputGrads {
+    /// Takes the gradient of the input, `[T, in]`, if it was asked for.
+    pub fn take_dx(&mut self) -> Option<Tensor> {
         self.dx.take()
     }
 }
 
 impl Input {
-    /// Prepares an input `[T, in]`; dropout acts only on adapters.
-    pub fn new(x: Tensor, noise: Option<Noise>) -> Self {
-        let dropped = noise.map(|noise| ops::dropout(&x, noise));
+    /// Wraps an input `[T, in]`; `mask` drops elements of the adapters' input only.
+    pub fn new(x: Tensor, mask: Option<DropoutMask>) -> Self {
+        let dropped = mask.map(|mask| ops::dropout(&x, mask));
         Self { x, dropped }
     }
 
-    /// Prepares an input without noise.
-    pub fn plain(x: Tensor) -> Self {
+    /// Wraps an input `[T, in]` without dropout.
+    pub fn without_dropout(x: Tensor) -> Self {
         Self { x, dropped: None }
     }
 
-    fn for_adapter(&self) -> &Tensor {
+    fn lora_input(&self) -> &Tensor {
         self.dropped.as_ref().unwrap_or(&self.x)
     }
 }
 
 impl<const N: usize> Projections<N> {
-    /// Tells whether anything in the layers is trained.
+    /// Reports whether any parameter of the layers is trained.
     pub fn is_trained(&self) -> bool {
-        self.down.is_some()
+        self.lora_a.is_some()
             || self.layers.iter().any(|layer| {
                 layer.weight.is_trained() || layer.bias.as_ref().is_some_and(Param::is_trained)
             })
     }
 
-    /// Computes the layers, and keeps nothing.
+    /// Computes the layers without saving anything for a backward pass.
     ///
     /// # Shapes
     /// Results are `[T, out]`.
-    pub fn apply(&self, input: &Input) -> [Tensor; N] {
+    pub fn forward_only(&self, input: &Input) -> [Tensor; N] {
         self.forward(input).0
     }
 
-    /// Computes the layers, with what the backward pass wants.
+    /// Computes the layers, and the activations that the backward pass needs.
     ///
     /// # Shapes
     /// Results are `[T, out]`.
-    pub fn forward(&self, input: &Input) -> ([Tensor; N], Low) {
-        let low = self.down.as_ref().map(|down| down.forward(input));
+    pub fn forward(&self, input: &Input) -> ([Tensor; N], LoraHidden) {
+        let hidden = self.lora_a.as_ref().map(|lora_a| lora_a.forward(input));
         let results = self.layers.each_ref().map(|layer| {
-            let adapter = layer.up.as_ref().zip(low.as_ref());
-            let adapter = adapter.map(|(up, low)| (up.rows(low), Factor::Transposed(&up.b.value)));
+            let adapter = layer.lora_b.as_ref().zip(hidden.as_ref());
+            let adapter = adapter.map(|(lora_b, hidden)| {
+                (lora_b.slice(hidden), Factor::Transposed(&lora_b.weight.value))
+            });
             let mut terms = vec![(&input.x, Factor::Transposed(&layer.weight.value))];
-            terms.extend(adapter.as_ref().map(|(low, b)| (low, *b)));
+            terms.extend(adapter.as_ref().map(|(hidden, b)| (hidden, *b)));
             let bias = layer.bias.as_ref().map(|bias| &bias.value);
             profile::time("linear", || ops::products(&terms, bias))
         });
-        (results, Low(low))
+        (results, LoraHidden(hidden))
     }
 
-    /// Takes gradients `[T, out]` to the layers' input, `noise` being that of its dropout.
-    pub fn pass_back(
-        &self,
-        dy: [&Tensor; N],
-        noise: Option<Noise>,
-        wants_input_grad: bool,
-    ) -> Passed {
-        let d_low = self.down.as_ref().map(|down| {
-            let d_low = down.empty_low(dy[0]);
-            for (layer, dy) in self.layers.iter().zip(dy) {
-                if let Some(up) = &layer.up {
-                    let factor = Factor::Plain(&up.b.value);
-                    ops::multiply(dy, factor, down.scaling, &mut up.rows(&d_low));
-                }
-            }
-            d_low
-        });
-        let dx = wants_input_grad.then(|| {
-            let weights = self.layers.iter().map(|layer| Factor::Plain(&layer.weight.value));
-            let mut terms: Vec<_> = dy.into_iter().zip(weights).collect();
-            let adapters = self.down.as_ref().zip(d_low.as_ref());
-            let adapters = adapters.map(|(down, d_low)| (d_low, Factor::Plain(&down.a.value)));
-            if noise.is_none() {
-                terms.extend(adapters);
-            }
-            let mut dx = profile::time("linear, input gradient", || ops::products(&terms, None));
-            if let (Some((d_low, a)), Some(noise)) = (adapters, noise) {
-                let mut product = dx.empty_like();
-                ops::multiply(d_low, a, 1.0, &mut product);
-                ops::add_masked(&mut dx, &product, noise);
-            }
-            dx
-        });
-        Passed { dx, d_low }
-    }
-
-    /// Adds the gradients of trained parameters; `low` is the forward pass's.
+    /// Computes the gradients of the input and of the adapters' hidden activations; `mask` is the
+    /// forward pass's.
     ///
     /// # Shapes
     /// `dy` are `[T, out]`.
-    pub fn add_gradients(&self, input: &Input, low: &Low, dy: [&Tensor; N], passed: &Passed) {
+    pub fn backward_input(
+        &self,
+        dy: [&Tensor; N],
+        mask: Option<DropoutMask>,
+        needs_input_grad: bool,
+    ) -> InputGrads {
+        let d_hidden = self.lora_a.as_ref().map(|lora_a| {
+            let d_hidden = lora_a.empty_hidden(dy[0]);
+            for (layer, dy) in self.layers.iter().zip(dy) {
+                if let Some(lora_b) = &layer.lora_b {
+                    let factor = Factor::Plain(&lora_b.weight.value);
+                    ops::multiply(dy, factor, lora_a.scaling, &mut lora_b.slice(&d_hidden));
+                }
+            }
+            d_hidden
+        });
+        let dx = needs_input_grad.then(|| {
+            let weights = self.layers.iter().map(|layer| Factor::Plain(&layer.weight.value));
+            let mut terms: Vec<_> = dy.into_iter().zip(weights).collect();
+            let adapters = self.lora_a.as_ref().zip(d_hidden.as_ref());
+            let adapters =
+                adapters.map(|(lora_a, d_hidden)| (d_hidden, Factor::Plain(&lora_a.weight.value)));
+            if mask.is_none() {
+                terms.extend(adapters);
+            }
+            let mut dx = profile::time("linear, input gradient", || ops::products(&terms, None));
+            if let (Some((d_hidden, a)), Some(mask)) = (adapters, mask) {
+                let mut product = dx.empty_like();
+                ops::multiply(d_hidden, a, 1.0, &mut product);
+                ops::add_masked(&mut dx, &product, mask);
+            }
+            dx
+        });
+        InputGrads { dx, d_hidden }
+    }
+
+    /// Adds the weight gradients of trained parameters; `hidden` is the forward pass's.
+    ///
+    /// # Shapes
+    /// `dy` are `[T, out]`.
+    pub fn backward_weight(
+        &self,
+        input: &Input,
+        hidden: &LoraHidden,
+        dy: [&Tensor; N],
+        input_grads: &InputGrads,
+    ) {
         for (layer, dy) in self.layers.iter().zip(dy) {
             if let Some(grad) = &layer.weight.grad {
                 grad.add_outer(dy, &input.x);
@@ -178,41 +192,43 @@ impl<const N: usize> Projections<N> {
                 ops::accumulate(grad.sum(), &dy.sum_dim_intlist(0, false, Kind::Float));
             }
         }
-        let (Some(down), Some(d_low), Low(Some(low))) = (&self.down, &passed.d_low, low) else {
+        let (Some(lora_a), Some(d_hidden), LoraHidden(Some(hidden))) =
+            (&self.lora_a, &input_grads.d_hidden, hidden)
+        else {
             return;
         };
         for (layer, dy) in self.layers.iter().zip(dy) {
-            if let Some(up) = &layer.up
-                && let Some(grad) = &up.b.grad
+            if let Some(lora_b) = &layer.lora_b
+                && let Some(grad) = &lora_b.weight.grad
             {
-                grad.add_outer(dy, &up.rows(low));
+                grad.add_outer(dy, &lora_b.slice(hidden));
             }
         }
-        if let Some(grad) = &down.a.grad {
-            grad.add_outer(d_low, input.for_adapter());
+        if let Some(grad) = &lora_a.weight.grad {
+            grad.add_outer(d_hidden, input.lora_input());
         }
     }
 }
 
-impl Down {
+impl LoraA {
     /// Computes `scaling · dropout(x) Aᵀ` for all adapters, `[T, ΣR]`.
     fn forward(&self, input: &Input) -> Tensor {
-        let x = input.for_adapter();
-        let mut low = self.empty_low(x);
-        ops::multiply(x, Factor::Transposed(&self.a.value), self.scaling, &mut low);
-        low
+        let x = input.lora_input();
+        let mut hidden = self.empty_hidden(x);
+        ops::multiply(x, Factor::Transposed(&self.weight.value), self.scaling, &mut hidden);
+        hidden
     }
 
-    /// Makes room for `[T, ΣR]` beside `[T, …]`.
-    fn empty_low(&self, beside: &Tensor) -> Tensor {
-        let shape = [beside.size()[0], self.a.value.size()[0]];
-        Tensor::empty(shape, (beside.kind(), beside.device()))
+    /// Allocates `[T, ΣR]` with the `T`, type and device of `like`, `[T, …]`.
+    fn empty_hidden(&self, like: &Tensor) -> Tensor {
+        let shape = [like.size()[0], self.weight.value.size()[0]];
+        Tensor::empty(shape, (like.kind(), like.device()))
     }
 }
 
-impl Up {
-    /// Returns this adapter's part of `[T, ΣR]`.
-    fn rows(&self, low: &Tensor) -> Tensor {
-        low.narrow(1, self.first, self.b.value.size()[1])
+impl LoraB {
+    /// Returns this adapter's columns `[T, R]` of the hidden activations `[T, ΣR]`.
+    fn slice(&self, hidden: &Tensor) -> Tensor {
+        hidden.narrow(1, self.first_row, self.weight.value.size()[1])
     }
 }

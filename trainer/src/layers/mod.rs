@@ -1,4 +1,4 @@
-//! The layers a decoder is made of, each with its backward pass beside its forward one.
+//! The layers of a decoder, each with its backward pass beside its forward pass.
 
 pub mod attention;
 pub mod dropout;

@@ -20,14 +20,14 @@ pub struct RmsNorm {
 }
 
 impl RmsNorm {
-    /// Computes the norm of `[…, width]`.
+    /// Normalises `[…, width]`.
     pub fn forward(&self, x: &Tensor) -> Tensor {
         ops::rms_norm(x, &self.weight.value, self.eps)
     }
 
-    /// Returns the gradient of the input, with `residual` added, and adds that of a trained weight.
+    /// Returns the gradient of the input plus `residual`, and adds the gradient of a trained weight.
     ///
-    /// The memory of `dy` is used for the result.
+    /// The result reuses the memory of `dy`.
     pub fn backward(&self, x: &Tensor, dy: Tensor, residual: Option<&Tensor>) -> Tensor {
         let grad = self.weight.grad.as_ref().map(Gradient::sum);
         ops::rms_norm_backward(x, &self.weight.value, self.eps, dy, residual, grad)

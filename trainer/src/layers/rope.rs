@@ -7,42 +7,42 @@ use crate::{
     ops,
 };
 
-/// Angles for some positions, ready to multiply.
+/// The cosines and sines of the rotation angles of some positions.
 #[derive(Debug)]
 pub struct Rotary {
     cos: Tensor, // [T, 1, E/2]
     sin: Tensor, // [T, 1, E/2]
 }
 
-/// What the angles of every position are made of.
+/// The rotation frequencies of a head.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Frequencies {
-    /// The angular frequency of each pair of a head, `[E/2]`.
-    pub of_pairs: Vec<f64>,
-    /// What sines and cosines are multiplied by.
-    pub scale: f64,
+    /// The angular frequency of each pair of dimensions, `[E/2]`.
+    pub per_pair: Vec<f64>,
+    /// The factor on sines and cosines (YaRN's attention factor; else 1).
+    pub attention_factor: f64,
 }
 
-/// Returns the frequencies of a head of some width.
+/// Computes the frequencies for heads of width `head_dim`.
 ///
 /// # Source
-/// arXiv 2104.09864, equation 15; stretching as in `transformers/modeling_rope_utils.py`, 5.23.
+/// arXiv 2104.09864, equation 15; scaling as in `transformers/modeling_rope_utils.py`, 5.23.
 pub fn frequencies(rope: &Rope, head_dim: usize) -> Frequencies {
     let frequency = |pair: usize| rope.theta.powf(-(2.0 * pair as f64) / head_dim as f64);
     let pairs = 0..head_dim / 2;
-    let plain = |stretch: &dyn Fn(f64) -> f64| Frequencies {
-        of_pairs: pairs.clone().map(|pair| stretch(frequency(pair))).collect(),
-        scale: 1.0,
+    let scaled = |scale: &dyn Fn(f64) -> f64| Frequencies {
+        per_pair: pairs.clone().map(|pair| scale(frequency(pair))).collect(),
+        attention_factor: 1.0,
     };
     match rope.scaling {
-        RopeScaling::None | RopeScaling::Dynamic { .. } => plain(&|frequency| frequency),
-        RopeScaling::Linear { factor } => plain(&|frequency| frequency / factor),
+        RopeScaling::None | RopeScaling::Dynamic { .. } => scaled(&|frequency| frequency),
+        RopeScaling::Linear { factor } => scaled(&|frequency| frequency / factor),
         RopeScaling::Llama3 {
             factor,
             low_freq_factor,
             high_freq_factor,
             original_max_position_embeddings,
-        } => plain(&|frequency| {
+        } => scaled(&|frequency| {
             let wavelength = std::f64::consts::TAU / frequency;
             if wavelength > original_max_position_embeddings / low_freq_factor {
                 frequency / factor
@@ -63,9 +63,10 @@ pub fn frequencies(rope: &Rope, head_dim: usize) -> Frequencies {
             attention_factor,
         } => {
             let width = head_dim as f64;
-            // The pair that turns so often within the original context: arXiv 2309.00071, §3.2.
-            let pair_of = |turns: f64| {
-                let positions = original_max_position_embeddings / (std::f64::consts::TAU * turns);
+            // The pair that makes this many rotations within the original context: arXiv 2309.00071, §3.2.
+            let pair_of = |rotations: f64| {
+                let positions =
+                    original_max_position_embeddings / (std::f64::consts::TAU * rotations);
                 width * positions.ln() / (2.0 * rope.theta.ln())
             };
             let (mut low, mut high) = (pair_of(beta_fast), pair_of(beta_slow));
@@ -76,35 +77,39 @@ pub fn frequencies(rope: &Rope, head_dim: usize) -> Frequencies {
             if (high - low).abs() < f64::EPSILON {
                 high += 0.001;
             }
-            let stretched = |pair: usize| {
+            let interpolated = |pair: usize| {
                 let ramp = ((pair as f64 - low) / (high - low)).clamp(0.0, 1.0);
                 frequency(pair) * (ramp / factor + 1.0 - ramp)
             };
-            Frequencies { of_pairs: pairs.map(stretched).collect(), scale: attention_factor }
+            Frequencies { per_pair: pairs.map(interpolated).collect(), attention_factor }
         }
     }
 }
 
 impl Rotary {
-    /// Computes the angles of positions in f64 and rounds once, to `kind`.
+    /// Computes the angles of positions in f64 and rounds their cosines and sines once, to `kind`.
     ///
     /// bf16 cannot hold 257, so neither frequencies nor positions nor angles may pass through it.
     pub fn new(frequencies: &Frequencies, positions: &[i64], kind: Kind, device: Device) -> Self {
-        let Frequencies { of_pairs, scale } = frequencies;
-        let frequencies = Tensor::from_slice(of_pairs);
+        let Frequencies { per_pair, attention_factor } = frequencies;
+        let frequencies = Tensor::from_slice(per_pair);
         let positions = Tensor::from_slice(positions).to_kind(Kind::Double);
         let angles = positions.unsqueeze(1) * frequencies.unsqueeze(0); // [T, E/2]
-        let ready = |table: Tensor| table.unsqueeze(1).to_kind(kind).to_device(device).contiguous();
-        Self { cos: ready(angles.cos() * *scale), sin: ready(angles.sin() * *scale) }
+        let prepare =
+            |table: Tensor| table.unsqueeze(1).to_kind(kind).to_device(device).contiguous();
+        Self {
+            cos: prepare(angles.cos() * *attention_factor),
+            sin: prepare(angles.sin() * *attention_factor),
+        }
     }
 
-    /// Rotates `[T, heads, E]`, in its own memory.
+    /// Rotates `[T, heads, E]` in place.
     pub fn rotate(&self, x: Tensor) -> Tensor {
         ops::rotate(x, &self.cos, &self.sin, 1.0)
     }
 
-    /// Takes a gradient `[T, heads, E]` back through [`Rotary::rotate`]: by the transpose of a rotation.
-    pub fn rotate_back(&self, dy: Tensor) -> Tensor {
+    /// Returns the gradient of the input of [`Rotary::rotate`], `[T, heads, E]`: the inverse rotation.
+    pub fn rotate_backward(&self, dy: Tensor) -> Tensor {
         ops::rotate(dy, &self.cos, &self.sin, -1.0)
     }
 }

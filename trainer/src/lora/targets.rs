@@ -1,4 +1,4 @@
-//! Which modules the settings of an adapter mean: the one place where their names are resolved.
+//! Resolves the names and patterns of an adapter's settings to modules.
 //!
 //! # Source
 //! `check_target_module_exists` and `_maybe_include_all_linear_layers` of `peft/tuners/tuners_utils.py`,
@@ -16,14 +16,14 @@ use crate::{
     lora::Error,
 };
 
-/// The modules that settings mean, in the order of the model.
+/// The modules that settings select, in the order of the model.
 #[derive(Debug)]
 pub struct Resolved {
-    /// Those that get an adapter.
+    /// The modules that get an adapter.
     pub targets: Vec<Module>,
-    /// Those that are trained whole.
-    pub saved: Vec<Module>,
-    /// Names that mean nothing, with their fields.
+    /// The modules that are trained in full.
+    pub modules_to_save: Vec<Module>,
+    /// Names that match no module, with their fields.
     pub unmatched: Vec<(&'static str, String)>,
 }
 
@@ -32,16 +32,19 @@ const TARGET_MODULES: &str = "loraConfig.targetModules";
 const MODULES_TO_SAVE: &str = "loraConfig.modulesToSave";
 pub(crate) const EXCLUDE_MODULES: &str = "loraConfig.excludeModules";
 
-/// Finds the modules that `settings` mean. A module trained whole gets no adapter, as with PEFT.
+/// Finds the modules that `settings` select. A module that is trained in full gets no adapter, as
+/// with PEFT.
 ///
 /// # Errors
-/// [`Error`] if a pattern cannot be read, means nothing, or means what takes no adapter.
+/// [`Error`] if a pattern cannot be parsed, matches nothing, or matches a module that cannot have an
+/// adapter.
 pub fn resolve(config: &ModelConfig, settings: &LoraSettings) -> Result<Resolved, Error> {
     let modules = modules::modules(config);
     let mut unmatched = Vec::new();
-    let saved = named(&settings.modules_to_save, &modules, MODULES_TO_SAVE, &mut unmatched);
+    let modules_to_save =
+        named(&settings.modules_to_save, &modules, MODULES_TO_SAVE, &mut unmatched);
 
-    // Paths without weights that a pattern means, too.
+    // A pattern can also match containers, which have no weights of their own.
     let mut unadaptable = Vec::new();
     let mut targets = match &settings.target_modules {
         TargetModules::AllLinear => {
@@ -76,35 +79,35 @@ pub fn resolve(config: &ModelConfig, settings: &LoraSettings) -> Result<Resolved
         targets.retain(|module| !excluded.contains(&module.path));
     }
     if !settings.layers_to_transform.is_empty() {
-        keep_layers(config, settings, &mut targets)?;
+        retain_layers(config, settings, &mut targets)?;
     }
-    targets.retain(|module| !saved.contains(module));
+    targets.retain(|module| !modules_to_save.contains(module));
     let norms = targets.iter().filter(|module| !module.is_adaptable());
     if let Some(path) = unadaptable.into_iter().chain(norms.map(|norm| norm.path.clone())).next() {
         return Err(Error::NotAdaptable { path });
     }
-    Ok(Resolved { targets, saved, unmatched })
+    Ok(Resolved { targets, modules_to_save, unmatched })
 }
 
-/// Returns the modules that any of `names` means; a name that means none is noted.
+/// Returns the modules that any of `names` matches; names without a match go to `unmatched`.
 fn named(
     names: &[String],
     modules: &[Module],
     field: &'static str,
     unmatched: &mut Vec<(&'static str, String)>,
 ) -> Vec<Module> {
-    let means = |name: &String, module: &Module| names::matches(name, &module.path);
+    let matches = |name: &String, module: &Module| names::matches(name, &module.path);
     for name in names {
-        if !modules.iter().any(|module| means(name, module)) {
+        if !modules.iter().any(|module| matches(name, module)) {
             unmatched.push((field, name.clone()));
         }
     }
-    let is_named = |module: &&Module| names.iter().any(|name| means(name, module));
+    let is_named = |module: &&Module| names.iter().any(|name| matches(name, module));
     modules.iter().filter(is_named).cloned().collect()
 }
 
-/// Keeps the targets of some blocks; what is outside the blocks has no layer and goes.
-fn keep_layers(
+/// Retains the targets in `layersToTransform`; modules outside the blocks have no layer and go.
+fn retain_layers(
     config: &ModelConfig,
     settings: &LoraSettings,
     targets: &mut Vec<Module>,
@@ -123,7 +126,7 @@ fn keep_layers(
     };
     targets.retain(|module| {
         let layer = names::layer(&module.path);
-        // A module that is named by its whole path is meant whatever its layer.
+        // As in PEFT, a full path selects its module whatever the layer.
         full_paths.contains(&module.path)
             || layer.is_some_and(|layer| layers.contains(&(layer as u32)))
     });
@@ -153,9 +156,9 @@ fn paths(modules: &[Module]) -> Vec<String> {
 
 /// Returns the shortest list of names by which PEFT finds exactly `chosen` among all modules.
 ///
-/// Leaf names where all modules of that name are meant, as servers expect them; else whole paths.
-/// `matches` is how a name is compared with a path.
-pub fn names_of(
+/// These are leaf names where all modules of that name are chosen, as inference servers expect, else
+/// full paths. `matches` compares a name with a path.
+pub fn shortest_names(
     config: &ModelConfig,
     chosen: &[String],
     matches: impl Fn(&str, &str) -> bool,

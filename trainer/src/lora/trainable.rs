@@ -1,7 +1,7 @@
-//! What is trained: all of the model, or adapters on some modules and some modules whole.
+//! What is trained: the whole model, or LoRA adapters and the modules of `modulesToSave`.
 //!
-//! Pure: from a config and the user's settings to the list of trained tensors. It is the one
-//! place where LoRA and full-parameter fine-tuning differ before export.
+//! A pure function from a config and the user's settings to the list of trained tensors. Before
+//! export this is the only place where LoRA and full-parameter fine-tuning differ.
 
 use std::collections::BTreeMap;
 
@@ -19,32 +19,32 @@ use crate::{
     },
 };
 
-/// What is trained of a model.
+/// The trainable part of a model.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Attachment {
+pub enum Trainable {
     /// Nothing: the model is only evaluated.
     Frozen,
-    /// Everything.
+    /// Every parameter.
     Full,
-    /// Adapters, and some modules whole.
-    Lora(LoraAttachment),
+    /// LoRA adapters and the modules to save.
+    Lora(LoraAdapters),
 }
 
-/// Adapters on modules, resolved to checkpoint paths.
+/// LoRA adapters on modules, resolved to checkpoint paths.
 #[derive(Debug, Clone, PartialEq)]
-pub struct LoraAttachment {
-    /// The rank.
+pub struct LoraAdapters {
+    /// The rank, `R`.
     pub r: usize,
-    /// The factor on each product.
+    /// The factor on each adapter's product: `alpha / r`, or `alpha / √r` with rsLoRA.
     pub scaling: f64,
     /// Module path → (out, in) of each adapted module.
     pub targets: BTreeMap<String, (usize, usize)>,
-    /// Paths of modules trained whole.
-    pub saved: Vec<String>,
+    /// Paths of the modules that are trained in full, PEFT's `modules_to_save`.
+    pub modules_to_save: Vec<String>,
 }
 
-impl Attachment {
-    /// Resolves the settings that a user asks for: every name must mean something.
+impl Trainable {
+    /// Resolves the settings of a user: every name must match a module.
     ///
     /// # Errors
     /// [`Error`] for names that match nothing, a rank that does not fit, or nothing to train.
@@ -58,11 +58,11 @@ impl Attachment {
                 Error::UnknownModule { field, name, known: leaves(config) }
             });
         }
-        LoraAttachment::new(settings, resolved).map(Self::Lora)
+        LoraAdapters::new(settings, resolved).map(Self::Lora)
     }
 
     /// Lists the trained tensors, in the order of the flat parameters.
-    pub fn trained(&self, config: &ModelConfig) -> Vec<TensorSpec> {
+    pub fn trained_tensors(&self, config: &ModelConfig) -> Vec<TensorSpec> {
         match self {
             Self::Frozen => Vec::new(),
             Self::Full => config.tensors(),
@@ -71,19 +71,22 @@ impl Attachment {
                     |name: String, shape: [usize; 2]| TensorSpec { name, shape: shape.to_vec() };
                 let mut tensors = Vec::new();
                 let modules = modules::modules(config);
-                for readers in
+                for siblings in
                     modules.chunk_by(|one, other| names::share_input(&one.path, &other.path))
                 {
                     let adapted = || {
-                        readers.iter().filter_map(|module| {
+                        siblings.iter().filter_map(|module| {
                             let sizes = lora.targets.get(&module.path)?;
                             Some((adapter_names(&module.path), *sizes))
                         })
                     };
-                    // `A` of layers with one input lie together: one product serves them all.
+                    // The `lora_A` of layers that share an input are neighbours, so that one product
+                    // computes them all.
                     tensors.extend(adapted().map(|([a, _], (_, width))| spec(a, [lora.r, width])));
                     tensors.extend(adapted().map(|([_, b], (out, _))| spec(b, [out, lora.r])));
-                    let saved = readers.iter().filter(|module| lora.saved.contains(&module.path));
+                    let saved = siblings
+                        .iter()
+                        .filter(|module| lora.modules_to_save.contains(&module.path));
                     tensors.extend(saved.flat_map(Module::tensors));
                 }
                 tensors
@@ -92,8 +95,8 @@ impl Attachment {
     }
 }
 
-impl LoraAttachment {
-    /// Takes what settings resolved to.
+impl LoraAdapters {
+    /// Checks resolved settings.
     ///
     /// # Errors
     /// [`Error::RankTooLarge`] or [`Error::Nothing`].
@@ -105,19 +108,20 @@ impl LoraAttachment {
             .filter_map(sizes)
             .map(|(sizes, path)| (path, sizes))
             .collect();
-        let saved: Vec<String> = resolved.saved.into_iter().map(|module| module.path).collect();
+        let modules_to_save: Vec<String> =
+            resolved.modules_to_save.into_iter().map(|module| module.path).collect();
         for (path, &(out, width)) in &targets {
             if settings.r as usize > out.min(width) {
                 return Err(Error::RankTooLarge { r: settings.r, path: path.clone(), out, width });
             }
         }
-        if targets.is_empty() && saved.is_empty() {
+        if targets.is_empty() && modules_to_save.is_empty() {
             return Err(Error::Nothing);
         }
-        Ok(Self { r: settings.r as usize, scaling: settings.scaling(), targets, saved })
+        Ok(Self { r: settings.r as usize, scaling: settings.scaling(), targets, modules_to_save })
     }
 
-    /// Returns what the plan is told.
+    /// Returns the shapes that the planner needs.
     pub fn facts(&self, config: &ModelConfig) -> LoraFacts {
         let all = modules::modules(config);
         let shapes = |is_chosen: &dyn Fn(&String) -> bool| {
@@ -125,25 +129,27 @@ impl LoraAttachment {
         };
         LoraFacts {
             targets: shapes(&|path| self.targets.contains_key(path)),
-            saved: shapes(&|path| self.saved.contains(path)),
-            unties: config.tie_word_embeddings && self.unties(),
+            saved: shapes(&|path| self.modules_to_save.contains(path)),
+            unties: config.tie_word_embeddings && self.unties_embeddings(),
         }
     }
 
-    /// Tells whether the head must stop being the embedding: one of them changes without the other.
-    pub fn unties(&self) -> bool {
+    /// Reports whether tied embeddings must become two tensors because one changes without the other.
+    pub fn unties_embeddings(&self) -> bool {
         [names::EMBED_TOKENS, names::LM_HEAD].iter().any(|&path| {
-            self.targets.contains_key(path) || self.saved.iter().any(|saved| saved == path)
+            self.targets.contains_key(path)
+                || self.modules_to_save.iter().any(|saved| saved == path)
         })
     }
 }
 
-/// Returns the names of an adapter's two tensors, as PEFT has them below `base_model.model.`.
+/// Returns the names of `lora_A` and `lora_B` of a module, as PEFT writes them below
+/// `base_model.model.`.
 pub fn adapter_names(path: &str) -> [String; 2] {
     if path == names::EMBED_TOKENS {
-        ["A", "B"].map(|side| format!("{path}.lora_embedding_{side}"))
+        ["A", "B"].map(|matrix| format!("{path}.lora_embedding_{matrix}"))
     } else {
-        ["A", "B"].map(|side| format!("{path}.lora_{side}.weight"))
+        ["A", "B"].map(|matrix| format!("{path}.lora_{matrix}.weight"))
     }
 }
 
@@ -190,10 +196,10 @@ mod tests {
     }
 
     fn trained(targets: &[&str], saved: &[&str]) -> String {
-        match Attachment::lora(&config(), &settings(targets, saved)) {
-            Ok(attachment) => {
+        match Trainable::lora(&config(), &settings(targets, saved)) {
+            Ok(trainable) => {
                 let in_one_block = |spec: &TensorSpec| !spec.name.contains("layers.1.");
-                let lines = attachment.trained(&config()).into_iter().filter(in_one_block);
+                let lines = trainable.trained_tensors(&config()).into_iter().filter(in_one_block);
                 lines
                     .map(|spec| format!("{} {:?}", spec.name, spec.shape))
                     .collect::<Vec<_>>()
@@ -224,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn embedding_adapters_are_the_other_way_round() {
+    fn adapters_of_the_embedding_are_transposed() {
         insta::assert_snapshot!(trained(&["embed_tokens", "lm_head"], &["model.norm"]), @r"
         model.embed_tokens.lora_embedding_A [4, 100]
         model.embed_tokens.lora_embedding_B [64, 4]
@@ -235,10 +241,10 @@ mod tests {
     }
 
     #[test]
-    fn says_what_does_not_fit() {
+    fn errors_name_the_setting_and_the_module() {
         let mut too_large = settings(&["k_proj"], &[]);
         too_large.r = 33;
-        insta::assert_snapshot!(Attachment::lora(&config(), &too_large).unwrap_err(), @r#"loraConfig.r is 33, larger than "model.layers.0.self_attn.k_proj" (32 x 64): use at most 32"#);
+        insta::assert_snapshot!(Trainable::lora(&config(), &too_large).unwrap_err(), @r#"loraConfig.r is 33, larger than "model.layers.0.self_attn.k_proj" (32 x 64): use at most 32"#);
         insta::assert_snapshot!(trained(&["q_porj"], &[]), @r#"loraConfig.targetModules names "q_porj", which no module of this model is called: use down_proj, embed_tokens, gate_proj, input_layernorm, k_proj, lm_head, norm, o_proj, post_attention_layernorm, q_proj, up_proj, v_proj"#);
         assert_eq!(
             trained(&["q_proj"], &["q_proj"]),

@@ -1,6 +1,7 @@
-//! A published adapter put beside its base model: its settings resolved, its tensors accounted for.
+//! Checks a published adapter against its base model.
 //!
-//! Every tensor of the file is used, or a copy of a tensor of the base model, or the adapter is refused.
+//! Every tensor of its file is either used or a copy of a tensor of the base model; otherwise the
+//! adapter is refused.
 
 use std::collections::BTreeMap;
 
@@ -11,16 +12,16 @@ use crate::{
         PREFIX,
         config::AdapterConfig,
         targets,
-        trainable::{Attachment, LoraAttachment},
+        trainable::{LoraAdapters, Trainable},
     },
 };
 
 /// A published adapter, checked against its base model.
 #[derive(Debug, Clone)]
-pub struct Published {
-    /// What it is on the base model.
-    pub attachment: LoraAttachment,
-    /// Tensors that only repeat the base model's: their names in the adapter's file and in the base.
+pub struct PublishedAdapter {
+    /// Its adapters on the base model.
+    pub adapters: LoraAdapters,
+    /// Copies of tensors of the base model: their names in the adapter's file and in the base.
     pub copies: Vec<(String, String)>,
 }
 
@@ -30,19 +31,19 @@ pub enum Error {
     /// Its settings do not fit the base model.
     #[error("the adapter does not fit the base model: {0}")]
     Settings(#[from] crate::lora::Error),
-    /// It ties what is independent here.
+    /// One adapter serves both tied embeddings, which have one each here.
     #[error(
-        "ensure_weight_tying is true, so that one adapter would serve the embedding and the head of this model: here each has its own; merge it with PEFT, and start from the result"
+        "ensure_weight_tying is true, so that one adapter serves the embedding and the head of this model, but here each has its own: merge the adapter with PEFT, and start from the merged model"
     )]
     Tied,
-    /// A tensor is not there.
-    #[error("its weights lack {name}: the adapter is of another model, or damaged")]
+    /// A tensor is missing.
+    #[error("the adapter's weights lack {name}: it belongs to another model, or is damaged")]
     Missing {
         /// The tensor.
         name: String,
     },
     /// A tensor has another shape.
-    #[error("{name} is {found:?}, not {expected:?}: {reason}")]
+    #[error("{name} has shape {found:?}, must be {expected:?}: {reason}")]
     Shape {
         /// The tensor.
         name: String,
@@ -50,21 +51,21 @@ pub enum Error {
         found: Vec<usize>,
         /// The shape it should have.
         expected: Vec<usize>,
-        /// What that means.
+        /// The likely cause.
         reason: &'static str,
     },
-    /// A tensor has an element type nothing is computed in.
-    #[error("{name} has dtype {dtype}, but only F32, F16 and BF16 can be used")]
+    /// A tensor has an unsupported element type.
+    #[error("{name} has dtype {dtype}, must be F32, F16 or BF16")]
     Dtype {
         /// The tensor.
         name: String,
         /// Its type.
         dtype: String,
     },
-    /// Tensors that nothing uses.
+    /// Tensors that no module uses.
     #[error(
-        "its weights have {}, which its settings do not ask for: what they change is unknown, so the adapter is refused",
-        some(names)
+        "the adapter's weights have {}, which its settings do not ask for: their effect is unknown, so the adapter is refused",
+        first_names(names)
     )]
     Unused {
         /// The tensors.
@@ -72,7 +73,7 @@ pub enum Error {
     },
 }
 
-impl Published {
+impl PublishedAdapter {
     /// Resolves an adapter's settings against its base model and the header of its weights.
     ///
     /// # Errors
@@ -83,37 +84,40 @@ impl Published {
         tensors: &BTreeMap<String, TensorEntry>,
     ) -> Result<Self, Error> {
         let mut resolved = targets::resolve(config, &settings.lora)?;
-        // PEFT compares these names without a dot: `norm` also means `input_layernorm`. An adapter of
-        // ours has only what we mean by them; the file tells.
+        // PEFT compares these names as suffixes without a dot: `norm` also matches `input_layernorm`.
+        // Adapters of this trainer contain only exact matches, so the file decides.
         let all = modules::modules(config);
-        let is_meant = |path: &str| {
+        let is_suffix_match = |path: &str| {
             settings.lora.modules_to_save.iter().any(|name| path.ends_with(name.as_str()))
         };
-        let is_there = |path: &str| tensors.contains_key(&format!("{PREFIX}{path}.weight"));
-        for module in all.iter().filter(|module| is_meant(&module.path) && is_there(&module.path)) {
-            if !resolved.saved.contains(module) {
-                resolved.saved.push(module.clone());
+        let is_stored = |path: &str| tensors.contains_key(&format!("{PREFIX}{path}.weight"));
+        for module in
+            all.iter().filter(|module| is_suffix_match(&module.path) && is_stored(&module.path))
+        {
+            if !resolved.modules_to_save.contains(module) {
+                resolved.modules_to_save.push(module.clone());
             }
         }
-        resolved.targets.retain(|module| !resolved.saved.contains(module));
-        // Names that mean nothing have no effect in PEFT either, as long as some mean something.
-        let attachment = LoraAttachment::new(&settings.lora, resolved)?;
-        if settings.ties_adapters && config.tie_word_embeddings && attachment.unties() {
+        resolved.targets.retain(|module| !resolved.modules_to_save.contains(module));
+        // PEFT too ignores names without a match, as long as some name matches.
+        let adapters = LoraAdapters::new(&settings.lora, resolved)?;
+        if settings.ties_adapters && config.tie_word_embeddings && adapters.unties_embeddings() {
             return Err(Error::Tied);
         }
-        let copies = account(config, &attachment, tensors)?;
-        Ok(Self { attachment, copies })
+        let copies = check_tensors(config, &adapters, tensors)?;
+        Ok(Self { adapters, copies })
     }
 }
 
-/// Checks that what is trained is there and nothing else is; returns the copies of base tensors.
-fn account(
+/// Checks that the file has every trained tensor and nothing unknown; returns the copies of base
+/// tensors.
+fn check_tensors(
     config: &ModelConfig,
-    attachment: &LoraAttachment,
+    adapters: &LoraAdapters,
     tensors: &BTreeMap<String, TensorEntry>,
 ) -> Result<Vec<(String, String)>, Error> {
-    let expected: BTreeMap<String, Vec<usize>> = Attachment::Lora(attachment.clone())
-        .trained(config)
+    let expected: BTreeMap<String, Vec<usize>> = Trainable::Lora(adapters.clone())
+        .trained_tensors(config)
         .into_iter()
         .map(|spec| (format!("{PREFIX}{}", spec.name), spec.shape))
         .collect();
@@ -121,11 +125,11 @@ fn account(
         let Some(found) = tensors.get(name) else {
             return Err(Error::Missing { name: name.clone() });
         };
-        check(name, found, shape, "the adapter is of another model")?;
+        check(name, found, shape, "the adapter belongs to another model")?;
     }
     let (mut copies, mut unused) = (Vec::new(), Vec::new());
     for (name, found) in tensors.iter().filter(|(name, _)| !expected.contains_key(*name)) {
-        let Some(base) = copied(name) else {
+        let Some(base) = base_tensor(name) else {
             unused.push(name.clone());
             continue;
         };
@@ -153,18 +157,18 @@ fn check(
     Ok(())
 }
 
-/// Returns the base model's tensor that one of an adapter repeats: PEFT saves embedding and head beside
-/// adapters on them, and wherever it finds that the vocabulary was resized.
+/// Returns the tensor of the base model that a tensor of the adapter copies: PEFT saves the embedding
+/// and the head beside adapters on them, and whenever the vocabulary was resized.
 ///
 /// # Source
 /// `get_peft_model_state_dict` of `peft/utils/save_and_load.py`, 0.21.2, `save_embedding_layers`.
-fn copied(name: &str) -> Option<String> {
+fn base_tensor(name: &str) -> Option<String> {
     let path = name.strip_prefix(PREFIX)?.strip_suffix(".weight")?;
     let path = path.strip_suffix(".base_layer").unwrap_or(path);
     [names::EMBED_TOKENS, names::LM_HEAD].contains(&path).then(|| format!("{path}.weight"))
 }
 
-fn some(names: &[String]) -> String {
+fn first_names(names: &[String]) -> String {
     let shown = names.iter().take(3).map(String::as_str).collect::<Vec<_>>().join(", ");
     match names.len() {
         0..=3 => shown,
@@ -189,32 +193,32 @@ mod tests {
         TensorEntry { dtype: dtype.to_owned(), shape: shape.to_vec(), start: 0, end: 0 }
     }
 
-    /// Puts an adapter of `settings` together whose file is as it should be, but for `change`.
+    /// Checks an adapter of `settings` whose file is valid apart from `change`.
     fn check(
         settings: &str,
         change: impl FnOnce(&mut BTreeMap<String, TensorEntry>),
-    ) -> Result<Published, Error> {
+    ) -> Result<PublishedAdapter, Error> {
         let text = format!(r#"{{"peft_type": "LORA", "r": 4, "lora_alpha": 8, {settings}}}"#);
         let settings = config::parse(&text).unwrap();
-        let attachment = Attachment::lora(&model(true), &settings.lora).unwrap();
-        let mut tensors: BTreeMap<String, TensorEntry> = attachment
-            .trained(&model(true))
+        let trainable = Trainable::lora(&model(true), &settings.lora).unwrap();
+        let mut tensors: BTreeMap<String, TensorEntry> = trainable
+            .trained_tensors(&model(true))
             .into_iter()
             .map(|spec| (format!("{PREFIX}{}", spec.name), entry(&spec.shape, "F32")))
             .collect();
         change(&mut tensors);
-        Published::new(&model(true), &settings, &tensors)
+        PublishedAdapter::new(&model(true), &settings, &tensors)
     }
 
     #[test]
-    fn every_tensor_is_used_or_named() {
+    fn every_tensor_is_used_or_refused_by_name() {
         let settings = r#""target_modules": ["q_proj"]"#;
         assert!(check(settings, |_| {}).is_ok());
         let layer = "base_model.model.model.layers.0.self_attn.q_proj";
         let with = |name: String, found: TensorEntry| {
             check(settings, |tensors| drop(tensors.insert(name, found))).unwrap_err().to_string()
         };
-        let said = [
+        let messages = [
             with(format!("{layer}.lora_B.bias"), entry(&[64], "F32")),
             with(format!("{layer}.lora_magnitude_vector"), entry(&[64], "F32")),
             with("base_model.model.score.weight".to_owned(), entry(&[2, 64], "F32")),
@@ -226,15 +230,15 @@ mod tests {
                 .unwrap_err()
                 .to_string(),
         ];
-        insta::assert_snapshot!(said.join("\n"), @r"
-its weights have base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias, which its settings do not ask for: what they change is unknown, so the adapter is refused
-its weights have base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector, which its settings do not ask for: what they change is unknown, so the adapter is refused
-its weights have base_model.model.score.weight, which its settings do not ask for: what they change is unknown, so the adapter is refused
-its weights have model.layers.1.mlp.up_proj.weight, which its settings do not ask for: what they change is unknown, so the adapter is refused
-base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight is [8, 64], not [4, 64]: the adapter is of another model
-base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight has dtype I8, but only F32, F16 and BF16 can be used
-base_model.model.lm_head.weight is [101, 64], not [100, 64]: the base model's vocabulary was changed for this adapter
-its weights lack base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight: the adapter is of another model, or damaged
+        insta::assert_snapshot!(messages.join("\n"), @r"
+the adapter's weights have base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias, which its settings do not ask for: their effect is unknown, so the adapter is refused
+the adapter's weights have base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector, which its settings do not ask for: their effect is unknown, so the adapter is refused
+the adapter's weights have base_model.model.score.weight, which its settings do not ask for: their effect is unknown, so the adapter is refused
+the adapter's weights have model.layers.1.mlp.up_proj.weight, which its settings do not ask for: their effect is unknown, so the adapter is refused
+base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight has shape [8, 64], must be [4, 64]: the adapter belongs to another model
+base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight has dtype I8, must be F32, F16 or BF16
+base_model.model.lm_head.weight has shape [101, 64], must be [100, 64]: the base model's vocabulary was changed for this adapter
+the adapter's weights lack base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight: it belongs to another model, or is damaged
 ");
     }
 
@@ -257,24 +261,24 @@ its weights lack base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight:
     }
 
     #[test]
-    fn the_file_tells_which_norms_are_meant() {
+    fn the_file_decides_which_norms_are_trained() {
         let settings = r#""target_modules": ["q_proj"], "modules_to_save": ["norm"]"#;
-        assert_eq!(check(settings, |_| {}).unwrap().attachment.saved, ["model.norm"]);
+        assert_eq!(check(settings, |_| {}).unwrap().adapters.modules_to_save, ["model.norm"]);
         let name = "model.layers.1.input_layernorm";
         let published = check(settings, |tensors| {
             tensors.insert(format!("{PREFIX}{name}.weight"), entry(&[64], "F32"));
         });
-        assert_eq!(published.unwrap().attachment.saved, ["model.norm", name]);
+        assert_eq!(published.unwrap().adapters.modules_to_save, ["model.norm", name]);
     }
 
     #[test]
-    fn names_that_mean_nothing_have_no_effect() {
+    fn names_without_a_match_have_no_effect() {
         let settings = r#""target_modules": ["q_proj", "W_pack"], "exclude_modules": ["vision"]"#;
         let text = format!(r#"{{"peft_type": "LORA", "r": 4, "lora_alpha": 8, {settings}}}"#);
         let settings = config::parse(&text).unwrap();
         let unmatched = targets::resolve(&model(true), &settings.lora).unwrap().unmatched;
         assert_eq!(unmatched.len(), 2);
-        let error = Published::new(&model(true), &settings, &BTreeMap::new()).unwrap_err();
+        let error = PublishedAdapter::new(&model(true), &settings, &BTreeMap::new()).unwrap_err();
         assert!(matches!(error, Error::Missing { .. }), "{error}");
     }
 }

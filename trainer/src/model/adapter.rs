@@ -1,4 +1,4 @@
-//! A published PEFT adapter, put back on its base model.
+//! Loads a published PEFT adapter onto its base model.
 
 use std::{
     collections::BTreeSet,
@@ -15,11 +15,11 @@ use crate::{
     lora::{
         CONFIG_FILE, PREFIX, WEIGHTS_FILE,
         config::{self, AdapterConfig},
-        trainable::{Attachment, LoraAttachment},
-        weights::Published,
+        trainable::{LoraAdapters, Trainable},
+        weights::PublishedAdapter,
     },
     model::Model,
-    runtime::rng::Counter,
+    runtime::rng::RngKey,
     store::{Store, hash_file, publish},
 };
 
@@ -31,11 +31,11 @@ pub enum Error {
     Read {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// What the system reported.
         #[source]
         source: std::io::Error,
     },
-    /// The settings are damaged or ask for something else than plain LoRA.
+    /// The settings are invalid, or ask for something other than plain LoRA.
     #[error("{path:?}: {reason}")]
     Settings {
         /// The file.
@@ -44,23 +44,23 @@ pub enum Error {
         reason: String,
     },
     /// The adapter does not fit the base model.
-    #[error("{directory:?} cannot be put on the base model")]
+    #[error("{directory:?} does not fit the base model")]
     Fit {
-        /// The adapter.
+        /// The adapter's directory.
         directory: PathBuf,
-        /// Why.
+        /// What does not fit.
         #[source]
         source: crate::lora::weights::Error,
     },
-    /// The adapter has an embedding or head of its own.
+    /// A tensor that the adapter copies from its base model has other values.
     #[error(
-        "{name:?} of the adapter differs from the base model's: the adapter is of another base model, or its embedding was trained or resized; merge it with PEFT, and start from the result"
+        "{name:?} of the adapter differs from the base model's: the adapter belongs to another base model, or its embedding was trained or resized; merge it with PEFT, and start from the merged model"
     )]
     OtherBase {
         /// The tensor.
         name: String,
     },
-    /// The tensors are damaged, missing, or of other shapes.
+    /// The tensors are damaged, missing, or have the wrong shape.
     #[error("the adapter's weights cannot be used")]
     Weights(#[source] weights::Error),
 }
@@ -72,7 +72,7 @@ impl From<Error> for Failure {
 }
 
 impl Model {
-    /// Assembles a base model with a published adapter on it.
+    /// Loads a base model with a published adapter on it.
     ///
     /// # Errors
     /// A [`Failure`] if either directory is damaged or they do not fit each other.
@@ -83,18 +83,22 @@ impl Model {
         dtype: Dtype,
         device: Device,
     ) -> Result<Self, Failure> {
-        let published = Adapter::open(&config, adapter)?;
-        let attachment = Attachment::Lora(published.published.attachment.clone());
-        let mut model = Self::load(base, config, attachment, dtype, device, Counter::from_seed(0))?;
-        model.take_adapter(&published, base)?;
+        let adapter = AdapterDirectory::open(&config, adapter)?;
+        let trainable = Trainable::Lora(adapter.published.adapters.clone());
+        let mut model = Self::load(base, config, trainable, dtype, device, RngKey::from_seed(0))?;
+        model.load_adapter_weights(&adapter, base)?;
         Ok(model)
     }
 
-    /// Gives the attached adapter the weights of a published one of the same shape.
+    /// Loads the weights of a published adapter of the same shape.
     ///
     /// # Errors
-    /// [`Error`] if a tensor cannot be read, or it is of another base model.
-    pub fn take_adapter(&mut self, adapter: &Adapter, base: &Path) -> Result<(), Error> {
+    /// [`Error`] if a tensor cannot be read, or the adapter belongs to another base model.
+    pub fn load_adapter_weights(
+        &mut self,
+        adapter: &AdapterDirectory,
+        base: &Path,
+    ) -> Result<(), Error> {
         adapter.check_copies(base)?;
         for name in self.trained().names() {
             let mut master =
@@ -111,21 +115,21 @@ impl Model {
     }
 }
 
-/// A published adapter on disk, opened beside its base model's config.
+/// A directory with a published adapter, checked against the config of its base model.
 #[derive(Debug)]
-pub struct Adapter {
+pub struct AdapterDirectory {
     /// Its settings.
     pub settings: AdapterConfig,
-    /// What it is on the base model.
-    pub published: Published,
+    /// Its adapters on the base model.
+    pub published: PublishedAdapter,
     weights: Checkpoint,
 }
 
-impl Adapter {
+impl AdapterDirectory {
     /// Opens a PEFT LoRA directory and checks it against the base model's config.
     ///
     /// # Errors
-    /// [`Error`] if a file is missing or damaged, or the adapter asks for what is not known here.
+    /// [`Error`] if a file is missing or damaged, or the settings are not supported.
     pub fn open(config: &ModelConfig, directory: &Path) -> Result<Self, Error> {
         let path = directory.join(CONFIG_FILE);
         let text = std::fs::read_to_string(&path)
@@ -133,19 +137,19 @@ impl Adapter {
         let settings = config::parse(&text).map_err(|reason| Error::Settings { path, reason })?;
         let weights =
             Checkpoint::open_file(&directory.join(WEIGHTS_FILE)).map_err(Error::Weights)?;
-        let published = Published::new(config, &settings, &weights.entries())
+        let published = PublishedAdapter::new(config, &settings, &weights.entries())
             .map_err(|source| Error::Fit { directory: directory.to_owned(), source })?;
         Ok(Self { settings, published, weights })
     }
 
-    /// Checks that what the adapter repeats of its base model is what the base model has.
+    /// Checks that the adapter's copies of base tensors equal the base model's.
     fn check_copies(&self, base: &Path) -> Result<(), Error> {
         if self.published.copies.is_empty() {
             return Ok(());
         }
         let base = Checkpoint::open(base).map_err(Error::Weights)?;
         for (copy, name) in &self.published.copies {
-            // A head that is the embedding has no tensor of its own.
+            // A tied head has no tensor of its own.
             let name = if base.contains(name) { name.as_str() } else { names::EMBEDDING_WEIGHT };
             let [copied, stored] = [self.weights.tensor(copy), base.tensor(name)];
             let copied = copied.map_err(Error::Weights)?;
@@ -158,11 +162,11 @@ impl Adapter {
     }
 }
 
-/// Brings the two files of a published adapter into a directory; what has a manifest must be what it
-/// says.
+/// Fetches the two files of a published adapter into a directory, and checks them against the
+/// manifest if there is one.
 ///
 /// # Errors
-/// A [`Failure`] if the store fails or a file is not the one that was published.
+/// A [`Failure`] if the store fails or a file's digest is not the published one.
 pub fn fetch(store: &Store, to: &Path) -> Result<(), Failure> {
     let manifest = publish::read_manifest(store)?;
     for name in [CONFIG_FILE, WEIGHTS_FILE] {
@@ -173,7 +177,7 @@ pub fn fetch(store: &Store, to: &Path) -> Result<(), Failure> {
         let found = hash_file(&path)?.1;
         if let Some(sha256) = published.into_iter().find(|sha256| **sha256 != found) {
             let message = format!(
-                "{} is damaged: its manifest says SHA-256 {sha256}, it has {found}",
+                "{} is damaged: its SHA-256 is {found}, but the manifest has {sha256}",
                 store.uri().join(name)
             );
             return Err(Failure::new(FailureReason::InvalidModel, message));
@@ -182,20 +186,22 @@ pub fn fetch(store: &Store, to: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Lists where an adapter asked for is not of the shape of one that is there, by field of
-/// `loraConfig`, with both values.
+/// Lists the fields of `loraConfig` in which the requested settings differ from the stored adapter's,
+/// with both values.
 ///
-/// Dropout may differ: it is no part of what was trained.
+/// Dropout may differ: the weights do not depend on it.
 ///
 /// # Errors
-/// [`crate::lora::Error`] if what is asked for does not fit the model.
+/// [`crate::lora::Error`] if the requested settings do not fit the model.
 pub fn differences(
     config: &ModelConfig,
-    asked: &LoraSettings,
-    there: &LoraSettings,
-    attachment: &LoraAttachment,
+    requested: &LoraSettings,
+    stored: &LoraSettings,
+    adapters: &LoraAdapters,
 ) -> Result<Vec<(&'static str, String)>, crate::lora::Error> {
-    let Attachment::Lora(wanted) = Attachment::lora(config, asked)? else { return Ok(Vec::new()) };
+    let Trainable::Lora(wanted) = Trainable::lora(config, requested)? else {
+        return Ok(Vec::new());
+    };
     let leaves = |paths: &mut dyn Iterator<Item = &String>| {
         let mut leaves: Vec<&str> = paths.map(|path| names::leaf(path)).collect();
         leaves.sort_unstable();
@@ -203,47 +209,59 @@ pub fn differences(
         format!("[{}]", leaves.join(", "))
     };
     let mut found = Vec::new();
-    let mut compare = |field, is_same: bool, asked: String, published: String| {
-        if !is_same {
+    let compare = |field, is_same: bool, requested: String, stored: String| {
+        (!is_same).then(|| {
             let message = format!(
-                "is {asked}, but what training starts from has {published}: set it to that"
+                "is {requested}, but the initial weights have {stored}: set it to {stored}"
             );
-            found.push((field, message));
-        }
+            (field, message)
+        })
     };
-    compare("r", asked.r == there.r, asked.r.to_string(), there.r.to_string());
-    let is_same = wanted.targets.keys().eq(attachment.targets.keys());
-    let [ours, theirs] =
-        [&wanted, attachment].map(|attachment| leaves(&mut attachment.targets.keys()));
+    found.extend(compare(
+        "r",
+        requested.r == stored.r,
+        requested.r.to_string(),
+        stored.r.to_string(),
+    ));
+    let is_same = wanted.targets.keys().eq(adapters.targets.keys());
+    let [ours, theirs] = [&wanted, adapters].map(|adapters| leaves(&mut adapters.targets.keys()));
     if ours == theirs && !is_same {
-        // The same names, in other blocks.
-        let describe = |attachment: &LoraAttachment| {
+        // The same leaf names, in other blocks.
+        let describe = |adapters: &LoraAdapters| {
             let layers: BTreeSet<usize> =
-                attachment.targets.keys().filter_map(|path| names::layer(path)).collect();
+                adapters.targets.keys().filter_map(|path| names::layer(path)).collect();
             let layers: Vec<String> = layers.iter().map(usize::to_string).collect();
-            format!("{} modules in the layers {}", attachment.targets.len(), layers.join(", "))
+            format!("{} modules of the layers {}", adapters.targets.len(), layers.join(", "))
         };
-        compare("layersToTransform", false, describe(&wanted), describe(attachment));
+        let [requested, stored] = [&wanted, adapters].map(describe);
+        let message =
+            format!("selects {requested}, but the initial weights have {stored}: select the same");
+        found.push(("layersToTransform", message));
     } else {
-        compare("targetModules", is_same, ours, theirs);
+        found.extend(compare("targetModules", is_same, ours, theirs));
     }
     let sorted = |paths: &[String]| {
         let mut paths = paths.to_vec();
         paths.sort();
         paths
     };
-    let is_same = sorted(&wanted.saved) == sorted(&attachment.saved);
+    let is_same = sorted(&wanted.modules_to_save) == sorted(&adapters.modules_to_save);
     let [ours, theirs] =
-        [&wanted, attachment].map(|attachment| leaves(&mut attachment.saved.iter()));
-    compare("modulesToSave", is_same, ours, theirs);
-    let same_rank = LoraSettings { r: there.r, ..asked.clone() };
-    if (same_rank.scaling() - there.scaling()).abs() > 1e-9 * there.scaling() {
-        let both =
-            [asked, there].map(|lora| (lora.lora_alpha.to_string(), lora.use_rslora.to_string()));
-        let [(asked_alpha, asked_kind), (alpha, kind)] = both;
-        compare("useRslora", asked.use_rslora == there.use_rslora, asked_kind, kind);
-        let is_same = (asked.lora_alpha - there.lora_alpha).abs() < 1e-9;
-        compare("loraAlpha", is_same, asked_alpha, alpha);
+        [&wanted, adapters].map(|adapters| leaves(&mut adapters.modules_to_save.iter()));
+    found.extend(compare("modulesToSave", is_same, ours, theirs));
+    let same_rank = LoraSettings { r: stored.r, ..requested.clone() };
+    if (same_rank.scaling() - stored.scaling()).abs() > 1e-9 * stored.scaling() {
+        let both = [requested, stored]
+            .map(|lora| (lora.lora_alpha.to_string(), lora.use_rslora.to_string()));
+        let [(requested_alpha, requested_rslora), (alpha, rslora)] = both;
+        found.extend(compare(
+            "useRslora",
+            requested.use_rslora == stored.use_rslora,
+            requested_rslora,
+            rslora,
+        ));
+        let is_same = (requested.lora_alpha - stored.lora_alpha).abs() < 1e-9;
+        found.extend(compare("loraAlpha", is_same, requested_alpha, alpha));
     }
     Ok(found)
 }

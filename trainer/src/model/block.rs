@@ -1,14 +1,14 @@
 //! One block of the decoder: attention and feed-forward, each on a normalised residual stream.
 
 use finetune_contract::Recompute;
-use finetune_kernels::dropout::Noise;
+use finetune_kernels::dropout::DropoutMask;
 use tch::Tensor;
 
 use crate::{
     layers::{
-        attention::{Attended, Attention, Segments},
+        attention::{Attention, AttentionOutput, Segments},
         dropout::Dropout,
-        linear::{Input, Low, Projections},
+        linear::{Input, LoraHidden, Projections},
         norm::RmsNorm,
         rope::Rotary,
     },
@@ -18,11 +18,11 @@ use crate::{
 /// `x + attention(norm(x))`, then `x + feed_forward(norm(x))`.
 #[derive(Debug)]
 pub struct Block {
-    /// Its place, from 0; part of the dropout's counter.
+    /// The index of the block, from 0; part of its dropout sites.
     pub layer: u64,
     /// Width of one head, `E`.
     pub head_dim: i64,
-    /// Grouping and window.
+    /// The attention, with its window.
     pub attention: Attention,
     /// Norm before attention.
     pub input_layernorm: RmsNorm,
@@ -34,50 +34,58 @@ pub struct Block {
     pub qk_norm: Option<(RmsNorm, RmsNorm)>,
     /// Norm before the feed-forward layers.
     pub post_attention_layernorm: RmsNorm,
-    /// The gate of SwiGLU and what is gated: `gate_proj`, `up_proj`.
+    /// The two inputs of SwiGLU: `gate_proj`, `up_proj`.
     pub gate_up_proj: Projections<2>,
-    /// Back to the model's width.
+    /// From the feed-forward width back to the model width.
     pub down_proj: Projections<1>,
 }
 
-/// What one micro-batch means to every block.
-pub struct Surroundings<'a> {
-    /// Angles of each token's position.
+/// What every block needs to know of a micro-batch.
+pub struct BlockContext<'a> {
+    /// The rotation of each token's position.
     pub rotary: &'a Rotary,
-    /// Who sees whom.
+    /// The segments, inside which tokens attend.
     pub segments: &'a Segments,
-    /// Noise on adapters' inputs while training.
+    /// Dropout on the adapters' inputs while training.
     pub dropout: Option<&'a Dropout>,
 }
 
-/// What a block keeps for its backward pass.
+/// The activations that a block saves for its backward pass.
 ///
-/// Always its input. Unless it is recomputed, also queries, keys and values as attention saw them,
-/// attention's result, the residual stream between the halves, gate and up, and what adapters' first
-/// halves give. Norm outputs and the gated product are computed again: they cost less than the memory
-/// traffic of keeping them.
-pub struct Kept {
+/// Always its input, and with activation checkpointing nothing else. Without, also [`Intermediates`].
+pub struct SavedActivations {
+    /// The block's input, `[T, D]`.
     x: Tensor,
-    inner: Option<Inner>,
+    intermediates: Option<Intermediates>,
 }
 
-struct Inner {
-    /// Queries and keys before their norms, where there are any.
+/// The activations inside a block that its backward pass needs.
+///
+/// Norm outputs and the gated product are not among them: recomputing them costs less than the memory
+/// traffic of saving them.
+struct Intermediates {
+    /// Queries and keys before their norms, `[T, H or K, E]`, with `qk_norm`.
     qk_raw: Option<(Tensor, Tensor)>,
+    /// `[T, H, E]`, rotated.
     q: Tensor,
+    /// `[T, K, E]`, rotated.
     k: Tensor,
+    /// `[T, K, E]`.
     v: Tensor,
-    attended: Attended,
+    attention: AttentionOutput,
+    /// The residual stream between the halves, `[T, D]`.
     x_mid: Tensor,
+    /// `[T, F]`.
     gate: Tensor,
+    /// `[T, F]`.
     up: Tensor,
-    /// By [`Site`].
-    low: [Low; 4],
+    /// The hidden activations of adapters, by [`DropoutSite`].
+    lora_hidden: [LoraHidden; 4],
 }
 
-/// The four inputs of linear layers in a block, as numbers for the dropout's counter.
+/// The inputs of linear layers in a block, as numbers of dropout sites.
 #[derive(Clone, Copy)]
-enum Site {
+enum DropoutSite {
     Qkv,
     O,
     GateUp,
@@ -85,88 +93,89 @@ enum Site {
 }
 
 impl Block {
-    /// Computes the block and keeps what `recompute` says; `None` keeps nothing (evaluation).
+    /// Computes the block, and saves the activations that `recompute` asks for; with `None`, for
+    /// evaluation, none.
     ///
     /// # Shapes
     /// `x` and the result are `[T, D]`.
     pub fn forward(
         &self,
         x: Tensor,
-        around: &Surroundings<'_>,
+        context: &BlockContext<'_>,
         recompute: Option<Recompute>,
-    ) -> (Tensor, Option<Kept>) {
-        let (y, inner) = self.compute(&x, around);
-        let kept = recompute.map(|recompute| Kept {
+    ) -> (Tensor, Option<SavedActivations>) {
+        let (y, intermediates) = self.compute(&x, context);
+        let saved = recompute.map(|recompute| SavedActivations {
             x,
-            inner: match recompute {
-                Recompute::None => Some(inner),
+            intermediates: match recompute {
+                Recompute::None => Some(intermediates),
                 Recompute::Block => None,
             },
         });
-        (y, kept)
+        (y, saved)
     }
 
-    /// Adds the gradients of trained parameters; returns that of the input where it is wanted.
+    /// Adds the gradients of trained parameters; returns the gradient of the input if it is needed.
     ///
     /// # Shapes
     /// `dy` and the result are `[T, D]`.
     pub fn backward(
         &self,
-        kept: Kept,
+        saved: SavedActivations,
         dy: &Tensor,
-        around: &Surroundings<'_>,
-        wants_input_grad: bool,
+        context: &BlockContext<'_>,
+        needs_input_grad: bool,
     ) -> Option<Tensor> {
-        let Kept { x, inner } = kept;
-        let Inner { qk_raw, q, k, v, attended, x_mid, gate, up, low } =
-            inner.unwrap_or_else(|| self.compute(&x, around).1);
-
-        let [low_qkv, low_o, low_gate_up, low_down] = &low;
+        let SavedActivations { x, intermediates } = saved;
+        let Intermediates { qk_raw, q, k, v, attention, x_mid, gate, up, lora_hidden } =
+            intermediates.unwrap_or_else(|| self.compute(&x, context).1);
+        let [qkv_hidden, o_hidden, gate_up_hidden, down_hidden] = &lora_hidden;
 
         // Feed-forward half.
-        let noise = self.noise(around, Site::Down, &gate);
-        let mut passed = self.down_proj.pass_back([dy], noise, true);
-        let d_product = passed.take_input_grad().expect("it was wanted"); // [T, F]
-        let (product, d_gate, d_up) = ops::swiglu_backward(d_product, gate, up);
-        let product = self.input(product, around, Site::Down);
-        self.down_proj.add_gradients(&product, low_down, [dy], &passed);
+        let mask = self.mask(context, DropoutSite::Down, &gate);
+        let mut grads = self.down_proj.backward_input([dy], mask, true);
+        let d_product = grads.take_dx().expect("it was asked for"); // [T, F]
+        let (product, d_gate, d_up) = ops::swiglu_backward(d_product, gate, up); // [T, F] each
+        let product = self.input(product, context, DropoutSite::Down);
+        self.down_proj.backward_weight(&product, down_hidden, [dy], &grads);
         drop(product);
-        let grads = [&d_gate, &d_up];
-        let noise = self.noise(around, Site::GateUp, &x_mid);
-        let mut passed = self.gate_up_proj.pass_back(grads, noise, true);
-        let normed =
-            self.input(self.post_attention_layernorm.forward(&x_mid), around, Site::GateUp);
-        self.gate_up_proj.add_gradients(&normed, low_gate_up, grads, &passed);
+        let d_gate_up = [&d_gate, &d_up];
+        let mask = self.mask(context, DropoutSite::GateUp, &x_mid);
+        let mut grads = self.gate_up_proj.backward_input(d_gate_up, mask, true);
+        let normed = self.post_attention_layernorm.forward(&x_mid); // [T, D]
+        let normed = self.input(normed, context, DropoutSite::GateUp);
+        self.gate_up_proj.backward_weight(&normed, gate_up_hidden, d_gate_up, &grads);
         drop((normed, d_gate, d_up));
-        let d_normed = passed.take_input_grad().expect("it was wanted"); // [T, D]
-        let d_mid = self.post_attention_layernorm.backward(&x_mid, d_normed, Some(dy));
+        let d_normed = grads.take_dx().expect("it was asked for"); // [T, D]
+        let d_mid = self.post_attention_layernorm.backward(&x_mid, d_normed, Some(dy)); // [T, D]
 
         // Attention half.
-        let noise = self.noise(around, Site::O, &attended.out);
-        let mut passed = self.o_proj.pass_back([&d_mid], noise, true);
-        let heads = self.input(flatten_heads(&attended.out), around, Site::O);
-        self.o_proj.add_gradients(&heads, low_o, [&d_mid], &passed);
-        let d_heads = self.split_heads(&passed.take_input_grad().expect("it was wanted")); // [T, H, E]
+        let mask = self.mask(context, DropoutSite::O, &attention.out);
+        let mut grads = self.o_proj.backward_input([&d_mid], mask, true);
+        let heads = self.input(flatten_heads(&attention.out), context, DropoutSite::O);
+        self.o_proj.backward_weight(&heads, o_hidden, [&d_mid], &grads);
+        let d_heads = self.split_heads(&grads.take_dx().expect("it was asked for")); // [T, H, E]
         let [dq, dk, dv] =
-            self.attention.backward(&d_heads, [&q, &k, &v], &attended, around.segments);
-        drop((d_heads, heads, q, k, v, attended));
-        let (mut dq, mut dk) = (around.rotary.rotate_back(dq), around.rotary.rotate_back(dk));
+            self.attention.backward(&d_heads, [&q, &k, &v], &attention, context.segments);
+        drop((d_heads, heads, q, k, v, attention));
+        let (mut dq, mut dk) =
+            (context.rotary.rotate_backward(dq), context.rotary.rotate_backward(dk));
         if let (Some((q_norm, k_norm)), Some((q_raw, k_raw))) = (&self.qk_norm, &qk_raw) {
             dq = q_norm.backward(q_raw, dq, None);
             dk = k_norm.backward(k_raw, dk, None);
         }
-        let [dq, dk, dv] = [dq, dk, dv].map(|grad| flatten_heads(&grad));
-        let grads = [&dq, &dk, &dv];
-        let wants_norm_grad = wants_input_grad || self.input_layernorm.weight.is_trained();
-        let noise = self.noise(around, Site::Qkv, &x);
-        let mut passed = self.qkv_proj.pass_back(grads, noise, wants_norm_grad);
-        let normed = self.input(self.input_layernorm.forward(&x), around, Site::Qkv);
-        self.qkv_proj.add_gradients(&normed, low_qkv, grads, &passed);
-        let dx = self.input_layernorm.backward(&x, passed.take_input_grad()?, Some(&d_mid));
-        wants_input_grad.then_some(dx)
+        let [dq, dk, dv] = [dq, dk, dv].map(|grad| flatten_heads(&grad)); // [T, H · E or K · E]
+        let d_qkv = [&dq, &dk, &dv];
+        let needs_norm_grad = needs_input_grad || self.input_layernorm.weight.is_trained();
+        let mask = self.mask(context, DropoutSite::Qkv, &x);
+        let mut grads = self.qkv_proj.backward_input(d_qkv, mask, needs_norm_grad);
+        let normed = self.input(self.input_layernorm.forward(&x), context, DropoutSite::Qkv);
+        self.qkv_proj.backward_weight(&normed, qkv_hidden, d_qkv, &grads);
+        let dx = self.input_layernorm.backward(&x, grads.take_dx()?, Some(&d_mid)); // [T, D]
+        needs_input_grad.then_some(dx)
     }
 
-    /// Tells whether anything in the block is trained.
+    /// Reports whether any parameter of the block is trained.
     pub fn is_trained(&self) -> bool {
         let qk_norms = self.qk_norm.iter().flat_map(|(q_norm, k_norm)| [q_norm, k_norm]);
         let mut norms =
@@ -178,9 +187,9 @@ impl Block {
             || norms.any(|norm| norm.weight.is_trained())
     }
 
-    fn compute(&self, x: &Tensor, around: &Surroundings<'_>) -> (Tensor, Inner) {
-        let normed = self.input(self.input_layernorm.forward(x), around, Site::Qkv);
-        let (qkv, low_qkv) = self.qkv_proj.forward(&normed);
+    fn compute(&self, x: &Tensor, context: &BlockContext<'_>) -> (Tensor, Intermediates) {
+        let normed = self.input(self.input_layernorm.forward(x), context, DropoutSite::Qkv);
+        let (qkv, qkv_hidden) = self.qkv_proj.forward(&normed);
         drop(normed);
         let [mut q, mut k, v] = qkv.each_ref().map(|x| self.split_heads(x)); // [T, H or K, E]
         drop(qkv);
@@ -190,34 +199,39 @@ impl Block {
             qk_raw = Some((q, k));
             (q, k) = normed;
         }
-        let (q, k) = (around.rotary.rotate(q), around.rotary.rotate(k));
-        let attended = self.attention.forward(&q, &k, &v, around.segments);
-        let heads = self.input(flatten_heads(&attended.out), around, Site::O);
-        let ([o], low_o) = self.o_proj.forward(&heads);
+        let (q, k) = (context.rotary.rotate(q), context.rotary.rotate(k));
+        let attention = self.attention.forward(&q, &k, &v, context.segments);
+        let heads = self.input(flatten_heads(&attention.out), context, DropoutSite::O);
+        let ([o], o_hidden) = self.o_proj.forward(&heads);
         let x_mid = o + x; // [T, D]
         drop(heads);
 
-        let normed =
-            self.input(self.post_attention_layernorm.forward(&x_mid), around, Site::GateUp);
-        let ([gate, up], low_gate_up) = self.gate_up_proj.forward(&normed); // [T, F] each
+        let normed = self.post_attention_layernorm.forward(&x_mid); // [T, D]
+        let normed = self.input(normed, context, DropoutSite::GateUp);
+        let ([gate, up], gate_up_hidden) = self.gate_up_proj.forward(&normed); // [T, F] each
         drop(normed);
-        let product = self.input(ops::swiglu(&gate, &up), around, Site::Down);
-        let ([down], low_down) = self.down_proj.forward(&product);
+        let product = self.input(ops::swiglu(&gate, &up), context, DropoutSite::Down);
+        let ([down], down_hidden) = self.down_proj.forward(&product);
         let y = down + &x_mid; // [T, D]
-        let low = [low_qkv, low_o, low_gate_up, low_down];
-        (y, Inner { qk_raw, q, k, v, attended, x_mid, gate, up, low })
+        let lora_hidden = [qkv_hidden, o_hidden, gate_up_hidden, down_hidden];
+        (y, Intermediates { qk_raw, q, k, v, attention, x_mid, gate, up, lora_hidden })
     }
 
-    /// Returns the noise on an input that is as wide as `like`, `[T, …]`.
-    fn noise(&self, around: &Surroundings<'_>, site: Site, like: &Tensor) -> Option<Noise> {
-        let dropout = around.dropout?;
+    /// Returns the dropout mask of an input that is as wide as `like`, `[T, …]`.
+    fn mask(
+        &self,
+        context: &BlockContext<'_>,
+        site: DropoutSite,
+        like: &Tensor,
+    ) -> Option<DropoutMask> {
+        let dropout = context.dropout?;
         let width = like.numel() / like.size()[0] as usize;
-        Some(dropout.noise(self.layer * 4 + site as u64, width))
+        Some(dropout.mask(self.layer * 4 + site as u64, width))
     }
 
-    fn input(&self, x: Tensor, around: &Surroundings<'_>, site: Site) -> Input {
-        let noise = self.noise(around, site, &x);
-        Input::new(x, noise)
+    fn input(&self, x: Tensor, context: &BlockContext<'_>, site: DropoutSite) -> Input {
+        let mask = self.mask(context, site, &x);
+        Input::new(x, mask)
     }
 
     fn split_heads(&self, x: &Tensor) -> Tensor {

@@ -1,20 +1,20 @@
-//! Trained parameters one by one, whole, wherever their parts are.
+//! The fp32 masters of trained parameters, one at a time and unsharded.
 
 use tch::Tensor;
 
-use crate::{distributed, model::Model, params::flat::Flat};
+use crate::{distributed, model::Model, params::flat::FlatState};
 
 /// Reads the fp32 masters of a model.
 ///
-/// Of divided parameters every rank must ask for the same names in the same order: a unit is
-/// gathered when the first of its parameters is asked for, and kept until another unit's is.
+/// If parameters are sharded, every rank must ask for the same names in the same order: a unit is
+/// gathered when its first parameter is asked for, and freed when another unit is.
 pub struct Masters<'a> {
     model: &'a Model,
     gathered: Option<(usize, Tensor)>,
 }
 
 impl<'a> Masters<'a> {
-    /// Starts to read.
+    /// Creates a reader.
     pub fn of(model: &'a Model) -> Self {
         Self { model, gathered: None }
     }
@@ -33,14 +33,14 @@ impl<'a> Masters<'a> {
         let Some(sharded) = self.model.sharded_training() else {
             return Ok(trained.master_of(name));
         };
-        let Some(place) = sharded.layout().place(name) else { return Ok(None) };
-        let whole = match self.gathered.take() {
-            Some((unit, whole)) if unit == place.unit => whole,
-            _ => sharded.whole(place.unit, Flat::Floats(trained.master()))?,
+        let Some(slot) = sharded.layout().slot(name) else { return Ok(None) };
+        let gathered = match self.gathered.take() {
+            Some((unit, gathered)) if unit == slot.unit => gathered,
+            _ => sharded.gather_unit(slot.unit, FlatState::Fp32(trained.master()))?,
         };
-        let (first, length) = (place.offset as i64, place.length() as i64);
-        let master = whole.narrow(0, first, length).view(place.shape.as_slice());
-        self.gathered = Some((place.unit, whole));
+        let (first, length) = (slot.offset as i64, slot.length() as i64);
+        let master = gathered.narrow(0, first, length).view(slot.shape.as_slice());
+        self.gathered = Some((slot.unit, gathered));
         Ok(Some(master))
     }
 }

@@ -1,4 +1,4 @@
-//! The whole decoder: assembled from a checkpoint, run forward, and backward block by block.
+//! The whole decoder: loaded from a checkpoint, run forward, and backward block by block.
 
 use std::path::Path;
 
@@ -14,36 +14,36 @@ use crate::{
     layers::{
         attention::{Attention, Segments},
         dropout::Dropout,
-        embedding::{Adapter, Embedding},
-        linear::{Down, Input, Linear, Projections, Up},
+        embedding::{Embedding, EmbeddingAdapter},
+        linear::{Input, Linear, LoraA, LoraB, Projections},
         norm::RmsNorm,
         rope::{Frequencies, Rotary, frequencies},
     },
-    lora::trainable::{Attachment, LoraAttachment, adapter_names},
-    model::block::{Block, Kept, Surroundings},
+    lora::trainable::{LoraAdapters, Trainable, adapter_names},
+    model::block::{Block, BlockContext, SavedActivations},
     objective::causal_lm,
     ops,
     params::{
-        buckets::{BUCKET_BYTES, Buckets},
+        buckets::{BUCKET_BYTES, GradientBuckets},
         flat::{FlatParams, Param},
-        layout::{Layout, OUTER, Span, unit_of_block},
-        zero::{Sharded, ZeroStage},
+        layout::{Layout, ROOT, Span, block_unit},
+        zero::{ShardedParams, ZeroStage},
     },
     runtime::{
-        allocator::{self, Work},
-        rng::Counter,
+        allocator::{self, Workload},
+        rng::RngKey,
     },
 };
 
-/// Micro-batches whose positions round up to the same multiple of this want buffers of about the same
-/// sizes.
-const ALIKE: usize = 64;
+/// Micro-batches whose token counts round up to the same multiple of this need buffers of about the
+/// same sizes.
+const SIZE_CLASS: usize = 64;
 
-/// A model with what is trained of it.
+/// A model and its trained parameters.
 #[derive(Debug)]
 pub struct Model {
     config: ModelConfig,
-    attachment: Attachment,
+    trainable: Trainable,
     dtype: Dtype,
     device: Device,
     frequencies: Frequencies,
@@ -52,110 +52,119 @@ pub struct Model {
     norm: RmsNorm,
     lm_head: Projections<1>,
     trained: FlatParams,
-    /// What is divided over ranks and gathered unit by unit.
-    sharded: Option<Sharded>,
-    /// What is summed over ranks during the backward pass.
-    buckets: Option<Buckets>,
+    /// The parameters that are sharded over ranks and gathered unit by unit.
+    sharded: Option<ShardedParams>,
+    /// The gradients that are all-reduced during the backward pass.
+    buckets: Option<GradientBuckets>,
     ranks: Ranks,
 }
 
-/// Over which ranks a model is divided, and how.
+/// The ranks that train a model, and what is sharded over them.
 #[derive(Debug, Clone)]
-pub struct Division {
+pub struct DataParallel {
     /// The ranks that train it together.
     pub ranks: Ranks,
-    /// What is divided over them beside the sequences.
+    /// What is sharded over them, besides the sequences.
     pub strategy: Strategy,
-    /// Bytes of gradients that are summed at once, at least, while more are computed.
+    /// The least bytes of gradients in one all-reduce during the backward pass.
     pub bucket_bytes: u64,
 }
 
-impl Division {
-    /// One rank that has everything.
-    pub fn none() -> Self {
+impl DataParallel {
+    /// A single rank that holds everything.
+    pub fn single_rank() -> Self {
         Self { ranks: Ranks::alone(), strategy: Strategy::None, bucket_bytes: BUCKET_BYTES }
     }
 }
 
 impl Model {
-    /// Assembles a model from a Hugging Face directory.
+    /// Loads a model from a Hugging Face directory.
     ///
     /// Frozen weights already in `dtype` stay mapped; others are converted. Trained weights are
-    /// copied to fp32 masters; adapters start as PEFT starts them (`A` random, `B` zero; the other
-    /// way round on the embedding), from `seed`.
+    /// copied to fp32 masters. Adapters are initialised as in PEFT from `seed`: `lora_A` random and
+    /// `lora_B` zero, and the reverse on the embedding.
     ///
     /// # Errors
     /// A [`Failure`] if the config is refused or a tensor is missing, of another shape or dtype.
     pub fn load(
         directory: &Path,
         config: ModelConfig,
-        attachment: Attachment,
+        trainable: Trainable,
         dtype: Dtype,
         device: Device,
-        seed: Counter,
+        seed: RngKey,
     ) -> Result<Self, Failure> {
-        Self::load_divided(directory, config, attachment, dtype, device, seed, Division::none())
+        Self::load_data_parallel(
+            directory,
+            config,
+            trainable,
+            dtype,
+            device,
+            seed,
+            DataParallel::single_rank(),
+        )
     }
 
-    /// Assembles one rank's share of a model, as [`Model::load`] does the whole.
+    /// Loads one rank's part of a model that several ranks train; see [`Model::load`].
     ///
     /// # Errors
     /// As [`Model::load`].
-    pub fn load_divided(
+    pub fn load_data_parallel(
         directory: &Path,
         config: ModelConfig,
-        attachment: Attachment,
+        trainable: Trainable,
         dtype: Dtype,
         device: Device,
-        seed: Counter,
-        division: Division,
+        seed: RngKey,
+        data_parallel: DataParallel,
     ) -> Result<Self, Failure> {
         let checkpoint = Checkpoint::open(directory).map_err(invalid_model)?;
         checkpoint.check_all_used(&config).map_err(invalid_model)?;
-        let Division { ranks, strategy, bucket_bytes } = division;
-        let specs = attachment.trained(&config);
-        let place = [ranks.rank(), ranks.world_size()];
-        let (trained, sharded) = match (&attachment, stage(strategy)) {
-            (Attachment::Full, Some(stage)) => {
-                let layout = Layout::new(&specs, place);
-                let trained = FlatParams::parts(&layout, dtype, device);
-                let sharded = Sharded::trained(layout, ranks.clone(), stage, &trained);
+        let DataParallel { ranks, strategy, bucket_bytes } = data_parallel;
+        let specs = trainable.trained_tensors(&config);
+        let rank = [ranks.rank(), ranks.world_size()];
+        let (trained, sharded) = match (&trainable, zero_stage(strategy)) {
+            (Trainable::Full, Some(stage)) => {
+                let layout = Layout::new(&specs, rank);
+                let trained = FlatParams::sharded(&layout, dtype, device);
+                let sharded = ShardedParams::trained(layout, ranks.clone(), stage, &trained);
                 (trained, Some(sharded))
             }
-            // Adapters are small and whole everywhere; what they adapt is divided at stage 3.
+            // Adapters are small and replicated; at stage 3 the frozen weights are sharded.
             (_, None | Some(ZeroStage::One | ZeroStage::Two)) => {
                 (FlatParams::new(&specs, dtype, device), None)
             }
-            (Attachment::Lora(_) | Attachment::Frozen, Some(ZeroStage::Three)) => {
+            (Trainable::Lora(_) | Trainable::Frozen, Some(ZeroStage::Three)) => {
                 let mut frozen = config.tensors();
                 frozen.retain(|spec| specs.iter().all(|trained| trained.name != spec.name));
-                let layout = Layout::new(&frozen, place);
-                let sharded = Sharded::frozen(layout, ranks.clone(), kind_of(dtype), device);
+                let layout = Layout::new(&frozen, rank);
+                let sharded = ShardedParams::frozen(layout, ranks.clone(), kind_of(dtype), device);
                 (FlatParams::new(&specs, dtype, device), Some(sharded))
             }
         };
-        let parts = Parts {
+        let loader = Loader {
             checkpoint: &checkpoint,
             config: &config,
-            attachment: &attachment,
+            trainable: &trainable,
             trained: &trained,
             sharded: sharded.as_ref(),
             dtype,
             device,
             seed,
         };
-        let embed_tokens = parts.embedding()?;
+        let embed_tokens = loader.embedding()?;
         let layers = config.num_hidden_layers;
-        let blocks = (0..layers).map(|layer| parts.block(layer)).collect::<Result<_, _>>()?;
-        let norm = parts.norm(names::NORM, config.hidden_size)?;
-        let lm_head = parts.lm_head(&embed_tokens)?;
-        let is_whole = sharded.as_ref().is_none_or(|sharded| !sharded.is_trained());
-        let buckets =
-            is_whole.then(|| Buckets::new(&trained, layers, &ranks, bucket_bytes)).flatten();
+        let blocks = (0..layers).map(|layer| loader.block(layer)).collect::<Result<_, _>>()?;
+        let norm = loader.norm(names::NORM, config.hidden_size)?;
+        let lm_head = loader.lm_head(&embed_tokens)?;
+        let is_replicated = sharded.as_ref().is_none_or(|sharded| !sharded.is_trained());
+        let buckets = is_replicated
+            .then(|| GradientBuckets::new(&trained, layers, &ranks, bucket_bytes))
+            .flatten();
         let mut model = Self {
             frequencies: frequencies(&config.rope, config.head_dim),
             config,
-            attachment,
+            trainable,
             dtype,
             device,
             embed_tokens,
@@ -171,14 +180,14 @@ impl Model {
         Ok(model)
     }
 
-    /// Returns the model's shape.
+    /// Returns the architecture.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
 
-    /// Returns what is trained.
-    pub fn attachment(&self) -> &Attachment {
-        &self.attachment
+    /// Returns which parameters are trained.
+    pub fn trainable(&self) -> &Trainable {
+        &self.trainable
     }
 
     /// Returns the trained parameters.
@@ -186,11 +195,11 @@ impl Model {
         &self.trained
     }
 
-    /// Returns the trained parameters, to be stepped or restored; call
+    /// Returns the trained parameters, to be updated or restored; call
     /// [`FlatParams::refresh_compute`] afterwards.
     pub fn trained_mut(&mut self) -> &mut FlatParams {
         if let Some(sharded) = &self.sharded {
-            sharded.forget();
+            sharded.invalidate();
         }
         &mut self.trained
     }
@@ -200,25 +209,25 @@ impl Model {
         &self.ranks
     }
 
-    /// Returns what is divided over ranks, if anything is.
-    pub fn sharded(&self) -> Option<&Sharded> {
+    /// Returns the parameters that are sharded over ranks, if any are.
+    pub fn sharded(&self) -> Option<&ShardedParams> {
         self.sharded.as_ref()
     }
 
-    /// Returns the parameters that are trained and divided over ranks, if they are.
-    pub fn sharded_training(&self) -> Option<&Sharded> {
+    /// Returns the sharded parameters if they are the trained ones.
+    pub fn sharded_training(&self) -> Option<&ShardedParams> {
         self.sharded.as_ref().filter(|sharded| sharded.is_trained())
     }
 
-    /// Returns how many parameters are trained, on all ranks together.
+    /// Returns the number of trained parameters over all ranks.
     pub fn trained_parameters(&self) -> usize {
         self.sharded_training().map_or_else(
             || self.trained.master().numel(),
-            |sharded| sharded.layout().undivided_length(),
+            |sharded| sharded.layout().unsharded_length(),
         )
     }
 
-    /// Lists which elements of all that is trained, undivided, this rank has in its flat tensors.
+    /// Lists the elements of the unsharded flat tensor of trained parameters that this rank holds.
     pub fn trained_spans(&self) -> Vec<Span> {
         self.sharded_training().map_or_else(
             || vec![Span::all(self.trained.master().numel())],
@@ -226,37 +235,37 @@ impl Model {
         )
     }
 
-    /// Returns how what is trained would be divided.
+    /// Returns the layout that the trained parameters would have on this rank of so many.
     pub fn layout_of(&self, [rank, world_size]: [u32; 2]) -> Layout {
-        Layout::new(&self.attachment.trained(&self.config), [rank, world_size])
+        Layout::new(&self.trainable.trained_tensors(&self.config), [rank, world_size])
     }
 
-    /// Says that the next micro-batch is this rank's last one of the step: what it finishes may be
-    /// summed over ranks at once.
-    pub fn expect_last(&self) {
+    /// Marks the next backward pass as this rank's last one of the step: its gradients may be reduced
+    /// over ranks as soon as they are complete.
+    pub fn mark_last_backward(&self) {
         if let Some(sharded) = &self.sharded {
-            sharded.expect_last();
+            sharded.mark_last_backward();
         }
         if let Some(buckets) = &self.buckets {
-            buckets.open();
+            buckets.mark_last_backward();
         }
     }
 
-    /// Sums the gradients of a step over all ranks, once after its last micro-batch.
+    /// Completes the reduction of a step's gradients over all ranks; called after its last micro-batch.
     ///
     /// # Errors
     /// [`distributed::Error`] if another rank was lost, now or during the micro-batches.
     pub fn reduce_gradients(&self) -> Result<(), distributed::Error> {
-        self.trained.settle_gradients();
+        self.trained.zero_stale_gradients();
         match (self.sharded_training(), &self.buckets) {
-            (Some(sharded), _) => sharded.finish_gradients()?,
-            (None, Some(buckets)) => buckets.finish()?,
+            (Some(sharded), _) => sharded.finish_backward()?,
+            (None, Some(buckets)) => buckets.finish_backward()?,
             (None, None) => self.ranks.all_reduce(self.trained.grad())?,
         }
         self.ranks.check()
     }
 
-    /// Sums the squares of a step's gradient, over all ranks that have parts of it.
+    /// Returns the squared norm of a step's gradient, summed over its shards.
     ///
     /// # Errors
     /// [`distributed::Error`] if another rank is lost.
@@ -269,17 +278,17 @@ impl Model {
         Ok(square)
     }
 
-    /// Returns the device computed on.
+    /// Returns the device of the model.
     pub fn device(&self) -> Device {
         self.device
     }
 
-    /// Returns the value a parameter is computed with, by checkpoint name, trained or not.
+    /// Returns the token embedding.
     pub fn embedding(&self) -> &Embedding {
         &self.embed_tokens
     }
 
-    /// Returns the blocks, bottom up.
+    /// Returns the blocks, the first one first.
     pub fn blocks(&self) -> &[Block] {
         &self.blocks
     }
@@ -289,67 +298,74 @@ impl Model {
         (&self.norm, &self.lm_head)
     }
 
-    /// Returns the angles of positions, in the computation's dtype.
+    /// Returns the rotary embedding of positions, in the compute dtype.
     pub fn rotary(&self, positions: &[i64]) -> Rotary {
         Rotary::new(&self.frequencies, positions, self.kind(), self.device)
     }
 
-    /// Adds the gradients of a micro-batch's summed loss and returns that sum.
+    /// Runs a micro-batch forward and backward: adds the gradients of its summed loss to the trained
+    /// parameters, and returns that sum.
+    ///
+    /// # Shapes
+    /// `T` is the number of tokens with padding, `N` the number of targets. Activations between
+    /// blocks are `[T, D]` in the compute dtype; only the `N` positions that predict a target pass
+    /// the last norm and the head, `[N, D]`. Gradients of parameters are fp32, in their shapes.
     pub fn accumulate_gradients(
         &self,
         batch: &Batch,
         recompute: Recompute,
         dropout: Option<&Dropout>,
     ) -> f64 {
-        let flow = Flow::new(self, batch, dropout);
-        allocator::begin(Work::Train(flow.about()));
-        let around = flow.surroundings();
+        let micro_batch = MicroBatch::new(self, batch, dropout);
+        allocator::start_workload(Workload::Train(micro_batch.size_class()));
+        let context = micro_batch.block_context();
         let lowest = self.lowest_trained_block();
-        self.gather(OUTER, None);
-        let mut x = self.embed_tokens.forward(&flow.tokens); // [T, D]
-        let mut kept: Vec<Option<Kept>> = Vec::with_capacity(self.blocks.len());
+        self.gather(ROOT, None);
+        let mut x = self.embed_tokens.forward(&micro_batch.tokens); // [T, D]
+        let mut saved: Vec<Option<SavedActivations>> = Vec::with_capacity(self.blocks.len());
         for (index, block) in self.blocks.iter().enumerate() {
-            self.gather(unit_of_block(index), self.block_above(index));
+            self.gather(block_unit(index), self.block_above(index));
             let recompute = (index >= lowest).then_some(recompute);
-            let (y, block_kept) = block.forward(x, &around, recompute);
-            kept.push(block_kept);
-            x = y;
+            let (y, block_saved) = block.forward(x, &context, recompute);
+            saved.push(block_saved);
+            x = y; // [T, D]
         }
-        let rows = x.index_select(0, &flow.predicting); // [N, D]
+        let last = x.index_select(0, &micro_batch.target_positions); // [N, D]
         let (loss, d_normed) = causal_lm::loss_and_gradient(
             &self.lm_head,
-            &self.norm.forward(&rows),
-            &flow.labels,
+            &self.norm.forward(&last),
+            &micro_batch.labels,
             dropout,
-        );
-        let d_rows = self.norm.backward(&rows, d_normed, None);
-        let mut dx = x.zeros_like();
-        let _ = dx.index_copy_(0, &flow.predicting, &d_rows);
+        ); // fp64, [N, D]
+        let d_last = self.norm.backward(&last, d_normed, None); // [N, D]
+        let mut dx = x.zeros_like(); // [T, D]
+        let _ = dx.index_copy_(0, &micro_batch.target_positions, &d_last);
         drop(x);
-        for (index, (block, block_kept)) in self.blocks.iter().zip(kept).enumerate().rev() {
-            let Some(block_kept) = block_kept else { break };
-            let wants_input_grad = index > lowest || self.embed_tokens.is_trained();
-            self.gather(unit_of_block(index), (index > lowest).then(|| unit_of_block(index - 1)));
-            self.begin_gradients(index);
-            let below = block.backward(block_kept, &dx, &around, wants_input_grad);
-            self.finished(index);
-            match below {
-                Some(below) => dx = below,
+        for (index, (block, block_saved)) in self.blocks.iter().zip(saved).enumerate().rev() {
+            let Some(block_saved) = block_saved else { break };
+            let needs_input_grad = index > lowest || self.embed_tokens.is_trained();
+            self.gather(block_unit(index), (index > lowest).then(|| block_unit(index - 1)));
+            self.pre_backward(index);
+            let block_dx = block.backward(block_saved, &dx, &context, needs_input_grad); // [T, D]
+            self.post_backward(index);
+            match block_dx {
+                Some(block_dx) => dx = block_dx,
                 None => break,
             }
         }
         if self.embed_tokens.is_trained() {
-            self.embed_tokens.backward(&flow.tokens, &dx);
+            self.embed_tokens.backward(&micro_batch.tokens, &dx);
         }
         loss
     }
 
-    /// Computes the summed loss of a micro-batch, without noise and gradients.
+    /// Computes the summed loss of a micro-batch, without dropout or gradients.
     pub fn loss(&self, batch: &Batch) -> f64 {
-        let flow = Flow::new(self, batch, None);
-        allocator::begin(Work::Evaluate(flow.about()));
-        let rows = self.hidden(&flow).index_select(0, &flow.predicting);
-        causal_lm::loss(&self.lm_head, &self.norm.forward(&rows), &flow.labels)
+        let micro_batch = MicroBatch::new(self, batch, None);
+        allocator::start_workload(Workload::Evaluate(micro_batch.size_class()));
+        let hidden = self.hidden_states(&micro_batch); // [T, D]
+        let last = hidden.index_select(0, &micro_batch.target_positions); // [N, D]
+        causal_lm::loss(&self.lm_head, &self.norm.forward(&last), &micro_batch.labels)
     }
 
     /// Computes the logits of one sequence, `[T, V]` in fp32.
@@ -357,56 +373,60 @@ impl Model {
         let batch = Batch {
             tokens: tokens.iter().map(|&token| i64::from(token)).collect(),
             segment_lengths: vec![tokens.len()],
-            predicting: Vec::new(),
+            target_positions: Vec::new(),
             labels: Vec::new(),
         };
-        let hidden = self.hidden(&Flow::new(self, &batch, None)).narrow(0, 0, tokens.len() as i64);
-        let [logits] = self.lm_head.apply(&Input::plain(self.norm.forward(&hidden)));
+        let hidden = self.hidden_states(&MicroBatch::new(self, &batch, None));
+        let hidden = hidden.narrow(0, 0, tokens.len() as i64); // [T, D], without padding
+        let input = Input::without_dropout(self.norm.forward(&hidden));
+        let [logits] = self.lm_head.forward_only(&input); // [T, V]
         logits.to_kind(Kind::Float)
     }
 
-    fn hidden(&self, flow: &Flow<'_>) -> Tensor {
-        let around = flow.surroundings();
-        self.gather(OUTER, None);
-        let x = self.embed_tokens.forward(&flow.tokens);
+    /// Computes the output of the last block, `[T, D]`.
+    fn hidden_states(&self, micro_batch: &MicroBatch<'_>) -> Tensor {
+        let context = micro_batch.block_context();
+        self.gather(ROOT, None);
+        let x = self.embed_tokens.forward(&micro_batch.tokens); // [T, D]
         self.blocks.iter().enumerate().fold(x, |x, (index, block)| {
-            self.gather(unit_of_block(index), self.block_above(index));
-            block.forward(x, &around, None).0
+            self.gather(block_unit(index), self.block_above(index));
+            block.forward(x, &context, None).0
         })
     }
 
-    /// Makes a unit whole, and lets the next one come meanwhile.
+    /// Gathers a unit, and prefetches the next one while it is computed.
     fn gather(&self, unit: usize, next: Option<usize>) {
         let Some(sharded) = &self.sharded else { return };
-        sharded.hold(unit);
+        sharded.all_gather(unit);
         if let Some(next) = next {
             sharded.prefetch(next);
         }
     }
 
     fn block_above(&self, index: usize) -> Option<usize> {
-        (index + 1 < self.blocks.len()).then(|| unit_of_block(index + 1))
+        (index + 1 < self.blocks.len()).then(|| block_unit(index + 1))
     }
 
-    // If either of these fails, [`Model::reduce_gradients`] says so.
+    // If either of the next two fails, [`Model::reduce_gradients`] returns the error.
 
-    fn begin_gradients(&self, index: usize) {
+    /// Prepares a block's gradient buffer for a backward pass.
+    fn pre_backward(&self, index: usize) {
         if let Some(sharded) = &self.sharded {
-            let _ = sharded.begin_gradients(unit_of_block(index));
+            let _ = sharded.pre_backward(block_unit(index));
         }
     }
 
-    /// Says that a micro-batch has added all it adds to a block's gradients.
-    fn finished(&self, index: usize) {
+    /// Starts to reduce a block's gradients if a backward pass has completed them.
+    fn post_backward(&self, index: usize) {
         if let Some(sharded) = &self.sharded {
-            let _ = sharded.finished(unit_of_block(index));
+            let _ = sharded.post_backward(block_unit(index));
         }
         if let Some(buckets) = &self.buckets {
-            buckets.finished(index);
+            buckets.post_backward(index);
         }
     }
 
-    /// Returns the first block whose backward pass anything needs.
+    /// Returns the first block that needs a backward pass.
     fn lowest_trained_block(&self) -> usize {
         if self.embed_tokens.is_trained() {
             return 0;
@@ -427,8 +447,8 @@ pub fn kind_of(dtype: Dtype) -> Kind {
     }
 }
 
-/// Returns what stays whole where state is divided; `None` where it is not.
-const fn stage(strategy: Strategy) -> Option<ZeroStage> {
+/// Returns the ZeRO stage of a strategy; `None` if it shards nothing.
+const fn zero_stage(strategy: Strategy) -> Option<ZeroStage> {
     match strategy {
         Strategy::None | Strategy::Ddp => None,
         Strategy::Zero1 => Some(ZeroStage::One),
@@ -437,32 +457,36 @@ const fn stage(strategy: Strategy) -> Option<ZeroStage> {
     }
 }
 
-/// A micro-batch as tensors.
-struct Flow<'a> {
+/// A micro-batch as tensors: `T` tokens with padding, `N` targets.
+struct MicroBatch<'a> {
+    /// `[T]`, int64.
     tokens: Tensor,
-    predicting: Tensor,
+    /// The positions whose output predicts a target, `[N]`, int64.
+    target_positions: Tensor,
+    /// The targets, `[N]`, int64.
     labels: Tensor,
+    /// The rotations of all positions, `[T, 1, E/2]`.
     rotary: Rotary,
     segments: Segments,
     dropout: Option<&'a Dropout>,
 }
 
-impl<'a> Flow<'a> {
+impl<'a> MicroBatch<'a> {
     fn new(model: &Model, batch: &Batch, dropout: Option<&'a Dropout>) -> Self {
         let on_device = |numbers: &[i64]| Tensor::from_slice(numbers).to_device(model.device);
-        // The filling is a segment of its own that predicts nothing: no other position sees it, and
-        // its gradients are zero.
+        // Padding is a segment of its own without targets: no other token attends to it, and its
+        // gradients are zero.
         let length = batch.tokens.len();
-        let filling = ops::whole_positions(length, model.kind(), model.device) - length;
+        let padding = ops::padded_tokens(length, model.kind(), model.device) - length;
         let mut tokens = batch.tokens.clone();
-        tokens.resize(length + filling, 0);
+        tokens.resize(length + padding, 0);
         let mut segment_lengths = batch.segment_lengths.clone();
-        segment_lengths.extend((filling > 0).then_some(filling));
+        segment_lengths.extend((padding > 0).then_some(padding));
         let positions: Vec<i64> =
             segment_lengths.iter().flat_map(|&length| 0..length as i64).collect();
         Self {
             tokens: on_device(&tokens),
-            predicting: on_device(&batch.predicting),
+            target_positions: on_device(&batch.target_positions),
             labels: on_device(&batch.labels),
             rotary: model.rotary(&positions),
             segments: Segments::new(&segment_lengths),
@@ -470,29 +494,29 @@ impl<'a> Flow<'a> {
         }
     }
 
-    /// Returns about how many positions there are.
-    fn about(&self) -> i64 {
-        self.tokens.numel().next_multiple_of(ALIKE) as i64
+    /// Returns the number of tokens, rounded up to [`SIZE_CLASS`].
+    fn size_class(&self) -> i64 {
+        self.tokens.numel().next_multiple_of(SIZE_CLASS) as i64
     }
 
-    fn surroundings(&self) -> Surroundings<'_> {
-        Surroundings { rotary: &self.rotary, segments: &self.segments, dropout: self.dropout }
+    fn block_context(&self) -> BlockContext<'_> {
+        BlockContext { rotary: &self.rotary, segments: &self.segments, dropout: self.dropout }
     }
 }
 
-/// Builds modules from a checkpoint.
-struct Parts<'a> {
+/// Loads modules from a checkpoint.
+struct Loader<'a> {
     checkpoint: &'a Checkpoint,
     config: &'a ModelConfig,
-    attachment: &'a Attachment,
+    trainable: &'a Trainable,
     trained: &'a FlatParams,
-    sharded: Option<&'a Sharded>,
+    sharded: Option<&'a ShardedParams>,
     dtype: Dtype,
     device: Device,
-    seed: Counter,
+    seed: RngKey,
 }
 
-impl Parts<'_> {
+impl Loader<'_> {
     fn block(&self, layer: usize) -> Result<Block, Failure> {
         let config = self.config;
         let path = |name: &str| names::in_block(layer, name);
@@ -528,25 +552,26 @@ impl Parts<'_> {
         let weight = self.param(&format!("{path}.weight"), &shape)?;
         let bias =
             if bias { Some(self.param(&format!("{path}.bias"), &shape[..1])?) } else { None };
-        Ok(Linear { weight, bias, up: None })
+        Ok(Linear { weight, bias, lora_b: None })
     }
 
-    /// Puts layers with one input together and gives them their adapters.
-    fn projections<const N: usize>(&self, parts: [(String, Linear); N]) -> Projections<N> {
+    /// Joins layers that share an input, and adds their adapters.
+    fn projections<const N: usize>(&self, layers: [(String, Linear); N]) -> Projections<N> {
         let mut stacked = Vec::new();
-        let mut first = 0;
-        let layers = parts.map(|(path, mut linear)| {
-            if let Some([a, b]) = self.started_adapter(&path) {
-                let up = self.trained.param(&b).expect("adapters are trained");
-                let rank = up.value.size()[1];
-                linear.up = Some(Up { b: up, first });
-                first += rank;
+        let mut first_row = 0;
+        let layers = layers.map(|(path, mut linear)| {
+            if let Some([a, b]) = self.init_adapter(&path) {
+                let weight = self.trained.param(&b).expect("adapters are trained"); // [out, R]
+                let rank = weight.value.size()[1];
+                linear.lora_b = Some(LoraB { weight, first_row });
+                first_row += rank;
                 stacked.push(a);
             }
             linear
         });
-        let down = self.trained.stacked(&stacked).map(|a| Down { a, scaling: self.scaling() });
-        Projections { layers, down }
+        let lora_a = self.trained.stacked(&stacked); // [ΣR, in]
+        let lora_a = lora_a.map(|weight| LoraA { weight, scaling: self.scaling() });
+        Projections { layers, lora_a }
     }
 
     fn norm(&self, path: &str, width: usize) -> Result<RmsNorm, Failure> {
@@ -559,9 +584,9 @@ impl Parts<'_> {
     fn embedding(&self) -> Result<Embedding, Failure> {
         let shape = [self.config.vocab_size, self.config.hidden_size];
         let weight = self.param(&format!("{}.weight", names::EMBED_TOKENS), &shape)?;
-        let adapter = self.started_adapter(names::EMBED_TOKENS).and_then(|[a, b]| {
-            let (a, b) = (self.trained.param(&a)?, self.trained.param(&b)?);
-            Some(Adapter { a, b, scaling: self.scaling() })
+        let adapter = self.init_adapter(names::EMBED_TOKENS).and_then(|[a, b]| {
+            let (lora_a, lora_b) = (self.trained.param(&a)?, self.trained.param(&b)?);
+            Some(EmbeddingAdapter { lora_a, lora_b, scaling: self.scaling() })
         });
         Ok(Embedding { weight, adapter })
     }
@@ -572,37 +597,38 @@ impl Parts<'_> {
         let weight = if !self.config.tie_word_embeddings {
             self.param(&name, &shape)?
         } else if let Some(own) = self.trained.param(&name) {
-            // Trained whole on a tied model: it starts as the embedding and goes its own way.
+            // A head that is trained on a tied model: it starts as a copy of the embedding.
             let start = self.stored(&format!("{}.weight", names::EMBED_TOKENS), &shape)?;
             self.set_master(&name, &start);
             own
         } else if self.is_saved(names::EMBED_TOKENS) {
-            // The embedding goes its own way; the head stays what the checkpoint has.
+            // The embedding is trained without the head, which keeps the checkpoint's values.
             Param::frozen(self.frozen(&format!("{}.weight", names::EMBED_TOKENS), &shape)?)
         } else {
             embed_tokens.weight.share()
         };
-        let linear = Linear { weight, bias: None, up: None };
+        let linear = Linear { weight, bias: None, lora_b: None };
         Ok(self.projections([(names::LM_HEAD.to_owned(), linear)]))
     }
 
     fn scaling(&self) -> f64 {
-        match self.attachment {
-            Attachment::Lora(lora) => lora.scaling,
-            Attachment::Frozen | Attachment::Full => 1.0,
+        match self.trainable {
+            Trainable::Lora(lora) => lora.scaling,
+            Trainable::Frozen | Trainable::Full => 1.0,
         }
     }
 
-    /// Gives an adapted module's two tensors their first values and returns their names.
-    fn started_adapter(&self, path: &str) -> Option<[String; 2]> {
-        let Attachment::Lora(LoraAttachment { targets, .. }) = self.attachment else {
+    /// Initialises the adapter of a module and returns the names of `lora_A` and `lora_B`; `None` if the
+    /// module has none.
+    fn init_adapter(&self, path: &str) -> Option<[String; 2]> {
+        let Trainable::Lora(LoraAdapters { targets, .. }) = self.trainable else {
             return None;
         };
         targets.get(path)?;
         let [a, b] = adapter_names(path);
-        let seed = self.seed.fold_name(&a);
-        // PEFT: kaiming_uniform_(a = √5) on A, whose bound is 1 / √in; zeros on B. On an embedding
-        // zeros on A and normal numbers on B.
+        let seed = self.seed.fold_in_name(&a);
+        // PEFT: kaiming_uniform_(a = √5) on lora_A, whose bound is 1 / √in, and zeros on lora_B; on an
+        // embedding zeros on lora_A and a normal distribution on lora_B.
         if path == names::EMBED_TOKENS {
             let shape = self.trained.master_of(&b)?.size();
             self.set_master(&b, &seed.normal_tensor(&shape, self.device));
@@ -615,10 +641,10 @@ impl Parts<'_> {
     }
 
     fn is_saved(&self, path: &str) -> bool {
-        matches!(self.attachment, Attachment::Lora(lora) if lora.saved.iter().any(|saved| saved == path))
+        matches!(self.trainable, Trainable::Lora(lora) if lora.modules_to_save.iter().any(|saved| saved == path))
     }
 
-    /// Returns a parameter: trained if it is among the trained ones, else frozen.
+    /// Loads a parameter, as a trained one if it is in the list of trained tensors.
     fn param(&self, name: &str, shape: &[usize]) -> Result<Param, Failure> {
         if let Some(param) = self.trained.param(name) {
             self.set_master(name, &self.stored(name, shape)?);
@@ -631,9 +657,9 @@ impl Parts<'_> {
         };
         let stored = self.stored(name, shape)?;
         if sharded.is_trained() {
-            sharded.keep(name, &stored, self.trained.master());
+            sharded.store_shard(name, &stored, self.trained.master());
         } else {
-            sharded.keep_value(name, &stored);
+            sharded.store_frozen_shard(name, &stored);
         }
         Ok(param)
     }

@@ -1,8 +1,8 @@
-//! Gradients that every rank has whole, summed over ranks while the backward pass goes on.
+//! Gradient buckets of data-parallel training (DDP): all-reduce overlaps with the backward pass.
 //!
-//! The backward pass finishes gradients from the flat tensor's end to its start. In the last
-//! micro-batch of a step each stretch of some megabytes that is finished is on its way while the
-//! blocks below are computed.
+//! The backward pass completes gradients from the end of the flat tensor to its start. In the last
+//! micro-batch of a step, each bucket of some megabytes is all-reduced as soon as it is complete,
+//! while the blocks below are computed.
 //!
 //! # Source
 //! Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", arXiv
@@ -17,73 +17,75 @@ use crate::{
     distributed::{Error, Pending, Ranks},
     params::{
         flat::FlatParams,
-        layout::{OUTER, unit_of, unit_of_block},
+        layout::{ROOT, block_unit, unit_of},
     },
 };
 
-/// What is sent at once, at least, unless a test says otherwise.
+/// The least bytes of a bucket, except in tests.
 pub const BUCKET_BYTES: u64 = 25 << 20;
 
-/// The gradients of one step, some of them on their way.
+/// The gradients of one step, and the all-reduces in flight.
 #[derive(Debug)]
-pub struct Buckets {
+pub struct GradientBuckets {
     ranks: Ranks,
+    /// All gradients, flat, fp32.
     grad: Tensor,
-    /// The first element of each block; below the first lies what is finished last.
-    starts: Vec<i64>,
-    /// Elements sent at once, at least.
-    least: i64,
-    step: RefCell<Step>,
+    /// The first element of each block; the gradients before the first block's are completed last.
+    block_starts: Vec<i64>,
+    /// The least elements of a bucket.
+    min_elements: i64,
+    progress: RefCell<Progress>,
 }
 
 #[derive(Debug, Default)]
-struct Step {
-    /// The end of what is not on its way; `None` while more micro-batches come.
+struct Progress {
+    /// The end of the elements that are not being reduced; `None` before the last backward pass.
     end: Option<i64>,
     pending: Vec<Pending>,
 }
 
-impl Buckets {
-    /// Prepares to sum the gradients of `params`; `None` if they are too small to be worth it, or
+impl GradientBuckets {
+    /// Divides the gradients of `params` into buckets; `None` if there are too few of them, or they are
     /// not in the order of blocks.
     pub fn new(params: &FlatParams, blocks: usize, ranks: &Ranks, bytes: u64) -> Option<Self> {
-        let starts = starts(params, blocks)?;
-        let least = (bytes / 4) as i64;
-        let is_large = params.grad().numel() as i64 >= 2 * least;
+        let block_starts = block_starts(params, blocks)?;
+        let min_elements = (bytes / 4) as i64;
+        let is_large = params.grad().numel() as i64 >= 2 * min_elements;
         (ranks.world_size() > 1 && is_large).then(|| Self {
             ranks: ranks.clone(),
             grad: params.grad().shallow_clone(),
-            starts,
-            least,
-            step: RefCell::default(),
+            block_starts,
+            min_elements,
+            progress: RefCell::default(),
         })
     }
 
-    /// Says that the step's last micro-batch comes.
-    pub fn open(&self) {
-        self.step.borrow_mut().end = Some(self.grad.numel() as i64);
+    /// Marks the next backward pass as the step's last one.
+    pub fn mark_last_backward(&self) {
+        self.progress.borrow_mut().end = Some(self.grad.numel() as i64);
     }
 
-    /// Says that the gradients of a block, and of all above it, are finished.
-    pub fn finished(&self, block: usize) {
-        let mut step = self.step.borrow_mut();
-        let (start, Some(end)) = (self.starts[block], step.end) else { return };
-        if end - start < self.least {
+    /// Starts to all-reduce the gradients of a block and of those above it, after its backward pass,
+    /// if they fill a bucket.
+    pub fn post_backward(&self, block: usize) {
+        let mut progress = self.progress.borrow_mut();
+        let (start, Some(end)) = (self.block_starts[block], progress.end) else { return };
+        if end - start < self.min_elements {
             return;
         }
-        // Whoever cannot start is told why when all is waited for.
+        // If it cannot start, `finish_backward` returns the error.
         if let Ok(pending) = self.ranks.start_all_reduce(&self.grad.narrow(0, start, end - start)) {
-            step.pending.push(pending);
+            progress.pending.push(pending);
         }
-        step.end = Some(start);
+        progress.end = Some(start);
     }
 
-    /// Sums what is not on its way and waits for all.
+    /// All-reduces the gradients that are left, and waits for all buckets.
     ///
     /// # Errors
     /// [`Error`] if another rank is lost.
-    pub fn finish(&self) -> Result<(), Error> {
-        let Step { end, mut pending } = self.step.take();
+    pub fn finish_backward(&self) -> Result<(), Error> {
+        let Progress { end, mut pending } = self.progress.take();
         let end = end.unwrap_or(self.grad.numel() as i64);
         if end > 0 {
             pending.push(self.ranks.start_all_reduce(&self.grad.narrow(0, 0, end))?);
@@ -92,20 +94,20 @@ impl Buckets {
     }
 }
 
-/// Returns the first element of each block, of one that trains nothing the next one's; `None` if
-/// gradients are not finished from the end to the start.
-fn starts(params: &FlatParams, blocks: usize) -> Option<Vec<i64>> {
+/// Returns the first element of each block, or the next block's if it has no trained parameters;
+/// `None` if gradients are not completed from the end to the start.
+fn block_starts(params: &FlatParams, blocks: usize) -> Option<Vec<i64>> {
     let end = params.grad().numel() as i64;
     let mut starts = vec![end; blocks];
-    let mut last = OUTER;
+    let mut last = ROOT;
     for name in params.names() {
         let unit = unit_of(name);
         let is_embedding = name.starts_with(names::EMBED_TOKENS);
-        if (unit != OUTER && unit < last) || (is_embedding && last != OUTER) {
+        if (unit != ROOT && unit < last) || (is_embedding && last != ROOT) {
             return None;
         }
         if unit > last {
-            starts[unit - unit_of_block(0)] = params.first_element(name)?;
+            starts[unit - block_unit(0)] = params.first_element(name)?;
             last = unit;
         }
     }
@@ -132,9 +134,10 @@ mod tests {
         };
         let [a, b, c] = [0, 1, 3].map(|layer| format!("model.layers.{layer}.mlp.up_proj.weight"));
         let in_order = ["model.embed_tokens.weight", &a, &b, &c, "model.norm.weight"];
-        assert_eq!(starts(&params(&in_order), 4), Some(vec![2, 4, 6, 6]));
-        assert_eq!(starts(&params(&[&b, &a]), 4), None);
+        assert_eq!(block_starts(&params(&in_order), 4), Some(vec![2, 4, 6, 6]));
+        assert_eq!(block_starts(&params(&[&b, &a]), 4), None);
         let params = params(&in_order);
-        assert!(Buckets::new(&params, 4, &Ranks::alone(), 4).is_none(), "nobody to send to");
+        let buckets = GradientBuckets::new(&params, 4, &Ranks::alone(), 4);
+        assert!(buckets.is_none(), "a single rank reduces nothing");
     }
 }

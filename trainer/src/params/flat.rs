@@ -1,8 +1,8 @@
 //! Trained parameters as views of flat tensors.
 //!
 //! Masters, gradients and (elsewhere) moments are each one contiguous fp32 tensor, so that one call
-//! updates, reduces, clips or stores everything. Of a model divided over ranks they hold this
-//! rank's parts, of which no parameter need be whole.
+//! updates, reduces, clips or stores everything. If parameters are sharded, the flat tensors hold this
+//! rank's shards, and a parameter may be incomplete in them.
 
 use std::{
     cell::{Cell, RefCell},
@@ -15,78 +15,79 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{
     architecture::modules::TensorSpec,
-    ops::{self, Codes},
-    params::layout::{Layout, Move},
+    ops::{self, QuantizedState},
+    params::layout::{CopyRange, Layout},
 };
 
-/// Flat numbers as a checkpoint has them, fp32, whatever holds them.
+/// A flat state tensor, in fp32 or quantized; checkpoints always store fp32.
 #[derive(Debug, Clone, Copy)]
-pub enum Flat<'a> {
-    /// As they are.
-    Floats(&'a Tensor),
-    /// In a byte each.
-    Codes(&'a Codes),
+pub enum FlatState<'a> {
+    /// `[length]`, fp32.
+    Fp32(&'a Tensor),
+    /// Blockwise quantized to 8 bits.
+    Quantized(&'a QuantizedState),
 }
 
-impl Flat<'_> {
-    /// Returns how many there are.
+impl FlatState<'_> {
+    /// Returns the number of elements.
     pub fn length(self) -> i64 {
         match self {
-            Self::Floats(values) => values.numel() as i64,
-            Self::Codes(codes) => codes.length(),
+            Self::Fp32(values) => values.numel() as i64,
+            Self::Quantized(state) => state.length(),
         }
     }
 
-    /// Returns some of them, `[length]` in fp32.
-    pub fn part(self, start: i64, length: i64) -> Tensor {
+    /// Returns a range of elements, `[length]` in fp32.
+    pub fn slice(self, start: i64, length: i64) -> Tensor {
         match self {
-            Self::Floats(values) => values.narrow(0, start, length),
-            Self::Codes(codes) => codes.values(start, length),
+            Self::Fp32(values) => values.narrow(0, start, length),
+            Self::Quantized(state) => state.dequantize(start, length),
         }
     }
 
-    /// Replaces some of them, or zeroes, by values elsewhere: each of `moves` is from a tensor of
-    /// `values` to here.
-    pub fn fill(self, values: &[(Tensor, &[Move])]) {
+    /// Copies ranges of other flat fp32 tensors into this one.
+    ///
+    /// Elements outside the ranges keep their values, or become zero in a quantized state.
+    pub fn copy_from(self, sources: &[(Tensor, &[CopyRange])]) {
         match self {
-            Self::Floats(target) => copy_into(target, 0, values),
-            Self::Codes(codes) => codes.replace(|start, length| {
-                let window = Tensor::zeros([length], (Kind::Float, codes.device()));
-                copy_into(&window, start, values);
+            Self::Fp32(target) => copy_into(target, 0, sources),
+            Self::Quantized(state) => state.quantize(|start, length| {
+                let window = Tensor::zeros([length], (Kind::Float, state.device()));
+                copy_into(&window, start, sources);
                 window
             }),
         }
     }
 }
 
-/// Copies what is moved to a window that begins at `start`.
-fn copy_into(window: &Tensor, start: i64, values: &[(Tensor, &[Move])]) {
+/// Copies the part of each range that falls into a window of the destination, which begins at `start`.
+fn copy_into(window: &Tensor, start: i64, sources: &[(Tensor, &[CopyRange])]) {
     let end = start + window.numel() as i64;
-    for (values, moves) in values {
-        for &Move { from, to, length } in *moves {
+    for (source, ranges) in sources {
+        for &CopyRange { from, to, length } in *ranges {
             let [from, to, length] = [from, to, length].map(|index| index as i64);
             let (first, last) = (to.max(start), (to + length).min(end));
             if first < last {
-                let some = values.narrow(0, from + first - to, last - first);
-                window.narrow(0, first - start, last - first).copy_(&some);
+                let part = source.narrow(0, from + first - to, last - first);
+                window.narrow(0, first - start, last - first).copy_(&part);
             }
         }
     }
 }
 
-/// One parameter as a module sees it.
+/// One parameter as modules use it.
 #[derive(Debug)]
 pub struct Param {
-    /// The value computed with, in the computation's dtype.
+    /// The value, in the compute dtype.
     pub value: Tensor,
     /// Its gradient; `None` for a frozen parameter.
     pub grad: Option<Gradient>,
 }
 
-/// Where a parameter's gradient is summed, in fp32.
+/// The gradient of a parameter, summed in fp32.
 ///
-/// What a step computes first is written over what the last one left: zeros in between would be
-/// written and read for nothing.
+/// The first gradient of a step overwrites the last step's sum instead of being added to zeros, which
+/// saves a pass over memory.
 #[derive(Debug, Clone)]
 pub struct Gradient {
     sum: Rc<Tensor>,
@@ -94,12 +95,12 @@ pub struct Gradient {
 }
 
 impl Gradient {
-    /// Wraps a sum that is there.
+    /// Wraps an existing sum.
     pub fn new(sum: Tensor) -> Self {
         Self { sum: Rc::new(sum), is_stale: Rc::new(Cell::new(false)) }
     }
 
-    /// Returns the sum, zeros before anything was added.
+    /// Returns the sum, zeroed if this step has added nothing yet.
     pub fn sum(&self) -> &Tensor {
         if self.is_stale.take() {
             let _ = self.sum.shallow_clone().zero_();
@@ -107,7 +108,7 @@ impl Gradient {
         &self.sum
     }
 
-    /// Adds `leftᵀ · right`, of `[T, M]` and `[T, N]`.
+    /// Adds `leftᵀ · right`, where `left` is `[T, M]` and `right` is `[T, N]`.
     pub fn add_outer(&self, left: &Tensor, right: &Tensor) {
         let add = if self.is_stale.take() { ops::write_outer } else { ops::add_outer };
         add(left, right, &self.sum);
@@ -115,17 +116,17 @@ impl Gradient {
 }
 
 impl Param {
-    /// Wraps a value that is not trained.
+    /// Creates a parameter that is not trained.
     pub fn frozen(value: Tensor) -> Self {
         Self { value, grad: None }
     }
 
-    /// Tells whether the parameter is trained.
+    /// Reports whether the parameter is trained.
     pub fn is_trained(&self) -> bool {
         self.grad.is_some()
     }
 
-    /// Returns a second handle on the same parameter, as a tied head needs.
+    /// Returns a second handle on the same parameter, for tied embeddings.
     #[must_use]
     pub fn share(&self) -> Self {
         Self { value: self.value.shallow_clone(), grad: self.grad.clone() }
@@ -133,62 +134,62 @@ impl Param {
 }
 
 /// Each parameter's first element and shape.
-type Places = BTreeMap<String, (usize, Vec<i64>)>;
+type Slots = BTreeMap<String, (usize, Vec<i64>)>;
 
 /// All trained parameters of a run.
 #[derive(Debug)]
 pub struct FlatParams {
-    places: Places,
+    slots: Slots,
     names: Vec<String>,
-    /// (first element, length, decays) of each parameter, or of this rank's part of it.
+    /// (first element, length, decays) of each parameter, or of this rank's shard of it.
     decay_spans: Vec<(usize, usize, bool)>,
     master: Tensor,
     grad: Tensor,
-    /// Those given out, by their first element.
+    /// The gradients in use, by first element.
     gradients: RefCell<BTreeMap<usize, Gradient>>,
     compute: Tensor,
 }
 
 impl FlatParams {
-    /// Makes zeroed parameters in the order of `specs`.
+    /// Creates zeroed parameters in the order of `specs`.
     pub fn new(specs: &[TensorSpec], dtype: Dtype, device: Device) -> Self {
-        let mut places = BTreeMap::new();
+        let mut slots = BTreeMap::new();
         let mut decay_spans = Vec::new();
         let mut length = 0;
         for spec in specs {
             let elements: usize = spec.shape.iter().product();
             decay_spans.push((length, elements, decays(spec.shape.len())));
-            places.insert(
+            slots.insert(
                 spec.name.clone(),
                 (length, spec.shape.iter().map(|&size| size as i64).collect()),
             );
             length += elements;
         }
         let names = specs.iter().map(|spec| spec.name.clone()).collect();
-        Self::zeroed(length, dtype, device, (places, names, decay_spans))
+        Self::zeroed(length, dtype, device, (slots, names, decay_spans))
     }
 
-    /// Makes zeroed parts of parameters that are divided over ranks; none of them is whole here.
-    pub fn parts(layout: &Layout, dtype: Dtype, device: Device) -> Self {
+    /// Creates zeroed shards of parameters; [`Self::param`] finds none of them.
+    pub fn sharded(layout: &Layout, dtype: Dtype, device: Device) -> Self {
         let mut decay_spans: Vec<_> = layout
             .names()
             .iter()
             .filter_map(|name| {
-                let place = layout.place(name)?;
-                let (range, start) = layout.kept(place)?;
-                Some((start, range.len(), decays(place.shape.len())))
+                let slot = layout.slot(name)?;
+                let (range, start) = layout.local_range(slot)?;
+                Some((start, range.len(), decays(slot.shape.len())))
             })
             .collect();
         decay_spans.sort_unstable();
-        let nothing_whole = (BTreeMap::new(), Vec::new(), decay_spans);
-        Self::zeroed(layout.part_length(), dtype, device, nothing_whole)
+        let index = (BTreeMap::new(), Vec::new(), decay_spans);
+        Self::zeroed(layout.shard_length(), dtype, device, index)
     }
 
     fn zeroed(
         length: usize,
         dtype: Dtype,
         device: Device,
-        (places, names, decay_spans): (Places, Vec<String>, Vec<(usize, usize, bool)>),
+        (slots, names, decay_spans): (Slots, Vec<String>, Vec<(usize, usize, bool)>),
     ) -> Self {
         let zeros = |kind| Tensor::zeros([length as i64], (kind, device));
         let master = zeros(Kind::Float);
@@ -197,7 +198,7 @@ impl FlatParams {
             Dtype::Bf16 => zeros(Kind::BFloat16),
         };
         let (grad, gradients) = (zeros(Kind::Float), RefCell::default());
-        Self { places, names, decay_spans, master, grad, gradients, compute }
+        Self { slots, names, decay_spans, master, grad, gradients, compute }
     }
 
     /// Lists the names, in flat order.
@@ -210,30 +211,30 @@ impl FlatParams {
         &self.master
     }
 
-    /// Returns the fp32 gradients, flat; between [`Self::forget_gradients`] and
-    /// [`Self::settle_gradients`] some may be the last step's.
+    /// Returns the fp32 gradients, flat; between [`Self::zero_grad`] and
+    /// [`Self::zero_stale_gradients`] some may be the last step's.
     pub fn grad(&self) -> &Tensor {
         &self.grad
     }
 
-    /// Begins a step: gradients start anew.
-    pub fn forget_gradients(&self) {
+    /// Resets all gradients at the start of a step.
+    pub fn zero_grad(&self) {
         let gradients = self.gradients.borrow();
         if gradients.is_empty() {
-            // Parts of divided parameters are added to whole.
+            // The shards of gradients have no `Gradient`s.
             let _ = self.grad.shallow_clone().zero_();
         }
         gradients.values().for_each(|gradient| gradient.is_stale.set(true));
     }
 
-    /// Ends the micro-batches of a step: what they computed nothing of is zero.
-    pub fn settle_gradients(&self) {
+    /// Zeroes the gradients to which no micro-batch of the step has added anything.
+    pub fn zero_stale_gradients(&self) {
         self.gradients.borrow().values().for_each(|gradient| {
             gradient.sum();
         });
     }
 
-    /// Returns what modules compute with, flat; in fp32 the masters themselves.
+    /// Returns the parameters in the compute dtype, flat; in fp32 these are the masters.
     pub fn compute(&self) -> &Tensor {
         &self.compute
     }
@@ -250,27 +251,27 @@ impl FlatParams {
 
     /// Returns one parameter as a module uses it; `None` if it is not trained.
     pub fn param(&self, name: &str) -> Option<Param> {
-        let grad = self.gradient(self.places.get(name)?.0, self.view(&self.grad, name)?);
+        let grad = self.gradient(self.slots.get(name)?.0, self.view(&self.grad, name)?);
         Some(Param { value: self.view(&self.compute, name)?, grad: Some(grad) })
     }
 
-    /// Gives a gradient out: every holder of one knows what others added to it.
+    /// Returns the gradient at an element, which all holders share.
     fn gradient(&self, first: usize, view: Tensor) -> Gradient {
         let mut gradients = self.gradients.borrow_mut();
         gradients.entry(first).or_insert_with(|| Gradient::new(view)).clone()
     }
 
-    /// Returns matrices that lie one after another as one, `[Σ rows, columns]`; `None` if there are
-    /// none.
+    /// Returns matrices that are contiguous in the flat tensor as one, `[Σ rows, columns]`; `None` for
+    /// no names.
     ///
     /// # Panics
-    /// If they lie apart or one is not trained.
+    /// If they are not contiguous, or one is not trained.
     pub fn stacked(&self, names: &[String]) -> Option<Param> {
-        let places: Vec<_> = names.iter().map(|name| &self.places[name]).collect();
-        let &(first, ref shape) = *places.first()?;
+        let slots: Vec<_> = names.iter().map(|name| &self.slots[name]).collect();
+        let &(first, ref shape) = *slots.first()?;
         let (mut end, mut rows) = (first, 0);
-        for (offset, shape) in places {
-            assert_eq!(*offset, end, "{names:?} lie apart");
+        for (offset, shape) in slots {
+            assert_eq!(*offset, end, "{names:?} are not contiguous");
             end += shape.iter().product::<i64>() as usize;
             rows += shape[0];
         }
@@ -281,17 +282,18 @@ impl FlatParams {
         Some(Param { value: view(&self.compute), grad: Some(grad) })
     }
 
-    /// Returns where a parameter begins in the flat tensors; `None` if it is not trained whole.
+    /// Returns the first element of a parameter in the flat tensors; `None` if it is frozen or sharded.
     pub fn first_element(&self, name: &str) -> Option<i64> {
-        self.places.get(name).map(|(first, _)| *first as i64)
+        self.slots.get(name).map(|(first, _)| *first as i64)
     }
 
-    /// Lists each parameter's first element and length in the flat tensors, with whether it decays.
+    /// Lists the first element and length of each parameter in the flat tensors, and whether weight
+    /// decay applies to it.
     pub fn decay_spans(&self) -> Vec<(usize, usize, bool)> {
         self.decay_spans.clone()
     }
 
-    /// Copies the masters to what modules compute with, after they changed.
+    /// Copies the masters to the compute dtype after they changed.
     pub fn refresh_compute(&mut self) {
         // In fp32 both are the same tensor.
         if self.compute.kind() != Kind::Float {
@@ -300,13 +302,13 @@ impl FlatParams {
     }
 
     fn view(&self, flat: &Tensor, name: &str) -> Option<Tensor> {
-        let (offset, shape) = self.places.get(name)?;
+        let (offset, shape) = self.slots.get(name)?;
         let length: i64 = shape.iter().product();
         Some(flat.narrow(0, *offset as i64, length).view(shape.as_slice()))
     }
 }
 
-/// Tells whether a parameter of so many dimensions decays.
+/// Reports whether weight decay applies to a parameter of so many dimensions.
 ///
 /// Weight decay pulls matrices towards zero; vectors (norm weights, biases) set scales and offsets,
 /// which zero is no sensible prior for.
@@ -319,7 +321,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_step_begins_anew_whoever_adds_first() {
+    fn the_first_addition_of_a_step_overwrites_the_gradient() {
         let specs = ["first", "second", "third"]
             .map(|name| TensorSpec { name: name.to_owned(), shape: vec![2, 2] });
         let params = FlatParams::new(&specs, Dtype::Fp32, Device::Cpu);
@@ -329,12 +331,12 @@ mod tests {
         let (one, two) = (Tensor::ones([1, 2], (Kind::Float, Device::Cpu)), Tensor::from(2.0_f32));
         for step in 0..2 {
             let _ = params.grad().shallow_clone().fill_(7.0);
-            params.forget_gradients();
+            params.zero_grad();
             first.add_outer(&one, &one);
             again.add_outer(&one, &one);
             let _ = second.sum().shallow_clone().g_add_(&two);
             second.add_outer(&one, &one);
-            params.settle_gradients();
+            params.zero_stale_gradients();
             let found = Vec::<f32>::try_from(params.grad()).unwrap();
             assert_eq!(
                 found,

@@ -1,197 +1,199 @@
-//! How tensors are divided over ranks: in units that are gathered whole, each cut into equal parts.
+//! How tensors are sharded over ranks: by unit, each flattened and divided into equal shards.
 //!
-//! Pure arithmetic. A unit is a block, or everything outside the blocks; its tensors stand one
-//! after the other, and rank `r` keeps the `r`-th of equal parts of that line. A rank's parts of all
-//! units are one flat tensor, so that one call updates, clips or stores everything it has.
+//! Pure arithmetic. A unit is a block, or the root unit with everything outside the blocks. The
+//! tensors of a unit are flattened and concatenated, and rank `r` stores the `r`-th of equal shards of
+//! the result. A rank's shards of all units form one flat tensor, so that one call updates, clips or
+//! stores everything it has.
 
 use std::{collections::BTreeMap, ops::Range};
 
 use crate::architecture::{modules::TensorSpec, names};
 
-/// Elements every rank's part is a multiple of: 64 bytes in fp32.
+/// The length of every shard is a multiple of this many elements: 64 bytes in fp32.
 const ALIGNMENT: usize = 16;
 
-/// The unit of the embedding, the last norm and the head.
-pub const OUTER: usize = 0;
+/// The root unit: the embedding, the last norm and the head.
+pub const ROOT: usize = 0;
 
 /// Returns the unit of a block.
-pub const fn unit_of_block(layer: usize) -> usize {
+pub const fn block_unit(layer: usize) -> usize {
     layer + 1
 }
 
-/// Where the tensors of a model are, seen from one rank.
+/// Where the tensors of a model are stored, seen from one rank.
 #[derive(Debug)]
 pub struct Layout {
     rank: usize,
     units: Vec<Unit>,
-    places: BTreeMap<String, Place>,
-    /// Names in the order of an undivided flat tensor.
+    slots: BTreeMap<String, ParamSlot>,
+    /// Names in the order of the unsharded flat tensor.
     names: Vec<String>,
-    undivided: usize,
+    /// Elements of the unsharded flat tensor.
+    unsharded_length: usize,
 }
 
 #[derive(Debug)]
 struct Unit {
-    /// Where this rank's part starts in its flat tensor.
+    /// Where this rank's shard starts in its flat tensor.
     first: usize,
-    /// Elements of the part.
-    part: usize,
-    /// Elements of the whole, filling included.
-    whole: usize,
+    /// Elements of one shard.
+    shard: usize,
+    /// Elements of the unit with padding.
+    padded: usize,
 }
 
-/// Neighbours in an undivided flat tensor that are neighbours in another one too.
+/// A contiguous range of the unsharded flat tensor that is also contiguous in a local one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Span {
-    /// Their first element's index in the undivided one.
-    pub undivided: usize,
-    /// Its index in the other one.
-    pub own: usize,
-    /// How many they are.
+    /// The first index in the unsharded tensor.
+    pub global: usize,
+    /// The first index in the local tensor.
+    pub local: usize,
+    /// The number of elements.
     pub length: usize,
 }
 
 impl Span {
-    /// All of a flat tensor that is not divided.
+    /// Returns the span of a whole unsharded tensor.
     pub const fn all(length: usize) -> Self {
-        Self { undivided: 0, own: 0, length }
+        Self { global: 0, local: 0, length }
     }
 }
 
-/// Elements to be copied from one flat tensor to another.
+/// A range to copy from one flat tensor to another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Move {
-    /// The first element's index where they come from.
+pub struct CopyRange {
+    /// The first index in the source.
     pub from: usize,
-    /// Its index where they go.
+    /// The first index in the destination.
     pub to: usize,
-    /// How many they are.
+    /// The number of elements.
     pub length: usize,
 }
 
-/// Lists the elements of one flat tensor that another one has too.
-pub fn moves(from: &[Span], to: &[Span]) -> Vec<Move> {
-    let both = |from: &Span, to: &Span| {
-        let first = from.undivided.max(to.undivided);
-        let end = (from.undivided + from.length).min(to.undivided + to.length);
-        (first < end).then(|| Move {
-            from: from.own + first - from.undivided,
-            to: to.own + first - to.undivided,
+/// Lists the ranges that two flat tensors have in common.
+pub fn overlaps(from: &[Span], to: &[Span]) -> Vec<CopyRange> {
+    let overlap = |from: &Span, to: &Span| {
+        let first = from.global.max(to.global);
+        let end = (from.global + from.length).min(to.global + to.length);
+        (first < end).then(|| CopyRange {
+            from: from.local + first - from.global,
+            to: to.local + first - to.global,
             length: end - first,
         })
     };
-    from.iter().flat_map(|from| to.iter().filter_map(move |to| both(from, to))).collect()
+    from.iter().flat_map(|from| to.iter().filter_map(move |to| overlap(from, to))).collect()
 }
 
-/// Where one tensor is.
+/// Where one tensor is stored.
 #[derive(Debug)]
-pub struct Place {
-    /// Its unit.
+pub struct ParamSlot {
+    /// The unit it belongs to.
     pub unit: usize,
-    /// Its first element in the whole unit.
+    /// Its first element in the unit.
     pub offset: usize,
-    /// Its shape.
+    /// The shape of the tensor.
     pub shape: Vec<i64>,
-    /// Its first element in an undivided flat tensor.
-    pub undivided: usize,
+    /// Its first element in the unsharded flat tensor.
+    pub global: usize,
 }
 
-impl Place {
-    /// Returns the elements of the tensor.
+impl ParamSlot {
+    /// Returns the number of elements.
     pub fn length(&self) -> usize {
         self.shape.iter().product::<i64>() as usize
     }
 }
 
 impl Layout {
-    /// Divides `specs` over `world_size` ranks.
+    /// Shards `specs` over `world_size` ranks, seen from `rank`.
     pub fn new(specs: &[TensorSpec], [rank, world_size]: [u32; 2]) -> Self {
         let (rank, world_size) = (rank as usize, world_size as usize);
-        let mut wholes: Vec<usize> = Vec::new();
-        let mut places = BTreeMap::new();
-        let mut undivided = 0;
+        let mut lengths: Vec<usize> = Vec::new();
+        let mut slots = BTreeMap::new();
+        let mut unsharded_length = 0;
         for spec in specs {
             let unit = unit_of(&spec.name);
-            if wholes.len() <= unit {
-                wholes.resize(unit + 1, 0);
+            if lengths.len() <= unit {
+                lengths.resize(unit + 1, 0);
             }
             let shape = spec.shape.iter().map(|&size| size as i64).collect();
-            let place = Place { unit, offset: wholes[unit], shape, undivided };
-            wholes[unit] += place.length();
-            undivided += place.length();
-            places.insert(spec.name.clone(), place);
+            let slot = ParamSlot { unit, offset: lengths[unit], shape, global: unsharded_length };
+            lengths[unit] += slot.length();
+            unsharded_length += slot.length();
+            slots.insert(spec.name.clone(), slot);
         }
         let mut first = 0;
-        let units = wholes.into_iter().map(|length| {
-            let whole = length.next_multiple_of(ALIGNMENT * world_size);
-            let unit = Unit { first, part: whole / world_size, whole };
-            first += unit.part;
+        let units = lengths.into_iter().map(|length| {
+            let padded = length.next_multiple_of(ALIGNMENT * world_size);
+            let unit = Unit { first, shard: padded / world_size, padded };
+            first += unit.shard;
             unit
         });
         let units = units.collect();
         let names = specs.iter().map(|spec| spec.name.clone()).collect();
-        Self { rank, units, places, names, undivided }
+        Self { rank, units, slots, names, unsharded_length }
     }
 
-    /// Returns how many units there are.
+    /// Returns the number of units.
     pub fn units(&self) -> usize {
         self.units.len()
     }
 
-    /// Returns the elements this rank keeps.
-    pub fn part_length(&self) -> usize {
-        self.units.iter().map(|unit| unit.part).sum()
+    /// Returns the number of elements this rank stores, over all units.
+    pub fn shard_length(&self) -> usize {
+        self.units.iter().map(|unit| unit.shard).sum()
     }
 
-    /// Returns the elements of an undivided flat tensor.
-    pub fn undivided_length(&self) -> usize {
-        self.undivided
+    /// Returns the number of elements of the unsharded flat tensor.
+    pub fn unsharded_length(&self) -> usize {
+        self.unsharded_length
     }
 
-    /// Returns the elements of a whole unit, filling included.
-    pub fn whole_length(&self, unit: usize) -> usize {
-        self.units[unit].whole
+    /// Returns the number of elements of a unit, with padding.
+    pub fn unit_length(&self, unit: usize) -> usize {
+        self.units[unit].padded
     }
 
-    /// Returns where this rank's part of a unit is in its flat tensor.
-    pub fn part(&self, unit: usize) -> Range<usize> {
-        let Unit { first, part, .. } = self.units[unit];
-        first..first + part
+    /// Returns the range of this rank's shard of a unit in its flat tensor.
+    pub fn shard(&self, unit: usize) -> Range<usize> {
+        let Unit { first, shard, .. } = self.units[unit];
+        first..first + shard
     }
 
-    /// Returns where a tensor is; `None` if it is not divided.
-    pub fn place(&self, name: &str) -> Option<&Place> {
-        self.places.get(name)
+    /// Returns where a tensor is stored; `None` if it is not in the layout.
+    pub fn slot(&self, name: &str) -> Option<&ParamSlot> {
+        self.slots.get(name)
     }
 
-    /// Lists the names in the order of an undivided flat tensor.
+    /// Lists the names in the order of the unsharded flat tensor.
     pub fn names(&self) -> &[String] {
         &self.names
     }
 
-    /// Lists which elements of an undivided flat tensor this rank keeps, and where.
+    /// Lists the elements of the unsharded flat tensor that this rank stores.
     pub fn spans(&self) -> Vec<Span> {
         let span = |name: &String| {
-            let place = self.place(name)?;
-            let (range, own) = self.kept(place)?;
-            Some(Span { undivided: place.undivided + range.start, own, length: range.len() })
+            let slot = self.slot(name)?;
+            let (range, local) = self.local_range(slot)?;
+            Some(Span { global: slot.global + range.start, local, length: range.len() })
         };
         self.names.iter().filter_map(span).collect()
     }
 
-    /// Returns which elements of a tensor this rank keeps, and where they start in its flat tensor.
-    pub fn kept(&self, place: &Place) -> Option<(Range<usize>, usize)> {
-        let Unit { first, part, .. } = self.units[place.unit];
-        let (start, end) = (self.rank * part, (self.rank + 1) * part);
-        let from = start.max(place.offset);
-        let to = end.min(place.offset + place.length());
-        (from < to).then(|| (from - place.offset..to - place.offset, first + from - start))
+    /// Returns the elements of a tensor that this rank stores, and where they start in its flat tensor.
+    pub fn local_range(&self, slot: &ParamSlot) -> Option<(Range<usize>, usize)> {
+        let Unit { first, shard, .. } = self.units[slot.unit];
+        let (start, end) = (self.rank * shard, (self.rank + 1) * shard);
+        let from = start.max(slot.offset);
+        let to = end.min(slot.offset + slot.length());
+        (from < to).then(|| (from - slot.offset..to - slot.offset, first + from - start))
     }
 }
 
 /// Returns the unit a tensor belongs to, by its checkpoint name.
 pub(crate) fn unit_of(name: &str) -> usize {
-    names::layer(name).map_or(OUTER, unit_of_block)
+    names::layer(name).map_or(ROOT, block_unit)
 }
 
 #[cfg(test)]
@@ -211,53 +213,53 @@ mod tests {
     }
 
     #[test]
-    fn every_element_is_kept_once_whatever_the_number_of_ranks() {
+    fn every_element_is_stored_once_for_any_number_of_ranks() {
         for world_size in [1, 2, 3, 4, 7] {
             let layouts: Vec<_> =
                 (0..world_size).map(|rank| Layout::new(&specs(), [rank, world_size])).collect();
             for spec in specs() {
-                let mut kept: Vec<Range<usize>> = layouts
+                let mut stored: Vec<Range<usize>> = layouts
                     .iter()
-                    .filter_map(|layout| Some(layout.kept(layout.place(&spec.name)?)?.0))
+                    .filter_map(|layout| Some(layout.local_range(layout.slot(&spec.name)?)?.0))
                     .collect();
-                kept.sort_by_key(|range| range.start);
-                let ends = kept.iter().scan(0, |end, range| {
+                stored.sort_by_key(|range| range.start);
+                let ends = stored.iter().scan(0, |end, range| {
                     let meets = range.start == *end;
                     *end = range.end;
                     Some(meets)
                 });
-                assert!(ends.into_iter().all(|meets| meets), "{kept:?}");
-                assert_eq!(kept.last().unwrap().end, spec.shape.iter().product::<usize>());
+                assert!(ends.into_iter().all(|meets| meets), "{stored:?}");
+                assert_eq!(stored.last().unwrap().end, spec.shape.iter().product::<usize>());
             }
-            let part = layouts[0].part_length();
-            assert!(layouts.iter().all(|layout| layout.part_length() == part));
-            assert!(part * world_size as usize >= layouts[0].undivided_length());
+            let shard = layouts[0].shard_length();
+            assert!(layouts.iter().all(|layout| layout.shard_length() == shard));
+            assert!(shard * world_size as usize >= layouts[0].unsharded_length());
         }
     }
 
     #[test]
-    fn what_is_divided_in_one_way_is_put_together_in_another() {
-        let total = Layout::new(&specs(), [0, 1]).undivided_length();
-        let whole = [Span::all(total)];
+    fn shards_of_one_world_size_are_resharded_for_another() {
+        let total = Layout::new(&specs(), [0, 1]).unsharded_length();
+        let unsharded = [Span::all(total)];
         for (before, after) in [(1, 1), (2, 3), (3, 2), (4, 1), (1, 4)] {
-            let parts = (0..before).map(|rank| Layout::new(&specs(), [rank, before]).spans());
-            let parts: Vec<_> = parts.collect();
+            let shards = (0..before).map(|rank| Layout::new(&specs(), [rank, before]).spans());
+            let shards: Vec<_> = shards.collect();
             for rank in 0..after {
                 let layout = Layout::new(&specs(), [rank, after]);
-                let mut expected = vec![usize::MAX; layout.part_length()];
+                let mut expected = vec![usize::MAX; layout.shard_length()];
                 let mut found = expected.clone();
-                for Move { from, to, length } in moves(&whole, &layout.spans()) {
+                for CopyRange { from, to, length } in overlaps(&unsharded, &layout.spans()) {
                     (0..length).for_each(|index| expected[to + index] = from + index);
                 }
-                for part in &parts {
-                    // What stands at an index of the part, as an index of the undivided tensor.
-                    for Move { from, to, length } in moves(part, &layout.spans()) {
-                        let span = part
+                for shard in &shards {
+                    // The value of each element is its index in the unsharded tensor.
+                    for CopyRange { from, to, length } in overlaps(shard, &layout.spans()) {
+                        let span = shard
                             .iter()
-                            .find(|span| (span.own..span.own + span.length).contains(&from));
+                            .find(|span| (span.local..span.local + span.length).contains(&from));
                         let span = span.unwrap();
                         (0..length).for_each(|index| {
-                            found[to + index] = span.undivided + from - span.own + index;
+                            found[to + index] = span.global + from - span.local + index;
                         });
                     }
                 }
@@ -267,10 +269,10 @@ mod tests {
     }
 
     #[test]
-    fn a_unit_is_a_block_or_all_outside() {
+    fn a_unit_is_a_block_or_the_root() {
         let layout = Layout::new(&specs(), [0, 2]);
         let units: Vec<usize> =
-            layout.names().iter().map(|name| layout.place(name).unwrap().unit).collect();
+            layout.names().iter().map(|name| layout.slot(name).unwrap().unit).collect();
         assert_eq!(units, [0, 1, 1, 2, 0]);
         assert_eq!(layout.units(), 3);
     }

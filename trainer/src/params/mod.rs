@@ -1,4 +1,4 @@
-//! Trained parameters as flat fp32 tensors, and how they are divided over ranks.
+//! Trained parameters as flat fp32 tensors, and how they are sharded over ranks.
 
 pub mod buckets;
 pub mod flat;

@@ -4,7 +4,7 @@ use finetune_contract::{LoraSettings, ProblemReason};
 
 use crate::{
     architecture::config::ModelConfig,
-    lora::{CONFIG_FILE, WEIGHTS_FILE, config, weights::Published},
+    lora::{CONFIG_FILE, WEIGHTS_FILE, config, weights::PublishedAdapter},
     model::adapter::differences,
     preflight::{Findings, open, weights::read_header},
     store::{self, Environment, Role, Store},
@@ -66,12 +66,12 @@ fn judge(
             return findings.problem(reason, &location(WEIGHTS_FILE), message);
         }
     };
-    let published = match Published::new(model, &settings, &tensors) {
+    let published = match PublishedAdapter::new(model, &settings, &tensors) {
         Ok(published) => published,
         Err(error) => return findings.problem(invalid, LOCATION, error.to_string()),
     };
     // What is wrong with the settings asked for is already said.
-    let found = differences(model, lora, &settings.lora, &published.attachment);
+    let found = differences(model, lora, &settings.lora, &published.adapters);
     for (field, message) in found.unwrap_or_default() {
         findings.problem(ProblemReason::InvalidSpec, &format!("spec.loraConfig.{field}"), message);
     }

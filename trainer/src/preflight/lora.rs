@@ -7,7 +7,7 @@ use crate::{
     data::formats::nearest,
     lora::{
         Error,
-        trainable::{Attachment, LoraAttachment},
+        trainable::{LoraAdapters, Trainable},
     },
     preflight::Findings,
 };
@@ -21,12 +21,12 @@ pub(super) fn check(
     model: &ModelConfig,
     findings: &mut Findings,
 ) -> Option<LoraFacts> {
-    match Attachment::lora(model, lora) {
-        Ok(Attachment::Lora(attachment)) => {
+    match Trainable::lora(model, lora) {
+        Ok(Trainable::Lora(attachment)) => {
             warn_of_servability(lora, &attachment, findings);
             Some(attachment.facts(model))
         }
-        Ok(Attachment::Frozen | Attachment::Full) => None,
+        Ok(Trainable::Frozen | Trainable::Full) => None,
         Err(error) => {
             let hint = match &error {
                 Error::UnknownModule { name, known, .. } => {
@@ -45,7 +45,7 @@ pub(super) fn check(
 
 /// # Source
 /// `vllm/lora/peft_helper.py` and `vllm/config/lora.py`, v0.22.
-fn warn_of_servability(lora: &LoraSettings, attachment: &LoraAttachment, findings: &mut Findings) {
+fn warn_of_servability(lora: &LoraSettings, attachment: &LoraAdapters, findings: &mut Findings) {
     let mut warn = |location: &str, message: String| {
         findings.warning(ProblemReason::Servability, location, message);
     };

@@ -13,7 +13,7 @@ use serde_json::json;
 use crate::{
     architecture::config::ModelConfig,
     data::chat::goldens::{CHATML, tokenizer_json},
-    lora::{config, trainable::Attachment},
+    lora::{config, trainable::Trainable},
     preflight::run,
     store::Environment,
 };
@@ -580,9 +580,9 @@ fn with_adapter(change: impl FnOnce(&mut serde_json::Value), is_cut: bool) -> Fi
     // Of what cannot be read there are no weights; those of the settings asked for do as well.
     let lora = config::parse(&settings.to_string()).map(|settings| settings.lora);
     let lora = lora.unwrap_or_else(|_| fixture.config.lora.clone().unwrap());
-    let attachment = Attachment::lora(&model, &lora).unwrap();
+    let attachment = Trainable::lora(&model, &lora).unwrap();
     let zeros = vec![0; 4 * 32 * 8];
-    let mut specs = attachment.trained(&model);
+    let mut specs = attachment.trained_tensors(&model);
     specs.truncate(specs.len() - usize::from(is_cut));
     let views = specs.iter().map(|spec| {
         let bytes = 4 * spec.shape.iter().product::<usize>();
@@ -606,9 +606,9 @@ fn an_initial_adapter_is_of_the_shape_asked_for() {
         false,
     );
     insta::assert_snapshot!(other.check(), @r"
-    InvalidSpec spec.loraConfig.r: is 8, but what training starts from has 4: set it to that
-    InvalidSpec spec.loraConfig.targetModules: is [down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj], but what training starts from has [q_proj, v_proj]: set it to that
-    InvalidSpec spec.loraConfig.loraAlpha: is 16, but what training starts from has 32: set it to that
+    InvalidSpec spec.loraConfig.r: is 8, but the initial weights have 4: set it to 4
+    InvalidSpec spec.loraConfig.targetModules: is [down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj], but the initial weights have [q_proj, v_proj]: set it to [q_proj, v_proj]
+    InvalidSpec spec.loraConfig.loraAlpha: is 16, but the initial weights have 32: set it to 32
     ");
 }
 
@@ -617,7 +617,7 @@ fn an_initial_checkpoint_is_one_of_what_is_trained() {
     let mut fixture = Fixture::new();
     let checkpoint = fixture.path("step-00000006");
     fixture.config.initial_checkpoint = Some(format!("file://{}", checkpoint.display()));
-    insta::assert_snapshot!(fixture.check(), @"NotFound spec.initialCheckpoint.uri: file:///step-00000006 has no checkpoint-manifest.json: name one step of a run, as OUTPUT.checkpoints/RUN/step-00000600; a published adapter is gone on from with initialAdapter, a published model by naming it as model.uri");
+    insta::assert_snapshot!(fixture.check(), @"NotFound spec.initialCheckpoint.uri: file:///step-00000006 has no checkpoint-manifest.json: name one step of a run, such as OUTPUT.checkpoints/RUN/step-00000600; to start from a published adapter use initialAdapter, from a published model use model.uri");
     fs::create_dir(&checkpoint).unwrap();
     let manifest = |trained: u64| {
         json!({
@@ -635,7 +635,7 @@ fn an_initial_checkpoint_is_one_of_what_is_trained() {
     fixture.write("step-00000006/checkpoint-manifest.json", &manifest(parameters).to_string());
     insta::assert_snapshot!(fixture.check(), @"");
     fixture.write("step-00000006/checkpoint-manifest.json", &manifest(7).to_string());
-    insta::assert_snapshot!(fixture.check(), @"InvalidSpec spec.initialCheckpoint.uri: has 7 trained parameters, but this model and loraConfig have 7472: it is of another model");
+    insta::assert_snapshot!(fixture.check(), @"InvalidSpec spec.initialCheckpoint.uri: has 7 trained parameters, but this model and loraConfig have 7472: it belongs to another model");
     fixture.write("step-00000006/checkpoint-manifest.json", "{}");
     insta::assert_snapshot!(fixture.check(), @"InvalidModel spec.initialCheckpoint.uri: file:///step-00000006 cannot be used: checkpoint manifest is not valid: the field `version` is missing; name another step");
     // A part is too short.
@@ -645,14 +645,14 @@ fn an_initial_checkpoint_is_one_of_what_is_trained() {
     let adapter = fixture.with_lora(|_| {});
     adapter.write("step-00000006/checkpoint-manifest.json", &manifest(parameters).to_string());
     insta::assert_snapshot!(adapter.check(), @r#"
-    InvalidSpec spec.initialCheckpoint.uri: is of a model trained whole: remove loraConfig to go on with it
+    InvalidSpec spec.initialCheckpoint.uri: belongs to a full-parameter run: remove loraConfig to continue it
     InvalidModel spec.initialCheckpoint.uri: file:///step-00000006 cannot be used: state.safetensors is missing or truncated; name another step
     "#);
 }
 
 #[test]
 fn an_initial_adapter_that_is_damaged_or_not_there_is_said() {
-    insta::assert_snapshot!(with_adapter(|_| {}, true).check(), @"InvalidModel spec.initialAdapter.uri: its weights lack base_model.model.model.layers.0.mlp.down_proj.lora_B.weight: the adapter is of another model, or damaged");
+    insta::assert_snapshot!(with_adapter(|_| {}, true).check(), @"InvalidModel spec.initialAdapter.uri: the adapter's weights lack base_model.model.model.layers.0.mlp.down_proj.lora_B.weight: it belongs to another model, or is damaged");
     let other = with_adapter(|settings| settings["peft_type"] = json!("IA3"), false);
     insta::assert_snapshot!(other.check(), @r#"InvalidModel file:///adapter/adapter_config.json: peft_type is "IA3", but only LORA adapters can be loaded"#);
     let gone = with_adapter(|_| {}, false);

@@ -1,8 +1,8 @@
-//! What a run computes on: chosen once, before anything is loaded.
+//! The device of a run, chosen once before anything is loaded.
 
 use std::ffi::c_int;
 
-use finetune_contract::{Device as Wanted, FailureReason};
+use finetune_contract::{Device as RequestedDevice, FailureReason};
 use tch::{Cuda, Device};
 
 use crate::{
@@ -10,42 +10,42 @@ use crate::{
     runtime::shim::{ErrorBuffer, call},
 };
 
-/// Returns the name of a device in this process: of several GPUs the first that it sees.
-pub const fn of(wanted: Wanted) -> Device {
-    match wanted {
-        Wanted::Cpu => Device::Cpu,
-        Wanted::Cuda => Device::Cuda(0),
+/// Returns the torch device: a GPU is the first one that this process sees.
+pub const fn of(requested: RequestedDevice) -> Device {
+    match requested {
+        RequestedDevice::Cpu => Device::Cpu,
+        RequestedDevice::Cuda => Device::Cuda(0),
     }
 }
 
-/// Returns a device that is there.
+/// Returns the torch device if it is available.
 ///
 /// # Errors
-/// A [`Failure`] of reason `DeviceUnavailable` if there is none, which says why as far as can be told.
-pub fn open(wanted: Wanted) -> Result<Device, Failure> {
-    if wanted == Wanted::Cuda && Cuda::device_count() <= 0 {
-        return Err(Failure::new(FailureReason::DeviceUnavailable, why_not()));
+/// A [`Failure`] of reason `DeviceUnavailable` with the most likely cause.
+pub fn open(requested: RequestedDevice) -> Result<Device, Failure> {
+    if requested == RequestedDevice::Cuda && Cuda::device_count() <= 0 {
+        return Err(Failure::new(FailureReason::DeviceUnavailable, unavailable_reason()));
     }
-    Ok(of(wanted))
+    Ok(of(requested))
 }
 
-fn why_not() -> String {
+fn unavailable_reason() -> String {
     let why = if !cfg!(feature = "cuda") {
-        "this trainer was built without CUDA: run one that was (in a cluster `image` of the accelerator in the operator's settings)"
+        "this trainer was built without CUDA: use one built with it (in a cluster, the accelerator's `image` in the operator's settings)"
     } else if !std::path::Path::new("/dev/nvidiactl").exists() {
         "no NVIDIA driver is visible: the node's driver or container toolkit is missing, or the pod asked for no GPU"
     } else {
-        "CUDA finds no GPU that it can use: see `nvidia-smi` there, and CUDA_VISIBLE_DEVICES if it is set"
+        "CUDA finds no usable GPU: check `nvidia-smi` on that machine, and CUDA_VISIBLE_DEVICES if it is set"
     };
     format!("the run is planned for a GPU, but {why}")
 }
 
-/// Returns the most memory torch has held of a GPU so far, in bytes; `None` for the processor, or if
-/// torch cannot tell.
+/// Returns the peak GPU memory that torch has reserved so far, in bytes; `None` for the CPU, or if torch
+/// does not know.
 pub fn peak_memory(device: Device) -> Option<u64> {
     let Device::Cuda(index) = device else { return None };
     #[expect(unsafe_code, reason = "calls a shim for what tch does not bind")]
-    // SAFETY: the call reads numbers of torch's, or writes a text that fits.
+    // SAFETY: the call returns a number, or writes an error that fits the buffer.
     let peak = call(
         |peak: &i64| *peak >= 0,
         |error| unsafe { finetune_device_peak_memory(index as c_int, error) },
@@ -60,17 +60,17 @@ unsafe extern "C" {
 
 #[cfg(test)]
 mod tests {
-    use finetune_contract::{Device as Wanted, FailureReason};
+    use finetune_contract::{Device as RequestedDevice, FailureReason};
     use tch::{Cuda, Device};
 
     use super::{open, peak_memory};
 
     #[test]
-    fn a_gpu_that_is_not_there_is_said_to_be_missing() {
-        assert_eq!(open(Wanted::Cpu), Ok(Device::Cpu));
+    fn a_missing_gpu_is_reported() {
+        assert_eq!(open(RequestedDevice::Cpu), Ok(Device::Cpu));
         assert_eq!(peak_memory(Device::Cpu), None);
         if Cuda::device_count() == 0 {
-            let failure = open(Wanted::Cuda).unwrap_err();
+            let failure = open(RequestedDevice::Cuda).unwrap_err();
             assert_eq!(failure.reason, FailureReason::DeviceUnavailable);
             assert!(failure.message.contains("planned for a GPU, but "), "{failure}");
             assert_eq!(peak_memory(Device::Cuda(0)), None);

@@ -1,7 +1,7 @@
-//! The process's anonymous memory, as the kernel counts it, or what it holds of a GPU.
+//! The peak memory of a run: the process's anonymous memory as the kernel counts it, or GPU memory.
 //!
-//! Mapped base weights are page cache, shared and reclaimable, and are not counted here: what
-//! decides whether a run fits is what cannot be given back.
+//! Mapped base weights are page cache, shared and reclaimable, and are not counted: only memory that
+//! cannot be reclaimed decides whether a run fits.
 
 use std::{
     sync::{
@@ -16,12 +16,12 @@ use tch::Device;
 
 use crate::runtime::device;
 
-/// How often memory is looked at. A micro-batch's peak lasts longer than this on any model worth
-/// planning for; a tiny model's may be missed by a few megabytes.
+/// How often memory is sampled. The peak of a micro-batch lasts longer than this on any model worth
+/// planning for; for a tiny model a few megabytes may be missed.
 const INTERVAL: Duration = Duration::from_millis(10);
 
-/// Watches the memory a run needs until dropped: the process's anonymous memory, or that of the GPU
-/// it computes on.
+/// Samples the memory of a run until dropped: the anonymous memory of the process, or the memory of its
+/// GPU.
 #[derive(Debug)]
 pub struct PeakMemory {
     device: Device,
@@ -31,7 +31,7 @@ pub struct PeakMemory {
 }
 
 impl PeakMemory {
-    /// Starts watching.
+    /// Starts sampling.
     pub fn watch(device: Device) -> Self {
         let (peak, stop) =
             (Arc::new(AtomicU64::new(anonymous_bytes())), Arc::new(AtomicBool::new(false)));
@@ -50,7 +50,7 @@ impl PeakMemory {
         Self { device, peak, stop, watcher }
     }
 
-    /// Returns the largest amount seen so far, in bytes.
+    /// Returns the peak so far, in bytes.
     pub fn bytes(&self) -> u64 {
         if let Some(peak) = device::peak_memory(self.device) {
             return peak;
@@ -69,7 +69,7 @@ impl Drop for PeakMemory {
     }
 }
 
-/// Returns the anonymous memory of this process now, in bytes; 0 where the kernel does not tell.
+/// Returns the current anonymous memory of this process, in bytes; 0 if the kernel does not report it.
 ///
 /// # Source
 /// `RssAnon` of proc_pid_status(5), in kibibytes.
@@ -82,11 +82,10 @@ pub fn anonymous_bytes() -> u64 {
     kibibytes.unwrap_or(0) * 1024
 }
 
-/// Returns how many processes of this machine the kernel has ended for want of memory; none where it
-/// does not tell.
+/// Returns the number of OOM kills on this machine; `None` if the kernel does not report it.
 ///
 /// # Source
-/// `oom_kill` of `/proc/vmstat`, which counts those of a cgroup's limit too.
+/// `oom_kill` of `/proc/vmstat`, which includes those of cgroup limits.
 pub fn oom_kills() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/vmstat").ok()?;
     text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())
@@ -99,7 +98,7 @@ mod tests {
     use super::PeakMemory;
 
     #[test]
-    fn remembers_memory_that_was_given_back() {
+    fn remembers_memory_that_was_freed() {
         // Other tests of this process allocate too, so only what cannot depend on them is asserted.
         let peak = PeakMemory::watch(Device::Cpu);
         let block = std::hint::black_box(vec![1_u8; 64 << 20]);

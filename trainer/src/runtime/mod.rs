@@ -1,4 +1,4 @@
-//! What a process has one of: its device, allocator, memory, clock, random numbers and profile.
+//! Process-wide facilities: device, allocator, memory, clock, random numbers and profile.
 
 pub mod allocator;
 pub mod clock;

@@ -1,4 +1,4 @@
-//! A parallel map whose results come in the order of its items.
+//! A parallel map that returns results in the order of its items.
 
 use std::{
     collections::BTreeMap,
@@ -10,10 +10,10 @@ use std::{
     thread,
 };
 
-/// Items in flight for each thread: enough that none waits for the next one.
+/// Items in flight per thread, so that no thread is idle.
 const IN_FLIGHT: usize = 3;
 
-/// Where items are pushed and results are popped.
+/// The queue of a parallel map: items are pushed and results popped.
 pub(crate) struct ParallelMap<T, R> {
     items: Sender<(usize, T)>,
     results: Receiver<(usize, thread::Result<R>)>,
@@ -23,7 +23,7 @@ pub(crate) struct ParallelMap<T, R> {
     limit: usize,
 }
 
-/// Runs `body` with a thread for each CPU that maps what it pushes; a panic of `map` is passed on.
+/// Runs `body` with one thread per CPU that maps the items it pushes. A panic in `map` is propagated.
 pub(crate) fn parallel_map<T: Send, R: Send, A>(
     map: impl Fn(T) -> R + Sync,
     body: impl FnOnce(&mut ParallelMap<T, R>) -> A,
@@ -61,7 +61,7 @@ pub(crate) fn parallel_map<T: Send, R: Send, A>(
 impl<T, R> ParallelMap<T, R> {
     /// Pushes an item; returns the oldest result once enough are in flight.
     pub(crate) fn push(&mut self, item: T) -> Option<R> {
-        // It fails only if all threads are gone, and they go after this.
+        // This fails only if all threads have exited, and they outlive the queue.
         let _ = self.items.send((self.pushed, item));
         self.pushed += 1;
         if self.pushed - self.popped > self.limit { self.pop() } else { None }
@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_of_a_thread_is_passed_on() {
+    fn a_panic_of_a_thread_is_propagated() {
         let outcome = panic::catch_unwind(|| {
             parallel_map(
                 |item: u32| assert_ne!(item, 3, "three"),

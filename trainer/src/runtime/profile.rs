@@ -1,7 +1,7 @@
-//! Where a step's time goes, by operator.
+//! A profile of the time per operator.
 //!
-//! Operators on the CPU return when they are done, so a clock around each is enough. Nothing is
-//! measured, and no clock is read, unless it was asked for.
+//! Operators on the CPU return when they are done, so that wall time per call is enough. No clock is
+//! read unless profiling was started.
 
 use std::{cell::RefCell, collections::BTreeMap, time::Duration};
 
@@ -11,20 +11,20 @@ thread_local! {
     static TIMES: RefCell<Option<Times>> = const { RefCell::new(None) };
 }
 
-/// Time and calls by operator.
+/// Time and number of calls per operator.
 pub type Times = BTreeMap<&'static str, (Duration, u64)>;
 
-/// Starts measuring what this thread calls, from nothing.
+/// Starts a new profile of this thread.
 pub fn start() {
     TIMES.set(Some(Times::new()));
 }
 
-/// Stops measuring and returns what was measured.
+/// Stops profiling and returns the profile.
 pub fn stop() -> Times {
     TIMES.take().unwrap_or_default()
 }
 
-/// Runs an operator, and measures it under a name if that was asked for.
+/// Runs an operator, and adds its time to the profile if one was started.
 pub fn time<T>(name: &'static str, operator: impl FnOnce() -> T) -> T {
     if TIMES.with_borrow(Option::is_none) {
         return operator();

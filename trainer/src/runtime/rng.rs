@@ -1,46 +1,45 @@
-//! The one door for randomness: numbers computed from the run's seed and a path of counters.
+//! The only source of random numbers: counter-based keys derived from the run's seed, as in JAX.
 //!
-//! There is no generator state to save: any number can be computed again from where it was used,
-//! which is what makes resuming exact and lets the backward pass replay dropout.
+//! There is no generator state to save. Any number can be recomputed from its key and index, which
+//! makes resuming exact and lets the backward pass replay dropout.
 
 use finetune_kernels::dropout::mix;
 use tch::{Device, Kind, Tensor};
 
-/// A point in the tree of random numbers.
+/// A random key: splitting it by numbers and names yields independent streams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Counter(u64);
+pub struct RngKey(u64);
 
-impl Counter {
-    /// Returns the root of a run's tree.
+impl RngKey {
+    /// Returns the root key of a seed.
     pub const fn from_seed(seed: u64) -> Self {
         Self(mix(seed ^ 0x5851_F42D_4C95_7F2D))
     }
 
-    /// Returns the subtree of a number: a step, a layer, a purpose.
+    /// Derives the key of a number: a step, a layer, a purpose.
     #[must_use]
-    pub const fn fold(self, number: u64) -> Self {
+    pub const fn fold_in(self, number: u64) -> Self {
         Self(mix(self.0 ^ mix(number.wrapping_add(0x9E37_79B9_7F4A_7C15))))
     }
 
-    /// Returns the subtree of a name.
+    /// Derives the key of a name.
     #[must_use]
-    pub fn fold_name(self, name: &str) -> Self {
-        name.bytes()
-            .fold(self.fold(name.len() as u64), |counter, byte| counter.fold(u64::from(byte)))
+    pub fn fold_in_name(self, name: &str) -> Self {
+        name.bytes().fold(self.fold_in(name.len() as u64), |key, byte| key.fold_in(u64::from(byte)))
     }
 
-    /// Returns the number that stands for this point in kernels that draw on their own.
-    pub const fn key(self) -> u64 {
+    /// Returns the key as a number, for kernels that draw their own numbers.
+    pub const fn to_bits(self) -> u64 {
         self.0
     }
 
-    /// Returns the `index`-th number of this point, uniform over 64 bits.
+    /// Returns the `index`-th number of this key, uniform over 64 bits.
     #[inline]
     pub const fn draw(self, index: u64) -> u64 {
         mix(self.0.wrapping_add(index.wrapping_mul(0x9E37_79B9_7F4A_7C15)))
     }
 
-    /// Returns the `index`-th number of this point, uniform in `[0, 1)`.
+    /// Returns the `index`-th number of this key, uniform in `[0, 1)`.
     pub fn uniform(self, index: u64) -> f64 {
         (self.draw(index) >> 11) as f64 / (1_u64 << 53) as f64
     }
@@ -70,17 +69,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_point_is_a_pure_function_of_its_path() {
-        let root = Counter::from_seed(1);
-        assert_eq!(root.fold(3).draw(5), Counter::from_seed(1).fold(3).draw(5));
-        assert_ne!(root.fold(3).draw(5), root.fold(4).draw(5));
-        assert_ne!(root.fold(3).draw(5), Counter::from_seed(2).fold(3).draw(5));
-        assert_ne!(root.fold_name("lora_A"), root.fold_name("lora_B"));
+    fn a_key_is_a_pure_function_of_its_path() {
+        let root = RngKey::from_seed(1);
+        assert_eq!(root.fold_in(3).draw(5), RngKey::from_seed(1).fold_in(3).draw(5));
+        assert_ne!(root.fold_in(3).draw(5), root.fold_in(4).draw(5));
+        assert_ne!(root.fold_in(3).draw(5), RngKey::from_seed(2).fold_in(3).draw(5));
+        assert_ne!(root.fold_in_name("lora_A"), root.fold_in_name("lora_B"));
     }
 
     #[test]
     fn distributions_have_their_moments() {
-        let root = Counter::from_seed(11);
+        let root = RngKey::from_seed(11);
         let uniform = root.uniform_tensor(&[100_000], 2.0, Device::Cpu);
         assert!(uniform.mean(Kind::Float).double_value(&[]).abs() < 0.02);
         assert!((uniform.std(false).double_value(&[]) - 4.0 / 12.0_f64.sqrt()).abs() < 0.01);

@@ -11,11 +11,11 @@ use crate::{
     data::Batch,
     failure::Failure,
     hf::{read_config, weights::Checkpoint},
-    lora::{self, trainable::Attachment},
+    lora::{self, trainable::Trainable},
     model::Model,
-    runtime::rng::Counter,
+    runtime::rng::RngKey,
     store::{self, Store, publish},
-    train::Split,
+    train::DataSplit,
 };
 
 /// Tokens of the training data the proof looks at, at most.
@@ -53,7 +53,7 @@ pub struct Seen {
 
 impl Probe {
     /// Takes the start of the first row that has a target in it; `model` must still be the base model.
-    pub fn of(model: &Model, train: &Split) -> Self {
+    pub fn of(model: &Model, train: &DataSplit) -> Self {
         let rows = (0..train.dataset.len()).map(|index| train.dataset.row(index));
         let start =
             |targets: &[bool]| targets.iter().take(PROBE_TOKENS).any(|&is_target| is_target);
@@ -63,19 +63,19 @@ impl Probe {
             .unwrap_or_else(|| train.dataset.row(0));
         let length = row.tokens.len().min(PROBE_TOKENS);
         let tokens = row.tokens[..length].to_vec();
-        let (mut predicting, mut labels) = (Vec::new(), Vec::new());
+        let (mut target_positions, mut labels) = (Vec::new(), Vec::new());
         // A row whose targets all lie further on is looked at as a whole.
         let is_all = !start(&row.targets);
         for (index, &token) in tokens.iter().enumerate().skip(1) {
             if is_all || row.targets[index] {
-                predicting.push(index as i64 - 1);
+                target_positions.push(index as i64 - 1);
                 labels.push(i64::from(token));
             }
         }
         let batch = Batch {
             tokens: tokens.iter().map(|&token| i64::from(token)).collect(),
             segment_lengths: vec![length],
-            predicting,
+            target_positions,
             labels,
         };
         let base_logits = model.logits(&tokens);
@@ -254,8 +254,8 @@ pub fn load(
 /// # Errors
 /// A [`Failure`] if it does not load.
 pub fn load_frozen(directory: &Path, dtype: Dtype, device: Device) -> Result<Model, Failure> {
-    let seed = Counter::from_seed(0);
-    Model::load(directory, read_config(directory)?, Attachment::Frozen, dtype, device, seed)
+    let seed = RngKey::from_seed(0);
+    Model::load(directory, read_config(directory)?, Trainable::Frozen, dtype, device, seed)
 }
 
 /// Returns the path of an adapter below a published directory; `None` if it has none.

@@ -4,23 +4,23 @@ use std::path::Path;
 
 use finetune_contract::{Dtype, LoraSettings, TargetModules};
 use finetune_trainer::{
-    architecture::config::ModelConfig, data::Batch, lora::trainable::Attachment, model::Model,
-    runtime::rng::Counter,
+    architecture::config::ModelConfig, data::Batch, lora::trainable::Trainable, model::Model,
+    runtime::rng::RngKey,
 };
 use tch::{Device, Tensor};
 
 /// Writes a checkpoint with random weights: norms near one, everything else near zero, nothing degenerate.
 pub fn checkpoint(directory: &Path, config_json: &str) -> ModelConfig {
     let config = ModelConfig::parse(config_json).unwrap();
-    let seed = Counter::from_seed(20);
+    let seed = RngKey::from_seed(20);
     let tensors: Vec<(String, Tensor)> = config
         .tensors()
         .into_iter()
         .map(|spec| {
             let shape: Vec<i64> = spec.shape.iter().map(|&size| size as i64).collect();
-            let noise = seed.fold_name(&spec.name).normal_tensor(&shape, Device::Cpu) * 0.2;
+            let values = seed.fold_in_name(&spec.name).normal_tensor(&shape, Device::Cpu) * 0.2;
             let is_norm = spec.name.contains("norm");
-            (spec.name, if is_norm { noise + 1.0 } else { noise })
+            (spec.name, if is_norm { values + 1.0 } else { values })
         })
         .collect();
     std::fs::write(directory.join("config.json"), config_json).unwrap();
@@ -28,10 +28,10 @@ pub fn checkpoint(directory: &Path, config_json: &str) -> ModelConfig {
     config
 }
 
-pub fn load(directory: &Path, config: &ModelConfig, attachment: &Attachment) -> Model {
-    let seed = Counter::from_seed(3);
+pub fn load(directory: &Path, config: &ModelConfig, trainable: &Trainable) -> Model {
+    let seed = RngKey::from_seed(3);
     let mut model =
-        Model::load(directory, config.clone(), attachment.clone(), Dtype::Fp32, Device::Cpu, seed)
+        Model::load(directory, config.clone(), trainable.clone(), Dtype::Fp32, Device::Cpu, seed)
             .unwrap();
     start_adapters(&mut model, seed);
     model
@@ -41,12 +41,12 @@ pub fn load(directory: &Path, config: &ModelConfig, attachment: &Attachment) -> 
 ///
 /// A zero matrix would hide half of an adapter's gradients, and leave the other half next to
 /// nothing, of whose rounding AdamW makes whole steps.
-pub fn start_adapters(model: &mut Model, seed: Counter) {
+pub fn start_adapters(model: &mut Model, seed: RngKey) {
     for name in model.trained().names().to_vec() {
         if name.contains("lora_") {
             let mut master = model.trained().master_of(&name).unwrap();
-            let noise = seed.fold_name(&name).normal_tensor(&master.size(), Device::Cpu) * 0.1;
-            master.copy_(&noise);
+            let values = seed.fold_in_name(&name).normal_tensor(&master.size(), Device::Cpu) * 0.1;
+            master.copy_(&values);
         }
     }
     model.trained_mut().refresh_compute();
@@ -71,20 +71,20 @@ pub fn lora(targets: &[&str], saved: &[&str]) -> LoraSettings {
 
 /// Makes a micro-batch of segments of the given lengths, about a third of whose tokens are targets.
 pub fn batch(lengths: &[usize], vocabulary: u64) -> Batch {
-    let seed = Counter::from_seed(9);
+    let seed = RngKey::from_seed(9);
     let mut batch = Batch {
         tokens: Vec::new(),
         segment_lengths: lengths.to_vec(),
-        predicting: Vec::new(),
+        target_positions: Vec::new(),
         labels: Vec::new(),
     };
     for (segment, &length) in lengths.iter().enumerate() {
-        let seed = seed.fold(segment as u64);
+        let seed = seed.fold_in(segment as u64);
         let start = batch.tokens.len();
         batch.tokens.extend((0..length as u64).map(|index| (seed.draw(index) % vocabulary) as i64));
         for index in 1..length {
-            if index + 1 == length || seed.fold(1).uniform(index as u64) < 0.35 {
-                batch.predicting.push((start + index - 1) as i64);
+            if index + 1 == length || seed.fold_in(1).uniform(index as u64) < 0.35 {
+                batch.target_positions.push((start + index - 1) as i64);
                 batch.labels.push(batch.tokens[start + index]);
             }
         }

@@ -2,7 +2,7 @@
 
 use finetune_contract::Recompute;
 use finetune_trainer::{
-    architecture::config::ModelConfig, hf::weights::Checkpoint, lora::trainable::Attachment,
+    architecture::config::ModelConfig, hf::weights::Checkpoint, lora::trainable::Trainable,
 };
 
 use crate::{
@@ -13,11 +13,11 @@ use crate::{
 /// The largest difference allowed, relative to the largest gradient of the tensor, in fp32.
 const TOLERANCE: f64 = 1e-5;
 
-fn check(what: &str, config_json: &str, attach: impl Fn(&ModelConfig) -> Attachment) {
+fn check(what: &str, config_json: &str, attach: impl Fn(&ModelConfig) -> Trainable) {
     let directory = tempfile::tempdir().unwrap();
     let config = checkpoint(directory.path(), config_json);
-    let attachment = attach(&config);
-    let mut model = load(directory.path(), &config, &attachment);
+    let trainable = attach(&config);
+    let mut model = load(directory.path(), &config, &trainable);
     let batch = batch(&[7, 12, 12, 1, 3], config.vocab_size as u64);
     let stored = Checkpoint::open(directory.path()).unwrap();
     let (expected_loss, expected) = Reference::of(&model, &stored).loss_and_gradients(&batch);
@@ -51,7 +51,7 @@ fn check(what: &str, config_json: &str, attach: impl Fn(&ModelConfig) -> Attachm
 #[test]
 fn full_parameter_gradients_equal_autograd_in_every_family() {
     for (family, config) in FAMILIES {
-        check(family, config, |_| Attachment::Full);
+        check(family, config, |_| Trainable::Full);
     }
 }
 
@@ -59,7 +59,7 @@ fn full_parameter_gradients_equal_autograd_in_every_family() {
 fn lora_gradients_equal_autograd_in_every_family() {
     for (family, config) in FAMILIES {
         check(family, config, |config| {
-            Attachment::lora(config, &lora(&["all-linear"], &[])).unwrap()
+            Trainable::lora(config, &lora(&["all-linear"], &[])).unwrap()
         });
     }
 }
@@ -79,7 +79,7 @@ fn gradients_equal_autograd_for_every_set_of_targets_tied_and_untied() {
     for config in [LLAMA, &untied] {
         for (targets, saved) in sets {
             check(&format!("{targets:?} {saved:?}"), config, |config| {
-                Attachment::lora(config, &lora(targets, saved)).unwrap()
+                Trainable::lora(config, &lora(targets, saved)).unwrap()
             });
         }
     }

@@ -2,8 +2,8 @@
 
 use finetune_contract::{Dtype, Recompute};
 use finetune_trainer::{
-    data::Batch, layers::dropout::Dropout, lora::trainable::Attachment, model::Model,
-    runtime::rng::Counter,
+    data::Batch, layers::dropout::Dropout, lora::trainable::Trainable, model::Model,
+    runtime::rng::RngKey,
 };
 use tch::{Device, Tensor};
 
@@ -16,14 +16,14 @@ fn segments(whole: &Batch) -> Vec<Batch> {
     for &length in &whole.segment_lengths {
         let range = start as i64..(start + length) as i64;
         let targets = whole
-            .predicting
+            .target_positions
             .iter()
             .zip(&whole.labels)
             .filter(|(position, _)| range.contains(position));
-        let (predicting, labels) =
+        let (target_positions, labels) =
             targets.map(|(position, label)| (position - range.start, label)).unzip();
         let tokens = whole.tokens[start..start + length].to_vec();
-        parts.push(Batch { tokens, segment_lengths: vec![length], predicting, labels });
+        parts.push(Batch { tokens, segment_lengths: vec![length], target_positions, labels });
         start += length;
     }
     parts
@@ -49,7 +49,7 @@ fn largest_difference(a: &Tensor, b: &Tensor) -> f64 {
 fn packing_and_accumulation_do_not_change_loss_or_gradients() {
     let directory = tempfile::tempdir().unwrap();
     let config = checkpoint(directory.path(), LLAMA);
-    let mut model = load(directory.path(), &config, &Attachment::Full);
+    let mut model = load(directory.path(), &config, &Trainable::Full);
     let packed = batch(&[9, 4, 17, 2, 9, 9, 1, 30], 61);
     let apart = segments(&packed);
     let (packed_loss, packed) = gradients(&mut model, &[packed], None, Recompute::None);
@@ -59,21 +59,21 @@ fn packing_and_accumulation_do_not_change_loss_or_gradients() {
 }
 
 #[test]
-fn accumulation_does_not_change_the_noise() {
+fn accumulation_does_not_change_the_dropout_masks() {
     let directory = tempfile::tempdir().unwrap();
     let config = checkpoint(directory.path(), LLAMA);
-    let attachment =
-        Attachment::lora(&config, &lora(&["q_proj", "o_proj", "down_proj", "lm_head"], &[]));
-    let mut model = load(directory.path(), &config, &attachment.unwrap());
-    let noise = Dropout::new(0.5, Counter::from_seed(1)).unwrap();
+    let trainable =
+        Trainable::lora(&config, &lora(&["q_proj", "o_proj", "down_proj", "lm_head"], &[]));
+    let mut model = load(directory.path(), &config, &trainable.unwrap());
+    let dropout = Dropout::new(0.5, RngKey::from_seed(1)).unwrap();
     let packed = batch(&[9, 4, 17, 2, 9, 9, 1, 30], 61);
     let apart = segments(&packed);
-    let (packed_loss, packed) = gradients(&mut model, &[packed], Some(&noise), Recompute::None);
+    let (packed_loss, packed) = gradients(&mut model, &[packed], Some(&dropout), Recompute::None);
     let _ = model.trained_mut().grad().shallow_clone().zero_();
     let (mut apart_loss, mut tokens, mut targets) = (0.0, 0, 0);
     for part in &apart {
-        let noise = noise.after(tokens, targets);
-        apart_loss += model.accumulate_gradients(part, Recompute::Block, Some(&noise));
+        let dropout = dropout.at_offset(tokens, targets);
+        apart_loss += model.accumulate_gradients(part, Recompute::Block, Some(&dropout));
         tokens += part.tokens.len() as u64;
         targets += part.labels.len() as u64;
     }
@@ -85,12 +85,13 @@ fn accumulation_does_not_change_the_noise() {
 fn a_segment_never_sees_its_neighbour() {
     let directory = tempfile::tempdir().unwrap();
     let config = checkpoint(directory.path(), LLAMA);
-    let model = load(directory.path(), &config, &Attachment::Full);
+    let model = load(directory.path(), &config, &Trainable::Full);
     let whole = batch(&[9, 7], 61);
     let only_second = |mut whole: Batch| {
-        let second: Vec<bool> = whole.predicting.iter().map(|&position| position >= 9).collect();
+        let second: Vec<bool> =
+            whole.target_positions.iter().map(|&position| position >= 9).collect();
         let mut keep = second.iter();
-        whole.predicting.retain(|_| *keep.next().unwrap());
+        whole.target_positions.retain(|_| *keep.next().unwrap());
         let mut keep = second.iter();
         whole.labels.retain(|_| *keep.next().unwrap());
         whole
@@ -105,15 +106,14 @@ fn a_segment_never_sees_its_neighbour() {
 fn recomputation_replays_dropout_bit_for_bit() {
     let directory = tempfile::tempdir().unwrap();
     let config = checkpoint(directory.path(), LLAMA);
-    let attachment =
-        Attachment::lora(&config, &lora(&["all-linear", "lm_head"][..1], &[])).unwrap();
-    let mut model = load(directory.path(), &config, &attachment);
+    let trainable = Trainable::lora(&config, &lora(&["all-linear", "lm_head"][..1], &[])).unwrap();
+    let mut model = load(directory.path(), &config, &trainable);
     let batches = [batch(&[9, 7], 61)];
-    let noise = |seed| Dropout::new(0.5, Counter::from_seed(seed)).unwrap();
-    let (kept_loss, kept) = gradients(&mut model, &batches, Some(&noise(1)), Recompute::None);
+    let dropout = |seed| Dropout::new(0.5, RngKey::from_seed(seed)).unwrap();
+    let (kept_loss, kept) = gradients(&mut model, &batches, Some(&dropout(1)), Recompute::None);
     let (recomputed_loss, recomputed) =
-        gradients(&mut model, &batches, Some(&noise(1)), Recompute::Block);
-    let (other_loss, _) = gradients(&mut model, &batches, Some(&noise(2)), Recompute::None);
+        gradients(&mut model, &batches, Some(&dropout(1)), Recompute::Block);
+    let (other_loss, _) = gradients(&mut model, &batches, Some(&dropout(2)), Recompute::None);
     assert_eq!(kept_loss.to_bits(), recomputed_loss.to_bits());
     assert!(kept.equal(&recomputed));
     assert_ne!(kept_loss.to_bits(), other_loss.to_bits());
@@ -123,19 +123,19 @@ fn recomputation_replays_dropout_bit_for_bit() {
 fn gradients_under_dropout_equal_finite_differences() {
     let directory = tempfile::tempdir().unwrap();
     let config = checkpoint(directory.path(), LLAMA);
-    let attachment =
-        Attachment::lora(&config, &lora(&["q_proj", "down_proj", "lm_head"], &[])).unwrap();
-    let mut model = load(directory.path(), &config, &attachment);
+    let trainable =
+        Trainable::lora(&config, &lora(&["q_proj", "down_proj", "lm_head"], &[])).unwrap();
+    let mut model = load(directory.path(), &config, &trainable);
     let batches = [batch(&[9, 7], 61)];
-    let noise = Dropout::new(0.3, Counter::from_seed(1)).unwrap();
-    let (_, gradient) = gradients(&mut model, &batches, Some(&noise), Recompute::None);
-    let direction = Counter::from_seed(5).normal_tensor(&gradient.size(), Device::Cpu);
+    let dropout = Dropout::new(0.3, RngKey::from_seed(1)).unwrap();
+    let (_, gradient) = gradients(&mut model, &batches, Some(&dropout), Recompute::None);
+    let direction = RngKey::from_seed(5).normal_tensor(&gradient.size(), Device::Cpu);
     let slope = (&gradient * &direction).sum(tch::Kind::Double).double_value(&[]);
     let step = 1e-3;
     let mut loss_at = |distance: f64| {
         let mut master = model.trained().master().shallow_clone();
         let _ = master.g_add_(&(&direction * distance));
-        let loss = gradients(&mut model, &batches, Some(&noise), Recompute::None).0;
+        let loss = gradients(&mut model, &batches, Some(&dropout), Recompute::None).0;
         let _ = master.g_sub_(&(&direction * distance));
         loss
     };
@@ -149,11 +149,11 @@ fn bf16_stays_near_fp32() {
     let config = checkpoint(directory.path(), LLAMA);
     let batches = [batch(&[9, 7, 20], 61)];
     let load = |dtype| {
-        let seed = Counter::from_seed(3);
+        let seed = RngKey::from_seed(3);
         let mut model = Model::load(
             directory.path(),
             config.clone(),
-            Attachment::Full,
+            Trainable::Full,
             dtype,
             Device::Cpu,
             seed,

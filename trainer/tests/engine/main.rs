@@ -1,7 +1,7 @@
 //! The engine against a plain reference that records a graph.
 //!
 //! Every hand-written backward pass is compared with autograd through `reference`, for every switch
-//! of the architecture and every kind of attachment.
+//! of the architecture and every kind of trainable.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 #![allow(unreachable_pub, reason = "modules of a test binary share items by `pub`")]
 

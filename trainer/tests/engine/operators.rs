@@ -1,18 +1,18 @@
-//! Our kernels beside libtorch's operators: equal in fp32, and in bf16 nearer to fp32 than those.
+//! Our kernels against libtorch's operators: equal in fp32, and in bf16 at least as close to fp32.
 
-use finetune_kernels::dropout::Noise;
+use finetune_kernels::dropout::DropoutMask;
 use finetune_trainer::{
     layers::attention::Segments,
     ops::{
         self, Factor,
         aten::{self, scores},
     },
-    runtime::rng::Counter,
+    runtime::rng::RngKey,
 };
 use tch::{Device, Kind, Tensor};
 
 fn numbers(shape: &[i64], seed: u64) -> Tensor {
-    Counter::from_seed(seed).normal_tensor(shape, Device::Cpu)
+    RngKey::from_seed(seed).normal_tensor(shape, Device::Cpu)
 }
 
 /// Root mean square of the difference, relative to that of `exact`.
@@ -132,39 +132,39 @@ fn cross_entropy_equals_libtorch() {
 
 #[test]
 fn dropout_equals_libtorch() {
-    let noise = Noise { key: 5, threshold: 20_000 };
+    let mask = DropoutMask { key: 5, threshold: 20_000 };
     compare(
         "dropout",
         &[numbers(&[31, 77], 1), numbers(&[31, 77], 2)],
         |inputs| {
             let mut sum = inputs[1].copy();
-            ops::add_masked(&mut sum, &inputs[0], noise);
-            vec![ops::dropout(&inputs[0], noise), sum]
+            ops::add_masked(&mut sum, &inputs[0], mask);
+            vec![ops::dropout(&inputs[0], mask), sum]
         },
         |inputs| {
             let mut sum = inputs[1].copy();
-            aten::add_masked(&mut sum, &inputs[0], noise);
-            vec![aten::dropout(&inputs[0], noise), sum]
+            aten::add_masked(&mut sum, &inputs[0], mask);
+            vec![aten::dropout(&inputs[0], mask), sum]
         },
     );
 }
 
-/// A step of AdamW somewhere in a run, with clipping and weight decay.
-const STEP: ops::Step = ops::Step {
+/// A step of AdamW in the middle of a run, with clipping and weight decay.
+const STEP: ops::AdamWStep = ops::AdamWStep {
     grad_scale: 0.5,
     beta1: 0.9,
     beta2: 0.999,
     epsilon: 1e-8,
-    shrink: 0.99,
+    weight_decay_factor: 0.99,
     step_size: 1e-2,
-    second_root: 0.8,
+    bias_correction2_sqrt: 0.8,
 };
 
 #[test]
 fn adamw_equals_libtorch() {
-    // More than what libtorch's operators are given at once.
+    // More than one chunk of the libtorch implementation.
     let length = [(1 << 22) + 7];
-    let after = |update: fn(ops::Step, &Tensor, [Tensor; 3], Tensor), kind| {
+    let after = |update: fn(ops::AdamWStep, &Tensor, [Tensor; 3], Tensor), kind| {
         let state = [numbers(&length, 1), numbers(&length, 2), numbers(&length, 3).square()];
         let compute = match kind {
             Kind::Float => state[0].shallow_clone(),
@@ -186,10 +186,12 @@ fn adamw_equals_libtorch() {
 }
 
 #[test]
-fn adamw_with_moments_of_a_byte_equals_libtorch() {
-    type Update = fn(ops::Step, u64, &Tensor, Tensor, [&ops::Codes; 2], Tensor);
-    let step =
-        |number| ops::Step { second_root: (1.0_f32 - 0.999_f32.powi(number)).sqrt(), ..STEP };
+fn adamw_with_8_bit_moments_equals_libtorch() {
+    type Update = fn(ops::AdamWStep, u64, &Tensor, Tensor, [&ops::QuantizedState; 2], Tensor);
+    let step = |number| ops::AdamWStep {
+        bias_correction2_sqrt: (1.0_f32 - 0.999_f32.powi(number)).sqrt(),
+        ..STEP
+    };
     // The last block is not whole.
     let length = [3 * 4096 + 7];
     let after = |update: Update, kind| {
@@ -198,20 +200,20 @@ fn adamw_with_moments_of_a_byte_equals_libtorch() {
             Kind::Float => master.shallow_clone(),
             kind => master.to_kind(kind),
         };
-        let moments =
-            [true, false].map(|has_signs| ops::Codes::zeros(length[0], has_signs, Device::Cpu));
+        let moments = [true, false]
+            .map(|is_signed| ops::QuantizedState::zeros(length[0], is_signed, Device::Cpu));
         for number in 1..=5 {
             let (grad, key) = (numbers(&length, 3 + number as u64), number as u64);
             let (master, compute) = (master.shallow_clone(), compute.shallow_clone());
             update(step(number), key, &grad, master, moments.each_ref(), compute);
         }
-        let [exp_avg, exp_avg_sq] = moments.map(|codes| codes.values(0, length[0]));
+        let [exp_avg, exp_avg_sq] = moments.map(|state| state.dequantize(0, length[0]));
         [master, exp_avg, exp_avg_sq, compute]
     };
     for kind in [Kind::Float, Kind::BFloat16] {
         let (ours, theirs) = (after(ops::adamw_8bit, kind), after(aten::adamw_8bit, kind));
         for (ours, theirs) in ours[..3].iter().zip(&theirs) {
-            // Where a share lies by its draw a last digit decides between two codes: rarely.
+            // Rarely, a rounding error decides between two codes of the stochastic rounding.
             let differs = (ours - theirs).abs().gt(1e-5).to_kind(Kind::Double).mean(Kind::Double);
             assert!(differs.double_value(&[]) < 1e-3, "{kind:?}");
         }
@@ -220,10 +222,10 @@ fn adamw_with_moments_of_a_byte_equals_libtorch() {
 }
 
 #[test]
-fn attention_by_tiles_equals_libtorch() {
-    type Forward = fn([&Tensor; 3], ops::Attention<'_>) -> (Tensor, Vec<Tensor>);
+fn tiled_attention_equals_libtorch() {
+    type Forward = fn([&Tensor; 3], ops::AttentionMask<'_>) -> (Tensor, Vec<Tensor>);
     type Backward =
-        fn([&Tensor; 3], &Tensor, &[Tensor], &Tensor, ops::Attention<'_>) -> [Tensor; 3];
+        fn([&Tensor; 3], &Tensor, &[Tensor], &Tensor, ops::AttentionMask<'_>) -> [Tensor; 3];
     for (heads, kv_heads, width, window, lengths) in [
         (4, 2, 32, None, &[70, 1, 64, 129][..]),
         (3, 3, 64, None, &[200]),
@@ -231,7 +233,7 @@ fn attention_by_tiles_equals_libtorch() {
     ] {
         let positions = lengths.iter().sum::<usize>() as i64;
         let segments = Segments::new(lengths);
-        let how = ops::Attention { runs: segments.runs(), window };
+        let mask = ops::AttentionMask { runs: segments.runs(), window };
         let inputs = [
             numbers(&[positions, heads, width], 1),
             numbers(&[positions, kv_heads, width], 2),
@@ -241,8 +243,8 @@ fn attention_by_tiles_equals_libtorch() {
         let all = |forward: Forward, backward: Backward| {
             move |inputs: &[Tensor]| {
                 let [q, k, v, d_out] = inputs else { unreachable!() };
-                let (out, logsumexp) = forward([q, k, v], how);
-                let [dq, dk, dv] = backward([q, k, v], &out, &logsumexp, d_out, how);
+                let (out, logsumexp) = forward([q, k, v], mask);
+                let [dq, dk, dv] = backward([q, k, v], &out, &logsumexp, d_out, mask);
                 vec![out, dq, dk, dv]
             }
         };
@@ -271,7 +273,7 @@ fn products_of_layers_equal_libtorchs() {
         }
         sum
     }
-    // Few rows, and a rank without pairs, are libtorch's.
+    // Products with few rows or an odd rank are computed by libtorch.
     for (rows, width, out, rank) in
         [(37, 96, 50, 8), (300, 576, 192, 2), (5, 64, 64, 4), (64, 48, 98, 3)]
     {
@@ -285,10 +287,10 @@ fn products_of_layers_equal_libtorchs() {
         ];
         let all = |products: Products, add_outer: fn(&Tensor, &Tensor, &Tensor)| {
             move |inputs: &[Tensor]| {
-                let [x, weight, low, b, bias, dy] = inputs else { unreachable!() };
-                let low = low.narrow(1, 6, rank);
+                let [x, weight, hidden, b, bias, dy] = inputs else { unreachable!() };
+                let hidden = hidden.narrow(1, 6, rank);
                 let [weights, bs] = [weight, b].map(Factor::Transposed);
-                let y = products(&[(x, weights), (&low, bs)], Some(bias));
+                let y = products(&[(x, weights), (&hidden, bs)], Some(bias));
                 let terms = [(dy, Factor::Plain(weight)), (&y, Factor::Plain(weight))];
                 let grad = Tensor::ones([out, width], (Kind::Float, Device::Cpu));
                 add_outer(dy, x, &grad);
@@ -310,7 +312,7 @@ fn products_of_low_rank_equal_libtorchs() {
     type Add = fn(&Tensor, Factor<'_>, &mut Tensor);
     type AddOuter = fn(&Tensor, &Tensor, &Tensor);
     for (rows, width, rank, others) in [(37, 96, 8, 16), (300, 576, 2, 0), (5, 64, 7, 0)] {
-        // What adapters of one layer have in common, x, y, and a layer's two factors.
+        // The stacked hidden activations, x, y, and the layer's lora_A and lora_B.
         let inputs = [
             numbers(&[rows, rank + others], 1),
             numbers(&[rows, width], 2),
@@ -320,8 +322,8 @@ fn products_of_low_rank_equal_libtorchs() {
         ];
         let all = |multiply: Multiply, add: Add, add_outer: AddOuter| {
             move |inputs: &[Tensor]| {
-                let [low, x, y, a, b] = inputs else { unreachable!() };
-                let mut part = low.narrow(1, others, rank);
+                let [hidden, x, y, a, b] = inputs else { unreachable!() };
+                let mut part = hidden.narrow(1, others, rank);
                 let mut sum = y.copy();
                 add(&part, Factor::Transposed(b), &mut sum);
                 add(&part, Factor::Plain(a), &mut sum);
@@ -330,10 +332,10 @@ fn products_of_low_rank_equal_libtorchs() {
                 add_outer(&part, x, &grads[0]);
                 add_outer(x, &part, &grads[1]);
                 multiply(x, Factor::Transposed(a), 0.5, &mut part);
-                let first = low.copy();
+                let first = hidden.copy();
                 multiply(x, Factor::Plain(b), 0.5, &mut part);
                 let [grad_a, grad_b] = grads;
-                vec![sum, grad_a, grad_b, first, low.copy()]
+                vec![sum, grad_a, grad_b, first, hidden.copy()]
             }
         };
         compare(

@@ -7,7 +7,7 @@ use finetune_trainer::{
     data::Batch,
     hf::weights::Checkpoint,
     layers::rope::frequencies,
-    lora::trainable::{Attachment, adapter_names},
+    lora::trainable::{Trainable, adapter_names},
     model::Model,
 };
 use tch::{Kind, Tensor};
@@ -15,7 +15,7 @@ use tch::{Kind, Tensor};
 /// A model whose trained tensors record gradients.
 pub struct Reference<'a> {
     config: &'a ModelConfig,
-    attachment: &'a Attachment,
+    trainable: &'a Trainable,
     frozen: BTreeMap<String, Tensor>,
     trained: BTreeMap<String, Tensor>,
 }
@@ -29,7 +29,7 @@ impl<'a> Reference<'a> {
         };
         Self {
             config: model.config(),
-            attachment: model.attachment(),
+            trainable: model.trainable(),
             frozen: checkpoint
                 .names()
                 .map(|name| (name.to_owned(), checkpoint.tensor(name).unwrap()))
@@ -48,7 +48,8 @@ impl<'a> Reference<'a> {
     }
 
     fn loss(&self, batch: &Batch) -> Tensor {
-        let logits = self.logits(batch).index_select(0, &Tensor::from_slice(&batch.predicting));
+        let logits =
+            self.logits(batch).index_select(0, &Tensor::from_slice(&batch.target_positions));
         let labels = Tensor::from_slice(&batch.labels).unsqueeze(1);
         -logits.log_softmax(-1, Kind::Float).gather(1, &labels, false).sum(Kind::Float)
     }
@@ -146,7 +147,7 @@ impl<'a> Reference<'a> {
     }
 
     fn angles(&self, batch: &Batch) -> Tensor {
-        let frequencies = frequencies(&self.config.rope, self.config.head_dim).of_pairs;
+        let frequencies = frequencies(&self.config.rope, self.config.head_dim).per_pair;
         let positions = batch.segment_lengths.iter().flat_map(|&length| 0..length);
         let angles: Vec<f64> = positions
             .flat_map(|position| {
@@ -158,7 +159,7 @@ impl<'a> Reference<'a> {
 
     fn head_weight(&self) -> &Tensor {
         if self.config.tie_word_embeddings {
-            let is_saved = |path: &str| matches!(self.attachment, Attachment::Lora(lora) if lora.saved.iter().any(|saved| saved == path));
+            let is_saved = |path: &str| matches!(self.trainable, Trainable::Lora(lora) if lora.modules_to_save.iter().any(|saved| saved == path));
             if is_saved(names::LM_HEAD) {
                 return &self.trained["lm_head.weight"];
             }
@@ -171,7 +172,7 @@ impl<'a> Reference<'a> {
     }
 
     fn adapter(&self, path: &str) -> Option<(&Tensor, &Tensor, f64)> {
-        let Attachment::Lora(lora) = self.attachment else { return None };
+        let Trainable::Lora(lora) = self.trainable else { return None };
         let [a, b] = adapter_names(path);
         Some((self.trained.get(&a)?, self.trained.get(&b)?, lora.scaling))
     }

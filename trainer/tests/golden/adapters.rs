@@ -2,7 +2,7 @@
 
 use finetune_contract::Dtype;
 use finetune_trainer::{
-    lora::{CONFIG_FILE, PREFIX, WEIGHTS_FILE, trainable::Attachment},
+    lora::{CONFIG_FILE, PREFIX, WEIGHTS_FILE, trainable::Trainable},
     model::Model,
 };
 use tch::{Device, Tensor};
@@ -15,8 +15,8 @@ fn ten_steps_of_each_adapter_equal_peft() {
     for family in FAMILIES {
         let golden = Golden::open(family);
         for (case, lora) in &golden.facts.lora {
-            let attachment = Attachment::lora(&golden.config(), &lora.settings).unwrap();
-            let mut model = golden.load(attachment);
+            let trainable = Trainable::lora(&golden.config(), &lora.settings).unwrap();
+            let mut model = golden.load(trainable);
             for (name, start) in golden.tensors_below(&format!("{case}.start.")) {
                 model.trained().master_of(name).unwrap().copy_(start);
             }
@@ -48,8 +48,8 @@ fn settings_mean_the_modules_that_they_mean_in_peft() {
         let golden = Golden::open(family);
         let config = golden.config();
         for case in &golden.facts.targets {
-            let found = match Attachment::lora(&config, &case.settings) {
-                Ok(Attachment::Lora(lora)) => Some(lora.targets.into_keys().collect::<Vec<_>>()),
+            let found = match Trainable::lora(&config, &case.settings) {
+                Ok(Trainable::Lora(lora)) => Some(lora.targets.into_keys().collect::<Vec<_>>()),
                 Ok(_) => panic!("LoRA settings attach LoRA"),
                 Err(_) => None,
             };

@@ -3,7 +3,7 @@
 use finetune_contract::Recompute;
 use finetune_trainer::{
     layers::rope::{Rotary, frequencies},
-    lora::trainable::Attachment,
+    lora::trainable::Trainable,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -16,7 +16,7 @@ const TOLERANCE: f64 = 1e-5;
 fn logits_equal_transformers() {
     for family in FAMILIES {
         let golden = Golden::open(family);
-        let model = golden.load(Attachment::Frozen);
+        let model = golden.load(Trainable::Frozen);
         for (index, row) in golden.facts.rows.iter().enumerate() {
             let expected = golden.tensor(&format!("logits.{index}"));
             let found = distance(&model.logits(&row.tokens), expected);
@@ -31,7 +31,7 @@ fn the_loss_and_the_gradient_of_every_parameter_equal_transformers() {
         let golden = Golden::open(family);
         let expected = golden.tensors_below("grad.");
         for recompute in [Recompute::None, Recompute::Block] {
-            let model = golden.load(Attachment::Full);
+            let model = golden.load(Trainable::Full);
             assert_eq!(
                 sorted(model.trained().names()),
                 expected.keys().copied().collect::<Vec<_>>()

@@ -17,9 +17,9 @@ use finetune_contract::{
 use finetune_trainer::{
     data::{Rendering, Tokenizer},
     hf::{extension, read_config},
-    lora::trainable::Attachment,
+    lora::trainable::Trainable,
     model::Model,
-    runtime::rng::Counter,
+    runtime::rng::RngKey,
 };
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
@@ -363,8 +363,8 @@ fn training() -> TrainingSettings {
 
 fn load(directory: &Path) -> Model {
     let config = read_config(directory).unwrap();
-    let seed = Counter::from_seed(0);
-    Model::load(directory, config, Attachment::Frozen, Dtype::Fp32, Device::Cpu, seed).unwrap()
+    let seed = RngKey::from_seed(0);
+    Model::load(directory, config, Trainable::Frozen, Dtype::Fp32, Device::Cpu, seed).unwrap()
 }
 
 fn uri(path: &Path) -> String {

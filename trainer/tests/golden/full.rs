@@ -1,6 +1,6 @@
 //! Ten AdamW steps of full-parameter training.
 
-use finetune_trainer::lora::trainable::Attachment;
+use finetune_trainer::lora::trainable::Trainable;
 
 use crate::golden::{FAMILIES, Golden, distance};
 
@@ -10,7 +10,7 @@ fn ten_steps_of_full_parameter_training_equal_torch() {
     for family in FAMILIES {
         let golden = Golden::open(family);
         let Some(trajectory) = &golden.facts.full else { continue };
-        let mut model = golden.load(Attachment::Full);
+        let mut model = golden.load(Trainable::Full);
         golden.train(&mut model, trajectory, family);
         for (name, expected) in golden.tensors_below("full.") {
             let found = distance(&model.trained().master_of(name).unwrap(), expected);

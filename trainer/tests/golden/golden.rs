@@ -9,10 +9,10 @@ use finetune_contract::{Dtype, LoraSettings, Optimizer, Recompute};
 use finetune_trainer::{
     architecture::config::ModelConfig,
     data::Batch,
-    lora::trainable::Attachment,
+    lora::trainable::Trainable,
     model::Model,
     optim::{AdamW, Clipped, clip},
-    runtime::rng::Counter,
+    runtime::rng::RngKey,
 };
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
@@ -124,9 +124,9 @@ impl Golden {
         ModelConfig::parse(&text).unwrap()
     }
 
-    pub(crate) fn load(&self, attachment: Attachment) -> Model {
-        let seed = Counter::from_seed(0);
-        Model::load(&self.directory, self.config(), attachment, Dtype::Fp32, Device::Cpu, seed)
+    pub(crate) fn load(&self, trainable: Trainable) -> Model {
+        let seed = RngKey::from_seed(0);
+        Model::load(&self.directory, self.config(), trainable, Dtype::Fp32, Device::Cpu, seed)
             .unwrap()
     }
 
@@ -135,7 +135,7 @@ impl Golden {
         let mut batch = Batch {
             tokens: Vec::new(),
             segment_lengths: Vec::new(),
-            predicting: Vec::new(),
+            target_positions: Vec::new(),
             labels: Vec::new(),
         };
         for row in rows.into_iter().map(|row| &self.facts.rows[row]) {
@@ -143,7 +143,7 @@ impl Golden {
             batch.tokens.extend(row.tokens.iter().map(|&token| i64::from(token)));
             batch.segment_lengths.push(row.tokens.len());
             for position in (1..row.tokens.len()).filter(|&position| row.targets[position]) {
-                batch.predicting.push((start + position - 1) as i64);
+                batch.target_positions.push((start + position - 1) as i64);
                 batch.labels.push(i64::from(row.tokens[position]));
             }
         }
@@ -160,7 +160,7 @@ impl Golden {
         for (step, rows) in training.rows_of_step.iter().enumerate() {
             let batch = self.batch(rows.iter().copied());
             let count = batch.labels.len() as u64;
-            model.trained().forget_gradients();
+            model.trained().zero_grad();
             let loss = model.accumulate_gradients(&batch, Recompute::None, None) / count as f64;
             model.reduce_gradients().unwrap();
             let square = model.gradient_square().unwrap();

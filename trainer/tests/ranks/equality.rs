@@ -8,23 +8,23 @@ use finetune_trainer::{
     data::Batch,
     distributed::{
         Ranks,
-        rank::{Patience, Place},
+        rank::{RankInfo, Timeouts},
     },
     layers::dropout::Dropout,
-    lora::trainable::{Attachment, LoraAttachment},
-    model::{Division, Model, master::Masters},
+    lora::trainable::{LoraAdapters, Trainable},
+    model::{DataParallel, Model, master::Masters},
     optim::{self, AdamW},
-    runtime::rng::Counter,
+    runtime::rng::RngKey,
 };
 use tch::{Device, Kind, Tensor};
 
 use crate::fixture::{LLAMA, batch, checkpoint, lora, start_adapters};
 
 const STEPS: u64 = 4;
-/// Micro-batches of one step, over all ranks; uneven in segments, tokens and targets.
+/// Micro-batches of one step over all ranks, with different numbers of segments, tokens and targets.
 const MICRO_BATCHES: u64 = 4;
 
-/// What a run came to.
+/// The results of a run.
 struct Trained {
     losses: Vec<f64>,
     norms: Vec<f64>,
@@ -32,11 +32,11 @@ struct Trained {
     sent_bytes_per_step: u64,
 }
 
-/// Trains with `world_size` ranks; returns what rank 0 has.
+/// Trains with `world_size` ranks; returns the results of rank 0.
 fn train(
     directory: &Path,
     config: &ModelConfig,
-    attachment: &Attachment,
+    trainable: &Trainable,
     world_size: u32,
     strategy: Strategy,
     recompute: Recompute,
@@ -48,8 +48,9 @@ fn train(
             .map(|rank| {
                 scope.spawn(move || {
                     let ranks = join(rank, world_size, port);
-                    let division = Division { ranks: ranks.clone(), strategy, bucket_bytes: 4096 };
-                    let trained = run(directory, config, attachment, division, recompute);
+                    let data_parallel =
+                        DataParallel { ranks: ranks.clone(), strategy, bucket_bytes: 4096 };
+                    let trained = run(directory, config, trainable, data_parallel, recompute);
                     ranks.done();
                     trained
                 })
@@ -74,14 +75,14 @@ fn join(rank: u32, world_size: u32, port: u16) -> Ranks {
     if world_size == 1 {
         return Ranks::alone();
     }
-    let place = place(rank, world_size, port);
-    // A rank that is lost here has panicked, and the test with it.
+    let info = rank_info(rank, world_size, port);
+    // A rank that is lost here has panicked, which fails the test.
     let on_lost = Box::new(|_: &str| {});
-    Ranks::join(&place, "test", Device::Cpu, Patience::default(), on_lost).unwrap()
+    Ranks::join(&info, "test", Device::Cpu, Timeouts::default(), on_lost).unwrap()
 }
 
-fn place(rank: u32, world_size: u32, port: u16) -> Place {
-    Place {
+fn rank_info(rank: u32, world_size: u32, port: u16) -> RankInfo {
+    RankInfo {
         rank,
         world_size,
         master_address: "127.0.0.1".to_owned(),
@@ -93,20 +94,20 @@ fn place(rank: u32, world_size: u32, port: u16) -> Place {
 fn run(
     directory: &Path,
     config: &ModelConfig,
-    attachment: &Attachment,
-    division: Division,
+    trainable: &Trainable,
+    data_parallel: DataParallel,
     recompute: Recompute,
 ) -> Trained {
-    let ranks = division.ranks.clone();
-    let seed = Counter::from_seed(3);
-    let mut model = Model::load_divided(
+    let ranks = data_parallel.ranks.clone();
+    let seed = RngKey::from_seed(3);
+    let mut model = Model::load_data_parallel(
         directory,
         config.clone(),
-        attachment.clone(),
+        trainable.clone(),
         finetune_contract::Dtype::Fp32,
         Device::Cpu,
         seed,
-        division,
+        data_parallel,
     )
     .unwrap();
     start_adapters(&mut model, seed);
@@ -114,17 +115,17 @@ fn run(
     let (mut losses, mut norms, mut sent) = (Vec::new(), Vec::new(), 0);
     for step in 0..STEPS {
         let before = ranks.sent_bytes();
-        model.trained().forget_gradients();
+        model.trained().zero_grad();
         let (mut loss, mut targets) = (0.0, 0);
         for micro in (0..MICRO_BATCHES)
             .filter(|micro| micro % u64::from(ranks.world_size()) == u64::from(ranks.rank()))
         {
             let batch = micro_batch(step, micro);
-            let noise = Dropout::new(0.1, seed.fold(step).fold(micro));
+            let dropout = Dropout::new(0.1, seed.fold_in(step).fold_in(micro));
             if micro + u64::from(ranks.world_size()) >= MICRO_BATCHES {
-                model.expect_last();
+                model.mark_last_backward();
             }
-            loss += model.accumulate_gradients(&batch, recompute, noise.as_ref());
+            loss += model.accumulate_gradients(&batch, recompute, dropout.as_ref());
             targets += batch.labels.len();
         }
         model.reduce_gradients().unwrap();
@@ -135,7 +136,8 @@ fn run(
         norms.push(clipped.norm);
         sent = ranks.sent_bytes() - before;
     }
-    let names: Vec<_> = attachment.trained(config).into_iter().map(|spec| spec.name).collect();
+    let names: Vec<_> =
+        trainable.trained_tensors(config).into_iter().map(|spec| spec.name).collect();
     let mut masters = Masters::of(&model);
     let weights = names
         .into_iter()
@@ -157,18 +159,18 @@ fn micro_batch(step: u64, micro: u64) -> Batch {
     let mut batch = batch(lengths, 61);
     let shift = (step * MICRO_BATCHES + micro) as i64;
     batch.tokens.iter_mut().for_each(|token| *token = (*token + shift) % 61);
-    for (label, position) in batch.labels.iter_mut().zip(&batch.predicting) {
+    for (label, position) in batch.labels.iter_mut().zip(&batch.target_positions) {
         *label = batch.tokens[*position as usize + 1];
     }
     batch
 }
 
 /// Checks 2 and 4 ranks against one, whole and sharded.
-fn check(attachment: impl Fn(&ModelConfig) -> Attachment, recompute: Recompute) {
+fn check(trainable: impl Fn(&ModelConfig) -> Trainable, recompute: Recompute) {
     let directory = tempfile::tempdir().unwrap();
     let config = checkpoint(directory.path(), LLAMA);
-    let attachment = attachment(&config);
-    let one = train(directory.path(), &config, &attachment, 1, Strategy::None, recompute);
+    let trainable = trainable(&config);
+    let one = train(directory.path(), &config, &trainable, 1, Strategy::None, recompute);
     assert!(one.losses[3] < one.losses[0], "{:?}", one.losses);
     let alone = [(1, Strategy::Zero1), (1, Strategy::Zero2), (1, Strategy::Zero3)];
     let together = [2, 4].map(|ranks| {
@@ -176,7 +178,7 @@ fn check(attachment: impl Fn(&ModelConfig) -> Attachment, recompute: Recompute) 
             .map(|strategy| (ranks, strategy))
     });
     for (world_size, strategy) in alone.into_iter().chain(together.into_iter().flatten()) {
-        let many = train(directory.path(), &config, &attachment, world_size, strategy, recompute);
+        let many = train(directory.path(), &config, &trainable, world_size, strategy, recompute);
         let what = format!("{world_size} ranks, {strategy:?}");
         for (many, one) in [(&many.losses, &one.losses), (&many.norms, &one.norms)] {
             for (many, one) in many.iter().zip(one) {
@@ -193,77 +195,77 @@ fn check(attachment: impl Fn(&ModelConfig) -> Attachment, recompute: Recompute) 
 
 #[test]
 fn full_parameter_training_does_not_depend_on_the_number_of_ranks() {
-    check(|_| Attachment::Full, Recompute::None);
+    check(|_| Trainable::Full, Recompute::None);
 }
 
 #[test]
-fn recomputation_does_not_either() {
-    check(|_| Attachment::Full, Recompute::Block);
+fn activation_checkpointing_does_not_depend_on_the_number_of_ranks() {
+    check(|_| Trainable::Full, Recompute::Block);
 }
 
 #[test]
-fn adapters_do_not_either() {
-    check(|config| Attachment::lora(config, &lora(&["all-linear"], &[])).unwrap(), Recompute::None);
+fn adapters_do_not_depend_on_the_number_of_ranks() {
+    check(|config| Trainable::lora(config, &lora(&["all-linear"], &[])).unwrap(), Recompute::None);
 }
 
 #[test]
-fn nor_do_modules_trained_whole_beside_adapters() {
+fn modules_to_save_do_not_depend_on_the_number_of_ranks() {
     let lora = |config: &ModelConfig| {
         let settings = lora(&["q_proj", "embed_tokens"], &["layers.1.mlp.up_proj", "lm_head"]);
-        let attachment = Attachment::lora(config, &settings).unwrap();
+        let trainable = Trainable::lora(config, &settings).unwrap();
         assert!(
-            matches!(&attachment, Attachment::Lora(LoraAttachment { saved, .. }) if saved.len() == 2)
+            matches!(&trainable, Trainable::Lora(LoraAdapters { modules_to_save, .. }) if modules_to_save.len() == 2)
         );
-        attachment
+        trainable
     };
     check(lora, Recompute::None);
 }
 
 #[test]
-fn who_does_not_come_is_named() {
+fn ranks_that_do_not_connect_are_named() {
     let port = free_port();
-    let patience = Patience { rendezvous: Duration::from_secs(3), ..Patience::default() };
+    let timeouts = Timeouts { rendezvous: Duration::from_secs(3), ..Timeouts::default() };
     let joined = std::thread::scope(|scope| {
-        let coming = [0, 2].map(|rank| {
+        let present = [0, 2].map(|rank| {
             scope.spawn(move || {
-                let place = place(rank, 4, port);
+                let info = rank_info(rank, 4, port);
                 let on_lost = Box::new(|_: &str| {});
-                Ranks::join(&place, "test", Device::Cpu, patience, on_lost).map(drop)
+                Ranks::join(&info, "test", Device::Cpu, timeouts, on_lost).map(drop)
             })
         });
-        coming.map(|rank| rank.join().unwrap())
+        present.map(|rank| rank.join().unwrap())
     });
-    let said = joined[0].as_ref().unwrap_err().to_string();
-    let said = said.replace(&port.to_string(), "PORT");
-    insta::assert_snapshot!(said, @"ranks 1, 3 of 4 did not come to 127.0.0.1:PORT within 3 s: see why in their log");
+    let message = joined[0].as_ref().unwrap_err().to_string();
+    let message = message.replace(&port.to_string(), "PORT");
+    insta::assert_snapshot!(message, @"ranks 1, 3 of 4 did not connect to 127.0.0.1:PORT within 3 s: see why in their log");
     assert!(joined[1].is_err());
 }
 
 /// The formulas of `src/plan/sizing.rs`, written out for the fixture.
 #[test]
-fn what_is_sent_is_what_the_strategy_needs() {
+fn each_strategy_sends_the_predicted_bytes() {
     let directory = tempfile::tempdir().unwrap();
     let config = checkpoint(directory.path(), LLAMA);
     let sent = |world_size, strategy| {
-        let attachment = Attachment::Full;
-        train(directory.path(), &config, &attachment, world_size, strategy, Recompute::None)
+        let trainable = Trainable::Full;
+        train(directory.path(), &config, &trainable, world_size, strategy, Recompute::None)
             .sent_bytes_per_step
     };
     // fp32; each tensor of the fixture is a multiple of 16 elements but the embedding, 61 x 32.
-    let outer = (61 * 32 + 32) * 4_u64;
+    let root = (61 * 32 + 32) * 4_u64;
     let block = (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48 + 2 * 32) * 4_u64;
-    // Per step: the sum of loss and targets (2 f64); divided also the norm's square.
+    // Per step: the sums of loss and targets (2 f64); if sharded, also the squared norm.
     let numbers = |world: u64, count: u64| 2 * (count * 8) * (world - 1) / world;
     for world in [2, 4] {
         let share = |bytes: u64| bytes * (world - 1) / world;
-        let whole = 2 * share(outer + 3 * block) + numbers(world, 2);
+        let whole = 2 * share(root + 3 * block) + numbers(world, 2);
         assert_eq!(sent(world as u32, Strategy::Ddp), whole);
         let micro_batches = MICRO_BATCHES / world;
-        // Weights once, gradients once or once a micro-batch; of zero3 three blocks of which the two
-        // last used are still there on the way back: 3 + 1 gathers in the first micro-batch, 1 + 1 in
-        // each later one.
+        // Weights are gathered once, and gradients reduced once or once a micro-batch. With zero3, two of
+        // the three blocks are still gathered when the backward pass starts: 3 + 1 gathers in the first
+        // micro-batch, 1 + 1 in each later one.
         let units = |gathers: u64, sums: u64| {
-            share(outer) * 2
+            share(root) * 2
                 + share(block) * (gathers + sums)
                 + numbers(world, 2)
                 + numbers(world, 1)
@@ -274,7 +276,7 @@ fn what_is_sent_is_what_the_strategy_needs() {
             (Strategy::Zero3, units(4 + 2 * (micro_batches - 1), 3 * micro_batches)),
         ] {
             let found = sent(world as u32, strategy);
-            // Units are filled up to a multiple of 16 elements for each rank.
+            // Units are padded to a multiple of 16 elements for each rank.
             assert!(found.abs_diff(expected) < expected / 100, "{strategy:?}: {found} {expected}");
         }
     }

@@ -324,7 +324,7 @@ fn several_ranks_publish_the_adapter_that_one_does() {
 #[test]
 fn a_run_goes_on_in_smaller_pieces_as_if_it_had_begun_in_them() {
     let mut case = Case::new(true, 60);
-    // Noise and all: pieces of a step see what they would see in larger ones.
+    // With dropout: a smaller micro-batch draws the masks its rows would have in a larger one.
     case.config.lora.as_mut().unwrap().lora_dropout = 0.2;
     let pieces = |micro_batch_size: u32, recompute: Recompute| {
         let mut config = case.over(1, Strategy::None);
@@ -380,7 +380,7 @@ fn a_published_adapter_is_gone_on_from_where_it_was() {
     let Outcome::Failed { message, .. } = ended.report.unwrap().outcome else {
         panic!("no failure")
     };
-    insta::assert_snapshot!(message, @"spec.loraConfig.r: is 2, but what training starts from has 4: set it to that");
+    insta::assert_snapshot!(message, @"spec.loraConfig.r: is 2, but the initial weights have 4: set it to 4");
 }
 
 /// Runs over two ranks until there are checkpoints, and returns one that was evaluated, with its loss.
@@ -434,12 +434,12 @@ fn a_step_of_another_run_is_started_from_over_any_number_of_ranks() {
         };
         if let Some(lora) = case.config.lora.as_mut() {
             lora.r = 2;
-            insta::assert_snapshot!(refusal(&case), @"spec.loraConfig.r: is 2, but what training starts from has 4: set it to that");
+            insta::assert_snapshot!(refusal(&case), @"spec.loraConfig.r: is 2, but the initial weights have 4: set it to 4");
             case.config.lora = None;
-            insta::assert_snapshot!(refusal(&case), @"spec.initialCheckpoint.uri: is of an adapter: set loraConfig to {r: 4, loraAlpha: 6, targetModules: all-linear, modulesToSave: [], useRslora: false}");
+            insta::assert_snapshot!(refusal(&case), @"spec.initialCheckpoint.uri: belongs to an adapter: set loraConfig to {r: 4, loraAlpha: 6, targetModules: all-linear, modulesToSave: [], useRslora: false}");
         } else {
             case.config.lora = Some(lora(&["all-linear"], &[]));
-            insta::assert_snapshot!(refusal(&case), @"spec.initialCheckpoint.uri: is of a model trained whole: remove loraConfig to go on with it");
+            insta::assert_snapshot!(refusal(&case), @"spec.initialCheckpoint.uri: belongs to a full-parameter run: remove loraConfig to continue it");
             case.config.lora = None;
             let part = step.join("state-00002-of-00002.safetensors");
             fs::write(&part, "not that").unwrap();

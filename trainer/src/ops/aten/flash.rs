@@ -1,19 +1,19 @@
-//! Attention on GPUs: PyTorch's FlashAttention over segments of any lengths, in one call for all of
-//! them; it takes grouped heads and windows as they are.
+//! Attention on GPUs: PyTorch's variable-length FlashAttention, one call for all segments, with
+//! grouped-query heads and sliding windows.
 //!
-//! Never run by our tests, which have no GPU.
+//! Our tests never run it, as they have no GPU.
 #![expect(unsafe_code, reason = "calls a shim for what tch does not bind")]
 
 use tch::{Device, Kind, Tensor};
 use torch_sys::C_tensor;
 
 use crate::{
-    ops::Attention,
+    ops::AttentionMask,
     runtime::shim::{ErrorBuffer, call},
 };
 
-/// The widest head the kernel knows.
-const WIDEST_HEAD: i64 = 256;
+/// The largest head width that the kernel supports.
+const MAX_HEAD_DIM: i64 = 256;
 
 unsafe extern "C" {
     fn finetune_flash_attention(
@@ -28,60 +28,64 @@ unsafe extern "C" {
     ) -> bool;
 }
 
-/// Tells whether queries `[T, H, E]` can be attended with here.
-pub(in crate::ops) fn can(q: &Tensor) -> bool {
+/// Reports whether FlashAttention supports queries `[T, H, E]`.
+pub(in crate::ops) fn is_supported(q: &Tensor) -> bool {
     let width = q.size()[2];
     matches!(q.device(), Device::Cuda(_))
         && q.kind() == Kind::BFloat16
         && width % 8 == 0
-        && width <= WIDEST_HEAD
+        && width <= MAX_HEAD_DIM
 }
 
-/// As [`crate::ops::attention`]; what it keeps beside the logarithms is what the backward pass asks for.
+/// As [`crate::ops::attention`]; beside the logarithms it returns the RNG state that the backward
+/// operator takes.
 pub(in crate::ops) fn attention(
     [q, k, v]: [&Tensor; 3],
-    how: Attention<'_>,
+    mask: AttentionMask<'_>,
 ) -> (Tensor, Vec<Tensor>) {
-    let (starts, longest) = starts(how, q.device());
+    let (starts, longest) = cumulative_lengths(mask, q.device());
     let mut results = [std::ptr::null_mut(); 4];
     let into = results.as_mut_ptr();
-    let [q, k, v, at] = [q, k, v, &starts].map(Tensor::as_ptr);
+    let [q, k, v, starts] = [q, k, v, &starts].map(Tensor::as_ptr);
     // SAFETY: the tensors outlive the call, which writes four new ones or a text that fits.
-    let called = call(
-        |is_done| *is_done,
-        |error| unsafe { finetune_flash_attention(q, k, v, at, longest, window(how), into, error) },
+    let outcome = call(
+        |succeeded| *succeeded,
+        |error| unsafe {
+            finetune_flash_attention(q, k, v, starts, longest, window(mask), into, error)
+        },
     );
-    assert!(called.is_ok(), "attention: {called:?}");
+    assert!(outcome.is_ok(), "attention: {outcome:?}");
     // SAFETY: each is new and owned by nobody else.
-    let [out, logsumexp, one, other] = results.map(|result| unsafe { Tensor::from_ptr(result) });
-    (out, vec![logsumexp, one, other])
+    let [out, logsumexp, rng_state, unused] =
+        results.map(|result| unsafe { Tensor::from_ptr(result) });
+    (out, vec![logsumexp, rng_state, unused])
 }
 
 /// As [`crate::ops::attention_backward`].
 pub(in crate::ops) fn attention_backward(
     [q, k, v]: [&Tensor; 3],
     out: &Tensor,
-    kept: &[Tensor],
+    saved: &[Tensor],
     d_out: &Tensor,
-    how: Attention<'_>,
+    mask: AttentionMask<'_>,
 ) -> [Tensor; 3] {
-    let (starts, longest) = starts(how, q.device());
-    let window = window(how);
+    let (starts, longest) = cumulative_lengths(mask, q.device());
+    let window = window(mask);
     let (dq, dk, dv) = Tensor::internal_flash_attention_backward(
         d_out,
         q,
         k,
         v,
         out,
-        &kept[0],
+        &saved[0],
         &starts,
         &starts,
         longest,
         longest,
         0.0,
         true,
-        &kept[1],
-        &kept[2],
+        &saved[1],
+        &saved[2],
         None,
         window,
         if window < 0 { -1 } else { 0 },
@@ -89,10 +93,10 @@ pub(in crate::ops) fn attention_backward(
     [dq, dk, dv]
 }
 
-/// Returns where segments start and the last ends, `[S + 1]`, and the longest one's length.
-fn starts(how: Attention<'_>, device: Device) -> (Tensor, i64) {
+/// Returns the cumulative segment lengths from 0 on, `[S + 1]`, int32, and the largest length.
+fn cumulative_lengths(mask: AttentionMask<'_>, device: Device) -> (Tensor, i64) {
     let (mut starts, mut longest) = (vec![0_i32], 0);
-    for run in how.runs {
+    for run in mask.runs {
         longest = longest.max(run.length);
         for segment in 1..=run.count {
             starts.push((run.start + segment * run.length) as i32);
@@ -101,34 +105,36 @@ fn starts(how: Attention<'_>, device: Device) -> (Tensor, i64) {
     (Tensor::from_slice(&starts).to_device(device), longest)
 }
 
-/// Returns how many earlier positions a query sees, or −1 for all.
-fn window(how: Attention<'_>) -> i64 {
-    how.window.map_or(-1, |window| window as i64 - 1)
+/// Returns how many earlier positions a query attends to, or −1 for all.
+fn window(mask: AttentionMask<'_>) -> i64 {
+    mask.window.map_or(-1, |window| window as i64 - 1)
 }
 
 #[cfg(test)]
 mod tests {
     use tch::{Device, Kind, Tensor};
 
-    use super::{attention, starts, window};
-    use crate::ops::{Attention, Run};
+    use super::{attention, cumulative_lengths, window};
+    use crate::ops::{AttentionMask, SegmentRun};
 
-    const RUNS: [Run; 2] =
-        [Run { start: 0, count: 2, length: 3 }, Run { start: 6, count: 1, length: 5 }];
+    const RUNS: [SegmentRun; 2] = [
+        SegmentRun { start: 0, count: 2, length: 3 },
+        SegmentRun { start: 6, count: 1, length: 5 },
+    ];
 
     #[test]
-    fn says_where_segments_are() {
-        let how = Attention { runs: &RUNS, window: Some(4) };
-        let (starts, longest) = starts(how, Device::Cpu);
+    fn segment_lengths_are_cumulative() {
+        let mask = AttentionMask { runs: &RUNS, window: Some(4) };
+        let (starts, longest) = cumulative_lengths(mask, Device::Cpu);
         assert_eq!(Vec::<i32>::try_from(starts).unwrap(), [0, 3, 6, 11]);
-        assert_eq!((longest, window(how)), (5, 3));
+        assert_eq!((longest, window(mask)), (5, 3));
     }
 
-    /// The way to the operator and back; what it computes only a GPU can show.
+    /// Tests the call and its error path; the results can be tested only on a GPU.
     #[test]
     #[should_panic(expected = "_flash_attention_forward")]
-    fn fails_in_words_without_a_gpu() {
+    fn fails_with_a_message_without_a_gpu() {
         let x = Tensor::zeros([11, 2, 8], (Kind::BFloat16, Device::Cpu));
-        let _ = attention([&x, &x, &x], Attention { runs: &RUNS, window: None });
+        let _ = attention([&x, &x, &x], AttentionMask { runs: &RUNS, window: None });
     }
 }

@@ -1,23 +1,23 @@
-//! The operators as chains of libtorch's own: for every device, and the reference of our kernels.
+//! The operators composed of libtorch's own: for every device, and as the reference of our kernels.
 
 pub(super) mod flash;
 pub mod scores;
 
 use finetune_kernels::{
-    adamw,
-    dropout::{NEXT_GROUP, Noise},
+    adamw::AdamWStep,
+    dropout::{DropoutMask, GOLDEN_GAMMA},
 };
 use tch::{Device, Kind, Tensor};
 
-use crate::ops::{Attention, Codes, Factor, runs};
+use crate::ops::{AttentionMask, Factor, QuantizedState, segment_runs};
 
-/// Elements of a flat tensor worked on at once, so that results on the way stay small beside it.
-const AT_ONCE: usize = 1 << 22;
+/// Elements of a flat tensor in one chunk, so that temporaries stay small beside it.
+const CHUNK_ELEMENTS: usize = 1 << 22;
 
-/// Cuts a flat tensor into what is worked on at once: the first element and the length of each.
-pub(super) fn stretches(length: i64) -> impl Iterator<Item = (i64, i64)> {
-    let starts = (0..length).step_by(AT_ONCE);
-    starts.map(move |start| (start, (AT_ONCE as i64).min(length - start)))
+/// Divides a flat tensor into chunks: the first element and the length of each.
+pub(super) fn chunks(length: i64) -> impl Iterator<Item = (i64, i64)> {
+    let starts = (0..length).step_by(CHUNK_ELEMENTS);
+    starts.map(move |start| (start, (CHUNK_ELEMENTS as i64).min(length - start)))
 }
 
 /// As [`crate::ops::rms_norm`].
@@ -40,8 +40,8 @@ pub fn rms_norm_backward(
     let (x_hat, rstd) = normalized(x, eps);
     let dy = dy.to_kind(Kind::Float);
     if let Some(grad) = weight_grad {
-        let by_row = (&dy * &x_hat).view([-1, grad.size()[0]]);
-        accumulate(grad, &by_row.sum_dim_intlist(0, false, Kind::Float));
+        let row_grads = (&dy * &x_hat).view([-1, grad.size()[0]]);
+        accumulate(grad, &row_grads.sum_dim_intlist(0, false, Kind::Float));
     }
     let g = dy * weight.to_kind(Kind::Float);
     let mean = (&g * &x_hat).mean_dim(-1, true, Kind::Float);
@@ -96,37 +96,37 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> f64 {
 /// Turns fp32 logits into probabilities, in place, and returns the sum of `−log p[label]`.
 fn sum_of_losses(logits: &mut Tensor, labels: &Tensor) -> f64 {
     let _ = logits.g_sub_(&logits.amax([1], true));
-    let picked = logits.gather(1, &labels.unsqueeze(1), false); // [C, 1]
+    let label_logits = logits.gather(1, &labels.unsqueeze(1), false); // [C, 1]
     let _ = logits.exp_();
     let denominator = logits.sum_dim_intlist(1, true, Kind::Float); // [C, 1]
     let _ = logits.g_div_(&denominator);
-    (denominator.log() - picked).sum(Kind::Double).double_value(&[])
+    (denominator.log() - label_logits).sum(Kind::Double).double_value(&[])
 }
 
 /// As [`crate::ops::dropout`].
-pub fn dropout(x: &Tensor, noise: Noise) -> Tensor {
-    x * mask(x, noise)
+pub fn dropout(x: &Tensor, mask: DropoutMask) -> Tensor {
+    x * mask_values(x, mask)
 }
 
 /// As [`crate::ops::add_masked`].
-pub fn add_masked(sum: &mut Tensor, grad: &Tensor, noise: Noise) {
-    let _ = sum.addcmul_(grad, &mask(grad, noise));
+pub fn add_masked(sum: &mut Tensor, grad: &Tensor, mask: DropoutMask) {
+    let _ = sum.addcmul_(grad, &mask_values(grad, mask));
 }
 
-/// Returns what `like` is multiplied with: the mask of [`finetune_kernels::dropout`], whose integers
-/// wrap around as libtorch's do.
-fn mask(like: &Tensor, noise: Noise) -> Tensor {
-    let draws = draws(noise.key, like.numel() as i64, like.device());
-    let kept = draws.ge(i64::from(noise.threshold)).to_kind(like.kind());
-    let mask = kept * f64::from(noise.kept());
-    mask.view(like.size().as_slice())
+/// Returns the factors of [`finetune_kernels::dropout`] in the shape of `like`: libtorch's integers
+/// wrap around as Rust's `wrapping_mul` does.
+fn mask_values(like: &Tensor, mask: DropoutMask) -> Tensor {
+    let draws = draws(mask.key, like.numel() as i64, like.device());
+    let is_kept = draws.ge(i64::from(mask.threshold)).to_kind(like.kind());
+    let values = is_kept * f64::from(mask.keep_scale());
+    values.view(like.size().as_slice())
 }
 
 /// Returns `count` random numbers of 16 bits, as [`finetune_kernels::dropout`] draws them.
 fn draws(key: u64, count: i64, device: Device) -> Tensor {
     let on = (Kind::Int64, device);
     let groups = Tensor::arange((count + 3) / 4, on);
-    let draws = mix(groups * NEXT_GROUP.cast_signed() + key.cast_signed());
+    let draws = mix(groups * GOLDEN_GAMMA.cast_signed() + key.cast_signed());
     let lanes = Tensor::arange(4, on) * 16;
     let draws = draws.unsqueeze(1).bitwise_right_shift(&lanes).bitwise_and(0xFFFF);
     draws.view(-1).narrow(0, 0, count)
@@ -146,7 +146,7 @@ fn mix(bits: Tensor) -> Tensor {
 
 /// As [`crate::ops::sum_of_squares`].
 pub fn sum_of_squares(values: &Tensor) -> f64 {
-    let parts = values.split(AT_ONCE as i64, 0).into_iter();
+    let parts = values.split(CHUNK_ELEMENTS as i64, 0).into_iter();
     let squares = parts.map(|part| part.square().sum(Kind::Double));
     squares.reduce(|one, other| one + other).map_or(0.0, |sum| sum.double_value(&[]))
 }
@@ -156,25 +156,25 @@ pub fn accumulate(sum: &Tensor, more: &Tensor) {
     let _ = sum.shallow_clone().g_add_(more);
 }
 
-/// Returns a product and a bias.
+/// Returns `left · factor` plus a bias.
 pub fn product(left: &Tensor, factor: Factor<'_>, bias: Option<&Tensor>) -> Tensor {
     match bias {
-        Some(bias) => bias.addmm(left, &as_it_multiplies(factor)),
-        None => left.mm(&as_it_multiplies(factor)),
+        Some(bias) => bias.addmm(left, &as_right_operand(factor)),
+        None => left.mm(&as_right_operand(factor)),
     }
 }
 
 /// As [`crate::ops::multiply`].
 pub fn multiply(left: &Tensor, factor: Factor<'_>, scale: f64, to: &mut Tensor) {
-    to.copy_(&(left.mm(&as_it_multiplies(factor)) * scale));
+    to.copy_(&(left.mm(&as_right_operand(factor)) * scale));
 }
 
 /// As [`crate::ops::add_product`].
 pub fn add_product(left: &Tensor, factor: Factor<'_>, to: &mut Tensor) {
-    let _ = to.addmm_(left, &as_it_multiplies(factor));
+    let _ = to.addmm_(left, &as_right_operand(factor));
 }
 
-fn as_it_multiplies(factor: Factor<'_>) -> Tensor {
+fn as_right_operand(factor: Factor<'_>) -> Tensor {
     match factor {
         Factor::Plain(factor) => factor.shallow_clone(),
         Factor::Transposed(factor) => factor.tr(),
@@ -191,97 +191,104 @@ pub fn add_outer(left: &Tensor, right: &Tensor, grad: &Tensor) {
 }
 
 /// As [`crate::ops::adamw`].
-pub fn adamw(step: adamw::Step, grad: &Tensor, state: [Tensor; 3], compute: Tensor) {
-    for (start, count) in stretches(grad.numel() as i64) {
+pub fn adamw(step: AdamWStep, grad: &Tensor, state: [Tensor; 3], compute: Tensor) {
+    for (start, count) in chunks(grad.numel() as i64) {
         let part = |flat: &Tensor| flat.narrow(0, start, count);
-        adamw_part(step, &part(grad), state.each_ref().map(part), part(&compute));
+        adamw_chunk(step, &part(grad), state.each_ref().map(part), part(&compute));
     }
 }
 
 /// As [`crate::ops::adamw_8bit`].
 pub fn adamw_8bit(
-    step: adamw::Step,
+    step: AdamWStep,
     key: u64,
     grad: &Tensor,
     master: Tensor,
-    [exp_avg, exp_avg_sq]: [&Codes; 2],
+    [exp_avg, exp_avg_sq]: [&QuantizedState; 2],
     compute: Tensor,
 ) {
-    for (start, count) in stretches(grad.numel() as i64) {
+    for (start, count) in chunks(grad.numel() as i64) {
         let part = |flat: &Tensor| flat.narrow(0, start, count);
-        let moments = [exp_avg, exp_avg_sq].map(|codes| codes.values(start, count));
+        let moments = [exp_avg, exp_avg_sq].map(|state| state.dequantize(start, count));
         let [first, second] = moments.each_ref().map(Tensor::shallow_clone);
-        adamw_part(step, &part(grad), [part(&master), first, second], part(&compute));
-        let key = key.wrapping_add((start as u64 / 4).wrapping_mul(NEXT_GROUP));
+        adamw_chunk(step, &part(grad), [part(&master), first, second], part(&compute));
+        let key = key.wrapping_add((start as u64 / 4).wrapping_mul(GOLDEN_GAMMA));
         let uniform = draws(key, count, grad.device()).to_kind(Kind::Float) * (1.0 / 65536.0);
-        for (codes, values) in [exp_avg, exp_avg_sq].into_iter().zip(moments) {
-            codes.set(start, &values, Some(&uniform));
+        for (state, values) in [exp_avg, exp_avg_sq].into_iter().zip(moments) {
+            state.quantize_blocks(start, &values, Some(&uniform));
         }
     }
 }
 
-fn adamw_part(
-    step: adamw::Step,
+fn adamw_chunk(
+    step: AdamWStep,
     grad: &Tensor,
     [mut master, mut exp_avg, mut exp_avg_sq]: [Tensor; 3],
     mut compute: Tensor,
 ) {
     let grad = grad * f64::from(step.grad_scale);
-    let _ = master.g_mul_scalar_(f64::from(step.shrink));
+    let _ = master.g_mul_scalar_(f64::from(step.weight_decay_factor));
     let _ = exp_avg.lerp_(&grad, 1.0 - f64::from(step.beta1));
     let _ = exp_avg_sq.g_mul_scalar_(f64::from(step.beta2));
     let _ = exp_avg_sq.addcmul_(&grad, &(&grad * (1.0 - f64::from(step.beta2))));
-    let denominator = exp_avg_sq.sqrt() / f64::from(step.second_root) + f64::from(step.epsilon);
+    let denominator =
+        exp_avg_sq.sqrt() / f64::from(step.bias_correction2_sqrt) + f64::from(step.epsilon);
     let _ = master.addcdiv_(&exp_avg, &(denominator * (-1.0 / f64::from(step.step_size))));
     if compute.data_ptr() != master.data_ptr() {
         compute.copy_(&master);
     }
 }
 
-/// As [`crate::ops::attention`], on the processor.
-pub fn attention(inputs: [&Tensor; 3], how: Attention<'_>) -> (Tensor, Vec<Tensor>) {
-    runs::forward(inputs, how, |[q, k, v]| {
-        let mask = mask_of(how.window, &q);
+/// As [`crate::ops::attention`], on CPUs.
+pub fn attention(inputs: [&Tensor; 3], mask: AttentionMask<'_>) -> (Tensor, Vec<Tensor>) {
+    segment_runs::forward(inputs, mask, |[q, k, v]| {
+        let attn_mask = window_mask(mask.window, &q);
         Tensor::internal_scaled_dot_product_flash_attention_for_cpu(
             &q,
             &k,
             &v,
             0.0,
-            mask.is_none(),
-            mask.as_ref(),
+            attn_mask.is_none(),
+            attn_mask.as_ref(),
             None,
         )
     })
 }
 
-/// As [`crate::ops::attention_backward`], on the processor.
+/// As [`crate::ops::attention_backward`], on CPUs.
 pub fn attention_backward(
     inputs: [&Tensor; 3],
     out: &Tensor,
     logsumexp: &[Tensor],
     d_out: &Tensor,
-    how: Attention<'_>,
+    mask: AttentionMask<'_>,
 ) -> [Tensor; 3] {
-    runs::backward(inputs, [out, d_out], logsumexp, how, |[q, k, v], [out, d_out], logsumexp| {
-        let mask = mask_of(how.window, &q);
-        Tensor::internal_scaled_dot_product_flash_attention_for_cpu_backward(
-            &d_out,
-            &q,
-            &k,
-            &v,
-            &out,
-            logsumexp,
-            0.0,
-            mask.is_none(),
-            mask.as_ref(),
-            None,
-        )
-        .into()
-    })
+    segment_runs::backward(
+        inputs,
+        [out, d_out],
+        logsumexp,
+        mask,
+        |[q, k, v], [out, d_out], logsumexp| {
+            let attn_mask = window_mask(mask.window, &q);
+            Tensor::internal_scaled_dot_product_flash_attention_for_cpu_backward(
+                &d_out,
+                &q,
+                &k,
+                &v,
+                &out,
+                logsumexp,
+                0.0,
+                attn_mask.is_none(),
+                attn_mask.as_ref(),
+                None,
+            )
+            .into()
+        },
+    )
 }
 
-/// Returns what is added to the scores when the window is shorter than the segment, `[t, t]`.
-fn mask_of(window: Option<usize>, like: &Tensor) -> Option<Tensor> {
+/// Returns the additive mask of the scores, `[t, t]`, if the window is shorter than the segment.
+fn window_mask(window: Option<usize>, like: &Tensor) -> Option<Tensor> {
     let (window, length) = (window? as i64, like.size()[2]);
     if window >= length {
         return None;

@@ -1,31 +1,34 @@
-//! Attention tile by tile, on our kernels.
+//! Attention by our tiled kernels.
 
-use finetune_kernels::attention::{Attended, Shape, backward, forward, is_supported};
+use finetune_kernels::attention::{self as kernels, BackwardInputs, Shape};
 use tch::{Device, Kind, Tensor};
 
 use crate::ops::{
-    Attention, Run,
+    AttentionMask, SegmentRun,
     cpu::{
         pool::Threads,
-        view::{by_kind, elements, elements_mut},
+        view::{dispatch_dtype, elements, elements_mut},
     },
 };
 
-/// Tells whether queries `[T, H, E]` can be attended with here.
-pub(in crate::ops) fn can(q: &Tensor) -> bool {
+/// Reports whether our kernels support queries `[T, H, E]`.
+pub(in crate::ops) fn is_supported(q: &Tensor) -> bool {
     let width = usize::try_from(q.size()[2]).unwrap_or(0);
-    q.device() == Device::Cpu && by_kind!(q.kind(), E => is_supported::<E>(width))
+    q.device() == Device::Cpu && dispatch_dtype!(q.kind(), E => kernels::is_supported::<E>(width))
 }
 
-pub(in crate::ops) fn attention(inputs: [&Tensor; 3], how: Attention<'_>) -> (Tensor, Vec<Tensor>) {
+pub(in crate::ops) fn attention(
+    inputs: [&Tensor; 3],
+    mask: AttentionMask<'_>,
+) -> (Tensor, Vec<Tensor>) {
     let [q, k, _] = inputs;
     let size = q.size();
     let mut out = q.empty_like();
     let mut logsumexp = Tensor::zeros([size[1], size[0]], (Kind::Float, Device::Cpu));
-    by_kind!(q.kind(), E => forward(
+    dispatch_dtype!(q.kind(), E => kernels::forward(
         &Threads,
-        shape(q, k, how),
-        &lengths(how.runs),
+        shape(q, k, mask),
+        &lengths(mask.runs),
         inputs.map(elements::<E>),
         elements_mut(&mut out),
         elements_mut(&mut logsumexp),
@@ -38,32 +41,32 @@ pub(in crate::ops) fn attention_backward(
     out: &Tensor,
     logsumexp: &[Tensor],
     d_out: &Tensor,
-    how: Attention<'_>,
+    mask: AttentionMask<'_>,
 ) -> [Tensor; 3] {
     let mut grads = inputs.map(Tensor::empty_like);
     let [dq, dk, dv] = &mut grads;
     let logsumexp = elements(&logsumexp[0]);
-    by_kind!(out.kind(), E => backward(
+    dispatch_dtype!(out.kind(), E => kernels::backward(
         &Threads,
-        shape(inputs[0], inputs[1], how),
-        &lengths(how.runs),
+        shape(inputs[0], inputs[1], mask),
+        &lengths(mask.runs),
         inputs.map(elements::<E>),
-        Attended { out: elements(out), logsumexp, d_out: elements(d_out) },
+        BackwardInputs { out: elements(out), logsumexp, d_out: elements(d_out) },
         [elements_mut(dq), elements_mut(dk), elements_mut(dv)],
     ));
     grads
 }
 
-fn shape(q: &Tensor, k: &Tensor, how: Attention<'_>) -> Shape {
+fn shape(q: &Tensor, k: &Tensor, mask: AttentionMask<'_>) -> Shape {
     Shape {
         heads: q.size()[1] as usize,
         kv_heads: k.size()[1] as usize,
         width: q.size()[2] as usize,
-        window: how.window.unwrap_or(usize::MAX),
+        window: mask.window.unwrap_or(usize::MAX),
     }
 }
 
-fn lengths(runs: &[Run]) -> Vec<usize> {
+fn lengths(runs: &[SegmentRun]) -> Vec<usize> {
     runs.iter()
         .flat_map(|run| std::iter::repeat_n(run.length as usize, run.count as usize))
         .collect()

@@ -1,4 +1,4 @@
-//! The operators in one pass over memory, on our kernels.
+//! The operators as single passes over memory, by our kernels.
 
 #[cfg(target_arch = "x86_64")]
 pub(super) mod attention;
@@ -12,34 +12,34 @@ mod view;
 use std::{cell::RefCell, ops::Range};
 
 use finetune_kernels::{
-    adamw,
+    adamw::{self, AdamWStep},
     adamw_8bit::{self, BLOCK, Moments},
     cross_entropy as entropy,
-    dropout::{self as noise, Noise},
+    dropout::{self as masked, DropoutMask},
     pool::{Pool, Shared},
     rms_norm as norm, rope, sum, swiglu as gated,
 };
 use tch::Tensor;
 
 use crate::ops::{
-    Codes,
+    QuantizedState,
     cpu::{
-        pool::{Threads, rows},
-        view::{by_kind, elements, elements_mut},
+        pool::{Threads, for_each_chunk},
+        view::{dispatch_dtype, elements, elements_mut},
     },
 };
 
-/// Elements of one unit of work: they and their results stay in the second cache.
-const AT_ONCE: usize = 1 << 15;
+/// Elements of one task: they and their results fit in the L2 cache.
+const TASK_ELEMENTS: usize = 1 << 15;
 
-// Kept by each thread: fresh memory costs page faults.
+// Reused by each thread, because fresh memory costs page faults.
 thread_local! {
     static PARTIALS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
 pub(super) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
     let mut y = x.empty_like();
-    by_kind!(x.kind(), E => {
+    dispatch_dtype!(x.kind(), E => {
         let (x, weight) = (elements::<E>(x), elements::<E>(weight));
         write_rows(elements_mut(&mut y), weight.len(), |range, y| {
             norm::forward(&x[range], weight, eps as f32, y);
@@ -56,21 +56,21 @@ pub(super) fn rms_norm_backward(
     residual: Option<&Tensor>,
     weight_grad: Option<&Tensor>,
 ) -> Tensor {
-    by_kind!(x.kind(), E => {
+    dispatch_dtype!(x.kind(), E => {
         let (x, weight) = (elements::<E>(x), elements::<E>(weight));
         let residual = residual.map(elements::<E>);
         let width = weight.len();
-        // Each unit sums on its own, so that the sum does not depend on the number of threads.
+        // Each task has its own partial sum, so that the total does not depend on the number of threads.
         let partial_width = if weight_grad.is_some() { width } else { 0 };
-        let unit = width * (AT_ONCE / width).max(1);
+        let task_elements = width * (TASK_ELEMENTS / width).max(1);
         PARTIALS.with_borrow_mut(|partial| {
             partial.clear();
-            partial.resize(x.len().div_ceil(unit) * partial_width, 0.0);
+            partial.resize(x.len().div_ceil(task_elements) * partial_width, 0.0);
             let partials = Shared::new(partial);
             write_rows(elements_mut(&mut dy), width, |range, dy| {
-                let index = range.start / unit * partial_width;
-                #[expect(unsafe_code, reason = "units write side by side")]
-                // SAFETY: these elements belong to this unit.
+                let index = range.start / task_elements * partial_width;
+                #[expect(unsafe_code, reason = "tasks write to disjoint ranges")]
+                // SAFETY: these elements belong to this task.
                 let weight_grad = unsafe { partials.range(index..index + partial_width) };
                 let residual = residual.map(|residual| &residual[range.clone()]);
                 norm::backward(&x[range], weight, eps as f32, dy, residual, weight_grad);
@@ -87,7 +87,7 @@ pub(super) fn rms_norm_backward(
 
 pub(super) fn swiglu(gate: &Tensor, up: &Tensor) -> Tensor {
     let mut product = gate.empty_like();
-    by_kind!(gate.kind(), E => {
+    dispatch_dtype!(gate.kind(), E => {
         let (gate, up) = (elements::<E>(gate), elements::<E>(up));
         write_rows(elements_mut(&mut product), 1, |range, product| {
             gated::forward(&gate[range.clone()], &up[range], product);
@@ -101,12 +101,12 @@ pub(super) fn swiglu_backward(
     mut gate: Tensor,
     mut up: Tensor,
 ) -> (Tensor, Tensor, Tensor) {
-    by_kind!(gate.kind(), E => {
+    dispatch_dtype!(gate.kind(), E => {
         let up = Shared::new(elements_mut::<E>(&mut up));
         let d_product = Shared::new(elements_mut::<E>(&mut d_product));
         write_rows(elements_mut(&mut gate), 1, |range, gate| {
-            #[expect(unsafe_code, reason = "units write side by side")]
-            // SAFETY: these elements belong to this unit.
+            #[expect(unsafe_code, reason = "tasks write to disjoint ranges")]
+            // SAFETY: these elements belong to this task.
             let [d_product, up] = unsafe { [d_product.range(range.clone()), up.range(range)] };
             gated::backward(d_product, gate, up);
         });
@@ -117,7 +117,7 @@ pub(super) fn swiglu_backward(
 pub(super) fn rotate(mut x: Tensor, cos: &Tensor, sin: &Tensor, direction: f64) -> Tensor {
     let width = (x.size()[1] * x.size()[2]) as usize;
     let half = cos.size()[2] as usize;
-    by_kind!(x.kind(), E => {
+    dispatch_dtype!(x.kind(), E => {
         let (cos, sin) = (elements::<E>(cos), elements::<E>(sin));
         write_rows(elements_mut(&mut x), width, |range, x| {
             let angles = range.start / width * half..range.end / width * half;
@@ -129,13 +129,13 @@ pub(super) fn rotate(mut x: Tensor, cos: &Tensor, sin: &Tensor, direction: f64) 
 
 pub(super) fn cross_entropy_backward(mut logits: Tensor, labels: &Tensor) -> (f64, Tensor) {
     let labels = elements::<i64>(labels);
-    let loss = by_kind!(logits.kind(), E => {
+    let loss = dispatch_dtype!(logits.kind(), E => {
         let logits = elements_mut::<E>(&mut logits);
         let vocabulary = logits.len() / labels.len().max(1);
         let logits = Shared::new(logits);
-        sum_units(labels.len(), |row| {
-            #[expect(unsafe_code, reason = "units write side by side")]
-            // SAFETY: this row belongs to this unit.
+        sum_tasks(labels.len(), |row| {
+            #[expect(unsafe_code, reason = "tasks write to disjoint ranges")]
+            // SAFETY: this row belongs to this task.
             let logits = unsafe { logits.range(row * vocabulary..(row + 1) * vocabulary) };
             entropy::backward(logits, &labels[row..=row])
         })
@@ -145,45 +145,45 @@ pub(super) fn cross_entropy_backward(mut logits: Tensor, labels: &Tensor) -> (f6
 
 pub(super) fn cross_entropy(logits: &Tensor, labels: &Tensor) -> f64 {
     let labels = elements::<i64>(labels);
-    by_kind!(logits.kind(), E => {
+    dispatch_dtype!(logits.kind(), E => {
         let logits = elements::<E>(logits);
         let vocabulary = logits.len() / labels.len().max(1);
-        sum_units(labels.len(), |row| {
+        sum_tasks(labels.len(), |row| {
             entropy::loss(&logits[row * vocabulary..(row + 1) * vocabulary], &labels[row..=row])
         })
     })
 }
 
-pub(super) fn dropout(x: &Tensor, how: Noise) -> Tensor {
+pub(super) fn dropout(x: &Tensor, mask: DropoutMask) -> Tensor {
     let mut y = x.empty_like();
-    by_kind!(x.kind(), E => {
+    dispatch_dtype!(x.kind(), E => {
         let x = elements::<E>(x);
         write_rows(elements_mut(&mut y), 4, |range, y| {
-            noise::apply(how, range.start, &x[range], y);
+            masked::apply(mask, range.start, &x[range], y);
         });
     });
     y
 }
 
-pub(super) fn add_masked(sum: &mut Tensor, grad: &Tensor, how: Noise) {
-    by_kind!(sum.kind(), E => {
+pub(super) fn add_masked(sum: &mut Tensor, grad: &Tensor, mask: DropoutMask) {
+    dispatch_dtype!(sum.kind(), E => {
         let grad = elements::<E>(grad);
         write_rows(elements_mut(sum), 4, |range, sum| {
-            noise::add_masked(how, range.start, &grad[range], sum);
+            masked::add_masked(mask, range.start, &grad[range], sum);
         });
     });
 }
 
 pub(super) fn accumulate(to: &Tensor, more: &Tensor) {
     let mut to = to.shallow_clone();
-    by_kind!(more.kind(), E => {
+    dispatch_dtype!(more.kind(), E => {
         let more = elements::<E>(more);
         write_rows(elements_mut::<f32>(&mut to), 1, |range, to| sum::add(to, &more[range]));
     });
 }
 
 pub(super) fn adamw(
-    step: adamw::Step,
+    step: AdamWStep,
     grad: &Tensor,
     [mut master, mut exp_avg, mut exp_avg_sq]: [Tensor; 3],
     mut compute: Tensor,
@@ -192,17 +192,17 @@ pub(super) fn adamw(
     let is_master = compute.data_ptr() == master.data_ptr();
     let exp_avg = Shared::new(elements_mut::<f32>(&mut exp_avg));
     let exp_avg_sq = Shared::new(elements_mut::<f32>(&mut exp_avg_sq));
-    by_kind!(compute.kind(), E => {
-        // Masters that are computed with need no copy.
+    dispatch_dtype!(compute.kind(), E => {
+        // If the model computes with the masters, there is nothing to copy.
         let none: &mut [E] = &mut [];
         let compute = Shared::new(if is_master { none } else { elements_mut::<E>(&mut compute) });
         write_rows(elements_mut(&mut master), 1, |range, master| {
             let copied = if is_master { 0..0 } else { range.clone() };
-            #[expect(unsafe_code, reason = "units write side by side")]
-            // SAFETY: these elements belong to this unit.
+            #[expect(unsafe_code, reason = "tasks write to disjoint ranges")]
+            // SAFETY: these elements belong to this task.
             let [exp_avg, exp_avg_sq] =
                 unsafe { [exp_avg.range(range.clone()), exp_avg_sq.range(range.clone())] };
-            #[expect(unsafe_code, reason = "units write side by side")]
+            #[expect(unsafe_code, reason = "tasks write to disjoint ranges")]
             // SAFETY: as above.
             let compute = unsafe { compute.range(copied) };
             adamw::step(step, &grad[range], master, exp_avg, exp_avg_sq, compute);
@@ -211,17 +211,17 @@ pub(super) fn adamw(
 }
 
 pub(super) fn adamw_8bit(
-    step: adamw::Step,
+    step: AdamWStep,
     key: u64,
     grad: &Tensor,
     mut master: Tensor,
-    [exp_avg, exp_avg_sq]: [&Codes; 2],
+    [exp_avg, exp_avg_sq]: [&QuantizedState; 2],
     mut compute: Tensor,
 ) {
     let grad = elements::<f32>(grad);
     let is_master = compute.data_ptr() == master.data_ptr();
     let [mut codes, mut codes_sq] =
-        [exp_avg, exp_avg_sq].map(|moments| moments.bytes.shallow_clone());
+        [exp_avg, exp_avg_sq].map(|moments| moments.codes.shallow_clone());
     let [mut scales, mut scales_sq] =
         [exp_avg, exp_avg_sq].map(|moments| moments.scales.shallow_clone());
     let (codes, codes_sq) = (
@@ -230,15 +230,15 @@ pub(super) fn adamw_8bit(
     );
     let scales = Shared::new(elements_mut::<f32>(&mut scales));
     let scales_sq = Shared::new(elements_mut::<f32>(&mut scales_sq));
-    by_kind!(compute.kind(), E => {
-        // Masters that are computed with need no copy.
+    dispatch_dtype!(compute.kind(), E => {
+        // If the model computes with the masters, there is nothing to copy.
         let none: &mut [E] = &mut [];
         let compute = Shared::new(if is_master { none } else { elements_mut::<E>(&mut compute) });
         write_rows(elements_mut(&mut master), BLOCK, |range, master| {
             let blocks = range.start / BLOCK..range.end.div_ceil(BLOCK);
             let copied = if is_master { 0..0 } else { range.clone() };
-            #[expect(unsafe_code, reason = "units write side by side")]
-            // SAFETY: these blocks and their elements belong to this unit.
+            #[expect(unsafe_code, reason = "tasks write to disjoint ranges")]
+            // SAFETY: these blocks and their elements belong to this task.
             let moments = unsafe {
                 Moments {
                     exp_avg: codes.range(range.clone()),
@@ -247,7 +247,7 @@ pub(super) fn adamw_8bit(
                     exp_avg_sq_scale: scales_sq.range(blocks),
                 }
             };
-            #[expect(unsafe_code, reason = "units write side by side")]
+            #[expect(unsafe_code, reason = "tasks write to disjoint ranges")]
             // SAFETY: as above.
             let compute = unsafe { compute.range(copied) };
             let first = range.start;
@@ -258,31 +258,31 @@ pub(super) fn adamw_8bit(
 
 pub(super) fn sum_of_squares(values: &Tensor) -> f64 {
     let values = elements::<f32>(values);
-    sum_units(values.len().div_ceil(AT_ONCE), |unit| {
-        sum::squares(&values[unit * AT_ONCE..values.len().min((unit + 1) * AT_ONCE)])
+    sum_tasks(values.len().div_ceil(TASK_ELEMENTS), |task| {
+        sum::squares(&values[task * TASK_ELEMENTS..values.len().min((task + 1) * TASK_ELEMENTS)])
     })
 }
 
-/// Calls `task` with runs of whole rows of `out`, and where in `out` they are.
+/// Calls `task` with chunks of whole rows of `out` and their ranges in `out`.
 fn write_rows<T: Send>(out: &mut [T], width: usize, task: impl Fn(Range<usize>, &mut [T]) + Sync) {
     let length = out.len();
     let out = Shared::new(out);
-    rows(length.div_ceil(width), AT_ONCE / width, &|some| {
-        let range = some.start * width..length.min(some.end * width);
-        #[expect(unsafe_code, reason = "units write side by side")]
-        // SAFETY: runs of rows do not overlap.
+    for_each_chunk(length.div_ceil(width), TASK_ELEMENTS / width, &|rows| {
+        let range = rows.start * width..length.min(rows.end * width);
+        #[expect(unsafe_code, reason = "tasks write to disjoint ranges")]
+        // SAFETY: chunks of rows do not overlap.
         task(range.clone(), unsafe { out.range(range) });
     });
 }
 
-/// Sums what units give, in their order.
-fn sum_units(count: usize, task: impl Fn(usize) -> f64 + Sync) -> f64 {
+/// Sums the results of tasks in the order of their indices.
+fn sum_tasks(count: usize, task: impl Fn(usize) -> f64 + Sync) -> f64 {
     let mut sums = vec![0.0; count];
     let shared = Shared::new(&mut sums);
-    Threads.run(count, &|unit| {
-        #[expect(unsafe_code, reason = "units write side by side")]
-        // SAFETY: this sum belongs to this unit.
-        unsafe { shared.range(unit..unit + 1) }.fill(task(unit));
+    Threads.run(count, &|index| {
+        #[expect(unsafe_code, reason = "tasks write to disjoint ranges")]
+        // SAFETY: this sum belongs to this task.
+        unsafe { shared.range(index..index + 1) }.fill(task(index));
     });
     sums.iter().sum()
 }

@@ -1,4 +1,4 @@
-//! libtorch's own threads for our kernels: a second set would compete for the same processors.
+//! Runs our kernels on libtorch's threads: a second pool would compete for the same CPU cores.
 
 use std::{
     ffi::c_void,
@@ -8,41 +8,41 @@ use std::{
 
 use finetune_kernels::pool::Pool;
 
-/// libtorch's threads.
+/// libtorch's thread pool.
 pub(super) struct Threads;
 
 impl Pool for Threads {
-    fn run(&self, units: usize, task: &(dyn Fn(usize) + Sync)) {
-        let threads = usize::try_from(tch::get_num_threads()).unwrap_or(1).min(units);
+    fn run(&self, count: usize, task: &(dyn Fn(usize) + Sync)) {
+        let threads = usize::try_from(tch::get_num_threads()).unwrap_or(1).min(count);
         if threads <= 1 {
-            (0..units).for_each(task);
+            (0..count).for_each(task);
             return;
         }
-        // Units differ in length: whoever is free takes the next.
+        // Tasks differ in length, so an idle thread takes the next one.
         let next = AtomicUsize::new(0);
         parallel_for(threads, &|_| {
             loop {
-                let unit = next.fetch_add(1, Ordering::Relaxed);
-                if unit >= units {
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                if index >= count {
                     break;
                 }
-                task(unit);
+                task(index);
             }
         });
     }
 }
 
-/// Divides rows into runs of about `at_once` and calls `task` with each.
-pub(super) fn rows(rows: usize, at_once: usize, task: &(dyn Fn(Range<usize>) + Sync)) {
-    let at_once = at_once.max(1);
-    Threads.run(rows.div_ceil(at_once), &|unit| {
-        task(unit * at_once..rows.min((unit + 1) * at_once));
+/// Divides rows into chunks of about `chunk` rows and calls `task` with each.
+pub(super) fn for_each_chunk(rows: usize, chunk: usize, task: &(dyn Fn(Range<usize>) + Sync)) {
+    let chunk = chunk.max(1);
+    Threads.run(rows.div_ceil(chunk), &|index| {
+        task(index * chunk..rows.min((index + 1) * chunk));
     });
 }
 
-/// Calls `task` once on each of some threads.
+/// Calls `task` once on each of `threads` threads.
 fn parallel_for(threads: usize, task: &(dyn Fn(usize) + Sync)) {
-    /// Hands a part of the range to the closure that `context` points to.
+    /// Passes a part of the range to the closure that `context` points to.
     extern "C" fn call(begin: i64, end: i64, context: *mut c_void) {
         #[expect(unsafe_code, reason = "a closure behind a C pointer")]
         // SAFETY: `context` is the reference below, which outlives the call.
@@ -73,14 +73,14 @@ mod tests {
 
     use finetune_kernels::pool::Pool;
 
-    use super::{Threads, rows};
+    use super::{Threads, for_each_chunk};
 
     #[test]
-    fn every_unit_runs_once() {
-        for units in [0, 1, 2, 7, 1000] {
-            let runs: Vec<AtomicUsize> = (0..units).map(|_| AtomicUsize::new(0)).collect();
-            Threads.run(units, &|unit| {
-                runs[unit].fetch_add(1, Ordering::Relaxed);
+    fn every_task_runs_once() {
+        for count in [0, 1, 2, 7, 1000] {
+            let runs: Vec<AtomicUsize> = (0..count).map(|_| AtomicUsize::new(0)).collect();
+            Threads.run(count, &|index| {
+                runs[index].fetch_add(1, Ordering::Relaxed);
             });
             assert!(runs.iter().all(|count| count.load(Ordering::Relaxed) == 1));
         }
@@ -89,7 +89,7 @@ mod tests {
     #[test]
     fn rows_are_covered_once() {
         let sum = AtomicUsize::new(0);
-        rows(1001, 64, &|range| {
+        for_each_chunk(1001, 64, &|range| {
             sum.fetch_add(range.sum::<usize>(), Ordering::Relaxed);
         });
         assert_eq!(sum.into_inner(), 1001 * 1000 / 2);

@@ -1,13 +1,13 @@
-//! The elements of tensors as slices.
+//! Views of the elements of CPU tensors as slices and matrices.
 
-use finetune_kernels::matrix::{Matrix, Side};
+use finetune_kernels::matrix::{Matrix, Operand};
 use half::bf16;
 use tch::{Device, Kind, Tensor};
 
 use crate::ops::Factor;
 
-/// Calls with `$E` as the type of a kind's elements.
-macro_rules! by_kind {
+/// Evaluates an expression with `$E` as the element type of a tensor kind.
+macro_rules! dispatch_dtype {
     ($kind:expr, $E:ident => $call:expr) => {
         match $kind {
             ::tch::Kind::Float => {
@@ -23,42 +23,42 @@ macro_rules! by_kind {
     };
 }
 
-pub(super) use by_kind;
+pub(super) use dispatch_dtype;
 
-/// A type that tensors are made of.
-pub(super) trait Native: Copy {
-    /// libtorch's name for it.
+/// An element type of tensors.
+pub(super) trait TensorElement: Copy {
+    /// The tensor kind of the type.
     const KIND: Kind;
 }
 
-impl Native for f32 {
+impl TensorElement for f32 {
     const KIND: Kind = Kind::Float;
 }
 
-impl Native for bf16 {
+impl TensorElement for bf16 {
     const KIND: Kind = Kind::BFloat16;
 }
 
-impl Native for i8 {
+impl TensorElement for i8 {
     const KIND: Kind = Kind::Int8;
 }
 
-impl Native for u8 {
+impl TensorElement for u8 {
     const KIND: Kind = Kind::Uint8;
 }
 
-impl Native for i64 {
+impl TensorElement for i64 {
     const KIND: Kind = Kind::Int64;
 }
 
-/// Returns the elements of a dense CPU tensor.
+/// Returns the elements of a contiguous CPU tensor.
 ///
 /// # Panics
-/// If it is another's.
-pub(super) fn elements<E: Native>(tensor: &Tensor) -> &[E] {
+/// If the tensor has another type or device, or is not contiguous.
+pub(super) fn elements<E: TensorElement>(tensor: &Tensor) -> &[E] {
     check::<E>(tensor);
     #[expect(unsafe_code, reason = "libtorch's memory")]
-    // SAFETY: it holds that many elements of the type, dense, for as long as the tensor lives.
+    // SAFETY: the tensor holds that many contiguous elements of the type for as long as it lives.
     // A tensor without elements may have no address.
     unsafe {
         match tensor.numel() {
@@ -68,14 +68,14 @@ pub(super) fn elements<E: Native>(tensor: &Tensor) -> &[E] {
     }
 }
 
-/// Returns the elements of a dense CPU tensor, to be written to.
+/// Returns the elements of a contiguous CPU tensor, mutable.
 ///
 /// # Panics
-/// If it is another's.
-pub(super) fn elements_mut<E: Native>(tensor: &mut Tensor) -> &mut [E] {
+/// If the tensor has another type or device, or is not contiguous.
+pub(super) fn elements_mut<E: TensorElement>(tensor: &mut Tensor) -> &mut [E] {
     check::<E>(tensor);
     #[expect(unsafe_code, reason = "libtorch's memory")]
-    // SAFETY: as above; the trainer has one thread that touches tensors.
+    // SAFETY: as above; only one thread of the trainer accesses tensors.
     unsafe {
         match tensor.numel() {
             0 => &mut [],
@@ -84,9 +84,9 @@ pub(super) fn elements_mut<E: Native>(tensor: &mut Tensor) -> &mut [E] {
     }
 }
 
-/// Tells whether [`matrix`] has a matrix's elements, in words of 32 bits: in bf16 each two neighbours
-/// of a row are aligned as one.
-pub(super) fn is_matrix_of_words<E: Native>(tensor: &Tensor) -> bool {
+/// Reports whether a tensor is a CPU matrix of the type whose rows are aligned to 32-bit words, so that
+/// bf16 elements can be read in pairs.
+pub(super) fn is_word_aligned_matrix<E: TensorElement>(tensor: &Tensor) -> bool {
     let (size, stride) = (tensor.size(), tensor.stride());
     let per_word = (size_of::<u32>() / size_of::<E>()).max(1) as i64;
     tensor.device() == Device::Cpu
@@ -98,14 +98,14 @@ pub(super) fn is_matrix_of_words<E: Native>(tensor: &Tensor) -> bool {
         && tensor.data_ptr().addr().is_multiple_of(align_of::<u32>())
 }
 
-/// Views a matrix of words, which may be some columns of a wider one.
+/// Views a word-aligned matrix, which may be a column slice of a wider one.
 ///
 /// # Panics
-/// If it is none.
-pub(super) fn matrix<E: Native>(tensor: &Tensor) -> Matrix<'_, E> {
-    assert!(is_matrix_of_words::<E>(tensor), "{:?} {:?}", tensor.size(), tensor.stride());
+/// If [`is_word_aligned_matrix`] is false.
+pub(super) fn matrix<E: TensorElement>(tensor: &Tensor) -> Matrix<'_, E> {
+    assert!(is_word_aligned_matrix::<E>(tensor), "{:?} {:?}", tensor.size(), tensor.stride());
     #[expect(unsafe_code, reason = "libtorch's memory")]
-    // SAFETY: it holds them for as long as the tensor lives.
+    // SAFETY: the tensor holds these elements for as long as it lives.
     let data = unsafe {
         match extent(tensor) {
             0 => &[],
@@ -117,26 +117,26 @@ pub(super) fn matrix<E: Native>(tensor: &Tensor) -> Matrix<'_, E> {
     Matrix { data, rows, columns, stride }
 }
 
-/// Views the right side of a product.
+/// Views the right operand of a product.
 ///
 /// # Panics
-/// If it is no matrix of words.
-pub(super) fn side<E: Native>(factor: Factor<'_>) -> Side<'_, E> {
+/// If [`is_word_aligned_matrix`] is false.
+pub(super) fn operand<E: TensorElement>(factor: Factor<'_>) -> Operand<'_, E> {
     match factor {
-        Factor::Plain(factor) => Side::Plain(matrix(factor)),
-        Factor::Transposed(factor) => Side::Transposed(matrix(factor)),
+        Factor::Plain(factor) => Operand::Plain(matrix(factor)),
+        Factor::Transposed(factor) => Operand::Transposed(matrix(factor)),
     }
 }
 
-/// Returns the elements of a matrix of words, from the first to the last, with those between its
-/// rows if it is a part of a wider one, to be written to.
+/// Returns the elements of a word-aligned matrix from the first to the last, mutable. In a column slice
+/// this includes the elements between its rows.
 ///
 /// # Panics
-/// If it is none.
-pub(super) fn matrix_mut<E: Native>(tensor: &mut Tensor) -> &mut [E] {
-    assert!(is_matrix_of_words::<E>(tensor), "{:?} {:?}", tensor.size(), tensor.stride());
+/// If [`is_word_aligned_matrix`] is false.
+pub(super) fn matrix_mut<E: TensorElement>(tensor: &mut Tensor) -> &mut [E] {
+    assert!(is_word_aligned_matrix::<E>(tensor), "{:?} {:?}", tensor.size(), tensor.stride());
     #[expect(unsafe_code, reason = "libtorch's memory")]
-    // SAFETY: as above; the trainer has one thread that touches tensors.
+    // SAFETY: as above; only one thread of the trainer accesses tensors.
     unsafe {
         match extent(tensor) {
             0 => &mut [],
@@ -150,7 +150,7 @@ fn extent(matrix: &Tensor) -> usize {
     if matrix.numel() == 0 { 0 } else { ((rows - 1) * matrix.stride()[0] + columns) as usize }
 }
 
-fn check<E: Native>(tensor: &Tensor) {
+fn check<E: TensorElement>(tensor: &Tensor) {
     assert!(
         tensor.kind() == E::KIND && tensor.device() == Device::Cpu && tensor.is_contiguous(),
         "{:?} {:?} on {:?} with strides {:?}",

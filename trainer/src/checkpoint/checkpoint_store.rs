@@ -1,4 +1,4 @@
-//! The checkpoints of a run in its store: written, counted, fetched and removed.
+//! The checkpoints of a run in object storage: written, listed, fetched and removed.
 
 use std::path::{Path, PathBuf};
 
@@ -27,26 +27,25 @@ pub(super) struct CheckpointManifest {
     version: u32,
     run_id: RunId,
     settings_sha256: String,
-    /// The base model; it and the next two are absent in what was written before they were there.
+    /// The base model; absent, like `lora` and `trained`, in the manifests of earlier releases.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) model: Option<ModelSource>,
-    /// What identified the bytes of the base model and of what training started from; absent in what
-    /// earlier releases wrote.
+    /// The digests of the inputs; absent in the manifests of earlier releases.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     inputs: Option<InputDigests>,
-    /// The adapter's shape; absent if all of the model is trained.
+    /// The adapter's settings; absent for full-parameter training.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) lora: Option<LoraSettings>,
-    /// Parameters trained.
+    /// The number of trained parameters.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) trained: Option<u64>,
     state: TrainState,
-    /// Whether each file has the part of one of as many ranks; else the only one has everything.
-    #[serde(default)]
-    is_divided: bool,
+    /// Whether the state is sharded into one file per rank, in the order of ranks.
+    #[serde(default, rename = "isDivided")]
+    is_sharded: bool,
     #[serde(default)]
     files: Vec<StateFile>,
-    /// What an earlier release wrote of its one file.
+    /// Earlier releases described their only file by these two fields.
     #[serde(default, skip_serializing)]
     size: Option<u64>,
     #[serde(default, skip_serializing)]
@@ -54,24 +53,26 @@ pub(super) struct CheckpointManifest {
 }
 
 impl CheckpointManifest {
-    /// Lists its files; the reason if there cannot be a checkpoint of these.
-    pub(super) fn files(&self) -> Result<Vec<(Share, StateFile)>, String> {
+    /// Lists the files; an error message if the manifest is inconsistent.
+    pub(super) fn files(&self) -> Result<Vec<(Shard, StateFile)>, String> {
         let ranks = self.files.len() as u32;
-        match (&self.files[..], self.is_divided, self.size, &self.sha256) {
+        match (&self.files[..], self.is_sharded, self.size, &self.sha256) {
             ([], false, Some(size), Some(sha256)) => {
-                Ok(vec![(Share::Whole, StateFile { size, sha256: sha256.clone() })])
+                Ok(vec![(Shard::Full, StateFile { size, sha256: sha256.clone() })])
             }
-            ([file], false, None, None) => Ok(vec![(Share::Whole, file.clone())]),
+            ([file], false, None, None) => Ok(vec![(Shard::Full, file.clone())]),
             ([_, ..], true, None, None) => {
-                let parts = self.files.iter().enumerate();
-                Ok(parts.map(|(rank, f)| (Share::Part([rank as u32, ranks]), f.clone())).collect())
+                let files = self.files.iter().enumerate();
+                Ok(files
+                    .map(|(rank, f)| (Shard::OfRank([rank as u32, ranks]), f.clone()))
+                    .collect())
             }
-            _ => Err(format!("it has {ranks} files, which are no checkpoint")),
+            _ => Err(format!("it lists {ranks} files, which do not form a checkpoint")),
         }
     }
 }
 
-/// A file of a checkpoint; its name follows from its place among all.
+/// A file of a checkpoint; its name follows from its [`Shard`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct StateFile {
@@ -80,62 +81,64 @@ pub(super) struct StateFile {
 }
 
 impl StateFile {
-    /// Writes it in one line, as ranks tell it each other.
+    /// Formats the file as one line, as ranks send it to rank 0.
     pub(super) fn to_text(&self) -> String {
         format!("{} {}", self.size, self.sha256)
     }
 
-    /// Reads what [`Self::to_text`] wrote.
+    /// Parses the output of [`Self::to_text`].
     pub(super) fn from_text(text: &str) -> Option<Self> {
         let (size, sha256) = text.split_once(' ')?;
         Some(Self { size: size.parse().ok()?, sha256: sha256.to_owned() })
     }
 }
 
-/// Whose state a file has.
+/// The part of the state that a file holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Share {
-    /// All of it.
-    Whole,
-    /// The part of a rank, of so many.
-    Part([u32; 2]),
+pub(super) enum Shard {
+    /// All of the state.
+    Full,
+    /// The shard of one rank, as `[rank, world_size]`.
+    OfRank([u32; 2]),
 }
 
-impl Share {
+impl Shard {
     fn file_name(self) -> String {
         match self {
-            Self::Whole => "state.safetensors".to_owned(),
-            Self::Part([rank, ranks]) => format!("state-{:05}-of-{ranks:05}.safetensors", rank + 1),
+            Self::Full => "state.safetensors".to_owned(),
+            Self::OfRank([rank, ranks]) => {
+                format!("state-{:05}-of-{ranks:05}.safetensors", rank + 1)
+            }
         }
     }
 }
 
-/// Files of a checkpoint, fetched and found undamaged.
+/// The fetched and verified files of a checkpoint.
 pub(super) struct Fetched {
     pub(super) state: TrainState,
-    pub(super) files: Vec<(Share, PathBuf)>,
+    pub(super) files: Vec<(Shard, PathBuf)>,
 }
 
 impl Document for CheckpointManifest {
     const NAME: &'static str = "checkpoint manifest";
 }
 
-/// The store of a run's checkpoints, and what tells them from another run's.
+/// The stored checkpoints of a run, and what identifies the run.
 #[derive(Debug, Clone)]
-pub(super) struct Archive {
+pub(super) struct CheckpointStore {
     store: Store,
     run_id: RunId,
     settings_sha256: String,
     model: ModelSource,
-    /// Known to rank 0, which compares them for all.
+    /// Known only to rank 0, which compares them for all ranks.
     inputs: Option<InputDigests>,
     lora: Option<LoraSettings>,
     trained: u64,
     keep: usize,
 }
 
-impl Archive {
-    /// Opens the checkpoints of a run of so many trained parameters.
+impl CheckpointStore {
+    /// Opens the checkpoints of a run with `trained` trained parameters.
     pub(super) fn new(
         store: Store,
         config: &RunConfig,
@@ -154,22 +157,22 @@ impl Archive {
         }
     }
 
-    /// Returns where a checkpoint is.
+    /// Returns the URI of a checkpoint.
     pub(super) fn uri(&self, name: &str) -> ObjectUri {
         self.store.uri().join(name)
     }
 
-    /// Writes one file of a checkpoint, which is complete when [`Self::complete`] says so.
+    /// Writes one file of a checkpoint, which exists only after [`Self::complete`].
     ///
     /// # Errors
     /// [`store::Error`].
     pub(super) fn write(
         &self,
         step: u64,
-        share: Share,
+        shard: Shard,
         snapshot: &Snapshot,
     ) -> Result<StateFile, store::Error> {
-        let name = format!("{}/{}", checkpoint_name(step), share.file_name());
+        let name = format!("{}/{}", checkpoint_name(step), shard.file_name());
         let (size, parts) = snapshot.parts()?;
         let mut hash = Sha256::new();
         let parts = parts.inspect(|part| part.iter().for_each(|part| hash.update(part)));
@@ -177,16 +180,16 @@ impl Archive {
         Ok(StateFile { size, sha256: hex(&hash.finalize()) })
     }
 
-    /// Completes a checkpoint whose files are there, then removes what is older and not kept: kept are
-    /// the newest up to this one, and the one of the best evaluation. What is of later steps was passed
-    /// over, damaged, and counts for nothing.
+    /// Completes a checkpoint whose files are written by writing its manifest, then removes older
+    /// checkpoints beyond the newest ones to keep and the one of the best evaluation. Checkpoints of
+    /// later steps are damaged ones that were skipped at resume; they do not count.
     ///
     /// # Errors
-    /// [`store::Error`]; the checkpoints before stay.
+    /// [`store::Error`]; earlier checkpoints stay.
     pub(super) fn complete(
         &self,
         state: &TrainState,
-        is_divided: bool,
+        is_sharded: bool,
         files: Vec<StateFile>,
     ) -> Result<(), store::Error> {
         let manifest = CheckpointManifest {
@@ -198,7 +201,7 @@ impl Archive {
             lora: self.lora.clone(),
             trained: Some(self.trained),
             state: state.clone(),
-            is_divided,
+            is_sharded,
             files,
             size: None,
             sha256: None,
@@ -209,22 +212,22 @@ impl Archive {
         self.remove_older(&name, state.best.map(|best| checkpoint_name(best.step)))
     }
 
-    /// Removes what is of steps before `newest` and neither among those to keep nor the best: of a try
-    /// that was killed there may be files without a manifest, too.
+    /// Removes the files of steps before `newest`, except those of checkpoints to keep and of the best.
+    /// An attempt that was killed may also have left files without a manifest.
     fn remove_older(&self, newest: &str, best: Option<String>) -> Result<(), store::Error> {
         let paths = self.paths()?;
         let mut kept = complete_names(&paths);
         kept.retain(|name| **name <= *newest);
         kept.drain(..kept.len().saturating_sub(self.keep));
         kept.extend(best);
-        let is_over = |path: &String| {
+        let is_obsolete = |path: &String| {
             path.split_once('/').is_some_and(|(name, _)| {
                 checkpoint_step(name).is_some()
                     && name < newest
                     && kept.iter().all(|kept| kept != name)
             })
         };
-        self.remove(paths.into_iter().filter(is_over))
+        self.remove(paths.into_iter().filter(is_obsolete))
     }
 
     /// Lists the names of complete checkpoints, oldest first.
@@ -236,15 +239,15 @@ impl Archive {
         Ok(self.store.list()?.into_iter().map(|entry| entry.path).collect())
     }
 
-    /// Fetches the files of a checkpoint that a rank needs: its own part, if the state was divided as
-    /// `share` says, else all. `None`, with a warning, if one is damaged.
+    /// Fetches the files of a checkpoint that a rank needs: its own shard if the checkpoint has the same
+    /// sharding, else all. `None`, with a warning, if a file is damaged.
     ///
     /// # Errors
-    /// A [`Failure`] if it belongs to other data or settings, or one of the store.
+    /// A [`Failure`] if the checkpoint has other data or settings, or if the store fails.
     pub(super) fn fetch(
         &self,
         name: &str,
-        share: Share,
+        shard: Shard,
         directory: &Path,
     ) -> Result<Option<Fetched>, Failure> {
         let damaged = |why: &str| warn!(checkpoint = name, why, "skipped a damaged checkpoint");
@@ -257,25 +260,25 @@ impl Archive {
         };
         if manifest.run_id != self.run_id || manifest.settings_sha256 != self.settings_sha256 {
             let message = format!(
-                "the checkpoint {} was written with other data or settings than this run's: delete {} to start over, \
-                 or restore what was changed",
+                "the checkpoint {} was written with data or settings that differ from this run's: delete {} to start over, \
+                 or restore the original data and settings",
                 self.uri(name),
                 self.store.uri(),
             );
             return Err(Failure::new(FailureReason::CheckpointMismatch, message));
         }
-        if let (Some(there), Some(here)) = (&manifest.inputs, &self.inputs)
-            && there != here
+        if let (Some(stored), Some(current)) = (&manifest.inputs, &self.inputs)
+            && stored != current
         {
             let message = format!(
-                "the checkpoint {} was written from other inputs (different are {}): delete {} to start over, or restore what was changed",
+                "the checkpoint {} was written from other inputs ({} changed): delete {} to start over, or restore the original inputs",
                 self.uri(name),
-                there.differences(here).join(", "),
+                stored.differences(current).join(", "),
                 self.store.uri(),
             );
             return Err(Failure::new(FailureReason::CheckpointMismatch, message));
         }
-        match fetch_files(&self.store, &format!("{name}/"), &manifest, share, directory)? {
+        match fetch_files(&self.store, &format!("{name}/"), &manifest, shard, directory)? {
             Ok(files) => Ok(Some(Fetched { state: manifest.state, files })),
             Err(why) => {
                 damaged(&why);
@@ -308,7 +311,7 @@ fn complete_names(paths: &[String]) -> Vec<String> {
     names
 }
 
-/// Reads the manifest below a prefix, or says how it is damaged.
+/// Reads the manifest below a prefix; the inner error says how it is damaged.
 ///
 /// # Errors
 /// [`store::Error`].
@@ -320,17 +323,18 @@ pub(super) fn read_manifest(
     Ok(parse(&String::from_utf8_lossy(&text)).map_err(|error| error.to_string()))
 }
 
-/// Checks that files of a checkpoint are there and as long as they should be, or says which is not.
+/// Checks that the files of a checkpoint exist with their sizes; the inner error names one that does
+/// not.
 ///
 /// # Errors
 /// [`store::Error`].
 pub(super) fn check_sizes(
     store: &Store,
     prefix: &str,
-    files: &[(Share, StateFile)],
+    files: &[(Shard, StateFile)],
 ) -> Result<Result<(), String>, store::Error> {
-    for (share, file) in files {
-        let name = share.file_name();
+    for (shard, file) in files {
+        let name = shard.file_name();
         if store.size(&format!("{prefix}{name}"))? != Some(file.size) {
             return Ok(Err(format!("{name} is missing or truncated")));
         }
@@ -338,7 +342,7 @@ pub(super) fn check_sizes(
     Ok(Ok(()))
 }
 
-/// Fetches the files of a checkpoint that a rank needs, or says how they are damaged.
+/// Fetches the files of a checkpoint that a rank needs; the inner error says how they are damaged.
 ///
 /// # Errors
 /// A [`Failure`] of the store or the disk.
@@ -346,37 +350,37 @@ pub(super) fn fetch_files(
     store: &Store,
     prefix: &str,
     manifest: &CheckpointManifest,
-    share: Share,
+    shard: Shard,
     directory: &Path,
-) -> Result<Result<Vec<(Share, PathBuf)>, String>, Failure> {
-    let mut there = match manifest.files() {
+) -> Result<Result<Vec<(Shard, PathBuf)>, String>, Failure> {
+    let mut needed = match manifest.files() {
         Ok(files) => files,
         Err(why) => return Ok(Err(why)),
     };
-    if there.iter().any(|(kept, _)| *kept == share) {
-        there.retain(|(kept, _)| *kept == share);
+    if needed.iter().any(|(stored, _)| *stored == shard) {
+        needed.retain(|(stored, _)| *stored == shard);
     }
-    if let Err(why) = check_sizes(store, prefix, &there)? {
+    if let Err(why) = check_sizes(store, prefix, &needed)? {
         return Ok(Err(why));
     }
     let mut files = Vec::new();
-    for (kept, file) in there {
-        let name = kept.file_name();
+    for (stored, file) in needed {
+        let name = stored.file_name();
         let from = format!("{prefix}{name}");
         let path = directory.join(format!("restore-{}.tmp", files.len()));
         store.fetch(&from, &path)?;
         if hash_file(&path)?.1 != file.sha256 {
-            return Ok(Err(format!("{name} does not have the digest of its manifest")));
+            return Ok(Err(format!("the digest of {name} does not match the manifest")));
         }
-        files.push((kept, path));
+        files.push((stored, path));
     }
     Ok(Ok(files))
 }
 
-/// Returns a digest of all that decides the result: model, data, adapter and training settings.
+/// Returns a digest of everything that decides the result: model, data, adapter and training settings.
 ///
-/// Not how it is computed: attempt, recomputation, how a global batch is divided and over how many
-/// ranks, and how often to evaluate or save may change between attempts.
+/// It excludes how the result is computed: the attempt, activation checkpointing, how a global batch is
+/// divided and over how many ranks, and how often to evaluate or save may change between attempts.
 fn settings_sha256(config: &RunConfig) -> String {
     let training = &config.training;
     let mut decisive = serde_json::json!({
@@ -395,7 +399,7 @@ fn settings_sha256(config: &RunConfig) -> String {
         "dtype": training.dtype,
         "seed": training.seed,
     });
-    // What was saved before there were these fields keeps its digest.
+    // Checkpoints that were saved before these fields existed keep their digest.
     if !training.optimizer.is_default() {
         decisive["optimizer"] = serde_json::json!(training.optimizer);
     }
@@ -415,12 +419,12 @@ mod tests {
     use finetune_contract::{FailureReason, InputDigests, ModelSource, ObjectUri, RunId};
     use sha2::{Digest, Sha256};
 
-    use super::{Archive, Share, Snapshot, StateFile, TrainState};
+    use super::{CheckpointStore, Shard, Snapshot, StateFile, TrainState};
     use crate::{checkpoint::Evaluated, hex, store::Store};
 
-    fn archive(keep: usize) -> Archive {
+    fn checkpoint_store(keep: usize) -> CheckpointStore {
         let uri = ObjectUri::parse("s3://bucket/run").unwrap();
-        Archive {
+        CheckpointStore {
             store: Store::over(&uri, Arc::new(object_store::memory::InMemory::new())),
             run_id: RunId("a-1".to_owned()),
             settings_sha256: String::new(),
@@ -432,48 +436,48 @@ mod tests {
         }
     }
 
-    const PARTS: [Share; 2] = [Share::Part([0, 2]), Share::Part([1, 2])];
+    const SHARDS: [Shard; 2] = [Shard::OfRank([0, 2]), Shard::OfRank([1, 2])];
 
-    fn write(archive: &Archive, step: u64) -> Vec<StateFile> {
+    fn write(checkpoints: &CheckpointStore, step: u64) -> Vec<StateFile> {
         let snapshot = Snapshot::Memory(vec![step as u8; 9].into());
-        PARTS.iter().map(|&share| archive.write(step, share, &snapshot).unwrap()).collect()
+        SHARDS.iter().map(|&shard| checkpoints.write(step, shard, &snapshot).unwrap()).collect()
     }
 
-    fn complete(archive: &Archive, step: u64) {
-        let files = write(archive, step);
+    fn complete(checkpoints: &CheckpointStore, step: u64) {
+        let files = write(checkpoints, step);
         let state = TrainState { step, ..TrainState::default() };
-        archive.complete(&state, true, files).unwrap();
+        checkpoints.complete(&state, true, files).unwrap();
     }
 
     #[test]
-    fn what_is_damaged_or_was_never_complete_takes_no_place() {
-        let archive = archive(1);
+    fn damaged_and_incomplete_checkpoints_do_not_count_as_kept() {
+        let checkpoints = checkpoint_store(1);
         let directory = tempfile::tempdir().unwrap();
-        let is_sound =
-            |name: &str| archive.fetch(name, PARTS[1], directory.path()).unwrap().is_some();
-        complete(&archive, 4);
-        // One that is never complete, and one whose part is another of the same length.
-        write(&archive, 6);
-        complete(&archive, 8);
-        assert_eq!(archive.names().unwrap(), ["step-00000008"]);
-        assert!(is_sound("step-00000008"));
-        let part = "step-00000008/state-00002-of-00002.safetensors";
-        archive.store.put(part, vec![7; 9].into()).unwrap();
-        assert!(!is_sound("step-00000008"));
-        // The run went on from before it.
-        write(&archive, 4);
-        complete(&archive, 5);
-        assert_eq!(archive.names().unwrap(), ["step-00000005", "step-00000008"]);
-        assert!(is_sound("step-00000005"));
-        write(&archive, 6);
-        complete(&archive, 9);
-        assert_eq!(archive.names().unwrap(), ["step-00000009"]);
-        assert_eq!(archive.store.list().unwrap().len(), 3, "two parts and a manifest");
+        let is_valid =
+            |name: &str| checkpoints.fetch(name, SHARDS[1], directory.path()).unwrap().is_some();
+        complete(&checkpoints, 4);
+        // One is never completed, and of one a shard is replaced by other bytes of the same length.
+        write(&checkpoints, 6);
+        complete(&checkpoints, 8);
+        assert_eq!(checkpoints.names().unwrap(), ["step-00000008"]);
+        assert!(is_valid("step-00000008"));
+        let shard = "step-00000008/state-00002-of-00002.safetensors";
+        checkpoints.store.put(shard, vec![7; 9].into()).unwrap();
+        assert!(!is_valid("step-00000008"));
+        // The run resumed from the step before.
+        write(&checkpoints, 4);
+        complete(&checkpoints, 5);
+        assert_eq!(checkpoints.names().unwrap(), ["step-00000005", "step-00000008"]);
+        assert!(is_valid("step-00000005"));
+        write(&checkpoints, 6);
+        complete(&checkpoints, 9);
+        assert_eq!(checkpoints.names().unwrap(), ["step-00000009"]);
+        assert_eq!(checkpoints.store.list().unwrap().len(), 3, "two shards and a manifest");
     }
 
     #[test]
-    fn a_manifest_of_an_earlier_release_is_read_and_one_without_files_is_not() {
-        let archive = archive(1);
+    fn manifests_of_earlier_releases_are_read_and_inconsistent_ones_are_not() {
+        let checkpoints = checkpoint_store(1);
         let directory = tempfile::tempdir().unwrap();
         let manifest = |files: &str| {
             format!(
@@ -482,15 +486,15 @@ mod tests {
                 "best": null, "evaluationsSinceBest": 0}}, {files}}}"#
             )
         };
-        archive.store.put("step-00000006/state.safetensors", vec![1; 9].into()).unwrap();
+        checkpoints.store.put("step-00000006/state.safetensors", vec![1; 9].into()).unwrap();
         let sha256 = hex(&Sha256::digest([1; 9]));
         let fetched = |files: &str| {
             let name = "step-00000006/checkpoint-manifest.json";
-            archive.store.put(name, manifest(files).into()).unwrap();
-            archive.fetch("step-00000006", PARTS[0], directory.path()).unwrap()
+            checkpoints.store.put(name, manifest(files).into()).unwrap();
+            checkpoints.fetch("step-00000006", SHARDS[0], directory.path()).unwrap()
         };
         let before = fetched(&format!(r#""size": 9, "sha256": "{sha256}""#)).unwrap();
-        assert_eq!((before.state.step, before.files[0].0), (6, Share::Whole));
+        assert_eq!((before.state.step, before.files[0].0), (6, Shard::Full));
         let file = format!(r#"{{"size": 9, "sha256": "{sha256}"}}"#);
         assert!(fetched(&format!(r#""files": [{file}]"#)).is_some());
         assert!(fetched(r#""files": []"#).is_none());
@@ -499,8 +503,8 @@ mod tests {
     }
 
     #[test]
-    fn a_checkpoint_of_a_model_that_was_replaced_since_is_not_gone_on_from() {
-        let of_model = |archive: &Archive, sha256: &str| Archive {
+    fn a_run_does_not_resume_from_a_checkpoint_of_other_inputs() {
+        let of_model = |checkpoints: &CheckpointStore, sha256: &str| CheckpointStore {
             inputs: Some(InputDigests {
                 train_sha256: "1".to_owned(),
                 validation_sha256: None,
@@ -508,27 +512,28 @@ mod tests {
                 initial_sha256: None,
                 chat_template_sha256: None,
             }),
-            ..archive.clone()
+            ..checkpoints.clone()
         };
-        let unknown = archive(1);
+        let unknown = checkpoint_store(1);
         let first = of_model(&unknown, "2");
         let directory = tempfile::tempdir().unwrap();
-        let fetched =
-            |archive: &Archive| archive.fetch("step-00000004", PARTS[1], directory.path());
+        let fetched = |checkpoints: &CheckpointStore| {
+            checkpoints.fetch("step-00000004", SHARDS[1], directory.path())
+        };
         complete(&first, 4);
         assert!(fetched(&first).unwrap().is_some());
-        assert!(fetched(&unknown).unwrap().is_some(), "another rank, which rank 0 compares for");
-        let Err(refused) = fetched(&of_model(&unknown, "3")) else { panic!("it was taken") };
+        assert!(fetched(&unknown).unwrap().is_some(), "another rank does not compare");
+        let Err(refused) = fetched(&of_model(&unknown, "3")) else { panic!("it was accepted") };
         assert_eq!(refused.reason, FailureReason::CheckpointMismatch);
         assert!(refused.message.contains("the files of model.uri"), "{}", refused.message);
-        // One of an earlier release says nothing.
+        // A manifest of an earlier release has no digests.
         complete(&unknown, 4);
         assert!(fetched(&first).unwrap().is_some());
     }
 
     #[test]
     fn keeps_the_newest_and_the_best_and_reads_what_it_wrote() {
-        let archive = archive(2);
+        let checkpoints = checkpoint_store(2);
         let directory = tempfile::tempdir().unwrap();
         let mut state = TrainState::default();
         for step in [2, 4, 6, 8, 10] {
@@ -536,7 +541,7 @@ mod tests {
             if step == 4 {
                 state.best = Some(Evaluated { step, loss: 0.5 });
             }
-            // One is in memory and the next on disk; one is large enough to go up in parts.
+            // Some are in memory and some on disk; one is large enough for a multipart upload.
             let bytes = vec![step as u8; if step == 8 { 33 << 20 } else { 9 }];
             let path = directory.path().join("checkpoint.tmp");
             let snapshot = if step % 4 == 0 {
@@ -545,20 +550,21 @@ mod tests {
             } else {
                 Snapshot::Memory(bytes.clone().into())
             };
-            // Two files of parts, or one of all.
-            let shares = if step == 6 { &PARTS[..] } else { &[Share::Whole] };
-            let files = shares.iter().map(|&share| archive.write(step, share, &snapshot).unwrap());
+            // Two files of shards, or one of the full state.
+            let shards = if step == 6 { &SHARDS[..] } else { &[Shard::Full] };
+            let files =
+                shards.iter().map(|&shard| checkpoints.write(step, shard, &snapshot).unwrap());
             let files = files.collect();
             let name = format!("step-{step:08}");
-            assert!(!archive.names().unwrap().contains(&name), "it has no manifest");
-            archive.complete(&state, step == 6, files).unwrap();
+            assert!(!checkpoints.names().unwrap().contains(&name), "it has no manifest");
+            checkpoints.complete(&state, step == 6, files).unwrap();
             drop(snapshot);
             assert!(!path.exists(), "the file goes with the snapshot");
-            for asked in [Share::Whole, Share::Part([1, 2]), Share::Part([0, 4])] {
-                let fetched = archive.fetch(&name, asked, directory.path()).unwrap().unwrap();
+            for asked in [Shard::Full, Shard::OfRank([1, 2]), Shard::OfRank([0, 4])] {
+                let fetched = checkpoints.fetch(&name, asked, directory.path()).unwrap().unwrap();
                 assert_eq!(fetched.state, state);
-                let found: Vec<Share> = fetched.files.iter().map(|(share, _)| *share).collect();
-                let expected = if shares.contains(&asked) { &[asked][..] } else { shares };
+                let found: Vec<Shard> = fetched.files.iter().map(|(shard, _)| *shard).collect();
+                let expected = if shards.contains(&asked) { &[asked][..] } else { shards };
                 assert_eq!(found, expected);
                 for (_, path) in fetched.files {
                     assert!(std::fs::read(path).unwrap() == bytes);
@@ -566,8 +572,8 @@ mod tests {
             }
         }
         let kept = ["step-00000004", "step-00000008", "step-00000010"];
-        assert_eq!(archive.names().unwrap(), kept);
-        archive.clear().unwrap();
-        assert!(archive.store.list().unwrap().is_empty());
+        assert_eq!(checkpoints.names().unwrap(), kept);
+        checkpoints.clear().unwrap();
+        assert!(checkpoints.store.list().unwrap().is_empty());
     }
 }

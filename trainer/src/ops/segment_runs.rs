@@ -1,52 +1,52 @@
-//! Attention run by run: what libtorch computes of batches, of segments of equal length.
+//! Attention over runs of segments of equal length, which libtorch's batched operators can compute.
 
 use tch::Tensor;
 
-use crate::ops::Attention;
+use crate::ops::AttentionMask;
 
-/// Some segments of equal length, one after another.
+/// Consecutive segments of equal length.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Run {
-    /// The first position.
+pub struct SegmentRun {
+    /// The first token of the first segment.
     pub start: i64,
-    /// How many segments.
+    /// The number of segments, `S`.
     pub count: i64,
-    /// Positions of each.
+    /// Tokens of each segment, `t`.
     pub length: i64,
 }
 
-/// Computes attention with what `attend` makes of a run's batches, each `[S, H, t, E]`: the result,
-/// and the logarithms of its denominators.
+/// Computes attention run by run: `attend` maps queries, keys and values `[S, H, t, E]` to the result
+/// `[S, H, t, E]` and the logarithms of the softmax denominators.
 pub(super) fn forward(
     [q, k, v]: [&Tensor; 3],
-    how: Attention<'_>,
+    mask: AttentionMask<'_>,
     attend: impl Fn([Tensor; 3]) -> (Tensor, Tensor),
 ) -> (Tensor, Vec<Tensor>) {
     let out = q.empty_like();
-    let logsumexp = how
+    let logsumexp = mask
         .runs
         .iter()
         .map(|&run| {
-            let (attended, logsumexp) = attend(batches([q, k, v], run));
-            batch(&out, run).copy_(&attended);
+            let (run_out, logsumexp) = attend(batches([q, k, v], run));
+            batch(&out, run).copy_(&run_out);
             logsumexp
         })
         .collect();
     (out, logsumexp)
 }
 
-/// Computes the gradients of queries, keys and values with what `differentiate` makes of a run's
-/// batches: those of [`forward`], of its result and that one's gradient, and its logarithms.
+/// Computes the gradients of queries, keys and values run by run: `differentiate` maps the inputs, the
+/// result with its gradient, and the logarithms of [`forward`] to gradients `[S, H, t, E]`.
 pub(super) fn backward(
     inputs: [&Tensor; 3],
     result: [&Tensor; 2],
     logsumexp: &[Tensor],
-    how: Attention<'_>,
+    mask: AttentionMask<'_>,
     differentiate: impl Fn([Tensor; 3], [Tensor; 2], &Tensor) -> [Tensor; 3],
 ) -> [Tensor; 3] {
     let grads = inputs.map(Tensor::empty_like);
     let groups = inputs[0].size()[1] / inputs[1].size()[1];
-    for (&run, logsumexp) in how.runs.iter().zip(logsumexp) {
+    for (&run, logsumexp) in mask.runs.iter().zip(logsumexp) {
         let result = result.map(|tensor| batch(tensor, run));
         let [dq, dk, dv] = differentiate(batches(inputs, run), result, logsumexp);
         batch(&grads[0], run).copy_(&dq);
@@ -58,13 +58,13 @@ pub(super) fn backward(
 
 /// Views a run of queries, keys and values as batches `[S, H, t, E]`, each key/value head repeated
 /// for its query heads.
-fn batches([q, k, v]: [&Tensor; 3], run: Run) -> [Tensor; 3] {
+fn batches([q, k, v]: [&Tensor; 3], run: SegmentRun) -> [Tensor; 3] {
     let groups = q.size()[1] / k.size()[1];
     [batch(q, run), repeat(&batch(k, run), groups), repeat(&batch(v, run), groups)]
 }
 
 /// Views a run of `[T, heads, E]` as `[S, heads, t, E]`.
-fn batch(x: &Tensor, Run { start, count, length }: Run) -> Tensor {
+fn batch(x: &Tensor, SegmentRun { start, count, length }: SegmentRun) -> Tensor {
     let (heads, width) = (x.size()[1], x.size()[2]);
     x.narrow(0, start, count * length).view([count, length, heads, width]).transpose(1, 2)
 }
