@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     artifact::PublishedResult,
+    cost::CostFacts,
     document::{Document, TERMINATION_MESSAGE_LIMIT, render},
     exit_code::ExitCode,
     settings::{DatasetFormat, RunId},
@@ -209,6 +210,9 @@ pub struct ModelFacts {
     pub has_chat_template: bool,
     /// Every module that holds weights, by leaf name.
     pub modules: Vec<ModuleShape>,
+    /// What the model costs to train; read it with [`ModelFacts::cost()`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cost: Option<CostFacts>,
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]

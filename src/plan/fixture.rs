@@ -52,6 +52,7 @@ fn model(
         tie_word_embeddings: tied,
         has_chat_template: true,
         modules,
+        cost: None,
     }
 }
 

@@ -1,9 +1,7 @@
 //! The memory of a run, by term.
 //!
-//! Letters are the trainer's: `D` model width, `H` query heads, `K` key/value heads, `E` head
-//! width, `F` feed-forward width, `V` vocabulary, `T` positions of one micro-batch. The terms
-//! follow what the trainer's hand-written backward pass saves; the constants below are the only
-//! numbers that are not derived from a shape.
+//! What a token costs is the model's own ([`finetune_contract::cost::CostFacts`], declared by its
+//! architecture in the trainer); the constants below are those of the process.
 
 use finetune_contract::{
     Dtype, ModelFacts, Optimizer, Recompute, Strategy,
@@ -113,28 +111,17 @@ pub fn is_computed_as_stored(model: &ModelFacts, dtype: Dtype) -> bool {
 pub fn memory(model: &ModelFacts, workload: &Workload) -> Memory {
     let Workload { trained, is_full, dtype, recompute, micro_batch, context, is_device, .. } =
         *workload;
-    let [d, h, k, e, f, v, layers] = [
-        model.hidden_size,
-        model.num_attention_heads,
-        model.num_key_value_heads,
-        model.head_dim,
-        model.intermediate_size,
-        model.vocab_size,
-        model.num_hidden_layers,
-    ]
-    .map(u64::from);
+    let cost = model.cost();
     let s = dtype.bytes();
     let t = micro_batch * context;
     let on_disk_is_compute = is_computed_as_stored(model, dtype);
-    // Input, q, k and v, attention out, residual, gate and up; and the softmax's logsumexp.
-    let kept = s * (d + h * e + 2 * k * e + h * e + d + 2 * f) + 4 * h;
     let activations = match recompute {
-        Recompute::None => t * layers * kept,
-        // What the one block keeps that is at work finds room where the head's logits were.
-        Recompute::Block => t * layers * s * d,
+        Recompute::None => t * (s * cost.saved_elements + cost.saved_bytes),
+        // What the block at work saves fits where the head's logits were.
+        Recompute::Block => t * s * cost.checkpointed_elements,
     };
     // The gradient of the largest weight in the computation's type, before it is added in fp32.
-    let weight_gradient = if is_full && dtype == Dtype::Bf16 { v * d * s } else { 0 };
+    let weight_gradient = if is_full && dtype == Dtype::Bf16 { cost.largest_weight * s } else { 0 };
     let is_sharded = workload.strategy == Strategy::Zero3;
     let divides = |is_divided: bool, bytes: u64| {
         if is_divided { bytes.div_ceil(workload.ranks) } else { bytes }
@@ -152,23 +139,19 @@ pub fn memory(model: &ModelFacts, workload: &Workload) -> Memory {
         (Strategy::Zero3, true) => s * turns + 4 * (turns + received),
         (Strategy::Zero3, false) => s * turns,
     };
+    let is_fp32 = dtype == Dtype::Fp32;
     let temporaries = if is_device {
-        // libtorch's operators one by one: more results between them, norms in fp32, dropout's draws
-        // as whole numbers; and where attention has no better operator, all scores.
-        let scores = if dtype == Dtype::Fp32 { 16 * h * context } else { 0 };
-        t * (s * (8 * f + 6 * d) + 24 * d + 24 * f + scores)
+        let scores = if is_fp32 { cost.device_score_bytes * context } else { 0 };
+        t * (s * cost.device_temporary_elements + cost.device_temporary_bytes + scores)
     } else {
-        // What the allocator keeps between buffers of other sizes is in these too. In fp32 attention is
-        // libtorch's on processors without AVX-512, with results between its operators; nobody knows
-        // yet which one it will be, so this is between the two.
-        let attention = if dtype == Dtype::Fp32 { 4 * d } else { 0 };
-        t * s * (7 * f + 6 * d + attention)
+        let attention = if is_fp32 { cost.fp32_attention_elements } else { 0 };
+        t * s * (cost.temporary_elements + attention)
     };
     // On a device the loss is computed on a copy in fp32, whose gradient is converted back.
     let of_logit = if is_device { 2 * s + 4 } else { s };
     // Only what is predicted has logits. Held-out rows may have more targets, but then no activations
     // are kept.
-    let logits = |rows: u64| HEAD_ROWS.min(rows) * v * of_logit;
+    let logits = |rows: u64| HEAD_ROWS.min(rows) * cost.logits * of_logit;
     let evaluated = logits(t).saturating_sub(activations);
     let head = logits(micro_batch * workload.targets.min(context)).max(evaluated);
     // A device's state is copied to the host's memory.

@@ -15,7 +15,7 @@ pub fn sent_bytes(model: &ModelFacts, workload: &Workload, accumulation: u64) ->
     let share = |bytes: u64| bytes * (workload.ranks - 1) / workload.ranks;
     let summed = 2 * share(4 * workload.trained);
     let [outer, block] = units(model);
-    let (s, layers) = (workload.dtype.bytes(), u64::from(model.num_hidden_layers));
+    let (s, layers) = (workload.dtype.bytes(), model.cost().blocks);
     let passes = 2 * accumulation * layers.saturating_sub(2);
     let (gathers, sums) = match (workload.strategy, workload.is_full) {
         (Strategy::None | Strategy::Ddp, _) | (Strategy::Zero1 | Strategy::Zero2, false) => {

@@ -1,6 +1,6 @@
 //! What the cost of a run depends on.
 
-use finetune_contract::{Dtype, ModelFacts, ModuleShape, Optimizer, Recompute, Strategy};
+use finetune_contract::{Dtype, ModelFacts, Optimizer, Recompute, Strategy};
 
 /// All that memory depends on.
 #[derive(Debug, Clone, Copy)]
@@ -29,13 +29,9 @@ pub struct Workload {
     pub strategy: Strategy,
 }
 
-/// Modules outside the blocks; divided they are gathered together.
-const OUTER: [&str; 3] = ["embed_tokens", "norm", "lm_head"];
-
-/// Returns the parameters outside the blocks, and of one block.
+/// Returns the parameters outside the blocks, which are gathered together, and of one block.
 pub(super) fn units(model: &ModelFacts) -> [u64; 2] {
-    let outer = model.modules.iter().filter(|module| OUTER.contains(&module.name.as_str()));
-    let outer = outer.map(ModuleShape::parameters).sum();
-    let blocks = u64::from(model.num_hidden_layers).max(1);
-    [outer, model.parameters.saturating_sub(outer) / blocks]
+    let cost = model.cost();
+    let blocks = model.parameters.saturating_sub(cost.outer_parameters);
+    [cost.outer_parameters, blocks / cost.blocks]
 }

@@ -3,6 +3,7 @@
 //! No tensor is here, so that the preflight reads a model's shape as training does.
 
 pub mod config;
+mod cost;
 pub mod families;
 mod keys;
 pub mod modules;

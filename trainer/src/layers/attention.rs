@@ -49,6 +49,14 @@ impl Segments {
     }
 }
 
+impl AttentionOutput {
+    /// Returns what is saved beside the output.
+    #[cfg(test)]
+    pub(crate) fn logsumexp(&self) -> &[Tensor] {
+        &self.logsumexp
+    }
+}
+
 impl Attention {
     /// Computes attention.
     ///

@@ -243,3 +243,74 @@ impl Block {
 fn flatten_heads(x: &Tensor) -> Tensor {
     x.reshape([x.size()[0], -1])
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use finetune_contract::{Dtype, Recompute};
+    use tch::{Device, Tensor};
+
+    use super::{BlockContext, SavedActivations};
+    use crate::{
+        hf::read_config,
+        layers::attention::Segments,
+        lora::trainable::Trainable,
+        model::{Model, network::kind_of},
+    };
+
+    /// Returns the bytes of what a block saved, without the hidden activations of adapters.
+    fn bytes(saved: &SavedActivations) -> u64 {
+        let SavedActivations { x, intermediates } = saved;
+        let size = |tensor: &Tensor| (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64;
+        let inner = intermediates.as_ref().map_or(0, |inner| {
+            let raw = inner.qk_raw.iter().flat_map(|(q, k)| [q, k]);
+            let attention =
+                std::iter::once(&inner.attention.out).chain(inner.attention.logsumexp());
+            let rest = [&inner.q, &inner.k, &inner.v, &inner.x_mid, &inner.gate, &inner.up];
+            raw.chain(attention).chain(rest).map(size).sum()
+        });
+        size(x) + inner
+    }
+
+    /// Compares what the blocks of a model save with what its architecture declares.
+    fn check(family: &str, dtype: Dtype) {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/data");
+        let directory = golden.join(family);
+        let config = read_config(&directory).unwrap();
+        let cost = config.cost();
+        let width = config.hidden_size as i64;
+        let model =
+            Model::load(&directory, config, Trainable::Full, dtype, Device::Cpu, 0).unwrap();
+        let lengths = [32, 8];
+        let positions: Vec<i64> = lengths.iter().flat_map(|&length| 0..length as i64).collect();
+        let context = BlockContext {
+            rotary: &model.rotary(&positions),
+            segments: &Segments::new(&lengths),
+            dropout: None,
+        };
+        let tokens = positions.len() as i64;
+        for recompute in [Recompute::None, Recompute::Block] {
+            let x = || Tensor::randn([tokens, width], (kind_of(dtype), Device::Cpu));
+            let saved = model.blocks().iter().map(|block| {
+                let (_, saved) = block.forward(x(), &context, Some(recompute));
+                bytes(&saved.unwrap())
+            });
+            let declared = match recompute {
+                Recompute::None => dtype.bytes() * cost.saved_elements + cost.saved_bytes,
+                Recompute::Block => dtype.bytes() * cost.checkpointed_elements,
+            };
+            let expected = tokens as u64 * declared;
+            assert_eq!(saved.sum::<u64>(), expected, "{family} {dtype:?} {recompute:?}");
+        }
+    }
+
+    #[test]
+    fn blocks_save_what_their_architecture_declares() {
+        for family in ["llama", "llama-biases", "mistral-window", "qwen2-window", "qwen3"] {
+            for dtype in [Dtype::Fp32, Dtype::Bf16] {
+                check(family, dtype);
+            }
+        }
+    }
+}

@@ -253,6 +253,7 @@ fn facts(
         tie_word_embeddings: model.tie_word_embeddings,
         has_chat_template: tokenizer.has_template(),
         modules: model.modules(),
+        cost: Some(model.cost()),
     }
 }
 
