@@ -56,7 +56,7 @@ error: the run cannot start:
     insta::assert_snapshot!(first_problem(&check(&sandbox, &job)), @r#"
 exit 78
 error: the run cannot start:
-  spec.loraConfig.targetModules: loraConfig.targetModules names "q_porj", which no module of this model is called: use down_proj, embed_tokens, gate_proj, input_layernorm, k_proj, lm_head, norm, o_proj, post_attention_layernorm, q_proj, up_proj, v_proj (did you mean "q_proj"?)
+  spec.loraConfig.targetModules: loraConfig.targetModules has "q_porj", which matches no module of this model: use down_proj, embed_tokens, gate_proj, input_layernorm, k_proj, lm_head, norm, o_proj, post_attention_layernorm, q_proj, up_proj, v_proj (did you mean "q_proj"?)
 "#);
 }
 

@@ -1,8 +1,8 @@
-// torch's process groups behind a C interface: c10d::TCPStore, ProcessGroupGloo and, where CUDA's
-// headers are, ProcessGroupNCCL.
+// A C interface to torch's process groups: c10d::TCPStore, ProcessGroupGloo and, if CUDA's headers are
+// available, ProcessGroupNCCL.
 //
-// Every function that can fail takes a buffer for the error's text and answers null, false or -1
-// after filling it; no exception leaves this file. Tensors are tch's: pointers to at::Tensor.
+// Every function that can fail takes a buffer for the error message, and on failure fills it and
+// returns null, false or -1. No exception leaves this file. Tensors are tch's: pointers to at::Tensor.
 
 #include <cstdint>
 #include <cstdlib>
@@ -46,7 +46,7 @@ void* finetune_store_open(
     c10d::TCPStoreOptions options;
     options.port = port;
     options.isServer = is_server;
-    options.waitWorkers = false; // The caller waits itself, to say who is missing.
+    options.waitWorkers = false; // The caller waits itself, to name the missing ranks.
     options.timeout = milliseconds(timeout);
     return new StorePtr(c10::make_intrusive<c10d::TCPStore>(host, options));
   });
@@ -59,7 +59,7 @@ bool finetune_store_set(void* store, const char* key, const char* value, Error e
   });
 }
 
-// Copies a value that is there and answers its length; 0 if there is none, -1 on an error.
+// Copies a value and returns its length; 0 if there is none, -1 on an error.
 int64_t finetune_store_get(
     void* store, const char* key, char* value, size_t size, Error error) {
   return guarded<int64_t>(error, -1, [&]() -> int64_t {
@@ -78,7 +78,7 @@ void finetune_store_close(void* store) {
   delete static_cast<StorePtr*>(store);
 }
 
-// `address` is where this rank listens for the others' data, or empty for this machine's name.
+// `address` is the address this rank listens on, or empty for this machine's host name.
 void* finetune_gloo_open(
     void* store,
     const char* prefix,
@@ -102,7 +102,7 @@ void* finetune_gloo_open(
   });
 }
 
-// Answers null with a text where this was built without CUDA's headers.
+// Fails if this was built without CUDA's headers.
 void* finetune_nccl_open(
     void* store, const char* prefix, int rank, int size, int64_t timeout, Error error) {
   return guarded<void*>(error, nullptr, [&]() -> void* {
@@ -129,9 +129,9 @@ void* finetune_all_reduce(void* group, at::Tensor* tensor, Error error) {
   });
 }
 
-void* finetune_all_gather(void* group, at::Tensor* whole, at::Tensor* part, Error error) {
+void* finetune_all_gather(void* group, at::Tensor* gathered, at::Tensor* shard, Error error) {
   return started(
-      error, [&] { return (*static_cast<GroupPtr*>(group))->_allgather_base(*whole, *part); });
+      error, [&] { return (*static_cast<GroupPtr*>(group))->_allgather_base(*gathered, *shard); });
 }
 
 void* finetune_all_to_all(void* group, at::Tensor* received, at::Tensor* sent, Error error) {
@@ -141,18 +141,18 @@ void* finetune_all_to_all(void* group, at::Tensor* received, at::Tensor* sent, E
   });
 }
 
-// Waits for what was started, and frees it.
+// Waits for a collective, and frees it.
 bool finetune_work_wait(void* work, Error error) {
   auto* started = static_cast<WorkPtr*>(work);
-  bool is_done = guarded(error, false, [&] {
+  bool succeeded = guarded(error, false, [&] {
     (*started)->wait();
     return true;
   });
   delete started;
-  return is_done;
+  return succeeded;
 }
 
-// Ends the process at once: no destructor waits for a peer that will not answer.
+// Exits at once: no destructor waits for a rank that will not answer.
 void finetune_exit(int code) {
   std::_Exit(code);
 }

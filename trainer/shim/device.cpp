@@ -1,7 +1,7 @@
-// What tch does not bind of GPUs: their memory, and attention over segments of any lengths.
+// GPU functions that tch does not bind: memory statistics, and variable-length attention.
 //
-// Only interfaces of ATen and c10 that know no CUDA headers, so this is the same in every build;
-// without a GPU every function fails with a text.
+// Uses only interfaces of ATen and c10 that need no CUDA headers, so that every build has them; without
+// a GPU every function fails with a message.
 
 #include <cstdint>
 #include <tuple>
@@ -14,7 +14,7 @@
 
 extern "C" {
 
-// Answers the largest number of bytes torch has held of a device so far, or -1.
+// Returns the peak number of bytes that torch has reserved on a device so far, or -1.
 int64_t finetune_device_peak_memory(int device, Error error) {
   return guarded<int64_t>(error, -1, [&]() -> int64_t {
     auto* allocator = c10::getDeviceAllocator(c10::kCUDA);
@@ -26,8 +26,8 @@ int64_t finetune_device_peak_memory(int device, Error error) {
   });
 }
 
-// Writes four new tensors: the result, its logsumexp, and two that the backward pass asks for.
-// `window` is how many earlier positions a query sees, or -1 for all.
+// Writes four new tensors: the result, its logsumexp, and two that the backward operator takes.
+// `window` is how many earlier positions a query attends to, or -1 for all.
 bool finetune_flash_attention(
     at::Tensor* q,
     at::Tensor* k,

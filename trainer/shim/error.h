@@ -1,4 +1,5 @@
-// How functions of the shims fail: the caller gives room for a text, and no exception leaves C++.
+// The error convention of the shims: the caller passes a buffer for a message, and no exception leaves
+// C++.
 
 #pragma once
 
@@ -12,10 +13,10 @@ struct Error {
   size_t size;
 };
 
-// Runs `body`; an exception becomes text and `failed`.
+// Runs `body`; on an exception, writes its message and returns `failed`.
 template <typename R, typename F>
 R guarded(Error error, R failed, F body) {
-  const char* what = "an exception that is no std::exception";
+  const char* what = "an exception that is not a std::exception";
   try {
     return body();
   } catch (const c10::Error& caught) {

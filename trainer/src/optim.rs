@@ -108,8 +108,8 @@ impl AdamW {
     }
 }
 
-/// The norm of a step's mean gradient, and the factor that turns the summed gradient into the clipped
-/// mean.
+/// The norm of a step's mean gradient, and the factor that turns the summed gradient into the
+/// clipped mean.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Clipped {
     /// The 2-norm of the mean gradient before clipping.

@@ -1,4 +1,5 @@
-//! The training loop: accumulate, normalise, clip, step, record, evaluate, save, and stop on request.
+//! The training loop: accumulate, normalise, clip, step, record, evaluate, save, and stop on
+//! request.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -6,7 +7,7 @@ use finetune_contract::{FailureReason, RunConfig, Stage, StoppedEarly};
 use tracing::info;
 
 use crate::{
-    checkpoint::{Checkpoints, Evaluated, TrainState},
+    checkpoint::{Checkpoints, Evaluation, TrainState},
     data::{Batch, Dataset, Sequences},
     distributed,
     failure::Failure,
@@ -96,7 +97,8 @@ impl TrainLoop<'_> {
             }
             self.checkpoints.poll()?;
             // One rank is asked to stop, rank 0 knows the cost of a checkpoint, and each rank knows
-            // whether its shard is written. All must act alike after the same step, so they share it.
+            // whether its shard is written. All must act alike after the same step, so they share
+            // it.
             let ranks = self.model.ranks();
             let is_save_due =
                 ranks.is_first() && self.checkpoints.is_due(self.state.step, figures.seconds);
@@ -112,15 +114,15 @@ impl TrainLoop<'_> {
             if self.is_over() || is_stopped || is_best || is_save_due {
                 self.checkpoints.save(&self.state, &self.model, &self.optimizer)?;
             }
-            self.report_checkpoint(teller);
+            self.record_checkpoint(teller);
             if is_stopped && !self.is_over() {
                 self.checkpoints.flush()?;
-                self.report_checkpoint(teller);
+                self.record_checkpoint(teller);
                 return Ok(TrainOutcome::Interrupted);
             }
         }
         self.checkpoints.flush()?;
-        self.report_checkpoint(teller);
+        self.record_checkpoint(teller);
         teller.finished(&self.state);
         Ok(TrainOutcome::Complete)
     }
@@ -142,7 +144,7 @@ impl TrainLoop<'_> {
         patience > 0 && self.state.evaluations_since_best >= patience
     }
 
-    fn report_checkpoint(&self, teller: &mut Teller<'_>) {
+    fn record_checkpoint(&self, teller: &mut Teller<'_>) {
         if let Some(saved) = self.checkpoints.saved() {
             teller.saved(saved);
         }
@@ -165,8 +167,8 @@ impl TrainLoop<'_> {
                 loss += self.model.loss(&batch);
                 targets += batch.labels.len();
             } else if self.model.sharded().is_some() {
-                // The other ranks need this rank's shards of the weights, so it runs the same forward
-                // pass and discards the result.
+                // The other ranks need this rank's shards of the weights, so it runs the same
+                // forward pass and discards the result.
                 let _ = self.model.loss(&sequences.batch(dataset, round[0]));
             }
         }
@@ -184,11 +186,12 @@ impl TrainLoop<'_> {
         sequences as f64 / self.train.sequences.len() as f64
     }
 
-    /// Computes the largest possible micro-batch and discards the result, unless the first step has one
-    /// that is nearly as large: running out of memory then shows at once instead of hours later.
+    /// Computes the largest possible micro-batch and discards the result, unless the first step has
+    /// one that is nearly as large: running out of memory then shows at once instead of hours
+    /// later.
     ///
-    /// Packed sequences have nearly equal lengths, so they need no extra micro-batch; otherwise it costs
-    /// one per process.
+    /// Packed sequences have nearly equal lengths, so they need no extra micro-batch; otherwise it
+    /// costs one per process.
     fn probe_peak_memory(&self, sample_order: &mut SampleOrder) -> Result<(), distributed::Error> {
         let settings = &self.config.training;
         let DataSplit { dataset, sequences } = &self.train;
@@ -228,8 +231,8 @@ impl TrainLoop<'_> {
             let batch = self.micro_batch(sample_order, step, micro);
             let (batch_tokens, batch_targets) =
                 (batch.tokens.len() as u64, batch.labels.len() as u64);
-            // Micro-batches are distributed round-robin: neither their number nor the rank that computes
-            // one changes its rows or dropout masks.
+            // Micro-batches are distributed round-robin: neither their number nor the rank that
+            // computes one changes its rows or dropout masks.
             if is_own {
                 let dropout =
                     dropout.map(|dropout| dropout.at_offset(tokens_before, targets_before));
@@ -281,7 +284,7 @@ impl TrainLoop<'_> {
     /// Evaluates, and reports whether the weights are the best so far and must be saved.
     fn evaluate_and_compare(&mut self, teller: &mut Teller<'_>) -> Result<bool, Failure> {
         let Some(loss) = self.evaluate(teller)? else { return Ok(false) };
-        let evaluated = Evaluated { step: self.state.step, loss };
+        let evaluated = Evaluation { step: self.state.step, loss };
         self.state.last_eval = Some(evaluated);
         let is_best = self.state.best.is_none_or(|best| loss < best.loss);
         if is_best {

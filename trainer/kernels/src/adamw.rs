@@ -22,8 +22,8 @@ pub struct AdamWStep {
 }
 
 versions! {
-    /// Updates masters and moments, and rounds the masters to `compute`, which is empty if the model
-    /// computes with the masters themselves.
+    /// Updates masters and moments, and rounds the masters to `compute`, which is empty if the
+    /// model computes with the masters themselves.
     ///
     /// # Source
     /// arXiv 1711.05101, algorithm 2; the order of operations is `torch.optim.AdamW`'s, 2.13.

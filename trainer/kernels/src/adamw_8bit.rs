@@ -1,13 +1,14 @@
 //! AdamW with 8-bit moments, quantized blockwise, in one pass over memory.
 //!
-//! The elements of a [`BLOCK`] share a scale, the largest magnitude among them. A code is the fourth
-//! root of the ratio of a moment to the scale, so that small moments keep some precision: in steps of
-//! 1/127 for the signed first moment, of 1/255 for the second. Rounding is stochastic and unbiased.
-//! Rounding to nearest would freeze the second moment, which changes by a thousandth per step.
+//! The elements of a [`BLOCK`] share a scale, the largest magnitude among them. A code is the
+//! fourth root of the ratio of a moment to the scale, so that small moments keep some precision: in
+//! steps of 1/127 for the signed first moment, of 1/255 for the second. Rounding is stochastic and
+//! unbiased. Rounding to nearest would freeze the second moment, which changes by a thousandth per
+//! step.
 //!
 //! # Source
-//! Blockwise scales: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861.
-//! Differs: the code book, and stochastic rounding.
+//! Blockwise scales: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv
+//! 2110.02861. Differs: the code book, and stochastic rounding.
 
 use crate::{
     adamw::{AdamWStep, update},
@@ -112,8 +113,8 @@ fn encode(ratio: f32, max_code: f32, uniform: f32) -> f32 {
     if uniform * (high - low) < ratio - low { below + 1.0 } else { below }
 }
 
-/// Returns uniform numbers in `[0, 1)` for the block that starts at parameter `first`: four of 16 bits
-/// from each draw.
+/// Returns uniform numbers in `[0, 1)` for the block that starts at parameter `first`: four of 16
+/// bits from each draw.
 #[expect(clippy::inline_always, reason = "inlined into every version of a kernel")]
 #[inline(always)]
 fn uniform_of_block(key: u64, first: usize) -> [f32; BLOCK] {

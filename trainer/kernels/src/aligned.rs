@@ -1,7 +1,7 @@
 //! Memory that is aligned to cache lines.
 //!
-//! AMX loads a tile row by row. If each row crosses a cache line boundary, a product takes three times
-//! as long.
+//! AMX loads a tile row by row. If each row crosses a cache line boundary, a product takes three
+//! times as long.
 
 use std::{
     marker::PhantomData,

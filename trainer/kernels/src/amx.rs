@@ -1,12 +1,12 @@
 //! The micro-kernel for bf16 on Intel AMX: tiles of 16 rows of 64 bytes, multiplied as a whole.
 //!
-//! Six tiles hold sums, 32 rows by 48 columns; the other two hold the operands in turn. Each step of
-//! the depth loads seven tiles for six products and reads 5 KiB, where four tiles of sums would read
-//! 4 KiB for four products: the L2 cache keeps up.
+//! Six tiles hold sums, 32 rows by 48 columns; the other two hold the operands in turn. Each step
+//! of the depth loads seven tiles for six products and reads 5 KiB, where four tiles of sums would
+//! read 4 KiB for four products: the L2 cache keeps up.
 //!
 //! # Source
-//! Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18, and volume 2,
-//! `LDTILECFG`, `TILELOADD`, `TDPBF16PS`, `TILESTORED`. Permission to use tiles:
+//! Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18, and volume
+//! 2, `LDTILECFG`, `TILELOADD`, `TDPBF16PS`, `TILESTORED`. Permission to use tiles:
 //! `Documentation/arch/x86/xstate.rst` of Linux.
 
 use std::{arch::asm, cell::Cell, sync::LazyLock};
@@ -38,7 +38,8 @@ fn is_available() -> bool {
     *IS_AVAILABLE
 }
 
-/// Requests permission to use tiles from Linux, which saves their state only for processes that asked.
+/// Requests permission to use tiles from Linux, which saves their state only for processes that
+/// asked.
 #[cfg(target_os = "linux")]
 fn request_permission() -> bool {
     const ARCH_PRCTL: u64 = 158;
@@ -246,7 +247,8 @@ impl MicroKernel for Amx {
     type Number = bf16;
     const ROWS: usize = 2 * TILE_ROWS;
     const REGISTERS: usize = 3;
-    // Products are so fast that reading panels from the L3 cache for each block of rows would limit them.
+    // Products are so fast that reading panels from the L3 cache for each block of rows would limit
+    // them.
     const PANELS: usize = 8;
     const REUSES_PANELS: bool = true;
     const STEP: usize = TILE_WORDS;

@@ -1,4 +1,5 @@
-//! Causal attention of one segment and its gradient, tile by tile; the matrix of scores never exists.
+//! Causal attention of one segment and its gradient, tile by tile; the matrix of scores never
+//! exists.
 //!
 //! # Source
 //! FlashAttention (arXiv 2205.14135), algorithms 1 and 4. Differs: query heads that share a key
@@ -509,8 +510,8 @@ impl OnlineSoftmax {
         Self { scale, largest: [f32::NEG_INFINITY; TILE], total: [0.0; TILE] }
     }
 
-    /// Adds a tile of scores `[keys, queries]`: writes its probabilities as words of adjacent keys, and
-    /// rescales `sums`, `[E, queries]`, to the new maximum.
+    /// Adds a tile of scores `[keys, queries]`: writes its probabilities as words of adjacent keys,
+    /// and rescales `sums`, `[E, queries]`, to the new maximum.
     ///
     /// # Safety
     /// The CPU must support the kernel.
@@ -587,8 +588,8 @@ fn scale_columns(matrix: &mut [f32], factors: &[f32; TILE]) {
     }
 }
 
-/// For two keys, computes probabilities `p` and score gradients `ds = p ∘ (dp − delta)`, the latter also
-/// as words of adjacent keys.
+/// For two keys, computes probabilities `p` and score gradients `ds = p ∘ (dp − delta)`, the latter
+/// also as words of adjacent keys.
 ///
 /// # Safety
 /// The CPU must support the kernel.

@@ -33,7 +33,8 @@ pub enum Kernel {
     Avx512,
 }
 
-/// The kernel chosen for bf16 in this process: its index in [`Kernel::ALL`] plus one, or 0 for none.
+/// The kernel chosen for bf16 in this process: its index in [`Kernel::ALL`] plus one, or 0 for
+/// none.
 static CHOSEN: AtomicUsize = AtomicUsize::new(0);
 
 impl Kernel {

@@ -4,8 +4,8 @@ use std::f32::consts::LOG2_E;
 
 /// Returns `e^x`; 0 below -87, and `e^88` above 88.
 ///
-/// Within 2 units in the last place of the exact value. `FUSED` uses fused multiply-add; on CPUs without
-/// it that would be a slow function call.
+/// Within 2 units in the last place of the exact value. `FUSED` uses fused multiply-add; on CPUs
+/// without it that would be a slow function call.
 ///
 /// # Source
 /// Range reduction of Cody and Waite with `ln 2` in two parts, and the polynomial of Cephes'

@@ -1,10 +1,11 @@
-//! Micro-kernels: small matrix products with fp32 sums, in registers and the L1 cache. `matmul` builds
-//! larger products from their tiles.
+//! Micro-kernels: small matrix products with fp32 sums, in registers and the L1 cache. `matmul`
+//! builds larger products from their tiles.
 //!
 //! # Source
-//! The register blocking of Goto and BLIS: outer products of a column and a row (Goto, van de Geijn:
-//! Anatomy of High-Performance Matrix Multiplication, 2008). BLIS calls [`MicroKernel::ROWS`] `MR` and
-//! the columns of a panel `NR`. VDPBF16PS multiplies pairs of elements.
+//! The register blocking of Goto and BLIS: outer products of a column and a row (Goto, van de
+//! Geijn: Anatomy of High-Performance Matrix Multiplication, 2008). BLIS calls
+//! [`MicroKernel::ROWS`] `MR` and the columns of a panel `NR`. VDPBF16PS multiplies pairs of
+//! elements.
 
 use std::{
     arch::x86_64::{
@@ -22,14 +23,14 @@ use crate::{Element, versions::Level};
 /// fp32 elements of one register.
 pub(crate) const LANES: usize = 16;
 /// Rows of one register tile. With two registers per row, the sums fill half of the registers; with
-/// three, 24 of 32, and each register loaded from the right operand is used often enough to hide the
-/// load.
+/// three, 24 of 32, and each register loaded from the right operand is used often enough to hide
+/// the load.
 pub(crate) const ROWS: usize = 8;
 
 /// A micro-kernel: the format of its operands, and the innermost loops of a product.
 ///
-/// Operands are made of 32-bit words: one fp32 element, or two bf16 elements that are adjacent along
-/// the depth.
+/// Operands are made of 32-bit words: one fp32 element, or two bf16 elements that are adjacent
+/// along the depth.
 pub(crate) trait MicroKernel {
     /// The element type of words.
     type Number: Element;
@@ -39,7 +40,8 @@ pub(crate) trait MicroKernel {
     const ROWS: usize;
     /// Registers per row of a tile in small products, 3 at most.
     const REGISTERS: usize;
-    /// Panels of one task of a large product. Tasks write whole cache lines, to avoid false sharing.
+    /// Panels of one task of a large product. Tasks write whole cache lines, to avoid false
+    /// sharing.
     const PANELS: usize;
     /// Whether consecutive tasks use the same panels instead of the same rows.
     const REUSES_PANELS: bool;
@@ -50,7 +52,8 @@ pub(crate) trait MicroKernel {
     /// Reports whether this CPU supports the kernel.
     fn is_supported() -> bool;
 
-    /// Packs adjacent elements into a word, the first one in the low half; an fp32 word has no second.
+    /// Packs adjacent elements into a word, the first one in the low half; an fp32 word has no
+    /// second.
     fn word<E: Element>(first: E, second: E) -> u32;
 
     /// Reports whether a slice of this element type can be read as words without packing.
@@ -65,12 +68,12 @@ pub(crate) trait MicroKernel {
     #[expect(unsafe_code, reason = "needs certain CPU features")]
     unsafe fn round(values: &[f32; LANES]) -> [Self::Number; LANES];
 
-    /// Computes as many of a tile's `rows` as one register tile holds, and returns their number. `W` is
-    /// the number of registers per row.
+    /// Computes as many of a tile's `rows` as one register tile holds, and returns their number.
+    /// `W` is the number of registers per row.
     ///
     /// # Safety
-    /// All pointers of the tile must be in bounds, its words a multiple of [`Self::STEP`], and the CPU
-    /// must support the kernel.
+    /// All pointers of the tile must be in bounds, its words a multiple of [`Self::STEP`], and the
+    /// CPU must support the kernel.
     #[expect(unsafe_code, reason = "needs certain CPU features")]
     unsafe fn micro_kernel<const W: usize, const ADD: bool>(tile: &Tile, rows: usize) -> usize;
 
@@ -370,7 +373,8 @@ pub(crate) struct Tile {
 
 #[expect(clippy::inline_always, reason = "inlined into functions with target features")]
 impl Tile {
-    /// Computes as many rows of `W` registers as the largest fitting tile has, and returns their number.
+    /// Computes as many rows of `W` registers as the largest fitting tile has, and returns their
+    /// number.
     ///
     /// # Safety
     /// All pointers of the tile must be in bounds, and the CPU must support the kernel.

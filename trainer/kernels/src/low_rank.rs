@@ -1,7 +1,7 @@
 //! Products with a low-rank factor: a LoRA adapter's update of a layer, and its gradients.
 //!
-//! These products are limited by memory bandwidth. The large matrix is read once and in place, where a
-//! general product would read and write it several times.
+//! These products are limited by memory bandwidth. The large matrix is read once and in place,
+//! where a general product would read and write it several times.
 
 use std::cell::RefCell;
 
@@ -25,7 +25,8 @@ const MAX_TASKS: usize = 8;
 /// With a higher rank, a general product is as fast.
 const MAX_RANK: usize = 128;
 
-/// Reports whether the kernels support a layer's width and the sum of its adapters' ranks on this CPU.
+/// Reports whether the kernels support a layer's width and the sum of its adapters' ranks on this
+/// CPU.
 pub fn is_supported<E: GemmElement>(width: usize, rank: usize) -> bool {
     width.is_multiple_of(LANES)
         && rank.is_multiple_of(size_of::<u32>() / size_of::<E>())

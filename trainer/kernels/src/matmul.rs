@@ -1,10 +1,10 @@
 //! Products of large matrices with fp32 sums, for the forward and backward passes of linear layers.
 //!
-//! The right operand is packed into panels that fit in the L2 cache. The left operand is read in place
-//! unless it is transposed. Register tiles (`gemm`) compute the product. Sums of several products,
-//! fp32 gradients and biases need no extra pass.
+//! The right operand is packed into panels that fit in the L2 cache. The left operand is read in
+//! place unless it is transposed. Register tiles (`gemm`) compute the product. Sums of several
+//! products, fp32 gradients and biases need no extra pass.
 //!
-//! In BLIS's terms [`BLOCK`] is `MC`, [`DEPTH`] is `KC`, and [`PACKED`] bounds `KC · NC`.
+//! In BLIS's terms `BLOCK` is `MC`, `DEPTH` is `KC`, and `PACKED` bounds `KC · NC`.
 //!
 //! # Source
 //! Goto, van de Geijn: Anatomy of High-Performance Matrix Multiplication, 2008. Differs: the left
@@ -24,9 +24,11 @@ use crate::{
 
 /// Rows of one task.
 const BLOCK: usize = 64;
-/// Words of depth that are multiplied before the next ones: 384 KiB of a panel stay in the L2 cache.
+/// Words of depth that are multiplied before the next ones: 384 KiB of a panel stay in the L2
+/// cache.
 const DEPTH: usize = 2048;
-/// Words that are packed into panels at once, 4 MiB, unless that leaves fewer than [`MIN_TASKS`] tasks.
+/// Words that are packed into panels at once, 4 MiB, unless that leaves fewer than [`MIN_TASKS`]
+/// tasks.
 const PACKED: usize = 1 << 20;
 /// The least number of tasks.
 const MIN_TASKS: usize = 8;
@@ -68,8 +70,8 @@ impl<E> Target<'_, E> {
 /// Computes the sum of one or more products.
 ///
 /// # Shapes
-/// The terms are `[M, K] · [K, N]`; their `K` may differ. In bf16, `K` must be even if the left operand
-/// is plain or the right one transposed, because pairs along a row are read as words.
+/// The terms are `[M, K] · [K, N]`; their `K` may differ. In bf16, `K` must be even if the left
+/// operand is plain or the right one transposed, because pairs along a row are read as words.
 ///
 /// # Panics
 /// If a size is wrong, or the CPU is not supported ([`is_supported`]).
@@ -427,7 +429,8 @@ mod tests {
         testing::{assert_close, numbers, rounded},
     };
 
-    /// Rows, depth and columns: below, at and above the sizes of tiles, panels, blocks and depth slices.
+    /// Rows, depth and columns: below, at and above the sizes of tiles, panels, blocks and depth
+    /// slices.
     const SHAPES: [[usize; 3]; 10] = [
         [1, 2, 1],
         [7, 34, 50],

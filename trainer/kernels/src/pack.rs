@@ -88,14 +88,14 @@ pub(crate) fn in_place<'a, E: Element, K: MicroKernel>(
     }
 }
 
-/// Reports whether the words of a row are contiguous in a packed left operand; if not, the words of a
-/// group's rows are.
+/// Reports whether the words of a row are contiguous in a packed left operand; if not, the words of
+/// a group's rows are.
 fn is_packed_by_row<E: Element, K: MicroKernel>((left, _): &Term<'_, E>) -> bool {
     K::NEEDS_ROW_MAJOR_LEFT || matches!(left, Operand::Plain(_))
 }
 
-/// Packs some columns of the right operands into panels and, if `packs_left`, the left operands that
-/// cannot be read in place into words.
+/// Packs some columns of the right operands into panels and, if `packs_left`, the left operands
+/// that cannot be read in place into words.
 pub(crate) fn pack<E: Element, K: MicroKernel>(
     pool: &dyn Pool,
     terms: &[Term<'_, E>],
@@ -183,7 +183,8 @@ fn transpose_line_to_rows<E: Element, K: MicroKernel>(
     }
 }
 
-/// Packs [`LINE`] columns in groups of [`MicroKernel::ROWS`], each `[words, ROWS]`, padded with zeros.
+/// Packs [`LINE`] columns in groups of [`MicroKernel::ROWS`], each `[words, ROWS]`, padded with
+/// zeros.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn transpose_line<E: Element, K: MicroKernel>(matrix: Matrix<'_, E>, first: usize, to: &mut [u32]) {
     let words = matrix.rows.div_ceil(K::PER_WORD);
@@ -198,8 +199,8 @@ fn transpose_line<E: Element, K: MicroKernel>(matrix: Matrix<'_, E>, first: usiz
     }
 }
 
-/// Packs some columns of the right operands into panels of `size` words, each `[words, PANEL]` with the
-/// terms one below the other, padded with zeros.
+/// Packs some columns of the right operands into panels of `size` words, each `[words, PANEL]` with
+/// the terms one below the other, padded with zeros.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn pack_panels<E: Element, K: MicroKernel>(
     terms: &[Term<'_, E>],

@@ -19,7 +19,8 @@ versions! {
 }
 
 versions! {
-    /// Replaces the gradient of the result with the gradient of `x`, plus `residual` if there is one.
+    /// Replaces the gradient of the result with the gradient of `x`, plus `residual` if there is
+    /// one.
     ///
     /// With `x̂ = x / rms(x)` and `g = dy ∘ weight`: `dx = (g − x̂ · mean(g ∘ x̂)) / rms(x)`.
     /// Adds `Σ dy ∘ x̂` to `weight_grad` unless that is empty.

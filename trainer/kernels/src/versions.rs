@@ -28,10 +28,11 @@ impl Level {
     }
 }
 
-/// Defines a function over [`Element`](crate::Element)s whose body is compiled once for each [`Level`].
+/// Defines a function over [`Element`](crate::Element)s whose body is compiled once for each
+/// [`Level`].
 ///
-/// In the body, `FUSED` says whether the CPU has fused multiply-add. Functions that it calls must be
-/// `#[inline(always)]`, or they are compiled for the baseline only.
+/// In the body, `FUSED` says whether the CPU has fused multiply-add. Functions that it calls must
+/// be `#[inline(always)]`, or they are compiled for the baseline only.
 macro_rules! versions {
     ($(#[$meta:meta])* pub fn $name:ident<$($generic:ident),*>($($argument:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block) => {
         $(#[$meta])*

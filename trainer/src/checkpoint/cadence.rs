@@ -4,12 +4,12 @@
 const MAX_LOSS_SECONDS: f64 = 30.0;
 /// The share of the time that training may wait for checkpoints.
 const STALL_SHARE: f64 = 0.01;
-/// The longest write for which a save is started earlier; otherwise a slow store would be written to
-/// without a pause.
+/// The longest write for which a save is started earlier; otherwise a slow store would be written
+/// to without a pause.
 const LONGEST_WRITE_SECONDS: f64 = MAX_LOSS_SECONDS / 2.0;
 
-/// Decides when to save, from the time and cost of the last checkpoint. Times are in seconds since an
-/// arbitrary start.
+/// Decides when to save, from the time and cost of the last checkpoint. Times are in seconds since
+/// an arbitrary start.
 ///
 /// Its decisions depend on the speed of the machine, so only checkpoints may depend on them.
 #[derive(Debug, Clone)]

@@ -181,8 +181,8 @@ impl CheckpointStore {
     }
 
     /// Completes a checkpoint whose files are written by writing its manifest, then removes older
-    /// checkpoints beyond the newest ones to keep and the one of the best evaluation. Checkpoints of
-    /// later steps are damaged ones that were skipped at resume; they do not count.
+    /// checkpoints beyond the newest ones to keep and the one of the best evaluation. Checkpoints
+    /// of later steps are damaged ones that were skipped at resume; they do not count.
     ///
     /// # Errors
     /// [`store::Error`]; earlier checkpoints stay.
@@ -212,8 +212,8 @@ impl CheckpointStore {
         self.remove_older(&name, state.best.map(|best| checkpoint_name(best.step)))
     }
 
-    /// Removes the files of steps before `newest`, except those of checkpoints to keep and of the best.
-    /// An attempt that was killed may also have left files without a manifest.
+    /// Removes the files of steps before `newest`, except those of checkpoints to keep and of the
+    /// best. An attempt that was killed may also have left files without a manifest.
     fn remove_older(&self, newest: &str, best: Option<String>) -> Result<(), store::Error> {
         let paths = self.paths()?;
         let mut kept = complete_names(&paths);
@@ -239,8 +239,8 @@ impl CheckpointStore {
         Ok(self.store.list()?.into_iter().map(|entry| entry.path).collect())
     }
 
-    /// Fetches the files of a checkpoint that a rank needs: its own shard if the checkpoint has the same
-    /// sharding, else all. `None`, with a warning, if a file is damaged.
+    /// Fetches the files of a checkpoint that a rank needs: its own shard if the checkpoint has the
+    /// same sharding, else all. `None`, with a warning, if a file is damaged.
     ///
     /// # Errors
     /// A [`Failure`] if the checkpoint has other data or settings, or if the store fails.
@@ -323,8 +323,8 @@ pub(super) fn read_manifest(
     Ok(parse(&String::from_utf8_lossy(&text)).map_err(|error| error.to_string()))
 }
 
-/// Checks that the files of a checkpoint exist with their sizes; the inner error names one that does
-/// not.
+/// Checks that the files of a checkpoint exist with their sizes; the inner error names one that
+/// does not.
 ///
 /// # Errors
 /// [`store::Error`].
@@ -377,10 +377,12 @@ pub(super) fn fetch_files(
     Ok(Ok(files))
 }
 
-/// Returns a digest of everything that decides the result: model, data, adapter and training settings.
+/// Returns a digest of everything that decides the result: model, data, adapter and training
+/// settings.
 ///
-/// It excludes how the result is computed: the attempt, activation checkpointing, how a global batch is
-/// divided and over how many ranks, and how often to evaluate or save may change between attempts.
+/// It excludes how the result is computed: the attempt, activation checkpointing, how a global
+/// batch is divided and over how many ranks, and how often to evaluate or save may change between
+/// attempts.
 fn settings_sha256(config: &RunConfig) -> String {
     let training = &config.training;
     let mut decisive = serde_json::json!({
@@ -420,7 +422,7 @@ mod tests {
     use sha2::{Digest, Sha256};
 
     use super::{CheckpointStore, Shard, Snapshot, StateFile, TrainState};
-    use crate::{checkpoint::Evaluated, hex, store::Store};
+    use crate::{checkpoint::Evaluation, hex, store::Store};
 
     fn checkpoint_store(keep: usize) -> CheckpointStore {
         let uri = ObjectUri::parse("s3://bucket/run").unwrap();
@@ -539,7 +541,7 @@ mod tests {
         for step in [2, 4, 6, 8, 10] {
             state.step = step;
             if step == 4 {
-                state.best = Some(Evaluated { step, loss: 0.5 });
+                state.best = Some(Evaluation { step, loss: 0.5 });
             }
             // Some are in memory and some on disk; one is large enough for a multipart upload.
             let bytes = vec![step as u8; if step == 8 { 33 << 20 } else { 9 }];
@@ -559,7 +561,7 @@ mod tests {
             assert!(!checkpoints.names().unwrap().contains(&name), "it has no manifest");
             checkpoints.complete(&state, step == 6, files).unwrap();
             drop(snapshot);
-            assert!(!path.exists(), "the file goes with the snapshot");
+            assert!(!path.exists(), "the file is removed with the snapshot");
             for asked in [Shard::Full, Shard::OfRank([1, 2]), Shard::OfRank([0, 4])] {
                 let fetched = checkpoints.fetch(&name, asked, directory.path()).unwrap().unwrap();
                 assert_eq!(fetched.state, state);

@@ -44,7 +44,8 @@ pub struct CheckpointCheck {
     pub other_base: Option<String>,
 }
 
-/// Checks that a directory is a checkpoint of the requested model and adapter, without reading weights.
+/// Checks that a directory is a checkpoint of the requested model and adapter, without reading
+/// weights.
 ///
 /// # Errors
 /// [`store::Error`].

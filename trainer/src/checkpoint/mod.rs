@@ -1,16 +1,16 @@
 //! Asynchronous checkpoints: everything a run needs to resume as if it had never stopped.
 //!
-//! A checkpoint is a set of safetensors files with flat fp32 tensors and a manifest with their digests,
-//! written last: without the manifest the checkpoint does not exist. Rank 0 writes replicated state to
-//! one file. If state is sharded, each rank writes its shard, and rank 0 writes the manifest after all
-//! of them. Any number of ranks can load either form, because the position of each element is
-//! arithmetic (`params/layout.rs`). A checkpoint has no RNG state and no data cursor: both are pure
-//! functions of the seed and the step.
+//! A checkpoint is a set of safetensors files with flat fp32 tensors and a manifest with their
+//! digests, written last: without the manifest the checkpoint does not exist. Rank 0 writes
+//! replicated state to one file. If state is sharded, each rank writes its shard, and rank 0 writes
+//! the manifest after all of them. Any number of ranks can load either form, because the position
+//! of each element is arithmetic (`params/layout.rs`). A checkpoint has no RNG state and no data
+//! cursor: both are pure functions of the seed and the step.
 //!
 //! Training waits only for the snapshot: a copy in host memory for LoRA, a local file for
 //! full-parameter training. A background thread uploads it, one checkpoint at a time. [`cadence`]
-//! decides when to save, `snapshot` copies the state, `writer` is the thread, and `checkpoint_store`
-//! manages the stored files.
+//! decides when to save, `snapshot` copies the state, `writer` is the thread, and
+//! `checkpoint_store` manages the stored files.
 
 pub mod cadence;
 mod checkpoint_store;
@@ -69,18 +69,19 @@ pub struct TrainState {
     /// Validation loss before the first step.
     pub base_eval_loss: Option<f64>,
     /// The last validation loss and its step.
-    pub last_eval: Option<Evaluated>,
+    pub last_eval: Option<Evaluation>,
     /// The best validation loss so far and its step.
-    pub best: Option<Evaluated>,
+    pub best: Option<Evaluation>,
     /// Evaluations since the best one.
     pub evaluations_since_best: u32,
-    /// Seconds trained.
+    /// Seconds of training, over all attempts.
     #[serde(default)]
     pub training_seconds: f64,
     /// Why training stopped before its last step.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stopped_early: Option<StoppedEarly>,
-    /// The kernel of bf16 matrix products: with another one, a resumed run is not equal bit for bit.
+    /// The kernel of bf16 matrix products: with another one, a resumed run is not equal bit for
+    /// bit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bf16_kernel: Option<String>,
 }
@@ -88,7 +89,7 @@ pub struct TrainState {
 /// A validation loss and the step it belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct Evaluated {
+pub struct Evaluation {
     /// The number of completed optimizer steps.
     pub step: u64,
     /// Mean loss per target token.
@@ -154,8 +155,8 @@ impl Checkpoints {
         }
     }
 
-    /// Reports, on rank 0, whether to save after `step`, which took `step_seconds`, unless shards of the
-    /// checkpoint before are still being written ([`Self::is_waiting_for_shards`]).
+    /// Reports, on rank 0, whether to save after `step`, which took `step_seconds`, unless shards
+    /// of the checkpoint before are still being written ([`Self::is_waiting_for_shards`]).
     pub fn is_due(&self, step: u64, step_seconds: f64) -> bool {
         !self.writer.is_busy() && self.cadence.is_due(step, self.now(), step_seconds)
     }
@@ -165,13 +166,13 @@ impl Checkpoints {
         self.in_flight.is_some()
     }
 
-    /// Starts to save a checkpoint; training may continue when this returns. It waits for the checkpoint
-    /// before. When the new one is complete, checkpoints beyond those to keep are removed. All ranks
-    /// must call it after the same step.
+    /// Starts to save a checkpoint; training may continue when this returns. It waits for the
+    /// checkpoint before. When the new one is complete, checkpoints beyond those to keep are
+    /// removed. All ranks must call it after the same step.
     ///
     /// # Errors
-    /// A [`Failure`] if the disk fails, another rank is lost, or the checkpoint before failed; complete
-    /// checkpoints stay.
+    /// A [`Failure`] if the disk fails, another rank is lost, or the checkpoint before failed;
+    /// complete checkpoints stay.
     pub fn save(
         &mut self,
         state: &TrainState,
@@ -226,8 +227,8 @@ impl Checkpoints {
         self.in_flight.is_some() && !self.shard_writer.is_busy()
     }
 
-    /// Waits for this rank's shard of the checkpoint in flight, if there is one; rank 0 then starts to
-    /// complete it with the shards of all ranks. All ranks must call it after the same step.
+    /// Waits for this rank's shard of the checkpoint in flight, if there is one; rank 0 then starts
+    /// to complete it with the shards of all ranks. All ranks must call it after the same step.
     ///
     /// # Errors
     /// A [`Failure`] if a shard could not be written or another rank is lost.
@@ -279,11 +280,12 @@ impl Checkpoints {
         self.saved
     }
 
-    /// Restores the newest complete checkpoint that is undamaged on all ranks; `None` if there is none.
+    /// Restores the newest complete checkpoint that is undamaged on all ranks; `None` if there is
+    /// none.
     ///
     /// # Errors
-    /// A [`Failure`] of reason `CheckpointMismatch` if the checkpoint has other data or settings; also if
-    /// the store fails or another rank is lost.
+    /// A [`Failure`] of reason `CheckpointMismatch` if the checkpoint has other data or settings;
+    /// also if the store fails or another rank is lost.
     pub fn restore_newest(
         &mut self,
         model: &mut Model,
@@ -343,7 +345,8 @@ impl Checkpoints {
         Ok(self.store.clear()?)
     }
 
-    /// Fetches the files of a checkpoint that this rank needs; `None`, with a warning, if it is damaged.
+    /// Fetches the files of a checkpoint that this rank needs; `None`, with a warning, if it is
+    /// damaged.
     fn read(&self, name: &str, model: &Model) -> Result<Option<Stored>, Failure> {
         let fetched = self.store.fetch(name, shard_of(model), &self.scratch)?;
         let open = |Fetched { state, files }| Ok(Stored { state, files: open(&files, model)? });

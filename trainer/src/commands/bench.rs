@@ -1,8 +1,8 @@
 //! Benchmarks training steps on given tokens; `cargo xtask bench trainer` compares them with other
 //! trainers.
 //!
-//! It uses the engine and optimizer of a run without fetching, checkpoints and publishing, so that only
-//! the training step is measured.
+//! It uses the engine and optimizer of a run without fetching, checkpoints and publishing, so that
+//! only the training step is measured.
 
 use std::path::{Path, PathBuf};
 

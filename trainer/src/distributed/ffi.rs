@@ -1,5 +1,5 @@
-//! Safe wrappers of the shim over torch's process groups (`trainer/shim/c10d.cpp`): the only `unsafe`
-//! code of this module.
+//! Safe wrappers of the shim over torch's process groups (`trainer/shim/c10d.cpp`): the only
+//! `unsafe` code of this module.
 #![expect(unsafe_code, reason = "calls the C interface of the shim")]
 
 use std::{
@@ -151,7 +151,8 @@ pub(super) enum Backend<'a> {
     Gloo {
         /// The address this rank listens on; empty for this machine's host name.
         address: &'a str,
-        /// The interface this rank listens on, which takes precedence over the address; may be empty.
+        /// The interface this rank listens on, which takes precedence over the address; may be
+        /// empty.
         interface: &'a str,
     },
     /// NCCL between GPUs, with the feature `cuda` only; our tests never run it.
@@ -213,7 +214,8 @@ impl Group {
         })
     }
 
-    /// Starts to send the `r`-th part of `sent` to rank `r`, and to receive this rank's part from each.
+    /// Starts to send the `r`-th part of `sent` to rank `r`, and to receive this rank's part from
+    /// each.
     pub(super) fn all_to_all(&self, received: &Tensor, sent: &Tensor) -> Result<Work, String> {
         // SAFETY: as in `all_reduce`.
         Self::start([received, sent], |[received, sent], error| unsafe {

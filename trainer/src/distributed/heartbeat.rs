@@ -1,8 +1,8 @@
 //! The failure detector: one socket from every rank to rank 0, beside the collectives.
 //!
 //! A process that dies closes its sockets, so its end is known at once and by rank; one that hangs
-//! stops sending heartbeats. Rank 0 informs the others. Each then exits by itself, or is ended if its
-//! main thread waits in a collective that will never complete.
+//! stops sending heartbeats. Rank 0 informs the others. Each then exits by itself, or is ended if
+//! its main thread waits in a collective that will never complete.
 
 use std::{
     collections::BTreeMap,

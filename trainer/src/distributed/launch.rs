@@ -70,8 +70,8 @@ pub fn is_launcher(config: &RunConfig, environment: &Environment) -> bool {
 
 /// Runs all local ranks; returns the exit code of the one whose report is published.
 ///
-/// That is the first local rank, unless another failed first: its own report says more than what the
-/// others know of it.
+/// That is the first local rank, unless another failed first: its own report says more than what
+/// the others know of it.
 ///
 /// # Errors
 /// A [`Failure`] if a rank cannot be started, or was killed and left no report.
@@ -143,7 +143,8 @@ fn start(
         Failure::new(FailureReason::InvalidConfiguration, message)
     })?;
     let number = pod * parallelism.local_world_size + local;
-    // The first one uses the directory of a single rank, so that files fetched before are still there.
+    // The first one uses the directory of a single rank, so that files fetched before are still
+    // there.
     let model_cache = work_dir.join(MODEL_CACHE);
     let work_dir = match local {
         0 => work_dir.to_path_buf(),
@@ -197,8 +198,8 @@ fn visible_gpu(visible: Option<&str>, local: u32) -> String {
     list.split(',').nth(local as usize).unwrap_or_default().trim().to_owned()
 }
 
-/// Waits for all ranks, and after a failure only for the grace period; returns the index of the rank to
-/// report.
+/// Waits for all ranks, and after a failure only for the grace period; returns the index of the
+/// rank to report.
 ///
 /// Signals are forwarded to all ranks, which are killed if this process is.
 fn wait(ranks: &mut [Rank], signals: &mut Signals) -> Result<usize, Failure> {

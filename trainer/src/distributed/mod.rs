@@ -1,11 +1,12 @@
 //! The ranks of a run: rendezvous, collectives over torch's process groups, and a common end.
 //!
-//! [`rank`] reads which rank this is; `ffi` calls c10d's TCPStore and process groups through a small
-//! C++ shim; `heartbeat` detects lost ranks. The rest of the trainer sees only [`Ranks`], which also
-//! represents a single rank.
+//! [`rank`] reads which rank this is; `ffi` calls c10d's TCPStore and process groups through a
+//! small C++ shim; `heartbeat` detects lost ranks. The rest of the trainer sees only [`Ranks`],
+//! which also represents a single rank.
 //!
-//! A broken group stays broken: every later call returns the same error. A call deep in the model that
-//! cannot return an error may therefore ignore it, because the next call that can will return it.
+//! A broken group stays broken: every later call returns the same error. A call deep in the model
+//! that cannot return an error may therefore ignore it, because the next call that can will return
+//! it.
 
 mod ffi;
 mod heartbeat;
@@ -37,7 +38,8 @@ pub use heartbeat::OnLost;
 const POLL: Duration = Duration::from_millis(100);
 /// The same while training waits.
 const SHORT_POLL: Duration = Duration::from_millis(1);
-/// The key in the store of the port on which rank 0 accepts heartbeats.
+/// The key in the store of the port on which rank 0 accepts heartbeats; part of the protocol
+/// between ranks.
 const HEARTBEAT_PORT: &str = "lifeline-port";
 
 /// Why the ranks of a run cannot work together.
@@ -65,7 +67,7 @@ pub enum Error {
         world_size: u32,
         /// The address of the rendezvous.
         address: String,
-        /// The timeout.
+        /// How long they were waited for.
         seconds: u64,
     },
     /// Another rank ended or stopped responding.
@@ -73,7 +75,7 @@ pub enum Error {
         "{why}; rank {rank} cannot continue without it: restart all ranks to resume the run from its last checkpoint"
     )]
     Lost {
-        /// This rank.
+        /// The rank that reports the error.
         rank: u32,
         /// Which rank was lost, and why if that is known.
         why: String,
@@ -81,13 +83,13 @@ pub enum Error {
     /// A collective failed although no rank was lost.
     #[error("rank {rank} could not complete {collective}: {reason}{}", not_joined(stragglers))]
     Collective {
-        /// This rank.
+        /// The rank that reports the error.
         rank: u32,
         /// The collective.
         collective: &'static str,
         /// The error of torch.
         reason: String,
-        /// The ranks that have not joined it.
+        /// The ranks that have not group it.
         stragglers: Vec<u32>,
     },
 }
@@ -122,7 +124,7 @@ struct RankGroup {
     /// The prefix of the group's keys in the store.
     name: String,
     store: Store,
-    group: RefCell<Option<Group>>,
+    process_group: RefCell<Option<Group>>,
     heartbeat: Heartbeat,
     timeouts: Timeouts,
     device: Device,
@@ -149,8 +151,8 @@ impl Ranks {
         Self(None)
     }
 
-    /// Waits for the other ranks at the rendezvous and forms a group. `name` must be the same on all
-    /// ranks and different for each group.
+    /// Waits for the other ranks at the rendezvous and forms a group. `name` must be the same on
+    /// all ranks and different for each group.
     ///
     /// `on_lost` is called from another thread when a rank is lost and this one does not exit by
     /// itself within the grace period.
@@ -209,17 +211,19 @@ impl Ranks {
                 interface: info.interface.as_deref().unwrap_or_default(),
             },
         };
-        let group = Group::open(&store, name, [rank, world_size], &backend, timeouts.collective)
-            .map_err(|reason| match heartbeat.abort_reason(Duration::ZERO) {
-                Some(why) => Error::Lost { rank, why },
-                None => rendezvous_failed(reason),
-            })?;
+        let process_group =
+            Group::open(&store, name, [rank, world_size], &backend, timeouts.collective).map_err(
+                |reason| match heartbeat.abort_reason(Duration::ZERO) {
+                    Some(why) => Error::Lost { rank, why },
+                    None => rendezvous_failed(reason),
+                },
+            )?;
         Ok(Self(Some(Rc::new(RankGroup {
             rank,
             world_size,
             name: name.to_owned(),
             store,
-            group: RefCell::new(Some(group)),
+            process_group: RefCell::new(Some(process_group)),
             heartbeat,
             timeouts,
             device,
@@ -230,15 +234,15 @@ impl Ranks {
 
     /// Returns this rank, from 0.
     pub fn rank(&self) -> u32 {
-        self.0.as_ref().map_or(0, |joined| joined.rank)
+        self.0.as_ref().map_or(0, |group| group.rank)
     }
 
     /// Returns the number of ranks.
     pub fn world_size(&self) -> u32 {
-        self.0.as_ref().map_or(1, |joined| joined.world_size)
+        self.0.as_ref().map_or(1, |group| group.world_size)
     }
 
-    /// Reports whether this is rank 0, which reports progress, completes checkpoints and publishes.
+    /// Reports whether this is rank 0, which alone logs progress, completes checkpoints and publishes.
     pub fn is_first(&self) -> bool {
         self.rank() == 0
     }
@@ -246,11 +250,11 @@ impl Ranks {
     /// Returns the bytes of tensors that this rank has sent.
     ///
     /// # Source
-    /// The bytes that each algorithm sends per rank, of `n` bytes over `W` ranks: `2 n (W − 1) / W` for a ring
-    /// all-reduce, `n (W − 1) / W` for a ring all-gather or an all-to-all exchange (Thakur et al.,
-    /// "Optimization of Collective Communication Operations in MPICH", 2005).
+    /// The bytes that each algorithm sends per rank, of `n` bytes over `W` ranks: `2 n (W − 1) / W`
+    /// for a ring all-reduce, `n (W − 1) / W` for a ring all-gather or an all-to-all exchange
+    /// (Thakur et al., "Optimization of Collective Communication Operations in MPICH", 2005).
     pub fn sent_bytes(&self) -> u64 {
-        self.0.as_ref().map_or(0, |joined| joined.sent_bytes.get())
+        self.0.as_ref().map_or(0, |group| group.sent_bytes.get())
     }
 
     /// Sums a tensor over all ranks, in place; the result is equal bit for bit on all of them.
@@ -266,9 +270,9 @@ impl Ranks {
     /// # Errors
     /// [`Error`] if another rank is lost.
     pub fn start_all_reduce(&self, tensor: &Tensor) -> Result<Pending, Error> {
-        let Some(joined) = &self.0 else { return Ok(Pending(None)) };
-        joined.count(2 * bytes(tensor));
-        let work = joined.start("all-reduce", |group| group.all_reduce(tensor))?;
+        let Some(group) = &self.0 else { return Ok(Pending(None)) };
+        group.count(2 * bytes(tensor));
+        let work = group.start("all-reduce", |process_group| process_group.all_reduce(tensor))?;
         Ok(Pending(Some(work)))
     }
 
@@ -277,13 +281,14 @@ impl Ranks {
     /// # Errors
     /// [`Error`] if another rank is lost.
     pub fn start_all_gather(&self, gathered: &Tensor, shard: &Tensor) -> Result<Pending, Error> {
-        let Some(joined) = &self.0 else {
+        let Some(group) = &self.0 else {
             gathered.shallow_clone().copy_(shard);
             return Ok(Pending(None));
         };
-        joined.count(bytes(gathered));
-        let work =
-            joined.start("all-gather of weights", |group| group.all_gather(gathered, shard))?;
+        group.count(bytes(gathered));
+        let work = group.start("all-gather of weights", |process_group| {
+            process_group.all_gather(gathered, shard)
+        })?;
         Ok(Pending(Some(work)))
     }
 
@@ -293,31 +298,32 @@ impl Ranks {
     /// [`Error`] if another rank is lost.
     pub fn wait(&self, pending: Pending) -> Result<(), Error> {
         match (&self.0, pending.0) {
-            (Some(joined), Some(work)) => joined.finish(work),
+            (Some(group), Some(work)) => group.finish(work),
             _ => Ok(()),
         }
     }
 
-    /// Starts a reduce-scatter: `tensor` is summed over all ranks, and each rank gets its shard of the
-    /// sum. `tensor` must not change until it is finished.
+    /// Starts a reduce-scatter: `tensor` is summed over all ranks, and each rank gets its shard of
+    /// the sum. `tensor` must not change until it is finished.
     ///
-    /// Each rank sends every other rank its shard and adds what it receives in the order of ranks, so
-    /// the sum does not depend on which rank is fastest. With Gloo, c10d's own reduce-scatter is an
-    /// all-reduce of which most is thrown away: twice the bytes.
+    /// Each rank sends every other rank its shard and adds what it receives in the order of ranks,
+    /// so the sum does not depend on which rank is fastest. With Gloo, c10d's own reduce-scatter is
+    /// an all-reduce of which most is thrown away: twice the bytes.
     ///
     /// # Errors
     /// [`Error`] if another rank is lost.
     pub fn start_reduce_scatter(&self, tensor: &Tensor) -> Result<PendingReduceScatter, Error> {
-        let Some(joined) = &self.0 else {
+        let Some(group) = &self.0 else {
             return Ok(PendingReduceScatter {
                 received: tensor.shallow_clone(),
                 pending: Pending(None),
             });
         };
-        joined.count(bytes(tensor));
+        group.count(bytes(tensor));
         let received = tensor.empty_like();
-        let work = joined
-            .start("reduce-scatter of gradients", |group| group.all_to_all(&received, tensor))?;
+        let work = group.start("reduce-scatter of gradients", |process_group| {
+            process_group.all_to_all(&received, tensor)
+        })?;
         Ok(PendingReduceScatter { received, pending: Pending(Some(work)) })
     }
 
@@ -344,8 +350,8 @@ impl Ranks {
     /// # Errors
     /// [`Error`] if another rank is lost.
     pub fn sum<const N: usize>(&self, numbers: [f64; N]) -> Result<[f64; N], Error> {
-        let Some(joined) = &self.0 else { return Ok(numbers) };
-        let tensor = Tensor::from_slice(&numbers).to_device(joined.device);
+        let Some(group) = &self.0 else { return Ok(numbers) };
+        let tensor = Tensor::from_slice(&numbers).to_device(group.device);
         self.all_reduce(&tensor)?;
         Ok(std::array::from_fn(|index| tensor.double_value(&[index as i64])))
     }
@@ -367,38 +373,38 @@ impl Ranks {
         self.sum([summand]).map(|[number]| number as u64)
     }
 
-    /// Waits until all ranks have reached this barrier, without a timeout unless one is lost: before the
-    /// first collective come downloads of unknown length.
+    /// Waits until all ranks have reached this barrier, without a timeout unless one is lost:
+    /// before the first collective come downloads of unknown length.
     ///
     /// # Errors
     /// [`Error`] if another rank is lost.
     pub fn barrier(&self, barrier: &str) -> Result<(), Error> {
-        let Some(joined) = &self.0 else { return Ok(()) };
-        let RankGroup { rank, name, store, world_size, heartbeat, .. } = &**joined;
+        let Some(group) = &self.0 else { return Ok(()) };
+        let RankGroup { rank, name, store, world_size, heartbeat, .. } = &**group;
         let prefix = &format!("{name}/{barrier}");
         let lost = |reason: String| {
-            let why = heartbeat.abort_reason(joined.timeouts.grace).unwrap_or(reason);
-            joined.broken(Error::Lost { rank: *rank, why })
+            let why = heartbeat.abort_reason(group.timeouts.grace).unwrap_or(reason);
+            group.break_with(Error::Lost { rank: *rank, why })
         };
         store.set(&format!("{prefix}/{rank}"), "1").map_err(lost)?;
         while !absent(store, prefix, *world_size).map_err(lost)?.is_empty() {
             if let Some(why) = heartbeat.abort_reason(POLL) {
-                return Err(joined.broken(Error::Lost { rank: *rank, why }));
+                return Err(group.break_with(Error::Lost { rank: *rank, why }));
             }
         }
         Ok(())
     }
 
-    /// Gathers a short text of every rank at rank 0, in the order of ranks; others get `None`. Each `key`
-    /// may be used once.
+    /// Gathers a short text of every rank at rank 0, in the order of ranks; others get `None`. Each
+    /// `key` may be used once.
     ///
     /// # Errors
     /// [`Error`] if another rank is lost.
     pub fn gather_texts(&self, key: &str, text: &str) -> Result<Option<Vec<String>>, Error> {
-        let Some(joined) = &self.0 else { return Ok(Some(vec![text.to_owned()])) };
-        let RankGroup { rank, name, store, world_size, heartbeat, .. } = &**joined;
+        let Some(group) = &self.0 else { return Ok(Some(vec![text.to_owned()])) };
+        let RankGroup { rank, name, store, world_size, heartbeat, .. } = &**group;
         let rank_key = |rank: u32| format!("{name}/{key}/{rank}");
-        let lost = |reason: String| joined.failed("gathering at rank 0", reason);
+        let lost = |reason: String| group.failed("gathering at rank 0", reason);
         store.set(&rank_key(*rank), text).map_err(lost)?;
         if !self.is_first() {
             return Ok(None);
@@ -409,7 +415,7 @@ impl Ranks {
                 Some(text) => texts.push(text),
                 None => {
                     if let Some(why) = heartbeat.abort_reason(SHORT_POLL) {
-                        return Err(joined.broken(Error::Lost { rank: *rank, why }));
+                        return Err(group.break_with(Error::Lost { rank: *rank, why }));
                     }
                 }
             }
@@ -422,22 +428,23 @@ impl Ranks {
     /// # Errors
     /// The [`Error`] that broke it.
     pub fn check(&self) -> Result<(), Error> {
-        self.0.as_ref().map_or(Ok(()), |joined| joined.check())
+        self.0.as_ref().map_or(Ok(()), |group| group.check())
     }
 
     /// Tells the other ranks that this one has finished, and closes the group.
     pub fn done(&self) {
-        let Some(joined) = &self.0 else { return };
-        joined.heartbeat.done();
-        if let (Ok(()), Some(group)) = (joined.check(), joined.group.take()) {
-            group.close();
+        let Some(group) = &self.0 else { return };
+        group.heartbeat.done();
+        if let (Ok(()), Some(process_group)) = (group.check(), group.process_group.take()) {
+            process_group.close();
         }
     }
 
-    /// Tells the other ranks why this one failed; the group stays open, because closing it could block.
+    /// Tells the other ranks why this one failed; the group stays open, because closing it could
+    /// block.
     pub fn fail(&self, message: &str) {
-        if let Some(joined) = &self.0 {
-            joined.heartbeat.fail(message);
+        if let Some(group) = &self.0 {
+            group.heartbeat.fail(message);
         }
     }
 }
@@ -460,8 +467,8 @@ impl RankGroup {
     ) -> Result<(Work, &'static str), Error> {
         self.check()?;
         self.heartbeat.count_collective();
-        let group = self.group.borrow();
-        let started = group.as_ref().ok_or_else(|| "the group is closed".to_owned());
+        let process_group = self.process_group.borrow();
+        let started = process_group.as_ref().ok_or_else(|| "the group is closed".to_owned());
         let work = started.and_then(start).map_err(|reason| self.failed(collective, reason))?;
         Ok((work, collective))
     }
@@ -475,15 +482,15 @@ impl RankGroup {
     fn failed(&self, collective: &'static str, reason: String) -> Error {
         let rank = self.rank;
         if let Some(why) = self.heartbeat.abort_reason(self.timeouts.grace) {
-            return self.broken(Error::Lost { rank, why });
+            return self.break_with(Error::Lost { rank, why });
         }
         let stragglers = self.heartbeat.stragglers();
         let error = Error::Collective { rank, collective, reason, stragglers };
         self.heartbeat.abort(&error.to_string());
-        self.broken(error)
+        self.break_with(error)
     }
 
-    fn broken(&self, error: Error) -> Error {
+    fn break_with(&self, error: Error) -> Error {
         *self.broken.borrow_mut() = Some(error.clone());
         error
     }

@@ -1,4 +1,5 @@
-//! Which rank this process is, and the address of the rendezvous, from torch's environment variables.
+//! Which rank this process is, and the address of the rendezvous, from torch's environment
+//! variables.
 
 use std::time::Duration;
 
@@ -23,7 +24,8 @@ pub struct RankInfo {
     pub master_address: String,
     /// The port on which rank 0 listens.
     pub master_port: u16,
-    /// The network interface for data between ranks; if absent, the one of this machine's host name.
+    /// The network interface for data between ranks; if absent, the one of this machine's host
+    /// name.
     pub interface: Option<String>,
 }
 
@@ -32,8 +34,8 @@ pub struct RankInfo {
 pub struct Timeouts {
     /// For all ranks to reach the rendezvous. Pods start minutes apart if an image must be pulled.
     pub rendezvous: Duration,
-    /// For all ranks to complete one collective. The death of a rank aborts it at once; this is for a
-    /// rank that lives and does not join, and must outlast the slowest upload of a checkpoint.
+    /// For all ranks to complete one collective. The death of a rank aborts it at once; this is for
+    /// a rank that lives and does not join, and must outlast the slowest upload of a checkpoint.
     pub collective: Duration,
     /// For the next heartbeat of a rank.
     pub heartbeat: Duration,

@@ -11,8 +11,8 @@ use crate::{
 
 /// Linear layers that share an input, each `y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ`.
 ///
-/// The `lora_A` matrices of all layers are stacked and multiplied at once: a product with few rows or
-/// columns costs as much as reading its large operand.
+/// The `lora_A` matrices of all layers are stacked and multiplied at once: a product with few rows
+/// or columns costs as much as reading its large operand.
 ///
 /// # Source
 /// LoRA, arXiv 2106.09685, equation 3; dropout on the adapter's input only, as in

@@ -10,7 +10,8 @@ use crate::{
 /// `y = x / rms(x) · weight`, over the last axis.
 ///
 /// # Source
-/// arXiv 1910.07467, equation 4; statistics in fp32 as in `transformers/models/llama/modeling_llama.py`.
+/// arXiv 1910.07467, equation 4; statistics in fp32 as in
+/// `transformers/models/llama/modeling_llama.py`.
 #[derive(Debug)]
 pub struct RmsNorm {
     /// `[width]`.
@@ -25,7 +26,8 @@ impl RmsNorm {
         ops::rms_norm(x, &self.weight.value, self.eps)
     }
 
-    /// Returns the gradient of the input plus `residual`, and adds the gradient of a trained weight.
+    /// Returns the gradient of the input plus `residual`, and adds the gradient of a trained
+    /// weight.
     ///
     /// The result reuses the memory of `dy`.
     pub fn backward(&self, x: &Tensor, dy: Tensor, residual: Option<&Tensor>) -> Tensor {

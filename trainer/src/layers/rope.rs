@@ -63,7 +63,8 @@ pub fn frequencies(rope: &Rope, head_dim: usize) -> Frequencies {
             attention_factor,
         } => {
             let width = head_dim as f64;
-            // The pair that makes this many rotations within the original context: arXiv 2309.00071, §3.2.
+            // The pair that makes this many rotations within the original context: arXiv
+            // 2309.00071, §3.2.
             let pair_of = |rotations: f64| {
                 let positions =
                     original_max_position_embeddings / (std::f64::consts::TAU * rotations);
@@ -108,7 +109,8 @@ impl Rotary {
         ops::rotate(x, &self.cos, &self.sin, 1.0)
     }
 
-    /// Returns the gradient of the input of [`Rotary::rotate`], `[T, heads, E]`: the inverse rotation.
+    /// Returns the gradient of the input of [`Rotary::rotate`], `[T, heads, E]`: the inverse
+    /// rotation.
     pub fn rotate_backward(&self, dy: Tensor) -> Tensor {
         ops::rotate(dy, &self.cos, &self.sin, -1.0)
     }

@@ -1,4 +1,5 @@
-//! `adapter_config.json`, read strictly: every key is used, without effect here, or refused by name.
+//! Parses `adapter_config.json` strictly: every key is used, known to have no effect, or refused by
+//! name.
 //!
 //! # Source
 //! The fields of `LoraConfig` and `PeftConfig` of `peft` 0.21.2, and how its layers use them.
@@ -6,7 +7,7 @@
 use finetune_contract::{LoraSettings, ModuleNames, TargetModules};
 use serde_json::{Map, Value};
 
-/// Keys whose values are read here.
+/// Keys whose values are used.
 const USED: [&str; 13] = [
     "bias",
     "ensure_weight_tying",
@@ -23,7 +24,7 @@ const USED: [&str; 13] = [
     "use_rslora",
 ];
 
-/// Keys that change nothing of what a loaded adapter computes on these models, whatever their values.
+/// Keys that do not change what a loaded adapter computes on these models.
 const WITHOUT_EFFECT: [&str; 15] = [
     "auto_mapping",
     "base_model_name_or_path",
@@ -44,7 +45,7 @@ const WITHOUT_EFFECT: [&str; 15] = [
     "runtime_config",
 ];
 
-/// Keys that ask for another computation when they are set, each with what it asks for.
+/// Keys that ask for an unsupported computation when they are set, with its description.
 const REFUSED: [(&str, &str); 15] = [
     ("alora_invocation_tokens", "the adapter would act only after certain tokens (aLoRA)"),
     ("alpha_pattern", "some modules would have another lora_alpha"),
@@ -55,27 +56,27 @@ const REFUSED: [(&str, &str); 15] = [
     ("megatron_config", "the layers would be Megatron's"),
     ("monteclora_config", "the adapter would be sampled (MonteCLoRA)"),
     ("rank_pattern", "some modules would have another rank"),
-    ("target_parameters", "parameters would be adapted that are no layers"),
+    ("target_parameters", "parameters outside of layers would be adapted"),
     ("trainable_token_indices", "rows of the embedding would be replaced"),
     ("use_bdlora", "lora_A and lora_B would be block-diagonal (BD-LoRA)"),
-    ("use_dora", "each weight's columns would be scaled to trained lengths (DoRA)"),
+    ("use_dora", "weights would also have trained magnitudes (DoRA)"),
     ("use_qalora", "the adapter's input would be pooled (QA-LoRA)"),
     ("velora_config", "the layers would be VeLoRA's"),
 ];
 
-/// What an adapter's settings say.
+/// The parsed configuration of an adapter.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdapterConfig {
-    /// Its shape.
+    /// The LoRA settings.
     pub lora: LoraSettings,
-    /// Whether adapters on a tied embedding and head are one.
+    /// Whether tied embeddings share one adapter.
     pub ties_adapters: bool,
 }
 
-/// Reads the text of an adapter's settings.
+/// Parses the configuration of an adapter.
 ///
 /// # Errors
-/// What is wrong with it, for people.
+/// A message for the user.
 pub fn parse(text: &str) -> Result<AdapterConfig, String> {
     let value: Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
     let Value::Object(config) = value else { return Err("it is not a JSON object".to_owned()) };
@@ -101,7 +102,7 @@ pub fn parse(text: &str) -> Result<AdapterConfig, String> {
     let lora_alpha = config.get("lora_alpha").and_then(Value::as_f64);
     Ok(AdapterConfig {
         lora: LoraSettings {
-            r: r.ok_or("r must be a positive whole number")? as u32,
+            r: r.ok_or("r must be a positive integer")? as u32,
             lora_alpha: lora_alpha.ok_or("lora_alpha must be a number")?,
             lora_dropout: 0.0,
             target_modules,
@@ -120,7 +121,11 @@ fn check_kind(config: &Map<String, Value>) -> Result<(), String> {
         Some(other) => {
             return Err(format!("peft_type is {other:?}, but only LORA adapters can be loaded"));
         }
-        None => return Err("it has no peft_type: it is not the settings of an adapter".to_owned()),
+        None => {
+            return Err(
+                "it has no peft_type: it is not the configuration of a PEFT adapter".to_owned()
+            );
+        }
     }
     match config.get("task_type") {
         None | Some(Value::Null) => Ok(()),
@@ -136,30 +141,30 @@ fn check_keys(config: &Map<String, Value>) -> Result<(), String> {
         let key = key.as_str();
         if let Some((_, reason)) = REFUSED.iter().find(|(refused, _)| *refused == key) {
             return Err(format!(
-                "{key} = {value} cannot be loaded: {reason}; merge the adapter into its base model with PEFT, and start from the result"
+                "{key} = {value} cannot be loaded: {reason}; merge the adapter into its base model with PEFT, and start from the merged model"
             ));
         }
         if key == "bias" && value.as_str() != Some("none") {
             return Err(format!(
-                "bias = {value} cannot be loaded: biases of the base model would be replaced; merge the adapter into its base model with PEFT, and start from the result"
+                "bias = {value} cannot be loaded: biases of the base model would be replaced; merge the adapter into its base model with PEFT, and start from the merged model"
             ));
         }
         if !USED.contains(&key) && !WITHOUT_EFFECT.contains(&key) {
             return Err(format!(
-                "{key} = {value} is a key that LoRA adapters of PEFT 0.21 do not have: what it asks for is unknown, so the adapter is refused; remove the key if it is harmless"
+                "{key} = {value} is not a key of LoRA adapters in PEFT 0.21: its effect is unknown, so the adapter is refused; remove the key if it is harmless"
             ));
         }
     }
     Ok(())
 }
 
-/// Some ways to initialise an adapter also change the base model, each time it is loaded.
+/// Refuses initialisations that also change the base model, each time the adapter is loaded.
 fn check_initialisation(value: Option<&Value>) -> Result<(), String> {
     let word = match value {
         None | Some(Value::Null | Value::Bool(_)) => return Ok(()),
         Some(Value::String(word)) => word.to_lowercase(),
         Some(other) => {
-            return Err(format!("init_lora_weights = {other} is no way to initialise an adapter"));
+            return Err(format!("init_lora_weights = {other} is not a supported initialisation"));
         }
     };
     if ["gaussian", "eva", "orthogonal"].contains(&word.as_str()) {
@@ -167,14 +172,14 @@ fn check_initialisation(value: Option<&Value>) -> Result<(), String> {
     }
     let changes_base = ["pissa", "olora", "corda", "loftq", "lora_ga"];
     let reason = if changes_base.iter().any(|method| word.starts_with(method)) {
-        "the adapter belongs to a base model whose weights this method changed; save it with PEFT's path_initial_model_for_weight_conversion, which makes it a plain adapter, or merge it with PEFT"
+        "this method also changes the weights of the base model; save the adapter with PEFT's path_initial_model_for_weight_conversion, which converts it to a plain one, or merge it with PEFT"
     } else {
-        "only true, false, gaussian, eva and orthogonal leave the base model as it is"
+        "only true, false, gaussian, eva and orthogonal do not change the base model"
     };
     Err(format!("init_lora_weights = {word:?} cannot be loaded: {reason}"))
 }
 
-/// Tells whether a value says anything.
+/// Reports whether a value is set: not null, false or empty.
 fn is_set(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => false,
@@ -263,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn reads_every_way_to_name_modules() {
+    fn reads_every_form_of_module_names() {
         let lora = |rest: &str| {
             parse(&format!(r#"{{"peft_type": "LORA", "r": 8, "lora_alpha": 16, {rest}}}"#))
                 .unwrap()
@@ -287,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_without_effect_are_no_reason_to_refuse() {
+    fn keys_without_effect_are_accepted() {
         for rest in [
             r#""max_length": 1024"#,
             r#""fan_in_fan_out": true"#,
@@ -301,8 +306,8 @@ mod tests {
     }
 
     #[test]
-    fn refuses_what_would_compute_something_else() {
-        let said = [
+    fn refuses_keys_that_change_the_computation() {
+        let messages = [
             r#", "use_dora": true"#,
             r#", "lora_bias": true"#,
             r#", "rank_pattern": {"q_proj": 4}"#,
@@ -321,23 +326,23 @@ mod tests {
             r#", "some_future_key": 1"#,
         ]
         .map(refusal);
-        insta::assert_snapshot!(said.join("\n"), @r#"
-use_dora = true cannot be loaded: each weight's columns would be scaled to trained lengths (DoRA); merge the adapter into its base model with PEFT, and start from the result
-lora_bias = true cannot be loaded: lora_B would have a bias; merge the adapter into its base model with PEFT, and start from the result
-rank_pattern = {"q_proj":4} cannot be loaded: some modules would have another rank; merge the adapter into its base model with PEFT, and start from the result
-alpha_pattern = {"q_proj":4} cannot be loaded: some modules would have another lora_alpha; merge the adapter into its base model with PEFT, and start from the result
-bias = "lora_only" cannot be loaded: biases of the base model would be replaced; merge the adapter into its base model with PEFT, and start from the result
-trainable_token_indices = [1,2] cannot be loaded: rows of the embedding would be replaced; merge the adapter into its base model with PEFT, and start from the result
-target_parameters = ["mlp.experts.gate_up_proj"] cannot be loaded: parameters would be adapted that are no layers; merge the adapter into its base model with PEFT, and start from the result
-layer_replication = [[0,2],[1,3]] cannot be loaded: layers of the base model would be repeated; merge the adapter into its base model with PEFT, and start from the result
-arrow_config = {"top_k":3} cannot be loaded: several adapters would be mixed for each token (Arrow); merge the adapter into its base model with PEFT, and start from the result
-init_lora_weights = "pissa_niter_16" cannot be loaded: the adapter belongs to a base model whose weights this method changed; save it with PEFT's path_initial_model_for_weight_conversion, which makes it a plain adapter, or merge it with PEFT
-init_lora_weights = "olora" cannot be loaded: the adapter belongs to a base model whose weights this method changed; save it with PEFT's path_initial_model_for_weight_conversion, which makes it a plain adapter, or merge it with PEFT
-init_lora_weights = "mica" cannot be loaded: only true, false, gaussian, eva and orthogonal leave the base model as it is
+        insta::assert_snapshot!(messages.join("\n"), @r#"
+use_dora = true cannot be loaded: weights would also have trained magnitudes (DoRA); merge the adapter into its base model with PEFT, and start from the merged model
+lora_bias = true cannot be loaded: lora_B would have a bias; merge the adapter into its base model with PEFT, and start from the merged model
+rank_pattern = {"q_proj":4} cannot be loaded: some modules would have another rank; merge the adapter into its base model with PEFT, and start from the merged model
+alpha_pattern = {"q_proj":4} cannot be loaded: some modules would have another lora_alpha; merge the adapter into its base model with PEFT, and start from the merged model
+bias = "lora_only" cannot be loaded: biases of the base model would be replaced; merge the adapter into its base model with PEFT, and start from the merged model
+trainable_token_indices = [1,2] cannot be loaded: rows of the embedding would be replaced; merge the adapter into its base model with PEFT, and start from the merged model
+target_parameters = ["mlp.experts.gate_up_proj"] cannot be loaded: parameters outside of layers would be adapted; merge the adapter into its base model with PEFT, and start from the merged model
+layer_replication = [[0,2],[1,3]] cannot be loaded: layers of the base model would be repeated; merge the adapter into its base model with PEFT, and start from the merged model
+arrow_config = {"top_k":3} cannot be loaded: several adapters would be mixed for each token (Arrow); merge the adapter into its base model with PEFT, and start from the merged model
+init_lora_weights = "pissa_niter_16" cannot be loaded: this method also changes the weights of the base model; save the adapter with PEFT's path_initial_model_for_weight_conversion, which converts it to a plain one, or merge it with PEFT
+init_lora_weights = "olora" cannot be loaded: this method also changes the weights of the base model; save the adapter with PEFT's path_initial_model_for_weight_conversion, which converts it to a plain one, or merge it with PEFT
+init_lora_weights = "mica" cannot be loaded: only true, false, gaussian, eva and orthogonal do not change the base model
 task_type is "SEQ_CLS", but only adapters of language models (CAUSAL_LM) can be loaded
 layers_pattern = "h" cannot be loaded: the blocks of these models are called layers
 exclude_modules = 3, but it must be a list of names
-some_future_key = 1 is a key that LoRA adapters of PEFT 0.21 do not have: what it asks for is unknown, so the adapter is refused; remove the key if it is harmless
+some_future_key = 1 is not a key of LoRA adapters in PEFT 0.21: its effect is unknown, so the adapter is refused; remove the key if it is harmless
 "#);
         insta::assert_snapshot!(parse(r#"{"peft_type": "IA3"}"#).unwrap_err(), @r#"peft_type is "IA3", but only LORA adapters can be loaded"#);
         insta::assert_snapshot!(parse("[]").unwrap_err(), @"it is not a JSON object");

@@ -1,88 +1,88 @@
-//! What can be wrong with `loraConfig` for a model.
+//! Errors of `loraConfig` for a model.
 
-/// Why settings do not fit a model.
+/// Why LoRA settings do not fit a model.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// A name matches no module.
-    #[error("{field} names {name:?}, which no module of this model is called: use {}", known.join(", "))]
+    #[error("{field} has {name:?}, which matches no module of this model: use {}", known.join(", "))]
     UnknownModule {
-        /// The field, in the manifest's words.
+        /// The field of the manifest.
         field: &'static str,
-        /// The name.
+        /// The name that matches nothing.
         name: String,
-        /// The leaf names there are.
+        /// The leaf names of the model's modules.
         known: Vec<String>,
     },
     /// An exclusion excludes nothing.
     #[error(
-        "{field} has {name:?}, which excludes no module that targetModules means: remove it or correct the name"
+        "{field} has {name:?}, which excludes none of the modules of targetModules: remove it or correct the name"
     )]
     UnusedExclusion {
-        /// The field, in the manifest's words.
+        /// The field of the manifest.
         field: &'static str,
-        /// The name or pattern.
+        /// The name or pattern that excludes nothing.
         name: String,
     },
-    /// A pattern cannot be read, or takes too long.
+    /// A pattern cannot be parsed, or takes too long to match.
     #[error(
-        "{field} is the pattern {pattern:?}, which is not a regular expression that can be used: {reason}"
+        "{field} is the pattern {pattern:?}, which cannot be used as a regular expression: {reason}"
     )]
     Pattern {
-        /// The field, in the manifest's words.
+        /// The field of the manifest.
         field: &'static str,
-        /// The pattern.
+        /// The regular expression.
         pattern: String,
-        /// What the reader of patterns said.
+        /// The error of the regex engine.
         reason: String,
     },
     /// A pattern matches no module.
     #[error(
-        "loraConfig.targetModules is the pattern {pattern:?}, which matches the whole path of no module; paths are such as \"model.layers.0.self_attn.q_proj\" and \"lm_head\""
+        "loraConfig.targetModules is the pattern {pattern:?}, which matches no module: it must match full paths such as \"model.layers.0.self_attn.q_proj\" and \"lm_head\""
     )]
     NoMatch {
-        /// The pattern.
+        /// The regular expression.
         pattern: String,
     },
-    /// What is meant takes no adapter.
+    /// A selected module cannot have an adapter.
     #[error(
-        "loraConfig.targetModules means {path:?}, but only linear layers, embed_tokens and lm_head take an adapter: name those, or leave it out with excludeModules"
+        "loraConfig.targetModules selects {path:?}, but only linear layers, embed_tokens and lm_head can have an adapter: name those, or exclude it with excludeModules"
     )]
     NotAdaptable {
-        /// The module.
+        /// The path of the module.
         path: String,
     },
-    /// A block that the model does not have.
+    /// A layer that the model does not have.
     #[error("loraConfig.layersToTransform has {layer}, but the model has the layers 0 to {}", count - 1)]
     UnknownLayer {
-        /// The layer.
+        /// The requested layer.
         layer: u32,
-        /// How many there are.
+        /// The number of layers.
         count: usize,
     },
-    /// Layers beside a pattern.
+    /// `layersToTransform` together with a pattern.
     #[error(
-        "loraConfig.layersToTransform cannot be used where targetModules is a pattern: write the layers into the pattern"
+        "loraConfig.layersToTransform cannot be combined with a targetModules pattern: put the layers into the pattern"
     )]
     LayersOfPattern,
     /// The rank is larger than a layer.
     #[error("loraConfig.r is {r}, larger than {path:?} ({out} x {width}): use at most {}", out.min(width))]
     RankTooLarge {
-        /// The rank.
+        /// The requested rank.
         r: u32,
-        /// The module.
+        /// The path of the module.
         path: String,
-        /// Its output width.
+        /// The output width of the module.
         out: usize,
-        /// Its input width.
+        /// The input width of the module.
         width: usize,
     },
-    /// Nothing is trained.
-    #[error("loraConfig means no module: nothing would be trained")]
+    /// No module is selected.
+    #[error("loraConfig selects no module: nothing would be trained")]
     Nothing,
 }
 
 impl Error {
-    /// Returns the field of the manifest's `spec` that must change.
+    /// Returns the field of `spec` that must change.
     pub fn field(&self) -> &'static str {
         match self {
             Self::UnknownModule { field, .. }

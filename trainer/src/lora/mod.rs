@@ -1,4 +1,4 @@
-//! Adapters in PEFT's terms: which modules they are on, what is trained, and the files PEFT writes.
+//! LoRA adapters in PEFT's terms: target modules, trained tensors, and the files PEFT writes.
 
 pub mod config;
 mod error;
@@ -8,9 +8,9 @@ pub mod weights;
 
 pub use error::Error;
 
-/// What PEFT puts before every name.
+/// The prefix of every tensor name in PEFT's files.
 pub const PREFIX: &str = "base_model.model.";
-/// The adapter's settings.
+/// The file of an adapter's settings.
 pub const CONFIG_FILE: &str = "adapter_config.json";
-/// The adapter's tensors.
+/// The file of an adapter's tensors.
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";

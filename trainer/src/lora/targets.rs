@@ -1,8 +1,8 @@
 //! Resolves the names and patterns of an adapter's settings to modules.
 //!
 //! # Source
-//! `check_target_module_exists` and `_maybe_include_all_linear_layers` of `peft/tuners/tuners_utils.py`,
-//! and `_set_trainable` of `peft/utils/other.py`, 0.21.2.
+//! `check_target_module_exists` and `_maybe_include_all_linear_layers` of
+//! `peft/tuners/tuners_utils.py`, and `_set_trainable` of `peft/utils/other.py`, 0.21.2.
 
 use fancy_regex::Regex;
 use finetune_contract::{LoraSettings, ModuleNames, TargetModules};
@@ -36,8 +36,8 @@ pub(crate) const EXCLUDE_MODULES: &str = "loraConfig.excludeModules";
 /// with PEFT.
 ///
 /// # Errors
-/// [`Error`] if a pattern cannot be parsed, matches nothing, or matches a module that cannot have an
-/// adapter.
+/// [`Error`] if a pattern cannot be parsed, matches nothing, or matches a module that cannot have
+/// an adapter.
 pub fn resolve(config: &ModelConfig, settings: &LoraSettings) -> Result<Resolved, Error> {
     let modules = modules::modules(config);
     let mut unmatched = Vec::new();
@@ -156,8 +156,8 @@ fn paths(modules: &[Module]) -> Vec<String> {
 
 /// Returns the shortest list of names by which PEFT finds exactly `chosen` among all modules.
 ///
-/// These are leaf names where all modules of that name are chosen, as inference servers expect, else
-/// full paths. `matches` compares a name with a path.
+/// These are leaf names where all modules of that name are chosen, as inference servers expect,
+/// else full paths. `matches` compares a name with a path.
 pub fn shortest_names(
     config: &ModelConfig,
     chosen: &[String],

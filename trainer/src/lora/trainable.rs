@@ -80,8 +80,8 @@ impl Trainable {
                             Some((adapter_names(&module.path), *sizes))
                         })
                     };
-                    // The `lora_A` of layers that share an input are neighbours, so that one product
-                    // computes them all.
+                    // The `lora_A` of layers that share an input are neighbours, so that one
+                    // product computes them all.
                     tensors.extend(adapted().map(|([a, _], (_, width))| spec(a, [lora.r, width])));
                     tensors.extend(adapted().map(|([_, b], (out, _))| spec(b, [out, lora.r])));
                     let saved = siblings
@@ -134,7 +134,8 @@ impl LoraAdapters {
         }
     }
 
-    /// Reports whether tied embeddings must become two tensors because one changes without the other.
+    /// Reports whether tied embeddings must become two tensors because one changes without the
+    /// other.
     pub fn unties_embeddings(&self) -> bool {
         [names::EMBED_TOKENS, names::LM_HEAD].iter().any(|&path| {
             self.targets.contains_key(path)
@@ -245,12 +246,12 @@ mod tests {
         let mut too_large = settings(&["k_proj"], &[]);
         too_large.r = 33;
         insta::assert_snapshot!(Trainable::lora(&config(), &too_large).unwrap_err(), @r#"loraConfig.r is 33, larger than "model.layers.0.self_attn.k_proj" (32 x 64): use at most 32"#);
-        insta::assert_snapshot!(trained(&["q_porj"], &[]), @r#"loraConfig.targetModules names "q_porj", which no module of this model is called: use down_proj, embed_tokens, gate_proj, input_layernorm, k_proj, lm_head, norm, o_proj, post_attention_layernorm, q_proj, up_proj, v_proj"#);
+        insta::assert_snapshot!(trained(&["q_porj"], &[]), @r#"loraConfig.targetModules has "q_porj", which matches no module of this model: use down_proj, embed_tokens, gate_proj, input_layernorm, k_proj, lm_head, norm, o_proj, post_attention_layernorm, q_proj, up_proj, v_proj"#);
         assert_eq!(
             trained(&["q_proj"], &["q_proj"]),
             trained(&[], &["q_proj"]),
-            "PEFT trains it whole"
+            "as in PEFT, it is trained in full"
         );
-        insta::assert_snapshot!(trained(&[], &[]), @"loraConfig means no module: nothing would be trained");
+        insta::assert_snapshot!(trained(&[], &[]), @"loraConfig selects no module: nothing would be trained");
     }
 }

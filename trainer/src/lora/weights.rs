@@ -39,15 +39,15 @@ pub enum Error {
     /// A tensor is missing.
     #[error("the adapter's weights lack {name}: it belongs to another model, or is damaged")]
     Missing {
-        /// The tensor.
+        /// The tensor's name in the adapter's file.
         name: String,
     },
     /// A tensor has another shape.
     #[error("{name} has shape {found:?}, must be {expected:?}: {reason}")]
     Shape {
-        /// The tensor.
+        /// The tensor's name in the adapter's file.
         name: String,
-        /// Its shape.
+        /// Its shape in the file.
         found: Vec<usize>,
         /// The shape it should have.
         expected: Vec<usize>,
@@ -57,9 +57,9 @@ pub enum Error {
     /// A tensor has an unsupported element type.
     #[error("{name} has dtype {dtype}, must be F32, F16 or BF16")]
     Dtype {
-        /// The tensor.
+        /// The tensor's name in the adapter's file.
         name: String,
-        /// Its type.
+        /// Its element type in the file.
         dtype: String,
     },
     /// Tensors that no module uses.
@@ -68,7 +68,7 @@ pub enum Error {
         first_names(names)
     )]
     Unused {
-        /// The tensors.
+        /// The names of the unused tensors.
         names: Vec<String>,
     },
 }
@@ -77,15 +77,17 @@ impl PublishedAdapter {
     /// Resolves an adapter's settings against its base model and the header of its weights.
     ///
     /// # Errors
-    /// [`Error`] if they do not fit, or a tensor is missing, of another shape or dtype, or not used.
+    /// [`Error`] if they do not fit, or a tensor is missing, of another shape or dtype, or not
+    /// used.
     pub fn new(
         config: &ModelConfig,
         settings: &AdapterConfig,
         tensors: &BTreeMap<String, TensorEntry>,
     ) -> Result<Self, Error> {
         let mut resolved = targets::resolve(config, &settings.lora)?;
-        // PEFT compares these names as suffixes without a dot: `norm` also matches `input_layernorm`.
-        // Adapters of this trainer contain only exact matches, so the file decides.
+        // PEFT compares these names as suffixes without a dot: `norm` also matches
+        // `input_layernorm`. Adapters of this trainer contain only exact matches, so the file
+        // decides.
         let all = modules::modules(config);
         let is_suffix_match = |path: &str| {
             settings.lora.modules_to_save.iter().any(|name| path.ends_with(name.as_str()))
@@ -157,8 +159,8 @@ fn check(
     Ok(())
 }
 
-/// Returns the tensor of the base model that a tensor of the adapter copies: PEFT saves the embedding
-/// and the head beside adapters on them, and whenever the vocabulary was resized.
+/// Returns the tensor of the base model that a tensor of the adapter copies: PEFT saves the
+/// embedding and the head beside adapters on them, and whenever the vocabulary was resized.
 ///
 /// # Source
 /// `get_peft_model_state_dict` of `peft/utils/save_and_load.py`, 0.21.2, `save_embedding_layers`.

@@ -29,7 +29,7 @@ pub enum Error {
     /// A file cannot be read.
     #[error("cannot read {path:?}")]
     Read {
-        /// The file.
+        /// The file that cannot be read.
         path: PathBuf,
         /// What the system reported.
         #[source]
@@ -38,9 +38,9 @@ pub enum Error {
     /// The settings are invalid, or ask for something other than plain LoRA.
     #[error("{path:?}: {reason}")]
     Settings {
-        /// The file.
+        /// The settings file.
         path: PathBuf,
-        /// What is wrong.
+        /// Why the settings are refused.
         reason: String,
     },
     /// The adapter does not fit the base model.
@@ -57,7 +57,7 @@ pub enum Error {
         "{name:?} of the adapter differs from the base model's: the adapter belongs to another base model, or its embedding was trained or resized; merge it with PEFT, and start from the merged model"
     )]
     OtherBase {
-        /// The tensor.
+        /// The tensor's name in the adapter's file.
         name: String,
     },
     /// The tensors are damaged, missing, or have the wrong shape.
@@ -118,7 +118,7 @@ impl Model {
 /// A directory with a published adapter, checked against the config of its base model.
 #[derive(Debug)]
 pub struct AdapterDirectory {
-    /// Its settings.
+    /// The parsed `adapter_config.json`.
     pub settings: AdapterConfig,
     /// Its adapters on the base model.
     pub published: PublishedAdapter,
@@ -186,8 +186,8 @@ pub fn fetch(store: &Store, to: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Lists the fields of `loraConfig` in which the requested settings differ from the stored adapter's,
-/// with both values.
+/// Lists the fields of `loraConfig` in which the requested settings differ from the stored
+/// adapter's, with both values.
 ///
 /// Dropout may differ: the weights do not depend on it.
 ///

@@ -52,7 +52,7 @@ pub struct BlockContext<'a> {
 
 /// The activations that a block saves for its backward pass.
 ///
-/// Always its input, and with activation checkpointing nothing else. Without, also [`Intermediates`].
+/// With activation checkpointing this is only its input; without, also the activations inside it.
 pub struct SavedActivations {
     /// The block's input, `[T, D]`.
     x: Tensor,
@@ -61,8 +61,8 @@ pub struct SavedActivations {
 
 /// The activations inside a block that its backward pass needs.
 ///
-/// Norm outputs and the gated product are not among them: recomputing them costs less than the memory
-/// traffic of saving them.
+/// Norm outputs and the gated product are not among them: recomputing them costs less than the
+/// memory traffic of saving them.
 struct Intermediates {
     /// Queries and keys before their norms, `[T, H or K, E]`, with `qk_norm`.
     qk_raw: Option<(Tensor, Tensor)>,
@@ -134,7 +134,7 @@ impl Block {
         // Feed-forward half.
         let mask = self.mask(context, DropoutSite::Down, &gate);
         let mut grads = self.down_proj.backward_input([dy], mask, true);
-        let d_product = grads.take_dx().expect("it was asked for"); // [T, F]
+        let d_product = grads.take_dx().expect("the input gradient was requested"); // [T, F]
         let (product, d_gate, d_up) = ops::swiglu_backward(d_product, gate, up); // [T, F] each
         let product = self.input(product, context, DropoutSite::Down);
         self.down_proj.backward_weight(&product, down_hidden, [dy], &grads);
@@ -146,7 +146,7 @@ impl Block {
         let normed = self.input(normed, context, DropoutSite::GateUp);
         self.gate_up_proj.backward_weight(&normed, gate_up_hidden, d_gate_up, &grads);
         drop((normed, d_gate, d_up));
-        let d_normed = grads.take_dx().expect("it was asked for"); // [T, D]
+        let d_normed = grads.take_dx().expect("the input gradient was requested"); // [T, D]
         let d_mid = self.post_attention_layernorm.backward(&x_mid, d_normed, Some(dy)); // [T, D]
 
         // Attention half.
@@ -154,7 +154,7 @@ impl Block {
         let mut grads = self.o_proj.backward_input([&d_mid], mask, true);
         let heads = self.input(flatten_heads(&attention.out), context, DropoutSite::O);
         self.o_proj.backward_weight(&heads, o_hidden, [&d_mid], &grads);
-        let d_heads = self.split_heads(&grads.take_dx().expect("it was asked for")); // [T, H, E]
+        let d_heads = self.split_heads(&grads.take_dx().expect("the input gradient was requested")); // [T, H, E]
         let [dq, dk, dv] =
             self.attention.backward(&d_heads, [&q, &k, &v], &attention, context.segments);
         drop((d_heads, heads, q, k, v, attention));

@@ -235,13 +235,13 @@ impl Model {
         )
     }
 
-    /// Returns the layout that the trained parameters would have on this rank of so many.
+    /// Returns the layout that the trained parameters would have on a rank of a world size.
     pub fn layout_of(&self, [rank, world_size]: [u32; 2]) -> Layout {
         Layout::new(&self.trainable.trained_tensors(&self.config), [rank, world_size])
     }
 
-    /// Marks the next backward pass as this rank's last one of the step: its gradients may be reduced
-    /// over ranks as soon as they are complete.
+    /// Marks the next backward pass as this rank's last one of the step: its gradients may be
+    /// reduced over ranks as soon as they are complete.
     pub fn mark_last_backward(&self) {
         if let Some(sharded) = &self.sharded {
             sharded.mark_last_backward();
@@ -251,7 +251,8 @@ impl Model {
         }
     }
 
-    /// Completes the reduction of a step's gradients over all ranks; called after its last micro-batch.
+    /// Completes the reduction of a step's gradients over all ranks; called after its last
+    /// micro-batch.
     ///
     /// # Errors
     /// [`distributed::Error`] if another rank was lost, now or during the micro-batches.
@@ -303,8 +304,8 @@ impl Model {
         Rotary::new(&self.frequencies, positions, self.kind(), self.device)
     }
 
-    /// Runs a micro-batch forward and backward: adds the gradients of its summed loss to the trained
-    /// parameters, and returns that sum.
+    /// Runs a micro-batch forward and backward: adds the gradients of its summed loss to the
+    /// trained parameters, and returns that sum.
     ///
     /// # Shapes
     /// `T` is the number of tokens with padding, `N` the number of targets. Activations between
@@ -618,8 +619,8 @@ impl Loader<'_> {
         }
     }
 
-    /// Initialises the adapter of a module and returns the names of `lora_A` and `lora_B`; `None` if the
-    /// module has none.
+    /// Initialises the adapter of a module and returns the names of `lora_A` and `lora_B`; `None`
+    /// if the module has none.
     fn init_adapter(&self, path: &str) -> Option<[String; 2]> {
         let Trainable::Lora(LoraAdapters { targets, .. }) = self.trainable else {
             return None;
@@ -627,8 +628,8 @@ impl Loader<'_> {
         targets.get(path)?;
         let [a, b] = adapter_names(path);
         let seed = self.seed.fold_in_name(&a);
-        // PEFT: kaiming_uniform_(a = √5) on lora_A, whose bound is 1 / √in, and zeros on lora_B; on an
-        // embedding zeros on lora_A and a normal distribution on lora_B.
+        // PEFT: kaiming_uniform_(a = √5) on lora_A, whose bound is 1 / √in, and zeros on lora_B; on
+        // an embedding zeros on lora_A and a normal distribution on lora_B.
         if path == names::EMBED_TOKENS {
             let shape = self.trained.master_of(&b)?.size();
             self.set_master(&b, &seed.normal_tensor(&shape, self.device));

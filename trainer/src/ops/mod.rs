@@ -1,8 +1,9 @@
 //! The operators of a training step, dispatched by device.
 //!
-//! Each has two implementations: a fused kernel of our own for CPU tensors (`cpu`), and a composition
-//! of libtorch's operators (`aten`), which other devices run and which is the reference in tests.
-//! Attention has four: `cpu::attention` and `aten` on CPUs, `aten::flash` and `aten::scores` elsewhere.
+//! Each has two implementations: a fused kernel of our own for CPU tensors (`cpu`), and a
+//! composition of libtorch's operators (`aten`), which other devices run and which is the reference
+//! in tests. Attention has four: `cpu::attention` and `aten` on CPUs, `aten::flash` and
+//! `aten::scores` elsewhere.
 
 pub mod aten;
 mod cpu;
@@ -19,8 +20,8 @@ use crate::runtime::profile;
 pub use quantized::QuantizedState;
 pub use segment_runs::SegmentRun;
 
-/// Returns the number of tokens to which a micro-batch is padded: a multiple of 8 for our own kernels,
-/// and of 64 for oneDNN.
+/// Returns the number of tokens to which a micro-batch is padded: a multiple of 8 for our own
+/// kernels, and of 64 for oneDNN.
 ///
 /// oneDNN compiles a kernel for each shape and caches it. Micro-batches without padding have a
 /// different number of tokens in every step, each of which added about 20 MB to that cache
@@ -64,8 +65,8 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
     })
 }
 
-/// Returns the gradient of `x` plus `residual`, in the memory of `dy`; adds the gradient of the weight
-/// to `weight_grad`, fp32, if it is given.
+/// Returns the gradient of `x` plus `residual`, in the memory of `dy`; adds the gradient of the
+/// weight to `weight_grad`, fp32, if it is given.
 pub fn rms_norm_backward(
     x: &Tensor,
     weight: &Tensor,
@@ -87,8 +88,8 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Tensor {
     })
 }
 
-/// Recomputes the product and returns it with the gradients of `gate` and `up`, each in the memory of
-/// an argument.
+/// Recomputes the product and returns it with the gradients of `gate` and `up`, each in the memory
+/// of an argument.
 pub fn swiglu_backward(d_product: Tensor, gate: Tensor, up: Tensor) -> (Tensor, Tensor, Tensor) {
     profile::time("swiglu, backward", || {
         let backward = if is_cpu(&gate) { cpu::swiglu_backward } else { aten::swiglu_backward };
@@ -172,8 +173,8 @@ impl Factor<'_> {
     }
 }
 
-/// Returns the sum of one or more products and a bias: a linear layer with its adapter, or the input
-/// gradient of several layers.
+/// Returns the sum of one or more products and a bias: a linear layer with its adapter, or the
+/// input gradient of several layers.
 ///
 /// # Shapes
 /// The terms are `[T, K] · [K, N]`, where `K` may differ; the bias is `[N]`, the result `[T, N]`.
@@ -193,8 +194,8 @@ pub fn products(terms: &[(&Tensor, Factor<'_>)], bias: Option<&Tensor>) -> Tenso
 /// Writes the low-rank product `scale · left · factor` to `to`.
 ///
 /// # Shapes
-/// `left` is `[T, K]`, `to` is `[T, N]`, where `K` or `N` is a LoRA rank; both may be column slices of
-/// a wider tensor.
+/// `left` is `[T, K]`, `to` is `[T, N]`, where `K` or `N` is a LoRA rank; both may be column slices
+/// of a wider tensor.
 pub fn multiply(left: &Tensor, factor: Factor<'_>, scale: f64, to: &mut Tensor) {
     profile::time("lora", || {
         #[cfg(target_arch = "x86_64")]

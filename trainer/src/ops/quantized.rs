@@ -10,8 +10,8 @@ const BLOCK_SIZE: i64 = BLOCK as i64;
 // The plan predicts the memory of the scales.
 const _: () = assert!(BLOCK as u64 == MOMENTS_BLOCK);
 
-/// A flat state tensor in the format of [`finetune_kernels::adamw_8bit`]: an 8-bit code per element, a
-/// scale per block.
+/// A flat state tensor in the format of [`finetune_kernels::adamw_8bit`]: an 8-bit code per
+/// element, a scale per block.
 #[derive(Debug)]
 pub struct QuantizedState {
     /// `[blocks · BLOCK]`, `i8` if elements are signed and else `u8`; padded to whole blocks.
@@ -55,8 +55,8 @@ impl QuantizedState {
         values.view(-1).narrow(0, start - first * BLOCK_SIZE, length)
     }
 
-    /// Quantizes all elements, rounding to nearest. `values(start, length)` is called for one chunk after
-    /// another and returns fp32 values.
+    /// Quantizes all elements, rounding to nearest. `values(start, length)` is called for one chunk
+    /// after another and returns fp32 values.
     ///
     /// Values from [`Self::dequantize`] quantize to the same codes again.
     pub fn quantize(&self, mut values: impl FnMut(i64, i64) -> Tensor) {
@@ -69,8 +69,8 @@ impl QuantizedState {
         }
     }
 
-    /// Quantizes whole blocks from element `start` on: with stochastic rounding by `uniform` numbers in
-    /// `[0, 1)`, or to nearest.
+    /// Quantizes whole blocks from element `start` on: with stochastic rounding by `uniform`
+    /// numbers in `[0, 1)`, or to nearest.
     pub(super) fn quantize_blocks(&self, start: i64, values: &Tensor, uniform: Option<&Tensor>) {
         let length = values.size()[0];
         let blocks = blocks_of(length);

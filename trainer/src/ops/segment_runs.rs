@@ -15,8 +15,8 @@ pub struct SegmentRun {
     pub length: i64,
 }
 
-/// Computes attention run by run: `attend` maps queries, keys and values `[S, H, t, E]` to the result
-/// `[S, H, t, E]` and the logarithms of the softmax denominators.
+/// Computes attention run by run: `attend` maps queries, keys and values `[S, H, t, E]` to the
+/// result `[S, H, t, E]` and the logarithms of the softmax denominators.
 pub(super) fn forward(
     [q, k, v]: [&Tensor; 3],
     mask: AttentionMask<'_>,
@@ -35,8 +35,8 @@ pub(super) fn forward(
     (out, logsumexp)
 }
 
-/// Computes the gradients of queries, keys and values run by run: `differentiate` maps the inputs, the
-/// result with its gradient, and the logarithms of [`forward`] to gradients `[S, H, t, E]`.
+/// Computes the gradients of queries, keys and values run by run: `differentiate` maps the inputs,
+/// the result with its gradient, and the logarithms of [`forward`] to gradients `[S, H, t, E]`.
 pub(super) fn backward(
     inputs: [&Tensor; 3],
     result: [&Tensor; 2],

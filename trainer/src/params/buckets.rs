@@ -45,8 +45,8 @@ struct Progress {
 }
 
 impl GradientBuckets {
-    /// Divides the gradients of `params` into buckets; `None` if there are too few of them, or they are
-    /// not in the order of blocks.
+    /// Divides the gradients of `params` into buckets; `None` if there are too few of them, or they
+    /// are not in the order of blocks.
     pub fn new(params: &FlatParams, blocks: usize, ranks: &Ranks, bytes: u64) -> Option<Self> {
         let block_starts = block_starts(params, blocks)?;
         let min_elements = (bytes / 4) as i64;
@@ -65,8 +65,8 @@ impl GradientBuckets {
         self.progress.borrow_mut().end = Some(self.grad.numel() as i64);
     }
 
-    /// Starts to all-reduce the gradients of a block and of those above it, after its backward pass,
-    /// if they fill a bucket.
+    /// Starts to all-reduce the gradients of a block and of those above it, after its backward
+    /// pass, if they fill a bucket.
     pub fn post_backward(&self, block: usize) {
         let mut progress = self.progress.borrow_mut();
         let (start, Some(end)) = (self.block_starts[block], progress.end) else { return };

@@ -1,8 +1,8 @@
 //! Trained parameters as views of flat tensors.
 //!
 //! Masters, gradients and (elsewhere) moments are each one contiguous fp32 tensor, so that one call
-//! updates, reduces, clips or stores everything. If parameters are sharded, the flat tensors hold this
-//! rank's shards, and a parameter may be incomplete in them.
+//! updates, reduces, clips or stores everything. If parameters are sharded, the flat tensors hold
+//! this rank's shards, and a parameter may be incomplete in them.
 
 use std::{
     cell::{Cell, RefCell},
@@ -60,7 +60,8 @@ impl FlatState<'_> {
     }
 }
 
-/// Copies the part of each range that falls into a window of the destination, which begins at `start`.
+/// Copies the part of each range that falls into a window of the destination, which begins at
+/// `start`.
 fn copy_into(window: &Tensor, start: i64, sources: &[(Tensor, &[CopyRange])]) {
     let end = start + window.numel() as i64;
     for (source, ranges) in sources {
@@ -86,8 +87,8 @@ pub struct Param {
 
 /// The gradient of a parameter, summed in fp32.
 ///
-/// The first gradient of a step overwrites the last step's sum instead of being added to zeros, which
-/// saves a pass over memory.
+/// The first gradient of a step overwrites the last step's sum instead of being added to zeros,
+/// which saves a pass over memory.
 #[derive(Debug, Clone)]
 pub struct Gradient {
     sum: Rc<Tensor>,
@@ -261,8 +262,8 @@ impl FlatParams {
         gradients.entry(first).or_insert_with(|| Gradient::new(view)).clone()
     }
 
-    /// Returns matrices that are contiguous in the flat tensor as one, `[Σ rows, columns]`; `None` for
-    /// no names.
+    /// Returns matrices that are contiguous in the flat tensor as one, `[Σ rows, columns]`; `None`
+    /// for no names.
     ///
     /// # Panics
     /// If they are not contiguous, or one is not trained.
@@ -282,7 +283,8 @@ impl FlatParams {
         Some(Param { value: view(&self.compute), grad: Some(grad) })
     }
 
-    /// Returns the first element of a parameter in the flat tensors; `None` if it is frozen or sharded.
+    /// Returns the first element of a parameter in the flat tensors; `None` if it is frozen or
+    /// sharded.
     pub fn first_element(&self, name: &str) -> Option<i64> {
         self.slots.get(name).map(|(first, _)| *first as i64)
     }

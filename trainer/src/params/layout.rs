@@ -1,9 +1,9 @@
 //! How tensors are sharded over ranks: by unit, each flattened and divided into equal shards.
 //!
 //! Pure arithmetic. A unit is a block, or the root unit with everything outside the blocks. The
-//! tensors of a unit are flattened and concatenated, and rank `r` stores the `r`-th of equal shards of
-//! the result. A rank's shards of all units form one flat tensor, so that one call updates, clips or
-//! stores everything it has.
+//! tensors of a unit are flattened and concatenated, and rank `r` stores the `r`-th of equal shards
+//! of the result. A rank's shards of all units form one flat tensor, so that one call updates,
+//! clips or stores everything it has.
 
 use std::{collections::BTreeMap, ops::Range};
 
@@ -181,7 +181,8 @@ impl Layout {
         self.names.iter().filter_map(span).collect()
     }
 
-    /// Returns the elements of a tensor that this rank stores, and where they start in its flat tensor.
+    /// Returns the elements of a tensor that this rank stores, and where they start in its flat
+    /// tensor.
     pub fn local_range(&self, slot: &ParamSlot) -> Option<(Range<usize>, usize)> {
         let Unit { first, shard, .. } = self.units[slot.unit];
         let (start, end) = (self.rank * shard, (self.rank + 1) * shard);

@@ -1,12 +1,13 @@
 //! ZeRO by block: every rank stores one shard of each unit's state, and the stage decides what is
 //! gathered and for how long.
 //!
-//! Modules hold views of all-gather buffers that fit a whole unit, and know nothing of the sharding.
-//! At stage 3 the root unit has a buffer and the blocks share two, so that the next block is
-//! prefetched while one is computed. At stages 1 and 2 every unit has its own buffer and is gathered
-//! once a step. Gradients are summed in buffers of the same kind (one per unit at stage 1, two shared
-//! by the blocks at stages 2 and 3). A reduce-scatter then adds this rank's shard of the sum over
-//! ranks to its flat gradient, once a step at stage 1 and once a micro-batch at stages 2 and 3.
+//! Modules hold views of all-gather buffers that fit a whole unit, and know nothing of the
+//! sharding. At stage 3 the root unit has a buffer and the blocks share two, so that the next block
+//! is prefetched while one is computed. At stages 1 and 2 every unit has its own buffer and is
+//! gathered once a step. Gradients are summed in buffers of the same kind (one per unit at stage 1,
+//! two shared by the blocks at stages 2 and 3). A reduce-scatter then adds this rank's shard of the
+//! sum over ranks to its flat gradient, once a step at stage 1 and once a micro-batch at stages 2
+//! and 3.
 //!
 //! # Source
 //! Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models",
@@ -24,8 +25,8 @@ use crate::{
     },
 };
 
-/// The buffers that blocks share when they are freed after use: one is computed with while the other
-/// is gathered (double buffering).
+/// The buffers that blocks share when they are freed after use: one is computed with while the
+/// other is gathered (double buffering).
 const SHARED_BLOCK_BUFFERS: usize = 2;
 
 /// The ZeRO stage: what is sharded besides masters and moments.
@@ -275,8 +276,8 @@ impl ShardedParams {
         Ok(())
     }
 
-    /// Waits for the reduction in flight, adds this rank's shard of the sum to the flat gradient, and
-    /// zeroes the buffer.
+    /// Waits for the reduction in flight, adds this rank's shard of the sum to the flat gradient,
+    /// and zeroes the buffer.
     fn wait_for_reduce_scatter(&self, gradients: &ShardedGradients) -> Result<(), Error> {
         let Some((unit, pending)) = gradients.reducing.borrow_mut().take() else { return Ok(()) };
         self.ranks.finish_reduce_scatter(pending, &self.shard(&gradients.shards, unit))?;

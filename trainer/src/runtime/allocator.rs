@@ -3,8 +3,8 @@
 //! With glibc's allocator, buffers of varying sizes fragment memory, which grows with the number of
 //! micro-batches. jemalloc keeps freed pages: the next micro-batch needs the same buffers, and page
 //! faults on returned memory would cost a tenth of a step. If the next micro-batch needs buffers of
-//! other sizes, freed pages are purged first, so that they do not add to the peak. `docs/log/2026-11.md` has
-//! the figures.
+//! other sizes, freed pages are purged first, so that they do not add to the peak. `docs/log/2026-11.md`
+//! has the figures.
 #![expect(unsafe_code, reason = "configures and calls jemalloc by its C names")]
 
 use std::{
@@ -18,14 +18,15 @@ use tracing::debug;
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
-/// The configuration that jemalloc reads when it starts, NUL-terminated: freed pages are kept until they
-/// are purged, and small buffers may be cut from free extents of any size. The environment variable
-/// `MALLOC_CONF` takes precedence.
+/// The configuration that jemalloc reads when it starts, NUL-terminated: freed pages are kept until
+/// they are purged, and small buffers may be cut from free extents of any size. The environment
+/// variable `MALLOC_CONF` takes precedence.
 // SAFETY: jemalloc declares this name and type.
 #[unsafe(export_name = "malloc_conf")]
 pub static CONFIGURATION: &[u8; 46] = b"dirty_decay_ms:-1,lg_extent_max_active_fit:20\0";
 
-/// The control that purges the freed pages of all arenas; 4096 is `MALLCTL_ARENAS_ALL` of jemalloc.h.
+/// The control that purges the freed pages of all arenas; 4096 is `MALLCTL_ARENAS_ALL` of
+/// jemalloc.h.
 const PURGE: &CStr = c"arena.4096.purge";
 
 /// What determines the sizes of buffers.

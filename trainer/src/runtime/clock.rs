@@ -1,5 +1,5 @@
-//! The only source of time. It serves measurements, the cadence of checkpoints and `maxTimeSeconds`;
-//! nothing else of a run depends on it.
+//! The only source of time. It serves measurements, the cadence of checkpoints and
+//! `maxTimeSeconds`; nothing else of a run depends on it.
 
 use std::time::Instant;
 

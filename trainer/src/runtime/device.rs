@@ -40,8 +40,8 @@ fn unavailable_reason() -> String {
     format!("the run is planned for a GPU, but {why}")
 }
 
-/// Returns the peak GPU memory that torch has reserved so far, in bytes; `None` for the CPU, or if torch
-/// does not know.
+/// Returns the peak GPU memory that torch has reserved so far, in bytes; `None` for the CPU, or if
+/// torch does not know.
 pub fn peak_memory(device: Device) -> Option<u64> {
     let Device::Cuda(index) = device else { return None };
     #[expect(unsafe_code, reason = "calls a shim for what tch does not bind")]

@@ -1,7 +1,7 @@
 //! The peak memory of a run: the process's anonymous memory as the kernel counts it, or GPU memory.
 //!
-//! Mapped base weights are page cache, shared and reclaimable, and are not counted: only memory that
-//! cannot be reclaimed decides whether a run fits.
+//! Mapped base weights are page cache, shared and reclaimable, and are not counted: only memory
+//! that cannot be reclaimed decides whether a run fits.
 
 use std::{
     sync::{
@@ -20,8 +20,8 @@ use crate::runtime::device;
 /// planning for; for a tiny model a few megabytes may be missed.
 const INTERVAL: Duration = Duration::from_millis(10);
 
-/// Samples the memory of a run until dropped: the anonymous memory of the process, or the memory of its
-/// GPU.
+/// Samples the memory of a run until dropped: the anonymous memory of the process, or the memory of
+/// its GPU.
 #[derive(Debug)]
 pub struct PeakMemory {
     device: Device,
@@ -69,7 +69,8 @@ impl Drop for PeakMemory {
     }
 }
 
-/// Returns the current anonymous memory of this process, in bytes; 0 if the kernel does not report it.
+/// Returns the current anonymous memory of this process, in bytes; 0 if the kernel does not report
+/// it.
 ///
 /// # Source
 /// `RssAnon` of proc_pid_status(5), in kibibytes.

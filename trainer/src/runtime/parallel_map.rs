@@ -23,7 +23,8 @@ pub(crate) struct ParallelMap<T, R> {
     limit: usize,
 }
 
-/// Runs `body` with one thread per CPU that maps the items it pushes. A panic in `map` is propagated.
+/// Runs `body` with one thread per CPU that maps the items it pushes. A panic in `map` is
+/// propagated.
 pub(crate) fn parallel_map<T: Send, R: Send, A>(
     map: impl Fn(T) -> R + Sync,
     body: impl FnOnce(&mut ParallelMap<T, R>) -> A,

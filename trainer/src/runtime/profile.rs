@@ -1,7 +1,7 @@
 //! A profile of the time per operator.
 //!
-//! Operators on the CPU return when they are done, so that wall time per call is enough. No clock is
-//! read unless profiling was started.
+//! Operators on the CPU return when they are done, so that wall time per call is enough. No clock
+//! is read unless profiling was started.
 
 use std::{cell::RefCell, collections::BTreeMap, time::Duration};
 

@@ -9,7 +9,7 @@ use finetune_trainer::{
 };
 use tch::{Device, Tensor};
 
-/// Writes a checkpoint with random weights: norms near one, everything else near zero, nothing degenerate.
+/// Writes a checkpoint with random weights: norm weights near one, all others near zero.
 pub fn checkpoint(directory: &Path, config_json: &str) -> ModelConfig {
     let config = ModelConfig::parse(config_json).unwrap();
     let seed = RngKey::from_seed(20);
@@ -33,15 +33,15 @@ pub fn load(directory: &Path, config: &ModelConfig, trainable: &Trainable) -> Mo
     let mut model =
         Model::load(directory, config.clone(), trainable.clone(), Dtype::Fp32, Device::Cpu, seed)
             .unwrap();
-    start_adapters(&mut model, seed);
+    randomize_adapters(&mut model, seed);
     model
 }
 
-/// Gives adapters numbers everywhere.
+/// Initialises both matrices of all adapters with random numbers.
 ///
-/// A zero matrix would hide half of an adapter's gradients, and leave the other half next to
-/// nothing, of whose rounding AdamW makes whole steps.
-pub fn start_adapters(model: &mut Model, seed: RngKey) {
+/// A zero `lora_B` would hide the gradient of `lora_A`, or leave only rounding errors, which AdamW
+/// turns into full steps.
+pub fn randomize_adapters(model: &mut Model, seed: RngKey) {
     for name in model.trained().names().to_vec() {
         if name.contains("lora_") {
             let mut master = model.trained().master_of(&name).unwrap();
@@ -69,7 +69,8 @@ pub fn lora(targets: &[&str], saved: &[&str]) -> LoraSettings {
     }
 }
 
-/// Makes a micro-batch of segments of the given lengths, about a third of whose tokens are targets.
+/// Creates a micro-batch with segments of the given lengths; about a third of its tokens are
+/// targets.
 pub fn batch(lengths: &[usize], vocabulary: u64) -> Batch {
     let seed = RngKey::from_seed(9);
     let mut batch = Batch {
@@ -95,7 +96,7 @@ pub fn batch(lengths: &[usize], vocabulary: u64) -> Batch {
 pub const LLAMA: &str = r#"{"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 61, "tie_word_embeddings": true}"#;
 
-/// One config per switch of the architecture.
+/// One config for each option of the architecture.
 pub const FAMILIES: [(&str, &str); 7] = [
     ("llama, tied", LLAMA),
     (

@@ -1,4 +1,4 @@
-//! Losses and gradients of the engine equal autograd's.
+//! The losses and gradients of the engine equal those of autograd.
 
 use finetune_contract::Recompute;
 use finetune_trainer::{
@@ -10,7 +10,7 @@ use crate::{
     reference::Reference,
 };
 
-/// The largest difference allowed, relative to the largest gradient of the tensor, in fp32.
+/// The largest allowed difference, relative to the largest gradient of the tensor, in fp32.
 const TOLERANCE: f64 = 1e-5;
 
 fn check(what: &str, config_json: &str, attach: impl Fn(&ModelConfig) -> Trainable) {

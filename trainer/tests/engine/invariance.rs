@@ -1,4 +1,4 @@
-//! What must not change the mathematics: packing, accumulation, recomputation, neighbours.
+//! Packing, accumulation, activation checkpointing and other segments must not change the result.
 
 use finetune_contract::{Dtype, Recompute};
 use finetune_trainer::{
@@ -9,7 +9,7 @@ use tch::{Device, Tensor};
 
 use crate::fixture::{LLAMA, batch, checkpoint, load, lora};
 
-/// Cuts a micro-batch into one of each segment.
+/// Divides a micro-batch into one per segment.
 fn segments(whole: &Batch) -> Vec<Batch> {
     let mut start = 0;
     let mut parts = Vec::new();
@@ -82,7 +82,7 @@ fn accumulation_does_not_change_the_dropout_masks() {
 }
 
 #[test]
-fn a_segment_never_sees_its_neighbour() {
+fn segments_do_not_attend_to_each_other() {
     let directory = tempfile::tempdir().unwrap();
     let config = checkpoint(directory.path(), LLAMA);
     let model = load(directory.path(), &config, &Trainable::Full);
@@ -103,20 +103,20 @@ fn a_segment_never_sees_its_neighbour() {
 }
 
 #[test]
-fn recomputation_replays_dropout_bit_for_bit() {
+fn activation_checkpointing_replays_dropout_bit_for_bit() {
     let directory = tempfile::tempdir().unwrap();
     let config = checkpoint(directory.path(), LLAMA);
     let trainable = Trainable::lora(&config, &lora(&["all-linear", "lm_head"][..1], &[])).unwrap();
     let mut model = load(directory.path(), &config, &trainable);
     let batches = [batch(&[9, 7], 61)];
     let dropout = |seed| Dropout::new(0.5, RngKey::from_seed(seed)).unwrap();
-    let (kept_loss, kept) = gradients(&mut model, &batches, Some(&dropout(1)), Recompute::None);
+    let (saved_loss, saved) = gradients(&mut model, &batches, Some(&dropout(1)), Recompute::None);
     let (recomputed_loss, recomputed) =
         gradients(&mut model, &batches, Some(&dropout(1)), Recompute::Block);
     let (other_loss, _) = gradients(&mut model, &batches, Some(&dropout(2)), Recompute::None);
-    assert_eq!(kept_loss.to_bits(), recomputed_loss.to_bits());
-    assert!(kept.equal(&recomputed));
-    assert_ne!(kept_loss.to_bits(), other_loss.to_bits());
+    assert_eq!(saved_loss.to_bits(), recomputed_loss.to_bits());
+    assert!(saved.equal(&recomputed));
+    assert_ne!(saved_loss.to_bits(), other_loss.to_bits());
 }
 
 #[test]
@@ -167,6 +167,6 @@ fn bf16_stays_near_fp32() {
     assert!((exact_loss - rounded_loss).abs() < 0.01 * exact_loss, "{exact_loss} {rounded_loss}");
     let norm = |x: &Tensor| x.norm().double_value(&[]);
     let error = norm(&(&exact - &rounded)) / norm(&exact);
-    // Each operator is held to a finer bound in `operators`.
+    // `operators` tests each operator with a tighter bound.
     assert!(error < 0.05, "{error}");
 }

@@ -1,7 +1,8 @@
-//! The engine against a plain reference that records a graph.
+//! The engine against a simple reference with autograd.
 //!
-//! Every hand-written backward pass is compared with autograd through `reference`, for every switch
-//! of the architecture and every kind of trainable.
+//! Every hand-written backward pass is compared with autograd through `reference`, for every option
+//! of the architecture and every kind of
+//! [`Trainable`](finetune_trainer::lora::trainable::Trainable).
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 #![allow(unreachable_pub, reason = "modules of a test binary share items by `pub`")]
 

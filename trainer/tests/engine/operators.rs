@@ -21,7 +21,7 @@ fn error(found: &Tensor, exact: &Tensor) -> f64 {
     norm(&(found.to_kind(Kind::Double) - exact.to_kind(Kind::Double))) / norm(exact)
 }
 
-/// Compares results of an operator, given its inputs in fp32: ours and libtorch's.
+/// Compares the results of our kernel and of libtorch's operators on the same inputs.
 fn compare(
     what: &str,
     inputs: &[Tensor],
@@ -34,7 +34,7 @@ fn compare(
         let error = error(found, exact);
         assert!(error < 2e-6, "{what}, result {index}: {error:e} in fp32");
     }
-    // In bf16 from the same, already rounded, inputs.
+    // In bf16, compared with fp32 results of the rounded inputs.
     let round = |inputs: Vec<Tensor>| -> Vec<Tensor> {
         inputs.iter().map(|input| input.to_kind(Kind::BFloat16).to_kind(Kind::Float)).collect()
     };
@@ -180,7 +180,7 @@ fn adamw_equals_libtorch() {
         for (ours, theirs) in ours[..3].iter().zip(&theirs) {
             assert!(error(ours, theirs) < 1e-6, "{kind:?}: {:e}", error(ours, theirs));
         }
-        // Rounded from its own masters, not from theirs.
+        // Rounded from our own masters.
         assert_eq!(ours[3], ours[0].to_kind(kind));
     }
 }
@@ -192,7 +192,7 @@ fn adamw_with_8_bit_moments_equals_libtorch() {
         bias_correction2_sqrt: (1.0_f32 - 0.999_f32.powi(number)).sqrt(),
         ..STEP
     };
-    // The last block is not whole.
+    // The last block is incomplete.
     let length = [3 * 4096 + 7];
     let after = |update: Update, kind| {
         let master = numbers(&length, 1);

@@ -1,4 +1,4 @@
-//! The decoder once more, as plainly as it can be written, on whole tensors and with autograd.
+//! A second implementation of the decoder, as simple as possible: unfused and with autograd.
 
 use std::collections::BTreeMap;
 
@@ -21,7 +21,7 @@ pub struct Reference<'a> {
 }
 
 impl<'a> Reference<'a> {
-    /// Copies the parameters of an engine's model.
+    /// Copies the parameters of a model.
     pub fn of(model: &'a Model, checkpoint: &Checkpoint) -> Self {
         let copy = |name: &String| {
             let value = model.trained().master_of(name).unwrap().copy().set_requires_grad(true);
@@ -98,12 +98,12 @@ impl<'a> Reference<'a> {
         let (q, k, v) = (q.transpose(0, 1), repeat(&k), repeat(&v));
         let scores = q.matmul(&k.transpose(1, 2)) / (width as f64).sqrt()
             + Self::mask(batch, self.config.sliding_window[layer]);
-        let attended = scores
+        let heads_out = scores
             .softmax(-1, Kind::Float)
             .matmul(&v)
             .transpose(0, 1)
             .reshape([tokens, heads * width]);
-        let x = x + self.linear(&path("self_attn.o_proj"), &attended);
+        let x = x + self.linear(&path("self_attn.o_proj"), &heads_out);
         let normed = self.norm(&path("post_attention_layernorm"), &x);
         let gated = self.linear(&path("mlp.gate_proj"), &normed).silu()
             * self.linear(&path("mlp.up_proj"), &normed);
@@ -126,19 +126,22 @@ impl<'a> Reference<'a> {
         x / (mean_square + self.config.rms_norm_eps).sqrt() * self.get(&format!("{path}.weight"))
     }
 
-    /// Allows each token to see its own segment up to itself, as far back as the window.
+    /// Returns the additive mask by which each token attends to its own segment, causally and
+    /// inside the window.
     fn mask(batch: &Batch, window: Option<usize>) -> Tensor {
-        let owner: Vec<usize> = batch
+        let segment_of: Vec<usize> = batch
             .segment_lengths
             .iter()
             .enumerate()
             .flat_map(|(segment, &length)| std::iter::repeat_n(segment, length))
             .collect();
-        let tokens = owner.len();
+        let tokens = segment_of.len();
         let mut mask = vec![f32::NEG_INFINITY; tokens * tokens];
         for query in 0..tokens {
             for key in 0..=query {
-                if owner[query] == owner[key] && window.is_none_or(|window| query - key < window) {
+                if segment_of[query] == segment_of[key]
+                    && window.is_none_or(|window| query - key < window)
+                {
                     mask[query * tokens + key] = 0.0;
                 }
             }

@@ -38,11 +38,11 @@ fn ten_steps_of_each_adapter_equal_peft() {
     assert_eq!(trained, [("llama", 14), ("llama3", 14)]);
 }
 
-/// Where we refuse what PEFT takes: a name without meaning is a mistake, and PEFT overlooks it.
+/// Names that PEFT ignores and we refuse: a name that matches no module is a mistake.
 const STRICTER: [&str; 1] = ["W_pack"];
 
 #[test]
-fn settings_mean_the_modules_that_they_mean_in_peft() {
+fn settings_select_the_same_modules_as_in_peft() {
     let mut compared = 0;
     for family in FAMILIES {
         let golden = Golden::open(family);
@@ -50,7 +50,7 @@ fn settings_mean_the_modules_that_they_mean_in_peft() {
         for case in &golden.facts.targets {
             let found = match Trainable::lora(&config, &case.settings) {
                 Ok(Trainable::Lora(lora)) => Some(lora.targets.into_keys().collect::<Vec<_>>()),
-                Ok(_) => panic!("LoRA settings attach LoRA"),
+                Ok(_) => panic!("LoRA settings train adapters"),
                 Err(_) => None,
             };
             let settings = format!("{:?}", case.settings);

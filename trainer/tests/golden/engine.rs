@@ -9,7 +9,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::golden::{FAMILIES, Golden, distance};
 
-/// fp32 has 6e-8; what is above is the order of summation.
+/// fp32 rounds to 6e-8; the rest is due to the order of summation.
 const TOLERANCE: f64 = 1e-5;
 
 #[test]
@@ -53,7 +53,7 @@ fn the_loss_and_the_gradient_of_every_parameter_equal_transformers() {
 }
 
 #[test]
-fn angles_of_far_positions_equal_f64() {
+fn angles_of_large_positions_equal_f64() {
     for family in FAMILIES {
         let golden = Golden::open(family);
         let config = golden.config();

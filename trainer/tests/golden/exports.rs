@@ -1,6 +1,8 @@
-//! What real runs publish: loaded here, and kept for `parity.py` to load with transformers and PEFT.
+//! The published results of real runs, loaded here and left for `parity.py` to load with
+//! transformers and PEFT.
 //!
-//! Each case is one run of the trainer's binary, from preflight to proof, over the JSON contract.
+//! Each case is one run of the trainer's binary over the JSON contract, from the preflight to the
+//! verification.
 
 use std::{
     fs,
@@ -47,10 +49,10 @@ fn published_results_give_the_logits_that_were_trained() {
     assert_eq!(published, 38);
 }
 
-/// The modules that guides list, on a real model whose head is its embedding.
+/// The target modules that guides recommend, on a real model with tied embeddings.
 ///
-/// `FINETUNE_TEST_MODEL` names a directory with SmolLM2-135M-Instruct; its weights are widened to fp32, so
-/// that merging rounds nothing away.
+/// `FINETUNE_TEST_MODEL` names a directory with SmolLM2-135M-Instruct. Its weights are converted to
+/// fp32, so that merging does not round.
 #[test]
 fn nine_modules_of_a_real_model_merge_within_rounding() {
     let Some(stored) = std::env::var_os("FINETUNE_TEST_MODEL").map(PathBuf::from) else {
@@ -58,7 +60,7 @@ fn nine_modules_of_a_real_model_merge_within_rounding() {
         return;
     };
     let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("real-model-fp32");
-    // Widened to fp32.
+    // Converted to fp32.
     copy_model(&stored, &directory, |tensors| {
         for (_, tensor) in tensors {
             *tensor = tensor.to_kind(Kind::Float);
@@ -79,7 +81,7 @@ fn nine_modules_of_a_real_model_merge_within_rounding() {
     base.publish_adapter("real-model-nine", &settings);
 }
 
-/// Copies a model with its weights changed.
+/// Copies a model with changed weights.
 fn copy_model(from: &Path, to: &Path, change: impl Fn(&mut Vec<(String, Tensor)>)) {
     let _ = fs::remove_dir_all(to);
     fs::create_dir_all(to).unwrap();
@@ -96,9 +98,9 @@ fn copy_model(from: &Path, to: &Path, change: impl Fn(&mut Vec<(String, Tensor)>
     }
 }
 
-/// A model whose config says that the head is the embedding, and whose weights have another one.
+/// A model whose config ties the embeddings, but whose weights have a different head.
 #[test]
-fn a_head_of_its_own_is_used_and_published() {
+fn a_separate_head_is_used_and_published() {
     let golden = Golden::open("llama");
     let tokens = &golden.facts.rows[0].tokens;
     let with_head = |name: &str, factor: f64| {
@@ -125,8 +127,8 @@ fn a_head_of_its_own_is_used_and_published() {
     assert!(published.iter().any(|(name, _)| name == "lm_head.weight"));
 }
 
-/// Tokens that the base model does not have: trained with it, published with it, and its own in other
-/// people's software.
+/// Tokens that the base model does not have: they are trained, published, and loaded by other
+/// software.
 #[test]
 fn added_tokens_are_trained_and_published() {
     let nine = Golden::open("llama").facts.lora["nine"].settings.clone();
@@ -161,7 +163,7 @@ fn words(tokens: &[u32]) -> String {
     tokens.iter().map(|token| format!("t{token}")).collect::<Vec<_>>().join(" ")
 }
 
-/// A model, what it is trained on, and the text whose logits are compared.
+/// A model, its training rows, and the tokens whose logits are compared.
 struct Base {
     directory: PathBuf,
     added_tokens: Vec<String>,
@@ -222,7 +224,7 @@ struct Case<'a> {
 }
 
 impl<'a> Case<'a> {
-    /// Starts with nothing: what an earlier build left must not stay.
+    /// Creates a case in an empty directory, because an earlier build may have left files.
     fn new(base: &'a Base, name: &str, lora: Option<LoraSettings>) -> Self {
         let directory = cases().join(name);
         let _ = fs::remove_dir_all(&directory);
@@ -301,7 +303,7 @@ impl<'a> Case<'a> {
         let path = |suffix: &str| self.directory.join(format!("{name}.{suffix}"));
         fs::write(path("json"), render(document)).unwrap();
         let run = Command::new(env!("CARGO_BIN_EXE_finetune-trainer"))
-            // On models this small a second thread only waits.
+            // On models this small, a second thread does not help.
             .env("OMP_NUM_THREADS", "1")
             .args(
                 TrainerArgs::new(
@@ -314,12 +316,12 @@ impl<'a> Case<'a> {
             )
             .output()
             .unwrap();
-        let said = String::from_utf8_lossy(&run.stderr);
-        assert!(run.status.success(), "{}: {name} ended with {}:\n{said}", self.name, run.status);
+        let log = String::from_utf8_lossy(&run.stderr);
+        assert!(run.status.success(), "{}: {name} ended with {}:\n{log}", self.name, run.status);
         parse(&fs::read_to_string(path("report.json")).unwrap()).unwrap()
     }
 
-    /// Leaves what `parity.py` needs.
+    /// Writes the files that `parity.py` reads.
     fn record(&self, model: &str, output: &Path, adapter: Option<&Path>, trained: &Tensor) {
         let Base { directory, added_tokens, probe, tolerance, .. } = self.base;
         let case = json!({
@@ -335,7 +337,7 @@ impl<'a> Case<'a> {
 
 const CONTEXT_LENGTH: u32 = 64;
 
-/// A few steps with a rate high enough that the logits clearly move.
+/// A few steps with a learning rate high enough that the logits clearly change.
 fn training() -> TrainingSettings {
     TrainingSettings {
         context_length: CONTEXT_LENGTH,

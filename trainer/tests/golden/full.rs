@@ -14,8 +14,8 @@ fn ten_steps_of_full_parameter_training_equal_torch() {
         golden.train(&mut model, trajectory, family);
         for (name, expected) in golden.tensors_below("full.") {
             let found = distance(&model.trained().master_of(name).unwrap(), expected);
-            // Shifting every key of a head hardly changes a softmax: the true gradient of a key bias
-            // is almost zero, and Adam turns whatever rounding leaves of it into full steps.
+            // Shifting every key of a head hardly changes a softmax: the true gradient of a key
+            // bias is almost zero, and Adam turns whatever rounding leaves of it into full steps.
             let tolerance = if name.ends_with("k_proj.bias") { 1e-3 } else { 1e-4 };
             assert!(found <= tolerance, "{family}: {name} differs by {found:e} after training");
         }

@@ -1,4 +1,4 @@
-//! Reads a family's goldens, and runs our engine on the same rows.
+//! Reads the golden results of a family, and runs the engine on the same rows.
 
 use std::{
     collections::BTreeMap,
@@ -53,14 +53,14 @@ pub(crate) struct Facts {
     pub(crate) targets: Vec<TargetCase>,
 }
 
-/// Settings, and the modules on which PEFT puts an adapter; nothing where it refuses.
+/// Settings, and the modules on which PEFT puts an adapter; `None` if PEFT refuses them.
 #[derive(Deserialize)]
 pub(crate) struct TargetCase {
     pub(crate) settings: LoraSettings,
     pub(crate) modules: Option<Vec<String>>,
 }
 
-/// A row of tokens, and which of them are predicted.
+/// A row of tokens, and which of them are targets.
 #[derive(Deserialize)]
 pub(crate) struct Row {
     pub(crate) tokens: Vec<u32>,
@@ -75,7 +75,8 @@ struct TrainingFacts {
     max_grad_norm: f64,
 }
 
-/// A run of the reference: its learning rate, and each step's loss and gradient norm before clipping.
+/// A training run of the reference: the learning rate, and the loss and unclipped gradient norm of
+/// each step.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Trajectory {
@@ -84,12 +85,12 @@ pub(crate) struct Trajectory {
     grad_norms: Vec<f64>,
 }
 
-/// One adapter: how it was made, and the run that made it.
+/// One adapter: its settings, and the run that trained it.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct LoraCase {
     pub(crate) settings: LoraSettings,
-    /// What PEFT writes beside the tensors.
+    /// The `adapter_config.json` that PEFT writes.
     pub(crate) adapter_config: serde_json::Value,
     #[serde(flatten)]
     pub(crate) trajectory: Trajectory,
@@ -112,7 +113,7 @@ impl Golden {
         self.tensors.get(name).unwrap_or_else(|| panic!("no golden tensor {name:?}"))
     }
 
-    /// Returns the tensors whose names start so, without that start.
+    /// Returns the tensors whose names start with a prefix, by their remaining names.
     pub(crate) fn tensors_below<'a>(&'a self, prefix: &str) -> BTreeMap<&'a str, &'a Tensor> {
         let below =
             |(name, tensor): (&'a String, &'a Tensor)| Some((name.strip_prefix(prefix)?, tensor));
@@ -130,7 +131,7 @@ impl Golden {
             .unwrap()
     }
 
-    /// Lays rows one after another, as the trainer packs them.
+    /// Packs rows into a micro-batch as the trainer does.
     pub(crate) fn batch(&self, rows: impl IntoIterator<Item = usize>) -> Batch {
         let mut batch = Batch {
             tokens: Vec::new(),
@@ -150,10 +151,10 @@ impl Golden {
         batch
     }
 
-    /// Trains as the reference did, and compares each step's loss and gradient norm.
+    /// Trains as the reference did, and compares the loss and gradient norm of each step.
     ///
-    /// The first step shows whether the gradient is right. Afterwards rounding grows along the way, most
-    /// in a norm that triples from one step to the next: 2.7e-5 is the worst that was seen.
+    /// The first step shows whether the gradient is right. Later, rounding errors grow, most in a
+    /// norm that triples from one step to the next: the largest seen was 2.7e-5.
     pub(crate) fn train(&self, model: &mut Model, trajectory: &Trajectory, what: &str) {
         let training = &self.facts.training;
         let mut optimizer = AdamW::new(model.trained(), Optimizer::Adamw, training.weight_decay);
@@ -168,15 +169,15 @@ impl Golden {
             let rate = trajectory.learning_rate;
             optimizer.step(model.trained_mut(), scale, rate, step as u64 + 1);
             let (loss_limit, norm_limit) = if step == 0 { (1e-6, 1e-6) } else { (1e-5, 5e-5) };
-            let of_loss = (loss / trajectory.losses[step] - 1.0).abs();
+            let loss_error = (loss / trajectory.losses[step] - 1.0).abs();
             assert!(
-                of_loss <= loss_limit,
-                "{what}: the loss of step {step} differs by {of_loss:e}"
+                loss_error <= loss_limit,
+                "{what}: the loss of step {step} differs by {loss_error:e}"
             );
-            let of_norm = (norm / trajectory.grad_norms[step] - 1.0).abs();
+            let norm_error = (norm / trajectory.grad_norms[step] - 1.0).abs();
             assert!(
-                of_norm <= norm_limit,
-                "{what}: the norm of step {step} differs by {of_norm:e}"
+                norm_error <= norm_limit,
+                "{what}: the norm of step {step} differs by {norm_error:e}"
             );
         }
     }

@@ -1,8 +1,9 @@
-//! The engine against transformers, PEFT and torch: `data/` holds what they computed, `gen.py` how.
+//! The engine against transformers, PEFT and torch: `data/` holds their results, written by
+//! `gen.py`.
 //!
 //! Everything here is fp32 on the CPU. Two tensors are compared by the largest absolute difference
 //! over the largest absolute value of the reference ([`golden::distance`]).
-#![expect(clippy::unwrap_used, clippy::panic, reason = "helpers of tests may fail like tests")]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "test helpers may panic like tests")]
 
 mod adapters;
 mod engine;

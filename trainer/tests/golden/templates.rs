@@ -1,7 +1,8 @@
-//! Chat templates against transformers: what `templates.py` left of it.
+//! Chat templates against the results of transformers, which `templates.py` writes.
 //!
-//! Of our own templates that is kept in `templates/`; of those of real models, which are fetched and never
-//! kept, it is in the directory that `FINETUNE_TEMPLATES` names (`cargo xtask parity` does both halves).
+//! Those of our own templates are in `templates/`. Templates of real models are fetched and not
+//! stored here; their results are in the directory that `FINETUNE_TEMPLATES` names (`cargo xtask
+//! parity` runs both steps).
 
 use std::{collections::BTreeMap, fs, path::Path};
 
@@ -18,7 +19,7 @@ use serde::Deserialize;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-/// Words of our own refusals.
+/// Parts of our own error messages.
 const REFUSED: [&str; 3] = ["the chat template leaves", "shows no tools", "puts around turns"];
 
 #[derive(Deserialize)]
@@ -38,7 +39,7 @@ struct Case {
     text: String,
     #[serde(default)]
     ids_sha256: String,
-    /// First token, and the one after the last, of what the assistant generates.
+    /// The ranges of tokens that the assistant generates.
     #[serde(default)]
     generated: Vec<[usize; 2]>,
 }
@@ -119,7 +120,7 @@ fn compare(tokenizer: &Tokenizer, case: &Case, talk: &Talk) -> Option<String> {
     let is_generated = |index| case.generated.iter().any(|[from, to]| (from..to).contains(&&index));
     let mask: Vec<bool> = (0..ids.len()).map(is_generated).collect();
     match tokenizer.tokenize(&Example::Chat(conversation)) {
-        // Rows of which a template leaves something out are refused on purpose.
+        // Rows whose template omits something are refused on purpose.
         Err(reason) if REFUSED.iter().any(|words| reason.contains(words)) => None,
         Err(reason) => Some(format!("ours trains on nothing: {reason}")),
         Ok(tokenized) => {
@@ -128,7 +129,7 @@ fn compare(tokenizer: &Tokenizer, case: &Case, talk: &Talk) -> Option<String> {
                 let marked = ids.iter().zip(mask).filter(|(_, is_marked)| **is_marked);
                 tokenizer.decode(&marked.map(|(id, _)| *id).collect::<Vec<_>>(), false)
             };
-            // What follows the token that ends a turn is never generated, so we do not train on it.
+            // Tokens after the end of a turn are never generated, so we do not train on them.
             let (ours, theirs) = (show(found), show(&mask));
             let is_right = *found == mask || without_ends(&ours) == without_ends(&theirs);
             (!is_right)

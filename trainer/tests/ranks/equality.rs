@@ -18,10 +18,11 @@ use finetune_trainer::{
 };
 use tch::{Device, Kind, Tensor};
 
-use crate::fixture::{LLAMA, batch, checkpoint, lora, start_adapters};
+use crate::fixture::{LLAMA, batch, checkpoint, lora, randomize_adapters};
 
 const STEPS: u64 = 4;
-/// Micro-batches of one step over all ranks, with different numbers of segments, tokens and targets.
+/// Micro-batches of one step over all ranks, with different numbers of segments, tokens and
+/// targets.
 const MICRO_BATCHES: u64 = 4;
 
 /// The results of a run.
@@ -110,7 +111,7 @@ fn run(
         data_parallel,
     )
     .unwrap();
-    start_adapters(&mut model, seed);
+    randomize_adapters(&mut model, seed);
     let mut adamw = AdamW::new(model.trained(), Optimizer::Adamw, 0.1);
     let (mut losses, mut norms, mut sent) = (Vec::new(), Vec::new(), 0);
     for step in 0..STEPS {
@@ -261,9 +262,9 @@ fn each_strategy_sends_the_predicted_bytes() {
         let whole = 2 * share(root + 3 * block) + numbers(world, 2);
         assert_eq!(sent(world as u32, Strategy::Ddp), whole);
         let micro_batches = MICRO_BATCHES / world;
-        // Weights are gathered once, and gradients reduced once or once a micro-batch. With zero3, two of
-        // the three blocks are still gathered when the backward pass starts: 3 + 1 gathers in the first
-        // micro-batch, 1 + 1 in each later one.
+        // Weights are gathered once, and gradients reduced once or once a micro-batch. With zero3,
+        // two of the three blocks are still gathered when the backward pass starts: 3 + 1 gathers
+        // in the first micro-batch, 1 + 1 in each later one.
         let units = |gathers: u64, sums: u64| {
             share(root) * 2
                 + share(block) * (gathers + sums)

@@ -1,4 +1,4 @@
-//! Ranks as processes: what they publish, how they end, and from where they go on.
+//! Ranks as processes: published results, exit codes, and resuming.
 
 use std::{
     fs,
@@ -22,26 +22,26 @@ use tempfile::TempDir;
 use crate::{equality::free_port, fixture::lora};
 
 /// How long a rank may take to notice that another is gone; the default grace is 3 s.
-const SECONDS_TO_END: Duration = Duration::from_secs(10);
+const LOST_RANK_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long anything else may take on a machine that is busy with other tests.
-const PATIENCE: Duration = Duration::from_mins(2);
+const TIMEOUT: Duration = Duration::from_mins(2);
 
-/// A directory with rows, and a run of the tiny model of the goldens on them.
+/// A directory with training rows, and a run of the golden tests' tiny model on them.
 struct Case {
     directory: TempDir,
     config: RunConfig,
 }
 
-/// One rank of a run under way.
+/// The process of one rank.
 struct Rank {
     child: Child,
     report: PathBuf,
 }
 
-/// How a rank ended.
-struct Ended {
+/// The exit of a rank.
+struct RankExit {
     code: Option<i32>,
-    said: String,
+    log: String,
     report: Option<RunReport>,
 }
 
@@ -49,7 +49,7 @@ impl Case {
     fn new(is_lora: bool, total_steps: u64) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let uri = |name: &str| format!("file://{}", directory.path().join(name).display());
-        // Rows of ever other lengths, so that no two ranks have as many tokens.
+        // Rows of different lengths, so that no two ranks have the same number of tokens.
         for (name, rows) in [("train", 0..13), ("validation", 20..25)] {
             let rows = rows.map(|row: usize| {
                 let words: Vec<String> = (0..3 + row * 7 % 40)
@@ -101,7 +101,7 @@ impl Case {
         case
     }
 
-    /// Lets the preflight say which rows there are.
+    /// Runs the preflight and takes the expected data from its report.
     fn expect(&mut self) {
         let config = &self.config;
         let preflight = PreflightConfig {
@@ -118,14 +118,14 @@ impl Case {
         };
         let rank = self.spawn(TrainerCommand::Preflight, "preflight", &preflight, &[]);
         let report = rank.report.clone();
-        let ended = rank.end(PATIENCE);
-        assert_eq!(ended.code, Some(0), "{}", ended.said);
+        let exit = rank.end(TIMEOUT);
+        assert_eq!(exit.code, Some(0), "{}", exit.log);
         let report: PreflightReport = parse(&fs::read_to_string(report).unwrap()).unwrap();
         self.config.expected.train_sha256 = report.train.unwrap().sha256;
         self.config.expected.validation_sha256 = Some(report.validation.unwrap().sha256);
     }
 
-    /// Makes the same run over so many ranks: the same four sequences a step.
+    /// Returns the same run over so many ranks, with the same four sequences per step.
     fn over(&self, world_size: u32, strategy: Strategy) -> RunConfig {
         let mut config = self.config.clone();
         config.parallelism = Parallelism { world_size, strategy, ..Parallelism::SINGLE };
@@ -158,7 +158,7 @@ impl Case {
         Rank { child, report: path("report.json") }
     }
 
-    /// Starts all ranks of a run; each may be told something of its own.
+    /// Starts all ranks of a run; `change` may change the config of each.
     fn start(&self, config: &RunConfig, change: impl Fn(u32, &mut RunConfig)) -> Vec<Rank> {
         let Parallelism { world_size, .. } = config.parallelism;
         let port = free_port();
@@ -177,13 +177,13 @@ impl Case {
             .collect()
     }
 
-    /// Runs to the end; returns rank 0's report and the published weights.
+    /// Runs to completion; returns rank 0's report and the published weights.
     fn finish(&self, config: &RunConfig) -> (RunReport, Vec<(String, Tensor)>) {
         let mut report = None;
         for rank in self.start(config, |_, _| {}) {
-            let ended = rank.end(PATIENCE);
-            assert_eq!(ended.code, Some(0), "{}", ended.said);
-            report = report.or(ended.report);
+            let exit = rank.end(TIMEOUT);
+            assert_eq!(exit.code, Some(0), "{}", exit.log);
+            report = report.or(exit.report);
         }
         let name = if config.lora.is_some() { "adapter_model" } else { "model" };
         let file = self.directory.path().join("output").join(format!("{name}.safetensors"));
@@ -192,7 +192,7 @@ impl Case {
         (report.unwrap(), weights)
     }
 
-    fn forget_output(&self) {
+    fn remove_output(&self) {
         for name in ["output", "checkpoints"] {
             let _ = fs::remove_dir_all(self.directory.path().join(name));
         }
@@ -200,7 +200,7 @@ impl Case {
 }
 
 impl Rank {
-    /// Waits until the rank tells that a step is done.
+    /// Waits until the rank reports a step as done.
     fn wait_for_step(&mut self, step: u64) {
         let stdout = self.child.stdout.take().unwrap();
         let mut lines = BufReader::new(stdout).lines();
@@ -208,8 +208,8 @@ impl Rank {
             .by_ref()
             .map_while(Result::ok)
             .any(|line| parse::<Progress>(&line).is_ok_and(|progress| progress.step >= step));
-        assert!(reached, "the rank ended before step {step}");
-        // The rest must be read, or the rank waits for room in the pipe.
+        assert!(reached, "the rank exited before step {step}");
+        // The remaining lines must be read, or the rank blocks on a full pipe.
         std::thread::spawn(move || lines.for_each(drop));
     }
 
@@ -218,27 +218,27 @@ impl Rank {
         assert!(Command::new("kill").args(["-s", name, &pid]).status().unwrap().success());
     }
 
-    fn end(mut self, patience: Duration) -> Ended {
+    fn end(mut self, timeout: Duration) -> RankExit {
         if let Some(stdout) = self.child.stdout.take() {
             std::thread::spawn(move || BufReader::new(stdout).lines().for_each(drop));
         }
         let started = Instant::now();
-        let log = self.report.with_extension("").with_extension("log");
-        let said = || fs::read_to_string(&log).unwrap_or_default();
+        let log_path = self.report.with_extension("").with_extension("log");
+        let log = || fs::read_to_string(&log_path).unwrap_or_default();
         let status = loop {
             if let Some(status) = self.child.try_wait().unwrap() {
                 break status;
             }
-            if started.elapsed() > patience {
+            if started.elapsed() > timeout {
                 self.child.kill().unwrap();
-                panic!("still running after {patience:?}: {}", said());
+                panic!("still running after {timeout:?}: {}", log());
             }
             std::thread::sleep(Duration::from_millis(20));
         };
         let report = fs::read_to_string(&self.report).ok();
-        Ended {
+        RankExit {
             code: status.code(),
-            said: said(),
+            log: log(),
             report: report.and_then(|report| parse(&report).ok()),
         }
     }
@@ -291,7 +291,8 @@ fn assert_same_losses(many: &RunReport, one: &RunReport) {
     }
 }
 
-/// Trains over other numbers of ranks what one rank trains, from preflight's rows to what is published.
+/// Compares runs over several ranks with a run of one rank, from the preflight to the published
+/// weights.
 fn check(is_lora: bool) {
     let case = Case::new(is_lora, 6);
     let (one, weights) = case.finish(&case.over(1, Strategy::None));
@@ -302,7 +303,7 @@ fn check(is_lora: bool) {
         &[(2, Strategy::Ddp), (2, Strategy::Zero1), (4, Strategy::Zero2), (4, Strategy::Zero3)]
     };
     for &(world_size, strategy) in strategies {
-        case.forget_output();
+        case.remove_output();
         let (many, many_weights) = case.finish(&case.over(world_size, strategy));
         assert_same_losses(&many, &one);
         assert_eq!(many.tokens_seen, one.tokens_seen);
@@ -322,29 +323,29 @@ fn several_ranks_publish_the_adapter_that_one_does() {
 }
 
 #[test]
-fn a_run_goes_on_in_smaller_pieces_as_if_it_had_begun_in_them() {
+fn a_run_resumes_with_smaller_micro_batches_to_the_same_result() {
     let mut case = Case::new(true, 60);
     // With dropout: a smaller micro-batch draws the masks its rows would have in a larger one.
     case.config.lora.as_mut().unwrap().lora_dropout = 0.2;
-    let pieces = |micro_batch_size: u32, recompute: Recompute| {
+    let with_micro_batches = |micro_batch_size: u32, recompute: Recompute| {
         let mut config = case.over(1, Strategy::None);
         config.training.micro_batch_size = micro_batch_size;
         config.training.gradient_accumulation_steps = 4 / micro_batch_size;
         config.training.recompute = recompute;
         config
     };
-    let whole = pieces(4, Recompute::None);
+    let whole = with_micro_batches(4, Recompute::None);
     let (expected_report, expected) = case.finish(&whole);
     for smaller in [
-        pieces(2, Recompute::None),
-        pieces(1, Recompute::Block),
+        with_micro_batches(2, Recompute::None),
+        with_micro_batches(1, Recompute::Block),
         RunConfig { attempt: 1, ..case.over(2, Strategy::Zero3) },
     ] {
-        case.forget_output();
+        case.remove_output();
         let mut rank = case.start(&whole, |_, _| {}).swap_remove(0);
         rank.wait_for_step(5);
         rank.signal("KILL");
-        rank.end(PATIENCE);
+        rank.end(TIMEOUT);
         let (report, weights) = case.finish(&smaller);
         assert!(report.resumed_from_step.is_some_and(|step| step >= 2), "{report:?}");
         assert_same_losses(&report, &expected_report);
@@ -355,7 +356,7 @@ fn a_run_goes_on_in_smaller_pieces_as_if_it_had_begun_in_them() {
 }
 
 #[test]
-fn a_published_adapter_is_gone_on_from_where_it_was() {
+fn a_published_adapter_is_a_starting_point() {
     let mut case = Case::new(true, 6);
     let (before, published) = case.finish(&case.over(1, Strategy::None));
     let [_, published_loss] = before.eval_loss.unwrap();
@@ -365,31 +366,31 @@ fn a_published_adapter_is_gone_on_from_where_it_was() {
     case.config.run_id = RunId("continued".to_owned());
     case.config.initial_adapter = Some(format!("file://{}", adapter.display()));
     for (world_size, strategy) in [(1, Strategy::None), (2, Strategy::Zero3)] {
-        case.forget_output();
+        case.remove_output();
         let (report, weights) = case.finish(&case.over(world_size, strategy));
         let [loss, better] = report.eval_loss.unwrap();
         assert!((loss - published_loss).abs() < 1e-6, "{loss} {published_loss}");
         assert!(better < loss, "{loss} → {better}");
         assert!(weights.iter().zip(&published).any(|((_, now), (_, then))| !now.equal(then)));
     }
-    // Of another shape: said with both values.
-    case.forget_output();
+    // The error for another shape names both values.
+    case.remove_output();
     case.config.lora.as_mut().unwrap().r = 2;
-    let ended = case.start(&case.over(1, Strategy::None), |_, _| {}).swap_remove(0).end(PATIENCE);
-    assert_eq!(ended.code, Some(78), "{}", ended.said);
-    let Outcome::Failed { message, .. } = ended.report.unwrap().outcome else {
+    let exit = case.start(&case.over(1, Strategy::None), |_, _| {}).swap_remove(0).end(TIMEOUT);
+    assert_eq!(exit.code, Some(78), "{}", exit.log);
+    let Outcome::Failed { message, .. } = exit.report.unwrap().outcome else {
         panic!("no failure")
     };
     insta::assert_snapshot!(message, @"spec.loraConfig.r: is 2, but the initial weights have 4: set it to 4");
 }
 
-/// Runs over two ranks until there are checkpoints, and returns one that was evaluated, with its loss.
+/// Runs over two ranks until there are checkpoints; returns one that was evaluated, and its loss.
 fn stopped_at_a_step(case: &Case, strategy: Strategy) -> (PathBuf, f64) {
     let mut ranks = case.start(&case.over(2, strategy), |_, _| {});
     ranks[0].wait_for_step(7);
     ranks[0].signal("TERM");
     for rank in ranks {
-        rank.end(PATIENCE);
+        rank.end(TIMEOUT);
     }
     let before = case.directory.path().join("before");
     let _ = fs::remove_dir_all(&before);
@@ -406,7 +407,7 @@ fn stopped_at_a_step(case: &Case, strategy: Strategy) -> (PathBuf, f64) {
 }
 
 #[test]
-fn a_step_of_another_run_is_started_from_over_any_number_of_ranks() {
+fn a_run_starts_from_a_checkpoint_of_another_run_over_any_number_of_ranks() {
     for (is_lora, strategy) in [(true, Strategy::Ddp), (false, Strategy::Zero2)] {
         let mut case = Case::new(is_lora, 1_000_000);
         let (step, loss) = stopped_at_a_step(&case, strategy);
@@ -414,20 +415,20 @@ fn a_step_of_another_run_is_started_from_over_any_number_of_ranks() {
         case.config.training.total_steps = 4;
         case.config.initial_checkpoint = Some(format!("file://{}", step.display()));
         for (world_size, strategy) in [(1, Strategy::None), (2, Strategy::Zero3)] {
-            case.forget_output();
+            case.remove_output();
             let (report, _) = case.finish(&case.over(world_size, strategy));
             let [start, end] = report.eval_loss.unwrap();
             assert!((start - loss).abs() < 1e-6, "{start} {loss}");
             assert!(end < start, "{start} → {end}");
             assert_eq!((report.steps, report.resumed_from_step), (4, None));
         }
-        // What does not fit is said by the preflight, and by the trainer itself.
+        // Mismatches are reported by the preflight and by the trainer itself.
         let refusal = |case: &Case| {
-            case.forget_output();
+            case.remove_output();
             let mut ranks = case.start(&case.over(1, Strategy::None), |_, _| {});
-            let ended = ranks.swap_remove(0).end(PATIENCE);
-            assert_eq!(ended.code, Some(78), "{}", ended.said);
-            let Outcome::Failed { message, .. } = ended.report.unwrap().outcome else {
+            let exit = ranks.swap_remove(0).end(TIMEOUT);
+            assert_eq!(exit.code, Some(78), "{}", exit.log);
+            let Outcome::Failed { message, .. } = exit.report.unwrap().outcome else {
                 panic!("no failure")
             };
             message
@@ -450,11 +451,11 @@ fn a_step_of_another_run_is_started_from_over_any_number_of_ranks() {
 }
 
 #[test]
-fn a_run_whose_time_is_over_publishes_what_it_has() {
+fn a_run_that_reaches_its_time_limit_publishes_its_weights() {
     let mut case = Case::new(true, 1_000_000);
     case.config.training.max_time_seconds = Some(1);
     for (world_size, strategy) in [(1, Strategy::None), (2, Strategy::Ddp)] {
-        case.forget_output();
+        case.remove_output();
         let (report, _) = case.finish(&case.over(world_size, strategy));
         assert_eq!(report.stopped_early, Some(StoppedEarly::Time));
         assert!((1..1_000_000).contains(&report.steps), "{}", report.steps);
@@ -464,37 +465,37 @@ fn a_run_whose_time_is_over_publishes_what_it_has() {
 }
 
 #[test]
-fn a_stop_of_one_stops_all_after_the_same_step_and_any_number_goes_on() {
+fn stopping_one_rank_stops_all_after_the_same_step_and_any_number_resumes() {
     let case = Case::new(false, 200);
     let whole = case.over(1, Strategy::None);
     let (_, expected) = case.finish(&whole);
-    case.forget_output();
+    case.remove_output();
 
     let mut ranks = case.start(&case.over(2, Strategy::Zero3), |_, _| {});
     ranks[0].wait_for_step(3);
     ranks[1].signal("TERM");
-    let stopped: Vec<Ended> = ranks.into_iter().map(|rank| rank.end(PATIENCE)).collect();
+    let stopped: Vec<RankExit> = ranks.into_iter().map(|rank| rank.end(TIMEOUT)).collect();
     let steps: Vec<u64> = stopped
         .iter()
-        .map(|ended| {
-            assert_eq!(ended.code, Some(75), "{}", ended.said);
-            match ended.report.as_ref().unwrap().outcome {
+        .map(|exit| {
+            assert_eq!(exit.code, Some(75), "{}", exit.log);
+            match exit.report.as_ref().unwrap().outcome {
                 Outcome::Interrupted { checkpoint_step } => checkpoint_step,
-                _ => panic!("{}", ended.said),
+                _ => panic!("{}", exit.log),
             }
         })
         .collect();
     assert_eq!(steps[0], steps[1]);
     assert!(steps[0] < 200, "it was stopped too late to show anything");
 
-    // Four go on whole, and are stopped again; one finishes.
+    // Four ranks resume without sharding and are stopped again; one rank finishes.
     let mut ranks = case.start(&case.over(4, Strategy::Ddp), |_, _| {});
     ranks[0].wait_for_step(steps[0] + 3);
     ranks[2].signal("TERM");
     for rank in ranks {
-        let ended = rank.end(PATIENCE);
-        assert_eq!(ended.code, Some(75), "{}", ended.said);
-        assert_eq!(ended.report.unwrap().resumed_from_step, Some(steps[0]));
+        let exit = rank.end(TIMEOUT);
+        assert_eq!(exit.code, Some(75), "{}", exit.log);
+        assert_eq!(exit.report.unwrap().resumed_from_step, Some(steps[0]));
     }
     let (report, weights) = case.finish(&whole);
     assert!(report.resumed_from_step.unwrap() > steps[0]);
@@ -515,10 +516,10 @@ fn kill_one(victim: usize, strategy: Strategy) {
     ranks[victim].signal("KILL");
     ranks.remove(victim).child.wait().unwrap();
     for rank in ranks {
-        let ended = rank.end(SECONDS_TO_END);
-        assert_eq!(ended.code, Some(76), "{}", ended.said);
-        let Outcome::Failed { reason, message } = ended.report.unwrap().outcome else {
-            panic!("{}", ended.said)
+        let exit = rank.end(LOST_RANK_TIMEOUT);
+        assert_eq!(exit.code, Some(76), "{}", exit.log);
+        let Outcome::Failed { reason, message } = exit.report.unwrap().outcome else {
+            panic!("{}", exit.log)
         };
         assert_eq!(reason, FailureReason::PeerLost);
         assert!(message.contains(&format!("rank {victim} is gone")), "{message}");
@@ -537,7 +538,7 @@ fn the_death_of_rank_0_ends_all_in_seconds() {
 }
 
 #[test]
-fn all_say_why_one_failed() {
+fn all_ranks_report_why_one_failed() {
     let case = Case::new(true, 6);
     let config = case.over(2, Strategy::Ddp);
     let ranks = case.start(&config, |rank, config| {
@@ -545,14 +546,14 @@ fn all_say_why_one_failed() {
             config.expected.train_sha256 = "of other rows".to_owned();
         }
     });
-    let [first, second]: [Ended; 2] = ranks
+    let [first, second]: [RankExit; 2] = ranks
         .into_iter()
-        .map(|rank| rank.end(PATIENCE))
+        .map(|rank| rank.end(TIMEOUT))
         .collect::<Vec<_>>()
         .try_into()
         .ok()
         .unwrap();
-    assert_eq!((first.code, second.code), (Some(76), Some(65)), "{}{}", first.said, second.said);
+    assert_eq!((first.code, second.code), (Some(76), Some(65)), "{}{}", first.log, second.log);
     let Outcome::Failed { message, .. } = first.report.unwrap().outcome else { panic!() };
     assert!(message.contains("rank 1 failed: ") && message.contains("changed since"), "{message}");
 }

@@ -14,7 +14,8 @@ use crate::ops::{
     },
 };
 
-/// Reports whether our kernels support a product `[T, K] · [K, N]` in which `K` or `N` is a low rank.
+/// Reports whether our kernels support a product `[T, K] · [K, N]` in which `K` or `N` is a low
+/// rank.
 pub(in crate::ops) fn supports_multiply(left: &Tensor, factor: Factor<'_>, to: &Tensor) -> bool {
     let dense = factor.tensor();
     dense.is_contiguous()
@@ -24,8 +25,8 @@ pub(in crate::ops) fn supports_multiply(left: &Tensor, factor: Factor<'_>, to: &
         })
 }
 
-/// Reports whether our kernels support adding `leftᵀ · right` to a gradient, where the width of `left`
-/// or `right` is a low rank.
+/// Reports whether our kernels support adding `leftᵀ · right` to a gradient, where the width of
+/// `left` or `right` is a low rank.
 pub(in crate::ops) fn supports_outer(left: &Tensor, right: &Tensor, grad: &Tensor) -> bool {
     grad.is_contiguous()
         && grad.kind() == Kind::Float

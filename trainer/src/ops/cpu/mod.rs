@@ -60,7 +60,8 @@ pub(super) fn rms_norm_backward(
         let (x, weight) = (elements::<E>(x), elements::<E>(weight));
         let residual = residual.map(elements::<E>);
         let width = weight.len();
-        // Each task has its own partial sum, so that the total does not depend on the number of threads.
+        // Each task has its own partial sum, so that the total does not depend on the number of
+        // threads.
         let partial_width = if weight_grad.is_some() { width } else { 0 };
         let task_elements = width * (TASK_ELEMENTS / width).max(1);
         PARTIALS.with_borrow_mut(|partial| {

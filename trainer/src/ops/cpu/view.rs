@@ -84,8 +84,8 @@ pub(super) fn elements_mut<E: TensorElement>(tensor: &mut Tensor) -> &mut [E] {
     }
 }
 
-/// Reports whether a tensor is a CPU matrix of the type whose rows are aligned to 32-bit words, so that
-/// bf16 elements can be read in pairs.
+/// Reports whether a tensor is a CPU matrix of the type whose rows are aligned to 32-bit words, so
+/// that bf16 elements can be read in pairs.
 pub(super) fn is_word_aligned_matrix<E: TensorElement>(tensor: &Tensor) -> bool {
     let (size, stride) = (tensor.size(), tensor.stride());
     let per_word = (size_of::<u32>() / size_of::<E>()).max(1) as i64;
@@ -128,8 +128,8 @@ pub(super) fn operand<E: TensorElement>(factor: Factor<'_>) -> Operand<'_, E> {
     }
 }
 
-/// Returns the elements of a word-aligned matrix from the first to the last, mutable. In a column slice
-/// this includes the elements between its rows.
+/// Returns the elements of a word-aligned matrix from the first to the last, mutable. In a column
+/// slice this includes the elements between its rows.
 ///
 /// # Panics
 /// If [`is_word_aligned_matrix`] is false.
