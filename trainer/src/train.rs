@@ -7,11 +7,14 @@ use tracing::info;
 
 use crate::{
     checkpoint::{Checkpoints, Evaluated, TrainState},
-    data::{Batch, Dataset, Sequences},
+    data::{
+        dataset::Dataset,
+        sequences::{Batch, Sequences},
+    },
     distributed,
     failure::Failure,
     layers::dropout::Dropout,
-    metrics::recorder::{StepFigures, Teller},
+    metrics::recorder::{Recorder, StepFigures},
     model::Model,
     optim::{self, AdamW, Clipped},
     runtime::{clock, rng::Counter},
@@ -29,9 +32,9 @@ pub struct Training<'a> {
     /// The optimizer.
     pub optimizer: AdamW,
     /// The rows trained on.
-    pub train: Split,
+    pub train: DataSplit,
     /// The rows held out.
-    pub validation: Option<Split>,
+    pub validation: Option<DataSplit>,
     /// Where to save.
     pub checkpoints: Checkpoints,
     /// What the run has come to.
@@ -39,7 +42,7 @@ pub struct Training<'a> {
 }
 
 /// Rows and how they are arranged in sequences.
-pub struct Split {
+pub struct DataSplit {
     /// The rows.
     pub dataset: Dataset,
     /// Their arrangement.
@@ -61,11 +64,15 @@ impl Training<'_> {
     /// # Errors
     /// A [`Failure`] if the loss is no longer finite, a checkpoint cannot be saved, or another rank
     /// is lost.
-    pub fn run(&mut self, stop: &AtomicBool, teller: &mut Teller<'_>) -> Result<Ended, Failure> {
+    pub fn run(
+        &mut self,
+        stop: &AtomicBool,
+        recorder: &mut Recorder<'_>,
+    ) -> Result<Ended, Failure> {
         let settings = &self.config.training;
         if self.state.step == 0 && self.state.base_eval_loss.is_none() {
-            self.state.base_eval_loss = self.evaluate(teller)?;
-            teller.evaluated(&self.state);
+            self.state.base_eval_loss = self.evaluate(recorder)?;
+            recorder.record_evaluation(&self.state);
         }
         let mut order = Order::new(settings.seed);
         if !self.is_over() {
@@ -76,14 +83,14 @@ impl Training<'_> {
             let figures = self.step(&mut order)?;
             self.state.training_seconds += since.elapsed().as_secs_f64();
             since = clock::now();
-            teller.step(&self.state, self.epoch(), &figures);
+            recorder.record_step(&self.state, self.epoch(), &figures);
             if self.state.step < settings.total_steps && self.is_out_of_time()? {
                 info!(step = self.state.step, "stopping early: its time is over");
                 self.state.stopped_early = Some(StoppedEarly::Time);
             }
             let is_to_evaluate =
                 self.is_over() || is_due(self.state.step, settings.evaluation_steps);
-            let is_best = is_to_evaluate && self.evaluate_and_compare(teller)?;
+            let is_best = is_to_evaluate && self.evaluate_and_compare(recorder)?;
             if !self.is_over() && self.is_out_of_patience() {
                 let evaluations = self.state.evaluations_since_best;
                 let step = self.state.step;
@@ -108,16 +115,16 @@ impl Training<'_> {
             if self.is_over() || is_stopped || is_best || is_time {
                 self.checkpoints.save(&self.state, &self.model, &self.optimizer)?;
             }
-            self.tell_saved(teller);
+            self.record_checkpoint(recorder);
             if is_stopped && !self.is_over() {
                 self.checkpoints.settle()?;
-                self.tell_saved(teller);
+                self.record_checkpoint(recorder);
                 return Ok(Ended::Interrupted);
             }
         }
         self.checkpoints.settle()?;
-        self.tell_saved(teller);
-        teller.finished(&self.state);
+        self.record_checkpoint(recorder);
+        recorder.record_final_state(&self.state);
         Ok(Ended::Complete)
     }
 
@@ -138,9 +145,9 @@ impl Training<'_> {
         patience > 0 && self.state.evaluations_since_best >= patience
     }
 
-    fn tell_saved(&self, teller: &mut Teller<'_>) {
+    fn record_checkpoint(&self, recorder: &mut Recorder<'_>) {
         if let Some(saved) = self.checkpoints.saved() {
-            teller.saved(saved);
+            recorder.record_checkpoint(saved);
         }
     }
 
@@ -148,9 +155,9 @@ impl Training<'_> {
     ///
     /// # Errors
     /// [`distributed::Error`] if another rank is lost.
-    pub fn evaluate(&self, teller: &mut Teller<'_>) -> Result<Option<f64>, distributed::Error> {
-        let Some(Split { dataset, sequences }) = &self.validation else { return Ok(None) };
-        teller.stage(Stage::Evaluating);
+    pub fn evaluate(&self, recorder: &mut Recorder<'_>) -> Result<Option<f64>, distributed::Error> {
+        let Some(DataSplit { dataset, sequences }) = &self.validation else { return Ok(None) };
+        recorder.record_stage(Stage::Evaluating);
         let ranks = self.model.ranks();
         let all: Vec<usize> = (0..sequences.len()).collect();
         let batches: Vec<_> = all.chunks(self.config.training.micro_batch_size as usize).collect();
@@ -185,7 +192,7 @@ impl Training<'_> {
     /// Packed sequences are nearly equal, so for them it costs nothing; else a micro-batch a process.
     fn rehearse(&self, order: &mut Order) -> Result<(), distributed::Error> {
         let settings = &self.config.training;
-        let Split { dataset, sequences } = &self.train;
+        let DataSplit { dataset, sequences } = &self.train;
         let largest = sequences.largest(dataset, settings.micro_batch_size as usize);
         let largest = sequences.batch(dataset, &largest);
         let first = (0..self.micro_batches(self.state.step))
@@ -271,8 +278,8 @@ impl Training<'_> {
     }
 
     /// Evaluates, and tells whether the weights are the best so far, which must be kept.
-    fn evaluate_and_compare(&mut self, teller: &mut Teller<'_>) -> Result<bool, Failure> {
-        let Some(loss) = self.evaluate(teller)? else { return Ok(false) };
+    fn evaluate_and_compare(&mut self, recorder: &mut Recorder<'_>) -> Result<bool, Failure> {
+        let Some(loss) = self.evaluate(recorder)? else { return Ok(false) };
         let evaluated = Evaluated { step: self.state.step, loss };
         self.state.last_eval = Some(evaluated);
         let is_best = self.state.best.is_none_or(|best| loss < best.loss);
@@ -282,7 +289,7 @@ impl Training<'_> {
         } else {
             self.state.evaluations_since_best += 1;
         }
-        teller.evaluated(&self.state);
+        recorder.record_evaluation(&self.state);
         Ok(is_best)
     }
 
@@ -299,7 +306,7 @@ impl Training<'_> {
         let (sequences_of_step, micro_batches) =
             (self.config.sequences_of_step(step), self.micro_batches(step));
         let until = |micro: u64| start + sequences_of_step * micro / micro_batches;
-        let Split { dataset, sequences } = &self.train;
+        let DataSplit { dataset, sequences } = &self.train;
         let chosen: Vec<usize> =
             (until(micro)..until(micro + 1)).map(|index| order.at(sequences, index)).collect();
         sequences.batch(dataset, &chosen)

@@ -421,7 +421,7 @@ mod tests {
     fn archive(keep: usize) -> Archive {
         let uri = ObjectUri::parse("s3://bucket/run").unwrap();
         Archive {
-            store: Store::over(&uri, Arc::new(object_store::memory::InMemory::new())),
+            store: Store::from_object_store(&uri, Arc::new(object_store::memory::InMemory::new())),
             run_id: RunId("a-1".to_owned()),
             settings_sha256: String::new(),
             model: ModelSource::of("file:///base"),

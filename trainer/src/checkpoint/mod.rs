@@ -39,7 +39,7 @@ use crate::{
     },
     distributed::Ranks,
     failure::Failure,
-    hf::weights::{self, Checkpoint as Tensors},
+    hf::weights::{self, WeightFiles},
     model::Model,
     optim::AdamW,
     params::{
@@ -363,7 +363,7 @@ struct Stored {
 /// Opens fetched files, and leaves no name of them behind.
 fn open(files: &[(Share, PathBuf)], model: &Model) -> Result<Vec<StoredFile>, Failure> {
     let open = |(share, path): &(Share, PathBuf)| {
-        let tensors = Tensors::open_file(path).map_err(unlike)?;
+        let tensors = WeightFiles::open_file(path).map_err(unlike)?;
         // The map keeps the bytes.
         let _ = std::fs::remove_file(path);
         let (spans, length) = match *share {
@@ -382,7 +382,7 @@ fn open(files: &[(Share, PathBuf)], model: &Model) -> Result<Vec<StoredFile>, Fa
 }
 
 struct StoredFile {
-    tensors: Tensors,
+    tensors: WeightFiles,
     /// Which elements of all that is trained the file's tensors have.
     spans: Vec<Span>,
     /// Elements of each tensor, filling included.

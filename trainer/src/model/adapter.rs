@@ -11,7 +11,7 @@ use tch::Device;
 use crate::{
     architecture::{config::ModelConfig, names},
     failure::Failure,
-    hf::weights::{self, Checkpoint},
+    hf::weights::{self, WeightFiles},
     lora::{
         CONFIG_FILE, PREFIX, WEIGHTS_FILE,
         config::{self, AdapterConfig},
@@ -118,7 +118,7 @@ pub struct Adapter {
     pub settings: AdapterConfig,
     /// What it is on the base model.
     pub published: Published,
-    weights: Checkpoint,
+    weights: WeightFiles,
 }
 
 impl Adapter {
@@ -132,7 +132,7 @@ impl Adapter {
             .map_err(|source| Error::Read { path: path.clone(), source })?;
         let settings = config::parse(&text).map_err(|reason| Error::Settings { path, reason })?;
         let weights =
-            Checkpoint::open_file(&directory.join(WEIGHTS_FILE)).map_err(Error::Weights)?;
+            WeightFiles::open_file(&directory.join(WEIGHTS_FILE)).map_err(Error::Weights)?;
         let published = Published::new(config, &settings, &weights.entries())
             .map_err(|source| Error::Fit { directory: directory.to_owned(), source })?;
         Ok(Self { settings, published, weights })
@@ -143,7 +143,7 @@ impl Adapter {
         if self.published.copies.is_empty() {
             return Ok(());
         }
-        let base = Checkpoint::open(base).map_err(Error::Weights)?;
+        let base = WeightFiles::open(base).map_err(Error::Weights)?;
         for (copy, name) in &self.published.copies {
             // A head that is the embedding has no tensor of its own.
             let name = if base.contains(name) { name.as_str() } else { names::EMBEDDING_WEIGHT };

@@ -7,10 +7,10 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{
     architecture::{config::ModelConfig, names},
-    data::Batch,
+    data::sequences::Batch,
     distributed::{self, Ranks},
     failure::Failure,
-    hf::weights::{self, Checkpoint},
+    hf::weights::{self, WeightFiles},
     layers::{
         attention::{Attention, Segments},
         dropout::Dropout,
@@ -110,7 +110,7 @@ impl Model {
         seed: Counter,
         division: Division,
     ) -> Result<Self, Failure> {
-        let checkpoint = Checkpoint::open(directory).map_err(invalid_model)?;
+        let checkpoint = WeightFiles::open(directory).map_err(invalid_model)?;
         checkpoint.check_all_used(&config).map_err(invalid_model)?;
         let Division { ranks, strategy, bucket_bytes } = division;
         let specs = attachment.trained(&config);
@@ -482,7 +482,7 @@ impl<'a> Flow<'a> {
 
 /// Builds modules from a checkpoint.
 struct Parts<'a> {
-    checkpoint: &'a Checkpoint,
+    checkpoint: &'a WeightFiles,
     config: &'a ModelConfig,
     attachment: &'a Attachment,
     trained: &'a FlatParams,

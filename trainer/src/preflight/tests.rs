@@ -162,7 +162,7 @@ fn names_what_is_missing_of_a_model() {
     for (file, wanted) in [
         ("config.json", "has no config.json"),
         ("tokenizer.json", "tokenizer.json"),
-        ("model.safetensors", "has no model.safetensors"),
+        ("model.safetensors", "has neither model.safetensors"),
     ] {
         let fixture = Fixture::new();
         fs::remove_file(fixture.path("model").join(file)).unwrap();
@@ -176,7 +176,7 @@ fn refuses_weights_that_can_run_code() {
     let fixture = Fixture::new();
     let model = fixture.path("model");
     fs::rename(model.join("model.safetensors"), model.join("pytorch_model.bin")).unwrap();
-    insta::assert_snapshot!(fixture.check(), @"InvalidModel spec.model.uri: the weights are a pickle (pytorch_model.bin), which can run any code when opened: convert them with transformers' save_pretrained, which writes safetensors");
+    insta::assert_snapshot!(fixture.check(), @"InvalidModel spec.model.uri: the weights are a pickle (pytorch_model.bin), which can execute any code when loaded: convert them with transformers' save_pretrained, which writes safetensors");
 }
 
 #[test]
@@ -189,7 +189,7 @@ fn refuses_weights_that_do_not_fit_the_config() {
         shapes.insert("model.layers.0.self_attn.rotary_emb.inv_freq".to_owned(), vec![4]);
     });
     insta::assert_snapshot!(fixture.check(), @"
-        InvalidModel spec.model.uri: the weights have model.layers.0.self_attn.q_proj.bias, which a model of this config.json does not use: its answers would be wrong
+        InvalidModel spec.model.uri: the weights have model.layers.0.self_attn.q_proj.bias, which a model with this config.json does not use: its output would be wrong
         InvalidModel spec.model.uri: the weights lack model.norm.weight: they do not belong to this config.json
         InvalidModel spec.model.uri: the weights do not fit config.json: model.embed_tokens.weight is [300, 16], not [320, 16]
         ");
@@ -211,7 +211,7 @@ fn refuses_an_index_that_names_a_missing_shard() {
     let index = json!({"metadata": {}, "weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}});
     fixture.write("model/model.safetensors.index.json", &index.to_string());
     fs::remove_file(fixture.path("model/model.safetensors")).unwrap();
-    insta::assert_snapshot!(fixture.check(), @r#"InvalidModel spec.model.uri: model.safetensors.index.json names "model-00001-of-00002.safetensors", which does not exist"#);
+    insta::assert_snapshot!(fixture.check(), @r#"InvalidModel spec.model.uri: model.safetensors.index.json lists "model-00001-of-00002.safetensors", which does not exist"#);
 }
 
 #[test]
@@ -238,7 +238,7 @@ fn wants_a_tokenizer_of_this_model() {
     let config = fs::read_to_string(fixture.path("model/config.json")).unwrap();
     fixture.write("model/config.json", &config.replace("320", "258"));
     fixture.write_weights(|_| {});
-    insta::assert_snapshot!(fixture.check(), @"InvalidTokenizer spec.model.uri: the tokenizer gives token 259, but the model's embedding has only 258 rows: tokenizer and model do not belong together");
+    insta::assert_snapshot!(fixture.check(), @"InvalidTokenizer spec.model.uri: the tokenizer produces token 259, but the embedding of the model has only 258 rows: tokenizer and model do not belong together");
 }
 
 /// Tokens that the tokenizer has and the embedding has not matter where a row has them.
@@ -251,17 +251,17 @@ fn a_token_beyond_the_embedding_is_refused_where_it_occurs() {
     assert_eq!(fixture.check(), "");
     fixture.write("valid.jsonl", "{\"text\": \"<|eot_id|>\"}\n");
     fixture.config.dataset.validation = Some(fixture.at("valid.jsonl"));
-    insta::assert_snapshot!(fixture.check(), @"InvalidTokenizer spec.model.uri: the tokenizer gives token 263, but the model's embedding has only 260 rows: tokenizer and model do not belong together");
+    insta::assert_snapshot!(fixture.check(), @"InvalidTokenizer spec.model.uri: the tokenizer produces token 263, but the embedding of the model has only 260 rows: tokenizer and model do not belong together");
     fixture.config.dataset.validation = None;
     fixture.write("train.jsonl", "{\"text\": \"one\"}\n{\"text\": \"<|eot_id|>\"}\n");
-    insta::assert_snapshot!(fixture.check(), @"InvalidTokenizer spec.model.uri: the tokenizer gives token 263, but the model's embedding has only 260 rows: tokenizer and model do not belong together");
+    insta::assert_snapshot!(fixture.check(), @"InvalidTokenizer spec.model.uri: the tokenizer produces token 263, but the embedding of the model has only 260 rows: tokenizer and model do not belong together");
     // Or a token that is only declared, and takes the next id.
     fixture.write("model/config.json", &config.replace("320", "264"));
     fixture.write_weights(|_| {});
     assert_eq!(fixture.check(), "");
     fixture
         .write("model/tokenizer_config.json", r#"{"bos_token": "<s>", "eos_token": "<|done|>"}"#);
-    insta::assert_snapshot!(fixture.check(), @"InvalidTokenizer spec.model.uri: the tokenizer gives token 264, but the model's embedding has only 264 rows: tokenizer and model do not belong together");
+    insta::assert_snapshot!(fixture.check(), @"InvalidTokenizer spec.model.uri: the tokenizer produces token 264, but the embedding of the model has only 264 rows: tokenizer and model do not belong together");
 }
 
 #[test]
@@ -296,8 +296,8 @@ fn rows_that_are_none_are_no_matter_of_the_context() {
     insta::assert_snapshot!(check("", OnInvalidRow::Error), @"NothingToTrain spec.dataset.train: the dataset has no rows");
     insta::assert_snapshot!(check("[]", OnInvalidRow::Error), @"NothingToTrain spec.dataset.train: the dataset has no rows");
     insta::assert_snapshot!(check("{\"text\": 1}\n", OnInvalidRow::Drop), @r#"
-InvalidDataset spec.dataset.train: 1 of 1 rows cannot be used, more than the 10 % that dataset.onInvalidRow: drop may leave out: that is no accident of a few rows
-InvalidDataset train.jsonl:1: "text" is 1, it must be a string
+InvalidDataset spec.dataset.train: 1 of 1 rows cannot be used, but dataset.onInvalidRow: drop leaves out at most 10 %: fix the rows
+InvalidDataset train.jsonl:1: "text" is 1, but it must be a string
 "#);
 }
 
@@ -306,7 +306,7 @@ fn says_where_generation_does_not_stop() {
     let fixture = Fixture::new();
     fixture.write("model/generation_config.json", r#"{"eos_token_id": 258}"#);
     fixture.write("train.jsonl", r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#);
-    insta::assert_snapshot!(fixture.check(), @r#"warning: spec.dataset.train: answers end with "<|im_end|>" (token 259), but generation stops at "<s>": a full-parameter or merged result gets 259 added to eos_token_id in its generation_config.json; where an adapter is served, add it to the base model's generation_config.json or name it as stop token"#);
+    insta::assert_snapshot!(fixture.check(), @r#"warning: spec.dataset.train: answers end with "<|im_end|>" (token 259), but generation stops at "<s>": for a full-parameter or merged result, 259 will be added to eos_token_id in its generation_config.json; to serve an adapter, add it to generation_config.json of the base model or set it as a stop token"#);
 }
 
 #[test]
@@ -326,7 +326,7 @@ fn a_date_that_is_printed_is_said_and_kept() {
     assert_eq!(
         fixture.check(),
         format!(
-            "warning: spec.dataset: the chat template prints the date, which is {today} for every row: set dataset.templateDate to train on the same text another day"
+            "warning: spec.dataset: the chat template prints the current date, {today}, into every row: set dataset.templateDate to get the same text on another day"
         )
     );
     assert_eq!(fixture.report().template_date, Some(today));
@@ -355,9 +355,9 @@ fn says_what_would_be_cut() {
     insta::assert_snapshot!(fixture.check(), @"Overflow spec.dataset.train: 1 of 2 rows have more than 8 tokens (the longest 13); 5 tokens would be cut: raise training.contextLength, or set dataset.onOverflow to truncate or drop");
     fixture.config.context_length = Some(3);
     fixture.config.dataset.on_overflow = OnOverflow::Drop;
-    insta::assert_snapshot!(fixture.check(), @"NothingToTrain spec.dataset.train: 2 of 2 rows have more than 3 tokens (the longest 13); 14 tokens would be cut, so every row would be dropped: raise training.contextLength");
+    insta::assert_snapshot!(fixture.check(), @"NothingToTrain spec.dataset.train: 2 of 2 rows have more than 3 tokens (the longest 13); 14 tokens would be cut, and every row would be dropped: raise training.contextLength");
     fixture.config.context_length = Some(65);
-    insta::assert_snapshot!(fixture.check(), @"InvalidSpec spec.training.contextLength: contextLength is 65, but the model was made for at most 64 positions: set it to 64 or less");
+    insta::assert_snapshot!(fixture.check(), @"InvalidSpec spec.training.contextLength: contextLength is 65, but the model supports at most 64 positions: set it to 64 or less");
 }
 
 #[test]
@@ -365,7 +365,7 @@ fn refuses_rows_whose_answers_are_all_cut_off() {
     let mut fixture = Fixture::new();
     fixture.config.context_length = Some(4);
     fixture.write("train.jsonl", r#"{"messages": [{"role": "user", "content": "aaaa"}, {"role": "assistant", "content": "b"}]}"#);
-    insta::assert_snapshot!(fixture.check(), @"NothingToTrain spec.dataset.train: 1 of 1 rows have more than 4 tokens (the longest 43); 39 tokens would be cut, and no row would keep a token to train on: raise training.contextLength");
+    insta::assert_snapshot!(fixture.check(), @"NothingToTrain spec.dataset.train: 1 of 1 rows have more than 4 tokens (the longest 43); 39 tokens would be cut, which leaves no row with a token to train on: raise training.contextLength");
 }
 
 #[test]
@@ -378,7 +378,7 @@ fn says_how_many_rows_truncation_would_leave_out() {
         )
     };
     fixture.write("train.jsonl", &(row("a") + &row("a rather long question") + &row("short")));
-    insta::assert_snapshot!(fixture.check(), @"warning: spec.dataset.train: 2 of 3 rows have more than 42 tokens (the longest 61); 21 tokens would be cut, and 1 of these rows would keep no token to train on and be left out");
+    insta::assert_snapshot!(fixture.check(), @"warning: spec.dataset.train: 2 of 3 rows have more than 42 tokens (the longest 61); 21 tokens would be cut, and 1 of these rows would have no token left to train on and be left out");
 }
 
 #[test]
@@ -389,7 +389,7 @@ fn warns_of_rows_that_occur_again() {
     fixture.config.dataset.validation = Some(fixture.at("valid.jsonl"));
     insta::assert_snapshot!(fixture.check(), @"
         warning: spec.dataset.train: 1 of 3 rows repeat an earlier row
-        warning: spec.dataset.validation: 1 of 2 validation rows are also training rows: the validation loss will look better than it is
+        warning: spec.dataset.validation: 1 of 2 validation rows are also training rows: the validation loss will be too low
         ");
 }
 
@@ -399,7 +399,7 @@ fn checks_the_adapter_against_the_model() {
     insta::assert_snapshot!(check(|lora| lora.r = 9), @r#"InvalidSpec spec.loraConfig.r: loraConfig.r is 9, larger than "model.layers.0.self_attn.k_proj" (8 x 16): use at most 8"#);
     insta::assert_snapshot!(check(|lora| lora.target_modules = TargetModules::List(vec!["q_porj".to_owned()])), @r#"InvalidSpec spec.loraConfig.targetModules: loraConfig.targetModules names "q_porj", which no module of this model is called: use down_proj, embed_tokens, gate_proj, input_layernorm, k_proj, lm_head, norm, o_proj, post_attention_layernorm, q_proj, up_proj, v_proj (did you mean "q_proj"?)"#);
     insta::assert_snapshot!(check(|lora| lora.modules_to_save = vec!["head".to_owned()]), @r#"InvalidSpec spec.loraConfig.modulesToSave: loraConfig.modulesToSave names "head", which no module of this model is called: use down_proj, embed_tokens, gate_proj, input_layernorm, k_proj, lm_head, norm, o_proj, post_attention_layernorm, q_proj, up_proj, v_proj"#);
-    insta::assert_snapshot!(check(|lora| lora.modules_to_save = vec!["lm_head".to_owned()]), @"warning: spec.loraConfig.modulesToSave: vLLM refuses adapters with modulesToSave: set output.merge to true to serve the merged model");
+    insta::assert_snapshot!(check(|lora| lora.modules_to_save = vec!["lm_head".to_owned()]), @"warning: spec.loraConfig.modulesToSave: vLLM rejects adapters with modulesToSave: set output.merge to true to serve the merged model");
     insta::assert_snapshot!(check(|lora| lora.target_modules = TargetModules::List(vec!["embed_tokens".to_owned()])), @"warning: spec.loraConfig.targetModules: vLLM does not serve adapters on embed_tokens of every model: set output.merge to true to serve the merged model");
 }
 
@@ -444,7 +444,7 @@ fn a_single_file_goes_before_an_index() {
     let fixture = Fixture::new();
     let index = json!({"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}});
     fixture.write("model/model.safetensors.index.json", &index.to_string());
-    insta::assert_snapshot!(fixture.check(), @"warning: spec.model.uri: both model.safetensors and model.safetensors.index.json are there: model.safetensors is used, as transformers does (vLLM takes the index); remove what is stale");
+    insta::assert_snapshot!(fixture.check(), @"warning: spec.model.uri: both model.safetensors and model.safetensors.index.json exist: model.safetensors is used, as in transformers (vLLM uses the index); remove the stale one");
     // A tensor of two shards.
     let single = fixture.path("model/model.safetensors");
     for shard in ["a.safetensors", "b.safetensors"] {
@@ -455,7 +455,7 @@ fn a_single_file_goes_before_an_index() {
         json!({"model.norm.weight": "a.safetensors", "model.embed_tokens.weight": "b.safetensors"});
     let index = json!({ "weight_map": map });
     fixture.write("model/model.safetensors.index.json", &index.to_string());
-    insta::assert_snapshot!(fixture.check(), @"InvalidModel spec.model.uri: model.embed_tokens.weight is in a.safetensors and in b.safetensors: which one is meant cannot be known");
+    insta::assert_snapshot!(fixture.check(), @"InvalidModel spec.model.uri: model.embed_tokens.weight is in both a.safetensors and b.safetensors: remove one of them");
 }
 
 #[test]
@@ -503,7 +503,7 @@ q_proj 16x16, k_proj 8x16 |  | false
 
 #[test]
 fn added_tokens_get_rows_that_are_trained() {
-    let with_tokens = |tokens: &[&str], mut fixture: Fixture| {
+    let add_tokens = |tokens: &[&str], mut fixture: Fixture| {
         fixture.config.model.added_tokens = tokens.iter().map(|&token| token.to_owned()).collect();
         fixture
     };
@@ -514,24 +514,24 @@ fn added_tokens_get_rows_that_are_trained() {
     let many: Vec<String> = (0..60).map(|index| format!("<|{index}|>")).collect();
     let many: Vec<&str> = many.iter().map(String::as_str).collect();
     // The tokenizer has 264 tokens, the embedding 320 rows.
-    assert_eq!(facts(with_tokens(&["<|a|>", "<|b|>"], Fixture::new())), (2, 320, 320));
-    assert_eq!(facts(with_tokens(&many, Fixture::new())), (60, 324, 324));
+    assert_eq!(facts(add_tokens(&["<|a|>", "<|b|>"], Fixture::new())), (2, 320, 320));
+    assert_eq!(facts(add_tokens(&many, Fixture::new())), (60, 324, 324));
     // One that is there already is not new, and needs no training.
-    assert_eq!(facts(with_tokens(&["<|im_end|>"], Fixture::new())), (0, 320, 320));
+    assert_eq!(facts(add_tokens(&["<|im_end|>"], Fixture::new())), (0, 320, 320));
 
     let saving = |names: &[&str]| {
         let names = names.iter().map(|&name| name.to_owned()).collect();
         let lora = Fixture::new().with_lora(|lora| lora.modules_to_save = names);
-        with_tokens(&["<|a|>", "<|b|>"], lora)
+        add_tokens(&["<|a|>", "<|b|>"], lora)
     };
-    insta::assert_snapshot!(saving(&[]).check(), @"InvalidSpec spec.model.addedTokens: adds 2 tokens, whose rows would not be trained and mean nothing: add embed_tokens and lm_head to loraConfig.modulesToSave, or leave loraConfig out to train every parameter");
+    insta::assert_snapshot!(saving(&[]).check(), @"InvalidSpec spec.model.addedTokens: adds 2 tokens whose embeddings would not be trained: add embed_tokens and lm_head to loraConfig.modulesToSave, or remove loraConfig to train every parameter");
     insta::assert_snapshot!(saving(&["embed_tokens"]).check(), @r#"
-InvalidSpec spec.model.addedTokens: adds 2 tokens, whose rows would not be trained and mean nothing: add lm_head to loraConfig.modulesToSave, or leave loraConfig out to train every parameter
-warning: spec.loraConfig.modulesToSave: vLLM refuses adapters with modulesToSave: set output.merge to true to serve the merged model
+InvalidSpec spec.model.addedTokens: adds 2 tokens whose embeddings would not be trained: add lm_head to loraConfig.modulesToSave, or remove loraConfig to train every parameter
+warning: spec.loraConfig.modulesToSave: vLLM rejects adapters with modulesToSave: set output.merge to true to serve the merged model
 "#);
     let problems = saving(&["embed_tokens", "lm_head"]).report().problems;
     assert_eq!(problems, []);
-    insta::assert_snapshot!(with_tokens(&["<|im_end|>"], Fixture::new().with_lora(|_| {})).check(), @"");
+    insta::assert_snapshot!(add_tokens(&["<|im_end|>"], Fixture::new().with_lora(|_| {})).check(), @"");
 }
 
 #[test]
@@ -657,7 +657,7 @@ fn an_initial_adapter_that_is_damaged_or_not_there_is_said() {
     insta::assert_snapshot!(other.check(), @r#"InvalidModel file:///adapter/adapter_config.json: peft_type is "IA3", but only LORA adapters can be loaded"#);
     let gone = with_adapter(|_| {}, false);
     fs::remove_file(gone.path("adapter/adapter_model.safetensors")).unwrap();
-    insta::assert_snapshot!(gone.check(), @"NotFound spec.initialAdapter.uri: file:///adapter has no adapter_config.json and adapter_model.safetensors: name the directory of a LoRA adapter, which of a merged result is adapter/ below it; a full-parameter result is gone on from by naming it as model.uri");
+    insta::assert_snapshot!(gone.check(), @"NotFound spec.initialAdapter.uri: file:///adapter lacks adapter_config.json or adapter_model.safetensors: give the directory of a LoRA adapter (of a merged result its subdirectory adapter/); to continue from a full-parameter result, set it as model.uri");
 }
 
 #[test]
@@ -667,8 +667,8 @@ fn rows_with_one_fault_are_one_problem() {
         "{\"text\": \"a\"}\n{\"text\": \"b\", \"why\": \"c\"}\n{\"text\": 1}\n{\"text\": 2}\n";
     fixture.write("train.jsonl", &text.repeat(3));
     insta::assert_snapshot!(fixture.check(), @r#"
-InvalidDataset train.jsonl:2: the key "why" is not known, and what it says would be lost: remove it, or list it in dataset.ignoredKeys if nothing of it is to be trained on (3 rows; the next are train.jsonl:6, train.jsonl:10)
-InvalidDataset train.jsonl:3: "text" is 1, it must be a string (6 rows; the next are train.jsonl:4, train.jsonl:7, train.jsonl:8, …)
+InvalidDataset train.jsonl:2: the key "why" is unknown, so its content would be lost: remove it, or list it in dataset.ignoredKeys if it need not be trained on (3 rows; the next are train.jsonl:6, train.jsonl:10)
+InvalidDataset train.jsonl:3: "text" is 1, but it must be a string (6 rows; the next are train.jsonl:4, train.jsonl:7, train.jsonl:8, …)
 warning: spec.dataset.train: 2 of 3 rows repeat an earlier row
 "#);
     assert_eq!(fixture.report().problems_total, 9);
@@ -687,7 +687,7 @@ warning: spec.dataset.train: 8 of 9 rows repeat an earlier row
 "#);
     fixture.write("train.jsonl", &("{\"text\": \"a\"}\n".repeat(8) + "{\"text\": \"\"}\n"));
     insta::assert_snapshot!(fixture.check(), @r#"
-InvalidDataset spec.dataset.train: 1 of 9 rows cannot be used, more than the 10 % that dataset.onInvalidRow: drop may leave out: that is no accident of a few rows
+InvalidDataset spec.dataset.train: 1 of 9 rows cannot be used, but dataset.onInvalidRow: drop leaves out at most 10 %: fix the rows
 InvalidDataset train.jsonl:9: "text" is empty
 warning: spec.dataset.train: 7 of 8 rows repeat an earlier row
 "#);
@@ -701,14 +701,14 @@ fn bad_rows_of_each_kind_are_left_out_and_named() {
     fixture.write("train.jsonl", &(good + bad));
     insta::assert_snapshot!(fixture.check(), @r#"
 InvalidDataset train.jsonl:31: the row is not JSON: EOF while parsing an object at column 12
-InvalidDataset train.jsonl:32: "text" is 1, it must be a string
+InvalidDataset train.jsonl:32: "text" is 1, but it must be a string
 InvalidDataset train.jsonl:33: "text" is missing (did you mean "text" instead of "txt"?)
 "#);
     assert_eq!(fixture.report().problems_total, 3);
     fixture.config.dataset.on_invalid_row = OnInvalidRow::Drop;
     insta::assert_snapshot!(fixture.check(), @r#"
 warning: train.jsonl:31: left out: the row is not JSON: EOF while parsing an object at column 12
-warning: train.jsonl:32: left out: "text" is 1, it must be a string
+warning: train.jsonl:32: left out: "text" is 1, but it must be a string
 warning: train.jsonl:33: left out: "text" is missing (did you mean "text" instead of "txt"?)
 "#);
     let train = fixture.report().train.unwrap();
@@ -725,14 +725,14 @@ fn a_prefix_says_what_it_leaves_out() {
         fixture.write(&format!("rows/{name}"), &format!("{{\"text\": \"{name}\"}}\n"));
     }
     fixture.config.dataset.train = Some(fixture.at("rows/"));
-    insta::assert_snapshot!(fixture.check(), @"warning: spec.dataset.train: 2 files are named for another split and left out: test.jsonl, validation.jsonl; name a file itself to use it");
+    insta::assert_snapshot!(fixture.check(), @"warning: spec.dataset.train: 2 files are named after another split and left out: test.jsonl, validation.jsonl; to use a file anyway, give its own URI");
     let census = fixture.report().train.unwrap();
     assert_eq!(
         (census.files, census.rows, census.file_names),
         (1, 1, vec!["train.jsonl".to_owned()])
     );
     fs::remove_file(fixture.path("rows/train.jsonl")).unwrap();
-    insta::assert_snapshot!(fixture.check(), @"InvalidDataset spec.dataset.train: file:///rows/ has no file for training: test.jsonl, validation.jsonl are named for another split; to use one of them all the same, name the file itself");
+    insta::assert_snapshot!(fixture.check(), @"InvalidDataset spec.dataset.train: file:///rows/ has no file for training: test.jsonl, validation.jsonl are named after another split; to use one of them anyway, give its own URI");
 }
 
 #[test]
@@ -767,5 +767,5 @@ fn a_fraction_of_the_rows_is_held_out() {
     assert_eq!(report.overlapping_rows, 0);
     fixture.write("train.jsonl", "{\"text\": \"a\"}\n");
     fixture.config.dataset.validation_fraction = Some(0.0001);
-    insta::assert_snapshot!(fixture.check(), @"NothingToTrain spec.dataset.validationFraction: holds out none of the few rows there are: raise it above 0.0001");
+    insta::assert_snapshot!(fixture.check(), @"NothingToTrain spec.dataset.validationFraction: holds out no row, because there are so few: raise it above 0.0001");
 }

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use finetune_contract::{Dtype, LoraSettings, TargetModules};
 use finetune_trainer::{
-    architecture::config::ModelConfig, data::Batch, lora::trainable::Attachment, model::Model,
-    runtime::rng::Counter,
+    architecture::config::ModelConfig, data::sequences::Batch, lora::trainable::Attachment,
+    model::Model, runtime::rng::Counter,
 };
 use tch::{Device, Tensor};
 

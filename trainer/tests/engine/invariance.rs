@@ -2,7 +2,7 @@
 
 use finetune_contract::{Dtype, Recompute};
 use finetune_trainer::{
-    data::Batch, layers::dropout::Dropout, lora::trainable::Attachment, model::Model,
+    data::sequences::Batch, layers::dropout::Dropout, lora::trainable::Attachment, model::Model,
     runtime::rng::Counter,
 };
 use tch::{Device, Tensor};

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use finetune_trainer::{
     architecture::{config::ModelConfig, names},
-    data::Batch,
-    hf::weights::Checkpoint,
+    data::sequences::Batch,
+    hf::weights::WeightFiles,
     layers::rope::frequencies,
     lora::trainable::{Attachment, adapter_names},
     model::Model,
@@ -22,7 +22,7 @@ pub struct Reference<'a> {
 
 impl<'a> Reference<'a> {
     /// Copies the parameters of an engine's model.
-    pub fn of(model: &'a Model, checkpoint: &Checkpoint) -> Self {
+    pub fn of(model: &'a Model, checkpoint: &WeightFiles) -> Self {
         let copy = |name: &String| {
             let value = model.trained().master_of(name).unwrap().copy().set_requires_grad(true);
             (name.clone(), value)

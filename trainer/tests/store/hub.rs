@@ -75,7 +75,7 @@ fn a_repository_may_be_named_with_its_kind() {
     GET /api/models/datasets/n/revision/main?blobs=true HTTP/1.1
     ");
     let refused = open("hf://datasets/o/n", Role::Model).unwrap_err().to_string();
-    insta::assert_snapshot!(refused, @"cannot open hf://datasets/o/n: it names a repository of datasets, where one of models is wanted; write hf://OWNER/NAME or hf://models/OWNER/NAME");
+    insta::assert_snapshot!(refused, @"cannot open hf://datasets/o/n: it is a repository of datasets, but one of models is required; use hf://OWNER/NAME or hf://models/OWNER/NAME");
 }
 
 #[test]

@@ -17,7 +17,7 @@ fn bytes() -> Vec<u8> {
 /// Returns a store with a model, behind a double that counts and, from read `at` on, fails.
 fn model(memory: &Arc<InMemory>, at: usize) -> (Store, Arc<Failing>) {
     let failing = Arc::new(Failing::reads(Arc::clone(memory), at));
-    (Store::over(&uri("s3://bucket/model"), Arc::clone(&failing) as _), failing)
+    (Store::from_object_store(&uri("s3://bucket/model"), Arc::clone(&failing) as _), failing)
 }
 
 fn put_model(memory: &Arc<InMemory>) {
