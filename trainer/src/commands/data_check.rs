@@ -15,10 +15,7 @@ use crate::{
     data::{
         formats::RowError,
         rows::{ReadSummary, RowOutcome, for_each_row},
-        tokenizer::{
-            Tokenizer,
-            tokenize::{TokenRow, Tokenized},
-        },
+        tokenizer::{Tokenizer, targets::TokenRow, tokenize::Tokenized},
     },
     failure::Failure,
     preflight,

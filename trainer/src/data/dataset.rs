@@ -14,7 +14,7 @@ use crate::{
         chat::rendering_stats::RenderingStats,
         row_sources::RowSources,
         rows::for_each_row,
-        tokenizer::{Tokenizer, tokenize::TokenRow},
+        tokenizer::{Tokenizer, targets::TokenRow},
     },
     failure::Failure,
 };

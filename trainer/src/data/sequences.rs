@@ -95,7 +95,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::data::tokenizer::tokenize::TokenRow;
+    use crate::data::tokenizer::targets::TokenRow;
 
     fn rows() -> impl Strategy<Value = Vec<TokenRow>> {
         let row = (2_usize..20, any::<u64>()).prop_map(|(length, bits)| {

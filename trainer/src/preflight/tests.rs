@@ -1,4 +1,4 @@
-//! Whole preflights on a tiny model, each with one thing wrong.
+//! Tests of whole preflights on a tiny model, each with one mistake.
 
 use std::{collections::BTreeMap, fs, path::Path};
 
@@ -18,7 +18,7 @@ use crate::{
     store::Environment,
 };
 
-/// A directory with a model that is fine and rows that are fine.
+/// A directory with a valid model and valid rows.
 struct Fixture {
     directory: tempfile::TempDir,
     config: PreflightConfig,
@@ -133,7 +133,7 @@ impl Fixture {
         run(&self.config, &Environment::default(), &work_dir).fit()
     }
 
-    /// Shows what was found, one line each.
+    /// Formats problems and warnings, one per line.
     fn check(&self) -> String {
         let report = self.report();
         assert!(render(&report).len() <= TERMINATION_MESSAGE_LIMIT);
@@ -158,7 +158,7 @@ fn a_run_that_can_work_has_no_problems() {
 }
 
 #[test]
-fn names_what_is_missing_of_a_model() {
+fn reports_missing_files_of_a_model() {
     for (file, wanted) in [
         ("config.json", "has no config.json"),
         ("tokenizer.json", "tokenizer.json"),
@@ -222,7 +222,7 @@ fn refuses_an_unknown_architecture() {
 }
 
 #[test]
-fn wants_a_chat_template_for_conversations() {
+fn requires_a_chat_template_for_conversations() {
     let fixture = Fixture::new();
     fixture.write("model/tokenizer_config.json", "{}");
     fixture.write("train.jsonl", r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#);
@@ -230,9 +230,9 @@ fn wants_a_chat_template_for_conversations() {
 }
 
 #[test]
-fn wants_a_tokenizer_of_this_model() {
+fn requires_a_tokenizer_that_fits_the_model() {
     let mut fixture = Fixture::new();
-    // Said once, though both splits show it.
+    // Reported once, although it affects both splits.
     fixture.write("valid.jsonl", "{\"text\": \"three\"}\n");
     fixture.config.dataset.validation = Some(fixture.at("valid.jsonl"));
     let config = fs::read_to_string(fixture.path("model/config.json")).unwrap();
@@ -241,7 +241,7 @@ fn wants_a_tokenizer_of_this_model() {
     insta::assert_snapshot!(fixture.check(), @"InvalidTokenizer spec.model.uri: the tokenizer produces token 259, but the embedding of the model has only 258 rows: tokenizer and model do not belong together");
 }
 
-/// Tokens that the tokenizer has and the embedding has not matter where a row has them.
+/// A token that the tokenizer has but the embedding lacks is a problem only if a row contains it.
 #[test]
 fn a_token_beyond_the_embedding_is_refused_where_it_occurs() {
     let mut fixture = Fixture::new();
@@ -255,7 +255,7 @@ fn a_token_beyond_the_embedding_is_refused_where_it_occurs() {
     fixture.config.dataset.validation = None;
     fixture.write("train.jsonl", "{\"text\": \"one\"}\n{\"text\": \"<|eot_id|>\"}\n");
     insta::assert_snapshot!(fixture.check(), @"InvalidTokenizer spec.model.uri: the tokenizer produces token 263, but the embedding of the model has only 260 rows: tokenizer and model do not belong together");
-    // Or a token that is only declared, and takes the next id.
+    // The same for a token that is only declared and gets the next id.
     fixture.write("model/config.json", &config.replace("320", "264"));
     fixture.write_weights(|_| {});
     assert_eq!(fixture.check(), "");
@@ -275,15 +275,15 @@ fn counts_all_bad_lines_and_shows_the_first() {
 }
 
 #[test]
-fn refuses_mixed_shapes_of_rows() {
+fn refuses_rows_of_mixed_formats() {
     let fixture = Fixture::new();
     fixture.write("train.jsonl", "{\"text\": \"a\"}\n{\"prompt\": \"a\", \"completion\": \"b\"}\n");
     insta::assert_snapshot!(fixture.check(), @r#"InvalidDataset train.jsonl:2: "text" is missing"#);
 }
 
-/// What is wrong is said, and not that a longer context would help.
+/// The report names the actual mistake and does not suggest a longer context.
 #[test]
-fn rows_that_are_none_are_no_matter_of_the_context() {
+fn invalid_rows_are_not_reported_as_too_long() {
     let check = |text: &str, on_invalid_row| {
         let mut fixture = Fixture::new();
         fixture.config.context_length = Some(32);
@@ -302,7 +302,7 @@ InvalidDataset train.jsonl:1: "text" is 1, but it must be a string
 }
 
 #[test]
-fn says_where_generation_does_not_stop() {
+fn warns_if_generation_does_not_stop_at_the_end_of_a_turn() {
     let fixture = Fixture::new();
     fixture.write("model/generation_config.json", r#"{"eos_token_id": 258}"#);
     fixture.write("train.jsonl", r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#);
@@ -310,7 +310,7 @@ fn says_where_generation_does_not_stop() {
 }
 
 #[test]
-fn a_date_that_is_printed_is_said_and_kept() {
+fn a_printed_date_is_a_warning_and_reported() {
     let mut fixture = Fixture::new();
     let settings = json!({
         "bos_token": "<s>", "eos_token": "<|im_end|>",
@@ -346,7 +346,7 @@ fn refuses_an_empty_dataset() {
 }
 
 #[test]
-fn says_what_would_be_cut() {
+fn reports_how_many_tokens_would_be_cut() {
     let mut fixture = Fixture::new();
     fixture.config.context_length = Some(8);
     fixture.write("train.jsonl", "{\"text\": \"short\"}\n{\"text\": \"rather long\"}\n");
@@ -369,7 +369,7 @@ fn refuses_rows_whose_answers_are_all_cut_off() {
 }
 
 #[test]
-fn says_how_many_rows_truncation_would_leave_out() {
+fn reports_how_many_rows_truncation_would_leave_out() {
     let mut fixture = Fixture::new();
     fixture.config.context_length = Some(42);
     let row = |question: &str| {
@@ -382,7 +382,7 @@ fn says_how_many_rows_truncation_would_leave_out() {
 }
 
 #[test]
-fn warns_of_rows_that_occur_again() {
+fn warns_about_duplicate_rows() {
     let mut fixture = Fixture::new();
     fixture.write("train.jsonl", "{\"text\": \"a\"}\n{\"text\": \"b\"}\n{\"text\": \"a\"}\n");
     fixture.write("valid.jsonl", "{\"text\": \"b\"}\n{\"text\": \"c\"}\n");
@@ -404,7 +404,7 @@ fn checks_the_adapter_against_the_model() {
 }
 
 #[test]
-fn sees_all_there_is_to_mend_at_once() {
+fn reports_all_mistakes_at_once() {
     let mut fixture = Fixture::new();
     fixture.config.output.uri = "ftp://x/y".to_owned();
     fixture.config.dataset.train = Some(fixture.at("train.jsonl.missing"));
@@ -415,22 +415,22 @@ fn sees_all_there_is_to_mend_at_once() {
 }
 
 #[test]
-fn the_weights_tell_whether_the_head_is_the_embedding() {
+fn the_weights_decide_whether_the_head_is_tied() {
     let check = |dtype, head| {
         let fixture = Fixture::new();
         fixture.write_head(dtype, head);
-        let said = fixture.check();
+        let messages = fixture.check();
         let model = fixture.report().model.unwrap();
         let heads = model.modules.iter().filter(|module| module.name == "lm_head").count();
         assert_eq!(heads == 1, !model.tie_word_embeddings);
-        (model.tie_word_embeddings, said)
+        (model.tie_word_embeddings, messages)
     };
     assert_eq!(check(Dtype::BF16, 0), (true, String::new()));
-    let (is_tied, said) = check(Dtype::BF16, 1);
-    insta::assert_snapshot!(said, @"warning: spec.model.uri: config.json says tie_word_embeddings: true, but the weights have an lm_head.weight that differs from model.embed_tokens.weight: the head of the weights is used, as transformers 5 does, and a published model says tie_word_embeddings: false");
+    let (is_tied, messages) = check(Dtype::BF16, 1);
+    insta::assert_snapshot!(messages, @"warning: spec.model.uri: config.json says tie_word_embeddings: true, but the weights have an lm_head.weight that differs from model.embed_tokens.weight: the head of the weights is used, as transformers 5 does, and a published model says tie_word_embeddings: false");
     assert!(!is_tied);
     assert!(!check(Dtype::F32, 0).0);
-    // Where the config does not tie them there is nothing to say.
+    // If the config does not tie them, there is no warning.
     let fixture = Fixture::new();
     let text = fs::read_to_string(fixture.path("model/config.json")).unwrap();
     fixture.write_head(Dtype::BF16, 1);
@@ -440,7 +440,7 @@ fn the_weights_tell_whether_the_head_is_the_embedding() {
 }
 
 #[test]
-fn a_single_file_goes_before_an_index() {
+fn a_single_file_takes_precedence_over_an_index() {
     let fixture = Fixture::new();
     let index = json!({"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}});
     fixture.write("model/model.safetensors.index.json", &index.to_string());
@@ -459,7 +459,7 @@ fn a_single_file_goes_before_an_index() {
 }
 
 #[test]
-fn reports_what_the_adapter_means() {
+fn reports_the_modules_of_the_adapter() {
     let report = |change: fn(&mut LoraSettings)| {
         let lora = Fixture::new().with_lora(change).report().lora.unwrap();
         let list = |modules: &[finetune_contract::ModuleShape]| {
@@ -470,7 +470,7 @@ fn reports_what_the_adapter_means() {
         };
         format!("{} | {} | {}", list(&lora.targets), list(&lora.saved), lora.unties)
     };
-    let said = [
+    let messages = [
         report(|_| {}),
         report(|lora| {
             let nine = [
@@ -493,7 +493,7 @@ fn reports_what_the_adapter_means() {
         }),
         report(|lora| lora.target_modules = TargetModules::Pattern(r".*\.[qk]_proj".to_owned())),
     ];
-    insta::assert_snapshot!(said.join("\n"), @r"
+    insta::assert_snapshot!(messages.join("\n"), @r"
 q_proj 16x16, k_proj 8x16, v_proj 8x16, o_proj 16x16, gate_proj 32x16, up_proj 32x16, down_proj 16x32 |  | false
 embed_tokens 320x16, q_proj 16x16, k_proj 8x16, v_proj 8x16, o_proj 16x16, gate_proj 32x16, up_proj 32x16, down_proj 16x32, lm_head 320x16 |  | true
 q_proj 16x16 | norm 16x0, lm_head 320x16 | true
@@ -516,7 +516,7 @@ fn added_tokens_get_rows_that_are_trained() {
     // The tokenizer has 264 tokens, the embedding 320 rows.
     assert_eq!(facts(add_tokens(&["<|a|>", "<|b|>"], Fixture::new())), (2, 320, 320));
     assert_eq!(facts(add_tokens(&many, Fixture::new())), (60, 324, 324));
-    // One that is there already is not new, and needs no training.
+    // An existing token is not new and needs no training.
     assert_eq!(facts(add_tokens(&["<|im_end|>"], Fixture::new())), (0, 320, 320));
 
     let saving = |names: &[&str]| {
@@ -535,9 +535,9 @@ warning: spec.loraConfig.modulesToSave: vLLM rejects adapters with modulesToSave
 }
 
 #[test]
-fn names_of_modules_that_mean_nothing_are_refused() {
+fn module_names_that_match_nothing_are_refused() {
     let check = |change: fn(&mut LoraSettings)| Fixture::new().with_lora(change).check();
-    let said = [
+    let messages = [
         check(|lora| lora.target_modules = TargetModules::Pattern("q_proj".to_owned())),
         check(|lora| lora.target_modules = TargetModules::Pattern("(q_proj".to_owned())),
         check(|lora| lora.target_modules = TargetModules::Pattern(".*self_attn.*".to_owned())),
@@ -552,7 +552,7 @@ fn names_of_modules_that_mean_nothing_are_refused() {
         }),
         check(|lora| lora.exclude_modules = Some(ModuleNames::Pattern(".*".to_owned()))),
     ];
-    insta::assert_snapshot!(said.join("\n"), @r#"
+    insta::assert_snapshot!(messages.join("\n"), @r#"
 InvalidSpec spec.loraConfig.targetModules: loraConfig.targetModules is the pattern "q_proj", which matches the whole path of no module; paths are such as "model.layers.0.self_attn.q_proj" and "lm_head"
 InvalidSpec spec.loraConfig.targetModules: loraConfig.targetModules is the pattern "(q_proj", which is not a regular expression that can be used: Parsing error at position 15: Opening parenthesis without closing parenthesis
 InvalidSpec spec.loraConfig.targetModules: loraConfig.targetModules means "model.layers.0.self_attn", but only linear layers, embed_tokens and lm_head take an adapter: name those, or leave it out with excludeModules
@@ -577,7 +577,7 @@ fn with_adapter(change: impl FnOnce(&mut serde_json::Value), is_cut: bool) -> Fi
     fixture.write("adapter/adapter_config.json", &settings.to_string());
     let text = fs::read_to_string(fixture.path("model/config.json")).unwrap();
     let model = ModelConfig::parse(&text).unwrap();
-    // Of what cannot be read there are no weights; those of the settings asked for do as well.
+    // If the settings cannot be parsed, the weights of the requested settings will do.
     let lora = config::parse(&settings.to_string()).map(|settings| settings.lora);
     let lora = lora.unwrap_or_else(|_| fixture.config.lora.clone().unwrap());
     let attachment = Attachment::lora(&model, &lora).unwrap();
@@ -595,7 +595,7 @@ fn with_adapter(change: impl FnOnce(&mut serde_json::Value), is_cut: bool) -> Fi
 }
 
 #[test]
-fn an_initial_adapter_is_of_the_shape_asked_for() {
+fn an_initial_adapter_must_have_the_requested_shape() {
     insta::assert_snapshot!(with_adapter(|_| {}, false).check(), @"");
     let other = with_adapter(
         |settings| {
@@ -613,7 +613,7 @@ fn an_initial_adapter_is_of_the_shape_asked_for() {
 }
 
 #[test]
-fn an_initial_checkpoint_is_one_of_what_is_trained() {
+fn an_initial_checkpoint_must_fit_the_model() {
     let mut fixture = Fixture::new();
     let checkpoint = fixture.path("step-00000006");
     fixture.config.initial_checkpoint = Some(format!("file://{}", checkpoint.display()));
@@ -638,7 +638,7 @@ fn an_initial_checkpoint_is_one_of_what_is_trained() {
     insta::assert_snapshot!(fixture.check(), @"InvalidSpec spec.initialCheckpoint.uri: has 7 trained parameters, but this model and loraConfig have 7472: it is of another model");
     fixture.write("step-00000006/checkpoint-manifest.json", "{}");
     insta::assert_snapshot!(fixture.check(), @"InvalidModel spec.initialCheckpoint.uri: file:///step-00000006 cannot be used: checkpoint manifest is not valid: the field `version` is missing; name another step");
-    // A part is too short.
+    // A file is truncated.
     fixture.write("step-00000006/checkpoint-manifest.json", &manifest(parameters).to_string());
     fixture.write("step-00000006/state.safetensors", "");
     insta::assert_snapshot!(fixture.check(), @"InvalidModel spec.initialCheckpoint.uri: file:///step-00000006 cannot be used: state.safetensors is missing or truncated; name another step");
@@ -651,7 +651,7 @@ fn an_initial_checkpoint_is_one_of_what_is_trained() {
 }
 
 #[test]
-fn an_initial_adapter_that_is_damaged_or_not_there_is_said() {
+fn a_damaged_or_missing_initial_adapter_is_reported() {
     insta::assert_snapshot!(with_adapter(|_| {}, true).check(), @"InvalidModel spec.initialAdapter.uri: its weights lack base_model.model.model.layers.0.mlp.down_proj.lora_B.weight: the adapter is of another model, or damaged");
     let other = with_adapter(|settings| settings["peft_type"] = json!("IA3"), false);
     insta::assert_snapshot!(other.check(), @r#"InvalidModel file:///adapter/adapter_config.json: peft_type is "IA3", but only LORA adapters can be loaded"#);
@@ -661,7 +661,7 @@ fn an_initial_adapter_that_is_damaged_or_not_there_is_said() {
 }
 
 #[test]
-fn rows_with_one_fault_are_one_problem() {
+fn rows_with_the_same_error_are_one_problem() {
     let fixture = Fixture::new();
     let text =
         "{\"text\": \"a\"}\n{\"text\": \"b\", \"why\": \"c\"}\n{\"text\": 1}\n{\"text\": 2}\n";
@@ -675,7 +675,7 @@ warning: spec.dataset.train: 2 of 3 rows repeat an earlier row
 }
 
 #[test]
-fn a_few_bad_rows_are_left_out_if_asked_for() {
+fn a_few_invalid_rows_are_left_out_if_requested() {
     let mut fixture = Fixture::new();
     fixture.config.dataset.on_invalid_row = OnInvalidRow::Drop;
     fixture.write("train.jsonl", &("{\"text\": \"a\"}\n".repeat(9) + "{\"text\": \"\"}\n"));
@@ -694,7 +694,7 @@ warning: spec.dataset.train: 7 of 8 rows repeat an earlier row
 }
 
 #[test]
-fn bad_rows_of_each_kind_are_left_out_and_named() {
+fn invalid_rows_of_each_kind_are_left_out_and_reported() {
     let mut fixture = Fixture::new();
     let good: String = (0..30).map(|row| format!("{{\"text\": \"row {row}\"}}\n")).collect();
     let bad = "{\"text\": \"a\"\n{\"text\": 1}\n{\"txt\": \"a\"}\n";
@@ -716,7 +716,7 @@ warning: train.jsonl:33: left out: "text" is missing (did you mean "text" instea
 }
 
 #[test]
-fn a_prefix_says_what_it_leaves_out() {
+fn warns_about_files_that_a_prefix_leaves_out() {
     let mut fixture = Fixture::new();
     fs::create_dir(fixture.path("rows")).unwrap();
     for name in

@@ -1,4 +1,4 @@
-//! What every store must do the same.
+//! The behavior that all stores must share.
 
 use std::{fs, io::Read as _, sync::Arc, thread};
 
@@ -13,24 +13,27 @@ use super::{Server, manifest, uri};
 
 #[test]
 fn memory_conforms() {
-    conforms(&Store::from_object_store(&uri("s3://bucket/base"), Arc::new(InMemory::new())));
+    check_conformance(&Store::from_object_store(
+        &uri("s3://bucket/base"),
+        Arc::new(InMemory::new()),
+    ));
 }
 
 #[test]
 fn disk_conforms() {
     let directory = tempfile::tempdir().unwrap();
     let uri = uri(&format!("file://{}/base", directory.path().display()));
-    conforms(&Store::open(&uri, None, Role::Output, &Environment::default()).unwrap());
+    check_conformance(&Store::open(&uri, None, Role::Output, &Environment::default()).unwrap());
 }
 
 #[test]
 fn s3_conforms() {
     let Some(server) = Server::find() else { return };
     let uri = format!("s3://{}/store-test-{}", server.bucket(), std::process::id());
-    conforms(&server.open(&uri, server.secret()));
+    check_conformance(&server.open(&uri, server.secret()));
 }
 
-fn conforms(store: &Store) {
+fn check_conformance(store: &Store) {
     assert_eq!(store.list().unwrap(), []);
     assert_eq!(store.size("a").unwrap(), None);
     assert!(matches!(store.read("a"), Err(Error::NotFound { .. })));
@@ -88,16 +91,16 @@ fn publishes(store: &Store) {
     let back = tempfile::tempdir().unwrap();
     assert_eq!(publish::fetch_verified(store, &first.manifest, back.path()).unwrap(), 9);
 
-    // Other bytes of the same run do not replace those a reader may have begun with.
+    // Different bytes of the same run do not replace a result that may be in use.
     fs::write(local.path().join("config.json"), "[]").unwrap();
     assert_eq!(publish::publish(store, local.path(), manifest("one"), false).unwrap(), first);
     assert_eq!(store.read("config.json").unwrap(), "{}");
-    // Unless the result is incomplete.
+    // An incomplete result is replaced.
     store.delete("adapter/w.safetensors").unwrap();
     assert_eq!(found(&manifest("one")), OutputContents::Vacant);
-    let mended = publish::publish(store, local.path(), manifest("one"), false).unwrap();
+    let repaired = publish::publish(store, local.path(), manifest("one"), false).unwrap();
     let back = tempfile::tempdir().unwrap();
-    publish::fetch_verified(store, &mended.manifest, back.path()).unwrap();
+    publish::fetch_verified(store, &repaired.manifest, back.path()).unwrap();
     assert_eq!(fs::read_to_string(back.path().join("config.json")).unwrap(), "[]");
     fs::write(local.path().join("config.json"), "{}").unwrap();
 
@@ -121,7 +124,7 @@ fn publishes(store: &Store) {
 }
 
 #[test]
-fn of_two_publishers_of_one_run_both_get_the_result_that_was_first() {
+fn two_publishers_of_one_run_both_get_the_first_result() {
     let store = Store::from_object_store(&uri("s3://bucket/base"), Arc::new(InMemory::new()));
     let outcomes: Vec<_> = thread::scope(|scope| {
         let publishers = ["{1}", "{2}"].map(|text| {
@@ -139,7 +142,7 @@ fn of_two_publishers_of_one_run_both_get_the_result_that_was_first() {
 }
 
 #[test]
-fn a_uri_of_one_file_lists_it_and_directory_markers_are_left_out() {
+fn the_uri_of_a_file_lists_that_file_and_directory_markers_are_omitted() {
     let memory = Arc::new(InMemory::new());
     let base = Store::from_object_store(&uri("s3://bucket/base"), Arc::clone(&memory) as _);
     base.put("rows.jsonl", "{}".into()).unwrap();
@@ -154,7 +157,7 @@ fn a_uri_of_one_file_lists_it_and_directory_markers_are_left_out() {
 }
 
 #[test]
-fn what_an_earlier_release_published_is_its_own_runs_only() {
+fn a_result_of_an_earlier_release_belongs_only_to_its_own_run() {
     let store = Store::from_object_store(&uri("s3://bucket/base"), Arc::new(InMemory::new()));
     let local = tempfile::tempdir().unwrap();
     fs::write(local.path().join("config.json"), "{}").unwrap();
@@ -168,10 +171,10 @@ fn what_an_earlier_release_published_is_its_own_runs_only() {
         };
         assert!(why.contains("run one") && why.contains("cannot be compared"), "{why}");
     }
-    let mut mended = manifest("one");
-    mended.train_sha256 = "1".repeat(64);
-    assert!(matches!(found(&mended, true), OutputContents::OtherInputs(_)));
-    // Told to replace it, the next run does.
+    let mut repaired = manifest("one");
+    repaired.train_sha256 = "1".repeat(64);
+    assert!(matches!(found(&repaired, true), OutputContents::OtherInputs(_)));
+    // With `overwrite`, the next run replaces it.
     fs::write(local.path().join("config.json"), "[]").unwrap();
     let second = publish::publish(&store, local.path(), manifest("one"), true).unwrap();
     assert_ne!(second.manifest.files, first.manifest.files);

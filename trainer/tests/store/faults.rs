@@ -1,4 +1,4 @@
-//! A store that fails at write `k`, for every `k`.
+//! Publishing to a store that fails at write `k`, for every `k`.
 
 use std::{fs, sync::Arc};
 

@@ -1,4 +1,4 @@
-//! A local server that speaks the hub's API, well and badly.
+//! Tests against a local server that implements the API of the hub, correctly and incorrectly.
 
 use std::{
     io::{BufRead as _, BufReader, Write as _},

@@ -1,4 +1,4 @@
-//! What people read when a store refuses: one message for each cause they can mend.
+//! Error messages of stores: one for each cause that the user can fix.
 
 use std::{fs, sync::Arc};
 
@@ -24,7 +24,7 @@ fn on_disk(path: &std::path::Path) -> Store {
 }
 
 #[test]
-fn a_missing_bucket_is_told_from_a_missing_object() {
+fn a_missing_bucket_is_distinguished_from_a_missing_object() {
     let Some(server) = Server::find() else { return };
     let store = server.open("s3://no-such-bucket-here/data", server.secret());
     let errors = [

@@ -25,7 +25,6 @@ const WINDOW_TURNS: usize = 24;
 const MAX_EXPANDED_BYTES: usize = 256 << 20;
 
 /// A rendered text with the spans that are trained on.
-#[expect(clippy::struct_field_names, reason = "`text` is the text of the rendered text")]
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct RenderedText {
     /// The text to tokenize.

@@ -12,7 +12,7 @@ use crate::data::{
     chat::template::{Sources, Template},
     conversation::{ChatRole, Conversation, Example, Message},
     formats::{self, ReadOptions},
-    tokenizer::{Tokenizer, tokenize::TokenRow},
+    tokenizer::{Tokenizer, targets::TokenRow},
 };
 
 pub(crate) const CHATML: &str = "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind<|im_end|>\n{% endif %}\

@@ -52,17 +52,17 @@ fn text() -> impl Strategy<Value = String> {
 struct Turn {
     question: String,
     answer: String,
-    thought: Option<String>,
+    reasoning: Option<String>,
     argument: Option<String>,
     is_target: bool,
 }
 
 fn turns() -> impl Strategy<Value = Vec<Turn>> {
     let turn = (text(), text(), prop::option::of(text()), prop::option::of(text()), any::<bool>());
-    let turn = turn.prop_map(|(question, answer, thought, argument, is_target)| Turn {
+    let turn = turn.prop_map(|(question, answer, reasoning, argument, is_target)| Turn {
         question,
         answer,
-        thought,
+        reasoning,
         argument,
         is_target,
     });
@@ -76,14 +76,14 @@ fn row(turns: &[Turn], spelling: usize, system: &str) -> Value {
     let user = ["user", "human"][spelling / 6 % 2];
     let assistant = ["assistant", "gpt", "chatgpt", "model"][spelling / 12 % 4];
     let training_mark = ["weight", "train", "loss", "loss_mask"][spelling / 3 % 4];
-    let thought_key = ["reasoning_content", "reasoning", "thinking"][spelling / 5 % 3];
+    let reasoning_key = ["reasoning_content", "reasoning", "thinking"][spelling / 5 % 3];
     let mut written = Vec::new();
     for turn in turns {
         written.push(json!({role: user, content: [{"type": "text", "text": turn.question}]}));
         let mut answer =
             json!({role: assistant, content: turn.answer, training_mark: u8::from(turn.is_target)});
-        if let Some(thought) = &turn.thought {
-            answer[thought_key] = json!(thought);
+        if let Some(reasoning) = &turn.reasoning {
+            answer[reasoning_key] = json!(reasoning);
         }
         if let Some(argument) = &turn.argument {
             let arguments = json!({"x": argument});
@@ -117,7 +117,7 @@ proptest! {
             prop_assert_eq!(&rest.next().unwrap().content, &turn.question);
             let answer = rest.next().unwrap();
             prop_assert_eq!(&answer.content, &turn.answer);
-            prop_assert_eq!(&answer.reasoning, &turn.thought);
+            prop_assert_eq!(&answer.reasoning, &turn.reasoning);
             prop_assert_eq!(answer.is_target, turn.is_target);
             if let Some(argument) = &turn.argument {
                 prop_assert_eq!(&answer.tool_calls[0].arguments["x"], argument);

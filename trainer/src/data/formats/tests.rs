@@ -24,15 +24,15 @@ fn check_with(text: &str, options: &ReadOptions) -> String {
 }
 
 fn show(message: &crate::data::conversation::Message) -> String {
-    let seen = serde_json::to_value(message).unwrap();
-    let mut said = message.content.clone();
+    let serialized = serde_json::to_value(message).unwrap();
+    let mut messages = message.content.clone();
     for key in ["reasoning_content", "tool_calls", "tool_call_id", "name"] {
-        if let Some(value) = seen.get(key) {
-            said += &format!("({key}: {value})");
+        if let Some(value) = serialized.get(key) {
+            messages += &format!("({key}: {value})");
         }
     }
     let role = message.role.as_str();
-    if message.is_target { format!("[{role}={said}]") } else { format!("{role}={said}") }
+    if message.is_target { format!("[{role}={messages}]") } else { format!("{role}={messages}") }
 }
 
 fn check(text: &str) -> String {

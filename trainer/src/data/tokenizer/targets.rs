@@ -2,9 +2,11 @@
 
 use std::ops::Range;
 
+use finetune_contract::OnOverflow;
+
 use crate::data::{
     chat::assistant_spans::RenderedText,
-    tokenizer::{Tokenizer, byte_level::Encoded, tokenize::TokenRow},
+    tokenizer::{Tokenizer, byte_level::Encoded},
 };
 
 /// How many tokens before a border are tokenized again, if no added token is closer.
@@ -12,6 +14,28 @@ const LOOK_BACK_TOKENS: usize = 256;
 /// How many of those, counted from the border, are compared: the last ones do not depend on where the
 /// tokenization starts.
 const COMPARED_TOKENS: usize = 64;
+
+/// A row as tokens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenRow {
+    /// The tokens.
+    pub tokens: Vec<u32>,
+    /// Whether each token is a target, which is predicted from those before it; the first never is.
+    pub targets: Vec<bool>,
+}
+
+impl TokenRow {
+    /// Returns how many of the tokens fit a context; `None` if the row is skipped, because it is too
+    /// long or because no target remains.
+    pub fn trained_length(&self, context_length: u32, on_overflow: OnOverflow) -> Option<usize> {
+        let context_length = context_length as usize;
+        if self.tokens.len() > context_length && on_overflow != OnOverflow::Truncate {
+            return None;
+        }
+        let length = self.tokens.len().min(context_length);
+        self.targets[..length].iter().any(|&is_target| is_target).then_some(length)
+    }
+}
 
 /// How the turns of a row end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

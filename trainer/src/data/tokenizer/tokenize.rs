@@ -1,7 +1,5 @@
 //! Turns an example into rows of tokens and marks the tokens that are trained on.
 
-use finetune_contract::OnOverflow;
-
 use crate::data::{
     chat::{
         alpaca_prompt::{self, Segment},
@@ -10,31 +8,9 @@ use crate::data::{
     conversation::{ChatRole, Conversation, Example, Message, contains_text},
     tokenizer::{
         Tokenizer,
-        targets::{self, TurnEnd},
+        targets::{self, TokenRow, TurnEnd},
     },
 };
-
-/// A row as tokens.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TokenRow {
-    /// The tokens.
-    pub tokens: Vec<u32>,
-    /// Whether each token is a target, which is predicted from those before it; the first never is.
-    pub targets: Vec<bool>,
-}
-
-impl TokenRow {
-    /// Returns how many of the tokens fit a context; `None` if the row is skipped, because it is too
-    /// long or because no target remains.
-    pub fn trained_length(&self, context_length: u32, on_overflow: OnOverflow) -> Option<usize> {
-        let context_length = context_length as usize;
-        if self.tokens.len() > context_length && on_overflow != OnOverflow::Truncate {
-            return None;
-        }
-        let length = self.tokens.len().min(context_length);
-        self.targets[..length].iter().any(|&is_target| is_target).then_some(length)
-    }
-}
 
 /// The tokens of one row of the dataset.
 #[derive(Debug, Clone, PartialEq, Eq)]
