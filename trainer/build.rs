@@ -1,6 +1,6 @@
-//! Compiles the shims over torch's process groups and devices, and writes the run-time search path of libtorch
-//! into the trainer, so that it runs without `LD_LIBRARY_PATH`: first beside the binary (container
-//! images), then where it was built against.
+//! Compiles the C++ shims over the process groups and devices of torch, and sets the run-time search
+//! path of libtorch so that the trainer runs without `LD_LIBRARY_PATH`: first the directory beside the
+//! binary (container images), then the libtorch of the build.
 
 use std::{env, path::PathBuf, process};
 
@@ -41,23 +41,25 @@ fn compile_shim() {
     if env::var_os("CARGO_FEATURE_CUDA").is_some() {
         let cuda = env::var("CUDA_HOME").unwrap_or_else(|_| "/usr/local/cuda".to_owned());
         let headers = format!("{cuda}/include");
-        // Since CUDA 13 the C++ headers have a directory of their own.
+        // Since CUDA 13 the C++ headers are in a separate directory.
         build.include(format!("{headers}/cccl")).include(headers).define("USE_C10D_NCCL", None);
         println!("cargo:rustc-link-lib=torch_cuda");
     }
     build.compile("finetune_shim");
-    refuse_symbols_of_gloo();
+    refuse_gloo_symbols();
 }
 
-/// Our headers of gloo are declarations for types behind pointers: a method or virtual table of
-/// gloo's in the object would mean that a newer libtorch asks for more, with layouts we do not have.
-fn refuse_symbols_of_gloo() {
+/// Fails the build if the shim uses methods or virtual tables of gloo.
+///
+/// Our headers of gloo only declare types that are used behind pointers. A newer libtorch may need more
+/// of them, with layouts that these headers do not have.
+fn refuse_gloo_symbols() {
     let Ok(directory) = env::var("OUT_DIR") else { return };
     let archive = std::fs::read(format!("{directory}/libfinetune_shim.a")).unwrap_or_default();
     for symbol in ["_ZN4gloo", "_ZNK4gloo", "_ZTVN4gloo", "_ZTIN4gloo"] {
         if archive.windows(symbol.len()).any(|bytes| bytes == symbol.as_bytes()) {
             println!(
-                "cargo:warning=c10d.cpp uses gloo itself ({symbol}…), but {SHIM}/gloo only declares it: \
+                "cargo:warning=c10d.cpp uses gloo directly ({symbol}…), but {SHIM}/gloo only declares it: \
                  build against libtorch 2.13, or extend the declarations as docs/adr/0014 says"
             );
             process::exit(1);

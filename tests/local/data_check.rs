@@ -29,13 +29,13 @@ bye<|im_end|>
 so long<|im_end|>
 
 chat.jsonl: 2 rows, 8 of 82 tokens trained on
-chat.jsonl:2: messages[1]: the key "contnt" is not known (did you mean "content"?), and what it says would be lost: remove it, or list it in dataset.ignoredKeys if nothing of it is to be trained on
+chat.jsonl:2: messages[1]: the key "contnt" is unknown (did you mean "content"?), so its content would be lost: remove it, or list it in dataset.ignoredKeys if it need not be trained on
 exit 65
-error: 1 of 3 rows cannot be used: mend them
+error: 1 of 3 rows cannot be used: fix them
 "#);
     insta::assert_snapshot!(check(&sandbox, &["chat.jsonl", "--model", "model", "--line", "2", "--line", "chat.jsonl:3", "--ids"]), @r#"
 chat.jsonl:2: cannot be used
-messages[1]: the key "contnt" is not known (did you mean "content"?), and what it says would be lost: remove it, or list it in dataset.ignoredKeys if nothing of it is to be trained on
+messages[1]: the key "contnt" is unknown (did you mean "content"?), so its content would be lost: remove it, or list it in dataset.ignoredKeys if it need not be trained on
 
 chat.jsonl:3: 23 tokens, 2 trained on
     256  "<|im_start|>"
@@ -63,9 +63,9 @@ chat.jsonl:3: 23 tokens, 2 trained on
      10  "\n"
 
 chat.jsonl: 2 rows, 8 of 82 tokens trained on
-chat.jsonl:2: messages[1]: the key "contnt" is not known (did you mean "content"?), and what it says would be lost: remove it, or list it in dataset.ignoredKeys if nothing of it is to be trained on
+chat.jsonl:2: messages[1]: the key "contnt" is unknown (did you mean "content"?), so its content would be lost: remove it, or list it in dataset.ignoredKeys if it need not be trained on
 exit 65
-error: 1 of 3 rows cannot be used: mend them
+error: 1 of 3 rows cannot be used: fix them
 "#);
     // Read as the manifest says: the last turn of each row, cut at the context.
     sandbox.write("good.jsonl", &ROWS.replace("contnt", "content"));
@@ -97,9 +97,9 @@ fn says_what_is_wrong_with_the_question() {
     sandbox.write("chat.jsonl", ROWS);
     insta::assert_snapshot!(check(&sandbox, &["chat.jsonl", "--model", "model", "--rows", "0", "--line", "7"]), @r#"
 chat.jsonl: 2 rows, 8 of 82 tokens trained on
-chat.jsonl:2: messages[1]: the key "contnt" is not known (did you mean "content"?), and what it says would be lost: remove it, or list it in dataset.ignoredKeys if nothing of it is to be trained on
+chat.jsonl:2: messages[1]: the key "contnt" is unknown (did you mean "content"?), so its content would be lost: remove it, or list it in dataset.ignoredKeys if it need not be trained on
 exit 65
-error: there is no row at 7: rows have the numbers of their lines, from 1
+error: there is no row at 7: a row has the number of its line, counted from 1
 "#);
     insta::assert_snapshot!(check(&sandbox, &["absent.jsonl", "--model", "model"]), @r#"
 exit 78

@@ -115,7 +115,7 @@ fn a_result_of_an_earlier_release_is_not_taken_for_what_it_does_not_say() {
     insta::assert_snapshot!(again(&sandbox, &job).replace(manifest["runId"].as_str().unwrap(), "RUN"), @r#"
 exit 78
 error: the run cannot start:
-  spec.output.uri: file://DIR/output already holds the result of run RUN, of an earlier release that recorded only the training rows, which are the same: the validation rows, the model's files and the settings cannot be compared: choose another output.uri, or set output.overwrite: true to replace it
+  spec.output.uri: file://DIR/output already contains the result of run RUN, published by an earlier release that recorded only the training rows, which are the same; the validation rows, the model files and the settings cannot be compared: choose another output.uri, or set output.overwrite: true to replace it
 "#);
     job["spec"]["output"]["overwrite"] = json!(true);
     sandbox.run(&job).ok();

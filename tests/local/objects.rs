@@ -107,7 +107,7 @@ fn a_bucket_that_refuses_or_is_not_there_says_so() {
     insta::assert_snapshot!(shown, @r"
 exit 78
 error: the run cannot start:
-  spec.dataset.train: cannot list s3://finetune-no-such-bucket/train.jsonl: the bucket does not exist (…); create it or mend the URI
+  spec.dataset.train: cannot list s3://finetune-no-such-bucket/train.jsonl: the bucket does not exist (…); create it or correct the URI
 ");
 
     sandbox.set("AWS_SECRET_ACCESS_KEY", "wrong");
@@ -116,7 +116,7 @@ error: the run cannot start:
     insta::assert_snapshot!(without_server_words(&shown), @r"
 exit 77
 error: the run cannot start:
-  spec.output.uri: cannot write OUTPUT/PROBE: the store refuses (…): check the credentials of the Secret or environment and what they may do
+  spec.output.uri: cannot write OUTPUT/PROBE: the store denies access (…): check the credentials of the Secret or environment and their permissions
 ");
 }
 

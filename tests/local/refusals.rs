@@ -68,6 +68,6 @@ fn refuses_pickled_weights() {
     insta::assert_snapshot!(check(&sandbox, &sandbox.job("output")), @r#"
 exit 65
 error: the run cannot start:
-  spec.model.uri: the weights are a pickle (pytorch_model.bin), which can run any code when opened: convert them with transformers' save_pretrained, which writes safetensors
+  spec.model.uri: the weights are a pickle (pytorch_model.bin), which can execute any code when loaded: convert them with transformers' save_pretrained, which writes safetensors
 "#);
 }

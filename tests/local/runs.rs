@@ -175,7 +175,7 @@ fn tokens_are_added_to_a_model_and_trained() {
     insta::assert_snapshot!(sandbox.shown(&refused), @r#"
 exit 78
 error: the run cannot start:
-  spec.model.addedTokens: adds 8 tokens, whose rows would not be trained and mean nothing: add embed_tokens and lm_head to loraConfig.modulesToSave, or leave loraConfig out to train every parameter
+  spec.model.addedTokens: adds 8 tokens whose embeddings would not be trained: add embed_tokens and lm_head to loraConfig.modulesToSave, or remove loraConfig to train every parameter
 "#);
     job["spec"]["loraConfig"]["modulesToSave"] = json!(["embed_tokens", "lm_head"]);
     let planned = sandbox.run(&job).ok();

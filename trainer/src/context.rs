@@ -1,4 +1,4 @@
-//! Where a run is carried out: its environment, scratch space, device and ranks.
+//! The context of a run: environment, scratch space, device and ranks.
 
 use std::{
     path::{Path, PathBuf},
@@ -9,17 +9,17 @@ use tch::Device;
 
 use crate::{distributed::Ranks, failure::Failure, store::Environment};
 
-/// What a run is given beside its configuration.
+/// Everything a run needs beside its configuration.
 pub struct RunContext<'a> {
     /// Credentials and endpoints.
     pub environment: &'a Environment,
-    /// Scratch space: tokenised rows, files before they are uploaded.
+    /// Scratch space for tokenized rows and for files before they are uploaded.
     pub work_dir: &'a Path,
-    /// Where downloaded models are kept.
+    /// The directory of downloaded models.
     pub model_cache: &'a Path,
     /// Whether another rank of this machine downloads the models into the same cache.
     pub shares_model_cache: bool,
-    /// Set when the run is asked to stop.
+    /// Set when the run should stop.
     pub stop: &'a AtomicBool,
     /// The device of this rank.
     pub device: Device,
@@ -28,19 +28,19 @@ pub struct RunContext<'a> {
 }
 
 impl RunContext<'_> {
-    /// Creates a directory of the scratch space, without what an earlier attempt left in it.
+    /// Creates an empty directory in the scratch space, deleting what an earlier attempt left in it.
     ///
     /// # Errors
     /// A [`Failure`] if the disk cannot be written.
     pub fn empty_directory(&self, name: &str) -> Result<PathBuf, Failure> {
         let path = self.work_dir.join(name);
-        let make = || {
+        let create = || {
             if path.exists() {
                 std::fs::remove_dir_all(&path)?;
             }
             std::fs::create_dir_all(&path)
         };
-        make().map_err(|error| Failure::from_io(&error, &format!("cannot create {path:?}")))?;
+        create().map_err(|error| Failure::from_io(&error, &format!("cannot create {path:?}")))?;
         Ok(path)
     }
 }

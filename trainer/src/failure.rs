@@ -1,38 +1,74 @@
-//! The one error type that crosses module borders of the trainer: a reason for code, a text for people.
+//! The error type that crosses module boundaries of the trainer: a reason for code, a message for
+//! people.
+
+use std::any::Any;
 
 use finetune_contract::{ExitCode, FailureReason};
 
-/// Why a run, preflight or verification cannot go on.
+/// Why a run, preflight or verification failed.
 ///
-/// Modules have error enums of their own and convert them here at their public functions, where
-/// the reason is decided once.
+/// Modules have error enums of their own and convert them at their public functions, which is where
+/// the reason is decided.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct Failure {
-    /// The kind; decides the exit code and whether the operator tries again.
+    /// Decides the exit code and whether the operator retries.
     pub reason: FailureReason,
     /// What happened, to which object, and what to do.
     pub message: String,
 }
 
 impl Failure {
-    /// Makes a failure.
+    /// Creates a failure.
     pub fn new(reason: FailureReason, message: impl Into<String>) -> Self {
         Self { reason, message: message.into() }
     }
 
-    /// Makes a failure from an error and everything that caused it, joined by `: `.
+    /// Creates a failure from an error and its causes, joined by `: `.
     pub fn from_chain(reason: FailureReason, error: &(dyn std::error::Error + 'static)) -> Self {
         Self { reason, message: chain(error) }
     }
 
-    /// Returns the process exit status.
+    /// Creates a failure from an error of the local file system; a full disk has its own reason.
+    pub fn from_io(error: &std::io::Error, doing: &str) -> Self {
+        let reason = match error.kind() {
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+                FailureReason::DiskFull
+            }
+            std::io::ErrorKind::PermissionDenied => FailureReason::PermissionDenied,
+            _ => FailureReason::Internal,
+        };
+        Self::new(reason, format!("{doing}: {error}"))
+    }
+
+    /// Creates a failure from the payload of a panic. libtorch reports running out of memory by a
+    /// panic; any other is a bug of the trainer.
+    pub fn from_panic(panic: &(dyn Any + Send)) -> Self {
+        let text = panic
+            .downcast_ref::<String>()
+            .map(String::as_str)
+            .or_else(|| panic.downcast_ref::<&str>().copied())
+            .unwrap_or("no message");
+        let is_out_of_memory = ["can't allocate memory", "out of memory", "OutOfMemoryError"]
+            .iter()
+            .any(|words| text.contains(words));
+        if is_out_of_memory {
+            let message = format!("the device ran out of memory ({text})");
+            return Self::new(FailureReason::OutOfMemory, message);
+        }
+        Self::new(
+            FailureReason::Internal,
+            format!("this is a bug of the trainer, please report it: {text}"),
+        )
+    }
+
+    /// Returns the process exit code.
     pub const fn exit_code(&self) -> ExitCode {
         self.reason.exit_code()
     }
 }
 
-/// Renders an error and everything that caused it, joined by `: `.
+/// Renders an error and its causes, joined by `: `.
 pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
@@ -46,18 +82,4 @@ pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
         source = cause.source();
     }
     text
-}
-
-impl Failure {
-    /// Makes a failure of a local file operation: a full disk is its own reason.
-    pub fn from_io(error: &std::io::Error, doing: &str) -> Self {
-        let reason = match error.kind() {
-            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
-                FailureReason::DiskFull
-            }
-            std::io::ErrorKind::PermissionDenied => FailureReason::PermissionDenied,
-            _ => FailureReason::Internal,
-        };
-        Self::new(reason, format!("{doing}: {error}"))
-    }
 }

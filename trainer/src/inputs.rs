@@ -1,4 +1,4 @@
-//! What a run reads: identified before it is trained on, and never written over.
+//! The inputs of a run: computes their digests, and refuses outputs that would overwrite them.
 
 use std::path::{Path, PathBuf};
 
@@ -17,7 +17,7 @@ use crate::{
     store::{Environment, Role, Store, identity, is_model_file, sha256_hex},
 };
 
-/// What a run reads beside its rows.
+/// The inputs of a run other than its rows.
 #[derive(Debug, Clone, Copy)]
 pub struct Sources<'a> {
     model: &'a ModelSource,
@@ -48,7 +48,7 @@ impl<'a> From<&'a PreflightConfig> for Sources<'a> {
     }
 }
 
-/// Identifies everything a run reads; of rows, the digests that were taken while they were checked.
+/// Returns the digests of everything a run reads. Those of the rows are known from reading them.
 ///
 /// # Errors
 /// A [`Failure`] if a store cannot be read.
@@ -72,7 +72,7 @@ pub fn digests(
             Some(identity(&open(uri, None, Role::Adapter)?, is_adapter)?)
         }
         (None, Some(uri)) => {
-            // It has the digests of the other files.
+            // The manifest contains the digests of the other files.
             let is_manifest = |path: &str| path == CHECKPOINT_MANIFEST_NAME;
             Some(identity(&open(uri, None, Role::Checkpoint)?, is_manifest)?)
         }
@@ -89,7 +89,7 @@ pub fn digests(
     })
 }
 
-/// Identifies everything a planned run reads.
+/// Returns the digests of everything a planned run reads.
 ///
 /// # Errors
 /// As [`digests`].
@@ -98,14 +98,14 @@ pub fn of_run(config: &RunConfig, environment: &Environment) -> Result<InputDige
     digests(config.into(), train_sha256, validation_sha256.as_deref(), environment)
 }
 
-/// Says how the output of a preflight's run touches what the run reads, after symbolic links.
+/// Describes how the output of a run overlaps with its inputs, after resolving symbolic links.
 pub fn overlaps(config: &PreflightConfig) -> Vec<String> {
     let Sources { model, initial_adapter, initial_checkpoint, .. } = config.into();
     let inputs = input_uris(model, &config.dataset, initial_adapter, initial_checkpoint);
-    overlaps_with_inputs(&config.output.uri, inputs, after_links)
+    overlaps_with_inputs(&config.output.uri, inputs, resolve_links)
 }
 
-/// Refuses a run that would write its result or its checkpoints over what it reads.
+/// Refuses a run whose result or checkpoints would overwrite its inputs.
 ///
 /// # Errors
 /// A [`Failure`] that names the input.
@@ -113,7 +113,7 @@ pub fn refuse_overlap(config: &RunConfig) -> Result<(), Failure> {
     let Sources { model, initial_adapter, initial_checkpoint, .. } = config.into();
     let inputs = input_uris(model, &config.dataset, initial_adapter, initial_checkpoint);
     for written in [&config.output.uri, &config.checkpoints_uri] {
-        let messages = overlaps_with_inputs(written, inputs.iter().copied(), after_links);
+        let messages = overlaps_with_inputs(written, inputs.iter().copied(), resolve_links);
         if let Some(message) = messages.into_iter().next() {
             return Err(Failure::new(FailureReason::InvalidConfiguration, message));
         }
@@ -121,23 +121,22 @@ pub fn refuse_overlap(config: &RunConfig) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Returns the place that a URI names in the end: of a directory or volume after symbolic links, as
-/// far as it exists.
-fn after_links(uri: ObjectUri) -> ObjectUri {
+/// Resolves the symbolic links in the path of a directory or volume, as far as the path exists.
+fn resolve_links(uri: ObjectUri) -> ObjectUri {
     let path = match uri.scheme {
         Scheme::File => Path::new("/").join(&uri.path),
         Scheme::Pvc => Path::new(PVC_ROOT).join(&uri.authority).join(&uri.path),
         Scheme::Hf | Scheme::S3 | Scheme::Gs | Scheme::Az => return uri,
     };
-    let path = real_path(&path, MOST_LINKS).to_string_lossy().trim_start_matches('/').to_owned();
-    // A volume is a directory here: one inside another is seen, too.
+    let path = real_path(&path, MAX_LINKS).to_string_lossy().trim_start_matches('/').to_owned();
+    // Volumes become directories, so that an overlap between the two is found as well.
     ObjectUri { scheme: Scheme::File, authority: String::new(), path, ..uri }
 }
 
-/// Links to what does not exist that are followed, one after the other; the kernel's own limit.
-const MOST_LINKS: u32 = 40;
+/// The most dangling links that are followed one after the other; the limit of the kernel.
+const MAX_LINKS: u32 = 40;
 
-/// Resolves the longest part of a path that exists; what follows it does not exist yet.
+/// Resolves the longest existing prefix of a path and appends the rest.
 fn real_path(path: &Path, links: u32) -> PathBuf {
     let mut rest = Vec::new();
     let mut existing = path;
@@ -148,7 +147,7 @@ fn real_path(path: &Path, links: u32) -> PathBuf {
         let (Some(parent), Some(name)) = (existing.parent(), existing.file_name()) else {
             return path.to_owned();
         };
-        // A link to what does not exist yet still says where a result would go.
+        // A dangling link still determines where a result would be written.
         if links > 0
             && let Ok(target) = existing.read_link()
         {
@@ -166,9 +165,9 @@ mod tests {
 
     use finetune_contract::overlap::overlaps_with_inputs;
 
-    use super::after_links;
+    use super::resolve_links;
 
-    /// Tells how an output touches the model at `base`, in a directory with links.
+    /// Describes how an output overlaps with the model at `base`, in a directory with links.
     fn check(output: &str) -> String {
         let directory = tempfile::tempdir().unwrap();
         let at = |name: &str| directory.path().join(name);
@@ -181,7 +180,7 @@ mod tests {
         let uri = |path: &Path| format!("file://{}", path.display());
         let model = uri(&at("base"));
         let inputs = [("spec.model.uri", model.as_str())];
-        let messages = overlaps_with_inputs(&uri(&at(output)), inputs, after_links);
+        let messages = overlaps_with_inputs(&uri(&at(output)), inputs, resolve_links);
         let text = messages.concat();
         text.split(" spec.model.uri")
             .next()
@@ -193,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn an_output_is_followed_through_links_before_it_is_compared() {
+    fn links_of_an_output_are_resolved_before_it_is_compared() {
         assert_eq!(check("base"), "is the same place as");
         assert_eq!(check("link"), "is the same place as");
         assert_eq!(check("link/out"), "lies inside");

@@ -1,11 +1,17 @@
-//! The trainer: one run configuration in, one published and proven result out.
+//! The trainer: takes one run configuration, and publishes and verifies one result.
 //!
-//! In the order data flows: [`store`] brings files here and takes results away, [`import`] turns a
-//! GGUF file into a Hugging Face directory, [`extension`] adds tokens to a base model, [`inputs`] tells what is read apart, [`data`] turns rows into token sequences, [`preflight`]
-//! checks all of it cheaply, [`launch`] starts the ranks of one machine and [`dist`] joins those of a
-//! run, [`device`] is what they compute on, [`allocator`] keeps its memory, [`model`] is the network and its hand-written backward
-//! pass, [`recipe`] is the story of a run, [`export`] writes what other software loads, [`verify`] proves it and
-//! [`generate`] lets a person see it; [`data_check`] shows a person what of the rows is trained on.
+//! - [`commands`] has the subcommands of the binary; [`recipe`] is one training run, top to bottom,
+//!   and [`train`] its loop.
+//! - Inputs: [`store`] reads and writes buckets, hubs and directories, [`hf`] and [`gguf`] read model
+//!   files, [`data`] turns rows into token sequences, [`inputs`] computes digests of everything that is
+//!   read, [`preflight`] checks all of it before any training.
+//! - The model: [`architecture`] parses `config.json`, [`model`] is the network with its hand-written
+//!   backward pass, built from [`layers`] and [`ops`]; [`lora`] resolves adapters, [`objective`]
+//!   computes the loss, [`params`] lays out the trained parameters and [`optim`] updates them.
+//! - The process: [`runtime`] has device, memory, clock and random numbers, [`distributed`] connects
+//!   the ranks, [`checkpoint`] saves and restores training, [`metrics`] reports progress.
+//! - Results: [`export`] writes files that other software loads, [`verification`] verifies them after
+//!   publication.
 
 pub mod architecture;
 pub mod checkpoint;
@@ -33,7 +39,7 @@ pub mod store;
 pub mod train;
 pub mod verification;
 
-/// Renders bytes as lower-case hexadecimal.
+/// Formats bytes as lower-case hexadecimal.
 pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -1,13 +1,13 @@
-//! The story of a run: bring everything here, take up the thread, train, write, publish, prove.
+//! One training run, top to bottom: fetch, resume, train, export, publish, verify.
 //!
-//! LoRA and full-parameter fine-tuning share it. They differ in what is attached to the model and
-//! in what is exported, and nowhere between.
+//! LoRA and full-parameter fine-tuning share this recipe. They differ only in which parameters are
+//! trainable and in what is exported.
 
 use std::path::{Path, PathBuf};
 
 use finetune_contract::{
     ArtifactKind, CONTRACT_VERSION, Dtype, FailureReason, InputDigests, Manifest, ModelSource,
-    ObjectUri, Outcome, Proof, RunConfig, Stage, artifact::MANIFEST_NAME, decisive_settings,
+    ObjectUri, Outcome, Proof, RunConfig, Split, Stage, artifact::MANIFEST_NAME, decisive_settings,
 };
 use tch::Device;
 use tracing::{info, warn};
@@ -15,14 +15,17 @@ use tracing::{info, warn};
 use crate::{
     checkpoint::{Checkpoints, TrainState, initial},
     context::RunContext,
-    data::{Dataset, Rendering, RowSources, Sequences, Tokenizer},
+    data::{
+        chat::rendering::Rendering, dataset::Dataset, row_sources::RowSources,
+        sequences::Sequences, tokenizer::Tokenizer,
+    },
     export::{self, Export},
     failure::Failure,
     gguf,
     hf::{extension, read_config},
     inputs,
     lora::trainable::Trainable,
-    metrics::recorder::Teller,
+    metrics::recorder::Recorder,
     model::{
         DataParallel, Model,
         adapter::{self, AdapterDirectory},
@@ -32,59 +35,61 @@ use crate::{
     runtime::rng::RngKey,
     store::{
         self, Role, Store,
-        publish::{self, Found, Published},
+        publish::{self, OutputContents, Published},
     },
     train::{DataSplit, TrainLoop, TrainOutcome},
-    verification::{self, Probe},
+    verification::{self, VerificationBatch},
 };
 
-/// Carries out a run; `None` on a rank that has done its share and leaves the rest to rank 0.
+/// Executes a run and returns its outcome; `None` on ranks other than 0, which leave export,
+/// publication and verification to rank 0.
 ///
 /// # Errors
-/// A [`Failure`] with its reason; what was saved before stays.
+/// A [`Failure`]; checkpoints that were saved before it remain.
 pub fn run(
     config: &RunConfig,
     context: &RunContext<'_>,
-    teller: &mut Teller<'_>,
+    recorder: &mut Recorder<'_>,
 ) -> Result<Option<Outcome>, Failure> {
     let ranks = &context.ranks;
-    // A result of the same inputs may be there already, and then there is nothing to train.
+    // If a result of the same inputs is already published, verify that one instead of training.
     inputs::refuse_overlap(config)?;
     let output = open(&config.output.uri, Role::Output, context)?;
-    let made_from = identify_inputs(config, context)?;
-    let found = match &made_from {
+    let input_digests = identify_inputs(config, context)?;
+    let published = match &input_digests {
         Some(inputs) => find_published(config, &output, inputs)?,
         None => None,
     };
     ranks.barrier("compared")?;
-    if ranks.any(found.is_some())? {
-        let Some(published) = found else { return Ok(None) };
+    if ranks.any(published.is_some())? {
+        let Some(published) = published else { return Ok(None) };
         let base = fetch_model(&config.model, context)?;
         let proof =
-            verification::of_published(config, context, &output, &published.manifest, &base)?;
-        teller.done_before(published.manifest.step);
-        return Ok(Some(published_before(config, *published, proof)));
+            verification::verify_published(config, context, &output, &published.manifest, &base)?;
+        recorder.record_earlier_result(published.manifest.step);
+        return Ok(Some(outcome_of_published(config, *published, proof)));
     }
-    let base = fetch_model_for_all(&config.model, context)?;
 
-    // Rows become tokens, and must be the rows that were planned for.
-    teller.stage(Stage::Loading);
+    // Fetch the model; tokenize the rows and check that they are those of the plan.
+    let base = fetch_model_once(&config.model, context)?;
+    recorder.record_stage(Stage::Loading);
     let rendering = Rendering::resolve(&config.dataset.rendering, context.environment)?;
     let tokenizer = Tokenizer::load(&base, &rendering)?;
     let train = prepare_train(config, context, &tokenizer)?;
-    teller.left_out(train.dataset.left_out());
+    recorder.record_skipped_rows(train.dataset.skipped_rows());
     let validation = prepare_validation(config, context, &tokenizer)?;
     drop(tokenizer);
-    let end_of_turn = train.dataset.rendered().unlisted_end();
+    let end_of_turn = train.dataset.rendering_stats().unlisted_end_token();
 
-    // The model, with what is trained of it; then the thread of an earlier attempt, if there is one.
+    // Load the model and resume from the newest checkpoint, if there is one.
     let model = load_model(config, &base, context)?;
     ranks.barrier("loaded")?;
-    let probe = Probe::of(&model, &train);
+    let verification_batch = VerificationBatch::new(&model, &train.dataset);
     let optimizer =
         AdamW::new(model.trained(), config.training.optimizer, config.training.weight_decay);
     let store = open(&config.checkpoints_uri, Role::Output, context)?;
-    let checkpoints = Checkpoints::new(store, context.work_dir, config, made_from.clone(), &model);
+    let checkpoints =
+        Checkpoints::new(store, context.work_dir, config, input_digests.clone(), &model);
     let mut training = TrainLoop {
         config,
         model,
@@ -94,9 +99,9 @@ pub fn run(
         checkpoints,
         state: TrainState::default(),
     };
-    resume(&mut training, teller, context.device)?;
+    resume(&mut training, recorder, context.device)?;
     if let (Some(uri), 0) = (&config.initial_adapter, training.state.step) {
-        start_from(uri, &mut training, &base, context)?;
+        load_initial_adapter(uri, &mut training, &base, context)?;
     }
     if let (Some(uri), 0) = (&config.initial_checkpoint, training.state.step) {
         let store = open(uri, Role::Checkpoint, context)?;
@@ -105,17 +110,17 @@ pub fn run(
     }
 
     // Train.
-    if training.run(context.stop, teller)? == TrainOutcome::Interrupted {
+    if training.run(context.stop, recorder)? == TrainOutcome::Interrupted {
         return Ok(Some(Outcome::Interrupted { checkpoint_step: training.state.step }));
     }
-    let step = take_best(&mut training)?;
+    let step = restore_best(&mut training)?;
 
-    // Write the files and publish them.
-    teller.stage(Stage::Exporting);
-    let trained = probe.look_at(&training.model);
+    // Export the files and publish them.
+    recorder.record_stage(Stage::Exporting);
+    let trained = verification_batch.evaluate(&training.model);
     ranks.check()?;
     if !ranks.is_first() {
-        export::follow(&training.model)?;
+        export::contribute(&training.model)?;
         return Ok(None);
     }
     let directory = context.empty_directory("export")?;
@@ -123,27 +128,27 @@ pub fn run(
     let export =
         Export { config, base: &base, training: &training, step, chat_template, end_of_turn };
     let kind = export::write(&export, &directory)?;
-    teller.stage(Stage::Publishing);
-    let manifest = manifest(config, made_from, kind, step);
+    recorder.record_stage(Stage::Publishing);
+    let manifest = manifest(config, input_digests, kind, step);
     let published = publish::publish(&output, &directory, manifest, config.output.overwrite)?;
-    // What is read back are the published files, and there is no room for both.
+    // Verification downloads the published files; the disk need not hold them twice.
     let _ = std::fs::remove_dir_all(&directory);
 
-    // Success is what was read back.
-    teller.stage(Stage::Verifying);
+    // Download the published files and verify them.
+    recorder.record_stage(Stage::Verifying);
     drop(training.model);
-    let proof = verification::read_back(
+    let proof = verification::verify_trained(
         config,
         context,
         &output,
         &published.manifest,
         &base,
-        &probe,
+        &verification_batch,
         &trained,
     )
-    .inspect_err(|failure| withdraw(&output, failure))?;
+    .inspect_err(|failure| unpublish(&output, failure))?;
     if let Err(failure) = training.checkpoints.clear() {
-        warn!(%failure, "the result is published, but its checkpoints could not be removed");
+        warn!(%failure, "the result is published, but its checkpoints could not be deleted");
     }
     Ok(Some(Outcome::Succeeded {
         kind,
@@ -156,8 +161,8 @@ pub fn run(
 /// Opens one of the run's URIs.
 ///
 /// # Errors
-/// A [`Failure`] if the URI cannot be parsed or its store cannot be set up.
-pub fn open(uri: &str, role: Role, context: &RunContext<'_>) -> Result<Store, Failure> {
+/// A [`Failure`] if the URI cannot be parsed or its store cannot be opened.
+fn open(uri: &str, role: Role, context: &RunContext<'_>) -> Result<Store, Failure> {
     let uri = ObjectUri::parse(uri)
         .map_err(|error| Failure::from_chain(FailureReason::InvalidConfiguration, &error))?;
     Ok(Store::open(&uri, None, role, context.environment)?)
@@ -167,12 +172,13 @@ fn fetch_model(source: &ModelSource, context: &RunContext<'_>) -> Result<PathBuf
     let uri = ObjectUri::parse(&source.uri)
         .map_err(|error| Failure::from_chain(FailureReason::InvalidConfiguration, &error))?;
     let store = Store::open(&uri, source.revision.as_deref(), Role::Model, context.environment)?;
-    let directory = gguf::local_directory(&store, context.model_cache)?;
-    extension::with_tokens(&directory, &source.added_tokens, context.model_cache)
+    let directory = gguf::local_model_directory(&store, context.model_cache)?;
+    extension::add_tokens(&directory, &source.added_tokens, context.model_cache)
 }
 
-/// Fetches the model once for all ranks of a machine: who comes second finds what is there.
-fn fetch_model_for_all(source: &ModelSource, context: &RunContext<'_>) -> Result<PathBuf, Failure> {
+/// Fetches the model once for all ranks of a machine: the ranks that share the cache of another wait
+/// until that rank has fetched it.
+fn fetch_model_once(source: &ModelSource, context: &RunContext<'_>) -> Result<PathBuf, Failure> {
     if context.shares_model_cache {
         context.ranks.barrier("fetched")?;
         return fetch_model(source, context);
@@ -204,27 +210,27 @@ fn prepare_train(
     context: &RunContext<'_>,
     tokenizer: &Tokenizer,
 ) -> Result<DataSplit, Failure> {
-    let rows = open_rows(config, context, finetune_contract::Split::Train)?.ok_or_else(|| {
+    let rows = open_rows(config, context, Split::Train)?.ok_or_else(|| {
         Failure::new(FailureReason::InvalidConfiguration, "the dataset names no training rows")
     })?;
-    let split = prepare(config, context, tokenizer, &rows, "train")?;
-    let train = rows.names();
-    unchanged(&train, &config.expected.train_sha256, split.dataset.sha256())?;
-    let (found, planned) = (split.sequences.len() as u64, config.expected.sequences);
+    let train = prepare(config, context, tokenizer, &rows, "train")?;
+    let uris = rows.uris();
+    check_unchanged(&uris, &config.expected.train_sha256, train.dataset.sha256())?;
+    let (found, planned) = (train.sequences.len() as u64, config.expected.sequences);
     if found != planned {
         let message = format!(
-            "{train} makes {found} sequences, but {planned} were planned for: run the plan again"
+            "{uris} has {found} sequences, but the plan expects {planned}: run the plan again"
         );
         return Err(Failure::new(FailureReason::InvalidDataset, message));
     }
-    Ok(split)
+    Ok(train)
 }
 
-/// Opens the sources of a split's rows; `None` if there is no such split.
+/// Opens the sources of a split; `None` if the dataset has no such split.
 fn open_rows(
     config: &RunConfig,
     context: &RunContext<'_>,
-    split: finetune_contract::Split,
+    split: Split,
 ) -> Result<Option<RowSources>, Failure> {
     RowSources::open(&config.dataset, split, |uri, _| open(uri, Role::Dataset, context))
 }
@@ -234,13 +240,13 @@ fn prepare_validation(
     context: &RunContext<'_>,
     tokenizer: &Tokenizer,
 ) -> Result<Option<DataSplit>, Failure> {
-    let Some(rows) = open_rows(config, context, finetune_contract::Split::Validation)? else {
+    let Some(rows) = open_rows(config, context, Split::Validation)? else {
         return Ok(None);
     };
-    let split = prepare(config, context, tokenizer, &rows, "validation")?;
+    let validation = prepare(config, context, tokenizer, &rows, "validation")?;
     let expected = config.expected.validation_sha256.as_deref().unwrap_or_default();
-    unchanged(&rows.names(), expected, split.dataset.sha256())?;
-    Ok(Some(split))
+    check_unchanged(&rows.uris(), expected, validation.dataset.sha256())?;
+    Ok(Some(validation))
 }
 
 fn prepare(
@@ -263,44 +269,47 @@ fn prepare(
     Ok(DataSplit { dataset, sequences })
 }
 
-fn unchanged(uri: &str, expected: &str, found: &str) -> Result<(), Failure> {
+fn check_unchanged(uris: &str, expected: &str, found: &str) -> Result<(), Failure> {
     if expected == found {
         return Ok(());
     }
     let message = format!(
-        "{uri} changed since it was checked (its digest is {found}, {expected} was planned for): run the plan again"
+        "{uris} changed since the preflight (its digest is {found}, the plan expects {expected}): run the plan again"
     );
     Err(Failure::new(FailureReason::InvalidDataset, message))
 }
 
 fn resume(
     training: &mut TrainLoop<'_>,
-    teller: &mut Teller<'_>,
+    recorder: &mut Recorder<'_>,
     device: Device,
 ) -> Result<(), Failure> {
     let TrainLoop { checkpoints, model, optimizer, state, config, .. } = training;
     if let Some(restored) = checkpoints.restore_newest(model, optimizer)? {
-        info!(step = restored.step, "continuing from a checkpoint");
+        info!(step = restored.step, "resuming from a checkpoint");
         *state = restored;
     }
     if config.training.dtype == Dtype::Bf16 && device == Device::Cpu {
-        keep_kernel(state);
+        keep_bf16_kernel(state);
     }
-    teller.resume(state);
+    recorder.resume(state);
     Ok(())
 }
 
-/// Multiplies with the kernel of the checkpoint, so that the run continues bit for bit.
-fn keep_kernel(state: &mut TrainState) {
+/// Selects the matrix kernel of the checkpoint, so that the resumed run is bit-for-bit the same.
+fn keep_bf16_kernel(state: &mut TrainState) {
     let before = state.bf16_kernel.take();
     if let Some(Err(why)) = before.as_deref().map(ops::choose_bf16_kernel) {
-        warn!(why, "the run continues with another kernel, and not equal bit for bit");
+        warn!(
+            why,
+            "the run resumes with another kernel, so its results will not be bit-for-bit the same"
+        );
     }
     state.bf16_kernel = ops::bf16_kernel().map(str::to_owned);
 }
 
-/// Gives the adapter the weights of a published one; a run that goes on has its own.
-fn start_from(
+/// Initializes the adapter with the weights of a published one.
+fn load_initial_adapter(
     uri: &str,
     training: &mut TrainLoop<'_>,
     base: &Path,
@@ -309,29 +318,36 @@ fn start_from(
     let directory = context.empty_directory("initial-adapter")?;
     adapter::fetch(&open(uri, Role::Adapter, context)?, &directory)?;
     let TrainLoop { config, model, .. } = training;
-    let asked = config.lora.as_ref().ok_or_else(|| {
-        Failure::new(FailureReason::InvalidConfiguration, "initialAdapter needs lora")
+    let requested = config.lora.as_ref().ok_or_else(|| {
+        Failure::new(FailureReason::InvalidConfiguration, "initialAdapter requires lora")
     })?;
-    let there = AdapterDirectory::open(model.config(), &directory)?;
-    let unlike = |message| Failure::new(FailureReason::InvalidConfiguration, message);
-    let lora = &there.settings.lora;
-    let attachment = &there.published.adapters;
-    let differences = adapter::differences(model.config(), asked, lora, attachment)
-        .map_err(|error| unlike(format!("the adapter at {uri} does not fit the model: {error}")))?;
+    let initial = AdapterDirectory::open(model.config(), &directory)?;
+    let invalid = |message| Failure::new(FailureReason::InvalidConfiguration, message);
+    let lora = &initial.settings.lora;
+    let adapters = &initial.published.adapters;
+    let differences =
+        adapter::differences(model.config(), requested, lora, adapters).map_err(|error| {
+            invalid(format!("the adapter at {uri} does not fit the model: {error}"))
+        })?;
     if let Some((field, message)) = differences.into_iter().next() {
-        return Err(unlike(format!("spec.loraConfig.{field}: {message}")));
+        return Err(invalid(format!("spec.loraConfig.{field}: {message}")));
     }
-    Ok(model.load_adapter_weights(&there, base)?)
+    Ok(model.load_adapter_weights(&initial, base)?)
 }
 
-/// Puts the best weights back if they are not the last; returns the step they belong to.
-fn take_best(training: &mut TrainLoop<'_>) -> Result<u64, Failure> {
-    // What rank 0 saved last is there for all only now.
+/// Restores the weights of the best evaluation and returns their step; without evaluations, or if the
+/// last weights are the best, keeps those.
+fn restore_best(training: &mut TrainLoop<'_>) -> Result<u64, Failure> {
+    // Synchronizes the ranks: all must see the last checkpoint of rank 0.
     training.model.ranks().any(false)?;
     let state = &training.state;
     match state.best {
         Some(best) if best.step != state.step => {
-            info!(step = best.step, loss = best.loss, "publishing the best evaluation's weights");
+            info!(
+                step = best.step,
+                loss = best.loss,
+                "publishing the weights of the best evaluation"
+            );
             training.checkpoints.restore_best(best.step, &mut training.model)?;
             Ok(best.step)
         }
@@ -339,7 +355,7 @@ fn take_best(training: &mut TrainLoop<'_>) -> Result<u64, Failure> {
     }
 }
 
-/// Identifies what the run reads before it is read; rank 0 does it for all.
+/// Computes the digests of the inputs before they are read; `None` on ranks other than 0.
 fn identify_inputs(
     config: &RunConfig,
     context: &RunContext<'_>,
@@ -350,26 +366,27 @@ fn identify_inputs(
     inputs::of_run(config, context.environment).map(Some)
 }
 
-/// Returns the result of the same inputs at the output, if there is one.
+/// Returns the published result of the same inputs at the output, if there is one.
 fn find_published(
     config: &RunConfig,
     output: &Store,
     inputs: &InputDigests,
 ) -> Result<Option<Box<Published>>, Failure> {
-    let kind = ArtifactKind::Adapter; // It follows from the settings, which are compared.
-    let here = manifest(config, Some(inputs.clone()), kind, 0);
-    match publish::find(output, &here, config.attempt > 0)? {
-        Found::Same(published) => Ok(Some(published)),
-        Found::Vacant => Ok(None),
-        Found::Other(_) if config.output.overwrite => Ok(None),
-        Found::Other(holds) => {
-            Err(store::Error::OutputExists { uri: config.output.uri.clone(), holds }.into())
+    // Any kind will do: it follows from the settings, which are compared.
+    let planned = manifest(config, Some(inputs.clone()), ArtifactKind::Adapter, 0);
+    match publish::inspect(output, &planned, config.attempt > 0)? {
+        OutputContents::SameInputs(published) => Ok(Some(published)),
+        OutputContents::Vacant => Ok(None),
+        OutputContents::OtherInputs(_) if config.output.overwrite => Ok(None),
+        OutputContents::OtherInputs(contents) => {
+            Err(store::Error::OutputExists { uri: config.output.uri.clone(), contents }.into())
         }
     }
 }
 
-/// Says how a run ended that found its result: an earlier attempt of its own made it, or another run.
-fn published_before(config: &RunConfig, published: Published, proof: Proof) -> Outcome {
+/// Returns the outcome of a run that found its result published, by an earlier attempt of its own or
+/// by another run.
+fn outcome_of_published(config: &RunConfig, published: Published, proof: Proof) -> Outcome {
     let Published { manifest, manifest_sha256 } = published;
     let (kind, uri) = (manifest.kind, config.output.uri.clone());
     if manifest.run_id == config.run_id && config.attempt > 0 {
@@ -398,11 +415,11 @@ fn manifest(
     }
 }
 
-/// Takes the manifest back of a result that is not what was trained: it must not exist.
-fn withdraw(output: &Store, failure: &Failure) {
+/// Deletes the manifest of a result that failed its verification: without one it is not published.
+fn unpublish(output: &Store, failure: &Failure) {
     if failure.reason == FailureReason::NotProven
         && let Err(error) = output.delete(MANIFEST_NAME)
     {
-        warn!(%error, "an unproven result could not be withdrawn");
+        warn!(%error, "the manifest of a result that failed verification could not be deleted");
     }
 }

@@ -8,11 +8,14 @@ use tracing::info;
 
 use crate::{
     checkpoint::{Checkpoints, Evaluation, TrainState},
-    data::{Batch, Dataset, Sequences},
+    data::{
+        dataset::Dataset,
+        sequences::{Batch, Sequences},
+    },
     distributed,
     failure::Failure,
     layers::dropout::Dropout,
-    metrics::recorder::{StepFigures, Teller},
+    metrics::recorder::{Recorder, StepFigures},
     model::Model,
     optim::{self, AdamW, Clipped},
     runtime::{clock, rng::RngKey},
@@ -65,12 +68,12 @@ impl TrainLoop<'_> {
     pub fn run(
         &mut self,
         stop: &AtomicBool,
-        teller: &mut Teller<'_>,
+        recorder: &mut Recorder<'_>,
     ) -> Result<TrainOutcome, Failure> {
         let settings = &self.config.training;
         if self.state.step == 0 && self.state.base_eval_loss.is_none() {
-            self.state.base_eval_loss = self.evaluate(teller)?;
-            teller.evaluated(&self.state);
+            self.state.base_eval_loss = self.evaluate(recorder)?;
+            recorder.record_evaluation(&self.state);
         }
         let mut sample_order = SampleOrder::new(settings.seed);
         if !self.is_over() {
@@ -81,14 +84,14 @@ impl TrainLoop<'_> {
             let figures = self.step(&mut sample_order)?;
             self.state.training_seconds += since.elapsed().as_secs_f64();
             since = clock::now();
-            teller.step(&self.state, self.epoch(), &figures);
+            recorder.record_step(&self.state, self.epoch(), &figures);
             if self.state.step < settings.total_steps && self.is_out_of_time()? {
                 info!(step = self.state.step, "stopping early: its time is over");
                 self.state.stopped_early = Some(StoppedEarly::Time);
             }
             let is_evaluation_due =
                 self.is_over() || is_due(self.state.step, settings.evaluation_steps);
-            let is_best = is_evaluation_due && self.evaluate_and_compare(teller)?;
+            let is_best = is_evaluation_due && self.evaluate_and_compare(recorder)?;
             if !self.is_over() && self.is_out_of_patience() {
                 let evaluations = self.state.evaluations_since_best;
                 let step = self.state.step;
@@ -114,16 +117,16 @@ impl TrainLoop<'_> {
             if self.is_over() || is_stopped || is_best || is_save_due {
                 self.checkpoints.save(&self.state, &self.model, &self.optimizer)?;
             }
-            self.record_checkpoint(teller);
+            self.record_checkpoint(recorder);
             if is_stopped && !self.is_over() {
                 self.checkpoints.flush()?;
-                self.record_checkpoint(teller);
+                self.record_checkpoint(recorder);
                 return Ok(TrainOutcome::Interrupted);
             }
         }
         self.checkpoints.flush()?;
-        self.record_checkpoint(teller);
-        teller.finished(&self.state);
+        self.record_checkpoint(recorder);
+        recorder.record_final_state(&self.state);
         Ok(TrainOutcome::Complete)
     }
 
@@ -144,9 +147,9 @@ impl TrainLoop<'_> {
         patience > 0 && self.state.evaluations_since_best >= patience
     }
 
-    fn record_checkpoint(&self, teller: &mut Teller<'_>) {
+    fn record_checkpoint(&self, recorder: &mut Recorder<'_>) {
         if let Some(saved) = self.checkpoints.saved() {
-            teller.saved(saved);
+            recorder.record_checkpoint(saved);
         }
     }
 
@@ -154,9 +157,9 @@ impl TrainLoop<'_> {
     ///
     /// # Errors
     /// [`distributed::Error`] if another rank is lost.
-    pub fn evaluate(&self, teller: &mut Teller<'_>) -> Result<Option<f64>, distributed::Error> {
+    pub fn evaluate(&self, recorder: &mut Recorder<'_>) -> Result<Option<f64>, distributed::Error> {
         let Some(DataSplit { dataset, sequences }) = &self.validation else { return Ok(None) };
-        teller.stage(Stage::Evaluating);
+        recorder.record_stage(Stage::Evaluating);
         let ranks = self.model.ranks();
         let all: Vec<usize> = (0..sequences.len()).collect();
         let batches: Vec<_> = all.chunks(self.config.training.micro_batch_size as usize).collect();
@@ -282,8 +285,8 @@ impl TrainLoop<'_> {
     }
 
     /// Evaluates, and reports whether the weights are the best so far and must be saved.
-    fn evaluate_and_compare(&mut self, teller: &mut Teller<'_>) -> Result<bool, Failure> {
-        let Some(loss) = self.evaluate(teller)? else { return Ok(false) };
+    fn evaluate_and_compare(&mut self, recorder: &mut Recorder<'_>) -> Result<bool, Failure> {
+        let Some(loss) = self.evaluate(recorder)? else { return Ok(false) };
         let evaluated = Evaluation { step: self.state.step, loss };
         self.state.last_eval = Some(evaluated);
         let is_best = self.state.best.is_none_or(|best| loss < best.loss);
@@ -293,7 +296,7 @@ impl TrainLoop<'_> {
         } else {
             self.state.evaluations_since_best += 1;
         }
-        teller.evaluated(&self.state);
+        recorder.record_evaluation(&self.state);
         Ok(is_best)
     }
 

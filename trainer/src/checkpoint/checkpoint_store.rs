@@ -427,7 +427,7 @@ mod tests {
     fn checkpoint_store(keep: usize) -> CheckpointStore {
         let uri = ObjectUri::parse("s3://bucket/run").unwrap();
         CheckpointStore {
-            store: Store::over(&uri, Arc::new(object_store::memory::InMemory::new())),
+            store: Store::from_object_store(&uri, Arc::new(object_store::memory::InMemory::new())),
             run_id: RunId("a-1".to_owned()),
             settings_sha256: String::new(),
             model: ModelSource::of("file:///base"),

@@ -39,7 +39,7 @@ use crate::{
     },
     distributed::Ranks,
     failure::Failure,
-    hf::weights::{self, Checkpoint as Tensors},
+    hf::weights::{self, WeightFiles},
     model::Model,
     optim::AdamW,
     params::{
@@ -367,7 +367,7 @@ struct Stored {
 /// Opens fetched files and unlinks them.
 fn open(files: &[(Shard, PathBuf)], model: &Model) -> Result<Vec<StoredFile>, Failure> {
     let open = |(shard, path): &(Shard, PathBuf)| {
-        let tensors = Tensors::open_file(path).map_err(mismatch)?;
+        let tensors = WeightFiles::open_file(path).map_err(mismatch)?;
         // The memory map keeps the bytes.
         let _ = std::fs::remove_file(path);
         let (spans, length) = match *shard {
@@ -386,7 +386,7 @@ fn open(files: &[(Shard, PathBuf)], model: &Model) -> Result<Vec<StoredFile>, Fa
 }
 
 struct StoredFile {
-    tensors: Tensors,
+    tensors: WeightFiles,
     /// The elements of the unsharded state that the tensors of the file hold.
     spans: Vec<Span>,
     /// Elements of each tensor, with padding.

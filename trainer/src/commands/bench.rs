@@ -16,7 +16,7 @@ use tch::Device;
 use tracing::error;
 
 use crate::{
-    data::{Batch, Rendering, Tokenizer},
+    data::{chat::rendering::Rendering, sequences::Batch, tokenizer::Tokenizer},
     distributed::{
         self, Ranks,
         rank::{RankInfo, Timeouts},

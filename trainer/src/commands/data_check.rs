@@ -1,31 +1,31 @@
-//! `finetune data check`: what of the rows is trained on and what is not, for a person to read.
+//! `finetune data check`: shows which parts of the rows are trained on.
 //!
-//! It shows the tokens that training reads, turned back into text; nothing is rendered for show.
+//! The text is decoded from the very tokens that training reads.
 
 use std::{
     io::{IsTerminal, Write},
-    path::{Path, PathBuf},
+    path::PathBuf,
 };
 
 use clap::Args;
 use finetune_contract::{FailureReason, PreflightConfig};
 
 use crate::{
+    commands::documents,
     data::{
-        Tokenizer,
         formats::RowError,
-        rows::{Read, SplitRow, for_each_row},
-        tokenizer::{TokenRow, Tokenized},
+        rows::{ReadSummary, RowOutcome, for_each_row},
+        tokenizer::{Tokenizer, targets::TokenRow, tokenize::Tokenized},
     },
     failure::Failure,
     preflight,
     store::Environment,
 };
 
-/// What is shown.
+/// The rows to show, and how.
 #[derive(Debug, Args)]
 pub struct Arguments {
-    /// The preflight configuration that names model and rows.
+    /// The preflight configuration with the model and the rows.
     #[arg(long)]
     config: PathBuf,
     /// Scratch space.
@@ -42,30 +42,21 @@ pub struct Arguments {
     ids: bool,
 }
 
-impl Arguments {
-    /// Returns where the preflight configuration is.
-    pub fn config(&self) -> &Path {
-        &self.config
-    }
-}
-
-/// Shows rows, then what all of them add up to.
+/// Shows rows, then totals over all rows.
 ///
 /// # Errors
-/// A [`Failure`] if model or rows cannot be read, a row cannot be used, or a line is not there.
-pub fn run(
-    config: &PreflightConfig,
-    arguments: &Arguments,
-    environment: &Environment,
-) -> Result<(), Failure> {
+/// A [`Failure`] if the model or the rows cannot be read, a row cannot be used, or a requested line
+/// does not exist.
+pub fn run(arguments: &Arguments, environment: &Environment) -> Result<(), Failure> {
+    let config: PreflightConfig = documents::read(&arguments.config)?;
     let mut out = std::io::stdout();
     let no_color = environment.plain("NO_COLOR").is_some_and(|value| !value.is_empty());
     let in_color = out.is_terminal() && !no_color;
     let mut write = |text: &str| {
-        // Nobody looking is no failure of ours.
+        // A closed pipe is not an error.
         let _ = out.write_all(text.as_bytes());
     };
-    check(config, arguments, environment, in_color, &mut write)
+    check(&config, arguments, environment, in_color, &mut write)
 }
 
 fn check(
@@ -76,45 +67,45 @@ fn check(
     write: &mut dyn FnMut(&str),
 ) -> Result<(), Failure> {
     let (tokenizer, sources) = preflight::training_rows(config, environment, &arguments.work_dir)?;
-    let show = Show { config, tokenizer: &tokenizer, in_color, with_ids: arguments.ids };
-    let mut unseen: Vec<&String> = arguments.line.iter().collect();
-    let (mut shown, mut sums) = (0, Sums::default());
-    let read = for_each_row(&sources, &tokenizer, &mut |row| {
-        if let Ok(tokenized) = &row.outcome {
-            sums.add(config, tokenized);
+    let formatter = Formatter { config, tokenizer: &tokenizer, in_color, with_ids: arguments.ids };
+    let mut missing_lines: Vec<&String> = arguments.line.iter().collect();
+    let (mut shown, mut totals) = (0, Totals::default());
+    let summary = for_each_row(&sources, &tokenizer, &mut |row| {
+        if let Ok(tokenized) = &row.result {
+            totals.add(config, tokenized);
         }
-        let is_asked = if arguments.line.is_empty() {
+        let is_requested = if arguments.line.is_empty() {
             shown < arguments.rows
         } else {
-            let before = unseen.len();
-            unseen.retain(|line| !is_line(&row.location, line));
-            unseen.len() < before
+            let before = missing_lines.len();
+            missing_lines.retain(|line| !is_line(&row.location, line));
+            missing_lines.len() < before
         };
-        if is_asked {
+        if is_requested {
             shown += 1;
-            write(&show.row(&row));
+            write(&formatter.row(&row));
         }
         Ok(())
     })?;
-    write(&sums.summary(&read));
-    for fault in &read.faults {
-        write(&format!("{}: {}\n", fault.places[0], fault.message()));
+    write(&totals.text(&summary));
+    for group in &summary.error_groups {
+        write(&format!("{}: {}\n", group.locations[0], group.message()));
     }
     let invalid = |message: String| Err(Failure::new(FailureReason::InvalidDataset, message));
-    if !unseen.is_empty() {
-        let lines: Vec<&str> = unseen.into_iter().map(String::as_str).collect();
+    if !missing_lines.is_empty() {
+        let lines: Vec<&str> = missing_lines.into_iter().map(String::as_str).collect();
         return invalid(format!(
-            "there is no row at {}: rows have the numbers of their lines, from 1",
+            "there is no row at {}: a row has the number of its line, counted from 1",
             lines.join(", ")
         ));
     }
-    match read.refusal(sources.on_invalid_row) {
+    match summary.refusal(sources.on_invalid_row) {
         Some(refusal) => invalid(refusal),
         None => Ok(()),
     }
 }
 
-/// Tells whether a row at `location` is the one that a user calls `line`.
+/// Returns whether `line`, as given by the user, names the row at `location`.
 fn is_line(location: &str, line: &str) -> bool {
     location == line
         || location
@@ -122,20 +113,20 @@ fn is_line(location: &str, line: &str) -> bool {
             .is_some_and(|rest| rest.ends_with(':') || rest.ends_with('/'))
 }
 
-/// What all rows add up to.
+/// Totals over all rows.
 #[derive(Default)]
-struct Sums {
+struct Totals {
     rows: u64,
     tokens: u64,
     targets: u64,
-    left_out: u64,
+    skipped: u64,
 }
 
-impl Sums {
+impl Totals {
     fn add(&mut self, config: &PreflightConfig, tokenized: &Tokenized) {
         for row in &tokenized.rows {
             match trained_length(config, row) {
-                None => self.left_out += 1,
+                None => self.skipped += 1,
                 Some(length) => {
                     self.rows += 1;
                     self.tokens += length as u64;
@@ -145,21 +136,21 @@ impl Sums {
         }
     }
 
-    fn summary(&self, read: &Read) -> String {
-        let Self { rows, tokens, targets, left_out } = self;
-        let files = read.file_names.join(", ");
-        let more = if read.files > read.file_names.len() as u64 { ", …" } else { "" };
+    fn text(&self, summary: &ReadSummary) -> String {
+        let Self { rows, tokens, targets, skipped } = self;
+        let files = summary.file_names.join(", ");
+        let more = if summary.files > summary.file_names.len() as u64 { ", …" } else { "" };
         let mut text =
             format!("{files}{more}: {rows} rows, {targets} of {tokens} tokens trained on\n");
-        if *left_out > 0 {
-            text.push_str(&format!("{left_out} rows are too long and left out\n"));
+        if *skipped > 0 {
+            text.push_str(&format!("{skipped} rows are too long and left out\n"));
         }
         text
     }
 }
 
-/// Returns how many of a row's tokens training reads; without a context length the plan chooses one
-/// that takes what the manifest says about long rows.
+/// Returns how many tokens of a row training reads; `None` if it skips the row. Without a context
+/// length in the configuration, the plan chooses one, so the row is taken as it is.
 fn trained_length(config: &PreflightConfig, row: &TokenRow) -> Option<usize> {
     let context_length = config.context_length.unwrap_or(u32::MAX);
     row.trained_length(context_length, config.dataset.on_overflow)
@@ -169,25 +160,25 @@ fn count(targets: &[bool]) -> u64 {
     targets.iter().filter(|&&is_target| is_target).count() as u64
 }
 
-/// How rows are shown.
-struct Show<'a> {
+/// Formats rows as text.
+struct Formatter<'a> {
     config: &'a PreflightConfig,
     tokenizer: &'a Tokenizer,
     in_color: bool,
     with_ids: bool,
 }
 
-impl Show<'_> {
-    fn row(&self, SplitRow { location, outcome, .. }: &SplitRow) -> String {
-        match outcome {
+impl Formatter<'_> {
+    fn row(&self, RowOutcome { location, result, .. }: &RowOutcome) -> String {
+        match result {
             Ok(Tokenized { rows, .. }) => {
-                let number = rows.len();
+                let count = rows.len();
                 let rows = rows.iter().enumerate().map(|(index, row)| {
-                    let of = match number {
+                    let position = match count {
                         1 => String::new(),
-                        _ => format!(", row {} of {number}", index + 1),
+                        _ => format!(", row {} of {count}", index + 1),
                     };
-                    self.one(&format!("{location}{of}"), row)
+                    self.token_row(&format!("{location}{position}"), row)
                 });
                 rows.collect()
             }
@@ -199,21 +190,21 @@ impl Show<'_> {
         }
     }
 
-    fn one(&self, name: &str, row: &TokenRow) -> String {
+    fn token_row(&self, name: &str, row: &TokenRow) -> String {
         let all = row.tokens.len();
-        let (length, how) = match trained_length(self.config, row) {
+        let (length, description) = match trained_length(self.config, row) {
             None => (all, format!("{all} tokens, left out: too long")),
             Some(length) => {
-                let cut =
+                let truncation =
                     if length < all { format!(" (the first of {all})") } else { String::new() };
                 let targets = count(&row.targets[..length]);
-                (length, format!("{length} tokens{cut}, {targets} trained on"))
+                (length, format!("{length} tokens{truncation}, {targets} trained on"))
             }
         };
         let (tokens, targets) = (&row.tokens[..length], &row.targets[..length]);
         let body =
             if self.with_ids { self.tokens(tokens, targets) } else { self.text(tokens, targets) };
-        let heading = self.heading(&format!("{name}: {how}"));
+        let heading = self.heading(&format!("{name}: {description}"));
         format!("{heading}\n{}\n\n", body.strip_suffix('\n').unwrap_or(&body))
     }
 
@@ -221,7 +212,7 @@ impl Show<'_> {
         if self.in_color { format!("\x1b[1m{text}\x1b[0m") } else { text.to_owned() }
     }
 
-    /// The text, as runs of tokens that are trained on and runs that are not.
+    /// Decodes the tokens and marks the runs that are trained on.
     fn text(&self, tokens: &[u32], targets: &[bool]) -> String {
         let mut text = String::new();
         let mut start = 0;
@@ -233,7 +224,7 @@ impl Show<'_> {
         text
     }
 
-    /// A token a line: its id, and itself.
+    /// Lists the tokens, one per line: the id and the text of each.
     fn tokens(&self, tokens: &[u32], targets: &[bool]) -> String {
         let lines = tokens.iter().zip(targets).map(|(&token, &is_target)| {
             let text = format!("{:?}", self.tokenizer.decode(&[token], false));
@@ -242,7 +233,7 @@ impl Show<'_> {
         lines.collect::<Vec<_>>().join("\n")
     }
 
-    /// Shows what is trained on in green or, without colour, between `⟦` and `⟧`.
+    /// Shows text that is trained on in green or, without color, between `⟦` and `⟧`.
     fn mark(&self, text: &str, is_target: bool) -> String {
         match (is_target, self.in_color) {
             (true, true) => format!("\x1b[32m{text}\x1b[0m"),

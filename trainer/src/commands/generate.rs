@@ -1,6 +1,6 @@
-//! Continuing a prompt with a model, so that a person can see what training did.
+//! Continues a prompt with a model, so that a person can see what training did.
 //!
-//! Not a server: one sequence, a key/value cache, greedy or sampled, straight to standard output.
+//! This is not a server: one sequence with a key/value cache, greedy or sampled, to standard output.
 
 use std::{
     io::Write,
@@ -13,8 +13,9 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{
     data::{
-        Rendering, Tokenizer,
+        chat::rendering::Rendering,
         conversation::{ChatRole, Message},
+        tokenizer::Tokenizer,
     },
     failure::Failure,
     hf::{extension, read_config},
@@ -26,28 +27,28 @@ use crate::{
     verification::load_frozen,
 };
 
-/// What to continue, and how.
+/// The model, the prompt and the sampling settings.
 #[derive(Debug, Args)]
 pub struct Arguments {
     /// A Hugging Face model directory.
     #[arg(long)]
     model: PathBuf,
-    /// A PEFT adapter directory to put on it.
+    /// A PEFT adapter directory to apply to the model.
     #[arg(long)]
     adapter: Option<PathBuf>,
-    /// What the user says.
+    /// The message of the user.
     #[arg(long)]
     prompt: String,
-    /// What the system says before.
+    /// The system message before it.
     #[arg(long)]
     system: Option<String>,
-    /// Tokens to generate, at most.
+    /// The maximum number of tokens to generate.
     #[arg(long, default_value_t = 128)]
     max_new_tokens: usize,
-    /// How much to leave to chance; 0 always takes the likeliest token.
+    /// The sampling temperature; 0 always takes the most likely token.
     #[arg(long, default_value_t = 0.0)]
     temperature: f64,
-    /// Seed of the chance.
+    /// The seed of the sampling.
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Continue the prompt as it is, without a chat template.
@@ -55,41 +56,41 @@ pub struct Arguments {
     raw: bool,
 }
 
-/// Generates and prints as it goes.
+/// Generates a continuation and prints it token by token.
 ///
 /// # Errors
 /// A [`Failure`] if model, adapter or prompt cannot be used.
 pub fn run(arguments: &Arguments, _environment: &Environment) -> Result<(), Failure> {
     let scratch = std::env::temp_dir().join(format!("finetune-generate-{}", std::process::id()));
-    let loaded = base(arguments, &scratch).and_then(|base| {
+    let loaded = base_directory(arguments, &scratch).and_then(|base| {
         let tokenizer = Tokenizer::load(&base, &Rendering::of_model())?;
         Ok((tokenizer, load(&base, arguments.adapter.as_deref())?))
     });
-    // What was mapped stays there.
+    // Files that are mapped into memory remain readable after their deletion.
     let _ = std::fs::remove_dir_all(&scratch);
     let (tokenizer, model) = loaded?;
     let prompt = prompt_tokens(&tokenizer, arguments)
         .map_err(|reason| Failure::new(FailureReason::InvalidConfiguration, reason))?;
     let mut out = std::io::stdout().lock();
-    let mut tell = |text: &str| {
-        // Nobody listening is no failure of ours.
+    let mut print = |text: &str| {
+        // A closed pipe is not an error.
         let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
     };
-    let choice =
-        Choice { temperature: arguments.temperature, numbers: RngKey::from_seed(arguments.seed) };
-    let mut said = Said::default();
-    for token in Continuation::new(&model, &prompt, choice).take(arguments.max_new_tokens) {
+    let sampling =
+        Sampling { temperature: arguments.temperature, rng: RngKey::from_seed(arguments.seed) };
+    let mut decoder = StreamDecoder::default();
+    for token in Generator::new(&model, &prompt, sampling).take(arguments.max_new_tokens) {
         if tokenizer.eos_ids().contains(&token) {
             break;
         }
-        tell(&said.next(&tokenizer, token));
+        print(&decoder.push(&tokenizer, token));
     }
-    tell("\n");
+    print("\n");
     Ok(())
 }
 
-/// Returns the base model's directory, with the tokens that were added to it for the adapter.
-fn base(arguments: &Arguments, scratch: &Path) -> Result<PathBuf, Failure> {
+/// Returns the directory of the base model, with the tokens added that the adapter was trained with.
+fn base_directory(arguments: &Arguments, scratch: &Path) -> Result<PathBuf, Failure> {
     let published = arguments.adapter.as_ref().map(|adapter| adapter.join(MANIFEST_NAME));
     let manifest = match published.map(std::fs::read_to_string) {
         Some(Ok(text)) => finetune_contract::parse::<Manifest>(&text),
@@ -97,11 +98,11 @@ fn base(arguments: &Arguments, scratch: &Path) -> Result<PathBuf, Failure> {
     };
     let manifest = manifest
         .map_err(|error| Failure::from_chain(FailureReason::InvalidConfiguration, &error))?;
-    extension::with_tokens(&arguments.model, &manifest.base_model.added_tokens, scratch)
+    extension::add_tokens(&arguments.model, &manifest.base_model.added_tokens, scratch)
 }
 
 fn load(model: &Path, adapter: Option<&Path>) -> Result<Model, Failure> {
-    // In fp32 every processor is fast enough for one sequence, and nothing is rounded away.
+    // Every CPU is fast enough for one sequence in fp32, which loses no precision.
     match adapter {
         Some(adapter) => {
             Model::load_with_adapter(model, read_config(model)?, adapter, Dtype::Fp32, Device::Cpu)
@@ -113,8 +114,8 @@ fn load(model: &Path, adapter: Option<&Path>) -> Result<Model, Failure> {
 fn prompt_tokens(tokenizer: &Tokenizer, arguments: &Arguments) -> Result<Vec<u32>, String> {
     let is_raw = arguments.raw || !tokenizer.has_template();
     if is_raw && arguments.system.is_some() {
-        let why = if arguments.raw { "with --raw there is none" } else { "this model has none" };
-        return Err(format!("--system needs a chat template, and {why}: leave it out"));
+        let why = if arguments.raw { "--raw disables it" } else { "this model has none" };
+        return Err(format!("--system requires a chat template, but {why}: remove --system"));
     }
     let tokens = if is_raw {
         tokenizer.encode(&arguments.prompt, true)?
@@ -127,15 +128,16 @@ fn prompt_tokens(tokenizer: &Tokenizer, arguments: &Arguments) -> Result<Vec<u32
     if tokens.is_empty() { Err("the prompt has no tokens".to_owned()) } else { Ok(tokens) }
 }
 
-/// Text so far; a token may end in the middle of a character.
+/// Decodes a stream of tokens into text. A token may end in the middle of a character.
 #[derive(Default)]
-struct Said {
+struct StreamDecoder {
     tokens: Vec<u32>,
     printed: usize,
 }
 
-impl Said {
-    fn next(&mut self, tokenizer: &Tokenizer, token: u32) -> String {
+impl StreamDecoder {
+    /// Adds a token and returns the text that is complete with it.
+    fn push(&mut self, tokenizer: &Tokenizer, token: u32) -> String {
         self.tokens.push(token);
         let text = tokenizer.decode(&self.tokens, true);
         if text.ends_with('\u{FFFD}') {
@@ -147,39 +149,41 @@ impl Said {
     }
 }
 
-/// How a token is chosen.
+/// How the next token is sampled.
 #[derive(Debug, Clone, Copy)]
-pub struct Choice {
-    /// 0 takes the likeliest.
+pub struct Sampling {
+    /// The temperature; 0 takes the most likely token.
     pub temperature: f64,
-    /// Numbers for the rest.
-    pub numbers: RngKey,
+    /// The source of random numbers.
+    pub rng: RngKey,
 }
 
-/// The endless continuation of a prompt.
-pub struct Continuation<'a> {
+/// Generates the endless continuation of a prompt.
+pub struct Generator<'a> {
     model: &'a Model,
-    choice: Choice,
+    sampling: Sampling,
+    /// Keys and values of each block for all earlier positions.
     cache: Vec<Option<(Tensor, Tensor)>>,
-    next: Vec<u32>,
+    /// Tokens that the model has not processed yet.
+    pending: Vec<u32>,
     position: i64,
 }
 
-impl<'a> Continuation<'a> {
+impl<'a> Generator<'a> {
     /// Starts after a prompt of at least one token.
-    pub fn new(model: &'a Model, prompt: &[u32], choice: Choice) -> Self {
+    pub fn new(model: &'a Model, prompt: &[u32], sampling: Sampling) -> Self {
         let cache = model.blocks().iter().map(|_| None).collect();
-        Self { model, choice, cache, next: prompt.to_vec(), position: 0 }
+        Self { model, sampling, cache, pending: prompt.to_vec(), position: 0 }
     }
 
-    /// Returns the logits after the tokens that are waiting, `[V]` in fp32.
+    /// Processes the pending tokens and returns the logits after the last of them, `[V]` in fp32.
     fn logits(&mut self) -> Tensor {
-        let tokens: Vec<i64> = self.next.iter().map(|&token| i64::from(token)).collect();
+        let tokens: Vec<i64> = self.pending.iter().map(|&token| i64::from(token)).collect();
         let positions: Vec<i64> = (self.position..self.position + tokens.len() as i64).collect();
         let rotary = self.model.rotary(&positions);
         let mut x = self.model.embedding().forward(&Tensor::from_slice(&tokens));
         for (block, cache) in self.model.blocks().iter().zip(&mut self.cache) {
-            x = step(block, &x, &rotary, cache);
+            x = forward_cached(block, &x, &rotary, cache);
         }
         self.position += tokens.len() as i64;
         let (norm, lm_head) = self.model.head();
@@ -188,40 +192,39 @@ impl<'a> Continuation<'a> {
         logits.to_kind(Kind::Float).view(-1)
     }
 
-    fn choose(&self, logits: &Tensor) -> u32 {
-        if self.choice.temperature <= 0.0 {
+    fn sample(&self, logits: &Tensor) -> u32 {
+        if self.sampling.temperature <= 0.0 {
             return logits.argmax(0, false).int64_value(&[]) as u32;
         }
-        let sums =
-            (logits / self.choice.temperature).softmax(0, Kind::Double).cumsum(0, Kind::Double);
-        let point = self.choice.numbers.uniform(self.position as u64);
+        let cumulative =
+            (logits / self.sampling.temperature).softmax(0, Kind::Double).cumsum(0, Kind::Double);
+        let point = self.sampling.rng.uniform(self.position as u64);
         let last = logits.size()[0] - 1;
-        sums.le(point).sum(Kind::Int64).int64_value(&[]).min(last) as u32
+        cumulative.le(point).sum(Kind::Int64).int64_value(&[]).min(last) as u32
     }
 }
 
-impl Iterator for Continuation<'_> {
+impl Iterator for Generator<'_> {
     type Item = u32;
 
     fn next(&mut self) -> Option<u32> {
         let logits = self.logits();
-        let token = self.choose(&logits);
-        self.next = vec![token];
+        let token = self.sample(&logits);
+        self.pending = vec![token];
         Some(token)
     }
 }
 
-/// Computes a block for new tokens `[t, D]`, adding their keys and values to the cache.
-fn step(
+/// Computes a block for `t` new tokens, `[t, D]`, and appends their keys and values to the cache.
+fn forward_cached(
     block: &Block,
     x: &Tensor,
     rotary: &crate::layers::rope::Rotary,
     cache: &mut Option<(Tensor, Tensor)>,
 ) -> Tensor {
-    let split = |x: &Tensor| x.view([x.size()[0], -1, block.head_dim]);
-    let qkv =
-        block.qkv_proj.forward_only(&Input::without_dropout(block.input_layernorm.forward(x)));
-    let [mut q, mut k, mut v] = qkv.each_ref().map(split);
+    let split_heads = |x: &Tensor| x.view([x.size()[0], -1, block.head_dim]);
+    let qkv = block.qkv_proj.forward_only(&Input::without_dropout(block.input_layernorm.forward(x)));
+    let [mut q, mut k, mut v] = qkv.each_ref().map(split_heads);
     if let Some((q_norm, k_norm)) = &block.qk_norm {
         (q, k) = (q_norm.forward(&q), k_norm.forward(&k));
     }
@@ -229,9 +232,9 @@ fn step(
     if let Some((keys, values)) = cache.take() {
         (k, v) = (Tensor::cat(&[keys, k], 0), Tensor::cat(&[values, v], 0));
     }
-    let attended = attend(block, &q, &k, &v);
+    let out = attention(block, &q, &k, &v);
     *cache = Some((k, v));
-    let [o] = block.o_proj.forward_only(&Input::without_dropout(attended));
+    let [o] = block.o_proj.forward_only(&Input::without_dropout(out));
     let x = o + x;
     let normed = Input::without_dropout(block.post_attention_layernorm.forward(&x));
     let [gate, up] = block.gate_up_proj.forward_only(&normed);
@@ -239,8 +242,9 @@ fn step(
     down + x
 }
 
-/// Attention of the last `t` positions over all `S`: `q` is `[t, H, E]`, `k` and `v` are `[S, K, E]`.
-fn attend(block: &Block, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
+/// Computes attention of the last `t` of `S` positions: `q` is `[t, H, E]`, `k` and `v` are
+/// `[S, K, E]`.
+fn attention(block: &Block, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
     let (new, all, groups) = (q.size()[0], k.size()[0], q.size()[1] / k.size()[1]);
     let repeat = |x: &Tensor| x.repeat_interleave_self_int(groups, 1, None).transpose(0, 1); // [H, S, E]
     let scores =
@@ -267,19 +271,19 @@ mod tests {
 
     #[test]
     fn a_cached_step_gives_the_logits_of_the_whole_text() {
-        // Among them a window of six positions, and normed queries and keys.
+        // Two families have a sliding window of six positions; qwen3 normalizes queries and keys.
         for family in ["llama", "llama-biases", "mistral-window", "qwen2-window", "qwen3"] {
             let model = load(&directory(family), None).unwrap();
-            let choice = Choice { temperature: 0.0, numbers: RngKey::from_seed(0) };
+            let sampling = Sampling { temperature: 0.0, rng: RngKey::from_seed(0) };
             let mut tokens: Vec<u32> = (5..14).collect();
-            let mut continuation = Continuation::new(&model, &tokens, choice);
+            let mut generator = Generator::new(&model, &tokens, sampling);
             for _ in 0..8 {
                 let whole = model.logits(&tokens).select(0, tokens.len() as i64 - 1);
-                let cached = continuation.logits();
+                let cached = generator.logits();
                 let largest = (&cached - &whole).abs().max().double_value(&[]);
                 assert!(largest < 1e-5, "{family}: {largest:e} after {} tokens", tokens.len());
-                let token = continuation.choose(&cached);
-                continuation.next = vec![token];
+                let token = generator.sample(&cached);
+                generator.pending = vec![token];
                 tokens.push(token);
             }
         }
@@ -289,15 +293,15 @@ mod tests {
     fn the_seed_decides_what_is_sampled() {
         let model = load(&directory("llama"), None).unwrap();
         let sampled = |seed| {
-            let choice = Choice { temperature: 5.0, numbers: RngKey::from_seed(seed) };
-            Continuation::new(&model, &[5, 6, 7], choice).take(12).collect::<Vec<u32>>()
+            let sampling = Sampling { temperature: 5.0, rng: RngKey::from_seed(seed) };
+            Generator::new(&model, &[5, 6, 7], sampling).take(12).collect::<Vec<u32>>()
         };
         assert_eq!(sampled(1), sampled(1));
         assert_ne!(sampled(1), sampled(2));
     }
 
     #[test]
-    fn prints_characters_when_they_are_whole() {
+    fn prints_characters_once_they_are_complete() {
         let directory = tempfile::tempdir().unwrap();
         let to = directory.path().join("model");
         let gguf = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/gguf/golden/qwen2.gguf");
@@ -306,15 +310,15 @@ mod tests {
         let text = "hé 你好 🌸!";
         let tokens = tokenizer.encode(text, true).unwrap();
         assert!(tokens.len() > text.chars().count(), "some tokens must be parts of characters");
-        let mut said = Said::default();
+        let mut decoder = StreamDecoder::default();
         let pieces: Vec<String> =
-            tokens.iter().map(|&token| said.next(&tokenizer, token)).collect();
+            tokens.iter().map(|&token| decoder.push(&tokenizer, token)).collect();
         assert!(pieces.iter().all(|piece| !piece.contains('\u{FFFD}')), "{pieces:?}");
         assert_eq!(pieces.concat(), text);
     }
 
     #[test]
-    fn refuses_a_system_prompt_that_nobody_would_see() {
+    fn refuses_a_system_prompt_without_a_chat_template() {
         let tokenizer = Tokenizer::load(&directory("llama"), &Rendering::of_model()).unwrap();
         let refused = |raw| {
             let arguments = Arguments {
@@ -329,7 +333,7 @@ mod tests {
             };
             prompt_tokens(&tokenizer, &arguments).unwrap_err()
         };
-        insta::assert_snapshot!(refused(true), @"--system needs a chat template, and with --raw there is none: leave it out");
-        insta::assert_snapshot!(refused(false), @"--system needs a chat template, and this model has none: leave it out");
+        insta::assert_snapshot!(refused(true), @"--system requires a chat template, but --raw disables it: remove --system");
+        insta::assert_snapshot!(refused(false), @"--system requires a chat template, but this model has none: remove --system");
     }
 }

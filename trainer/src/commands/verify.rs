@@ -1,30 +1,28 @@
-//! Reading a published result back, as anybody can at any time.
+//! Downloads a published result and verifies it, independently of the run that made it.
 
-use std::{
-    io::Write,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use finetune_contract::{ArtifactKind, Dtype, FailureReason, Manifest, ObjectUri};
 use tch::{Device, Tensor};
 
 use crate::{
+    commands::print_line,
     failure::Failure,
     gguf,
-    hf::{extension, weights::Checkpoint},
+    hf::{extension, weights::WeightFiles},
     lora::trainable::Trainable,
     model::Model,
     store::{Environment, Role, Store, publish},
     verification,
 };
 
-/// What to verify.
+/// The result to verify.
 #[derive(Debug, Args)]
 pub struct Arguments {
     /// The `output.uri` of a run.
     uri: String,
-    /// The base model of an adapter, if not the one its manifest names: a directory or a URI.
+    /// The base model of an adapter, a directory or a URI; by default the one that its manifest names.
     #[arg(long)]
     model: Option<String>,
     /// Scratch space; a temporary directory if absent.
@@ -32,21 +30,21 @@ pub struct Arguments {
     work_dir: Option<PathBuf>,
 }
 
-/// Verifies a result and prints what was found.
+/// Verifies a result and prints one line for each check.
 ///
 /// # Errors
-/// A [`Failure`] that says what does not hold.
+/// A [`Failure`] that says which check failed.
 pub fn run(arguments: &Arguments, environment: &Environment) -> Result<(), Failure> {
     let uri = parse(&arguments.uri)?;
     let store = Store::open(&uri, None, Role::Output, environment)?;
     let Some(manifest) = publish::read_manifest(&store)? else {
-        let message = format!("nothing complete is published at {uri}: it has no manifest");
+        let message = format!("no complete result is published at {uri}: it has no manifest");
         return Err(Failure::new(FailureReason::NotProven, message));
     };
     let work_dir = arguments.work_dir.clone().unwrap_or_else(|| {
         std::env::temp_dir().join(format!("finetune-verify-{}", std::process::id()))
     });
-    let result = verify(arguments, environment, &store, &manifest, &work_dir, &mut line);
+    let result = verify(arguments, environment, &store, &manifest, &work_dir, &mut print_line);
     if arguments.work_dir.is_none() {
         let _ = std::fs::remove_dir_all(&work_dir);
     }
@@ -59,23 +57,23 @@ fn verify(
     store: &Store,
     manifest: &Manifest,
     work_dir: &Path,
-    tell: &mut dyn FnMut(&str),
+    print: &mut dyn FnMut(&str),
 ) -> Result<(), Failure> {
     let directory = work_dir.join("result");
     let _ = std::fs::remove_dir_all(&directory);
     std::fs::create_dir_all(&directory)
-        .map_err(|error| Failure::from_io(&error, &format!("cannot make {directory:?}")))?;
-    tell(&format!(
+        .map_err(|error| Failure::from_io(&error, &format!("cannot create {directory:?}")))?;
+    print(&format!(
         "result    {} of run {}, step {}",
-        noun(manifest.kind),
+        kind_name(manifest.kind),
         manifest.run_id,
         manifest.step
     ));
-    tell(&format!("written   by {} from {}", manifest.generator, manifest.base_model.uri));
+    print(&format!("written   by {} from {}", manifest.generator, manifest.base_model.uri));
 
     let bytes = verification::fetch_verified(store, manifest, &directory)?;
-    tell(&format!(
-        "digests   ok: {} files, {:.1} MB, every byte is what the manifest says",
+    print(&format!(
+        "digests   ok: {} files, {:.1} MB, all digests match the manifest",
         manifest.files.len(),
         bytes as f64 / 1e6
     ));
@@ -84,22 +82,23 @@ fn verify(
     for file in manifest.files.iter().filter(|file| file.path.ends_with(".safetensors")) {
         let path = directory.join(&file.path);
         verification::check_tensors(&path)?;
-        tensors += Checkpoint::open_file(&path).map_or(0, |checkpoint| checkpoint.names().count());
+        tensors += WeightFiles::open_file(&path).map_or(0, |weights| weights.names().count());
     }
     if tensors == 0 {
         let message = format!("the result at {} has no weights", arguments.uri);
         return Err(Failure::new(FailureReason::NotProven, message));
     }
-    tell(&format!("tensors   ok: {tensors}, all finite"));
+    print(&format!("tensors   ok: {tensors}, all finite"));
 
     let base = match manifest.kind {
         ArtifactKind::Adapter => match base_directory(arguments, environment, manifest, work_dir) {
             Ok(base) => base,
-            // A base model that was named must be there; the one of the training machine need not.
+            // A base model named by the user must exist; that of the manifest may be local to the
+            // machine that trained.
             Err(failure) if arguments.model.is_some() => return Err(failure),
             Err(failure) => {
-                tell(&format!("loads     not tried: {failure}"));
-                tell("          (name the base model with --model)");
+                print(&format!("loads     not tried: {failure}"));
+                print("          (name the base model with --model)");
                 return Ok(());
             }
         },
@@ -107,13 +106,13 @@ fn verify(
     };
     let model = verification::load(manifest.kind, &directory, &base, Dtype::Fp32, Device::Cpu)?;
     check_logits(&model)?;
-    let what = match model.trainable() {
+    let loaded = match model.trainable() {
         Trainable::Lora(lora) => format!("an adapter on {} modules", lora.targets.len()),
         Trainable::Frozen | Trainable::Full => {
             format!("{} parameters", model.config().parameters())
         }
     };
-    tell(&format!("loads     ok: {what}, finite logits"));
+    print(&format!("loads     ok: {loaded}, finite logits"));
     Ok(())
 }
 
@@ -130,13 +129,13 @@ fn base_directory(
     };
     let store = Store::open(&parse(&uri)?, revision, Role::Model, environment)?;
     let models = work_dir.join("models");
-    let directory = gguf::local_directory(&store, &models)?;
-    // A directory on disk is used in place, so nobody has looked whether it is there.
+    let directory = gguf::local_model_directory(&store, &models)?;
+    // A local directory is used in place without a check that it exists.
     if !directory.join("config.json").exists() {
         let message = format!("there is no base model at {uri}");
         return Err(Failure::new(FailureReason::InvalidModel, message));
     }
-    extension::with_tokens(&directory, &manifest.base_model.added_tokens, &models)
+    extension::add_tokens(&directory, &manifest.base_model.added_tokens, &models)
 }
 
 fn file_uri(directory: &Path) -> Result<String, Failure> {
@@ -153,7 +152,7 @@ fn check_logits(model: &Model) -> Result<(), Failure> {
     if logits.isfinite().all().int64_value(&[]) == 0 {
         return Err(Failure::new(
             FailureReason::NotProven,
-            "the result gives logits that are not finite",
+            "the logits of the result are not finite",
         ));
     }
     Ok(())
@@ -164,16 +163,12 @@ fn parse(uri: &str) -> Result<ObjectUri, Failure> {
         .map_err(|error| Failure::from_chain(FailureReason::InvalidConfiguration, &error))
 }
 
-fn noun(kind: ArtifactKind) -> &'static str {
+fn kind_name(kind: ArtifactKind) -> &'static str {
     match kind {
         ArtifactKind::Adapter => "LoRA adapter",
         ArtifactKind::FullModel => "full model",
         ArtifactKind::MergedModel => "merged model with its adapter",
     }
-}
-
-fn line(text: &str) {
-    let _ = writeln!(std::io::stdout().lock(), "{text}");
 }
 
 #[cfg(test)]
@@ -193,17 +188,17 @@ mod tests {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/data").join(family)
     }
 
-    /// Publishes a directory that `make` fills, and verifies it.
+    /// Publishes a directory that `fill` fills, and verifies it.
     fn check(
         kind: ArtifactKind,
         base_uri: &str,
         model: Option<PathBuf>,
-        make: impl Fn(&Path),
+        fill: impl Fn(&Path),
     ) -> String {
         let directory = TempDir::new().unwrap();
         let result = directory.path().join("made");
         fs::create_dir(&result).unwrap();
-        make(&result);
+        fill(&result);
         let uri = format!("file://{}/output", directory.path().display());
         let environment = Environment::from_pairs([]);
         let store = Store::open(&parse(&uri).unwrap(), None, Role::Output, &environment).unwrap();
@@ -250,7 +245,7 @@ mod tests {
         }
     }
 
-    /// Writes an adapter on the queries of both blocks; `b` fills the second matrices.
+    /// Writes an adapter on the queries of both blocks; every element of its `lora_B` is `b`.
     fn adapter(to: &Path, b: f64) {
         let settings = json!({
             "peft_type": "LORA", "r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "bias": "none",
@@ -281,11 +276,11 @@ mod tests {
     }
 
     #[test]
-    fn a_whole_result_is_verified_to_the_logits() {
+    fn a_complete_result_is_verified_up_to_its_logits() {
         let model = check(ArtifactKind::FullModel, "hf://someone/base", None, copy_model);
         insta::assert_snapshot!(model, @"result    full model of run a-run, step 3
 written   by a test from hf://someone/base
-digests   ok: 4 files, 0.1 MB, every byte is what the manifest says
+digests   ok: 4 files, 0.1 MB, all digests match the manifest
 tensors   ok: 20, all finite
 loads     ok: 19616 parameters, finite logits
 verified");
@@ -293,36 +288,36 @@ verified");
         let adapted = check(ArtifactKind::Adapter, &uri, None, |to| adapter(to, 0.5));
         insta::assert_snapshot!(adapted, @"result    LoRA adapter of run a-run, step 3
 written   by a test from file://DATA/llama
-digests   ok: 2 files, 0.0 MB, every byte is what the manifest says
+digests   ok: 2 files, 0.0 MB, all digests match the manifest
 tensors   ok: 4, all finite
 loads     ok: an adapter on 2 modules, finite logits
 verified");
     }
 
     #[test]
-    fn a_base_model_out_of_reach_only_ends_the_check_early() {
+    fn an_unreachable_base_model_ends_verification_early() {
         let check =
             |model| check(ArtifactKind::Adapter, "file:///gone", model, |to| adapter(to, 0.5));
         insta::assert_snapshot!(check(None), @"result    LoRA adapter of run a-run, step 3
 written   by a test from file:///gone
-digests   ok: 2 files, 0.0 MB, every byte is what the manifest says
+digests   ok: 2 files, 0.0 MB, all digests match the manifest
 tensors   ok: 4, all finite
 loads     not tried: there is no base model at file:///gone
           (name the base model with --model)
 verified");
-        // But one that was named must be there, and fit.
+        // A base model named by the user must exist and fit.
         assert!(check(Some(base("llama"))).ends_with("finite logits\nverified"));
         insta::assert_snapshot!(check(Some(base("no-such"))).lines().last().unwrap(), @r#"InvalidConfiguration: the base model "DATA/no-such" cannot be read: No such file or directory (os error 2)"#);
         insta::assert_snapshot!(check(Some(base("llama-biases"))).lines().last().unwrap(), @r#"InvalidModel: "DIR/work/result" does not fit the base model: base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight has shape [32, 2], must be [48, 2]: the adapter belongs to another model"#);
     }
 
     #[test]
-    fn what_cannot_be_used_is_named() {
-        let last = |kind, make: &dyn Fn(&Path)| {
+    fn names_what_is_wrong_with_a_result() {
+        let last = |kind, fill: &dyn Fn(&Path)| {
             let uri = format!("file://{}", base("llama").display());
-            check(kind, &uri, None, make).lines().last().unwrap().to_owned()
+            check(kind, &uri, None, fill).lines().last().unwrap().to_owned()
         };
-        insta::assert_snapshot!(last(ArtifactKind::Adapter, &|to| adapter(to, 0.0)), @r#"NotProven: every adapter in "DIR/work/result/adapter_model.safetensors" is zero: nothing was learned"#);
+        insta::assert_snapshot!(last(ArtifactKind::Adapter, &|to| adapter(to, 0.0)), @r#"NotProven: every adapter in "DIR/work/result/adapter_model.safetensors" is zero: the training had no effect"#);
         insta::assert_snapshot!(last(ArtifactKind::Adapter, &|to| adapter(to, f64::NAN)), @r#"NotProven: tensor "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight" of "DIR/work/result/adapter_model.safetensors" has values that are not finite"#);
         insta::assert_snapshot!(last(ArtifactKind::FullModel, &|to| {
             copy_model(to);
@@ -340,6 +335,6 @@ verified");
             let narrow = config.replace("\"intermediate_size\": 48", "\"intermediate_size\": 40");
             assert_ne!(config, narrow);
             fs::write(to.join("config.json"), narrow).unwrap();
-        }), @r#"InvalidModel: tensor "model.layers.0.mlp.gate_proj.weight" has shape [48, 32], but the config asks for [40, 32]"#);
+        }), @r#"InvalidModel: tensor "model.layers.0.mlp.gate_proj.weight" has shape [48, 32], but the config requires [40, 32]"#);
     }
 }

@@ -1,4 +1,4 @@
-//! Counting a split: what is in it, and what each context length would do to it.
+//! Computes the statistics of a split, and the effect of each context length on it.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -6,42 +6,42 @@ use finetune_contract::{DatasetCensus, LengthPoint, OnOverflow, Split};
 
 use crate::{
     data::{
-        chat::rendered::Rendered,
+        chat::rendering_stats::RenderingStats,
         packing::packed_count,
         row_sources::RowSources,
-        rows::{Read, for_each_row},
+        rows::{ReadSummary, for_each_row},
         tokenizer::Tokenizer,
     },
     failure::Failure,
 };
 
-/// Context lengths that are looked at, beside those the data suggests.
-const LADDER: [u32; 17] = [
+/// The context lengths that are always evaluated, in addition to those that depend on the data.
+const CONTEXT_LENGTHS: [u32; 17] = [
     64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 32768,
 ];
-/// Lengths the data suggests are rounded up to a multiple of this.
-const STEP: u32 = 64;
-/// Rows whose digests are remembered for finding duplicates, at 16 bytes each; beyond, duplicates
-/// of earlier rows are still found, later ones are not.
-const REMEMBERED: usize = 4_000_000;
+/// Context lengths that depend on the data are rounded up to a multiple of this.
+const CONTEXT_STEP: u32 = 64;
+/// The most digests that are kept for finding duplicates, 16 bytes each. Duplicates of later rows are
+/// not found.
+const MAX_DIGESTS: usize = 4_000_000;
 
-/// A counted split.
-pub struct Counted {
-    /// The figures.
+/// The statistics of a split.
+pub struct CountedSplit {
+    /// The dataset statistics, as reported.
     pub census: DatasetCensus,
-    /// Which split it is.
+    /// The split.
     pub split: Split,
-    /// What was read beside the usable rows.
-    pub read: Read,
-    /// Digests of the rows.
+    /// The files and the invalid rows.
+    pub summary: ReadSummary,
+    /// The digests of the rows.
     pub digests: HashSet<u128>,
-    /// The largest token id of all usable rows; 0 if there are none.
+    /// The largest token id; 0 if there are no valid rows.
     pub largest_token: u32,
-    /// What rendering made of the conversations.
-    pub rendered: Rendered,
+    /// Counts over the rendered conversations.
+    pub rendering_stats: RenderingStats,
 }
 
-/// Counts a split.
+/// Reads a split and computes its statistics.
 ///
 /// # Errors
 /// A [`Failure`] if its files cannot be read.
@@ -51,55 +51,56 @@ pub fn count(
     on_overflow: OnOverflow,
     context_length: Option<u32>,
     max_context: u32,
-) -> Result<Counted, Failure> {
+) -> Result<CountedSplit, Failure> {
     let mut lengths = Lengths::default();
     let mut digests = HashSet::new();
-    let mut rendered = Rendered::default();
+    let mut rendering_stats = RenderingStats::default();
     let (mut duplicate_rows, mut largest_token) = (0, 0);
-    let read = for_each_row(rows, tokenizer, &mut |split_row| {
-        let Ok(tokenized) = &split_row.outcome else { return Ok(()) };
+    let summary = for_each_row(rows, tokenizer, &mut |outcome| {
+        let Ok(tokenized) = &outcome.result else { return Ok(()) };
         for row in &tokenized.rows {
-            for _ in 0..split_row.copies {
+            for _ in 0..outcome.copies {
                 lengths.add(&row.tokens, &row.targets);
             }
             largest_token = row.tokens.iter().copied().fold(largest_token, u32::max);
         }
-        rendered.add(tokenized);
-        if digests.contains(&split_row.digest) {
+        rendering_stats.add(tokenized);
+        if digests.contains(&outcome.digest) {
             duplicate_rows += 1;
-        } else if digests.len() < REMEMBERED {
-            digests.insert(split_row.digest);
+        } else if digests.len() < MAX_DIGESTS {
+            digests.insert(outcome.digest);
         }
         Ok(())
     })?;
     let census = DatasetCensus {
-        format: read.format,
-        files: read.files,
-        file_names: read.file_names.clone(),
+        format: summary.format,
+        files: summary.files,
+        file_names: summary.file_names.clone(),
         rows: lengths.rows,
-        bad_rows: read.bad_rows,
+        bad_rows: summary.invalid_rows,
         tokens: lengths.tokens,
         target_tokens: lengths.target_tokens,
         duplicate_rows,
         max_tokens: lengths.max(),
         p50_tokens: lengths.quantile(50),
         p95_tokens: lengths.quantile(95),
-        sha256: read.sha256.clone(),
+        sha256: summary.sha256.clone(),
         lengths: lengths.points(on_overflow, context_length, max_context),
     };
-    Ok(Counted { census, split: rows.split, read, digests, largest_token, rendered })
+    Ok(CountedSplit { census, split: rows.split, summary, digests, largest_token, rendering_stats })
 }
 
-/// Rows by length, and by where their first target is: all that truncation and packing depend on.
+/// The number of rows by length and by the position of their first target, which is all that truncation
+/// and packing depend on.
 #[derive(Debug, Default)]
 struct Lengths {
     rows: u64,
     tokens: u64,
     target_tokens: u64,
     by_length: BTreeMap<u32, u64>,
-    /// Rows by where their first target is, and the most targets that one of them has.
+    /// By position of the first target: the number of rows, and the most targets in one of them.
     by_first_target: BTreeMap<u32, (u64, u32)>,
-    /// The largest share of a row's tokens that are targets.
+    /// The largest fraction of targets among the tokens of a row.
     largest_target_share: f64,
 }
 
@@ -122,7 +123,7 @@ impl Lengths {
         self.by_length.keys().next_back().copied().unwrap_or(0)
     }
 
-    /// Returns the smallest length that at least `percent` of the rows do not exceed.
+    /// Returns the smallest length that at least `percent` % of the rows do not exceed.
     fn quantile(&self, percent: u64) -> u32 {
         let needed = (self.rows * percent).div_ceil(100);
         let mut seen = 0;
@@ -138,14 +139,14 @@ impl Lengths {
     fn points(
         &self,
         on_overflow: OnOverflow,
-        asked: Option<u32>,
+        requested: Option<u32>,
         max_context: u32,
     ) -> Vec<LengthPoint> {
-        let longest = self.max().next_multiple_of(STEP);
+        let longest = self.max().next_multiple_of(CONTEXT_STEP);
         let mut contexts: Vec<u32> =
-            LADDER.into_iter().filter(|&context| context < longest).collect();
-        contexts.extend([longest, self.quantile(95).next_multiple_of(STEP)]);
-        contexts.extend(asked);
+            CONTEXT_LENGTHS.into_iter().filter(|&context| context < longest).collect();
+        contexts.extend([longest, self.quantile(95).next_multiple_of(CONTEXT_STEP)]);
+        contexts.extend(requested);
         contexts.extend((longest > max_context).then_some(max_context));
         contexts.retain(|&context| context > 0 && context <= max_context);
         contexts.sort_unstable();
@@ -157,17 +158,18 @@ impl Lengths {
         let longer = || self.by_length.range(context + 1..);
         let over: u64 = longer().map(|(_, rows)| rows).sum();
         let cut = longer().map(|(length, rows)| u64::from(length - context) * rows).sum();
-        // A first target at or beyond the context is cut off, and the row with it is longer.
+        // A row whose first target is at or beyond the context is longer than it and loses all targets.
         let empty: u64 = self.by_first_target.range(context..).map(|(_, (rows, _))| rows).sum();
         let mut rows_by_length: BTreeMap<u32, u64> =
             self.by_length.range(..=context).map(|(&length, &rows)| (length, rows)).collect();
         if on_overflow == OnOverflow::Truncate && over > empty {
             *rows_by_length.entry(context).or_default() += over - empty;
         }
-        // What a cut leaves of a row's targets lies between the first one and the end.
+        // The targets that remain after truncation lie between the first one and the context.
         let left = self.by_first_target.range(..context);
         let most_targets = left.map(|(first, &(_, most))| most.min(context - first)).max();
-        // The share of a packed sequence is at most that of one of its rows, and a cut may raise a row's.
+        // The fraction of a packed sequence is at most that of one of its rows, but truncation may
+        // increase the fraction of a row.
         let by_share = (self.largest_target_share * f64::from(context)).ceil() as u32;
         let most_packed_targets = most_targets.map(|most| most.max(by_share));
         let packed = packed_count(&rows_by_length, context);
@@ -189,14 +191,14 @@ mod tests {
     }
 
     #[test]
-    fn counts_what_a_context_would_cut() {
+    fn counts_the_tokens_that_a_context_cuts_off() {
         let lengths = lengths(&[(10, 1), (100, 90), (70, 3), (64, 1)]);
         let point = lengths.point(64, OnOverflow::Truncate);
         assert_eq!((point.over, point.cut, point.empty), (2, 36 + 6, 1));
-        // Left: 10, 64 (cut from 70) and 64.
+        // These remain: 10, 64 (truncated from 70) and 64.
         assert_eq!(point.packed, 3);
         assert_eq!(lengths.point(64, OnOverflow::Drop).packed, 2);
-        // Of the row of 64 all but the first; of that of 70 as many at least; the one of 100 has ten.
+        // All tokens of the row of 64 but the first; at least as many of that of 70; ten of that of 100.
         assert_eq!(point.most_targets, Some(63));
         assert_eq!(lengths.point(95, OnOverflow::Drop).most_targets, Some(67));
         assert_eq!(lengths.point(1, OnOverflow::Drop).most_targets, None);
@@ -204,11 +206,11 @@ mod tests {
 
     #[test]
     fn packed_rows_have_no_more_targets_than_the_densest() {
-        // Half of each is a target: of 64 packed tokens 32 are.
+        // Half of the tokens of each row are targets, so 32 of 64 packed tokens are.
         let sparse = lengths(&[(10, 5), (20, 10), (40, 20)]);
         let point = sparse.point(64, OnOverflow::Truncate);
         assert_eq!((point.most_targets, point.most_packed_targets), (Some(20), Some(32)));
-        // A row that is cut to what is a target.
+        // Truncation leaves mostly targets.
         let cut = lengths(&[(100, 2), (10, 9)]);
         let point = cut.point(20, OnOverflow::Truncate);
         assert_eq!((point.most_targets, point.most_packed_targets), (Some(18), Some(20)));
@@ -222,11 +224,11 @@ mod tests {
     }
 
     #[test]
-    fn looks_at_the_ladder_the_data_and_the_wish() {
-        let contexts = |asked, max| {
+    fn evaluates_fixed_data_dependent_and_requested_context_lengths() {
+        let contexts = |requested, max| {
             let lengths = lengths(&[(10, 1), (200, 1), (300, 1)]);
             lengths
-                .points(OnOverflow::Truncate, asked, max)
+                .points(OnOverflow::Truncate, requested, max)
                 .iter()
                 .map(|point| point.context)
                 .collect::<Vec<_>>()

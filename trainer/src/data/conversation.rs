@@ -1,80 +1,80 @@
-//! What a row says, whatever its format: the seam between reading rows and tokenizing them.
+//! The content of a row, whatever its format: the interface between parsing rows and tokenizing them.
 //!
-//! Readers produce an [`Example`]; tokenizers consume it. Nothing here knows keys of files or
-//! chat templates.
+//! Parsers produce an [`Example`], the tokenizer consumes it. This module knows neither the keys of
+//! files nor chat templates.
 
 use serde::{Serialize, Serializer, ser::SerializeMap};
 use serde_json::{Map, Value, json};
 
-/// A row, understood.
+/// A parsed row.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Example {
     /// A conversation; the messages marked as targets are trained on.
     Chat(Conversation),
-    /// A text to continue and its continuation.
+    /// A text and its continuation.
     PromptCompletion {
-        /// Not trained on.
+        /// The text before, which is not trained on.
         prompt: String,
-        /// Trained on.
+        /// The text that is trained on.
         completion: String,
     },
-    /// A text, all of it trained on.
+    /// A text that is trained on completely.
     Text(String),
-    /// A prompt and its completion with a chat template's special tokens already in them: they are
-    /// put one after the other, and nothing is added.
+    /// A prompt and its completion that already contain the special tokens of a chat template. They are
+    /// concatenated, and nothing is added.
     Prerendered {
-        /// Not trained on; may be empty.
+        /// The text before, which is not trained on; may be empty.
         prompt: String,
-        /// Trained on.
+        /// The text that is trained on.
         completion: String,
     },
 }
 
-/// A conversation with everything that its row gives to a chat template.
+/// A conversation with everything that its row passes to the chat template.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Conversation {
-    /// The turns in order; a system message is the first.
+    /// The messages in order; only the first can be a system message.
     pub messages: Vec<Message>,
-    /// The tools the assistant may call, each as `{"type": "function", "function": {…}}` with its
-    /// keys in the row's order; empty for none.
+    /// The tools that the assistant may call, each as `{"type": "function", "function": {…}}` with its
+    /// keys in the order of the row.
     pub tools: Vec<Value>,
-    /// Further variables of the chat template, such as `enable_thinking` or `documents`; never one
-    /// of those that are always set (`messages`, `tools`, `add_generation_prompt`).
+    /// Other variables of the chat template, such as `enable_thinking` or `documents`; never one that
+    /// is always set (`messages`, `tools`, `add_generation_prompt`).
     pub variables: Map<String, Value>,
-    /// What a model without a chat template makes of it.
+    /// How the conversation is rendered for a model without a chat template.
     pub without_template: WithoutTemplate,
 }
 
 impl Conversation {
-    /// Makes a conversation of messages alone.
+    /// Creates a conversation of messages alone.
     pub fn new(messages: Vec<Message>) -> Self {
         Self { messages, ..Self::default() }
     }
 }
 
-/// How a conversation becomes text for a model that has no chat template.
+/// How a conversation is rendered for a model without a chat template.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum WithoutTemplate {
-    /// It does not: the row is refused.
+    /// The row is refused.
     #[default]
     Refused,
-    /// With the prompt of Stanford Alpaca, see [`crate::data::chat::alpaca_prompt`].
+    /// With the prompt of Stanford Alpaca; see [`crate::data::chat::alpaca_prompt`].
     AlpacaPrompt {
-        /// The input with which the last user message ends, after a blank line.
+        /// The input at the end of the last user message, after a blank line.
         input: Option<String>,
     },
 }
 
-/// Who speaks, in the words of chat templates.
+/// The author of a message, as in chat templates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ChatRole {
-    /// Sets the scene; the first message only.
+    /// Instructions for the assistant; the first message only.
     System,
-    /// Asks.
+    /// The user of the assistant.
     User,
-    /// Answers or calls tools: what can be trained on.
+    /// The model, which answers or calls tools. Only its messages can be trained on.
     Assistant,
-    /// What a tool returned.
+    /// The response of a tool.
     Tool,
 }
 
@@ -90,28 +90,27 @@ impl ChatRole {
     }
 }
 
-/// One turn.
+/// One message of a conversation.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Message {
-    /// Who speaks.
+    /// The author.
     pub role: ChatRole,
-    /// What is said; empty where an assistant only calls tools.
+    /// The text; empty if an assistant only calls tools.
     pub content: String,
-    /// What the assistant thought before, as the field of its own that templates know as
-    /// `reasoning_content`; never empty.
+    /// The reasoning of the assistant, which templates call `reasoning_content`; never empty.
     pub reasoning: Option<String>,
-    /// The tools the assistant calls.
+    /// The tool calls of the assistant.
     pub tool_calls: Vec<ToolCall>,
-    /// The call a tool's message answers.
+    /// The id of the call that a tool message answers.
     pub tool_call_id: Option<String>,
-    /// The name of the speaker or, of a tool's message, of the function.
+    /// The name of the author or, in a tool message, of the function.
     pub name: Option<String>,
-    /// Whether it is trained on; only the assistant's messages can be.
+    /// Whether the message is trained on; only those of the assistant can be.
     pub is_target: bool,
 }
 
 impl Message {
-    /// Makes a message of text alone; the assistant's is a target.
+    /// Creates a message of text alone; one of the assistant is a target.
     pub fn new(role: ChatRole, content: impl Into<String>) -> Self {
         Self {
             role,
@@ -124,43 +123,44 @@ impl Message {
         }
     }
 
-    /// Returns what the message says, as it must be found again in what is trained on.
+    /// Returns the content and the reasoning.
     pub fn texts(&self) -> impl Iterator<Item = &str> {
         [Some(self.content.as_str()), self.reasoning.as_deref()].into_iter().flatten()
     }
 
-    /// Tells whether a text is in what the message says or in its calls.
+    /// Returns whether the content, the reasoning or a call contains a text.
     pub fn contains(&self, text: &str) -> bool {
-        let is_in_call = |call: &ToolCall| call.name.contains(text) || is_in(&call.arguments, text);
-        self.texts().any(|said| said.contains(text)) || self.tool_calls.iter().any(is_in_call)
+        let is_in_call =
+            |call: &ToolCall| call.name.contains(text) || contains_text(&call.arguments, text);
+        self.texts().any(|own| own.contains(text)) || self.tool_calls.iter().any(is_in_call)
     }
 }
 
-/// Tells whether a text is in a key or a text of a JSON value.
-pub fn is_in(value: &Value, text: &str) -> bool {
+/// Returns whether a key or a string of a JSON value contains a text.
+pub fn contains_text(value: &Value, text: &str) -> bool {
     match value {
-        Value::String(said) => said.contains(text),
-        Value::Array(items) => items.iter().any(|item| is_in(item, text)),
+        Value::String(string) => string.contains(text),
+        Value::Array(items) => items.iter().any(|item| contains_text(item, text)),
         Value::Object(fields) => {
-            fields.iter().any(|(key, item)| key.contains(text) || is_in(item, text))
+            fields.iter().any(|(key, item)| key.contains(text) || contains_text(item, text))
         }
         Value::Null | Value::Bool(_) | Value::Number(_) => false,
     }
 }
 
-/// A call of a function.
+/// A call of a tool.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ToolCall {
-    /// The id that a tool's message refers to.
+    /// The id that the tool message refers to.
     pub id: Option<String>,
-    /// The function's name.
+    /// The name of the function.
     pub name: String,
-    /// The arguments, as templates want them: an object, not its JSON text.
+    /// The arguments: an object, as templates require, and not its JSON text.
     pub arguments: Value,
 }
 
-/// What chat templates see: absent parts are absent keys. `reasoning` has the names, and
-/// they the places, that transformers 5.23 gives it.
+/// Serializes a message as chat templates see it; absent parts are absent keys. The keys of the reasoning
+/// and their positions are those of transformers 5.23.
 impl Serialize for Message {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let Self { role, content, reasoning, tool_calls, tool_call_id, name, is_target: _ } = self;

@@ -1,4 +1,4 @@
-//! The tokens of a split on local disk, mapped into memory.
+//! Stores the tokens of a split on the local disk, mapped into memory.
 
 use std::{
     fs::File,
@@ -11,27 +11,27 @@ use memmap2::Mmap;
 
 use crate::{
     data::{
-        chat::rendered::Rendered,
+        chat::rendering_stats::RenderingStats,
         row_sources::RowSources,
         rows::for_each_row,
-        tokenizer::{TokenRow, Tokenizer},
+        tokenizer::{Tokenizer, targets::TokenRow},
     },
     failure::Failure,
 };
 
-/// Set in a stored token that is predicted; no vocabulary reaches it.
-const TARGET: u32 = 1 << 31;
+/// The bit that marks a stored token as a target; no vocabulary is that large.
+const TARGET_BIT: u32 = 1 << 31;
 
-/// The rows of a split, after overflow: every row fits the context and has a target.
+/// The rows of a split. Every row fits the context and has a target.
 #[derive(Debug)]
 pub struct Dataset {
     tokens: Option<Mmap>,
-    /// First token and length of each row.
+    /// The first token and the length of each row.
     rows: Vec<(u64, u32)>,
     sha256: String,
-    /// Rows that could not be used.
-    left_out: u64,
-    rendered: Rendered,
+    /// The number of invalid rows.
+    skipped_rows: u64,
+    rendering_stats: RenderingStats,
 }
 
 /// One row.
@@ -39,15 +39,15 @@ pub struct Dataset {
 pub struct Row {
     /// The tokens.
     pub tokens: Vec<u32>,
-    /// Whether each is predicted from those before it.
+    /// Whether each token is a target.
     pub targets: Vec<bool>,
 }
 
 impl Dataset {
-    /// Reads and tokenises a split into a file in `scratch`.
+    /// Reads and tokenizes a split into a file in `scratch`.
     ///
     /// # Errors
-    /// A [`Failure`] if a row is bad, none is left, or a row is too long and that is an error.
+    /// A [`Failure`] if invalid or too long rows are errors and there are any, or if no row is left.
     pub fn prepare(
         sources: &RowSources,
         tokenizer: &Tokenizer,
@@ -60,10 +60,10 @@ impl Dataset {
             |error: std::io::Error| Failure::from_io(&error, &format!("cannot write {path:?}"));
         let mut file = BufWriter::with_capacity(1 << 20, File::create(&path).map_err(disk)?);
         let (mut rows, mut start, mut too_long) = (Vec::new(), 0_u64, 0_u64);
-        let mut rendered = Rendered::default();
-        let read = for_each_row(sources, tokenizer, &mut |split_row| {
-            let Ok(tokenized) = split_row.outcome else { return Ok(()) };
-            rendered.add(&tokenized);
+        let mut rendering_stats = RenderingStats::default();
+        let summary = for_each_row(sources, tokenizer, &mut |row_outcome| {
+            let Ok(tokenized) = row_outcome.result else { return Ok(()) };
+            rendering_stats.add(&tokenized);
             for row in tokenized.rows {
                 too_long += u64::from(row.tokens.len() > context_length as usize);
                 let Some(length) = row.trained_length(context_length, on_overflow) else {
@@ -71,30 +71,29 @@ impl Dataset {
                 };
                 let TokenRow { tokens, targets } = row;
                 for (token, is_target) in tokens[..length].iter().zip(&targets) {
-                    let stored = if *is_target { token | TARGET } else { *token };
+                    let stored = if *is_target { token | TARGET_BIT } else { *token };
                     file.write_all(&stored.to_le_bytes()).map_err(disk)?;
                 }
-                rows.extend((0..split_row.copies).map(|_| (start, length as u32)));
+                rows.extend((0..row_outcome.copies).map(|_| (start, length as u32)));
                 start += length as u64;
             }
             Ok(())
         })?;
         let invalid = |message: String| Err(Failure::new(FailureReason::InvalidDataset, message));
-        if let Some(refusal) = read.refusal(sources.on_invalid_row) {
-            let fault = read.faults.first();
-            let first = fault.map_or(String::new(), |fault| {
-                format!("; the first is {}: {}", fault.places[0], fault.reason)
+        if let Some(refusal) = summary.refusal(sources.on_invalid_row) {
+            let first = summary.error_groups.first().map_or(String::new(), |group| {
+                format!("; the first is {}: {}", group.locations[0], group.reason)
             });
-            return invalid(format!("{}: {refusal}{first}", sources.names()));
+            return invalid(format!("{}: {refusal}{first}", sources.uris()));
         }
         if too_long > 0 && on_overflow == OnOverflow::Error {
             return invalid(format!(
                 "{}: {too_long} rows have more than {context_length} tokens",
-                sources.names()
+                sources.uris()
             ));
         }
         if rows.is_empty() {
-            return invalid(format!("{} has no row that can be trained on", sources.names()));
+            return invalid(format!("{} has no row that can be trained on", sources.uris()));
         }
         let file = file.into_inner().map_err(|error| disk(error.into_error()))?;
         drop(file);
@@ -106,23 +105,23 @@ impl Dataset {
         Ok(Self {
             tokens: Some(tokens),
             rows,
-            sha256: read.sha256,
-            left_out: read.bad_rows,
-            rendered,
+            sha256: summary.sha256,
+            skipped_rows: summary.invalid_rows,
+            rendering_stats,
         })
     }
 
-    /// Makes a dataset of given rows, for tests.
+    /// Creates a dataset from rows, for tests.
     ///
     /// # Errors
-    /// Those of writing a file.
+    /// An error of writing the file.
     pub fn of_rows(rows: &[TokenRow], directory: &Path) -> std::io::Result<Self> {
         let mut bytes = Vec::new();
-        let mut places = Vec::new();
+        let mut spans = Vec::new();
         for row in rows {
-            places.push((bytes.len() as u64 / 4, row.tokens.len() as u32));
+            spans.push((bytes.len() as u64 / 4, row.tokens.len() as u32));
             for (token, is_target) in row.tokens.iter().zip(&row.targets) {
-                bytes.extend((if *is_target { token | TARGET } else { *token }).to_le_bytes());
+                bytes.extend((if *is_target { token | TARGET_BIT } else { *token }).to_le_bytes());
             }
         }
         let path = directory.join("tokens.bin");
@@ -132,10 +131,10 @@ impl Dataset {
         let tokens = unsafe { Mmap::map(&File::open(path)?) }?;
         Ok(Self {
             tokens: Some(tokens),
-            rows: places,
+            rows: spans,
             sha256: String::new(),
-            left_out: 0,
-            rendered: Rendered::default(),
+            skipped_rows: 0,
+            rendering_stats: RenderingStats::default(),
         })
     }
 
@@ -144,29 +143,29 @@ impl Dataset {
         self.rows.len()
     }
 
-    /// Tells whether there is no row.
+    /// Returns whether there is no row.
     pub fn is_empty(&self) -> bool {
         self.rows.is_empty()
     }
 
-    /// Returns the tokens of each row.
+    /// Returns the number of tokens of each row.
     pub fn lengths(&self) -> Vec<u32> {
         self.rows.iter().map(|(_, length)| *length).collect()
     }
 
-    /// Returns the digest of the raw lines, as the census has it.
+    /// Returns the digest of the raw rows, which the census contains as well.
     pub fn sha256(&self) -> &str {
         &self.sha256
     }
 
-    /// Returns how many rows could not be used and are not here.
-    pub fn left_out(&self) -> u64 {
-        self.left_out
+    /// Returns how many rows were skipped because they are invalid.
+    pub fn skipped_rows(&self) -> u64 {
+        self.skipped_rows
     }
 
-    /// Returns what rendering made of the conversations.
-    pub fn rendered(&self) -> &Rendered {
-        &self.rendered
+    /// Returns counts over the rendered conversations.
+    pub fn rendering_stats(&self) -> &RenderingStats {
+        &self.rendering_stats
     }
 
     /// Reads one row.
@@ -177,7 +176,8 @@ impl Dataset {
         let stored = bytes
             .chunks_exact(4)
             .map(|four| u32::from_le_bytes([four[0], four[1], four[2], four[3]]));
-        let (tokens, targets) = stored.map(|token| (token & !TARGET, token & TARGET != 0)).unzip();
+        let (tokens, targets) =
+            stored.map(|token| (token & !TARGET_BIT, token & TARGET_BIT != 0)).unzip();
         Row { tokens, targets }
     }
 }

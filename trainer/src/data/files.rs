@@ -1,4 +1,4 @@
-//! Which files of a dataset hold its rows.
+//! Selects the files of a split among the files of a dataset.
 
 use finetune_contract::{FailureReason, Split};
 
@@ -7,10 +7,10 @@ use crate::{
     store::{Entry, Store},
 };
 
-/// How a file is read.
+/// The format of a data file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    /// JSON: lines, an array, or objects.
+pub enum FileFormat {
+    /// JSON lines, one JSON array, or consecutive JSON objects.
     Json,
     /// Comma- or tab-separated values.
     Csv,
@@ -18,45 +18,45 @@ pub enum Kind {
     Parquet,
 }
 
-/// The endings of data files, for messages.
-const ENDINGS: &str = ".jsonl, .json, .csv, .tsv (each also with .gz or .zst) or .parquet";
+/// The file extensions of data files, for messages.
+const EXTENSIONS: &str = ".jsonl, .json, .csv, .tsv (each also with .gz or .zst) or .parquet";
 
-/// Tells by its name how a file is read; `None` if it is no data file.
-pub fn kind(name: &str) -> Option<Kind> {
+/// Returns the format of a file by its name; `None` if it is not a data file.
+pub fn file_format(name: &str) -> Option<FileFormat> {
     let has = |name: &str, endings: &[&str]| endings.iter().any(|ending| name.ends_with(ending));
     if name.ends_with(".parquet") {
-        return Some(Kind::Parquet);
+        return Some(FileFormat::Parquet);
     }
-    let name = without_compression(name);
+    let name = strip_compression(name);
     if has(name, &[".jsonl", ".json", ".ndjson"]) {
-        Some(Kind::Json)
+        Some(FileFormat::Json)
     } else {
-        has(name, &[".csv", ".tsv"]).then_some(Kind::Csv)
+        has(name, &[".csv", ".tsv"]).then_some(FileFormat::Csv)
     }
 }
 
-/// Takes the ending of a compressed file off.
-pub(super) fn without_compression(name: &str) -> &str {
+/// Removes the extension of a compressed file.
+pub(super) fn strip_compression(name: &str) -> &str {
     name.strip_suffix(".gz").or_else(|| name.strip_suffix(".zst")).unwrap_or(name)
 }
 
-/// The files of a split, and those beside them that were left out.
+/// The files of a split, and the data files that do not belong to it.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Files {
-    /// Those that are read, sorted.
-    pub taken: Vec<Entry>,
-    /// Paths of data files that are not.
-    pub left_out: Vec<String>,
+pub struct SplitFiles {
+    /// The files of the split, sorted.
+    pub selected: Vec<Entry>,
+    /// The paths of other data files.
+    pub skipped: Vec<String>,
 }
 
-/// Lists the data files at a URI; below a prefix those of the split.
+/// Lists the data files of a split at a URI, which names one file or a prefix.
 ///
 /// # Errors
-/// A [`Failure`] if the store fails or there is none.
-pub fn list(store: &Store, split: Split) -> Result<Files, Failure> {
+/// A [`Failure`] if the store fails or there are no such files.
+pub fn list(store: &Store, split: Split) -> Result<SplitFiles, Failure> {
     let all = store.list()?;
     if all.is_empty() {
-        // As when a store says so itself: the URI is wrong, not the data.
+        // The same reason as for a missing object: the URI is wrong, not the data.
         let message = format!("nothing is at {}", store.uri());
         return Err(Failure::new(FailureReason::InvalidConfiguration, message));
     }
@@ -65,31 +65,31 @@ pub fn list(store: &Store, split: Split) -> Result<Files, Failure> {
     if let [only] = all.as_slice()
         && only.path.is_empty()
     {
-        if kind(uri.file_name()).is_none() {
-            return invalid(format!("{uri} is no data file: its name must end in {ENDINGS}"));
+        if file_format(uri.file_name()).is_none() {
+            return invalid(format!("{uri} is not a data file: its name must end in {EXTENSIONS}"));
         }
-        return Ok(Files { taken: all, left_out: Vec::new() });
+        return Ok(SplitFiles { selected: all, skipped: Vec::new() });
     }
-    let files = choose(all, split);
-    if !files.taken.is_empty() {
+    let files = select(all, split);
+    if !files.selected.is_empty() {
         return Ok(files);
     }
-    if files.left_out.is_empty() {
+    if files.skipped.is_empty() {
         return invalid(format!(
-            "{uri} has no data: it must name a file, or a prefix with files that end in {ENDINGS}"
+            "{uri} has no data files: it must name a file, or a prefix with files that end in {EXTENSIONS}"
         ));
     }
     invalid(format!(
-        "{uri} has no file for {}: {} are named for another split; to use one of them all the same, name the file itself",
+        "{uri} has no file for {}: {} are named after another split; to use one of them anyway, give its own URI",
         match split {
             Split::Train => "training",
             Split::Validation => "validation",
         },
-        files.left_out.join(", ")
+        files.skipped.join(", ")
     ))
 }
 
-/// Files that describe a dataset.
+/// JSON files that describe a dataset and contain no rows.
 ///
 /// # Source
 /// `datasets` writes `dataset_info.json`, `dataset_infos.json`, `dataset_dict.json` and `state.json`.
@@ -104,38 +104,39 @@ const DESCRIPTIONS: [&str; 8] = [
     "package.json",
 ];
 
-fn choose(all: Vec<Entry>, split: Split) -> Files {
-    let mut files = Files::default();
+fn select(all: Vec<Entry>, split: Split) -> SplitFiles {
+    let mut files = SplitFiles::default();
     let data = all.into_iter().filter(|entry| {
         let name = entry.path.rsplit('/').next().unwrap_or(&entry.path);
         let is_hidden =
             entry.path.split('/').any(|part| part.starts_with('.') || part == "__MACOSX");
         let describes =
             DESCRIPTIONS.contains(&name) || name.ends_with(".index.json") || name == "index.json";
-        !is_hidden && !describes && kind(name).is_some()
+        !is_hidden && !describes && file_format(name).is_some()
     });
-    let (own, others): (Vec<_>, Vec<_>) =
-        data.partition(|entry| named(&entry.path).is_none_or(|named| named == Named::of(split)));
-    let is_named = |entry: &Entry| named(&entry.path).is_some();
-    // Files of held-out rows beside others are all there is to hold out.
+    let (own, others): (Vec<_>, Vec<_>) = data.partition(|entry| {
+        split_name(&entry.path).is_none_or(|split_name| split_name == SplitName::of(split))
+    });
+    let is_named = |entry: &Entry| split_name(&entry.path).is_some();
+    // If any file is named after validation, unnamed files belong to training.
     let only_named = split == Split::Validation && own.iter().any(is_named);
-    let (taken, rest): (Vec<_>, Vec<_>) =
+    let (selected, rest): (Vec<_>, Vec<_>) =
         own.into_iter().partition(|entry| !only_named || is_named(entry));
-    files.taken = taken;
-    files.left_out = others.into_iter().chain(rest).map(|entry| entry.path).collect();
-    files.left_out.sort();
+    files.selected = selected;
+    files.skipped = others.into_iter().chain(rest).map(|entry| entry.path).collect();
+    files.skipped.sort();
     files
 }
 
-/// The split that a path is named for.
+/// The split that a path is named after.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Named {
+enum SplitName {
     Train,
     Validation,
     Test,
 }
 
-impl Named {
+impl SplitName {
     const fn of(split: Split) -> Self {
         match split {
             Split::Train => Self::Train,
@@ -144,19 +145,19 @@ impl Named {
     }
 }
 
-/// Finds a split's name among the words of a path; the file's own name counts before its folders.
+/// Finds the name of a split among the words of a path. The file name takes precedence over folders.
 ///
 /// # Source
 /// The words are those by which `datasets` finds splits (`datasets/data_files.py`).
-fn named(path: &str) -> Option<Named> {
+fn split_name(path: &str) -> Option<SplitName> {
     path.rsplit('/').find_map(|part| {
         part.split(|character: char| !character.is_ascii_alphanumeric()).find_map(|word| match word
             .to_ascii_lowercase()
             .as_str()
         {
-            "train" | "training" => Some(Named::Train),
-            "validation" | "valid" | "val" | "dev" => Some(Named::Validation),
-            "test" | "testing" | "eval" | "evaluation" => Some(Named::Test),
+            "train" | "training" => Some(SplitName::Train),
+            "validation" | "valid" | "val" | "dev" => Some(SplitName::Validation),
+            "test" | "testing" | "eval" | "evaluation" => Some(SplitName::Test),
             _ => None,
         })
     })
@@ -168,13 +169,13 @@ mod tests {
 
     fn check(paths: &[&str], split: Split) -> String {
         let entry = |path: &&str| Entry { path: (*path).to_owned(), size: 1 };
-        let Files { taken, left_out } = choose(paths.iter().map(entry).collect(), split);
-        let taken: Vec<_> = taken.into_iter().map(|entry| entry.path).collect();
-        format!("{} | {}", taken.join(" "), left_out.join(" "))
+        let SplitFiles { selected, skipped } = select(paths.iter().map(entry).collect(), split);
+        let selected: Vec<_> = selected.into_iter().map(|entry| entry.path).collect();
+        format!("{} | {}", selected.join(" "), skipped.join(" "))
     }
 
     #[test]
-    fn a_prefix_stands_for_the_rows_of_its_split() {
+    fn a_prefix_selects_the_files_of_the_split() {
         let hub =
             ["README.md", "train.jsonl", "validation.jsonl", "test.jsonl", "dataset_infos.json"];
         assert_eq!(check(&hub, Split::Train), "train.jsonl | test.jsonl validation.jsonl");
@@ -201,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn hidden_files_and_descriptions_are_no_rows() {
+    fn hidden_files_and_descriptions_are_not_data_files() {
         assert_eq!(
             check(
                 &["._train.jsonl", "train.jsonl", ".cache/train.jsonl", "__MACOSX/train.jsonl"],

@@ -1,9 +1,9 @@
-//! From rows of text to micro-batches of tokens.
+//! Turns rows of text into micro-batches of tokens.
 //!
-//! In the order data flows: [`row_sources`] and [`files`] say where rows are,
-//! [`records`] streams them, [`format`](mod@format) understands one as what
-//! [`conversation`] defines, [`tokenizer`] and [`template`] turn it into tokens with targets, [`rows`] does so for a whole
-//! split, [`census`] counts or [`dataset`] stores them, [`packing`] and [`sequences`] arrange them.
+//! In the order of the data flow: [`row_sources`] and [`files`] find the rows, [`records`] streams them,
+//! [`formats`] parses each into the types of [`conversation`], [`chat`] and [`tokenizer`] turn it into
+//! tokens with targets, and [`rows`] does all that for a whole split. [`census`] computes statistics of
+//! a split, [`dataset`] stores its tokens, [`packing`] and [`sequences`] arrange them.
 
 pub mod census;
 pub mod chat;
@@ -17,9 +17,3 @@ pub mod row_sources;
 pub mod rows;
 pub mod sequences;
 pub mod tokenizer;
-
-pub use chat::rendering::Rendering;
-pub use dataset::{Dataset, Row};
-pub use row_sources::RowSources;
-pub use sequences::{Batch, Sequences};
-pub use tokenizer::Tokenizer;

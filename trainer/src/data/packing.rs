@@ -1,12 +1,12 @@
-//! Putting rows together into sequences: best-fit decreasing.
+//! Packs rows into sequences: best-fit decreasing.
 //!
-//! Each row, longest first, goes to the fullest sequence that still has room for it. The census
-//! counts with [`packed_count`] what the trainer makes with [`pack`]; a property test holds them
-//! to each other.
+//! Each row, longest first, goes into the fullest sequence that still has room for it. The census only
+//! counts the sequences with [`packed_count`], training packs them with [`pack`]; a property test checks
+//! that the two agree.
 
 use std::collections::BTreeMap;
 
-/// Packs rows into sequences of at most `context` positions; returns the rows of each.
+/// Packs rows into sequences of at most `context` tokens and returns the rows of each.
 ///
 /// Deterministic: rows of equal length keep their order.
 ///
@@ -19,7 +19,7 @@ pub fn pack(lengths: &[u32], context: u32) -> Vec<Vec<usize>> {
     let mut by_room: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
     for row in order {
         let length = lengths[row];
-        assert!(length <= context, "rows are cut to the context before they are packed");
+        assert!(length <= context, "rows are truncated to the context before they are packed");
         let (room, sequence) = if let Some((&room, with_room)) = by_room.range_mut(length..).next()
         {
             let sequence = with_room.pop().expect("empty lists are removed");
@@ -40,10 +40,10 @@ pub fn pack(lengths: &[u32], context: u32) -> Vec<Vec<usize>> {
     sequences
 }
 
-/// Counts the sequences [`pack`] makes, from how many rows there are of each length.
+/// Counts the sequences that [`pack`] makes, given the number of rows of each length.
 ///
-/// A sequence chosen for a length stays the fullest with room for it, so it takes as many rows of
-/// that length as fit: whole lengths are placed at once, whatever the number of rows.
+/// A sequence that is chosen for a row of some length remains the fullest with room for that length, so
+/// it takes as many such rows as fit. Therefore all rows of a length are placed at once.
 pub fn packed_count(rows_by_length: &BTreeMap<u32, u64>, context: u32) -> u64 {
     let mut by_room: BTreeMap<u32, u64> = BTreeMap::new();
     let mut sequences = 0;

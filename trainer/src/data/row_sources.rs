@@ -1,4 +1,4 @@
-//! Where a split's rows come from, and which rows of their files are its own.
+//! The sources of the rows of a split, and which of their rows belong to it.
 
 use finetune_contract::{DatasetFormat, DatasetSource, OnInvalidRow, Split};
 
@@ -7,36 +7,36 @@ use crate::{data::formats::ReadOptions, runtime::rng::RngKey, store::Store};
 /// The sources of one split, opened.
 #[derive(Debug)]
 pub struct RowSources {
-    /// In the manifest's order.
+    /// The sources in the order of the manifest.
     pub sources: Vec<Source>,
-    /// Which split it is.
+    /// The split.
     pub split: Split,
-    /// What happens to a row that cannot be used.
+    /// How invalid rows are handled.
     pub on_invalid_row: OnInvalidRow,
-    /// The share of the rows that validation has, if it is taken from the training rows.
+    /// The fraction of the training rows that is held out for validation.
     validation_fraction: Option<f64>,
     seed: u64,
 }
 
-/// One source.
+/// One source of rows.
 #[derive(Debug)]
 pub struct Source {
-    /// Its field in the manifest, such as `spec.dataset.train`.
+    /// The field of the manifest, such as `spec.dataset.train`.
     pub location: String,
-    /// Where it is.
+    /// The store of the files.
     pub store: Store,
-    /// How its rows are read.
+    /// How the rows are parsed.
     pub options: ReadOptions,
-    /// How often each row occurs in an epoch.
+    /// How often each row occurs in an epoch, on average.
     weight: f64,
 }
 
 impl RowSources {
-    /// Opens the sources of a split with `open`, which is given a URI and the field it stands in;
-    /// `None` if the dataset has no such split.
+    /// Opens the sources of a split by calling `open` with each URI and its manifest field; `None` if
+    /// the dataset has no such split.
     ///
     /// # Errors
-    /// That of `open`.
+    /// An error of `open`.
     pub fn open<E>(
         dataset: &DatasetSource,
         split: Split,
@@ -66,7 +66,7 @@ impl RowSources {
         Ok(if this.sources.is_empty() { None } else { Some(this) })
     }
 
-    /// Returns the field that stands for all of them.
+    /// Returns the manifest field of the split.
     pub fn location(&self) -> &'static str {
         match (self.split, self.validation_fraction, self.sources.len()) {
             (Split::Train, _, 1) => "spec.dataset.train",
@@ -76,23 +76,23 @@ impl RowSources {
         }
     }
 
-    /// Returns the URIs, for messages.
-    pub fn names(&self) -> String {
+    /// Returns the URIs of all sources, for messages.
+    pub fn uris(&self) -> String {
         let uris: Vec<_> =
             self.sources.iter().map(|source| source.store.uri().to_string()).collect();
         uris.join(", ")
     }
 
-    /// Tells whether a row belongs to the split. Rows are told apart by their text, so that equal rows
-    /// are never in both.
-    pub fn has(&self, digest: u128) -> bool {
+    /// Returns whether a row belongs to the split. That depends only on its digest, so equal rows are
+    /// always in the same split.
+    pub fn contains(&self, digest: u128) -> bool {
         let Some(fraction) = self.validation_fraction else { return true };
         let numbers = RngKey::from_seed(self.seed).fold_in_name("validation fraction");
         let is_held_out = numbers.fold_in((digest >> 64) as u64).uniform(digest as u64) < fraction;
         is_held_out == (self.split == Split::Validation)
     }
 
-    /// Returns how often a row of a source occurs; `number` counts the source's rows.
+    /// Returns how often a row of a source occurs in an epoch; `number` is the index of the row.
     pub fn copies(&self, source: usize, number: u64) -> u64 {
         let weight = self.sources[source].weight;
         let numbers =
@@ -100,7 +100,7 @@ impl RowSources {
         weight.trunc() as u64 + u64::from(numbers.uniform(number) < weight.fract())
     }
 
-    /// Returns the shape that the manifest gives the first source.
+    /// Returns the format of the first source according to the manifest.
     pub fn format(&self) -> DatasetFormat {
         self.sources.first().map_or(DatasetFormat::Auto, |source| source.options.format)
     }
@@ -145,9 +145,11 @@ mod tests {
             )
         };
         let (train, validation) = (with_fraction(Split::Train), with_fraction(Split::Validation));
-        let held_out = (0..10_000).filter(|&row| validation.has(digest(row))).count();
+        let held_out = (0..10_000).filter(|&row| validation.contains(digest(row))).count();
         assert!((900..1100).contains(&held_out), "{held_out}");
-        assert!((0..10_000).all(|row| train.has(digest(row)) != validation.has(digest(row))));
+        assert!(
+            (0..10_000).all(|row| train.contains(digest(row)) != validation.contains(digest(row)))
+        );
     }
 
     #[test]

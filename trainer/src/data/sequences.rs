@@ -1,4 +1,4 @@
-//! Rows arranged in sequences, sequences in an order of their own each epoch, and micro-batches.
+//! Arranges rows in sequences, shuffles the sequences in each epoch, and builds micro-batches.
 
 use crate::{
     data::{dataset::Dataset, packing},
@@ -11,23 +11,23 @@ pub struct Sequences {
     rows: Vec<Vec<usize>>,
 }
 
-/// A micro-batch: `T` tokens of some segments one after the other, without padding.
+/// A micro-batch: `T` tokens of one or more segments, concatenated without padding.
 ///
-/// Attention is causal inside each segment and blind beyond it; positions restart in each.
+/// Attention is causal within a segment and masked between segments; positions restart in each.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Batch {
     /// The tokens, `[T]`.
     pub tokens: Vec<i64>,
-    /// The length of each segment; they add up to `T`.
+    /// The length of each segment; the sum is `T`.
     pub segment_lengths: Vec<usize>,
-    /// Positions whose next token is a target, `[N]`, ascending.
+    /// The positions whose next token is a target, `[N]`, ascending.
     pub target_positions: Vec<i64>,
-    /// That next token, `[N]`.
+    /// The next token of each of these positions, `[N]`.
     pub labels: Vec<i64>,
 }
 
 impl Sequences {
-    /// Arranges a split: packed, or one row each.
+    /// Arranges a split: packed, or one row per sequence.
     pub fn new(dataset: &Dataset, packing: bool, context_length: u32) -> Self {
         let rows = if packing {
             packing::pack(&dataset.lengths(), context_length)
@@ -42,13 +42,13 @@ impl Sequences {
         self.rows.len()
     }
 
-    /// Tells whether there is no sequence.
+    /// Returns whether there is no sequence.
     pub fn is_empty(&self) -> bool {
         self.rows.is_empty()
     }
 
-    /// Returns the order of an epoch: a pure function of seed and epoch, so that a resumed run
-    /// needs no cursor.
+    /// Returns the order of the sequences in an epoch: a pure function of seed and epoch, so that
+    /// checkpoints need no data cursor.
     pub fn epoch_order(&self, seed: u64, epoch: u64) -> Vec<usize> {
         let mut order: Vec<usize> = (0..self.len()).collect();
         let numbers = RngKey::from_seed(seed).fold_in_name("order").fold_in(epoch);
@@ -60,7 +60,7 @@ impl Sequences {
         order
     }
 
-    /// Returns the `count` sequences with the most tokens, some more than once if there are fewer.
+    /// Returns the `count` sequences with the most tokens; repeats them if there are fewer.
     pub fn largest(&self, dataset: &Dataset, count: usize) -> Vec<usize> {
         let lengths = dataset.lengths();
         let tokens = |sequence: usize| -> u64 {
@@ -71,7 +71,7 @@ impl Sequences {
         all.into_iter().cycle().take(count).collect()
     }
 
-    /// Makes a micro-batch of sequences.
+    /// Builds a micro-batch of sequences.
     pub fn batch(&self, dataset: &Dataset, sequences: &[usize]) -> Batch {
         let mut batch = Batch::default();
         for row in sequences.iter().flat_map(|&sequence| &self.rows[sequence]) {
@@ -95,14 +95,14 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::data::tokenizer::TokenRow;
+    use crate::data::tokenizer::targets::TokenRow;
 
     fn rows() -> impl Strategy<Value = Vec<TokenRow>> {
         let row = (2_usize..20, any::<u64>()).prop_map(|(length, bits)| {
             let mut targets: Vec<bool> =
                 (0..length).map(|index| index > 0 && bits >> index & 1 == 1).collect();
             targets[length - 1] = true;
-            // Tokens that tell which target they are.
+            // Distinct tokens identify the targets.
             TokenRow {
                 tokens: (0..length as u64)
                     .map(|index| (bits.wrapping_add(index) % 100_000) as u32)

@@ -1,8 +1,8 @@
-//! A PEFT LoRA directory.
+//! Writes a PEFT LoRA directory.
 //!
 //! # Source
-//! Keys, shapes and types as `peft` 0.21.2 saves them; the settings are the subset every reader
-//! since 0.6 knows, and nothing else: PEFT warns of keys it does not know.
+//! Keys, shapes and types as `peft` 0.21.2 saves them. The settings are those that every version since
+//! 0.6 reads; PEFT warns about keys that it does not know.
 
 use std::path::Path;
 
@@ -15,7 +15,7 @@ use crate::{
     export::{Error, Export, files},
     hf::{
         safetensors_writer::{self, Declared},
-        weights::Checkpoint,
+        weights::WeightFiles,
     },
     lora::{
         CONFIG_FILE, PREFIX, WEIGHTS_FILE, targets,
@@ -23,7 +23,7 @@ use crate::{
     },
 };
 
-/// Writes the adapter and all a server needs beside the base model.
+/// Writes the adapter with all files that a server needs beside the base model.
 pub(super) fn write(
     export: &Export<'_>,
     lora: &LoraSettings,
@@ -41,8 +41,8 @@ pub(super) fn write(
 
 /// Builds `adapter_config.json`.
 ///
-/// Targets are written out, so that every reader finds the same modules: by leaf name, as servers
-/// compare them, wherever all modules of that name are meant, else by whole path.
+/// Targets are listed, so that every reader finds the same modules: by leaf name, which is what servers
+/// compare, where all modules of that name are targets, otherwise by full path.
 pub fn adapter_config(
     config: &ModelConfig,
     lora: &LoraSettings,
@@ -56,7 +56,7 @@ pub fn adapter_config(
         path.ends_with(name)
     });
     let saved = if saved.is_empty() { Value::Null } else { json!(saved) };
-    // PEFT's own field is an integer; a whole number must not become 16.0.
+    // In PEFT the field is an integer: 16 must not become 16.0.
     let alpha = if lora.lora_alpha.fract() == 0.0 {
         json!(lora.lora_alpha as i64)
     } else {
@@ -85,14 +85,14 @@ pub fn adapter_config(
     })
 }
 
-/// Returns what servers compare with the base model they serve.
+/// Returns the name of the base model, which servers compare with that of the model they serve.
 pub(super) fn base_name(export: &Export<'_>) -> String {
     let config = export.config;
     config.output.base_model_name.clone().unwrap_or_else(|| {
         let uri = &config.model.uri;
         let name = uri.split_once("://").map_or(uri.as_str(), |(_, name)| name);
         match ObjectUri::parse(uri) {
-            // A hub's own libraries know a model without the word before it.
+            // The libraries of the hub omit the prefix `models/`.
             Ok(parsed) if parsed.hub_repository().0 == Some("models") => {
                 name.trim_start_matches("models/").to_owned()
             }
@@ -103,7 +103,7 @@ pub(super) fn base_name(export: &Export<'_>) -> String {
 
 fn write_weights(export: &Export<'_>, path: &Path) -> Result<(), Error> {
     let trained = export.training.model.trained();
-    let base = Checkpoint::open(export.base).map_err(Error::Base)?;
+    let base = WeightFiles::open(export.base).map_err(Error::Base)?;
     let declared: Vec<Declared> = trained
         .names()
         .iter()
@@ -120,12 +120,13 @@ fn write_weights(export: &Export<'_>, path: &Path) -> Result<(), Error> {
     .map(|_| ())
 }
 
-/// Adapters are fp32; modules saved whole keep the base model's type, as PEFT does it.
-fn kind(base: &Checkpoint, name: &str) -> Kind {
+/// Returns the element type of a tensor: adapters are fp32, and `modules_to_save` have the type of the
+/// base model, as in PEFT.
+fn kind(base: &WeightFiles, name: &str) -> Kind {
     if name.contains(".lora_") {
         return Kind::Float;
     }
-    // A head that was tied has the embedding's type.
+    // A head that was tied has the type of the embedding.
     let stored =
         base.tensor(name).or_else(|_| base.tensor(&format!("{}.weight", names::EMBED_TOKENS)));
     stored.map_or(Kind::Float, |tensor| tensor.kind())
@@ -147,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn writes_what_every_reader_of_adapters_knows() {
+    fn writes_settings_that_every_peft_version_reads() {
         let settings = LoraSettings {
             r: 8,
             lora_alpha: 16.0,

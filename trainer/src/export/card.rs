@@ -1,4 +1,5 @@
-//! The README.md beside a result: what it is, from what, and how to load it.
+//! Writes the model card: a README.md that says what a result is, what it was made from, and how to
+//! load it.
 
 use std::{fmt::Write, path::Path};
 
@@ -9,25 +10,25 @@ use crate::{
     export::{Error, Export, adapter::base_name, files},
 };
 
-/// Writes the card.
+/// Writes the model card.
 pub(super) fn write(
     export: &Export<'_>,
     kind: ArtifactKind,
     directory: &Path,
 ) -> Result<(), Error> {
-    let left_out = export.training.train.dataset.left_out();
+    let skipped_rows = export.training.train.dataset.skipped_rows();
     let state = &export.training.state;
     let vocab_size = export.training.model.config().vocab_size;
     let vocab_size = (!export.config.model.added_tokens.is_empty()).then_some(vocab_size);
     let base = base_name(export);
-    let text = card(export.config, state, left_out, export.step, kind, &base, vocab_size);
+    let text = card(export.config, state, skipped_rows, export.step, kind, &base, vocab_size);
     files::write_text(&directory.join("README.md"), &text)
 }
 
 fn card(
     config: &RunConfig,
     state: &TrainState,
-    left_out: u64,
+    skipped_rows: u64,
     step: u64,
     kind: ArtifactKind,
     base: &str,
@@ -83,8 +84,8 @@ fn card(
         let added = format!("{}: the embedding has {rows_of_embedding} rows", tokens.join(", "));
         rows.push(("added tokens", added));
     }
-    if left_out > 0 {
-        rows.push(("rows left out, as they could not be used", left_out.to_string()));
+    if skipped_rows > 0 {
+        rows.push(("rows left out, as they could not be used", skipped_rows.to_string()));
     }
     if let Some((first, last)) = state.first_loss.zip(state.last_loss) {
         rows.push(("training loss, first and last step", format!("{first:.4} → {last:.4}")));

@@ -1,4 +1,4 @@
-//! Small files: written as JSON, or copied from the base model.
+//! Writes small files and copies those of the base model.
 
 use std::path::Path;
 
@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::{data::chat::template_source, export::Error};
 
-/// What a tokenizer and its chat template consist of.
+/// The files of a tokenizer and its chat template.
 const TOKENIZER_FILES: [&str; 8] = [
     "tokenizer.json",
     "tokenizer_config.json",
@@ -18,7 +18,7 @@ const TOKENIZER_FILES: [&str; 8] = [
     "chat_template.json",
 ];
 
-/// Writes a JSON file, indented by two.
+/// Writes a JSON file, indented by two spaces.
 pub(super) fn write_json(path: &Path, value: &Value) -> Result<(), Error> {
     write_text(path, &format!("{value:#}\n"))
 }
@@ -28,8 +28,8 @@ pub(super) fn write_text(path: &Path, text: &str) -> Result<(), Error> {
     std::fs::write(path, text).map_err(|source| Error::Write { path: path.to_owned(), source })
 }
 
-/// Copies the tokenizer, so that the result is complete by itself; a chat template of its own takes
-/// the place of the base model's.
+/// Copies the tokenizer, so that the result is self-contained; `chat_template` replaces that of the
+/// base model.
 pub(super) fn copy_tokenizer(
     base: &Path,
     chat_template: Option<&str>,
@@ -51,7 +51,7 @@ pub(super) fn copy_tokenizer(
     names.iter().try_for_each(|name| copy(base, directory, &[name]))
 }
 
-/// Copies those of the named files that exist.
+/// Copies the named files that exist.
 pub(super) fn copy(base: &Path, directory: &Path, names: &[&str]) -> Result<(), Error> {
     for name in names.iter().filter(|name| base.join(name).exists()) {
         let path = directory.join(name);

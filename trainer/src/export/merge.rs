@@ -1,24 +1,25 @@
-//! Merging an adapter into its base model: in fp32, rounded once, untied where it must be.
+//! Merges an adapter into its base model: in fp32, rounded once, and untied where necessary.
 //!
-//! On a model whose head is its embedding, an adapter on either changes one of two things that
-//! share one tensor. Merged into it, the change would leak into the other; PEFT does that. Here the
-//! merged model gets a head of its own.
+//! In a tied model the head and the embedding share one tensor. An adapter on one of them, merged into
+//! that tensor, would change the other as well. Differs: PEFT does that; here the merged model gets a
+//! separate head.
 
 use tch::{Kind, Tensor};
 
 use crate::{
     architecture::names,
     export::Error,
-    hf::weights::Checkpoint,
-    lora::trainable::{LoraAdapters, Trainable, adapter_names},
+    hf::weights::WeightFiles,
+    lora::trainable::{Trainable, LoraAdapters, adapter_names},
     model::{Model, master::Masters},
 };
 
-/// Returns a weight of the result, in fp32: as trained, with its adapter merged, or as it was.
+/// Returns a weight of the result in fp32: as trained, with its adapter merged, or as in the base
+/// model.
 ///
 /// # Errors
-/// [`Error`] if the base model's weight cannot be read or another rank is lost.
-pub fn merged(masters: &mut Masters<'_>, base: &Checkpoint, name: &str) -> Result<Tensor, Error> {
+/// [`Error`] if the weight of the base model cannot be read or another rank is lost.
+pub fn merged(masters: &mut Masters<'_>, base: &WeightFiles, name: &str) -> Result<Tensor, Error> {
     let model = masters.model();
     if let Some(master) = masters.get(name)? {
         return Ok(master);
@@ -33,12 +34,12 @@ pub fn merged(masters: &mut Masters<'_>, base: &Checkpoint, name: &str) -> Resul
     let Some(path) = path else { return Ok(stored) };
     let [a, b] = adapter_names(path).map(|name| model.trained().master_of(&name));
     let (Some(a), Some(b)) = (a, b) else { return Ok(stored) };
-    // A linear layer is [out, in] and so is B A; an embedding is [V, D], B A its transpose.
+    // B A has the shape of a linear weight, [out, in], but is the transpose of an embedding, [V, D].
     let update = b.mm(&a) * *scaling;
     Ok(stored + if path == names::EMBED_TOKENS { update.tr() } else { update })
 }
 
-/// Tells whether the result's head must be a tensor of its own though the base model's is not.
+/// Returns whether the result needs a separate head although the base model is tied.
 pub(super) fn unties(model: &Model) -> bool {
     let is_tied = model.config().tie_word_embeddings;
     is_tied && matches!(model.trainable(), Trainable::Lora(lora) if lora.unties_embeddings())

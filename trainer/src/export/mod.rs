@@ -1,4 +1,4 @@
-//! Writing what other software loads as it is: a PEFT directory, a Hugging Face directory, or both.
+//! Exports a trained model: as a PEFT directory, a Hugging Face directory, or both.
 
 mod adapter;
 mod card;
@@ -15,7 +15,7 @@ use crate::{distributed, failure::Failure, hf::weights, model::Model, train::Tra
 pub use adapter::adapter_config;
 pub use merge::merged;
 
-/// Why files cannot be written.
+/// Why an export failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A file cannot be written or copied.
@@ -23,14 +23,14 @@ pub enum Error {
     Write {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The error of the system.
         #[source]
         source: std::io::Error,
     },
-    /// A base weight cannot be read any more.
+    /// The weights of the base model can no longer be read.
     #[error("the base model's weights cannot be read")]
     Base(#[source] weights::Error),
-    /// Another rank, which has a part of the weights, is lost.
+    /// Another rank, which has a shard of the weights, was lost.
     #[error(transparent)]
     Ranks(#[from] distributed::Error),
 }
@@ -47,34 +47,35 @@ impl From<Error> for Failure {
     }
 }
 
-/// What an export is made of.
+/// The inputs of an export.
 pub struct Export<'a> {
     /// The run.
     pub config: &'a RunConfig,
-    /// The base model's directory.
+    /// The directory of the base model.
     pub base: &'a Path,
-    /// The trained model and what the run has come to.
+    /// The trained model and the state of its training.
     pub training: &'a TrainLoop<'a>,
-    /// The step of the weights.
+    /// The step of the exported weights.
     pub step: u64,
-    /// The template that took the place of the base model's, if one did.
+    /// The chat template that replaces that of the base model, if the dataset sets one.
     pub chat_template: Option<&'a str>,
-    /// The token that ends the turns trained on, if the base model's generation does not stop there.
+    /// The token that ends the trained turns, if generation with the base model does not stop at it.
     pub end_of_turn: Option<u32>,
 }
 
-/// Takes part in what [`write()`] does on rank 0, where that needs the parts of all ranks.
+/// Contributes the shards of this rank while rank 0 runs [`write()`]. Does nothing if rank 0 has all
+/// weights.
 ///
 /// # Errors
 /// A [`Failure`] if another rank is lost.
-pub fn follow(model: &Model) -> Result<(), Failure> {
-    if model.sharded_training().is_some() { Ok(model::follow(model)?) } else { Ok(()) }
+pub fn contribute(model: &Model) -> Result<(), Failure> {
+    if model.sharded_training().is_some() { Ok(model::contribute(model)?) } else { Ok(()) }
 }
 
-/// Writes the files of a result into an empty directory and returns what it is.
+/// Writes the files of a result into an empty directory and returns the kind of the result.
 ///
 /// # Errors
-/// A [`Failure`] if disk or base model fail.
+/// A [`Failure`] if the disk cannot be written or the base model cannot be read.
 pub fn write(export: &Export<'_>, directory: &Path) -> Result<ArtifactKind, Failure> {
     match (&export.config.lora, export.config.output.merge) {
         (None, _) => {
@@ -90,11 +91,11 @@ pub fn write(export: &Export<'_>, directory: &Path) -> Result<ArtifactKind, Fail
         (Some(lora), true) => {
             model::write(export, directory)?;
             card::write(export, ArtifactKind::MergedModel, directory)?;
-            let below = directory.join("adapter");
-            std::fs::create_dir(&below)
-                .map_err(|source| Error::Write { path: below.clone(), source })?;
-            adapter::write(export, lora, &below)?;
-            card::write(export, ArtifactKind::Adapter, &below)?;
+            let subdirectory = directory.join("adapter");
+            std::fs::create_dir(&subdirectory)
+                .map_err(|source| Error::Write { path: subdirectory.clone(), source })?;
+            adapter::write(export, lora, &subdirectory)?;
+            card::write(export, ArtifactKind::Adapter, &subdirectory)?;
             Ok(ArtifactKind::MergedModel)
         }
     }

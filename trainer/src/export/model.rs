@@ -1,4 +1,4 @@
-//! A Hugging Face model directory, sharded by size, its index last.
+//! Writes a Hugging Face model directory: weights sharded by size, and their index last.
 
 use std::path::Path;
 
@@ -12,17 +12,17 @@ use crate::{
     },
     hf::{
         safetensors_writer::{self, Declared},
-        weights::{Checkpoint, INDEX_FILE, SINGLE_FILE},
+        weights::{INDEX_FILE, SINGLE_FILE, WeightFiles},
     },
     model::{Model, master::Masters},
 };
 
-/// What `generate` of transformers and servers read.
+/// The file with the settings of generation, which transformers and servers read.
 const GENERATION_CONFIG: &str = "generation_config.json";
-/// The largest shard, as transformers 5 writes them.
+/// The maximum size of a shard, as in transformers 5.
 const SHARD_BYTES: u64 = 5_000_000_000;
 
-/// Writes the model with everything a server or trainer needs.
+/// Writes the model with all files that a server or trainer needs.
 pub(super) fn write(export: &Export<'_>, directory: &Path) -> Result<(), Error> {
     let unties = unties(&export.training.model);
     write_config(export, unties, directory)?;
@@ -32,13 +32,13 @@ pub(super) fn write(export: &Export<'_>, directory: &Path) -> Result<(), Error> 
         let path = directory.join(GENERATION_CONFIG);
         let published = std::fs::read_to_string(&path).unwrap_or_default();
         let config = &export.training.model.config().source;
-        files::write_json(&path, &stopping_at(token, &published, config))?;
+        files::write_json(&path, &with_stop_token(token, &published, config))?;
     }
     write_weights(export, unties, SHARD_BYTES, directory)
 }
 
 /// Adds a token to those at which generation stops.
-fn stopping_at(token: u32, published: &str, config: &Map<String, Value>) -> Value {
+fn with_stop_token(token: u32, published: &str, config: &Map<String, Value>) -> Value {
     let parsed = serde_json::from_str::<Map<String, Value>>(published);
     let mut generation = parsed.unwrap_or_default();
     let listed = [generation.get("eos_token_id"), config.get("eos_token_id")];
@@ -67,7 +67,7 @@ fn write_weights(
     directory: &Path,
 ) -> Result<(), Error> {
     let model = &export.training.model;
-    let base = Checkpoint::open(export.base).map_err(Error::Base)?;
+    let base = WeightFiles::open(export.base).map_err(Error::Base)?;
     let mut specs = model.config().tensors();
     if unties {
         let config = model.config();
@@ -77,13 +77,14 @@ fn write_weights(
         });
     }
     let declared = specs.into_iter().map(|spec| {
-        // The result has the base model's element types; a head that was tied has the embedding's.
-        let like = if base.contains(&spec.name) {
+        // The result has the element types of the base model; a head that was tied has that of the
+        // embedding.
+        let source = if base.contains(&spec.name) {
             spec.name.clone()
         } else {
             format!("{}.weight", names::EMBED_TOKENS)
         };
-        let kind = base.tensor(&like).map_err(Error::Base)?.kind();
+        let kind = base.tensor(&source).map_err(Error::Base)?.kind();
         Ok(Declared {
             name: spec.name,
             kind,
@@ -104,11 +105,11 @@ fn write_weights(
         };
         let path = directory.join(&file);
         safetensors_writer::write(&path, shard, |declared| {
-            merged(&mut masters, &base, &declared.name).map_err(Failed::Export)
+            merged(&mut masters, &base, &declared.name).map_err(ShardError::Export)
         })
-        .map_err(|failed| match failed {
-            Failed::Write(source) => Error::Write { path: path.clone(), source },
-            Failed::Export(error) => error,
+        .map_err(|error| match error {
+            ShardError::Write(source) => Error::Write { path: path.clone(), source },
+            ShardError::Export(error) => error,
         })?;
         for tensor in shard {
             total_size += tensor.bytes();
@@ -124,8 +125,8 @@ fn write_weights(
     Ok(())
 }
 
-/// Takes part in what [`write`] does on rank 0, where that needs the parts of all ranks.
-pub(super) fn follow(model: &Model) -> Result<(), Error> {
+/// Contributes the shards of this rank to the weights that rank 0 writes, in the same order.
+pub(super) fn contribute(model: &Model) -> Result<(), Error> {
     let mut masters = Masters::of(model);
     for spec in model.config().tensors() {
         masters.get(&spec.name)?;
@@ -134,31 +135,31 @@ pub(super) fn follow(model: &Model) -> Result<(), Error> {
 }
 
 /// Why a shard could not be written.
-enum Failed {
+enum ShardError {
     Write(std::io::Error),
     Export(Error),
 }
 
-impl From<std::io::Error> for Failed {
+impl From<std::io::Error> for ShardError {
     fn from(error: std::io::Error) -> Self {
         Self::Write(error)
     }
 }
 
-/// Fills shards in order; a tensor larger than a shard gets one of its own.
+/// Assigns tensors to shards in order; a tensor larger than a shard gets its own.
 fn shards(declared: Vec<Declared>, shard_bytes: u64) -> Vec<Vec<Declared>> {
     let mut shards: Vec<Vec<Declared>> = Vec::new();
-    let mut room = 0;
+    let mut free_bytes = 0;
     for tensor in declared {
         let bytes = tensor.bytes();
         match shards.last_mut() {
-            Some(shard) if bytes <= room => shard.push(tensor),
+            Some(shard) if bytes <= free_bytes => shard.push(tensor),
             _ => {
-                room = shard_bytes.max(bytes);
+                free_bytes = shard_bytes.max(bytes);
                 shards.push(vec![tensor]);
             }
         }
-        room -= bytes;
+        free_bytes -= bytes;
     }
     shards
 }

@@ -1,4 +1,4 @@
-//! The config.json of a converted model, from GGUF metadata.
+//! Builds the config.json of a converted model from GGUF metadata.
 
 use serde_json::{Value, json};
 
@@ -10,7 +10,7 @@ use crate::{
 /// Builds config.json.
 ///
 /// # Errors
-/// A text that says which metadata is missing or cannot be expressed.
+/// A message that says which metadata is missing or unsupported.
 pub(super) fn config(gguf: &Gguf) -> Result<Value, String> {
     let architecture =
         gguf.text("general.architecture").ok_or("the metadata lacks general.architecture")?;
@@ -27,13 +27,13 @@ pub(super) fn config(gguf: &Gguf) -> Result<Value, String> {
     let integer =
         |name: &str| gguf.integer(&key(name)).ok_or(format!("the metadata lacks {}", key(name)));
     if gguf.tensors().contains_key("rope_freqs.weight") {
-        return Err("it has rope_freqs.weight, a stretched rotary embedding whose settings GGUF does not keep: \
+        return Err("it has rope_freqs.weight, a scaled rotary embedding whose settings GGUF does not store: \
                     use the model's original Hugging Face files"
             .to_owned());
     }
     if let Some(kind) = gguf.text(&key("rope.scaling.type")).filter(|kind| *kind != "none") {
         return Err(format!(
-            "its rotary embedding is stretched by {kind:?}: use the model's original Hugging Face files"
+            "its rotary embedding is scaled by {kind:?}: use the model's original Hugging Face files"
         ));
     }
     let (width, heads) = (integer("embedding_length")?, integer("attention.head_count")?);
@@ -44,7 +44,7 @@ pub(super) fn config(gguf: &Gguf) -> Result<Value, String> {
             key("attention.head_count")
         ));
     }
-    // A list of all tensors is made from this number, so it must be no more than there can be.
+    // The number of tensors that will be listed depends on this number, so it must be plausible.
     let (blocks, tensors) = (integer("block_count")?, gguf.tensors().len());
     if usize::try_from(blocks).is_ok_and(|blocks| blocks > tensors) {
         return Err(format!(
@@ -54,7 +54,7 @@ pub(super) fn config(gguf: &Gguf) -> Result<Value, String> {
     }
     let head_dim = gguf.integer(&key("attention.key_length")).unwrap_or(width / heads);
     let context_length = integer("context_length")?;
-    refuse_other_networks(gguf, architecture, head_dim, context_length)?;
+    refuse_unsupported_features(gguf, architecture, head_dim, context_length)?;
     let vocabulary = gguf.list("tokenizer.ggml.tokens").map_or(0, <[_]>::len);
     let mut config = json!({
         "architectures": [family.class],
@@ -67,9 +67,9 @@ pub(super) fn config(gguf: &Gguf) -> Result<Value, String> {
         "head_dim": head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": context_length,
-        // The file has it in fp32; what was meant has few digits.
-        "rms_norm_eps": shortest(gguf.number(&key("attention.layer_norm_rms_epsilon")).unwrap_or(1e-6)),
-        "rope_theta": shortest(gguf.number(&key("rope.freq_base")).unwrap_or(10_000.0)),
+        // The file has it in fp32, but the intended decimal has few digits.
+        "rms_norm_eps": shortest_decimal(gguf.number(&key("attention.layer_norm_rms_epsilon")).unwrap_or(1e-6)),
+        "rope_theta": shortest_decimal(gguf.number(&key("rope.freq_base")).unwrap_or(10_000.0)),
         "vocab_size": vocabulary,
         "tie_word_embeddings": !gguf.tensors().contains_key("output.weight"),
         "torch_dtype": "bfloat16",
@@ -81,8 +81,8 @@ pub(super) fn config(gguf: &Gguf) -> Result<Value, String> {
     Ok(config)
 }
 
-/// Refuses what a config of these architectures could say in GGUF but not in config.json.
-fn refuse_other_networks(
+/// Refuses features that GGUF metadata can express for these architectures but config.json cannot.
+fn refuse_unsupported_features(
     gguf: &Gguf,
     architecture: &str,
     head_dim: i64,
@@ -91,15 +91,19 @@ fn refuse_other_networks(
     let whole_head = head_dim..=head_dim;
     let allowed = [
         ("expert_count", 0..=0, "a mixture of experts"),
-        ("rope.dimension_count", whole_head.clone(), "a rotation of a part of each head"),
-        ("attention.value_length", whole_head, "values of another width than keys"),
+        ("rope.dimension_count", whole_head.clone(), "a partial rotary embedding"),
+        (
+            "attention.value_length",
+            whole_head,
+            "a head width of values that differs from that of keys",
+        ),
         ("attention.sliding_window", context_length..=i64::MAX, "a sliding window"),
     ];
     for (name, allowed, what) in allowed {
         let key = format!("{architecture}.{name}");
         if let Some(number) = gguf.integer(&key).filter(|number| !allowed.contains(number)) {
             return Err(format!(
-                "{key} is {number}: {what} cannot be converted, use the model's original Hugging Face files"
+                "{key} is {number}: {what} is not supported, use the model's original Hugging Face files"
             ));
         }
     }
@@ -126,7 +130,7 @@ fn special_ids(gguf: &Gguf) -> Vec<(&'static str, Value)> {
     .collect()
 }
 
-/// Returns the decimal with the fewest digits that is the same fp32.
-fn shortest(number: f64) -> f64 {
+/// Returns the decimal with the fewest digits that rounds to the same fp32 number.
+fn shortest_decimal(number: f64) -> f64 {
     (number as f32).to_string().parse().unwrap_or(number)
 }

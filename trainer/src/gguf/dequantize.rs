@@ -1,4 +1,4 @@
-//! The storage types of GGUF tensors, back to fp32.
+//! Dequantizes the storage types of GGUF tensors to fp32.
 //!
 //! # Source
 //! The block structures and `dequantize_row_*` of `ggml/src/ggml-quants.c`, ggml-org/llama.cpp. Each
@@ -6,42 +6,43 @@
 
 use half::{bf16, f16};
 
-/// How one storage type packs its elements.
+/// The block format of one storage type.
 pub(super) struct StorageType {
-    /// What people call it.
+    /// The usual name.
     pub name: &'static str,
-    /// Elements of a block.
+    /// The number of elements in a block.
     pub elements: usize,
-    /// Bytes of a block.
+    /// The number of bytes in a block.
     pub bytes: usize,
-    unpack: fn(&[u8], &mut [f32]),
+    dequantize: fn(&[u8], &mut [f32]),
 }
 
-/// Finds a storage type by its number; `None` for one that cannot be read.
+/// Returns the storage type with a number; `None` if it is not supported.
 pub(super) fn storage_type(number: u32) -> Option<StorageType> {
-    let plain = |name, elements, bytes, unpack| StorageType { name, elements, bytes, unpack };
+    let plain =
+        |name, elements, bytes, dequantize| StorageType { name, elements, bytes, dequantize };
     Some(match number {
         0 => plain("F32", 1, 4, |block, out| {
             out[0] = f32::from_le_bytes([block[0], block[1], block[2], block[3]]);
         }),
-        1 => plain("F16", 1, 2, |block, out| out[0] = half_at(block, 0)),
+        1 => plain("F16", 1, 2, |block, out| out[0] = f16_at(block, 0)),
         30 => plain("BF16", 1, 2, |block, out| {
             out[0] = bf16::from_le_bytes([block[0], block[1]]).to_f32();
         }),
         2 => plain("Q4_0", 32, 18, |block, out| {
-            let scale = half_at(block, 0);
+            let scale = f16_at(block, 0);
             q4(&block[2..], out, |number| (number - 8.0) * scale);
         }),
         3 => plain("Q4_1", 32, 20, |block, out| {
-            let (scale, minimum) = (half_at(block, 0), half_at(block, 2));
+            let (scale, minimum) = (f16_at(block, 0), f16_at(block, 2));
             q4(&block[4..], out, |number| number * scale + minimum);
         }),
         6 => plain("Q5_0", 32, 22, |block, out| {
-            let scale = half_at(block, 0);
+            let scale = f16_at(block, 0);
             q5(&block[2..], out, |number| (number - 16.0) * scale);
         }),
         7 => plain("Q5_1", 32, 24, |block, out| {
-            let (scale, minimum) = (half_at(block, 0), half_at(block, 2));
+            let (scale, minimum) = (f16_at(block, 0), f16_at(block, 2));
             q5(&block[4..], out, |number| number * scale + minimum);
         }),
         8 => plain("Q8_0", 32, 34, q8_0),
@@ -53,23 +54,24 @@ pub(super) fn storage_type(number: u32) -> Option<StorageType> {
 }
 
 impl StorageType {
-    /// Unpacks whole blocks.
-    pub(super) fn unpack(&self, bytes: &[u8]) -> Vec<f32> {
+    /// Dequantizes whole blocks.
+    pub(super) fn dequantize(&self, bytes: &[u8]) -> Vec<f32> {
         let mut values = vec![0.0; bytes.len() / self.bytes * self.elements];
         for (block, out) in
             bytes.chunks_exact(self.bytes).zip(values.chunks_exact_mut(self.elements))
         {
-            (self.unpack)(block, out);
+            (self.dequantize)(block, out);
         }
         values
     }
 }
 
-fn half_at(block: &[u8], at: usize) -> f32 {
-    f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
+fn f16_at(block: &[u8], position: usize) -> f32 {
+    f16::from_le_bytes([block[position], block[position + 1]]).to_f32()
 }
 
-/// Sixteen bytes of two elements: the low halves are the first sixteen, the high ones the rest.
+/// Unpacks sixteen bytes of two elements each: the low nibbles are the first sixteen elements, the high
+/// nibbles the last sixteen.
 fn q4(nibbles: &[u8], out: &mut [f32], value: impl Fn(f32) -> f32) {
     for index in 0..16 {
         out[index] = value(f32::from(nibbles[index] & 15));
@@ -77,7 +79,7 @@ fn q4(nibbles: &[u8], out: &mut [f32], value: impl Fn(f32) -> f32) {
     }
 }
 
-/// As [`q4`], with a fifth bit for each element in four bytes before.
+/// As [`q4`], with a fifth bit of each element in the four bytes before.
 fn q5(block: &[u8], out: &mut [f32], value: impl Fn(f32) -> f32) {
     let high = u32::from_le_bytes([block[0], block[1], block[2], block[3]]);
     for index in 0..16 {
@@ -89,14 +91,14 @@ fn q5(block: &[u8], out: &mut [f32], value: impl Fn(f32) -> f32) {
 }
 
 fn q8_0(block: &[u8], out: &mut [f32]) {
-    let scale = half_at(block, 0);
+    let scale = f16_at(block, 0);
     for (value, &byte) in out.iter_mut().zip(&block[2..]) {
         *value = f32::from(byte.cast_signed()) * scale;
     }
 }
 
-/// Scale and minimum of the `index`-th of eight groups, six bits each in twelve bytes.
-fn k_scale(scales: &[u8], index: usize) -> (f32, f32) {
+/// Returns scale and minimum of one of eight groups; each has six bits, all are in twelve bytes.
+fn scale_and_minimum(scales: &[u8], index: usize) -> (f32, f32) {
     let (scale, minimum) = if index < 4 {
         (scales[index] & 63, scales[index + 4] & 63)
     } else {
@@ -109,19 +111,24 @@ fn k_scale(scales: &[u8], index: usize) -> (f32, f32) {
 }
 
 fn q4_k(block: &[u8], out: &mut [f32]) {
-    k_groups(block, &block[16..], |_, _| 0, out);
+    dequantize_k_groups(block, &block[16..], |_, _| 0, out);
 }
 
 fn q5_k(block: &[u8], out: &mut [f32]) {
     let high = &block[16..48];
-    k_groups(block, &block[48..], |group, index| (high[index] >> group & 1) << 4, out);
+    dequantize_k_groups(block, &block[48..], |group, index| (high[index] >> group & 1) << 4, out);
 }
 
-/// Eight groups of 32; two of them share 32 bytes of halves.
-fn k_groups(block: &[u8], nibbles: &[u8], fifth_bit: impl Fn(usize, usize) -> u8, out: &mut [f32]) {
-    let (scale, minimum) = (half_at(block, 0), half_at(block, 2));
+/// Dequantizes eight groups of 32 elements; two groups share 32 bytes of nibbles.
+fn dequantize_k_groups(
+    block: &[u8],
+    nibbles: &[u8],
+    fifth_bit: impl Fn(usize, usize) -> u8,
+    out: &mut [f32],
+) {
+    let (scale, minimum) = (f16_at(block, 0), f16_at(block, 2));
     for group in 0..8 {
-        let (group_scale, group_minimum) = k_scale(&block[4..16], group);
+        let (group_scale, group_minimum) = scale_and_minimum(&block[4..16], group);
         for index in 0..32 {
             let packed = nibbles[group / 2 * 32 + index];
             let four = if group % 2 == 0 { packed & 15 } else { packed >> 4 };
@@ -133,7 +140,7 @@ fn k_groups(block: &[u8], nibbles: &[u8], fifth_bit: impl Fn(usize, usize) -> u8
 
 fn q6_k(block: &[u8], out: &mut [f32]) {
     let (low, high, scales) = (&block[..128], &block[128..192], &block[192..208]);
-    let scale = half_at(block, 208);
+    let scale = f16_at(block, 208);
     for (index, value) in out.iter_mut().enumerate() {
         let (section, inside) = (index / 128, index % 128);
         let (quarter, lane) = (inside / 32, inside % 32);
@@ -169,7 +176,7 @@ mod tests {
     fn bytes(hex: &str) -> Vec<u8> {
         (0..hex.len())
             .step_by(2)
-            .map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap())
+            .map(|position| u8::from_str_radix(&hex[position..position + 2], 16).unwrap())
             .collect()
     }
 
@@ -181,7 +188,7 @@ mod tests {
             let storage = storage_type(golden.number).unwrap();
             let facts = (storage.name, storage.elements, storage.bytes);
             assert_eq!(facts, (golden.name.as_str(), golden.elements, golden.bytes));
-            let found = storage.unpack(&bytes(&golden.data));
+            let found = storage.dequantize(&bytes(&golden.data));
             let found: Vec<u8> = found.iter().flat_map(|value| value.to_le_bytes()).collect();
             assert_eq!(found, bytes(&golden.bits), "{}", golden.name);
         }

@@ -1,4 +1,4 @@
-//! Converting a GGUF file to a Hugging Face directory: config, bf16 weights, tokenizer, template.
+//! Converts a GGUF file to a Hugging Face directory: config, bf16 weights, tokenizer and chat template.
 
 mod config;
 mod dequantize;
@@ -21,7 +21,7 @@ use crate::{
     store::{Store, directory, fetch_model},
 };
 
-/// What to convert.
+/// The file to convert and the directory to write.
 #[derive(Debug, Args)]
 pub struct Arguments {
     /// The GGUF file.
@@ -35,24 +35,24 @@ pub struct Arguments {
 /// Converts a local file.
 ///
 /// # Errors
-/// A [`Failure`] that says what of the file cannot be used, or that `--to` is taken.
+/// A [`Failure`] if the file cannot be converted, or if the directory exists and is not empty.
 pub fn run(arguments: &Arguments) -> Result<(), Failure> {
     let to = &arguments.to;
     let is_empty = || to.read_dir().is_ok_and(|mut entries| entries.next().is_none());
     if to.exists() && !is_empty() {
         return Err(Failure::new(
             FailureReason::InvalidConfiguration,
-            format!("{to:?} exists already: name another directory with --to, or remove it"),
+            format!("{to:?} already exists: choose another directory with --to, or remove it"),
         ));
     }
     convert(&arguments.from, to)
 }
 
-/// Returns a local Hugging Face directory of a model, whatever it is stored as.
+/// Returns a local Hugging Face directory of a model, which may be stored as such or as a GGUF file.
 ///
 /// # Errors
-/// A [`Failure`] if it cannot be fetched, or a GGUF file cannot be converted.
-pub fn local_directory(store: &Store, cache: &Path) -> Result<PathBuf, Failure> {
+/// A [`Failure`] if the model cannot be fetched or a GGUF file cannot be converted.
+pub fn local_model_directory(store: &Store, cache: &Path) -> Result<PathBuf, Failure> {
     if !store.uri().path.ends_with(".gguf") {
         return Ok(fetch_model(store, cache)?);
     }
@@ -62,7 +62,7 @@ pub fn local_directory(store: &Store, cache: &Path) -> Result<PathBuf, Failure> 
             format!("nothing is at {}", store.uri()),
         ));
     }
-    // Two files quantized alike have one size, so a size would not tell a newer file from this one.
+    // The size cannot be the key: a newer file with the same quantization has the same size.
     let key = match store.resolved_revision() {
         Some(commit) => format!("{} {commit}", store.uri()),
         None => format!("{} {:?}", store.uri(), store.list_tagged()?),
@@ -75,14 +75,14 @@ pub fn local_directory(store: &Store, cache: &Path) -> Result<PathBuf, Failure> 
         let path = directory.with_extension("gguf");
         store.fetch("", &path)?;
         convert(&path, &directory)?;
-        // It is not needed again, and as large as the model.
+        // The file is as large as the model and no longer needed.
         std::fs::remove_file(&path)
-            .map_err(|error| Failure::from_io(&error, &format!("cannot make {directory:?}")))
+            .map_err(|error| Failure::from_io(&error, &format!("cannot remove {path:?}")))
     })?;
     Ok(directory)
 }
 
-/// Writes the directory of a file: it is there complete or not at all.
+/// Converts a file. The directory appears complete or not at all.
 pub(crate) fn convert(from: &Path, to: &Path) -> Result<(), Failure> {
     let gguf = Gguf::open(from)
         .map_err(|error| Failure::new(FailureReason::InvalidModel, format!("{from:?}: {error}")))?;

@@ -1,6 +1,6 @@
-//! Reading a GGUF file: metadata and where each tensor lies.
+//! Reads the metadata and the tensor table of a GGUF file.
 //!
-//! Strict: every length is checked against the file before it is believed.
+//! Reading is strict: every length is checked against the file size before it is used.
 //!
 //! # Source
 //! `docs/gguf.md` of ggml-org/ggml, versions 2 and 3, little endian.
@@ -15,25 +15,25 @@ pub enum Error {
     /// The file cannot be opened.
     #[error("the file cannot be read: {0}")]
     Read(#[from] std::io::Error),
-    /// It is something else.
-    #[error("this is no GGUF file (it starts with {0:?})")]
+    /// The file does not start with the magic number.
+    #[error("this is not a GGUF file (it starts with {0:?})")]
     NotGguf(Vec<u8>),
-    /// Another version.
+    /// The version is not supported.
     #[error("GGUF version {0} is not supported, only 2 and 3")]
     Version(u32),
     /// The file ends too early.
-    #[error("the file is truncated: {what} needs {needed} bytes at {at}, but it has {size}")]
+    #[error("the file is truncated: {what} needs {needed} bytes at {position}, but it has {size}")]
     Truncated {
         /// What was being read.
         what: &'static str,
-        /// Bytes it needs.
+        /// The number of bytes it needs.
         needed: u64,
-        /// Where.
-        at: u64,
-        /// The file's size.
+        /// The position in the file.
+        position: u64,
+        /// The size of the file.
         size: u64,
     },
-    /// A value that cannot be.
+    /// The file contains an impossible value.
     #[error("the file is damaged: {0}")]
     Damaged(String),
 }
@@ -53,14 +53,14 @@ pub enum Value {
     List(Vec<Value>),
 }
 
-/// Where a tensor lies and how it is stored.
+/// The shape, storage type and position of a tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorInfo {
     /// The shape, outermost first.
     pub shape: Vec<usize>,
     /// The number of its storage type.
     pub ggml_type: u32,
-    /// Its first byte, counted from the start of the file.
+    /// The position of the first byte in the file.
     pub start: usize,
 }
 
@@ -76,11 +76,11 @@ impl Gguf {
     /// Opens a file.
     ///
     /// # Errors
-    /// [`Error`] if it is no GGUF file or is damaged.
+    /// [`Error`] if it is not a GGUF file or is damaged.
     pub fn open(path: &Path) -> Result<Self, Error> {
         let file = File::open(path)?;
         #[expect(unsafe_code, reason = "mapping a file is unsafe because others may change it")]
-        // SAFETY: the map is read-only, and a model file is not written while it is imported.
+        // SAFETY: the map is read-only, and a model file is not written while it is converted.
         let map = unsafe { Mmap::map(&file) }?;
         let (metadata, tensors) = parse(&map)?;
         Ok(Self { map, metadata, tensors })
@@ -129,7 +129,7 @@ impl Gguf {
         &self.tensors
     }
 
-    /// Returns bytes of the file from a tensor's start.
+    /// Returns the first `length` bytes of a tensor.
     ///
     /// # Errors
     /// [`Error::Truncated`].
@@ -138,7 +138,7 @@ impl Gguf {
         end.map(|end| &self.map[tensor.start..end]).ok_or(Error::Truncated {
             what: "a tensor",
             needed: length as u64,
-            at: tensor.start as u64,
+            position: tensor.start as u64,
             size: self.map.len() as u64,
         })
     }
@@ -147,7 +147,7 @@ impl Gguf {
 type Parsed = (BTreeMap<String, Value>, BTreeMap<String, TensorInfo>);
 
 fn parse(bytes: &[u8]) -> Result<Parsed, Error> {
-    let mut reader = Reader { bytes, at: 0 };
+    let mut reader = Parser { bytes, position: 0 };
     let magic = reader.take(4, "the magic number")?;
     if magic != b"GGUF" {
         return Err(Error::NotGguf(magic.to_vec()));
@@ -182,7 +182,7 @@ fn parse(bytes: &[u8]) -> Result<Parsed, Error> {
         None => 32,
         Some(other) => return Err(Error::Damaged(format!("general.alignment is {other:?}"))),
     };
-    let data = reader.at.next_multiple_of(alignment);
+    let data = reader.position.next_multiple_of(alignment);
     let tensors = found.into_iter().map(|(name, shape, ggml_type, offset)| {
         let start = usize::try_from(offset).ok().and_then(|offset| data.checked_add(offset));
         let start = start
@@ -192,22 +192,22 @@ fn parse(bytes: &[u8]) -> Result<Parsed, Error> {
     Ok((metadata, tensors.collect::<Result<_, Error>>()?))
 }
 
-struct Reader<'a> {
+struct Parser<'a> {
     bytes: &'a [u8],
-    at: usize,
+    position: usize,
 }
 
-impl<'a> Reader<'a> {
+impl<'a> Parser<'a> {
     fn take(&mut self, length: usize, what: &'static str) -> Result<&'a [u8], Error> {
-        let end = self.at.checked_add(length).filter(|&end| end <= self.bytes.len());
+        let end = self.position.checked_add(length).filter(|&end| end <= self.bytes.len());
         let end = end.ok_or(Error::Truncated {
             what,
             needed: length as u64,
-            at: self.at as u64,
+            position: self.position as u64,
             size: self.bytes.len() as u64,
         })?;
-        let taken = &self.bytes[self.at..end];
-        self.at = end;
+        let taken = &self.bytes[self.position..end];
+        self.position = end;
         Ok(taken)
     }
 
@@ -227,7 +227,7 @@ impl<'a> Reader<'a> {
     fn text(&mut self) -> Result<String, Error> {
         let length = usize::try_from(self.u64()?).unwrap_or(usize::MAX);
         let bytes = self.take(length, "a string")?;
-        // A token may be half of a character; the vocabulary's own escapes are plain text.
+        // A token may be a part of a character. The escapes of the vocabulary are valid UTF-8.
         Ok(String::from_utf8_lossy(bytes).into_owned())
     }
 
@@ -301,7 +301,7 @@ mod tests {
         for length in 0..whole.len() {
             assert!(parse(&whole[..length]).is_err(), "{length} bytes");
         }
-        insta::assert_snapshot!(check(b"PK\x03\x04"), @"this is no GGUF file (it starts with [80, 75, 3, 4])");
+        insta::assert_snapshot!(check(b"PK\x03\x04"), @"this is not a GGUF file (it starts with [80, 75, 3, 4])");
         insta::assert_snapshot!(check(b"GGUF\x01\0\0\0"), @"GGUF version 1 is not supported, only 2 and 3");
         insta::assert_snapshot!(check(&whole[..40]), @"the file is truncated: a number needs 4 bytes at 37, but it has 40");
     }

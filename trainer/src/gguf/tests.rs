@@ -1,4 +1,4 @@
-//! Whole conversions: of files that transformers reads too, and of files with one thing wrong.
+//! Tests of whole conversions: of files that transformers reads as well, and of files with one error.
 
 use std::{
     collections::BTreeMap,
@@ -13,18 +13,19 @@ use tch::{Kind, Tensor};
 
 use crate::{
     data::{
-        Rendering, Tokenizer,
+        chat::rendering::Rendering,
         conversation::{ChatRole, Message},
+        tokenizer::Tokenizer,
     },
-    gguf::{Arguments, convert, local_directory, run},
-    hf::{read_config, weights::Checkpoint},
+    gguf::{Arguments, convert, local_model_directory, run},
+    hf::{read_config, weights::WeightFiles},
     store::{Environment, Role, Store, sha256_hex},
     verification::load_frozen,
 };
 
 const NAMES: [&str; 4] = ["llama-smollm", "llama-llama3", "qwen2", "qwen3"];
 
-/// What transformers reads from a file; `golden/gen.py` writes it.
+/// The content of a file according to transformers, written by `golden/gen.py`.
 #[derive(Deserialize)]
 struct Golden {
     config: BTreeMap<String, Value>,
@@ -49,7 +50,7 @@ fn bf16_bytes(tensor: &Tensor) -> Vec<u8> {
     bytes
 }
 
-/// Compares numbers as fp32, which is how GGUF keeps them.
+/// Compares numbers as fp32, the precision of GGUF.
 fn same(found: &Value, expected: &Value) -> bool {
     match (found.as_f64(), expected.as_f64()) {
         (Some(found), Some(expected)) => (found as f32).to_bits() == (expected as f32).to_bits(),
@@ -58,7 +59,7 @@ fn same(found: &Value, expected: &Value) -> bool {
 }
 
 #[test]
-fn imports_what_transformers_reads_from_the_same_file() {
+fn converts_files_as_transformers_reads_them() {
     let directory = tempfile::tempdir().unwrap();
     for name in NAMES {
         let golden_text = fs::read_to_string(golden(&format!("{name}.json"))).unwrap();
@@ -70,12 +71,10 @@ fn imports_what_transformers_reads_from_the_same_file() {
         for (key, value) in &expected.config {
             assert!(same(&config.source[key], value), "{name}: {key} is {}", config.source[key]);
         }
-        let checkpoint = Checkpoint::open(&to).unwrap();
-        let found: BTreeMap<String, String> = checkpoint
+        let weights = WeightFiles::open(&to).unwrap();
+        let found: BTreeMap<String, String> = weights
             .names()
-            .map(|name| {
-                (name.to_owned(), sha256_hex(&bf16_bytes(&checkpoint.tensor(name).unwrap())))
-            })
+            .map(|name| (name.to_owned(), sha256_hex(&bf16_bytes(&weights.tensor(name).unwrap()))))
             .collect();
         assert_eq!(found, expected.weights, "{name}");
         let tokenizer = Tokenizer::load(&to, &Rendering::of_model()).unwrap();
@@ -104,7 +103,7 @@ fn keeps_the_chat_template_and_the_end_of_a_turn() {
 }
 
 #[test]
-fn does_not_write_over_what_is_there() {
+fn does_not_overwrite_a_directory() {
     let directory = tempfile::tempdir().unwrap();
     let to = directory.path().join("model");
     let arguments = Arguments { from: golden("qwen2.gguf"), to: to.clone() };
@@ -112,11 +111,11 @@ fn does_not_write_over_what_is_there() {
     run(&arguments).unwrap();
     let message =
         run(&arguments).unwrap_err().message.replace(directory.path().to_str().unwrap(), "");
-    insta::assert_snapshot!(message, @r#""/model" exists already: name another directory with --to, or remove it"#);
+    insta::assert_snapshot!(message, @r#""/model" already exists: choose another directory with --to, or remove it"#);
 }
 
 #[test]
-fn imports_a_file_again_only_when_its_bytes_are_others() {
+fn converts_a_file_again_only_if_its_bytes_changed() {
     let directory = tempfile::tempdir().unwrap();
     let from = directory.path().join("x.gguf");
     let mut bytes = fs::read(golden("qwen2.gguf")).unwrap();
@@ -125,11 +124,11 @@ fn imports_a_file_again_only_when_its_bytes_are_others() {
         let uri = ObjectUri::parse(&format!("file://{}", from.display())).unwrap();
         let environment = Environment::from_pairs([]);
         let store = Store::open(&uri, None, Role::Model, &environment).unwrap();
-        local_directory(&store, &directory.path().join("cache")).unwrap()
+        local_model_directory(&store, &directory.path().join("cache")).unwrap()
     };
     let first = imported();
     assert_eq!(imported(), first);
-    // The size stays.
+    // The size remains the same.
     *bytes.last_mut().unwrap() ^= 1;
     fs::write(&from, &bytes).unwrap();
     assert_ne!(imported(), first);
@@ -144,9 +143,9 @@ fn check(edit: impl Fn(&mut Vec<u8>)) -> String {
     fs::write(&from, bytes).unwrap();
     let to = directory.path().join("model");
     match convert(&from, &to) {
-        Ok(()) => "imported".to_owned(),
+        Ok(()) => "converted".to_owned(),
         Err(failure) => {
-            assert!(!to.exists(), "a failed conversion must leave nothing");
+            assert!(!to.exists(), "a failed conversion must leave nothing behind");
             failure.message.replace(directory.path().to_str().unwrap(), "")
         }
     }
@@ -156,25 +155,25 @@ fn find(bytes: &[u8], text: &str) -> usize {
     bytes.windows(text.len()).position(|window| window == text.as_bytes()).unwrap()
 }
 
-/// Puts bytes behind a text that occurs in the file.
-fn put(text: &str, distance: usize, new: &[u8]) -> impl Fn(&mut Vec<u8>) {
+/// Overwrites bytes at a distance after a text that occurs in the file.
+fn overwrite_after(text: &str, distance: usize, new: &[u8]) -> impl Fn(&mut Vec<u8>) {
     move |bytes| {
-        let at = find(bytes, text) + text.len() + distance;
-        bytes[at..at + new.len()].copy_from_slice(new);
+        let position = find(bytes, text) + text.len() + distance;
+        bytes[position..position + new.len()].copy_from_slice(new);
     }
 }
 
-/// Sets a 32-bit number of the metadata: behind the key stands its type.
+/// Sets a 32-bit number of the metadata; its type precedes it.
 fn set(key: &str, number: u32) -> impl Fn(&mut Vec<u8>) {
-    move |bytes| put(key, 4, &number.to_le_bytes())(bytes)
+    move |bytes| overwrite_after(key, 4, &number.to_le_bytes())(bytes)
 }
 
-/// Sets a string of the metadata to another of its length: behind the key stand type and length.
-fn say(key: &str, text: &str) -> impl Fn(&mut Vec<u8>) {
-    move |bytes| put(key, 12, text.as_bytes())(bytes)
+/// Sets a string of the metadata to another of the same length; its type and length precede it.
+fn set_text(key: &str, text: &str) -> impl Fn(&mut Vec<u8>) {
+    move |bytes| overwrite_after(key, 12, text.as_bytes())(bytes)
 }
 
-/// Adds a 32-bit number to the metadata, and a second that keeps the tensors aligned.
+/// Adds a 32-bit number to the metadata, and a second one to keep the tensors aligned.
 fn add(key: &str, number: u32) -> impl Fn(&mut Vec<u8>) {
     let entry = |key: &str, number: u32| {
         let length = (key.len() as u64).to_le_bytes();
@@ -184,45 +183,45 @@ fn add(key: &str, number: u32) -> impl Fn(&mut Vec<u8>) {
     let filling = 64 - (added.len() + entry("", 0).len()) % 32;
     let added = [added, entry(&"x".repeat(filling), 0)].concat();
     move |bytes| {
-        // Behind magic number, version and the number of tensors stands that of values.
+        // The number of values follows the magic number, the version and the number of tensors.
         bytes[16] += 2;
         bytes.splice(24..24, added.iter().copied());
     }
 }
 
-/// Renames a key or tensor to something of its length.
+/// Renames a key or tensor to a name of the same length.
 fn rename(from: &str, to: &str) -> impl Fn(&mut Vec<u8>) {
     assert_eq!(from.len(), to.len());
     move |bytes| {
-        let at = find(bytes, from);
-        bytes[at..at + to.len()].copy_from_slice(to.as_bytes());
+        let position = find(bytes, from);
+        bytes[position..position + to.len()].copy_from_slice(to.as_bytes());
     }
 }
 
 #[test]
-fn says_what_of_a_file_cannot_be_used() {
-    assert_eq!(check(|_| {}), "imported");
-    insta::assert_snapshot!(check(say("general.architecture", "gemma")), @r#""/x.gguf": the architecture "gemma" is not supported: use one of llama, qwen2, qwen3"#);
-    insta::assert_snapshot!(check(say("tokenizer.ggml.model", "bert")), @r#""/x.gguf": its tokenizer is bert, but only byte-level BPE can be imported: use the model's original Hugging Face files"#);
-    insta::assert_snapshot!(check(say("tokenizer.ggml.pre", "tekken")), @r#""/x.gguf": its tokenizer splits text as "tekken", which is not known: use the model's original Hugging Face files"#);
-    insta::assert_snapshot!(check(rename("tokenizer.ggml.pre", "tokenizer.ggml.xxx")), @r#""/x.gguf": it does not say how its tokenizer splits text (tokenizer.ggml.pre): use the model's original Hugging Face files"#);
+fn reports_what_is_wrong_with_a_file() {
+    assert_eq!(check(|_| {}), "converted");
+    insta::assert_snapshot!(check(set_text("general.architecture", "gemma")), @r#""/x.gguf": the architecture "gemma" is not supported: use llama, qwen2 or qwen3"#);
+    insta::assert_snapshot!(check(set_text("tokenizer.ggml.model", "bert")), @r#""/x.gguf": its tokenizer is bert, but only byte-level BPE is supported: use the model's original Hugging Face files"#);
+    insta::assert_snapshot!(check(set_text("tokenizer.ggml.pre", "tekken")), @r#""/x.gguf": its pre-tokenizer "tekken" is not supported: use the model's original Hugging Face files"#);
+    insta::assert_snapshot!(check(rename("tokenizer.ggml.pre", "tokenizer.ggml.xxx")), @r#""/x.gguf": the metadata lacks tokenizer.ggml.pre, the pre-tokenizer: use the model's original Hugging Face files"#);
     insta::assert_snapshot!(check(rename("tokenizer.ggml.merges", "tokenizer.ggml.xxxxxx")), @r#""/x.gguf": the metadata lacks tokenizer.ggml.merges"#);
     insta::assert_snapshot!(check(rename("tokenizer.ggml.token_type", "tokenizer.ggml.xxxxxxxxxx")), @r#""/x.gguf": the metadata lacks tokenizer.ggml.token_type with one entry for each token"#);
     insta::assert_snapshot!(check(set("llama.block_count", 2_000_000_000)), @r#""/x.gguf": llama.block_count is 2000000000, but the file has 11 tensors"#);
     insta::assert_snapshot!(check(set("llama.block_count", 2)), @r#""/x.gguf": the file has no tensor "blk.1.attn_norm.weight""#);
-    insta::assert_snapshot!(check(set("llama.embedding_length", 128)), @r#""/x.gguf": tensor "token_embd.weight" has shape [345, 64], the metadata asks for [345, 128]"#);
+    insta::assert_snapshot!(check(set("llama.embedding_length", 128)), @r#""/x.gguf": tensor "token_embd.weight" has shape [345, 64], but the metadata requires [345, 128]"#);
     insta::assert_snapshot!(check(set("llama.attention.head_count", 0)), @r#""/x.gguf": llama.embedding_length is 64 and llama.attention.head_count is 0"#);
     insta::assert_snapshot!(check(set("llama.attention.head_count_kv", 3)), @r#""/x.gguf": config.json has num_key_value_heads = 3: it must divide num_attention_heads = 4"#);
     insta::assert_snapshot!(check(rename("llama.context_length", "llama.xxxxxxx_length")), @r#""/x.gguf": the metadata lacks llama.context_length"#);
-    insta::assert_snapshot!(check(add("llama.expert_count", 8)), @r#""/x.gguf": llama.expert_count is 8: a mixture of experts cannot be converted, use the model's original Hugging Face files"#);
-    insta::assert_snapshot!(check(add("llama.attention.value_length", 8)), @r#""/x.gguf": llama.attention.value_length is 8: values of another width than keys cannot be converted, use the model's original Hugging Face files"#);
-    insta::assert_snapshot!(check(add("llama.attention.sliding_window", 255)), @r#""/x.gguf": llama.attention.sliding_window is 255: a sliding window cannot be converted, use the model's original Hugging Face files"#);
-    assert_eq!(check(add("llama.attention.sliding_window", 256)), "imported");
+    insta::assert_snapshot!(check(add("llama.expert_count", 8)), @r#""/x.gguf": llama.expert_count is 8: a mixture of experts is not supported, use the model's original Hugging Face files"#);
+    insta::assert_snapshot!(check(add("llama.attention.value_length", 8)), @r#""/x.gguf": llama.attention.value_length is 8: a head width of values that differs from that of keys is not supported, use the model's original Hugging Face files"#);
+    insta::assert_snapshot!(check(add("llama.attention.sliding_window", 255)), @r#""/x.gguf": llama.attention.sliding_window is 255: a sliding window is not supported, use the model's original Hugging Face files"#);
+    assert_eq!(check(add("llama.attention.sliding_window", 256)), "converted");
     insta::assert_snapshot!(check(rename("blk.0.attn_norm.weight", "blk.0.attn_q.bias12345")), @r#""/x.gguf": its architecture does not use 1 of its tensors, such as "blk.0.attn_q.bias12345": use the model's original Hugging Face files"#);
-    // Behind the name stand the number of dimensions, two of them, and the type.
-    insta::assert_snapshot!(check(put("blk.0.attn_q.weight", 20, &99_u32.to_le_bytes())), @r#""/x.gguf": tensor "blk.0.attn_q.weight" has the storage type 99, which cannot be read"#);
-    insta::assert_snapshot!(check(put("blk.0.attn_q.weight", 24, &(1_u64 << 40).to_le_bytes())), @r#""/x.gguf": tensor "blk.0.attn_q.weight": the file is truncated: a tensor needs 2560 bytes at 1099511635232, but it has 41248"#);
-    insta::assert_snapshot!(check(put("blk.0.attn_q.weight", 0, &9_u32.to_le_bytes())), @r#""/x.gguf": the file is damaged: tensor "blk.0.attn_q.weight" has 9 dimensions"#);
+    // After the name come the number of dimensions, two dimensions, and the type.
+    insta::assert_snapshot!(check(overwrite_after("blk.0.attn_q.weight", 20, &99_u32.to_le_bytes())), @r#""/x.gguf": tensor "blk.0.attn_q.weight" has the storage type 99, which is not supported"#);
+    insta::assert_snapshot!(check(overwrite_after("blk.0.attn_q.weight", 24, &(1_u64 << 40).to_le_bytes())), @r#""/x.gguf": tensor "blk.0.attn_q.weight": the file is truncated: a tensor needs 2560 bytes at 1099511635232, but it has 41248"#);
+    insta::assert_snapshot!(check(overwrite_after("blk.0.attn_q.weight", 0, &9_u32.to_le_bytes())), @r#""/x.gguf": the file is damaged: tensor "blk.0.attn_q.weight" has 9 dimensions"#);
     insta::assert_snapshot!(check(|bytes| bytes.truncate(bytes.len() - 1000)), @r#""/x.gguf": tensor "blk.0.attn_norm.weight": the file is truncated: a tensor needs 256 bytes at 40480, but it has 40248"#);
     insta::assert_snapshot!(check(|bytes| bytes.truncate(1000)), @r#""/x.gguf": the file is truncated: a number needs 8 bytes at 995, but it has 1000"#);
     insta::assert_snapshot!(check(Vec::clear), @r#""/x.gguf": the file is truncated: the magic number needs 4 bytes at 0, but it has 0"#);
@@ -232,12 +231,12 @@ fn says_what_of_a_file_cannot_be_used() {
 fn damage_anywhere_in_the_header_is_an_error_or_harmless() {
     let length = find(&fs::read(golden("llama-smollm.gguf")).unwrap(), "blk.0.ffn_up.weight") + 60;
     for index in 0..200 {
-        // Spread over the header by a step that visits all residues.
-        let at = index * 7919 % length;
-        check(|bytes| bytes[at] ^= 1 << (index % 8));
+        // The step is coprime to the length, which spreads the positions over the header.
+        let position = index * 7919 % length;
+        check(|bytes| bytes[position] ^= 1 << (index % 8));
         check(|bytes| {
-            let end = bytes.len().min(at + 8);
-            bytes[at..end].fill(0xff);
+            let end = bytes.len().min(position + 8);
+            bytes[position..end].fill(0xff);
         });
     }
 }

@@ -1,4 +1,4 @@
-//! The tokenizer.json of a converted model: byte-level BPE with the family's own splitting of text.
+//! Builds the tokenizer files of a converted model: byte-level BPE with the pre-tokenizer of the family.
 
 use std::collections::BTreeSet;
 
@@ -9,12 +9,12 @@ use crate::{
     gguf::reader::{self, Gguf},
 };
 
-/// A control token: special, and never part of ordinary text.
+/// The type of a control token, which is special and never part of ordinary text.
 const CONTROL: i64 = 3;
-/// A token the authors added to the vocabulary.
+/// The type of a token that the authors added to the vocabulary.
 const USER_DEFINED: i64 = 4;
 
-/// Files of a tokenizer.
+/// The files of a tokenizer.
 pub(super) struct Files {
     /// tokenizer.json.
     pub tokenizer: Value,
@@ -25,14 +25,14 @@ pub(super) struct Files {
 /// Builds both files.
 ///
 /// # Errors
-/// A text that says which tokenizer it is and that it cannot be expressed.
+/// A message that says why the tokenizer is not supported.
 pub(super) fn build(gguf: &Gguf) -> Result<Files, String> {
     let model =
         gguf.text("tokenizer.ggml.model").ok_or("the metadata lacks tokenizer.ggml.model")?;
     if model != "gpt2" {
         let kind = if model == "llama" { "SentencePiece" } else { model };
         return Err(format!(
-            "its tokenizer is {kind}, but only byte-level BPE can be imported: use the model's original \
+            "its tokenizer is {kind}, but only byte-level BPE is supported: use the model's original \
              Hugging Face files"
         ));
     }
@@ -41,7 +41,7 @@ pub(super) fn build(gguf: &Gguf) -> Result<Files, String> {
     let distinct = tokens.iter().collect::<BTreeSet<_>>().len();
     if distinct != tokens.len() {
         return Err(format!(
-            "its vocabulary of {} tokens has only {distinct} different ones",
+            "its vocabulary of {} tokens has only {distinct} distinct ones",
             tokens.len()
         ));
     }
@@ -52,7 +52,7 @@ pub(super) fn build(gguf: &Gguf) -> Result<Files, String> {
         .iter()
         .map(|kind| if let reader::Value::Integer(kind) = kind { *kind } else { 1 })
         .collect();
-    let splitting = splitting(pre(gguf)?)?;
+    let splitting = splitting(pre_tokenizer_name(gguf)?)?;
     let vocabulary: Map<String, Value> =
         tokens.iter().enumerate().map(|(id, token)| ((*token).to_owned(), json!(id))).collect();
     let added: Vec<Value> = tokens
@@ -73,7 +73,9 @@ pub(super) fn build(gguf: &Gguf) -> Result<Files, String> {
         _ => splitting.adds_bos,
     };
     let post_processor = match bos.filter(|_| adds_bos) {
-        Some(bos) => begins_with(bos, gguf.integer("tokenizer.ggml.bos_token_id").unwrap_or(0)),
+        Some(bos) => {
+            bos_post_processor(bos, gguf.integer("tokenizer.ggml.bos_token_id").unwrap_or(0))
+        }
         None => Value::Null,
     };
     let tokenizer = json!({
@@ -114,24 +116,22 @@ fn texts<'a>(gguf: &'a Gguf, key: &str) -> Result<Vec<&'a str>, String> {
     list.iter()
         .map(|value| match value {
             reader::Value::Text(text) => Ok(text.as_str()),
-            other => Err(format!("{key} has {other:?} where a string belongs")),
+            other => Err(format!("{key} contains {other:?}, but its entries must be strings")),
         })
         .collect()
 }
 
-/// Returns the name of the rules that split text into words, llama.cpp's `pre`.
-fn pre(gguf: &Gguf) -> Result<&str, String> {
+/// Returns the name of the pre-tokenizer.
+fn pre_tokenizer_name(gguf: &Gguf) -> Result<&str, String> {
     let family = gguf.text("general.architecture").and_then(Family::of_model_type);
     let default = family.and_then(|family| family.gguf.as_ref()?.default_pre_tokenizer);
     match (gguf.text("tokenizer.ggml.pre"), default) {
-        // Files from before May 2024 do not name it.
+        // Files from before May 2024 lack the key.
         (None | Some("default"), Some(default)) => Ok(default),
-        (None, None) => Err(
-            "it does not say how its tokenizer splits text (tokenizer.ggml.pre): use the model's \
-             original Hugging Face files"
-                .to_owned(),
-        ),
-        (Some(pre), _) => Ok(pre),
+        (None, None) => Err("the metadata lacks tokenizer.ggml.pre, the pre-tokenizer: use the model's \
+                             original Hugging Face files"
+            .to_owned()),
+        (Some(pre_tokenizer_name), _) => Ok(pre_tokenizer_name),
     }
 }
 
@@ -139,16 +139,16 @@ struct Splitting {
     normalizer: Value,
     pre_tokenizer: Value,
     ignore_merges: bool,
-    /// Whether a text starts with the BOS token where the file does not say.
+    /// Whether a text starts with BOS, if the file does not say.
     adds_bos: bool,
 }
 
-/// Returns how a family cuts text before merging.
+/// Returns how a family splits text before merging.
 ///
 /// # Source
 /// The names are those of `llama-vocab.cpp` in ggml-org/llama.cpp; the rules are those of the
 /// families' own tokenizer.json.
-fn splitting(pre: &str) -> Result<Splitting, String> {
+fn splitting(pre_tokenizer_name: &str) -> Result<Splitting, String> {
     let by_pattern = |digits: &str| {
         let pattern = format!(
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -162,7 +162,7 @@ fn splitting(pre: &str) -> Result<Splitting, String> {
         ignore_merges: false,
         adds_bos: false,
     };
-    Ok(match pre {
+    Ok(match pre_tokenizer_name {
         "gpt-2" => plain(byte_level(true)),
         "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" => {
             let digits = json!({"type": "Digits", "individual_digits": true});
@@ -175,7 +175,7 @@ fn splitting(pre: &str) -> Result<Splitting, String> {
         }
         other => {
             return Err(format!(
-                "its tokenizer splits text as {other:?}, which is not known: use the model's original Hugging Face files"
+                "its pre-tokenizer {other:?} is not supported: use the model's original Hugging Face files"
             ));
         }
     })
@@ -185,7 +185,7 @@ fn byte_level(use_regex: bool) -> Value {
     json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex})
 }
 
-fn begins_with(bos: &str, id: i64) -> Value {
+fn bos_post_processor(bos: &str, id: i64) -> Value {
     let special = json!({"SpecialToken": {"id": bos, "type_id": 0}});
     let sequence = |name: &str, type_id: u32| json!({"Sequence": {"id": name, "type_id": type_id}});
     let mut tokens = Map::new();

@@ -1,4 +1,5 @@
-//! The weights of a converted model: unpacked, un-permuted, rounded to bf16, written one by one.
+//! Writes the weights of a converted model: dequantized, in the order of Hugging Face, rounded to bf16, one
+//! tensor at a time.
 
 use std::{collections::BTreeSet, path::Path};
 
@@ -34,7 +35,7 @@ impl From<std::io::Error> for Error {
 /// Writes `model.safetensors` into `directory`.
 ///
 /// # Errors
-/// A [`Failure`] if a tensor is missing, of another shape, or stored in an unknown way.
+/// A [`Failure`] if a tensor is missing, has another shape, or has an unsupported storage type.
 pub(super) fn write(gguf: &Gguf, config: &Value, directory: &Path) -> Result<(), Failure> {
     let invalid = |reason: String| Failure::new(FailureReason::InvalidModel, reason);
     let config =
@@ -62,7 +63,7 @@ pub(super) fn write(gguf: &Gguf, config: &Value, directory: &Path) -> Result<(),
     }
 }
 
-/// Refuses a file with weights the model would go without, such as biases of another variant.
+/// Refuses a file with weights that the model does not use, such as biases of another variant.
 fn refuse_unused(gguf: &Gguf, specs: &[TensorSpec]) -> Result<(), String> {
     let used: BTreeSet<String> = specs.iter().map(|spec| gguf_name(&spec.name)).collect();
     let unused: Vec<&String> = gguf.tensors().keys().filter(|name| !used.contains(*name)).collect();
@@ -82,11 +83,11 @@ fn tensor(gguf: &Gguf, config: &ModelConfig, spec: &TensorSpec) -> Result<Tensor
         gguf.tensors().get(&name).ok_or_else(|| format!("the file has no tensor {name:?}"))?;
     if info.shape != spec.shape {
         return Err(format!(
-            "tensor {name:?} has shape {:?}, the metadata asks for {:?}",
+            "tensor {name:?} has shape {:?}, but the metadata requires {:?}",
             info.shape, spec.shape
         ));
     }
-    let value = unpack(gguf, &name, info)?;
+    let value = dequantize(gguf, &name, info)?;
     let family = Family::of_model_type(&config.model_type).and_then(|family| family.gguf.as_ref());
     let interleaves_heads = family.is_some_and(|family| family.interleaves_heads);
     let heads = match spec.name.rsplit('.').nth(1) {
@@ -97,28 +98,28 @@ fn tensor(gguf: &Gguf, config: &ModelConfig, spec: &TensorSpec) -> Result<Tensor
     Ok(interleaved_to_halves(&value, heads as i64))
 }
 
-fn unpack(gguf: &Gguf, name: &str, info: &TensorInfo) -> Result<Tensor, String> {
+fn dequantize(gguf: &Gguf, name: &str, info: &TensorInfo) -> Result<Tensor, String> {
     let storage = storage_type(info.ggml_type).ok_or_else(|| {
-        format!("tensor {name:?} has the storage type {}, which cannot be read", info.ggml_type)
+        format!("tensor {name:?} has the storage type {}, which is not supported", info.ggml_type)
     })?;
     let elements = info.shape.iter().fold(1, |all: usize, &size| all.saturating_mul(size));
     if !elements.is_multiple_of(storage.elements) {
         return Err(format!(
-            "tensor {name:?} has {elements} elements, which {} cannot store",
+            "tensor {name:?} has {elements} elements, which are not whole blocks of {}",
             storage.name
         ));
     }
-    // Saturated, so that a size beyond all files is found to be more than the file has.
+    // Saturating, so that an absurd size is reported as larger than the file.
     let length = (elements / storage.elements).saturating_mul(storage.bytes);
     let bytes = gguf.bytes(info, length).map_err(|error| format!("tensor {name:?}: {error}"))?;
     let shape: Vec<i64> = info.shape.iter().map(|&size| size as i64).collect();
-    Ok(Tensor::from_slice(&storage.unpack(bytes)).view(shape.as_slice()))
+    Ok(Tensor::from_slice(&storage.dequantize(bytes)).view(shape.as_slice()))
 }
 
-/// Undoes the row order of llama.cpp, which rotates neighbours where Hugging Face rotates halves.
+/// Reverts the row order of llama.cpp, which rotates adjacent elements where Hugging Face rotates halves.
 ///
 /// # Source
-/// `LlamaModel.permute` of `convert_hf_to_gguf.py`, ggml-org/llama.cpp, read backwards.
+/// The inverse of `LlamaModel.permute` in `convert_hf_to_gguf.py`, ggml-org/llama.cpp.
 fn interleaved_to_halves(rows: &Tensor, heads: i64) -> Tensor {
     let size = rows.size();
     let width = size[0] / heads;
@@ -127,7 +128,7 @@ fn interleaved_to_halves(rows: &Tensor, heads: i64) -> Tensor {
     rows.view(paired.as_slice()).transpose(1, 2).reshape(size.as_slice())
 }
 
-/// Translates a Hugging Face name.
+/// Translates a Hugging Face tensor name to that of GGUF.
 fn gguf_name(name: &str) -> String {
     match name {
         "model.embed_tokens.weight" => return "token_embd.weight".to_owned(),

@@ -1,12 +1,13 @@
-//! A base model with tokens added: its directory once more, with the tokens in its tokenizer and rows
-//! for them in embedding and head.
+//! Adds tokens to a base model: creates a second directory with the tokens in its tokenizer and with
+//! rows for them in embedding and head.
 //!
-//! Everything after works on that directory as on any other. Files that do not change are links.
+//! Later steps use that directory like any other. Files that do not change are symbolic links.
 //!
 //! # Source
-//! `add_special_tokens` of `transformers` for the ids: a token that is new takes the next one.
-//! `resize_token_embeddings` with `mean_resizing` for the rows: the mean of the rows there were. Its
-//! noise (a covariance scaled by 1e-9) is left out, so the result depends on nothing but the model.
+//! `add_special_tokens` of `transformers` for the ids: a new token gets the next one.
+//! `resize_token_embeddings` with `mean_resizing` for the rows: the mean of the existing rows.
+//! Differs: the noise that transformers adds (a covariance scaled by 1e-9) is omitted, so the result
+//! depends on nothing but the model.
 
 use std::{
     fs,
@@ -21,12 +22,12 @@ use tch::{Kind, Tensor};
 
 use crate::{
     architecture::names::{EMBEDDING_WEIGHT, HEAD_WEIGHT},
-    data::tokenizer::{self, read_json},
+    data::tokenizer::files::{open_with_added_tokens, read_json},
     failure::Failure,
     hex,
     hf::{
         safetensors_writer::{self, Declared},
-        weights::{Checkpoint, EXTENDED_FILE, Error as WeightsError},
+        weights::{EXTENDED_FILE, Error as WeightsError, WeightFiles},
     },
     store::directory,
 };
@@ -35,45 +36,49 @@ const CONFIG: &str = "config.json";
 const TOKENIZER: &str = "tokenizer.json";
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 
-/// What adding tokens made of a tokenizer.
+/// The effect of adding tokens to a tokenizer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Extended {
-    /// Tokens it did not have.
+pub struct Extension {
+    /// The number of tokens that the tokenizer did not have before.
     pub new_tokens: u32,
-    /// Rows its ids need.
+    /// The number of embedding rows that the ids of the added tokens need.
     pub rows: usize,
 }
 
-/// Returns a directory of the model at `base` with tokens added; `base` itself if there are none.
+/// Returns a directory of the model at `base` with tokens added; `base` itself without tokens.
 ///
 /// # Errors
 /// A [`Failure`] if the tokenizer or the weights of `base` cannot be used, or the disk fails.
-pub fn with_tokens(base: &Path, tokens: &[String], cache: &Path) -> Result<PathBuf, Failure> {
+pub fn add_tokens(base: &Path, tokens: &[String], cache: &Path) -> Result<PathBuf, Failure> {
     if tokens.is_empty() {
         return Ok(base.to_owned());
     }
-    let directory = cache.join(format!("extended-{}", key(base, tokens)?));
+    let directory = cache.join(format!("extended-{}", cache_key(base, tokens)?));
     directory::once(&directory, || {
         directory::create(&directory, |partial| {
-            let Extended { rows, .. } = extend_small_files(base, tokens, partial)?;
+            let Extension { rows, .. } = extend_config_and_tokenizer(base, tokens, partial)?;
             extend_weights(base, rows, partial)
         })
     })?;
     Ok(directory)
 }
 
-/// Fills an empty directory with the model at `base`, with tokens added to config and tokenizer, but no
-/// rows for them.
+/// Fills an empty directory with the model at `base` and adds tokens to its config and tokenizer, but
+/// not to its weights.
 ///
 /// # Errors
-/// A [`Failure`] if they cannot be read or written.
-pub fn extend_small_files(base: &Path, tokens: &[String], to: &Path) -> Result<Extended, Failure> {
+/// A [`Failure`] if the files cannot be read or written.
+pub fn extend_config_and_tokenizer(
+    base: &Path,
+    tokens: &[String],
+    to: &Path,
+) -> Result<Extension, Failure> {
     let disk = |error: std::io::Error| Failure::from_io(&error, &format!("cannot write {to:?}"));
     let write = |name: &str, text: &str| fs::write(to.join(name), text).map_err(disk);
-    let (inner, new) = tokenizer::with_added_tokens(base, tokens)?;
+    let (inner, new) = open_with_added_tokens(base, tokens)?;
     write(TOKENIZER, &inner.to_string(true).map_err(|error| invalid(&error.to_string()))?)?;
     let mut settings = read_json(&base.join(TOKENIZER_CONFIG))?;
-    // Where tokens are listed a second time, all are.
+    // Some configs list the added tokens again; then the list must be complete.
     if let Some(list) = settings.get_mut("added_tokens_decoder").and_then(Value::as_object_mut) {
         for (id, token) in &new {
             let mut token = json!(token);
@@ -99,22 +104,22 @@ pub fn extend_small_files(base: &Path, tokens: &[String], to: &Path) -> Result<E
             symlink(from, to).map_err(disk)?;
         }
     }
-    Ok(Extended { new_tokens: new.len() as u32, rows })
+    Ok(Extension { new_tokens: new.len() as u32, rows })
 }
 
-/// Writes embedding and head with at least `rows` rows, where they have fewer.
+/// Writes the embedding and the head with `rows` rows, if they have fewer.
 fn extend_weights(base: &Path, rows: usize, to: &Path) -> Result<(), Failure> {
     let unusable = |error: WeightsError| Failure::from_chain(FailureReason::InvalidModel, &error);
-    let checkpoint = Checkpoint::open(base).map_err(unusable)?;
+    let weights = WeightFiles::open(base).map_err(unusable)?;
     let (mut declared, mut tensors) = (Vec::new(), Vec::new());
     for name in [EMBEDDING_WEIGHT, HEAD_WEIGHT] {
-        if !checkpoint.contains(name) {
+        if !weights.contains(name) {
             continue;
         }
-        let tensor = checkpoint.tensor(name).map_err(unusable)?;
+        let tensor = weights.tensor(name).map_err(unusable)?;
         let size = tensor.size();
-        if let [there, width] = size[..]
-            && there < rows as i64
+        if let [old_rows, width] = size[..]
+            && old_rows < rows as i64
         {
             declared.push(Declared {
                 name: name.to_owned(),
@@ -136,15 +141,15 @@ fn extend_weights(base: &Path, rows: usize, to: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
-/// `[there, width]` → `[rows, width]`: the new rows are the mean of all.
+/// Returns `[rows, width]` for `[old_rows, width]`; each new row is the mean of the old ones.
 fn extended(tensor: &Tensor, rows: i64) -> Tensor {
     let mean = tensor.mean_dim(&[0_i64][..], true, Kind::Double).to_kind(tensor.kind());
     let new = mean.expand([rows - tensor.size()[0], -1], false);
     Tensor::cat(&[tensor, &new], 0)
 }
 
-/// Names what a directory is made from: which files, as they are now, and the tokens.
-fn key(base: &Path, tokens: &[String]) -> Result<String, Failure> {
+/// Returns the cache key of an extended model: its files with sizes and times, and the tokens.
+fn cache_key(base: &Path, tokens: &[String]) -> Result<String, Failure> {
     let disk = |error: std::io::Error| Failure::from_io(&error, &format!("cannot read {base:?}"));
     let mut files = Vec::new();
     for entry in fs::read_dir(base).map_err(disk)? {
@@ -164,7 +169,7 @@ fn invalid(message: &str) -> Failure {
 mod tests {
     use super::*;
     use crate::{
-        data::{Rendering, Tokenizer},
+        data::{chat::rendering::Rendering, tokenizer::Tokenizer},
         hf::read_config,
     };
 
@@ -174,8 +179,8 @@ mod tests {
         let base = data.join(family);
         let tokens: Vec<String> = tokens.iter().map(|&token| token.to_owned()).collect();
         let cache = tempfile::tempdir().unwrap().keep();
-        let directory = with_tokens(&base, &tokens, &cache).unwrap();
-        assert_eq!(with_tokens(&base, &tokens, &cache).unwrap(), directory);
+        let directory = add_tokens(&base, &tokens, &cache).unwrap();
+        assert_eq!(add_tokens(&base, &tokens, &cache).unwrap(), directory);
         (base, directory)
     }
 
@@ -192,7 +197,7 @@ mod tests {
         assert_eq!(ids, [first, first + 1]);
         assert!(ids.iter().all(|&id| tokenizer.is_special(id)));
         let [old, new] = [&base, &directory]
-            .map(|path| Checkpoint::open(path).unwrap().tensor(EMBEDDING_WEIGHT).unwrap());
+            .map(|path| WeightFiles::open(path).unwrap().tensor(EMBEDDING_WEIGHT).unwrap());
         assert_eq!(new.size()[0], after as i64);
         assert!(new.narrow(0, 0, before as i64).equal(&old));
         let mean = old.mean_dim(&[0_i64][..], false, Kind::Double).to_kind(old.kind());
@@ -203,8 +208,8 @@ mod tests {
     }
 
     #[test]
-    fn without_tokens_the_model_is_what_it_is() {
+    fn without_tokens_the_directory_stays_the_same() {
         let base = Path::new("somewhere");
-        assert_eq!(with_tokens(base, &[], Path::new("/no/such")).unwrap(), base);
+        assert_eq!(add_tokens(base, &[], Path::new("/no/such")).unwrap(), base);
     }
 }

@@ -12,7 +12,8 @@ use finetune_contract::FailureReason;
 
 use crate::{architecture::ModelConfig, failure::Failure};
 
-/// Reads a model directory's config; where the weights have a head that is not the embedding, it says so.
+/// Reads the config of a model directory. `tie_word_embeddings` follows the weights where they
+/// contradict `config.json`.
 ///
 /// # Errors
 /// A [`Failure`] of reason `InvalidModel`.
@@ -23,6 +24,6 @@ pub fn read_config(directory: &Path) -> Result<ModelConfig, Failure> {
     })?;
     let config = ModelConfig::parse(&text)
         .map_err(|error| Failure::from_chain(FailureReason::InvalidModel, &error))?;
-    tying::settle(config, directory)
+    tying::resolve(config, directory)
         .map_err(|error| Failure::from_chain(FailureReason::InvalidModel, &error))
 }

@@ -1,7 +1,8 @@
-//! The header of a safetensors file, read without its tensors.
+//! Parses the header of a safetensors file without its tensors.
 //!
-//! Strict, so that a damaged or hostile file is an error and never a wild read: lengths against the
-//! file's size, offsets in order and gap-free, shapes against byte counts.
+//! Parsing is strict, so that a damaged or hostile file is an error and never an out-of-bounds read:
+//! lengths must fit the file size, offsets must be ordered and without gaps, and shapes must agree
+//! with byte counts.
 //!
 //! # Source
 //! Format: `safetensors/README.md` of huggingface/safetensors, 0.8.
@@ -10,10 +11,10 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-/// The largest header accepted, as in the reference reader.
+/// The largest accepted header in bytes, as in the reference reader.
 pub const MAX_HEADER_BYTES: u64 = 100_000_000;
 
-/// Why a safetensors header is refused.
+/// Why a safetensors header is invalid.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// The file is shorter than its header says.
@@ -24,21 +25,21 @@ pub enum Error {
         /// Bytes it needs.
         needed: u64,
     },
-    /// The header's length is absurd.
+    /// The header claims to be longer than allowed.
     #[error(
-        "the header claims {bytes} bytes, more than {MAX_HEADER_BYTES}: this is no safetensors file"
+        "the header claims {bytes} bytes, more than {MAX_HEADER_BYTES}: this is not a safetensors file"
     )]
     HeaderTooLong {
-        /// The claim.
+        /// The claimed length.
         bytes: u64,
     },
-    /// The header is no JSON of the right form.
+    /// The header is not JSON of the expected form.
     #[error("the header is damaged: {reason}")]
     Damaged {
         /// What is wrong.
         reason: String,
     },
-    /// The bytes of a tensor do not agree with its shape, its neighbours or the file.
+    /// The byte range of a tensor contradicts its shape, its neighbors or the file size.
     #[error("tensor {name:?}: {reason}")]
     BadTensor {
         /// The tensor.
@@ -48,12 +49,12 @@ pub enum Error {
     },
 }
 
-/// Where one tensor lies.
+/// The type, shape and byte range of one tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorEntry {
     /// The element type, as the file names it (`BF16`).
     pub dtype: String,
-    /// The shape.
+    /// The size of each dimension.
     pub shape: Vec<usize>,
     /// Its first byte, counted from the start of the file.
     pub start: u64,
@@ -62,8 +63,8 @@ pub struct TensorEntry {
 }
 
 impl TensorEntry {
-    /// Tells whether another tensor has the same type and shape.
-    pub fn is_like(&self, other: &Self) -> bool {
+    /// Returns whether another tensor has the same type and shape.
+    pub fn has_same_layout(&self, other: &Self) -> bool {
         self.dtype == other.dtype && self.shape == other.shape
     }
 }
@@ -89,7 +90,7 @@ pub fn header_length(first_bytes: &[u8], file_size: u64) -> Result<u64, Error> {
 /// Reads the JSON of a header (without its eight length bytes) of a file of `file_size` bytes.
 ///
 /// # Errors
-/// [`Error`] if the JSON is damaged or a tensor's bytes are not where they must be.
+/// [`Error`] if the JSON is damaged or the byte range of a tensor is invalid.
 pub fn parse(json: &[u8], file_size: u64) -> Result<BTreeMap<String, TensorEntry>, Error> {
     let damaged = |reason: String| Error::Damaged { reason };
     let value: Value = serde_json::from_slice(json).map_err(|error| damaged(error.to_string()))?;
@@ -109,7 +110,7 @@ pub fn parse(json: &[u8], file_size: u64) -> Result<BTreeMap<String, TensorEntry
     for (name, tensor) in in_order {
         if tensor.start != expected_start {
             let reason = format!(
-                "its bytes start at {} where {expected_start} is due: tensors overlap or leave a gap",
+                "its bytes start at {} instead of {expected_start}: tensors overlap or leave a gap",
                 tensor.start
             );
             return Err(Error::BadTensor { name: name.clone(), reason });
@@ -153,7 +154,7 @@ fn entry(name: &str, fields: &Value, data_start: u64) -> Result<TensorEntry, Err
     })
 }
 
-/// Returns the bytes of one element of a dtype whose elements are whole bytes.
+/// Returns the size of an element in bytes; `None` for types that are unknown or smaller than a byte.
 fn element_bytes(dtype: &str) -> Option<u64> {
     match dtype {
         "F64" | "I64" | "U64" => Some(8),
@@ -200,10 +201,10 @@ mod tests {
             ("[]".to_owned(), 0),
             ("{".to_owned(), 0),
         ];
-        let said: Vec<_> = cases.iter().map(|(json, bytes)| check(json, *bytes)).collect();
-        insta::assert_snapshot!(said.join("\n"), @r#"
+        let messages: Vec<_> = cases.iter().map(|(json, bytes)| check(json, *bytes)).collect();
+        insta::assert_snapshot!(messages.join("\n"), @r#"
         the file has 73 bytes but needs 77: it is truncated
-        tensor "w": its bytes start at 74 where 70 is due: tensors overlap or leave a gap
+        tensor "w": its bytes start at 74 instead of 70: tensors overlap or leave a gap
         tensor "w": its data_offsets do not agree with its shape
         tensor "w": its shape overflows
         tensor "w": it has no shape

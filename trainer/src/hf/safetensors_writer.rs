@@ -1,8 +1,8 @@
-//! Writing safetensors files one tensor at a time, so that memory stays bounded.
+//! Writes safetensors files one tensor at a time, so that memory stays bounded.
 //!
 //! # Source
-//! Format: `safetensors/README.md` of huggingface/safetensors, 0.8. Readers of transformers 4 want
-//! `__metadata__` to say `{"format": "pt"}`.
+//! Format: `safetensors/README.md` of huggingface/safetensors, 0.8. transformers 4 requires
+//! `__metadata__` to be `{"format": "pt"}`.
 
 use std::{
     fs::File,
@@ -15,61 +15,61 @@ use tch::{Kind, Tensor};
 
 use crate::hex;
 
-/// Elements copied out of a tensor at once.
+/// The number of elements that are copied out of a tensor at once.
 const CHUNK: i64 = 1 << 20;
 
-/// A tensor that will be written.
+/// The name, type and shape of a tensor that will be written.
 #[derive(Debug, Clone)]
 pub struct Declared {
-    /// Its name in the file.
+    /// The name in the file.
     pub name: String,
-    /// Its element type in the file: `Float`, `Half` or `BFloat16`.
+    /// The element type in the file: `Float`, `Half` or `BFloat16`.
     pub kind: Kind,
-    /// Its shape.
+    /// The size of each dimension.
     pub shape: Vec<i64>,
 }
 
 impl Declared {
-    /// Returns its bytes in the file.
+    /// Returns the size of the tensor in the file, in bytes.
     pub fn bytes(&self) -> u64 {
         self.shape.iter().product::<i64>() as u64 * self.kind.elt_size_in_bytes() as u64
     }
 }
 
-/// Writes a file of declared tensors; `tensor` gives each in turn, in any element type.
+/// Writes a file of declared tensors; `tensor` returns each in turn, in any element type.
 ///
-/// Returns the file's size and SHA-256.
+/// Returns the size and SHA-256 of the file.
 ///
 /// # Errors
-/// What `tensor` gives, or a file operation's error made into one by `E`.
+/// An error of `tensor`, or of a file operation.
 pub fn write<E: From<std::io::Error>>(
     path: &Path,
     declared: &[Declared],
     mut tensor: impl FnMut(&Declared) -> Result<Tensor, E>,
 ) -> Result<(u64, String), E> {
-    let mut file = Hashing {
+    let mut file = HashingWriter {
         file: BufWriter::with_capacity(1 << 20, File::create(path)?),
         hash: Sha256::new(),
         size: 0,
     };
-    write_pieces::<E>(&mut file, declared, |declared, put| put(&tensor(declared)?))?;
-    let Hashing { file, hash, size } = file;
+    write_pieces::<E>(&mut file, declared, |declared, write| write(&tensor(declared)?))?;
+    let HashingWriter { file, hash, size } = file;
     file.into_inner().map_err(std::io::IntoInnerError::into_error)?.sync_all()?;
     Ok((size, hex(&hash.finalize())))
 }
 
-/// Takes the next elements of a tensor that is written in pieces.
-pub type Put<'a, E> = dyn FnMut(&Tensor) -> Result<(), E> + 'a;
+/// Writes the next elements of a tensor that is written in pieces.
+pub type WritePiece<'a, E> = dyn FnMut(&Tensor) -> Result<(), E> + 'a;
 
-/// Writes a file of declared tensors to `out`, each given in pieces that together are all of its
-/// elements.
+/// Writes a file of declared tensors to `out`. `pieces` writes each tensor in one or more pieces,
+/// which together must have all of its elements.
 ///
 /// # Errors
 /// As [`write()`].
 pub fn write_pieces<E: From<std::io::Error>>(
     out: &mut impl Write,
     declared: &[Declared],
-    mut pieces: impl FnMut(&Declared, &mut Put<'_, E>) -> Result<(), E>,
+    mut pieces: impl FnMut(&Declared, &mut WritePiece<'_, E>) -> Result<(), E>,
 ) -> Result<(), E> {
     let header = header(declared);
     out.write_all(&(header.len() as u64).to_le_bytes())?;
@@ -112,14 +112,14 @@ fn header(declared: &[Declared]) -> String {
     text
 }
 
-/// Hashes what passes through.
-struct Hashing {
+/// Hashes and counts the bytes that it passes on to a file.
+struct HashingWriter {
     file: BufWriter<File>,
     hash: Sha256,
     size: u64,
 }
 
-impl Write for Hashing {
+impl Write for HashingWriter {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         let written = self.file.write(bytes)?;
         self.hash.update(&bytes[..written]);
@@ -137,10 +137,10 @@ mod tests {
     use tch::Device;
 
     use super::*;
-    use crate::{hf::weights::Checkpoint, store::hash_file};
+    use crate::{hf::weights::WeightFiles, store::hash_file};
 
     #[test]
-    fn writes_what_our_strict_reader_reads() {
+    fn writes_what_the_strict_reader_accepts() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("x.safetensors");
         let value = Tensor::arange(6, (Kind::Float, Device::Cpu)).view([2, 3]);
@@ -153,7 +153,7 @@ mod tests {
             write::<std::io::Error>(&path, &declared, |_| Ok(value.tr().tr().shallow_clone()))
                 .unwrap();
         assert_eq!(written, hash_file(&path).unwrap());
-        let read = Checkpoint::open_file(&path).unwrap();
+        let read = WeightFiles::open_file(&path).unwrap();
         for name in ["Float", "BFloat16"] {
             assert!(read.tensor_of(name, &[2, 3]).unwrap().to_kind(Kind::Float).equal(&value));
         }

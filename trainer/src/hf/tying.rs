@@ -1,8 +1,9 @@
-//! Whether a model's output head is its embedding: what the weights say where they contradict the config.
+//! Decides whether the output head of a model is tied to its embedding. Where the weights contradict
+//! the config, the weights win.
 //!
 //! # Source
 //! `PreTrainedModel.tie_weights` of `transformers/modeling_utils.py`, 5.23: where embedding and head are
-//! both in the checkpoint and differ, they are not tied, whatever the config says.
+//! both in the weights and differ, they are not tied, whatever `config.json` says.
 
 use std::path::Path;
 
@@ -13,18 +14,19 @@ use crate::{
         config::ModelConfig,
         names::{EMBEDDING_WEIGHT, HEAD_WEIGHT},
     },
-    hf::weights::{Checkpoint, Error},
+    hf::weights::{Error, WeightFiles},
 };
 
-/// What is said of a head that differs from the embedding it should be.
-pub const OWN_HEAD: &str = "config.json says tie_word_embeddings: true, but the weights have an lm_head.weight that differs from model.embed_tokens.weight: the head of the weights is used, as transformers 5 does, and a published model says tie_word_embeddings: false";
+/// The warning about a head that differs from the embedding although the config ties them.
+pub const UNTIED_HEAD_WARNING: &str = "config.json says tie_word_embeddings: true, but the weights have an lm_head.weight that differs from model.embed_tokens.weight: the head of the weights is used, as transformers 5 does, and a published model says tie_word_embeddings: false";
 
-/// Tells whether the weights have to be compared: the config ties what the weights have twice.
-pub fn is_doubtful(config: &ModelConfig, has_tensor: impl Fn(&str) -> bool) -> bool {
+/// Returns whether head and embedding must be compared: the config ties them, but the weights have
+/// both.
+pub fn needs_comparison(config: &ModelConfig, has_tensor: impl Fn(&str) -> bool) -> bool {
     config.tie_word_embeddings && has_tensor(HEAD_WEIGHT) && has_tensor(EMBEDDING_WEIGHT)
 }
 
-/// Returns the config of a model whose head is a tensor of its own.
+/// Returns the config with the head untied from the embedding.
 #[must_use]
 pub fn untied(mut config: ModelConfig) -> ModelConfig {
     config.tie_word_embeddings = false;
@@ -32,20 +34,20 @@ pub fn untied(mut config: ModelConfig) -> ModelConfig {
     config
 }
 
-/// Returns the config with `tie_word_embeddings` as the weights of the directory have it.
+/// Returns the config with the `tie_word_embeddings` that the weights of the directory imply.
 ///
 /// # Errors
 /// [`Error`] if the weights cannot be read.
-pub fn settle(config: ModelConfig, directory: &Path) -> Result<ModelConfig, Error> {
+pub fn resolve(config: ModelConfig, directory: &Path) -> Result<ModelConfig, Error> {
     if !config.tie_word_embeddings {
         return Ok(config);
     }
-    let checkpoint = Checkpoint::open(directory)?;
-    if !is_doubtful(&config, |name| checkpoint.contains(name))
-        || checkpoint.are_equal(EMBEDDING_WEIGHT, HEAD_WEIGHT)
+    let weights = WeightFiles::open(directory)?;
+    if !needs_comparison(&config, |name| weights.contains(name))
+        || weights.are_equal(EMBEDDING_WEIGHT, HEAD_WEIGHT)
     {
         return Ok(config);
     }
-    warn!("{OWN_HEAD}");
+    warn!("{UNTIED_HEAD_WARNING}");
     Ok(untied(config))
 }

@@ -1,4 +1,4 @@
-//! The tensors of a checkpoint directory, mapped into memory and never copied.
+//! Hugging Face weight files (safetensors), mapped into memory and never copied.
 //!
 //! Maps live as long as the process: a frozen base model is used until the end anyway, several
 //! processes share its pages, and no tensor can outlive its bytes.
@@ -20,9 +20,10 @@ use crate::{
 
 /// The name of an unsharded weight file.
 pub const SINGLE_FILE: &str = "model.safetensors";
-/// The name of the index of a sharded checkpoint.
+/// The name of the index of sharded weights.
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
-/// Beside the weights of a base model with tokens added: the tensors that have more rows.
+/// The name of the file with the embedding and head of a base model to which tokens were added; its
+/// tensors replace those of the other weight files.
 pub const EXTENDED_FILE: &str = "extended-for-added-tokens.safetensors";
 
 /// Why weights cannot be read.
@@ -33,90 +34,90 @@ pub enum Error {
     Read {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The error of the system.
         #[source]
         source: std::io::Error,
     },
-    /// A file's header is refused.
+    /// The header of a file is invalid.
     #[error("{path:?} is damaged")]
     Header {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// What is wrong with it.
         #[source]
         source: safetensors_header::Error,
     },
-    /// The index of a sharded checkpoint is unusable.
+    /// The index of sharded weights is invalid.
     #[error("{path:?} is damaged: {reason}")]
     Index {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// What is wrong with it.
         reason: String,
     },
-    /// A tensor is not there.
+    /// A tensor is missing.
     #[error("{directory:?} has no tensor {name:?}")]
     Missing {
-        /// The checkpoint.
+        /// The directory of the weights.
         directory: PathBuf,
         /// The tensor.
         name: String,
     },
     /// A tensor that the model does not use.
     #[error(
-        "{directory:?} has the tensor {name:?}, which a model of its config.json does not use: what it computes would not be the model"
+        "{directory:?} has the tensor {name:?}, which a model of its config.json does not use: the loaded model would compute something else"
     )]
     Unused {
-        /// The checkpoint.
+        /// The directory of the weights.
         directory: PathBuf,
         /// The tensor.
         name: String,
     },
-    /// A tensor has an element type nothing is computed in.
+    /// A tensor has an unsupported element type.
     #[error("tensor {name:?} has dtype {dtype}, but only F32, F16 and BF16 can be used")]
     Dtype {
         /// The tensor.
         name: String,
-        /// Its type.
+        /// The element type, as the file names it.
         dtype: String,
     },
-    /// A tensor has another shape than the config says.
-    #[error("tensor {name:?} has shape {found:?}, but the config asks for {expected:?}")]
+    /// A tensor has another shape than the config requires.
+    #[error("tensor {name:?} has shape {found:?}, but the config requires {expected:?}")]
     Shape {
         /// The tensor.
         name: String,
-        /// Its shape.
+        /// The shape in the file.
         found: Vec<usize>,
-        /// The config's shape.
+        /// The shape that the config requires.
         expected: Vec<usize>,
     },
 }
 
-/// An opened checkpoint directory or file.
+/// The opened weight files of a directory, or one of them.
 #[derive(Debug)]
-pub struct Checkpoint {
+pub struct WeightFiles {
     directory: PathBuf,
     tensors: BTreeMap<String, (TensorEntry, &'static [u8])>,
 }
 
-impl Checkpoint {
+impl WeightFiles {
     /// Opens the weights of a Hugging Face directory: `model.safetensors`, or the shards of its index.
     ///
     /// # Errors
     /// [`Error`] if a file is missing or damaged, or the index names a tensor its shard lacks.
     pub fn open(directory: &Path) -> Result<Self, Error> {
-        let mut checkpoint = Self::open_published(directory)?;
+        let mut weights = Self::open_published(directory)?;
         let extended = directory.join(EXTENDED_FILE);
         if extended.exists() {
-            checkpoint.tensors.extend(Self::open_file(&extended)?.tensors);
+            weights.tensors.extend(Self::open_file(&extended)?.tensors);
         }
-        Ok(checkpoint)
+        Ok(weights)
     }
 
     fn open_published(directory: &Path) -> Result<Self, Error> {
         let index_path = directory.join(INDEX_FILE);
         let single = directory.join(SINGLE_FILE);
-        // Where both are, transformers takes the single file.
+        // transformers prefers the single file to an index.
         if single.exists() || !index_path.exists() {
             return Self::open_file(&single);
         }
@@ -124,24 +125,25 @@ impl Checkpoint {
             .map_err(|source| Error::Read { path: index_path.clone(), source })?;
         let shards = shards_of_index(&text)
             .map_err(|reason| Error::Index { path: index_path.clone(), reason })?;
-        let mut checkpoint = Self { directory: directory.to_owned(), tensors: BTreeMap::new() };
+        let mut weights = Self { directory: directory.to_owned(), tensors: BTreeMap::new() };
         for (shard, names) in shards {
             let opened = Self::open_file(&directory.join(&shard))?;
             if let Some(name) = names.iter().find(|name| !opened.tensors.contains_key(*name)) {
-                let reason = format!("it says {shard:?} holds {name:?}, but the file does not");
+                let reason =
+                    format!("it says that {shard:?} contains {name:?}, but the file does not");
                 return Err(Error::Index { path: index_path, reason });
             }
-            let twice = opened.tensors.keys().find(|name| checkpoint.contains(name));
-            if let Some(name) = twice {
+            let duplicate = opened.tensors.keys().find(|name| weights.contains(name));
+            if let Some(name) = duplicate {
                 let reason = format!("{name:?} is in more than one shard");
                 return Err(Error::Index { path: index_path, reason });
             }
-            checkpoint.tensors.extend(opened.tensors);
+            weights.tensors.extend(opened.tensors);
         }
-        Ok(checkpoint)
+        Ok(weights)
     }
 
-    /// Checks that a model of this config uses every tensor.
+    /// Checks that a model with this config uses every tensor.
     ///
     /// # Errors
     /// [`Error::Unused`].
@@ -188,18 +190,17 @@ impl Checkpoint {
         self.tensors.iter().map(|(name, (entry, _))| (name.clone(), entry.clone())).collect()
     }
 
-    /// Tells whether two tensors are of one type and shape, and equal byte for byte; no if one is not
-    /// there.
+    /// Returns whether two tensors have the same type, shape and bytes; false if one is missing.
     pub fn are_equal(&self, one: &str, other: &str) -> bool {
         let (Some((one, left)), Some((other, right))) =
             (self.tensors.get(one), self.tensors.get(other))
         else {
             return false;
         };
-        one.is_like(other) && left == right
+        one.has_same_layout(other) && left == right
     }
 
-    /// Tells whether a tensor is there.
+    /// Returns whether the files have a tensor of this name.
     pub fn contains(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
     }
@@ -225,12 +226,12 @@ impl Checkpoint {
         };
         let shape: Vec<i64> = entry.shape.iter().map(|&size| size as i64).collect();
         if data.as_ptr().align_offset(kind.elt_size_in_bytes()) != 0 {
-            // Allowed by the format, though no writer does it.
+            // The format allows unaligned tensors, though no writer produces them.
             return Ok(Tensor::from_data_size(data, &shape, kind));
         }
         #[expect(unsafe_code, reason = "a tensor over mapped bytes has no safe constructor")]
-        // SAFETY: the bytes live for the rest of the process, are aligned for `kind`, and are as
-        // many as `shape` needs: the header was checked.
+        // SAFETY: the bytes live for the rest of the process, are aligned for `kind`, and the header
+        // was checked, so there are as many as `shape` needs.
         Ok(unsafe {
             Tensor::from_blob(data.as_ptr(), &shape, &contiguous(&shape), kind, Device::Cpu)
         })
@@ -254,10 +255,10 @@ impl Checkpoint {
     }
 }
 
-/// Lists the tensors of a checkpoint that a model of this config does not use.
+/// Lists the tensors that a model with this config does not use.
 ///
-/// Old checkpoints carry the rotary table, and some tied ones the embedding a second time as the head;
-/// neither changes anything.
+/// Two unused tensors are harmless and not listed: the rotary table of old models, and the head of a
+/// tied model, which repeats the embedding.
 pub fn unused<'a>(names: impl Iterator<Item = &'a str>, config: &ModelConfig) -> Vec<String> {
     let expected: BTreeSet<String> =
         config.tensors().into_iter().map(|tensor| tensor.name).collect();
@@ -273,15 +274,18 @@ pub fn unused<'a>(names: impl Iterator<Item = &'a str>, config: &ModelConfig) ->
 /// Reads an index into shard file → names of its tensors.
 ///
 /// # Errors
-/// A text that says what is wrong.
+/// A message that says what is wrong with the index.
 pub fn shards_of_index(text: &str) -> Result<BTreeMap<String, Vec<String>>, String> {
     let value: Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
     let map = value.get("weight_map").and_then(Value::as_object).ok_or("it has no weight_map")?;
     let mut shards: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for (name, shard) in map {
-        let shard = shard.as_str().ok_or_else(|| format!("the shard of {name:?} is no string"))?;
+        let shard =
+            shard.as_str().ok_or_else(|| format!("the shard of {name:?} is not a string"))?;
         if shard.contains(['/', '\\']) || !shard.ends_with(".safetensors") {
-            return Err(format!("{shard:?} is no safetensors file beside the index"));
+            return Err(format!(
+                "{shard:?} is not the name of a safetensors file beside the index"
+            ));
         }
         shards.entry(shard.to_owned()).or_default().push(name.clone());
     }

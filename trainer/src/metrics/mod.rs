@@ -1,4 +1,4 @@
-//! What a run tells the outside while it trains.
+//! Progress of a run while it trains: recorded by the training loop, printed, stored and served.
 
 pub mod recorder;
 pub mod server;

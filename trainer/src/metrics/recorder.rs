@@ -1,4 +1,4 @@
-//! Telling the world how a run is going: lines of JSON on standard output, and a history on disk.
+//! Records the progress of a run: a JSON line per update, and a history file in the work directory.
 
 use std::{
     collections::VecDeque,
@@ -14,47 +14,47 @@ use crate::{
     runtime::{device, memory::PeakMemory},
 };
 
-/// The history's name in the work directory: one [`Progress`] per line.
+/// The file name of the history in the work directory: one [`Progress`] per line.
 pub const HISTORY_FILE: &str = "metrics.jsonl";
-/// Steps the speed is averaged over.
+/// The number of steps over which the speed is averaged.
 const SPEED_WINDOW: usize = 10;
 
-/// What one optimizer step came to.
+/// Measurements of one optimizer step.
 #[derive(Debug, Clone, Copy)]
 pub struct StepFigures {
     /// Mean loss per target token.
     pub loss: f64,
-    /// The learning rate used.
+    /// The learning rate of the step.
     pub learning_rate: f64,
-    /// The gradient's norm before clipping.
+    /// The 2-norm of the gradient before clipping.
     pub grad_norm: f64,
-    /// Positions trained on.
+    /// Tokens processed.
     pub tokens: u64,
-    /// Seconds it took.
+    /// The duration of the step in seconds.
     pub seconds: f64,
-    /// Bytes this rank sent.
+    /// Bytes that this rank sent to other ranks.
     pub sent_bytes: u64,
 }
 
-/// Tells progress.
-pub struct Teller<'a> {
-    line: &'a mut dyn FnMut(&str),
+/// Records the progress of a run and passes each update on as a JSON line.
+pub struct Recorder<'a> {
+    on_line: &'a mut dyn FnMut(&str),
     history: PathBuf,
     last: Progress,
     state: TrainState,
     recent: VecDeque<(u64, f64)>,
     speeds: Vec<f64>,
     sent_bytes: Option<u64>,
-    rows_left_out: u64,
+    skipped_rows: u64,
     memory: PeakMemory,
-    /// Seconds the run may train, over all attempts.
+    /// The time limit of training in seconds, over all attempts.
     max_seconds: f64,
     started: Instant,
 }
 
-impl<'a> Teller<'a> {
-    /// Starts telling; each line goes to `line`, and the history into `work_dir`.
-    pub fn new(config: &RunConfig, work_dir: &Path, line: &'a mut dyn FnMut(&str)) -> Self {
+impl<'a> Recorder<'a> {
+    /// Creates a recorder that calls `on_line` for each update and keeps its history in `work_dir`.
+    pub fn new(config: &RunConfig, work_dir: &Path, on_line: &'a mut dyn FnMut(&str)) -> Self {
         let last = Progress {
             version: CONTRACT_VERSION,
             run_id: config.run_id.clone(),
@@ -76,14 +76,14 @@ impl<'a> Teller<'a> {
             resumed_from_step: None,
         };
         Self {
-            line,
+            on_line,
             history: work_dir.join(HISTORY_FILE),
             last,
             state: TrainState::default(),
             recent: VecDeque::new(),
             speeds: Vec::new(),
             sent_bytes: None,
-            rows_left_out: 0,
+            skipped_rows: 0,
             memory: PeakMemory::watch(device::of(config.device)),
             max_seconds: config
                 .training
@@ -93,43 +93,43 @@ impl<'a> Teller<'a> {
         }
     }
 
-    /// Tells that another stage began.
-    pub fn stage(&mut self, stage: Stage) {
+    /// Records that another stage began.
+    pub fn record_stage(&mut self, stage: Stage) {
         self.last.stage = stage;
-        self.tell();
+        self.emit();
     }
 
-    /// Takes how many training rows could not be used.
-    pub fn left_out(&mut self, rows: u64) {
-        self.rows_left_out = rows;
+    /// Records how many training rows could not be used.
+    pub fn record_skipped_rows(&mut self, rows: u64) {
+        self.skipped_rows = rows;
     }
 
-    /// Returns how many training rows could not be used; `None` for none.
-    pub fn rows_left_out(&self) -> Option<u64> {
-        Some(self.rows_left_out).filter(|&rows| rows > 0)
+    /// Returns how many training rows could not be used; `None` if all could.
+    pub fn skipped_rows(&self) -> Option<u64> {
+        Some(self.skipped_rows).filter(|&rows| rows > 0)
     }
 
-    /// Takes over what a checkpoint knows, and cuts the history back to it.
+    /// Continues from the state of a checkpoint and truncates the history to its step.
     pub fn resume(&mut self, state: &TrainState) {
         self.last.resumed_from_step = (state.step > 0).then_some(state.step);
         self.last.checkpoint_step = self.last.resumed_from_step;
-        self.take(state, 0.0);
-        self.cut_history(state.step);
+        self.update(state, 0.0);
+        self.truncate_history(state.step);
     }
 
-    /// Tells that an earlier attempt did all up to the step whose weights it published.
-    pub fn done_before(&mut self, step: u64) {
+    /// Records that a result of the same inputs was already published, with the weights of `step`.
+    pub fn record_earlier_result(&mut self, step: u64) {
         self.last.step = step;
         self.last.resumed_from_step = Some(step);
     }
 
-    /// Tells a finished step.
-    pub fn step(&mut self, state: &TrainState, epoch: f64, figures: &StepFigures) {
-        self.take(state, epoch);
+    /// Records a finished step.
+    pub fn record_step(&mut self, state: &TrainState, epoch: f64, figures: &StepFigures) {
+        self.update(state, epoch);
         self.last.stage = Stage::Training;
         self.last.learning_rate = Some(figures.learning_rate);
         self.last.grad_norm = finite(figures.grad_norm);
-        // A step after an evaluation finds weights gathered and sends less.
+        // A step after an evaluation sends less, because the weights are already gathered.
         self.sent_bytes = self.sent_bytes.max(Some(figures.sent_bytes));
         self.recent.push_back((figures.tokens, figures.seconds));
         if self.recent.len() > SPEED_WINDOW {
@@ -145,52 +145,52 @@ impl<'a> Teller<'a> {
         let left = steps_left * seconds / self.recent.len() as f64;
         let allowed = self.max_seconds - state.training_seconds;
         self.last.eta_seconds = Some(left.min(allowed).max(0.0).round() as u64);
-        self.tell();
+        self.emit();
         self.append_history();
     }
 
-    /// Tells a validation loss.
-    pub fn evaluated(&mut self, state: &TrainState) {
-        self.take(state, self.last.epoch);
-        self.tell();
+    /// Records a validation loss.
+    pub fn record_evaluation(&mut self, state: &TrainState) {
+        self.update(state, self.last.epoch);
+        self.emit();
         self.append_history();
     }
 
-    /// Notes the last complete checkpoint; the next line tells it.
-    pub fn saved(&mut self, saved: Saved) {
+    /// Records the last complete checkpoint; the next line contains it.
+    pub fn record_checkpoint(&mut self, saved: Saved) {
         self.last.checkpoint_step = Some(saved.step);
         self.last.checkpoint_stall_seconds = Some(saved.stall_seconds);
         self.last.checkpoint_write_seconds = Some(saved.write_seconds);
     }
 
-    /// Notes what training came to.
-    pub fn finished(&mut self, state: &TrainState) {
+    /// Records the state at the end of training.
+    pub fn record_final_state(&mut self, state: &TrainState) {
         self.state = state.clone();
     }
 
-    /// Returns the last snapshot.
+    /// Returns the latest progress.
     pub fn last(&self) -> &Progress {
         &self.last
     }
 
-    /// Returns what the run has come to.
+    /// Returns the latest training state.
     pub fn state(&self) -> &TrainState {
         &self.state
     }
 
-    /// Returns the median speed of this process's steps, in positions per second.
+    /// Returns the median speed of the steps of this process, in tokens per second.
     pub fn median_speed(&self) -> Option<f64> {
         let mut speeds = self.speeds.clone();
         speeds.sort_by(f64::total_cmp);
         speeds.get(speeds.len() / 2).copied()
     }
 
-    /// Returns the bytes this rank sent in its last step.
+    /// Returns the most bytes that this rank sent in one step.
     pub fn sent_bytes(&self) -> Option<u64> {
         self.sent_bytes
     }
 
-    /// Returns the most memory so far, of the process or of its GPU, in bytes.
+    /// Returns the peak memory of the process, or of its GPU if it has one, in bytes.
     pub fn peak_memory(&self) -> u64 {
         self.memory.bytes()
     }
@@ -200,7 +200,7 @@ impl<'a> Teller<'a> {
         self.started.elapsed().as_secs_f64()
     }
 
-    fn take(&mut self, state: &TrainState, epoch: f64) {
+    fn update(&mut self, state: &TrainState, epoch: f64) {
         self.last.step = state.step;
         self.last.tokens_seen = state.tokens_seen;
         self.last.loss = state.last_loss;
@@ -209,20 +209,20 @@ impl<'a> Teller<'a> {
         self.state = state.clone();
     }
 
-    fn tell(&mut self) {
+    fn emit(&mut self) {
         self.last.peak_memory_bytes = self.memory.bytes();
-        (self.line)(&render(&self.last));
+        (self.on_line)(&render(&self.last));
     }
 
-    /// Adds the last snapshot to the history. The history is a convenience: a full disk must not
-    /// end a run that could still be published.
+    /// Appends the latest progress to the history. Errors are ignored: a full disk must not end a
+    /// run that can still be published.
     fn append_history(&self) {
         let path = &self.history;
         let file = std::fs::OpenOptions::new().create(true).append(true).open(path);
         let _ = file.and_then(|mut file| writeln!(file, "{}", render(&self.last)));
     }
 
-    fn cut_history(&self, step: u64) {
+    fn truncate_history(&self, step: u64) {
         let path = &self.history;
         let kept: String = std::fs::read_to_string(path)
             .unwrap_or_default()
@@ -234,7 +234,7 @@ impl<'a> Teller<'a> {
     }
 }
 
-/// JSON has no infinity.
+/// Returns `None` for infinities and NaN, which JSON cannot represent.
 fn finite(number: f64) -> Option<f64> {
     number.is_finite().then_some(number)
 }

@@ -1,4 +1,5 @@
-//! How far the run is, over HTTP: `/progress` as JSON for the operator, `/metrics` for Prometheus.
+//! Serves the progress of the run over HTTP: `/progress` as JSON for the operator, `/metrics` for
+//! Prometheus.
 
 use std::{
     net::{SocketAddr, TcpListener},
@@ -14,16 +15,16 @@ use prometheus::{Encoder, Gauge, Opts, Registry, TextEncoder};
 
 use crate::failure::Failure;
 
-/// What was last told, as it is served.
+/// Serves the latest progress; clones share it.
 #[derive(Clone)]
-pub struct Board {
+pub struct MetricsServer {
     last: Arc<Mutex<String>>,
     run_id: String,
     predicted_bytes: u64,
 }
 
-impl Board {
-    /// Makes a board with nothing on it.
+impl MetricsServer {
+    /// Creates a server without any progress yet.
     pub fn new(config: &RunConfig) -> Self {
         Self {
             last: Arc::default(),
@@ -32,8 +33,8 @@ impl Board {
         }
     }
 
-    /// Puts up a line of progress.
-    pub fn put(&self, line: &str) {
+    /// Replaces the served progress.
+    pub fn update(&self, line: &str) {
         line.clone_into(&mut self.last.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
@@ -41,12 +42,12 @@ impl Board {
         self.last.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Serves the board from a thread of its own until the process ends.
+    /// Starts serving from a thread of its own, which runs until the process exits.
     ///
     /// # Errors
-    /// [`Failure`] if the address cannot be listened on.
-    pub fn serve(&self, address: SocketAddr) -> Result<(), Failure> {
-        let cannot = |error: &std::io::Error| {
+    /// [`Failure`] if the server cannot listen on the address.
+    pub fn start(&self, address: SocketAddr) -> Result<(), Failure> {
+        let cannot_listen = |error: &std::io::Error| {
             Failure::new(
                 FailureReason::InvalidConfiguration,
                 format!(
@@ -54,11 +55,11 @@ impl Board {
                 ),
             )
         };
-        let listener = TcpListener::bind(address).map_err(|error| cannot(&error))?;
-        listener.set_nonblocking(true).map_err(|error| cannot(&error))?;
+        let listener = TcpListener::bind(address).map_err(|error| cannot_listen(&error))?;
+        listener.set_nonblocking(true).map_err(|error| cannot_listen(&error))?;
         let router = Router::new()
-            .route(PROGRESS_PATH, get(|State(board): State<Self>| async move { board.progress() }))
-            .route(METRICS_PATH, get(|State(board): State<Self>| async move { board.metrics() }))
+            .route(PROGRESS_PATH, get(|State(server): State<Self>| async move { server.progress() }))
+            .route(METRICS_PATH, get(|State(server): State<Self>| async move { server.metrics() }))
             .with_state(self.clone());
         let serve = move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -66,14 +67,14 @@ impl Board {
                 axum::serve(tokio::net::TcpListener::from_std(listener)?, router).await
             })
         };
-        let thread = std::thread::Builder::new().name("board".to_owned());
+        let thread = std::thread::Builder::new().name("metrics".to_owned());
         thread
             .spawn(move || {
                 if let Err(error) = serve() {
-                    tracing::warn!(%error, "progress is no longer served");
+                    tracing::warn!(%error, "the metrics server stopped: progress is no longer served");
                 }
             })
-            .map_err(|error| cannot(&error))?;
+            .map_err(|error| cannot_listen(&error))?;
         Ok(())
     }
 
@@ -95,53 +96,56 @@ impl Board {
         gauge("loss", "Mean loss per target token of the last step", progress.loss)?;
         gauge("eval_loss", "Mean loss per target token of the validation set", progress.eval_loss)?;
         gauge("learning_rate", "Learning rate of the last step", progress.learning_rate)?;
-        gauge("grad_norm", "The gradient's 2-norm before clipping", progress.grad_norm)?;
-        gauge("step", "Optimizer steps done", whole(progress.step))?;
+        gauge("grad_norm", "2-norm of the gradient before clipping", progress.grad_norm)?;
+        gauge("step", "Completed optimizer steps", whole(progress.step))?;
         gauge("total_steps", "Optimizer steps of the whole run", whole(progress.total_steps))?;
-        gauge("epoch", "Passes over the data done", Some(progress.epoch))?;
+        gauge("epoch", "Completed passes over the training data", Some(progress.epoch))?;
         gauge(
             "tokens_per_second",
-            "Positions per second over the last steps",
+            "Tokens processed per second, averaged over the last steps",
             progress.tokens_per_second,
         )?;
-        let tokens = Opts::new("finetune_trainer_tokens_total", "Positions trained on so far");
+        let tokens = Opts::new("finetune_trainer_tokens_total", "Tokens processed so far");
         let tokens =
             prometheus::Counter::with_opts(tokens.const_label("run_id", self.run_id.clone()))?;
         tokens.inc_by(progress.tokens_seen as f64);
         registry.register(Box::new(tokens))?;
         gauge(
             "eta_seconds",
-            "Seconds until the last step, estimated",
+            "Estimated seconds until the last step",
             progress.eta_seconds.map(|seconds| seconds as f64),
         )?;
         gauge(
             "memory_peak_bytes",
-            "The largest anonymous memory of the process so far",
+            "Peak anonymous memory of the process, or peak memory of its GPU",
             whole(progress.peak_memory_bytes),
         )?;
         gauge(
             "memory_predicted_bytes",
-            "The plan's prediction of it",
+            "Peak memory as predicted by the plan",
             whole(self.predicted_bytes),
         )?;
         gauge(
             "checkpoint_step",
-            "The step of the newest checkpoint",
+            "Step of the newest checkpoint",
             progress.checkpoint_step.map(|step| step as f64),
         )?;
         gauge(
             "checkpoint_stall_seconds",
-            "Seconds training stood still for the newest checkpoint",
+            "Seconds that training was paused for the newest checkpoint",
             progress.checkpoint_stall_seconds,
         )?;
         gauge(
             "checkpoint_write_seconds",
-            "Seconds the newest checkpoint was being written beside training",
+            "Seconds that writing the newest checkpoint took in the background",
             progress.checkpoint_write_seconds,
         )?;
         let stages = prometheus::GaugeVec::new(
-            Opts::new("finetune_trainer_stage", "1 for what the trainer is doing")
-                .const_label("run_id", self.run_id.clone()),
+            Opts::new(
+                "finetune_trainer_stage",
+                "1 for the current stage of the trainer, 0 for the others",
+            )
+            .const_label("run_id", self.run_id.clone()),
             &["stage"],
         )?;
         for stage in STAGES {
@@ -171,11 +175,12 @@ mod tests {
 
     use finetune_contract::{CONTRACT_VERSION, Progress, RunId, Stage, parse, render};
 
-    use super::Board;
+    use super::MetricsServer;
 
-    fn ask(port: u16, path: &str) -> String {
+    fn get(port: u16, path: &str) -> String {
         let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
-        write!(stream, "GET {path} HTTP/1.1\r\nHost: board\r\nConnection: close\r\n\r\n").unwrap();
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: trainer\r\nConnection: close\r\n\r\n")
+            .unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).unwrap();
         answer.split_once("\r\n\r\n").unwrap().1.to_owned()
@@ -183,11 +188,14 @@ mod tests {
 
     #[test]
     fn serves_the_last_line_and_its_figures() {
-        let board =
-            Board { last: std::sync::Arc::default(), run_id: "a-1".to_owned(), predicted_bytes: 7 };
+        let server = MetricsServer {
+            last: std::sync::Arc::default(),
+            run_id: "a-1".to_owned(),
+            predicted_bytes: 7,
+        };
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        board.serve(([127, 0, 0, 1], port).into()).unwrap();
-        assert_eq!(ask(port, "/metrics"), "", "nothing was told yet");
+        server.start(([127, 0, 0, 1], port).into()).unwrap();
+        assert_eq!(get(port, "/metrics"), "", "no progress yet");
         let progress = Progress {
             version: CONTRACT_VERSION,
             run_id: RunId("a-1".to_owned()),
@@ -208,9 +216,9 @@ mod tests {
             checkpoint_write_seconds: Some(1.5),
             resumed_from_step: None,
         };
-        board.put(&render(&progress));
-        assert_eq!(parse::<Progress>(&ask(port, "/progress")).unwrap(), progress);
-        let metrics = ask(port, "/metrics");
+        server.update(&render(&progress));
+        assert_eq!(parse::<Progress>(&get(port, "/progress")).unwrap(), progress);
+        let metrics = get(port, "/metrics");
         for line in [
             "finetune_trainer_loss{run_id=\"a-1\"} 2.5",
             "finetune_trainer_step{run_id=\"a-1\"} 3",
@@ -222,6 +230,6 @@ mod tests {
         ] {
             assert!(metrics.contains(line), "{line} is not in {metrics}");
         }
-        assert!(!metrics.contains("eval_loss"), "what is not known is not told: {metrics}");
+        assert!(!metrics.contains("eval_loss"), "an unknown value is absent: {metrics}");
     }
 }

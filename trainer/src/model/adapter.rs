@@ -11,7 +11,7 @@ use tch::Device;
 use crate::{
     architecture::{config::ModelConfig, names},
     failure::Failure,
-    hf::weights::{self, Checkpoint},
+    hf::weights::{self, WeightFiles},
     lora::{
         CONFIG_FILE, PREFIX, WEIGHTS_FILE,
         config::{self, AdapterConfig},
@@ -122,7 +122,7 @@ pub struct AdapterDirectory {
     pub settings: AdapterConfig,
     /// Its adapters on the base model.
     pub published: PublishedAdapter,
-    weights: Checkpoint,
+    weights: WeightFiles,
 }
 
 impl AdapterDirectory {
@@ -136,7 +136,7 @@ impl AdapterDirectory {
             .map_err(|source| Error::Read { path: path.clone(), source })?;
         let settings = config::parse(&text).map_err(|reason| Error::Settings { path, reason })?;
         let weights =
-            Checkpoint::open_file(&directory.join(WEIGHTS_FILE)).map_err(Error::Weights)?;
+            WeightFiles::open_file(&directory.join(WEIGHTS_FILE)).map_err(Error::Weights)?;
         let published = PublishedAdapter::new(config, &settings, &weights.entries())
             .map_err(|source| Error::Fit { directory: directory.to_owned(), source })?;
         Ok(Self { settings, published, weights })
@@ -147,7 +147,7 @@ impl AdapterDirectory {
         if self.published.copies.is_empty() {
             return Ok(());
         }
-        let base = Checkpoint::open(base).map_err(Error::Weights)?;
+        let base = WeightFiles::open(base).map_err(Error::Weights)?;
         for (copy, name) in &self.published.copies {
             // A tied head has no tensor of its own.
             let name = if base.contains(name) { name.as_str() } else { names::EMBEDDING_WEIGHT };

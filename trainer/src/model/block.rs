@@ -257,6 +257,7 @@ mod tests {
         layers::attention::Segments,
         lora::trainable::Trainable,
         model::{Model, network::kind_of},
+        runtime::rng::RngKey,
     };
 
     /// Returns the bytes of what a block saved, without the hidden activations of adapters.
@@ -281,7 +282,7 @@ mod tests {
         let cost = config.cost();
         let width = config.hidden_size as i64;
         let model =
-            Model::load(&directory, config, Trainable::Full, dtype, Device::Cpu, 0).unwrap();
+            Model::load(&directory, config, Trainable::Full, dtype, Device::Cpu, RngKey::from_seed(0)).unwrap();
         let lengths = [32, 8];
         let positions: Vec<i64> = lengths.iter().flat_map(|&length| 0..length as i64).collect();
         let context = BlockContext {

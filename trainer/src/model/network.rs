@@ -7,10 +7,10 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{
     architecture::{config::ModelConfig, names},
-    data::Batch,
+    data::sequences::Batch,
     distributed::{self, Ranks},
     failure::Failure,
-    hf::weights::{self, Checkpoint},
+    hf::weights::{self, WeightFiles},
     layers::{
         attention::{Attention, Segments},
         dropout::Dropout,
@@ -118,7 +118,7 @@ impl Model {
         seed: RngKey,
         data_parallel: DataParallel,
     ) -> Result<Self, Failure> {
-        let checkpoint = Checkpoint::open(directory).map_err(invalid_model)?;
+        let checkpoint = WeightFiles::open(directory).map_err(invalid_model)?;
         checkpoint.check_all_used(&config).map_err(invalid_model)?;
         let DataParallel { ranks, strategy, bucket_bytes } = data_parallel;
         let specs = trainable.trained_tensors(&config);
@@ -507,7 +507,7 @@ impl<'a> MicroBatch<'a> {
 
 /// Loads modules from a checkpoint.
 struct Loader<'a> {
-    checkpoint: &'a Checkpoint,
+    checkpoint: &'a WeightFiles,
     config: &'a ModelConfig,
     trainable: &'a Trainable,
     trained: &'a FlatParams,

@@ -1,4 +1,4 @@
-//! The adapter asked for, resolved against the base model.
+//! Resolves the requested adapter against the base model.
 
 use finetune_contract::{LoraFacts, LoraSettings, ProblemReason};
 
@@ -9,22 +9,22 @@ use crate::{
         Error,
         trainable::{LoraAdapters, Trainable},
     },
-    preflight::Findings,
+    preflight::findings::Findings,
 };
 
-/// Ranks vLLM can be started for.
-const RANKS: [u32; 9] = [1, 8, 16, 32, 64, 128, 256, 320, 512];
+/// The values of `--max-lora-rank` that vLLM supports.
+const VLLM_RANKS: [u32; 9] = [1, 8, 16, 32, 64, 128, 256, 320, 512];
 
-/// Resolves the settings; none if they do not fit the model.
+/// Resolves the settings; `None` if they do not fit the model.
 pub(super) fn check(
     lora: &LoraSettings,
     model: &ModelConfig,
     findings: &mut Findings,
 ) -> Option<LoraFacts> {
     match Trainable::lora(model, lora) {
-        Ok(Trainable::Lora(attachment)) => {
-            warn_of_servability(lora, &attachment, findings);
-            Some(attachment.facts(model))
+        Ok(Trainable::Lora(adapters)) => {
+            warn_about_servability(lora, &adapters, findings);
+            Some(adapters.facts(model))
         }
         Ok(Trainable::Frozen | Trainable::Full) => None,
         Err(error) => {
@@ -37,27 +37,33 @@ pub(super) fn check(
                 _ => String::new(),
             };
             let location = format!("spec.{}", error.field());
-            findings.problem(ProblemReason::InvalidSpec, &location, format!("{error}{hint}"));
+            findings.add_problem(ProblemReason::InvalidSpec, &location, format!("{error}{hint}"));
             None
         }
     }
 }
 
+/// Warns about adapters that vLLM does not serve, or only with an option.
+///
 /// # Source
 /// `vllm/lora/peft_helper.py` and `vllm/config/lora.py`, v0.22.
-fn warn_of_servability(lora: &LoraSettings, attachment: &LoraAdapters, findings: &mut Findings) {
+fn warn_about_servability(
+    lora: &LoraSettings,
+    adapters: &LoraAdapters,
+    findings: &mut Findings,
+) {
     let mut warn = |location: &str, message: String| {
-        findings.warning(ProblemReason::Servability, location, message);
+        findings.add_warning(ProblemReason::Servability, location, message);
     };
     if !lora.modules_to_save.is_empty() {
         warn(
             "spec.loraConfig.modulesToSave",
-            "vLLM refuses adapters with modulesToSave: set output.merge to true to serve the merged model".to_owned(),
+            "vLLM rejects adapters with modulesToSave: set output.merge to true to serve the merged model".to_owned(),
         );
     }
     let outer = [names::EMBED_TOKENS, names::LM_HEAD]
         .into_iter()
-        .find(|path| attachment.targets.contains_key(*path));
+        .find(|path| adapters.targets.contains_key(*path));
     if let Some(outer) = outer {
         warn(
             "spec.loraConfig.targetModules",
@@ -67,7 +73,7 @@ fn warn_of_servability(lora: &LoraSettings, attachment: &LoraAdapters, findings:
             ),
         );
     }
-    match RANKS.into_iter().find(|&rank| rank >= lora.r) {
+    match VLLM_RANKS.into_iter().find(|&rank| rank >= lora.r) {
         None => warn("spec.loraConfig.r", format!("vLLM serves ranks up to 512, not {}", lora.r)),
         Some(rank) if rank > 16 => {
             warn(

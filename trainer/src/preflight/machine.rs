@@ -1,4 +1,4 @@
-//! The machine this runs on: how much of it there is, and how fast it multiplies.
+//! Describes the machine: CPU, memory and matrix multiplication speed.
 
 use std::time::Duration;
 
@@ -10,13 +10,13 @@ use crate::{
     runtime::clock,
 };
 
-/// Rows and columns of the matrices that are multiplied to measure speed.
+/// The number of rows and columns of the matrices that are multiplied to measure the speed.
 const SIZE: i64 = 1024;
-/// Products per measurement; the fastest counts, for a machine is never faster than it is.
+/// Products per measurement; the fastest counts, because disturbances only make a product slower.
 const PRODUCTS: usize = 6;
-/// No product is begun later than this after the first, so that a slow machine is not kept busy.
-/// Two element types are measured at most.
-const LIMIT: Duration = Duration::from_millis(250);
+/// No product starts later than this after the first, which bounds the time on slow machines. At most
+/// two element types are measured.
+const TIME_LIMIT: Duration = Duration::from_millis(250);
 
 /// Describes the machine; with `measure`, multiplies matrices for a fraction of a second.
 pub(super) fn facts(measure: bool) -> MachineFacts {
@@ -49,10 +49,10 @@ fn gflops(kind: Kind) -> f64 {
         started.elapsed().as_secs_f64()
     };
     let started = clock::now();
-    // Slow, for it also starts the threads; it counts only where there is no time for another.
+    // The first product is slow, because it also starts the threads.
     let mut fastest = product();
     for _ in 1..PRODUCTS {
-        if started.elapsed() >= LIMIT {
+        if started.elapsed() >= TIME_LIMIT {
             break;
         }
         fastest = product().min(fastest);
@@ -60,7 +60,7 @@ fn gflops(kind: Kind) -> f64 {
     2.0 * (SIZE as f64).powi(3) / fastest / 1e9
 }
 
-/// Returns the bytes this process may use: the smallest of its cgroup's limits and the machine's.
+/// Returns the memory limit of this process in bytes: that of its cgroup or the memory of the machine.
 fn memory_bytes() -> u64 {
     let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let total = meminfo
@@ -80,7 +80,7 @@ mod tests {
     use super::facts;
 
     #[test]
-    fn describes_a_machine_that_can_compute() {
+    fn describes_the_machine_of_the_test() {
         let facts = facts(true);
         assert!(
             facts.cores >= 1 && facts.memory_bytes > 1 << 28 && facts.fp32_gflops.unwrap() > 0.1

@@ -1,4 +1,4 @@
-//! The base model, checked without loading its weights.
+//! Checks the base model without loading its weights.
 
 use std::path::{Path, PathBuf};
 
@@ -7,18 +7,23 @@ use finetune_contract::{FailureReason, LoraFacts, ModelFacts, PreflightConfig, P
 use crate::{
     architecture::{config::ModelConfig, names},
     checkpoint::initial,
-    data::{Rendering, Tokenizer, chat::template_source},
+    data::{
+        chat::{rendering::Rendering, template_source},
+        tokenizer::Tokenizer,
+    },
     failure::Failure,
     gguf,
-    hf::extension::{self, Extended},
+    hf::extension::{self, Extension},
     preflight::{
-        Findings, MODEL_URI, adapter, lora, open,
+        adapter,
+        findings::{Findings, MODEL_URI, open},
+        lora,
         weights::{self, Weights},
     },
     store::{Entry, Environment, Role, Store},
 };
 
-/// Small files a tokenizer or config may consist of.
+/// The files of config, tokenizer and chat template.
 const SMALL_FILES: [&str; 8] = [
     "config.json",
     "generation_config.json",
@@ -30,32 +35,32 @@ const SMALL_FILES: [&str; 8] = [
     "chat_template.json",
 ];
 
-/// What is known of a model for which rows can be tokenised.
+/// The result of checking a model whose tokenizer can be used.
 pub(super) struct Checked {
-    /// Its shape.
+    /// The shape of the model.
     pub(super) facts: ModelFacts,
-    /// What the adapter asked for means on it.
+    /// The modules that the requested adapter resolves to.
     pub(super) lora: Option<LoraFacts>,
-    /// Its tokenizer.
+    /// The tokenizer of the model.
     pub(super) tokenizer: Tokenizer,
 }
 
-/// A model's files, those that are not weights on local disk.
-struct Found {
+/// The files of a model. Those that are not weights are on the local disk.
+struct ModelFiles {
     store: Store,
     entries: Vec<Entry>,
     directory: PathBuf,
-    /// Where they are with tokens added, if any are.
-    extended: Option<(PathBuf, Extended)>,
+    /// The directory with added tokens, if the run adds any.
+    extended: Option<(PathBuf, Extension)>,
 }
 
-/// Finds the model's files.
-fn find(
+/// Lists the files of the model and fetches the small ones.
+fn fetch_files(
     config: &PreflightConfig,
     environment: &Environment,
     work_dir: &Path,
     findings: &mut Findings,
-) -> Option<Found> {
+) -> Option<ModelFiles> {
     let source = &config.model;
     let revision = source.revision.as_deref();
     let mut store = open(&source.uri, revision, Role::Model, environment, MODEL_URI, findings)?;
@@ -64,7 +69,7 @@ fn find(
     }
     let entries = match store.list() {
         Ok(entries) if entries.is_empty() => {
-            findings.problem(
+            findings.add_problem(
                 ProblemReason::NotFound,
                 MODEL_URI,
                 format!("nothing is at {}", store.uri()),
@@ -73,7 +78,7 @@ fn find(
         }
         Ok(entries) => entries,
         Err(error) => {
-            findings.store_problem(MODEL_URI, &error);
+            findings.add_store_error(MODEL_URI, &error);
             return None;
         }
     };
@@ -82,30 +87,30 @@ fn find(
         [] => None,
         tokens => Some(extend(&directory, tokens, work_dir, findings)?),
     };
-    Some(Found { store, entries, directory, extended })
+    Some(ModelFiles { store, entries, directory, extended })
 }
 
-/// Adds the tokens asked for to config and tokenizer.
+/// Adds the requested tokens to config and tokenizer.
 fn extend(
     directory: &Path,
     tokens: &[String],
     work_dir: &Path,
     findings: &mut Findings,
-) -> Option<(PathBuf, Extended)> {
+) -> Option<(PathBuf, Extension)> {
     let to = work_dir.join("preflight-extended");
-    let extended =
-        make_empty(&to).and_then(|()| extension::extend_small_files(directory, tokens, &to));
+    let extended = make_empty(&to)
+        .and_then(|()| extension::extend_config_and_tokenizer(directory, tokens, &to));
     match extended {
         Ok(extended) => Some((to, extended)),
         Err(failure) => {
-            findings.failure(MODEL_URI, &failure);
+            findings.add_failure(MODEL_URI, &failure);
             None
         }
     }
 }
 
-/// Refuses added tokens whose rows would stay what they start as.
-fn judge_added_tokens(new_tokens: u32, lora: Option<&LoraFacts>, findings: &mut Findings) {
+/// Refuses added tokens whose embedding rows would not be trained.
+fn check_added_tokens(new_tokens: u32, lora: Option<&LoraFacts>, findings: &mut Findings) {
     let Some(lora) = lora.filter(|_| new_tokens > 0) else { return };
     let outer = [names::EMBED_TOKENS, names::LM_HEAD].map(names::leaf);
     let missing: Vec<&str> = outer
@@ -114,51 +119,52 @@ fn judge_added_tokens(new_tokens: u32, lora: Option<&LoraFacts>, findings: &mut 
         .collect();
     if !missing.is_empty() {
         let message = format!(
-            "adds {new_tokens} tokens, whose rows would not be trained and mean nothing: add {} to loraConfig.modulesToSave, or leave loraConfig out to train every parameter",
+            "adds {new_tokens} tokens whose embeddings would not be trained: add {} to loraConfig.modulesToSave, or remove loraConfig to train every parameter",
             missing.join(" and ")
         );
-        findings.problem(ProblemReason::InvalidSpec, "spec.model.addedTokens", message);
+        findings.add_problem(ProblemReason::InvalidSpec, "spec.model.addedTokens", message);
     }
 }
 
-/// Loads the tokenizer alone; `None` if it cannot be.
+/// Loads only the tokenizer; `None` if it cannot be used.
 pub(super) fn tokenizer(
     config: &PreflightConfig,
     environment: &Environment,
     work_dir: &Path,
     findings: &mut Findings,
 ) -> Option<Tokenizer> {
-    let Found { directory, extended, .. } = find(config, environment, work_dir, findings)?;
+    let ModelFiles { directory, extended, .. } =
+        fetch_files(config, environment, work_dir, findings)?;
     let directory = extended.map_or(directory, |(directory, _)| directory);
     load_tokenizer(&directory, config, environment, findings)
 }
 
-/// Checks the model and the adapter asked for; `None` if rows cannot be tokenised for it.
+/// Checks the model and the requested adapter; `None` if rows cannot be tokenized.
 pub(super) fn check(
     config: &PreflightConfig,
     environment: &Environment,
     work_dir: &Path,
     findings: &mut Findings,
 ) -> Option<Checked> {
-    let Found { store, entries, directory, extended } =
-        find(config, environment, work_dir, findings)?;
+    let ModelFiles { store, entries, directory, extended } =
+        fetch_files(config, environment, work_dir, findings)?;
     let Ok(text) = std::fs::read_to_string(directory.join("config.json")) else {
         let message =
-            format!("{} has no config.json: name a directory in Hugging Face layout", store.uri());
-        findings.problem(ProblemReason::InvalidModel, MODEL_URI, message);
+            format!("{} has no config.json: give a directory in Hugging Face layout", store.uri());
+        findings.add_problem(ProblemReason::InvalidModel, MODEL_URI, message);
         return None;
     };
     let mut model = match ModelConfig::parse(&text) {
         Ok(model) => model,
         Err(error) => {
-            findings.problem(ProblemReason::UnsupportedModel, MODEL_URI, error.to_string());
+            findings.add_problem(ProblemReason::UnsupportedModel, MODEL_URI, error.to_string());
             return None;
         }
     };
-    weights::warn_of_unread_files(&entries, findings);
+    weights::warn_about_unread_files(&entries, findings);
     let weights = weights::check(&store, &entries, &mut model, findings);
     let (directory, new_tokens) = match extended {
-        Some((directory, Extended { new_tokens, rows })) => {
+        Some((directory, Extension { new_tokens, rows })) => {
             model.vocab_size = model.vocab_size.max(rows);
             (directory, new_tokens)
         }
@@ -171,7 +177,7 @@ pub(super) fn check(
             adapter::check(uri, lora, &model, environment, findings);
         }
     }
-    judge_added_tokens(new_tokens, lora_facts.as_ref(), findings);
+    check_added_tokens(new_tokens, lora_facts.as_ref(), findings);
     if let Some(uri) = &config.initial_checkpoint {
         check_initial_checkpoint(uri, config, &model, environment, findings);
     }
@@ -195,15 +201,15 @@ fn check_initial_checkpoint(
     };
     let checked = match initial::check(&store, &config.model, config.lora.as_ref(), model) {
         Ok(checked) => checked,
-        Err(error) => return findings.store_problem(location, &error),
+        Err(error) => return findings.add_store_error(location, &error),
     };
     for fault in checked.faults {
-        findings.problem(fault.reason, &fault.location, fault.message);
+        findings.add_problem(fault.reason, &fault.location, fault.message);
     }
     if let Some(base) = checked.other_base {
         let message =
-            format!("is of an adapter of {base}: on another base its weights may mean nothing");
-        findings.warning(ProblemReason::InvalidModel, location, message);
+            format!("belongs to an adapter of {base}: it may not work with another base model");
+        findings.add_warning(ProblemReason::InvalidModel, location, message);
     }
 }
 
@@ -218,11 +224,11 @@ fn load_tokenizer(
     match loaded {
         Ok(tokenizer) => Some(tokenizer),
         Err(failure) if failure.reason == FailureReason::InvalidModel => {
-            findings.problem(ProblemReason::InvalidTokenizer, MODEL_URI, failure.message);
+            findings.add_problem(ProblemReason::InvalidTokenizer, MODEL_URI, failure.message);
             None
         }
         Err(failure) => {
-            findings.failure("spec.dataset", &failure);
+            findings.add_failure("spec.dataset", &failure);
             None
         }
     }
@@ -257,26 +263,26 @@ fn facts(
     }
 }
 
-/// Imports a GGUF file and opens the directory it became.
+/// Converts a GGUF file and opens the resulting directory.
 fn imported(
     store: &Store,
     work_dir: &Path,
     environment: &Environment,
     findings: &mut Findings,
 ) -> Option<Store> {
-    match gguf::local_directory(store, &work_dir.join("models")) {
+    match gguf::local_model_directory(store, &work_dir.join("models")) {
         Ok(directory) => {
             let uri = format!("file://{}", directory.display());
             open(&uri, None, Role::Model, environment, MODEL_URI, findings)
         }
         Err(failure) => {
-            findings.failure(MODEL_URI, &failure);
+            findings.add_failure(MODEL_URI, &failure);
             None
         }
     }
 }
 
-/// Brings config and tokenizer to local disk, unless they are there.
+/// Fetches config and tokenizer, unless the model is on the local disk.
 fn small_files(
     store: &Store,
     entries: &[Entry],
@@ -297,7 +303,7 @@ fn small_files(
     match fetch() {
         Ok(()) => Some(directory),
         Err(failure) => {
-            findings.failure(MODEL_URI, &failure);
+            findings.add_failure(MODEL_URI, &failure);
             None
         }
     }
@@ -308,8 +314,8 @@ fn is_small(path: &str) -> bool {
         || path.strip_prefix(template_source::FOLDER).is_some_and(|name| name.ends_with(".jinja"))
 }
 
-/// Makes a directory without anything in it: files of another model or revision that this one does
-/// not have, such as a chat template, would be taken for its own.
+/// Creates an empty directory. Files of another model or revision, such as a chat template, must not
+/// remain in it.
 fn make_empty(directory: &Path) -> Result<(), Failure> {
     match std::fs::remove_dir_all(directory) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -318,7 +324,7 @@ fn make_empty(directory: &Path) -> Result<(), Failure> {
         Ok(()) | Err(_) => {}
     }
     std::fs::create_dir_all(directory)
-        .map_err(|error| Failure::from_io(&error, &format!("cannot make {directory:?}")))
+        .map_err(|error| Failure::from_io(&error, &format!("cannot create {directory:?}")))
 }
 
 #[cfg(test)]
@@ -326,7 +332,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_of_the_model_before_is_left() {
+    fn no_file_of_an_earlier_model_remains() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("new/model");
         for _ in 0..2 {

@@ -1,4 +1,4 @@
-//! Whole preflights on a tiny model, each with one thing wrong.
+//! Tests of whole preflights on a tiny model, each with one mistake.
 
 use std::{collections::BTreeMap, fs, path::Path};
 
@@ -18,7 +18,7 @@ use crate::{
     store::Environment,
 };
 
-/// A directory with a model that is fine and rows that are fine.
+/// A directory with a valid model and valid rows.
 struct Fixture {
     directory: tempfile::TempDir,
     config: PreflightConfig,
@@ -133,7 +133,7 @@ impl Fixture {
         run(&self.config, &Environment::default(), &work_dir).fit()
     }
 
-    /// Shows what was found, one line each.
+    /// Formats problems and warnings, one per line.
     fn check(&self) -> String {
         let report = self.report();
         assert!(render(&report).len() <= TERMINATION_MESSAGE_LIMIT);
@@ -158,11 +158,11 @@ fn a_run_that_can_work_has_no_problems() {
 }
 
 #[test]
-fn names_what_is_missing_of_a_model() {
+fn reports_missing_files_of_a_model() {
     for (file, wanted) in [
         ("config.json", "has no config.json"),
         ("tokenizer.json", "tokenizer.json"),
-        ("model.safetensors", "has no model.safetensors"),
+        ("model.safetensors", "has neither model.safetensors"),
     ] {
         let fixture = Fixture::new();
         fs::remove_file(fixture.path("model").join(file)).unwrap();
@@ -176,7 +176,7 @@ fn refuses_weights_that_can_run_code() {
     let fixture = Fixture::new();
     let model = fixture.path("model");
     fs::rename(model.join("model.safetensors"), model.join("pytorch_model.bin")).unwrap();
-    insta::assert_snapshot!(fixture.check(), @"InvalidModel spec.model.uri: the weights are a pickle (pytorch_model.bin), which can run any code when opened: convert them with transformers' save_pretrained, which writes safetensors");
+    insta::assert_snapshot!(fixture.check(), @"InvalidModel spec.model.uri: the weights are a pickle (pytorch_model.bin), which can execute any code when loaded: convert them with transformers' save_pretrained, which writes safetensors");
 }
 
 #[test]
@@ -189,7 +189,7 @@ fn refuses_weights_that_do_not_fit_the_config() {
         shapes.insert("model.layers.0.self_attn.rotary_emb.inv_freq".to_owned(), vec![4]);
     });
     insta::assert_snapshot!(fixture.check(), @"
-        InvalidModel spec.model.uri: the weights have model.layers.0.self_attn.q_proj.bias, which a model of this config.json does not use: its answers would be wrong
+        InvalidModel spec.model.uri: the weights have model.layers.0.self_attn.q_proj.bias, which a model with this config.json does not use: its output would be wrong
         InvalidModel spec.model.uri: the weights lack model.norm.weight: they do not belong to this config.json
         InvalidModel spec.model.uri: the weights do not fit config.json: model.embed_tokens.weight is [300, 16], not [320, 16]
         ");
@@ -211,7 +211,7 @@ fn refuses_an_index_that_names_a_missing_shard() {
     let index = json!({"metadata": {}, "weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}});
     fixture.write("model/model.safetensors.index.json", &index.to_string());
     fs::remove_file(fixture.path("model/model.safetensors")).unwrap();
-    insta::assert_snapshot!(fixture.check(), @r#"InvalidModel spec.model.uri: model.safetensors.index.json names "model-00001-of-00002.safetensors", which does not exist"#);
+    insta::assert_snapshot!(fixture.check(), @r#"InvalidModel spec.model.uri: model.safetensors.index.json lists "model-00001-of-00002.safetensors", which does not exist"#);
 }
 
 #[test]
@@ -222,7 +222,7 @@ fn refuses_an_unknown_architecture() {
 }
 
 #[test]
-fn wants_a_chat_template_for_conversations() {
+fn requires_a_chat_template_for_conversations() {
     let fixture = Fixture::new();
     fixture.write("model/tokenizer_config.json", "{}");
     fixture.write("train.jsonl", r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#);
@@ -230,18 +230,18 @@ fn wants_a_chat_template_for_conversations() {
 }
 
 #[test]
-fn wants_a_tokenizer_of_this_model() {
+fn requires_a_tokenizer_that_fits_the_model() {
     let mut fixture = Fixture::new();
-    // Said once, though both splits show it.
+    // Reported once, although it affects both splits.
     fixture.write("valid.jsonl", "{\"text\": \"three\"}\n");
     fixture.config.dataset.validation = Some(fixture.at("valid.jsonl"));
     let config = fs::read_to_string(fixture.path("model/config.json")).unwrap();
     fixture.write("model/config.json", &config.replace("320", "258"));
     fixture.write_weights(|_| {});
-    insta::assert_snapshot!(fixture.check(), @"InvalidTokenizer spec.model.uri: the tokenizer gives token 259, but the model's embedding has only 258 rows: tokenizer and model do not belong together");
+    insta::assert_snapshot!(fixture.check(), @"InvalidTokenizer spec.model.uri: the tokenizer produces token 259, but the embedding of the model has only 258 rows: tokenizer and model do not belong together");
 }
 
-/// Tokens that the tokenizer has and the embedding has not matter where a row has them.
+/// A token that the tokenizer has but the embedding lacks is a problem only if a row contains it.
 #[test]
 fn a_token_beyond_the_embedding_is_refused_where_it_occurs() {
     let mut fixture = Fixture::new();
@@ -251,17 +251,17 @@ fn a_token_beyond_the_embedding_is_refused_where_it_occurs() {
     assert_eq!(fixture.check(), "");
     fixture.write("valid.jsonl", "{\"text\": \"<|eot_id|>\"}\n");
     fixture.config.dataset.validation = Some(fixture.at("valid.jsonl"));
-    insta::assert_snapshot!(fixture.check(), @"InvalidTokenizer spec.model.uri: the tokenizer gives token 263, but the model's embedding has only 260 rows: tokenizer and model do not belong together");
+    insta::assert_snapshot!(fixture.check(), @"InvalidTokenizer spec.model.uri: the tokenizer produces token 263, but the embedding of the model has only 260 rows: tokenizer and model do not belong together");
     fixture.config.dataset.validation = None;
     fixture.write("train.jsonl", "{\"text\": \"one\"}\n{\"text\": \"<|eot_id|>\"}\n");
-    insta::assert_snapshot!(fixture.check(), @"InvalidTokenizer spec.model.uri: the tokenizer gives token 263, but the model's embedding has only 260 rows: tokenizer and model do not belong together");
-    // Or a token that is only declared, and takes the next id.
+    insta::assert_snapshot!(fixture.check(), @"InvalidTokenizer spec.model.uri: the tokenizer produces token 263, but the embedding of the model has only 260 rows: tokenizer and model do not belong together");
+    // The same for a token that is only declared and gets the next id.
     fixture.write("model/config.json", &config.replace("320", "264"));
     fixture.write_weights(|_| {});
     assert_eq!(fixture.check(), "");
     fixture
         .write("model/tokenizer_config.json", r#"{"bos_token": "<s>", "eos_token": "<|done|>"}"#);
-    insta::assert_snapshot!(fixture.check(), @"InvalidTokenizer spec.model.uri: the tokenizer gives token 264, but the model's embedding has only 264 rows: tokenizer and model do not belong together");
+    insta::assert_snapshot!(fixture.check(), @"InvalidTokenizer spec.model.uri: the tokenizer produces token 264, but the embedding of the model has only 264 rows: tokenizer and model do not belong together");
 }
 
 #[test]
@@ -275,15 +275,15 @@ fn counts_all_bad_lines_and_shows_the_first() {
 }
 
 #[test]
-fn refuses_mixed_shapes_of_rows() {
+fn refuses_rows_of_mixed_formats() {
     let fixture = Fixture::new();
     fixture.write("train.jsonl", "{\"text\": \"a\"}\n{\"prompt\": \"a\", \"completion\": \"b\"}\n");
     insta::assert_snapshot!(fixture.check(), @r#"InvalidDataset train.jsonl:2: "text" is missing"#);
 }
 
-/// What is wrong is said, and not that a longer context would help.
+/// The report names the actual mistake and does not suggest a longer context.
 #[test]
-fn rows_that_are_none_are_no_matter_of_the_context() {
+fn invalid_rows_are_not_reported_as_too_long() {
     let check = |text: &str, on_invalid_row| {
         let mut fixture = Fixture::new();
         fixture.config.context_length = Some(32);
@@ -296,21 +296,21 @@ fn rows_that_are_none_are_no_matter_of_the_context() {
     insta::assert_snapshot!(check("", OnInvalidRow::Error), @"NothingToTrain spec.dataset.train: the dataset has no rows");
     insta::assert_snapshot!(check("[]", OnInvalidRow::Error), @"NothingToTrain spec.dataset.train: the dataset has no rows");
     insta::assert_snapshot!(check("{\"text\": 1}\n", OnInvalidRow::Drop), @r#"
-InvalidDataset spec.dataset.train: 1 of 1 rows cannot be used, more than the 10 % that dataset.onInvalidRow: drop may leave out: that is no accident of a few rows
-InvalidDataset train.jsonl:1: "text" is 1, it must be a string
+InvalidDataset spec.dataset.train: 1 of 1 rows cannot be used, but dataset.onInvalidRow: drop leaves out at most 10 %: fix the rows
+InvalidDataset train.jsonl:1: "text" is 1, but it must be a string
 "#);
 }
 
 #[test]
-fn says_where_generation_does_not_stop() {
+fn warns_if_generation_does_not_stop_at_the_end_of_a_turn() {
     let fixture = Fixture::new();
     fixture.write("model/generation_config.json", r#"{"eos_token_id": 258}"#);
     fixture.write("train.jsonl", r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#);
-    insta::assert_snapshot!(fixture.check(), @r#"warning: spec.dataset.train: answers end with "<|im_end|>" (token 259), but generation stops at "<s>": a full-parameter or merged result gets 259 added to eos_token_id in its generation_config.json; where an adapter is served, add it to the base model's generation_config.json or name it as stop token"#);
+    insta::assert_snapshot!(fixture.check(), @r#"warning: spec.dataset.train: answers end with "<|im_end|>" (token 259), but generation stops at "<s>": for a full-parameter or merged result, 259 will be added to eos_token_id in its generation_config.json; to serve an adapter, add it to generation_config.json of the base model or set it as a stop token"#);
 }
 
 #[test]
-fn a_date_that_is_printed_is_said_and_kept() {
+fn a_printed_date_is_a_warning_and_reported() {
     let mut fixture = Fixture::new();
     let settings = json!({
         "bos_token": "<s>", "eos_token": "<|im_end|>",
@@ -326,7 +326,7 @@ fn a_date_that_is_printed_is_said_and_kept() {
     assert_eq!(
         fixture.check(),
         format!(
-            "warning: spec.dataset: the chat template prints the date, which is {today} for every row: set dataset.templateDate to train on the same text another day"
+            "warning: spec.dataset: the chat template prints the current date, {today}, into every row: set dataset.templateDate to get the same text on another day"
         )
     );
     assert_eq!(fixture.report().template_date, Some(today));
@@ -346,7 +346,7 @@ fn refuses_an_empty_dataset() {
 }
 
 #[test]
-fn says_what_would_be_cut() {
+fn reports_how_many_tokens_would_be_cut() {
     let mut fixture = Fixture::new();
     fixture.config.context_length = Some(8);
     fixture.write("train.jsonl", "{\"text\": \"short\"}\n{\"text\": \"rather long\"}\n");
@@ -355,9 +355,9 @@ fn says_what_would_be_cut() {
     insta::assert_snapshot!(fixture.check(), @"Overflow spec.dataset.train: 1 of 2 rows have more than 8 tokens (the longest 13); 5 tokens would be cut: raise training.contextLength, or set dataset.onOverflow to truncate or drop");
     fixture.config.context_length = Some(3);
     fixture.config.dataset.on_overflow = OnOverflow::Drop;
-    insta::assert_snapshot!(fixture.check(), @"NothingToTrain spec.dataset.train: 2 of 2 rows have more than 3 tokens (the longest 13); 14 tokens would be cut, so every row would be dropped: raise training.contextLength");
+    insta::assert_snapshot!(fixture.check(), @"NothingToTrain spec.dataset.train: 2 of 2 rows have more than 3 tokens (the longest 13); 14 tokens would be cut, and every row would be dropped: raise training.contextLength");
     fixture.config.context_length = Some(65);
-    insta::assert_snapshot!(fixture.check(), @"InvalidSpec spec.training.contextLength: contextLength is 65, but the model was made for at most 64 positions: set it to 64 or less");
+    insta::assert_snapshot!(fixture.check(), @"InvalidSpec spec.training.contextLength: contextLength is 65, but the model supports at most 64 positions: set it to 64 or less");
 }
 
 #[test]
@@ -365,11 +365,11 @@ fn refuses_rows_whose_answers_are_all_cut_off() {
     let mut fixture = Fixture::new();
     fixture.config.context_length = Some(4);
     fixture.write("train.jsonl", r#"{"messages": [{"role": "user", "content": "aaaa"}, {"role": "assistant", "content": "b"}]}"#);
-    insta::assert_snapshot!(fixture.check(), @"NothingToTrain spec.dataset.train: 1 of 1 rows have more than 4 tokens (the longest 43); 39 tokens would be cut, and no row would keep a token to train on: raise training.contextLength");
+    insta::assert_snapshot!(fixture.check(), @"NothingToTrain spec.dataset.train: 1 of 1 rows have more than 4 tokens (the longest 43); 39 tokens would be cut, which leaves no row with a token to train on: raise training.contextLength");
 }
 
 #[test]
-fn says_how_many_rows_truncation_would_leave_out() {
+fn reports_how_many_rows_truncation_would_leave_out() {
     let mut fixture = Fixture::new();
     fixture.config.context_length = Some(42);
     let row = |question: &str| {
@@ -378,18 +378,18 @@ fn says_how_many_rows_truncation_would_leave_out() {
         )
     };
     fixture.write("train.jsonl", &(row("a") + &row("a rather long question") + &row("short")));
-    insta::assert_snapshot!(fixture.check(), @"warning: spec.dataset.train: 2 of 3 rows have more than 42 tokens (the longest 61); 21 tokens would be cut, and 1 of these rows would keep no token to train on and be left out");
+    insta::assert_snapshot!(fixture.check(), @"warning: spec.dataset.train: 2 of 3 rows have more than 42 tokens (the longest 61); 21 tokens would be cut, and 1 of these rows would have no token left to train on and be left out");
 }
 
 #[test]
-fn warns_of_rows_that_occur_again() {
+fn warns_about_duplicate_rows() {
     let mut fixture = Fixture::new();
     fixture.write("train.jsonl", "{\"text\": \"a\"}\n{\"text\": \"b\"}\n{\"text\": \"a\"}\n");
     fixture.write("valid.jsonl", "{\"text\": \"b\"}\n{\"text\": \"c\"}\n");
     fixture.config.dataset.validation = Some(fixture.at("valid.jsonl"));
     insta::assert_snapshot!(fixture.check(), @"
         warning: spec.dataset.train: 1 of 3 rows repeat an earlier row
-        warning: spec.dataset.validation: 1 of 2 validation rows are also training rows: the validation loss will look better than it is
+        warning: spec.dataset.validation: 1 of 2 validation rows are also training rows: the validation loss will be too low
         ");
 }
 
@@ -397,14 +397,14 @@ fn warns_of_rows_that_occur_again() {
 fn checks_the_adapter_against_the_model() {
     let check = |change: fn(&mut LoraSettings)| Fixture::new().with_lora(change).check();
     insta::assert_snapshot!(check(|lora| lora.r = 9), @r#"InvalidSpec spec.loraConfig.r: loraConfig.r is 9, larger than "model.layers.0.self_attn.k_proj" (8 x 16): use at most 8"#);
-    insta::assert_snapshot!(check(|lora| lora.target_modules = TargetModules::List(vec!["q_porj".to_owned()])), @r#"InvalidSpec spec.loraConfig.targetModules: loraConfig.targetModules has "q_porj", which matches no module of this model: use down_proj, embed_tokens, gate_proj, input_layernorm, k_proj, lm_head, norm, o_proj, post_attention_layernorm, q_proj, up_proj, v_proj (did you mean "q_proj"?)"#);
-    insta::assert_snapshot!(check(|lora| lora.modules_to_save = vec!["head".to_owned()]), @r#"InvalidSpec spec.loraConfig.modulesToSave: loraConfig.modulesToSave has "head", which matches no module of this model: use down_proj, embed_tokens, gate_proj, input_layernorm, k_proj, lm_head, norm, o_proj, post_attention_layernorm, q_proj, up_proj, v_proj"#);
-    insta::assert_snapshot!(check(|lora| lora.modules_to_save = vec!["lm_head".to_owned()]), @"warning: spec.loraConfig.modulesToSave: vLLM refuses adapters with modulesToSave: set output.merge to true to serve the merged model");
+    insta::assert_snapshot!(check(|lora| lora.target_modules = TargetModules::List(vec!["q_porj".to_owned()])), @r#"InvalidSpec spec.loraConfig.targetModules: loraConfig.targetModules names "q_porj", which no module of this model is called: use down_proj, embed_tokens, gate_proj, input_layernorm, k_proj, lm_head, norm, o_proj, post_attention_layernorm, q_proj, up_proj, v_proj (did you mean "q_proj"?)"#);
+    insta::assert_snapshot!(check(|lora| lora.modules_to_save = vec!["head".to_owned()]), @r#"InvalidSpec spec.loraConfig.modulesToSave: loraConfig.modulesToSave names "head", which no module of this model is called: use down_proj, embed_tokens, gate_proj, input_layernorm, k_proj, lm_head, norm, o_proj, post_attention_layernorm, q_proj, up_proj, v_proj"#);
+    insta::assert_snapshot!(check(|lora| lora.modules_to_save = vec!["lm_head".to_owned()]), @"warning: spec.loraConfig.modulesToSave: vLLM rejects adapters with modulesToSave: set output.merge to true to serve the merged model");
     insta::assert_snapshot!(check(|lora| lora.target_modules = TargetModules::List(vec!["embed_tokens".to_owned()])), @"warning: spec.loraConfig.targetModules: vLLM does not serve adapters on embed_tokens of every model: set output.merge to true to serve the merged model");
 }
 
 #[test]
-fn sees_all_there_is_to_mend_at_once() {
+fn reports_all_mistakes_at_once() {
     let mut fixture = Fixture::new();
     fixture.config.output.uri = "ftp://x/y".to_owned();
     fixture.config.dataset.train = Some(fixture.at("train.jsonl.missing"));
@@ -415,22 +415,22 @@ fn sees_all_there_is_to_mend_at_once() {
 }
 
 #[test]
-fn the_weights_tell_whether_the_head_is_the_embedding() {
+fn the_weights_decide_whether_the_head_is_tied() {
     let check = |dtype, head| {
         let fixture = Fixture::new();
         fixture.write_head(dtype, head);
-        let said = fixture.check();
+        let messages = fixture.check();
         let model = fixture.report().model.unwrap();
         let heads = model.modules.iter().filter(|module| module.name == "lm_head").count();
         assert_eq!(heads == 1, !model.tie_word_embeddings);
-        (model.tie_word_embeddings, said)
+        (model.tie_word_embeddings, messages)
     };
     assert_eq!(check(Dtype::BF16, 0), (true, String::new()));
-    let (is_tied, said) = check(Dtype::BF16, 1);
-    insta::assert_snapshot!(said, @"warning: spec.model.uri: config.json says tie_word_embeddings: true, but the weights have an lm_head.weight that differs from model.embed_tokens.weight: the head of the weights is used, as transformers 5 does, and a published model says tie_word_embeddings: false");
+    let (is_tied, messages) = check(Dtype::BF16, 1);
+    insta::assert_snapshot!(messages, @"warning: spec.model.uri: config.json says tie_word_embeddings: true, but the weights have an lm_head.weight that differs from model.embed_tokens.weight: the head of the weights is used, as transformers 5 does, and a published model says tie_word_embeddings: false");
     assert!(!is_tied);
     assert!(!check(Dtype::F32, 0).0);
-    // Where the config does not tie them there is nothing to say.
+    // If the config does not tie them, there is no warning.
     let fixture = Fixture::new();
     let text = fs::read_to_string(fixture.path("model/config.json")).unwrap();
     fixture.write_head(Dtype::BF16, 1);
@@ -440,11 +440,11 @@ fn the_weights_tell_whether_the_head_is_the_embedding() {
 }
 
 #[test]
-fn a_single_file_goes_before_an_index() {
+fn a_single_file_takes_precedence_over_an_index() {
     let fixture = Fixture::new();
     let index = json!({"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}});
     fixture.write("model/model.safetensors.index.json", &index.to_string());
-    insta::assert_snapshot!(fixture.check(), @"warning: spec.model.uri: both model.safetensors and model.safetensors.index.json are there: model.safetensors is used, as transformers does (vLLM takes the index); remove what is stale");
+    insta::assert_snapshot!(fixture.check(), @"warning: spec.model.uri: both model.safetensors and model.safetensors.index.json exist: model.safetensors is used, as in transformers (vLLM uses the index); remove the stale one");
     // A tensor of two shards.
     let single = fixture.path("model/model.safetensors");
     for shard in ["a.safetensors", "b.safetensors"] {
@@ -455,11 +455,11 @@ fn a_single_file_goes_before_an_index() {
         json!({"model.norm.weight": "a.safetensors", "model.embed_tokens.weight": "b.safetensors"});
     let index = json!({ "weight_map": map });
     fixture.write("model/model.safetensors.index.json", &index.to_string());
-    insta::assert_snapshot!(fixture.check(), @"InvalidModel spec.model.uri: model.embed_tokens.weight is in a.safetensors and in b.safetensors: which one is meant cannot be known");
+    insta::assert_snapshot!(fixture.check(), @"InvalidModel spec.model.uri: model.embed_tokens.weight is in both a.safetensors and b.safetensors: remove one of them");
 }
 
 #[test]
-fn reports_what_the_adapter_means() {
+fn reports_the_modules_of_the_adapter() {
     let report = |change: fn(&mut LoraSettings)| {
         let lora = Fixture::new().with_lora(change).report().lora.unwrap();
         let list = |modules: &[finetune_contract::ModuleShape]| {
@@ -470,7 +470,7 @@ fn reports_what_the_adapter_means() {
         };
         format!("{} | {} | {}", list(&lora.targets), list(&lora.saved), lora.unties)
     };
-    let said = [
+    let messages = [
         report(|_| {}),
         report(|lora| {
             let nine = [
@@ -493,7 +493,7 @@ fn reports_what_the_adapter_means() {
         }),
         report(|lora| lora.target_modules = TargetModules::Pattern(r".*\.[qk]_proj".to_owned())),
     ];
-    insta::assert_snapshot!(said.join("\n"), @r"
+    insta::assert_snapshot!(messages.join("\n"), @r"
 q_proj 16x16, k_proj 8x16, v_proj 8x16, o_proj 16x16, gate_proj 32x16, up_proj 32x16, down_proj 16x32 |  | false
 embed_tokens 320x16, q_proj 16x16, k_proj 8x16, v_proj 8x16, o_proj 16x16, gate_proj 32x16, up_proj 32x16, down_proj 16x32, lm_head 320x16 |  | true
 q_proj 16x16 | norm 16x0, lm_head 320x16 | true
@@ -503,7 +503,7 @@ q_proj 16x16, k_proj 8x16 |  | false
 
 #[test]
 fn added_tokens_get_rows_that_are_trained() {
-    let with_tokens = |tokens: &[&str], mut fixture: Fixture| {
+    let add_tokens = |tokens: &[&str], mut fixture: Fixture| {
         fixture.config.model.added_tokens = tokens.iter().map(|&token| token.to_owned()).collect();
         fixture
     };
@@ -514,30 +514,30 @@ fn added_tokens_get_rows_that_are_trained() {
     let many: Vec<String> = (0..60).map(|index| format!("<|{index}|>")).collect();
     let many: Vec<&str> = many.iter().map(String::as_str).collect();
     // The tokenizer has 264 tokens, the embedding 320 rows.
-    assert_eq!(facts(with_tokens(&["<|a|>", "<|b|>"], Fixture::new())), (2, 320, 320));
-    assert_eq!(facts(with_tokens(&many, Fixture::new())), (60, 324, 324));
-    // One that is there already is not new, and needs no training.
-    assert_eq!(facts(with_tokens(&["<|im_end|>"], Fixture::new())), (0, 320, 320));
+    assert_eq!(facts(add_tokens(&["<|a|>", "<|b|>"], Fixture::new())), (2, 320, 320));
+    assert_eq!(facts(add_tokens(&many, Fixture::new())), (60, 324, 324));
+    // An existing token is not new and needs no training.
+    assert_eq!(facts(add_tokens(&["<|im_end|>"], Fixture::new())), (0, 320, 320));
 
     let saving = |names: &[&str]| {
         let names = names.iter().map(|&name| name.to_owned()).collect();
         let lora = Fixture::new().with_lora(|lora| lora.modules_to_save = names);
-        with_tokens(&["<|a|>", "<|b|>"], lora)
+        add_tokens(&["<|a|>", "<|b|>"], lora)
     };
-    insta::assert_snapshot!(saving(&[]).check(), @"InvalidSpec spec.model.addedTokens: adds 2 tokens, whose rows would not be trained and mean nothing: add embed_tokens and lm_head to loraConfig.modulesToSave, or leave loraConfig out to train every parameter");
+    insta::assert_snapshot!(saving(&[]).check(), @"InvalidSpec spec.model.addedTokens: adds 2 tokens whose embeddings would not be trained: add embed_tokens and lm_head to loraConfig.modulesToSave, or remove loraConfig to train every parameter");
     insta::assert_snapshot!(saving(&["embed_tokens"]).check(), @r#"
-InvalidSpec spec.model.addedTokens: adds 2 tokens, whose rows would not be trained and mean nothing: add lm_head to loraConfig.modulesToSave, or leave loraConfig out to train every parameter
-warning: spec.loraConfig.modulesToSave: vLLM refuses adapters with modulesToSave: set output.merge to true to serve the merged model
+InvalidSpec spec.model.addedTokens: adds 2 tokens whose embeddings would not be trained: add lm_head to loraConfig.modulesToSave, or remove loraConfig to train every parameter
+warning: spec.loraConfig.modulesToSave: vLLM rejects adapters with modulesToSave: set output.merge to true to serve the merged model
 "#);
     let problems = saving(&["embed_tokens", "lm_head"]).report().problems;
     assert_eq!(problems, []);
-    insta::assert_snapshot!(with_tokens(&["<|im_end|>"], Fixture::new().with_lora(|_| {})).check(), @"");
+    insta::assert_snapshot!(add_tokens(&["<|im_end|>"], Fixture::new().with_lora(|_| {})).check(), @"");
 }
 
 #[test]
-fn names_of_modules_that_mean_nothing_are_refused() {
+fn module_names_that_match_nothing_are_refused() {
     let check = |change: fn(&mut LoraSettings)| Fixture::new().with_lora(change).check();
-    let said = [
+    let messages = [
         check(|lora| lora.target_modules = TargetModules::Pattern("q_proj".to_owned())),
         check(|lora| lora.target_modules = TargetModules::Pattern("(q_proj".to_owned())),
         check(|lora| lora.target_modules = TargetModules::Pattern(".*self_attn.*".to_owned())),
@@ -552,11 +552,11 @@ fn names_of_modules_that_mean_nothing_are_refused() {
         }),
         check(|lora| lora.exclude_modules = Some(ModuleNames::Pattern(".*".to_owned()))),
     ];
-    insta::assert_snapshot!(said.join("\n"), @r#"
-InvalidSpec spec.loraConfig.targetModules: loraConfig.targetModules is the pattern "q_proj", which matches no module: it must match full paths such as "model.layers.0.self_attn.q_proj" and "lm_head"
-InvalidSpec spec.loraConfig.targetModules: loraConfig.targetModules is the pattern "(q_proj", which cannot be used as a regular expression: Parsing error at position 15: Opening parenthesis without closing parenthesis
-InvalidSpec spec.loraConfig.targetModules: loraConfig.targetModules selects "model.layers.0.self_attn", but only linear layers, embed_tokens and lm_head can have an adapter: name those, or exclude it with excludeModules
-InvalidSpec spec.loraConfig.targetModules: loraConfig.targetModules selects "model.norm", but only linear layers, embed_tokens and lm_head can have an adapter: name those, or exclude it with excludeModules
+    insta::assert_snapshot!(messages.join("\n"), @r#"
+InvalidSpec spec.loraConfig.targetModules: loraConfig.targetModules is the pattern "q_proj", which matches the whole path of no module; paths are such as "model.layers.0.self_attn.q_proj" and "lm_head"
+InvalidSpec spec.loraConfig.targetModules: loraConfig.targetModules is the pattern "(q_proj", which is not a regular expression that can be used: Parsing error at position 15: Opening parenthesis without closing parenthesis
+InvalidSpec spec.loraConfig.targetModules: loraConfig.targetModules means "model.layers.0.self_attn", but only linear layers, embed_tokens and lm_head take an adapter: name those, or leave it out with excludeModules
+InvalidSpec spec.loraConfig.targetModules: loraConfig.targetModules means "model.norm", but only linear layers, embed_tokens and lm_head take an adapter: name those, or leave it out with excludeModules
 InvalidSpec spec.loraConfig.layersToTransform: loraConfig.layersToTransform has 1, but the model has the layers 0 to 0
 InvalidSpec spec.loraConfig.layersToTransform: loraConfig.layersToTransform cannot be combined with a targetModules pattern: put the layers into the pattern
 InvalidSpec spec.loraConfig.excludeModules: loraConfig.excludeModules has "lm_head", which excludes none of the modules of targetModules: remove it or correct the name
@@ -577,7 +577,7 @@ fn with_adapter(change: impl FnOnce(&mut serde_json::Value), is_cut: bool) -> Fi
     fixture.write("adapter/adapter_config.json", &settings.to_string());
     let text = fs::read_to_string(fixture.path("model/config.json")).unwrap();
     let model = ModelConfig::parse(&text).unwrap();
-    // Of what cannot be read there are no weights; those of the settings asked for do as well.
+    // If the settings cannot be parsed, the weights of the requested settings will do.
     let lora = config::parse(&settings.to_string()).map(|settings| settings.lora);
     let lora = lora.unwrap_or_else(|_| fixture.config.lora.clone().unwrap());
     let attachment = Trainable::lora(&model, &lora).unwrap();
@@ -595,7 +595,7 @@ fn with_adapter(change: impl FnOnce(&mut serde_json::Value), is_cut: bool) -> Fi
 }
 
 #[test]
-fn an_initial_adapter_is_of_the_shape_asked_for() {
+fn an_initial_adapter_must_have_the_requested_shape() {
     insta::assert_snapshot!(with_adapter(|_| {}, false).check(), @"");
     let other = with_adapter(
         |settings| {
@@ -613,7 +613,7 @@ fn an_initial_adapter_is_of_the_shape_asked_for() {
 }
 
 #[test]
-fn an_initial_checkpoint_is_one_of_what_is_trained() {
+fn an_initial_checkpoint_must_fit_the_model() {
     let mut fixture = Fixture::new();
     let checkpoint = fixture.path("step-00000006");
     fixture.config.initial_checkpoint = Some(format!("file://{}", checkpoint.display()));
@@ -638,7 +638,7 @@ fn an_initial_checkpoint_is_one_of_what_is_trained() {
     insta::assert_snapshot!(fixture.check(), @"InvalidSpec spec.initialCheckpoint.uri: has 7 trained parameters, but this model and loraConfig have 7472: it belongs to another model");
     fixture.write("step-00000006/checkpoint-manifest.json", "{}");
     insta::assert_snapshot!(fixture.check(), @"InvalidModel spec.initialCheckpoint.uri: file:///step-00000006 cannot be used: checkpoint manifest is not valid: the field `version` is missing; name another step");
-    // A part is too short.
+    // A file is truncated.
     fixture.write("step-00000006/checkpoint-manifest.json", &manifest(parameters).to_string());
     fixture.write("step-00000006/state.safetensors", "");
     insta::assert_snapshot!(fixture.check(), @"InvalidModel spec.initialCheckpoint.uri: file:///step-00000006 cannot be used: state.safetensors is missing or truncated; name another step");
@@ -651,31 +651,31 @@ fn an_initial_checkpoint_is_one_of_what_is_trained() {
 }
 
 #[test]
-fn an_initial_adapter_that_is_damaged_or_not_there_is_said() {
-    insta::assert_snapshot!(with_adapter(|_| {}, true).check(), @"InvalidModel spec.initialAdapter.uri: the adapter's weights lack base_model.model.model.layers.0.mlp.down_proj.lora_B.weight: it belongs to another model, or is damaged");
+fn a_damaged_or_missing_initial_adapter_is_reported() {
+    insta::assert_snapshot!(with_adapter(|_| {}, true).check(), @"InvalidModel spec.initialAdapter.uri: its weights lack base_model.model.model.layers.0.mlp.down_proj.lora_B.weight: the adapter is of another model, or damaged");
     let other = with_adapter(|settings| settings["peft_type"] = json!("IA3"), false);
     insta::assert_snapshot!(other.check(), @r#"InvalidModel file:///adapter/adapter_config.json: peft_type is "IA3", but only LORA adapters can be loaded"#);
     let gone = with_adapter(|_| {}, false);
     fs::remove_file(gone.path("adapter/adapter_model.safetensors")).unwrap();
-    insta::assert_snapshot!(gone.check(), @"NotFound spec.initialAdapter.uri: file:///adapter has no adapter_config.json and adapter_model.safetensors: name the directory of a LoRA adapter, which of a merged result is adapter/ below it; a full-parameter result is gone on from by naming it as model.uri");
+    insta::assert_snapshot!(gone.check(), @"NotFound spec.initialAdapter.uri: file:///adapter lacks adapter_config.json or adapter_model.safetensors: give the directory of a LoRA adapter (of a merged result its subdirectory adapter/); to continue from a full-parameter result, set it as model.uri");
 }
 
 #[test]
-fn rows_with_one_fault_are_one_problem() {
+fn rows_with_the_same_error_are_one_problem() {
     let fixture = Fixture::new();
     let text =
         "{\"text\": \"a\"}\n{\"text\": \"b\", \"why\": \"c\"}\n{\"text\": 1}\n{\"text\": 2}\n";
     fixture.write("train.jsonl", &text.repeat(3));
     insta::assert_snapshot!(fixture.check(), @r#"
-InvalidDataset train.jsonl:2: the key "why" is not known, and what it says would be lost: remove it, or list it in dataset.ignoredKeys if nothing of it is to be trained on (3 rows; the next are train.jsonl:6, train.jsonl:10)
-InvalidDataset train.jsonl:3: "text" is 1, it must be a string (6 rows; the next are train.jsonl:4, train.jsonl:7, train.jsonl:8, …)
+InvalidDataset train.jsonl:2: the key "why" is unknown, so its content would be lost: remove it, or list it in dataset.ignoredKeys if it need not be trained on (3 rows; the next are train.jsonl:6, train.jsonl:10)
+InvalidDataset train.jsonl:3: "text" is 1, but it must be a string (6 rows; the next are train.jsonl:4, train.jsonl:7, train.jsonl:8, …)
 warning: spec.dataset.train: 2 of 3 rows repeat an earlier row
 "#);
     assert_eq!(fixture.report().problems_total, 9);
 }
 
 #[test]
-fn a_few_bad_rows_are_left_out_if_asked_for() {
+fn a_few_invalid_rows_are_left_out_if_requested() {
     let mut fixture = Fixture::new();
     fixture.config.dataset.on_invalid_row = OnInvalidRow::Drop;
     fixture.write("train.jsonl", &("{\"text\": \"a\"}\n".repeat(9) + "{\"text\": \"\"}\n"));
@@ -687,28 +687,28 @@ warning: spec.dataset.train: 8 of 9 rows repeat an earlier row
 "#);
     fixture.write("train.jsonl", &("{\"text\": \"a\"}\n".repeat(8) + "{\"text\": \"\"}\n"));
     insta::assert_snapshot!(fixture.check(), @r#"
-InvalidDataset spec.dataset.train: 1 of 9 rows cannot be used, more than the 10 % that dataset.onInvalidRow: drop may leave out: that is no accident of a few rows
+InvalidDataset spec.dataset.train: 1 of 9 rows cannot be used, but dataset.onInvalidRow: drop leaves out at most 10 %: fix the rows
 InvalidDataset train.jsonl:9: "text" is empty
 warning: spec.dataset.train: 7 of 8 rows repeat an earlier row
 "#);
 }
 
 #[test]
-fn bad_rows_of_each_kind_are_left_out_and_named() {
+fn invalid_rows_of_each_kind_are_left_out_and_reported() {
     let mut fixture = Fixture::new();
     let good: String = (0..30).map(|row| format!("{{\"text\": \"row {row}\"}}\n")).collect();
     let bad = "{\"text\": \"a\"\n{\"text\": 1}\n{\"txt\": \"a\"}\n";
     fixture.write("train.jsonl", &(good + bad));
     insta::assert_snapshot!(fixture.check(), @r#"
 InvalidDataset train.jsonl:31: the row is not JSON: EOF while parsing an object at column 12
-InvalidDataset train.jsonl:32: "text" is 1, it must be a string
+InvalidDataset train.jsonl:32: "text" is 1, but it must be a string
 InvalidDataset train.jsonl:33: "text" is missing (did you mean "text" instead of "txt"?)
 "#);
     assert_eq!(fixture.report().problems_total, 3);
     fixture.config.dataset.on_invalid_row = OnInvalidRow::Drop;
     insta::assert_snapshot!(fixture.check(), @r#"
 warning: train.jsonl:31: left out: the row is not JSON: EOF while parsing an object at column 12
-warning: train.jsonl:32: left out: "text" is 1, it must be a string
+warning: train.jsonl:32: left out: "text" is 1, but it must be a string
 warning: train.jsonl:33: left out: "text" is missing (did you mean "text" instead of "txt"?)
 "#);
     let train = fixture.report().train.unwrap();
@@ -716,7 +716,7 @@ warning: train.jsonl:33: left out: "text" is missing (did you mean "text" instea
 }
 
 #[test]
-fn a_prefix_says_what_it_leaves_out() {
+fn warns_about_files_that_a_prefix_leaves_out() {
     let mut fixture = Fixture::new();
     fs::create_dir(fixture.path("rows")).unwrap();
     for name in
@@ -725,14 +725,14 @@ fn a_prefix_says_what_it_leaves_out() {
         fixture.write(&format!("rows/{name}"), &format!("{{\"text\": \"{name}\"}}\n"));
     }
     fixture.config.dataset.train = Some(fixture.at("rows/"));
-    insta::assert_snapshot!(fixture.check(), @"warning: spec.dataset.train: 2 files are named for another split and left out: test.jsonl, validation.jsonl; name a file itself to use it");
+    insta::assert_snapshot!(fixture.check(), @"warning: spec.dataset.train: 2 files are named after another split and left out: test.jsonl, validation.jsonl; to use a file anyway, give its own URI");
     let census = fixture.report().train.unwrap();
     assert_eq!(
         (census.files, census.rows, census.file_names),
         (1, 1, vec!["train.jsonl".to_owned()])
     );
     fs::remove_file(fixture.path("rows/train.jsonl")).unwrap();
-    insta::assert_snapshot!(fixture.check(), @"InvalidDataset spec.dataset.train: file:///rows/ has no file for training: test.jsonl, validation.jsonl are named for another split; to use one of them all the same, name the file itself");
+    insta::assert_snapshot!(fixture.check(), @"InvalidDataset spec.dataset.train: file:///rows/ has no file for training: test.jsonl, validation.jsonl are named after another split; to use one of them anyway, give its own URI");
 }
 
 #[test]
@@ -767,5 +767,5 @@ fn a_fraction_of_the_rows_is_held_out() {
     assert_eq!(report.overlapping_rows, 0);
     fixture.write("train.jsonl", "{\"text\": \"a\"}\n");
     fixture.config.dataset.validation_fraction = Some(0.0001);
-    insta::assert_snapshot!(fixture.check(), @"NothingToTrain spec.dataset.validationFraction: holds out none of the few rows there are: raise it above 0.0001");
+    insta::assert_snapshot!(fixture.check(), @"NothingToTrain spec.dataset.validationFraction: holds out no row, because there are so few: raise it above 0.0001");
 }

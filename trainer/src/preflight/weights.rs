@@ -1,4 +1,4 @@
-//! The weights of the base model, checked by their headers.
+//! Checks the weights of the base model by their headers.
 
 use std::collections::BTreeMap;
 
@@ -14,29 +14,29 @@ use crate::{
         tying,
         weights::{INDEX_FILE, SINGLE_FILE, shards_of_index, unused},
     },
-    preflight::{Findings, MODEL_URI},
+    preflight::findings::{Findings, MODEL_URI},
     store::{self, Entry, Store},
 };
 
-/// Bytes of two tensors that are compared at once.
+/// The number of bytes of two tensors that are compared at once.
 const COMPARED_BYTES: u64 = 8 << 20;
 
-/// What the weight files hold.
+/// A summary of the weight files.
 pub(super) struct Weights {
-    /// Their bytes.
+    /// Their total size in bytes.
     pub(super) bytes: u64,
     /// The widest element type.
     pub(super) dtype: String,
 }
 
-/// A tensor and the file it is in.
+/// A tensor and its file.
 struct Stored {
     file: String,
     entry: TensorEntry,
 }
 
 /// Reads the headers of all weight files and compares them with the config; unties the config if the
-/// weights have a head that is not the embedding.
+/// weights have a head that differs from the embedding.
 pub(super) fn check(
     store: &Store,
     entries: &[Entry],
@@ -46,7 +46,7 @@ pub(super) fn check(
     let files = match weight_files(store, entries) {
         Ok(files) => files,
         Err((reason, message)) => {
-            findings.problem(reason, MODEL_URI, message);
+            findings.add_problem(reason, MODEL_URI, message);
             return None;
         }
     };
@@ -59,34 +59,34 @@ pub(super) fn check(
                 for (name, entry) in found {
                     if let Some(other) = tensors.get(&name) {
                         let message = format!(
-                            "{name} is in {} and in {file}: which one is meant cannot be known",
+                            "{name} is in both {} and {file}: remove one of them",
                             other.file
                         );
-                        findings.problem(ProblemReason::InvalidModel, MODEL_URI, message);
+                        findings.add_problem(ProblemReason::InvalidModel, MODEL_URI, message);
                         return None;
                     }
                     tensors.insert(name, Stored { file: file.clone(), entry });
                 }
             }
             Err((reason, message)) => {
-                findings.problem(reason, &file, message);
+                findings.add_problem(reason, &file, message);
                 return None;
             }
         }
     }
-    if tying::is_doubtful(model, |name| tensors.contains_key(name)) {
+    if tying::needs_comparison(model, |name| tensors.contains_key(name)) {
         match are_equal(store, &tensors[EMBEDDING_WEIGHT], &tensors[HEAD_WEIGHT]) {
             Ok(true) => {}
             Ok(false) => {
                 *model = tying::untied(model.clone());
-                findings.warning(
+                findings.add_warning(
                     ProblemReason::InvalidModel,
                     MODEL_URI,
-                    tying::OWN_HEAD.to_owned(),
+                    tying::UNTIED_HEAD_WARNING.to_owned(),
                 );
             }
             Err(error) => {
-                findings.store_problem(MODEL_URI, &error);
+                findings.add_store_error(MODEL_URI, &error);
                 return None;
             }
         }
@@ -100,9 +100,9 @@ pub(super) fn check(
     Some(Weights { bytes, dtype: widest.to_owned() })
 }
 
-/// Tells whether two tensors have the same bytes, reading no further than to the first difference.
+/// Returns whether two tensors have the same bytes; stops reading at the first difference.
 fn are_equal(store: &Store, one: &Stored, other: &Stored) -> Result<bool, store::Error> {
-    if !one.entry.is_like(&other.entry) {
+    if !one.entry.has_same_layout(&other.entry) {
         return Ok(false);
     }
     let length = one.entry.end - one.entry.start;
@@ -119,14 +119,14 @@ fn are_equal(store: &Store, one: &Stored, other: &Stored) -> Result<bool, store:
     Ok(true)
 }
 
-/// Warns of weight files that are not read because others are.
-pub(super) fn warn_of_unread_files(entries: &[Entry], findings: &mut Findings) {
+/// Warns about weight files that are ignored because others take precedence.
+pub(super) fn warn_about_unread_files(entries: &[Entry], findings: &mut Findings) {
     let has = |name: &str| entries.iter().any(|entry| entry.path == name);
     if has(SINGLE_FILE) && has(INDEX_FILE) {
         let message = format!(
-            "both {SINGLE_FILE} and {INDEX_FILE} are there: {SINGLE_FILE} is used, as transformers does (vLLM takes the index); remove what is stale"
+            "both {SINGLE_FILE} and {INDEX_FILE} exist: {SINGLE_FILE} is used, as in transformers (vLLM uses the index); remove the stale one"
         );
-        findings.warning(ProblemReason::InvalidModel, MODEL_URI, message);
+        findings.add_warning(ProblemReason::InvalidModel, MODEL_URI, message);
     }
 }
 
@@ -135,12 +135,12 @@ fn weight_files(
     entries: &[Entry],
 ) -> Result<Vec<(String, u64)>, (ProblemReason, String)> {
     let size = |name: &str| entries.iter().find(|entry| entry.path == name).map(|entry| entry.size);
-    // Where both are, transformers takes the single file.
+    // transformers prefers the single file to an index.
     if let Some(size) = size(SINGLE_FILE) {
         return Ok(vec![(SINGLE_FILE.to_owned(), size)]);
     }
     if let Some(index_size) = size(INDEX_FILE) {
-        let text = store.read_range(INDEX_FILE, 0..index_size).map_err(of_store)?;
+        let text = store.read_range(INDEX_FILE, 0..index_size).map_err(from_store)?;
         let shards = shards_of_index(&String::from_utf8_lossy(&text)).map_err(|reason| {
             (ProblemReason::InvalidModel, format!("{INDEX_FILE} is damaged: {reason}"))
         })?;
@@ -150,7 +150,7 @@ fn weight_files(
                 Some(size) => Ok((shard, size)),
                 None => Err((
                     ProblemReason::InvalidModel,
-                    format!("{INDEX_FILE} names {shard:?}, which does not exist"),
+                    format!("{INDEX_FILE} lists {shard:?}, which does not exist"),
                 )),
             })
             .collect();
@@ -160,14 +160,15 @@ fn weight_files(
         entries.iter().find(|entry| pickles.iter().any(|ending| entry.path.ends_with(ending)));
     let message = match unsafe_file {
         Some(entry) => format!(
-            "the weights are a pickle ({}), which can run any code when opened: convert them with transformers' save_pretrained, which writes safetensors",
+            "the weights are a pickle ({}), which can execute any code when loaded: convert them with transformers' save_pretrained, which writes safetensors",
             entry.path
         ),
-        None => format!("{} has no {SINGLE_FILE} and no {INDEX_FILE}", store.uri()),
+        None => format!("{} has neither {SINGLE_FILE} nor {INDEX_FILE}", store.uri()),
     };
     Err((ProblemReason::InvalidModel, message))
 }
 
+/// Reads and parses the header of a safetensors file.
 pub(super) fn read_header(
     store: &Store,
     file: &str,
@@ -175,14 +176,14 @@ pub(super) fn read_header(
 ) -> Result<BTreeMap<String, TensorEntry>, (ProblemReason, String)> {
     let damaged =
         |error: safetensors_header::Error| (ProblemReason::InvalidModel, error.to_string());
-    let first = store.read_range(file, 0..size.min(8)).map_err(of_store)?;
+    let first = store.read_range(file, 0..size.min(8)).map_err(from_store)?;
     let length = safetensors_header::header_length(&first, size).map_err(damaged)?;
-    let json = store.read_range(file, 8..8 + length).map_err(of_store)?;
+    let json = store.read_range(file, 8..8 + length).map_err(from_store)?;
     safetensors_header::parse(&json, size).map_err(damaged)
 }
 
-/// Keeps the store's own reason: a file that cannot be reached is not a damaged one.
-fn of_store(error: store::Error) -> (ProblemReason, String) {
+/// Keeps the reason of the store: an unreachable file is not a damaged one.
+fn from_store(error: store::Error) -> (ProblemReason, String) {
     (error.problem_reason(), error.to_string())
 }
 
@@ -206,7 +207,7 @@ fn compare(tensors: &BTreeMap<String, TensorEntry>, model: &ModelConfig, finding
             Some(_) => {}
         }
     }
-    let some = |list: &[String]| {
+    let first_three = |list: &[String]| {
         let more =
             if list.len() > 3 { format!(" and {} more", list.len() - 3) } else { String::new() };
         format!("{}{more}", list[..list.len().min(3)].join(", "))
@@ -214,21 +215,23 @@ fn compare(tensors: &BTreeMap<String, TensorEntry>, model: &ModelConfig, finding
     let unexpected = unused(tensors.keys().map(String::as_str), model);
     if !unexpected.is_empty() {
         let message = format!(
-            "the weights have {}, which a model of this config.json does not use: its answers would be wrong",
-            some(&unexpected)
+            "the weights have {}, which a model with this config.json does not use: its output would be wrong",
+            first_three(&unexpected)
         );
-        findings.problem(ProblemReason::InvalidModel, MODEL_URI, message);
+        findings.add_problem(ProblemReason::InvalidModel, MODEL_URI, message);
     }
     if !missing.is_empty() {
-        let message =
-            format!("the weights lack {}: they do not belong to this config.json", some(&missing));
-        findings.problem(ProblemReason::InvalidModel, MODEL_URI, message);
+        let message = format!(
+            "the weights lack {}: they do not belong to this config.json",
+            first_three(&missing)
+        );
+        findings.add_problem(ProblemReason::InvalidModel, MODEL_URI, message);
     }
     if !misshapen.is_empty() {
-        findings.problem(
+        findings.add_problem(
             ProblemReason::InvalidModel,
             MODEL_URI,
-            format!("the weights do not fit config.json: {}", some(&misshapen)),
+            format!("the weights do not fit config.json: {}", first_three(&misshapen)),
         );
     }
 }
@@ -241,7 +244,7 @@ mod tests {
     use crate::store::{Environment, Role};
 
     #[test]
-    fn weights_that_cannot_be_read_are_not_called_damaged() {
+    fn unreachable_weights_are_not_reported_as_damaged() {
         let directory = tempfile::tempdir().unwrap();
         let uri = ObjectUri::parse(&format!("file://{}", directory.path().display())).unwrap();
         let store = Store::open(&uri, None, Role::Model, &Environment::default()).unwrap();

@@ -1,10 +1,11 @@
-//! Directories that are there complete or not at all.
+//! Creates local directories atomically.
 
 use std::{fs, fs::File, path::Path};
 
 use crate::failure::Failure;
 
-/// Fills a directory under another name and renames it.
+/// Creates a directory that appears complete or not at all: `fill` writes it under another name, then it
+/// is renamed.
 ///
 /// # Errors
 /// A [`Failure`] of the disk, or that of `fill`.
@@ -25,20 +26,20 @@ pub(crate) fn create(
     fs::rename(&partial, to).map_err(disk)
 }
 
-/// Calls `make` unless the directory exists; processes that want the same one wait for each other.
+/// Calls `create` unless the directory exists. Processes that need the same directory wait for each other.
 ///
 /// # Errors
-/// A [`Failure`] of the disk, or that of `make`.
+/// A [`Failure`] of the disk, or that of `create`.
 pub(crate) fn once(
     directory: &Path,
-    make: impl FnOnce() -> Result<(), Failure>,
+    create: impl FnOnce() -> Result<(), Failure>,
 ) -> Result<(), Failure> {
     let disk =
-        |error: std::io::Error| Failure::from_io(&error, &format!("cannot make {directory:?}"));
+        |error: std::io::Error| Failure::from_io(&error, &format!("cannot create {directory:?}"));
     if let Some(parent) = directory.parent() {
         fs::create_dir_all(parent).map_err(disk)?;
     }
     let lock = File::create(directory.with_extension("lock")).map_err(disk)?;
     lock.lock().map_err(disk)?;
-    if directory.exists() { Ok(()) } else { make() }
+    if directory.exists() { Ok(()) } else { create() }
 }

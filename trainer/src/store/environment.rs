@@ -1,4 +1,4 @@
-//! The process environment, read once, and the role prefixes that pick one secret's variables.
+//! The process environment, read once, and the prefixes that assign variables to roles.
 
 use std::collections::BTreeMap;
 
@@ -6,12 +6,12 @@ pub use finetune_contract::Role;
 use finetune_contract::process::environment::ALLOWED_ENDPOINTS;
 use reqwest::Url;
 
-/// How variables begin that the stores read.
-const STORES: [&str; 4] = ["AWS_", "AZURE_", "GOOGLE_", "HF_"];
+/// The prefixes of the variables that stores read.
+const STORE_PREFIXES: [&str; 4] = ["AWS_", "AZURE_", "GOOGLE_", "HF_"];
 
 /// The environment variables of the process, or those of a test.
 ///
-/// Differs from object_store's `from_env`, which reads the process itself and knows no roles.
+/// Differs: `from_env` of object_store reads the process environment and has no roles.
 #[derive(Clone, Default)]
 pub struct Environment(BTreeMap<String, String>);
 
@@ -27,17 +27,17 @@ impl Environment {
         )
     }
 
-    /// Makes an environment of pairs.
+    /// Creates an environment from pairs.
     pub fn from_pairs<'a>(pairs: impl IntoIterator<Item = (&'a str, &'a str)>) -> Self {
         Self(pairs.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect())
     }
 
-    /// Finds a variable by its plain name; an empty value counts as absent.
+    /// Returns a variable by its exact name; an empty value counts as absent.
     pub fn plain(&self, key: &str) -> Option<&str> {
         self.0.get(key).map(String::as_str).filter(|value| !value.is_empty())
     }
 
-    /// Finds `key` for a role, with the name of the variable it came from.
+    /// Returns `key` for a role, with the name of the variable that defines it.
     pub fn named(&self, role: Role, key: &str) -> Option<(String, &str)> {
         let prefixed = format!("{}{key}", role.prefix());
         match self.plain(&prefixed) {
@@ -46,13 +46,13 @@ impl Environment {
         }
     }
 
-    /// Finds `key` for a role.
+    /// Returns `key` for a role.
     pub fn get(&self, role: Role, key: &str) -> Option<&str> {
         self.named(role, key).map(|(_, value)| value)
     }
 
-    /// Finds a variable of a store that names a server which the administrator does not allow;
-    /// returns its name, the server, and what is allowed. Proxies and token servers count too.
+    /// Finds a variable of a store that points to a server which the administrator does not allow.
+    /// Returns its name, the server, and the allowed servers. Proxies and token servers count, too.
     pub fn forbidden_server(&self) -> Option<(&str, String, &str)> {
         let allowed = self.plain(ALLOWED_ENDPOINTS)?;
         let is_allowed = |server: &str, host: &str| {
@@ -61,19 +61,19 @@ impl Environment {
         self.0.iter().find_map(|(name, value)| {
             let key =
                 Role::ALL.iter().find_map(|role| name.strip_prefix(role.prefix())).unwrap_or(name);
-            let is_a_stores = STORES.iter().any(|store| key.starts_with(store));
-            let url = Url::parse(value).ok().filter(|_| is_a_stores)?;
+            let is_store_variable = STORE_PREFIXES.iter().any(|store| key.starts_with(store));
+            let url = Url::parse(value).ok().filter(|_| is_store_variable)?;
             let host = url.host_str()?;
             let server = format!("{host}:{}", url.port_or_known_default()?);
             (!is_allowed(&server, host)).then(|| (name.as_str(), server.clone(), allowed))
         })
     }
 
-    /// Lists the variables of a role that start with `start`, with that role's prefix removed.
+    /// Returns the variables of a role that start with `start`, without the prefix of the role.
     ///
     /// # Guarantees
-    /// When the role has a Secret with any such variable, plain *credentials* do not mix with it:
-    /// an access key of one account and a session token of another never work together.
+    /// If the role has credentials of its own, unprefixed credentials are not mixed with them: an access
+    /// key of one account never works with a session token of another.
     pub fn starting_with(
         &self,
         role: Role,
@@ -101,7 +101,7 @@ impl Environment {
 }
 
 impl std::fmt::Debug for Environment {
-    /// Shows the names only: values may be secrets.
+    /// Formats only the names, because values may be secrets.
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter.debug_set().entries(self.0.keys()).finish()
     }
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn only_servers_an_administrator_allows_may_be_named() {
+    fn only_allowed_servers_may_be_configured() {
         let s3 = "FINETUNE_OUTPUT_AWS_ENDPOINT_URL";
         assert_eq!(forbidden("", s3, "http://10.0.0.1"), None, "no list, no limit");
         assert_eq!(forbidden("s3.acme.com", s3, "https://s3.acme.com/x"), None);

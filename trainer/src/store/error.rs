@@ -1,4 +1,4 @@
-//! What can go wrong with a store, as messages for people and one table of reasons for code.
+//! The errors of a store: messages for people, and a table of reasons for code.
 
 use std::{error::Error as StdError, io, path::Path};
 
@@ -6,55 +6,55 @@ use finetune_contract::{FailureReason, ProblemReason};
 
 use crate::failure::{Failure, chain};
 
-/// Why a store could not do what was asked.
+/// Why a request to a store failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// No object, file, repository or revision is there.
+    /// An object, file, repository or revision does not exist.
     #[error("cannot {action} {uri}: {detail}")]
     NotFound {
-        /// What we were doing.
+        /// The action that failed.
         action: &'static str,
-        /// To which object.
+        /// The object.
         uri: String,
-        /// What is missing and what to check.
+        /// What does not exist, and what to check.
         detail: String,
     },
-    /// The credentials are missing, wrong, or not allowed to do this.
+    /// The credentials are missing or wrong, or do not permit the action.
     #[error("cannot {action} {uri}: {detail}")]
     PermissionDenied {
-        /// What we were doing.
+        /// The action that failed.
         action: &'static str,
-        /// To which object.
+        /// The object.
         uri: String,
-        /// What the server said and what to check.
+        /// The response of the server, and what to check.
         detail: String,
     },
-    /// The store does not answer, or answers that it cannot now.
+    /// The store does not respond, or responds with a temporary error.
     #[error("cannot {action} {uri}: {detail}")]
     Unavailable {
-        /// What we were doing.
+        /// The action that failed.
         action: &'static str,
-        /// To which object.
+        /// The object.
         uri: String,
         /// What happened.
         detail: String,
     },
-    /// An option, scheme or answer with which the store cannot be used.
+    /// An option or URI is invalid, or the response of the store is unusable.
     #[error("cannot {action} {uri}: {detail}")]
     Misconfigured {
-        /// What we were doing.
+        /// The action that failed.
         action: &'static str,
-        /// To which object.
+        /// The object.
         uri: String,
-        /// What is wrong and what to write instead.
+        /// What is wrong, and what to use instead.
         detail: String,
     },
-    /// Bytes are not those that were promised.
+    /// The bytes do not match their announced size or digest.
     #[error("{uri} is damaged: {detail}")]
     Damaged {
         /// The object.
         uri: String,
-        /// Expected and found.
+        /// The expected and the actual value.
         detail: String,
     },
     /// The local disk is full.
@@ -63,41 +63,41 @@ pub enum Error {
         /// The file.
         path: String,
     },
-    /// The local file system refuses.
+    /// An operation of the local file system failed.
     #[error("cannot {action} {path}: {source}")]
     Local {
-        /// What we were doing.
+        /// The action that failed.
         action: &'static str,
         /// The file.
         path: String,
-        /// What the system said.
+        /// The error of the system.
         #[source]
         source: io::Error,
     },
-    /// The output holds a result that was not made from this run's inputs.
+    /// The output contains a result of other inputs.
     #[error(
-        "{uri} already holds {holds}: choose another output.uri, or set output.overwrite: true to replace it"
+        "{uri} already contains {contents}: choose another output.uri, or set output.overwrite: true to replace it"
     )]
     OutputExists {
         /// The output.
         uri: String,
-        /// What it holds, and how it differs.
-        holds: String,
+        /// What it contains, and how that differs.
+        contents: String,
     },
 }
 
 impl Error {
-    /// Returns the reason a run ends with.
+    /// Returns the reason for the failure of a run.
     pub fn reason(&self) -> FailureReason {
         self.reasons().0
     }
 
-    /// Returns the reason a preflight reports.
+    /// Returns the reason for a problem of a preflight.
     pub fn problem_reason(&self) -> ProblemReason {
         self.reasons().1
     }
 
-    /// The one table of both.
+    /// The table of both reasons.
     fn reasons(&self) -> (FailureReason, ProblemReason) {
         match self {
             Self::NotFound { .. } => (FailureReason::InvalidConfiguration, ProblemReason::NotFound),
@@ -130,7 +130,7 @@ impl Error {
         }
     }
 
-    /// Describes a failure of the local file system.
+    /// Creates an error of the local file system.
     pub(super) fn local(action: &'static str, path: &Path, source: io::Error) -> Self {
         let path = path.display().to_string();
         match source.kind() {
@@ -139,7 +139,8 @@ impl Error {
         }
     }
 
-    /// Describes what object_store reports, from its kind, the server's code and the system's error.
+    /// Converts an error of object_store, using its kind, the error code of the server and the error of
+    /// the system.
     pub(super) fn object(action: &'static str, uri: String, error: object_store::Error) -> Self {
         if let Some(kind) = io_kind(&error) {
             match kind {
@@ -148,12 +149,12 @@ impl Error {
                 }
                 io::ErrorKind::NotADirectory => {
                     let detail =
-                        "a part of its path is a file where a directory is needed; mend the URI"
+                        "a part of its path is a file instead of a directory; correct the URI"
                             .to_owned();
                     return Self::Misconfigured { action, uri, detail };
                 }
                 io::ErrorKind::PermissionDenied => {
-                    let detail = "the file system refuses: check the owner and mode of the file and its directories".to_owned();
+                    let detail = "permission denied by the file system: check the owner and mode of the file and its directories".to_owned();
                     return Self::PermissionDenied { action, uri, detail };
                 }
                 _ => {}
@@ -161,24 +162,24 @@ impl Error {
         }
         let text = chain(&error);
         let code = between(&text, "<Code>", "</Code>");
-        let said = code.map_or_else(String::new, |code| {
+        let response = code.map_or_else(String::new, |code| {
             let message = between(&text, "<Message>", "</Message>").unwrap_or_default();
             format!(" ({code}: {message})")
         });
         let status = between(&text, "status code: ", " ").unwrap_or_default();
         if code == Some("NoSuchBucket") {
-            let detail = format!("the bucket does not exist{said}; create it or mend the URI");
+            let detail =
+                format!("the bucket does not exist{response}; create it or correct the URI");
             return Self::NotFound { action, uri, detail };
         }
         if text.contains("incorrectly configured region") || code == Some("PermanentRedirect") {
             let detail =
-                "the bucket lives in another region: set AWS_REGION to the bucket's region"
-                    .to_owned();
+                "the bucket is in another region: set AWS_REGION to the bucket's region".to_owned();
             return Self::Misconfigured { action, uri, detail };
         }
         if code == Some("AuthorizationHeaderMalformed") {
             let detail = format!(
-                "the request is signed for the wrong region{said}: set AWS_REGION to the bucket's region"
+                "the request is signed for the wrong region{response}: set AWS_REGION to the bucket's region"
             );
             return Self::Misconfigured { action, uri, detail };
         }
@@ -189,14 +190,14 @@ impl Error {
             }
             _ if status == "401" || status == "403" => {
                 let detail = format!(
-                    "the store refuses{said}: check the credentials of the Secret or environment and what they may do"
+                    "the store denies access{response}: check the credentials of the Secret or environment and their permissions"
                 );
                 Self::PermissionDenied { action, uri, detail }
             }
             object_store::Error::PermissionDenied { .. }
             | object_store::Error::Unauthenticated { .. } => {
                 let detail = format!(
-                    "the store refuses{said}: check the credentials of the Secret or environment and what they may do"
+                    "the store denies access{response}: check the credentials of the Secret or environment and their permissions"
                 );
                 Self::PermissionDenied { action, uri, detail }
             }
@@ -226,7 +227,7 @@ impl From<Error> for io::Error {
     }
 }
 
-/// Finds the system's error below a library's.
+/// Finds the error of the system among the causes of an error.
 fn io_kind(error: &(dyn StdError + 'static)) -> Option<io::ErrorKind> {
     let mut next = Some(error);
     while let Some(error) = next {
@@ -238,13 +239,13 @@ fn io_kind(error: &(dyn StdError + 'static)) -> Option<io::ErrorKind> {
     None
 }
 
-/// Returns the text between two marks.
+/// Returns the text between two delimiters.
 fn between<'a>(text: &'a str, start: &str, end: &str) -> Option<&'a str> {
     let rest = text.split_once(start)?.1;
     Some(rest.split_once(end)?.0)
 }
 
-/// Says to which server no connection could be made, and why; the rest of the text is noise.
+/// Extracts from an error text which server could not be connected to, and why.
 fn no_connection(text: &str) -> Option<String> {
     let why = text.split_once("client error (Connect): ")?.1;
     let request = between(text, "Error performing ", " in ")?;
@@ -260,7 +261,7 @@ mod tests {
     const EDQUOT: i32 = 122;
 
     #[test]
-    fn a_full_disk_is_told_from_an_unavailable_store() {
+    fn a_full_disk_is_distinguished_from_an_unavailable_store() {
         for code in [ENOSPC, EDQUOT] {
             let full = || io::Error::from_raw_os_error(code);
             let in_library =

@@ -1,8 +1,8 @@
-//! A repository of a Hugging Face hub, read over the hub's HTTP API.
+//! Reads a repository of a Hugging Face hub over its HTTP API.
 //!
-//! An own thin client, because what matters here is what a library hides: that the token never
-//! follows a redirect to another host, which credential a refusal was about, that a broken
-//! transfer goes on by range, and that the loopback server of the tests is spoken to as the hub is.
+//! This is a separate thin client because libraries hide what matters here: the token must not follow a
+//! redirect to another host, errors must name the credential that was used, an interrupted transfer must
+//! resume by range, and tests must be able to use a loopback server.
 
 use std::{collections::BTreeMap, ops::Range, time::Duration};
 
@@ -34,18 +34,18 @@ pub struct Repository {
     files: BTreeMap<String, Option<u64>>,
 }
 
-/// How the hub is reached.
+/// The client of a hub.
 struct Connection {
     client: Client,
     endpoint: Url,
     token: Option<String>,
-    /// Where the token came from, for messages.
+    /// The origin of the token, for messages.
     credential: String,
     retries: usize,
 }
 
 impl std::fmt::Debug for Connection {
-    /// Leaves the token out.
+    /// Omits the token.
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter
             .debug_struct("Connection")
@@ -68,12 +68,12 @@ struct Sibling {
 }
 
 impl Repository {
-    /// Resolves the revision (the hub's `main` if absent) to a commit and its files.
+    /// Resolves the revision (`main` if absent) to a commit and its files.
     ///
-    /// A dataset's URI names a dataset repository, every other a model repository.
+    /// For the role [`Role::Dataset`] the repository is a dataset repository, otherwise a model repository.
     ///
     /// # Errors
-    /// [`Error`] if the hub cannot be reached, refuses, or has no such repository or revision.
+    /// [`Error`] if the hub cannot be reached, denies access, or has no such repository or revision.
     pub fn open(
         uri: &ObjectUri,
         revision: Option<&str>,
@@ -88,7 +88,7 @@ impl Repository {
         let (named, repository) = uri.hub_repository();
         if let Some(named) = named.filter(|named| *named != expected) {
             let detail = format!(
-                "it names a repository of {named}, where one of {expected} is wanted; write hf://OWNER/NAME or hf://{expected}/OWNER/NAME"
+                "it is a repository of {named}, but one of {expected} is required; use hf://OWNER/NAME or hf://{expected}/OWNER/NAME"
             );
             return Err(Error::Misconfigured { action: "open", uri: uri.to_string(), detail });
         }
@@ -100,7 +100,7 @@ impl Repository {
         let what = format!("revision {revision:?}");
         let found: Revision = block_on(async {
             let response =
-                connection.get(uri, "open", &what, Method::GET, url.clone(), None).await?;
+                connection.send(uri, "open", &what, Method::GET, url.clone(), None).await?;
             response.json().await.map_err(|error| unavailable("open", uri, &url, &error))
         })?;
         let files = found.siblings.into_iter().map(|file| (file.rfilename, file.size)).collect();
@@ -149,7 +149,7 @@ impl Repository {
         Ok(Some(Stat { size, tag, sha256 }))
     }
 
-    /// Reads a range; goes on behind what arrived when a transfer breaks.
+    /// Reads a range; resumes an interrupted transfer after the received bytes.
     pub(super) async fn read_range(&self, path: &str, range: Range<u64>) -> Result<Bytes, Error> {
         let name = self.file(path);
         let url = self.resolve(&name);
@@ -163,9 +163,9 @@ impl Repository {
             let wanted = format!("bytes={start}-{}", range.end - 1);
             let mut response = self
                 .connection
-                .get(&self.uri, "read", &name, Method::GET, url.clone(), Some(&wanted))
+                .send(&self.uri, "read", &name, Method::GET, url.clone(), Some(&wanted))
                 .await?;
-            // A server that ignores the range sends everything.
+            // A server that ignores the range sends the whole file.
             let mut skip = if response.status() == StatusCode::PARTIAL_CONTENT { 0 } else { start };
             let before = received.len();
             let broken = loop {
@@ -226,7 +226,7 @@ impl Connection {
             .filter(|url| url.host().is_some() && matches!(url.scheme(), "http" | "https"))
             .ok_or_else(|| {
                 misconfigured(format!(
-                    "{variable} is {text:?}; write a URL such as {DEFAULT_ENDPOINT}"
+                    "{variable} is {text:?}; use a URL such as {DEFAULT_ENDPOINT}"
                 ))
             })?;
         let token = environment.named(role, "HF_TOKEN");
@@ -256,13 +256,13 @@ impl Connection {
         url
     }
 
-    /// Asks for a file's headers; a redirect to its storage carries them already.
+    /// Requests the headers of a file. A redirect to its storage already has them.
     async fn head(&self, uri: &ObjectUri, what: &str, url: Url) -> Result<Response, Error> {
-        self.get(uri, "look up", what, Method::HEAD, url, None).await
+        self.send(uri, "look up", what, Method::HEAD, url, None).await
     }
 
-    /// Sends a request, with bounded retries and redirects, and turns refusals into errors.
-    async fn get(
+    /// Sends a request with bounded retries and redirects, and converts error responses.
+    async fn send(
         &self,
         uri: &ObjectUri,
         action: &'static str,
@@ -306,7 +306,8 @@ impl Connection {
                     match next {
                         Some(next) if redirects <= MAX_REDIRECTS => url = next,
                         _ => {
-                            let detail = format!("{first} redirects nowhere, or without end");
+                            let detail =
+                                format!("{first} redirects without a target, or too many times");
                             return Err(Error::Unavailable {
                                 action,
                                 uri: uri.to_string(),
@@ -323,15 +324,17 @@ impl Connection {
                         .map_or_else(|| backoff(failures + 1), Duration::from_secs)
                         .min(MAX_WAIT)
                 }
-                Ok(response) => return Err(self.refusal(uri, action, what, &first, &response)),
+                Ok(response) => {
+                    return Err(self.response_error(uri, action, what, &first, &response));
+                }
             };
             failures += 1;
             tokio::time::sleep(wait).await;
         }
     }
 
-    /// Says what a refusal means: the hub hides private repositories behind 401 and tells by code.
-    fn refusal(
+    /// Converts an error response. The hub hides private repositories behind 401, but has error codes.
+    fn response_error(
         &self,
         uri: &ObjectUri,
         action: &'static str,
@@ -360,18 +363,18 @@ impl Connection {
             (StatusCode::UNAUTHORIZED | StatusCode::NOT_FOUND, "RepoNotFound")
             | (StatusCode::NOT_FOUND, _) => {
                 let detail = format!(
-                    "the repository does not exist, or is private and the token may not see it (asked {url} {credential})"
+                    "the repository does not exist, or is private and the token has no access to it (asked {url} {credential})"
                 );
                 Error::NotFound { action, uri, detail }
             }
             (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN, _) => {
                 let detail = format!(
-                    "the hub answers {status}; check the token and what it may read (asked {url} {credential})"
+                    "the hub responds {status}; check the token and its permissions (asked {url} {credential})"
                 );
                 Error::PermissionDenied { action, uri, detail }
             }
             _ => {
-                let detail = format!("the hub answers {status} (asked {url} {credential})");
+                let detail = format!("the hub responds {status} (asked {url} {credential})");
                 Error::Unavailable { action, uri, detail }
             }
         }
@@ -388,7 +391,7 @@ fn backoff(failures: usize) -> Duration {
 }
 
 fn unavailable(action: &'static str, uri: &ObjectUri, url: &Url, error: &reqwest::Error) -> Error {
-    // Display would repeat the URL, and after a redirect one that is signed.
+    // `Display` would repeat the URL, and a redirect leads to a URL with a signature.
     let mut causes = Vec::new();
     let mut next = std::error::Error::source(error);
     while let Some(cause) = next {
@@ -399,7 +402,7 @@ fn unavailable(action: &'static str, uri: &ObjectUri, url: &Url, error: &reqwest
     Error::Unavailable { action, uri: uri.to_string(), detail }
 }
 
-/// Appends path segments, escaped, so that a revision `refs/pr/1` stays one segment.
+/// Appends path segments, escaped, so that a revision such as `refs/pr/1` is one segment.
 fn push_segments<'a>(url: &mut Url, segments: impl IntoIterator<Item = &'a str>) {
     url.path_segments_mut()
         .expect("the endpoint was checked to be http or https with a host")

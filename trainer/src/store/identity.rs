@@ -1,19 +1,19 @@
-//! What identifies the bytes of files: a hub's commit, a store's tag, or their content.
+//! Computes the digest that identifies the files at a URI: from a commit, from tags, or from content.
 
 use crate::store::{
     Entry, Error, Store,
     transfer::{hash_file, sha256_hex},
 };
 
-/// Files that are hashed at once.
-const FILES_AT_ONCE: usize = 4;
+/// The number of files that are hashed in parallel.
+const PARALLEL_FILES: usize = 4;
 
-/// Returns a SHA-256 of what identifies the wanted files at a URI: it changes when any of them does.
+/// Returns a SHA-256 that changes with any of the wanted files at a URI.
 ///
-/// On a hub that is the commit. Elsewhere each file counts with its name, its size and the SHA-256 of
-/// its content, but for weights in a bucket: they are known by the tag that the store gives an object's
-/// bytes, where it gives one, because reading them would take as long as fetching them. A file in a
-/// directory or on a volume has no such tag: what its time says, a copy or a restored backup undoes.
+/// On a hub it is computed from the commit. Elsewhere it is computed from the name, the size and the
+/// SHA-256 of each file, except for weights in a bucket: if the store provides a tag for their bytes, it
+/// is used instead, because reading them takes as long as fetching them. Files in directories and on
+/// volumes have no such tag; their modification time is not reliable after a copy or a restored backup.
 ///
 /// # Errors
 /// [`Error`] if the files cannot be listed or read.
@@ -25,26 +25,26 @@ pub fn identity(store: &Store, is_wanted: impl Fn(&str) -> bool) -> Result<Strin
     let mut wanted = store.list_tagged()?;
     wanted.retain(|(entry, _)| entry.path.is_empty() || is_wanted(&entry.path));
     let mut lines = Vec::new();
-    for group in wanted.chunks(FILES_AT_ONCE) {
-        let marks: Vec<Result<String, Error>> = std::thread::scope(|scope| {
-            let marks: Vec<_> = group
+    for group in wanted.chunks(PARALLEL_FILES) {
+        let identities: Vec<Result<String, Error>> = std::thread::scope(|scope| {
+            let threads: Vec<_> = group
                 .iter()
-                .map(|(entry, tag)| scope.spawn(|| mark(store, entry, tag.as_deref())))
+                .map(|(entry, tag)| scope.spawn(|| file_identity(store, entry, tag.as_deref())))
                 .collect();
-            let joined = marks.into_iter().map(|mark| {
-                mark.join().expect("reading a file returns its errors and does not panic")
+            let joined = threads.into_iter().map(|thread| {
+                thread.join().expect("reading a file returns its errors and does not panic")
             });
             joined.collect()
         });
-        for ((entry, _), mark) in group.iter().zip(marks) {
-            lines.push(format!("{}\t{}\t{}\n", entry.path, entry.size, mark?));
+        for ((entry, _), identity) in group.iter().zip(identities) {
+            lines.push(format!("{}\t{}\t{}\n", entry.path, entry.size, identity?));
         }
     }
     Ok(sha256_hex(lines.concat().as_bytes()))
 }
 
-/// Returns what tells the bytes of one file from others.
-fn mark(store: &Store, entry: &Entry, tag: Option<&str>) -> Result<String, Error> {
+/// Returns what identifies the bytes of one file.
+fn file_identity(store: &Store, entry: &Entry, tag: Option<&str>) -> Result<String, Error> {
     let local = store.local_path(&entry.path);
     let name = if entry.path.is_empty() { store.uri().file_name() } else { &entry.path };
     match (local, tag) {
@@ -79,7 +79,7 @@ mod tests {
         put("config.json", "{}");
         put("model.safetensors", "one");
         let first = of(store);
-        assert_eq!(of(store), first, "looking changes nothing");
+        assert_eq!(of(store), first, "reading changes nothing");
         put("README.md", "not part of the model");
         put("eval/tokenizer.json", "of something else");
         assert_eq!(of(store), first);
@@ -87,17 +87,17 @@ mod tests {
             [("config.json", "[]", "{}"), ("model.safetensors", "two", "one")]
         {
             put(name, changed);
-            assert_ne!(of(store), first, "{name} has other bytes of the same length");
+            assert_ne!(of(store), first, "{name} has different bytes of the same length");
             put(name, restored);
         }
         put("chat_template.jinja", "{{ messages }}");
-        assert_ne!(of(store), first, "a file more");
+        assert_ne!(of(store), first, "an additional file");
     }
 
     #[test]
     fn changes_with_any_file_of_a_bucket() {
         let uri = ObjectUri::parse("s3://bucket/model").unwrap();
-        check(&Store::over(&uri, Arc::new(object_store::memory::InMemory::new())));
+        check(&Store::from_object_store(&uri, Arc::new(object_store::memory::InMemory::new())));
     }
 
     #[test]
@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn knows_a_single_file_by_its_content() {
+    fn identifies_a_single_file_by_its_content() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("model.gguf");
         let uri = ObjectUri::parse(&format!("file://{}", file.display())).unwrap();

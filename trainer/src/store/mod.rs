@@ -1,11 +1,11 @@
-//! Brings files here and takes results away: one blocking [`Store`] over S3, Google Cloud Storage,
-//! Azure, the local disk, volumes and a Hugging Face hub.
+//! Reads and writes files: one blocking [`Store`] over S3, Google Cloud Storage, Azure, the local disk,
+//! volumes and a Hugging Face hub.
 //!
-//! In reading order: `environment` picks the credentials, `objects` opens object stores, [`hub`]
-//! speaks to a hub, `transfer` moves whole files, [`publish`] is the commit protocol of a result,
-//! [`fetch_model`] keeps base models in a cache.
+//! In reading order: `environment` selects the credentials, `objects` opens object stores, [`hub`] is the
+//! client of a hub, `transfer` moves whole files, [`publish`] is the commit protocol of a result,
+//! [`fetch_model`] caches base models.
 //!
-//! It must not know what the files mean, and no other module may read the environment.
+//! This module must not know what the files mean, and no other module may read the environment.
 
 pub mod directory;
 mod environment;
@@ -40,55 +40,55 @@ pub use transfer::{PART_BYTES, file_parts, hash_file, sha256_hex};
 
 use crate::store::runtime::block_on;
 
-/// How often a create-only put whose answer was lost or conflicting is tried.
+/// The number of attempts of a create-only put whose response is lost or a conflict.
 const CREATE_ATTEMPTS: u32 = 5;
 
-/// One opened URI; cheap to clone.
+/// An opened URI; cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Store {
     uri: ObjectUri,
     backend: Backend,
 }
 
-/// What is behind a [`Store`].
+/// The implementation of a [`Store`].
 #[derive(Debug, Clone)]
 enum Backend {
     Objects { store: Arc<dyn ObjectStore>, root: String },
     Hub(Arc<hub::Repository>),
 }
 
-/// One file below a store's URI.
+/// One file below the URI of a store.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Entry {
-    /// The path relative to the URI, with `/`; empty when the URI names this very file.
+    /// The path relative to the URI, with `/`; empty if the URI is that of the file.
     pub path: String,
-    /// Bytes.
+    /// The size in bytes.
     pub size: u64,
 }
 
-/// What a create-only put found.
+/// The result of a create-only put.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PutIfAbsent {
-    /// The object now holds our bytes (also when it already held exactly these).
+    /// The object now has the given bytes, or already had them.
     Created,
-    /// Other bytes are there, and stay.
+    /// The object has other bytes and was not changed.
     Exists(Bytes),
 }
 
-/// Identity of an object's bytes, as far as its store tells.
+/// The size of an object, and what the store reports to identify its bytes.
 #[derive(Debug, Clone)]
 struct Stat {
     size: u64,
-    /// Changes when the bytes change.
+    /// A tag that changes with the bytes.
     tag: Option<String>,
     sha256: Option<String>,
 }
 
 impl Store {
-    /// Opens a URI; for a hub this asks which commit `revision` is.
+    /// Opens a URI; for a hub, this resolves `revision` to a commit.
     ///
     /// # Errors
-    /// [`Error`] if the options cannot be used or, for a hub, the revision cannot be resolved.
+    /// [`Error`] if the options are invalid or, for a hub, the revision cannot be resolved.
     pub fn open(
         uri: &ObjectUri,
         revision: Option<&str>,
@@ -100,7 +100,7 @@ impl Store {
                 action: "open",
                 uri: uri.to_string(),
                 detail: format!(
-                    "{variable} names the server {server}, which the administrator does not allow; allowed are {allowed}"
+                    "{variable} is set to the server {server}, which the administrator does not allow; allowed are {allowed}"
                 ),
             });
         }
@@ -130,8 +130,8 @@ impl Store {
         Ok(Self { uri: uri.clone(), backend })
     }
 
-    /// Puts a URI over an object store made elsewhere: memory, or one that injects faults.
-    pub fn over(uri: &ObjectUri, store: Arc<dyn ObjectStore>) -> Self {
+    /// Creates a store from an object store, such as one in memory or one that injects faults.
+    pub fn from_object_store(uri: &ObjectUri, store: Arc<dyn ObjectStore>) -> Self {
         Self { uri: uri.clone(), backend: Backend::Objects { store, root: uri.path.clone() } }
     }
 
@@ -140,7 +140,7 @@ impl Store {
         &self.uri
     }
 
-    /// Returns the commit a hub revision resolved to.
+    /// Returns the commit that the revision of a hub resolved to.
     pub fn resolved_revision(&self) -> Option<&str> {
         match &self.backend {
             Backend::Objects { .. } => None,
@@ -148,15 +148,16 @@ impl Store {
         }
     }
 
-    /// Lists every file below the URI, sorted by path; directory markers are left out.
+    /// Lists every file below the URI, sorted by path, without directory markers. Without files the
+    /// list is empty.
     ///
     /// # Errors
-    /// [`Error`] if the store cannot be read. Nothing there is an empty list.
+    /// [`Error`] if the store cannot be read.
     pub fn list(&self) -> Result<Vec<Entry>, Error> {
         Ok(self.list_tagged()?.into_iter().map(|(entry, _)| entry).collect())
     }
 
-    /// Lists with what identifies each file's bytes.
+    /// Lists the files with the tags of their bytes.
     pub(crate) fn list_tagged(&self) -> Result<Vec<(Entry, Option<String>)>, Error> {
         let (store, root) = match &self.backend {
             Backend::Hub(repository) => return block_on(repository.list()),
@@ -175,7 +176,7 @@ impl Store {
         for meta in found {
             let Some(path) = meta.location.as_ref().strip_prefix(root.as_str()) else { continue };
             let path = path.trim_start_matches('/').to_owned();
-            // A console's marker of the directory itself; its name lost the final slash.
+            // An empty path is the directory marker of a web console, without its final slash.
             if !path.is_empty() {
                 entries.push((Entry { path, size: meta.size }, meta.e_tag));
             }
@@ -185,7 +186,7 @@ impl Store {
         for index in 0..entries.len() {
             let (entry, _) = &entries[index];
             let inside = format!("{}/", entry.path);
-            // Names such as `a.b` sort between `a` and `a/b`, so look at all that may follow.
+            // Names such as `a.b` sort between `a` and `a/b`, so check all names with this prefix.
             let is_marker = entry.size == 0
                 && entries[index + 1..]
                     .iter()
@@ -198,10 +199,10 @@ impl Store {
         Ok(kept)
     }
 
-    /// Returns a file's size; `None` when it is not there.
+    /// Returns the size of a file; `None` if it does not exist.
     ///
     /// # Errors
-    /// [`Error`] if the store cannot be asked.
+    /// [`Error`] if the request fails.
     pub fn size(&self, path: &str) -> Result<Option<u64>, Error> {
         Ok(self.stat(path)?.map(|stat| stat.size))
     }
@@ -222,7 +223,7 @@ impl Store {
         if let Some(stat) = self.stat(path)? {
             return Ok(stat);
         }
-        // The refusal of a HEAD has no body; that of a GET says whether the bucket is missing.
+        // The error response to a HEAD has no body; that to a GET says whether the bucket is missing.
         if let Backend::Objects { store, .. } = &self.backend {
             block_on(store.get_range(&self.key(path)?, 0..1))
                 .map_err(|error| self.failed(action, path, error))?;
@@ -252,7 +253,7 @@ impl Store {
         }
     }
 
-    /// Reads some bytes of a file; a range that ends behind the file is cut.
+    /// Reads a range of a file; a range beyond the end of the file is truncated.
     ///
     /// # Errors
     /// [`Error`] if the file is missing or cannot be read.
@@ -260,7 +261,7 @@ impl Store {
         self.read_range_of(path, range, None)
     }
 
-    /// Reads some bytes of exactly the version `tag` of a file.
+    /// Reads a range of the version `tag` of a file.
     fn read_range_of(
         &self,
         path: &str,
@@ -279,7 +280,7 @@ impl Store {
                     |error| match error {
                         object_store::Error::Precondition { .. } => Error::Damaged {
                             uri: self.name(path),
-                            detail: "it was replaced while it was read; start again".to_owned(),
+                            detail: "it was replaced while it was being read; retry".to_owned(),
                         },
                         error => self.failed("read", path, error),
                     },
@@ -288,7 +289,7 @@ impl Store {
         }
     }
 
-    /// Returns the path to use in place, for `file://` and `pvc://`.
+    /// Returns the local path of a file; only `file://` and `pvc://` have one.
     pub fn local_path(&self, path: &str) -> Option<PathBuf> {
         match (self.uri.scheme, &self.backend) {
             (Scheme::File | Scheme::Pvc, Backend::Objects { root, .. }) => {
@@ -299,10 +300,10 @@ impl Store {
         }
     }
 
-    /// Writes a small object, replacing what was there.
+    /// Writes a small object, replacing an existing one.
     ///
     /// # Errors
-    /// [`Error`] if the store refuses or cannot be written.
+    /// [`Error`] if the store cannot be written.
     pub fn put(&self, path: &str, bytes: Bytes) -> Result<(), Error> {
         let store = self.writable("write", path)?;
         block_on(store.put(&self.key(path)?, bytes.into()))
@@ -310,15 +311,15 @@ impl Store {
             .map_err(|error| self.failed("write", path, error))
     }
 
-    /// Writes an object only if none is there.
+    /// Writes an object only if it does not exist.
     ///
     /// # Guarantees
-    /// Of several writers of different bytes exactly one gets [`PutIfAbsent::Created`]. An answer
-    /// that was lost, or a conflict that S3 reports without an object in place, is settled by
-    /// reading: bytes equal to ours are ours.
+    /// Of several writers of different bytes exactly one gets [`PutIfAbsent::Created`]. If a response is
+    /// lost, or S3 reports a conflict although there is no object, the object is read to decide: equal
+    /// bytes count as created.
     ///
     /// # Errors
-    /// [`Error`] if the store refuses, or keeps failing without an object appearing.
+    /// [`Error`] if the store cannot be written.
     pub fn put_if_absent(&self, path: &str, bytes: Bytes) -> Result<PutIfAbsent, Error> {
         let store = self.writable("create", path)?;
         let key = self.key(path)?;
@@ -344,10 +345,10 @@ impl Store {
         }
     }
 
-    /// Deletes an object; absent is fine.
+    /// Deletes an object if it exists.
     ///
     /// # Errors
-    /// [`Error`] if the store refuses.
+    /// [`Error`] if the request fails.
     pub fn delete(&self, path: &str) -> Result<(), Error> {
         let store = self.writable("delete", path)?;
         match block_on(store.delete(&self.key(path)?)) {
@@ -356,18 +357,18 @@ impl Store {
         }
     }
 
-    /// Writes and removes a small object, to learn before the work whether its result can be kept.
+    /// Checks that the store can be written, by writing and deleting a small object.
     ///
     /// # Errors
-    /// [`Error`] if either is refused.
-    pub fn probe_write(&self) -> Result<(), Error> {
+    /// [`Error`] if either fails.
+    pub fn check_writable(&self) -> Result<(), Error> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
         let name = format!(".finetune-probe-{}-{now}", std::process::id());
         self.put(&name, Bytes::from_static(b"finetune write probe\n"))?;
         self.delete(&name)
     }
 
-    /// Returns the object store to write to.
+    /// Returns the object store, if it can be written.
     fn writable(&self, action: &'static str, path: &str) -> Result<&Arc<dyn ObjectStore>, Error> {
         match &self.backend {
             Backend::Objects { store, .. } => Ok(store),
@@ -380,7 +381,7 @@ impl Store {
         }
     }
 
-    /// Returns the whole key of a relative path.
+    /// Returns the object key of a relative path.
     fn key(&self, path: &str) -> Result<Key, Error> {
         let root = match &self.backend {
             Backend::Objects { root, .. } => root.as_str(),
@@ -394,7 +395,7 @@ impl Store {
         Key::parse(&whole).map_err(|error| self.failed("name", path, error.into()))
     }
 
-    /// Returns how messages call a relative path.
+    /// Returns the URI of a relative path, for messages.
     fn name(&self, path: &str) -> String {
         if path.is_empty() { self.uri.to_string() } else { self.uri.join(path).to_string() }
     }

@@ -1,4 +1,4 @@
-//! A local directory of a base model: in place where possible, else a cached copy.
+//! Provides a local directory of a base model: in place if possible, otherwise a cached copy.
 
 use std::{
     fs::{self, File},
@@ -7,18 +7,18 @@ use std::{
 
 use crate::store::{Entry, Error, Store, transfer::sha256_hex};
 
-/// Where transformers saves the chat templates that are not the default.
+/// The folder in which transformers saves additional chat templates.
 pub const TEMPLATE_FOLDER: &str = "additional_chat_templates";
 
-/// Returns a local directory in Hugging Face layout for the model at the store's URI.
+/// Returns a local directory in Hugging Face layout for the model at the URI of the store.
 ///
-/// `file://` and `pvc://` are used in place. Others are fetched below `cache`, under a key of the
-/// URI and the commit, or for object stores the sizes and tags of the listed files; so a changed
-/// model gets a new directory. Only configuration, tokenizer, template and safetensors files are
-/// fetched. Safe when several processes do it at once; an interrupted fetch goes on.
+/// `file://` and `pvc://` are used in place. Other models are fetched into `cache`. The cache key is the
+/// URI with the commit or, for object stores, with the sizes and tags of the files, so a changed model
+/// gets a new directory. Only configuration, tokenizer, template and safetensors files are fetched.
+/// Several processes may fetch the same model at once; an interrupted fetch resumes.
 ///
 /// # Errors
-/// [`Error`] if nothing is there, or the files cannot be fetched.
+/// [`Error`] if there are no model files, or they cannot be fetched.
 pub fn fetch_model(store: &Store, cache: &Path) -> Result<PathBuf, Error> {
     if let Some(path) = store.local_path("") {
         return Ok(path);
@@ -29,7 +29,7 @@ pub fn fetch_model(store: &Store, cache: &Path) -> Result<PathBuf, Error> {
         return Err(Error::NotFound {
             action: "fetch the model at",
             uri: store.uri().to_string(),
-            detail: "no config.json, tokenizer or *.safetensors file is there; name a directory in Hugging Face layout".to_owned(),
+            detail: "it has no config.json, tokenizer or *.safetensors file; give a directory in Hugging Face layout".to_owned(),
         });
     }
     let identity = match store.resolved_revision() {
@@ -55,7 +55,7 @@ pub fn fetch_model(store: &Store, cache: &Path) -> Result<PathBuf, Error> {
     Ok(directory)
 }
 
-/// Tells whether training or publishing reads the file; weights in other formats are not wanted.
+/// Returns whether training or publishing reads the file. Weights in other formats are not read.
 pub fn is_model_file(path: &str) -> bool {
     const NAMES: [&str; 12] = [
         "config.json",

@@ -1,8 +1,7 @@
 //! Opens an object store for a URI with the options of one role.
 //!
-//! Requests are retried at most `FINETUNE_STORE_RETRIES` times (5 unless set) within 60 seconds;
-//! a connection must stand within 10 seconds, bytes must flow every 30, and one request may take
-//! 120.
+//! Requests are retried at most `FINETUNE_STORE_RETRIES` times (default 5) within 60 seconds. The timeouts
+//! are 10 seconds for connecting, 30 seconds between bytes, and 120 seconds for one request.
 
 use std::{collections::BTreeMap, str::FromStr, sync::Arc, time::Duration};
 
@@ -17,12 +16,15 @@ use object_store::{
 
 use crate::store::{Environment, Error, Role};
 
-/// Returns the retries of one request.
+/// The directory below which the operator mounts the claims of `pvc://` URIs.
+pub const PVC_ROOT: &str = "/mnt/pvc";
+
+/// Returns the maximum number of retries of a request.
 pub(super) fn retries(environment: &Environment) -> usize {
     environment.plain(STORE_RETRIES).and_then(|text| text.parse().ok()).unwrap_or(5)
 }
 
-/// Opens the store that holds `uri`; `hf` is not one.
+/// Opens the object store of `uri`; `hf` is not an object store.
 pub(super) fn open(
     uri: &ObjectUri,
     role: Role,
@@ -91,19 +93,19 @@ pub(super) fn open(
             }
             Arc::new(builder.with_container_name(&uri.authority).build().map_err(failed)?)
         }
-        // fsync: a commit marker must not reach the disk before what it vouches for.
+        // fsync: a manifest must not reach the disk before the files that it lists.
         Scheme::File | Scheme::Pvc => Arc::new(LocalFileSystem::new().with_fsync(true)),
         Scheme::Hf => {
             return Err(Error::Misconfigured {
                 action: "open",
                 uri: uri.to_string(),
-                detail: "a hub repository is no object store".to_owned(),
+                detail: "a hub repository is not an object store".to_owned(),
             });
         }
     })
 }
 
-/// Collects a role's options; the bucket always comes from the URI.
+/// Collects the options of a role; the bucket always comes from the URI.
 fn options(
     environment: &Environment,
     role: Role,
@@ -121,14 +123,14 @@ fn options(
     found
 }
 
-/// Keeps the options object_store knows; others (`AWS_PROFILE`, …) are meant for other programs.
+/// Returns the options that object_store knows; others (`AWS_PROFILE`, …) are for other programs.
 fn known<K: FromStr>(options: &BTreeMap<String, String>) -> impl Iterator<Item = (K, &String)> {
     options
         .iter()
         .filter_map(|(key, value)| Some((key.to_ascii_lowercase().parse::<K>().ok()?, value)))
 }
 
-/// Returns the time limits, overridable by the same options under their own names.
+/// Returns the timeouts; variables with the names of these options override them.
 fn client_options<K>(wrap: fn(ClientConfigKey) -> K) -> [(K, &'static str); 3] {
     [
         (wrap(ClientConfigKey::ConnectTimeout), "10 seconds"),
@@ -137,7 +139,7 @@ fn client_options<K>(wrap: fn(ClientConfigKey) -> K) -> [(K, &'static str); 3] {
     ]
 }
 
-/// Tells whether an endpoint is plain HTTP on this machine, where it needs no `AWS_ALLOW_HTTP`.
+/// Returns whether an endpoint is plain HTTP on this machine, which needs no `AWS_ALLOW_HTTP`.
 fn is_loopback(endpoint: Option<&String>) -> &'static str {
     let host = endpoint
         .and_then(|endpoint| endpoint.strip_prefix("http://"))

@@ -1,9 +1,9 @@
 //! The commit protocol of a result directory: files first, the manifest last and create-only.
 //!
-//! A result without its manifest does not exist; whoever reads the manifest first finds every file
-//! it names. Object names are final (consumers load the directory as it is), so two publishers must
-//! not upload at the same time: the operator runs one attempt at a time, and [`fetch_verified`]
-//! re-reads every byte before a run says it succeeded.
+//! A result without a manifest is not published, and a reader that finds the manifest finds every file
+//! that it lists. Files have their final names from the start (consumers load the directory as it is), so
+//! two publishers must not upload at the same time: the operator runs one attempt at a time, and
+//! [`fetch_verified`] downloads every byte again before a run succeeds.
 
 use std::{
     collections::BTreeSet,
@@ -21,15 +21,15 @@ use crate::store::{
     transfer::{hash_file, sha256_hex},
 };
 
-/// Files that go up at once.
-const FILES_IN_FLIGHT: usize = 4;
+/// The number of files that are uploaded in parallel.
+const PARALLEL_UPLOADS: usize = 4;
 
-/// A committed result.
+/// A published result.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Published {
-    /// What was committed.
+    /// The manifest.
     pub manifest: Manifest,
-    /// SHA-256 of the manifest's bytes.
+    /// The SHA-256 of the bytes of the manifest.
     pub manifest_sha256: String,
 }
 
@@ -39,83 +39,90 @@ impl Published {
     }
 }
 
-/// What a run finds at its output.
+/// The contents of the output of a run.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Found {
-    /// Nothing that counts: no manifest, or one of the same inputs whose files are not all there.
+pub enum OutputContents {
+    /// No published result: no manifest, or one of the same inputs with missing files.
     Vacant,
     /// A complete result of the same inputs.
-    Same(Box<Published>),
-    /// A result of other inputs, or nobody can tell of which; in words for people.
-    Other(String),
+    SameInputs(Box<Published>),
+    /// A result of other or unknown inputs, described for people.
+    OtherInputs(String),
 }
 
-/// Tells what is at the output of a run that would publish `here`.
+/// Compares the output with the result that a run would publish.
 ///
-/// A result is the run's own if it was made from the same inputs, whoever made it. What an earlier
-/// release published does not say enough to tell; it is the run's own if `is_retry`, an earlier
-/// attempt of the very run, published it.
+/// A result counts as the same if it was made from the same inputs, by any run. The manifests of an earlier
+/// release do not record all inputs; such a result counts as the same if an earlier attempt of this run
+/// (`is_retry`) published it.
 ///
 /// # Errors
 /// [`Error`] if the store cannot be read.
-pub fn find(store: &Store, here: &Manifest, is_retry: bool) -> Result<Found, Error> {
-    find_by(store, |there| match there.compare(here) {
+pub fn inspect(store: &Store, planned: &Manifest, is_retry: bool) -> Result<OutputContents, Error> {
+    inspect_with(store, |existing| match existing.compare(planned) {
         Comparison::Equal => None,
-        Comparison::Unknown if is_retry && there.run_id == here.run_id => None,
-        Comparison::Unknown => Some(not_recorded(there)),
+        Comparison::Unknown if is_retry && existing.run_id == planned.run_id => None,
+        Comparison::Unknown => Some(inputs_not_recorded(existing)),
         Comparison::Different(differences) => Some(of_other_inputs(&differences)),
     })
 }
 
-/// Tells what is at the output of a run of which only the inputs are known yet, not the settings.
+/// Compares the output with the inputs of a run whose settings are not decided yet.
 ///
 /// # Errors
 /// [`Error`] if the store cannot be read.
-pub fn find_of_inputs(store: &Store, here: &InputDigests) -> Result<Found, Error> {
-    find_by(store, |there| {
-        let (Some(inputs), Some(_)) = (&there.inputs, &there.settings) else {
-            let is_other = there.train_sha256 != here.train_sha256;
+pub fn inspect_by_inputs(store: &Store, planned: &InputDigests) -> Result<OutputContents, Error> {
+    inspect_with(store, |existing| {
+        let (Some(inputs), Some(_)) = (&existing.inputs, &existing.settings) else {
+            let is_other = existing.train_sha256 != planned.train_sha256;
             let rows = ["the rows of dataset.train".to_owned()];
-            return Some(if is_other { of_other_inputs(&rows) } else { not_recorded(there) });
+            return Some(if is_other {
+                of_other_inputs(&rows)
+            } else {
+                inputs_not_recorded(existing)
+            });
         };
-        let differences = inputs.differences(here);
+        let differences = inputs.differences(planned);
         (!differences.is_empty()).then(|| of_other_inputs(&differences))
     })
 }
 
-/// Reads what is at an output; `other` says why a manifest is of other inputs.
-fn find_by(store: &Store, other: impl FnOnce(&Manifest) -> Option<String>) -> Result<Found, Error> {
-    let Some(bytes) = read_bytes(store)? else { return Ok(Found::Vacant) };
+/// Inspects an output; `other` returns why a manifest does not count as the same.
+fn inspect_with(
+    store: &Store,
+    other: impl FnOnce(&Manifest) -> Option<String>,
+) -> Result<OutputContents, Error> {
+    let Some(bytes) = read_bytes(store)? else { return Ok(OutputContents::Vacant) };
     let Ok(manifest) = parse_manifest(store, &bytes) else {
-        return Ok(Found::Other(UNREADABLE.to_owned()));
+        return Ok(OutputContents::OtherInputs(UNREADABLE_RESULT.to_owned()));
     };
     if let Some(why) = other(&manifest) {
-        return Ok(Found::Other(why));
+        return Ok(OutputContents::OtherInputs(why));
     }
     if !sizes_match(store, &manifest)? {
-        return Ok(Found::Vacant);
+        return Ok(OutputContents::Vacant);
     }
-    Ok(Found::Same(Box::new(Published::of(manifest, &bytes))))
+    Ok(OutputContents::SameInputs(Box::new(Published::of(manifest, &bytes))))
 }
 
-const UNREADABLE: &str = "a result whose manifest cannot be read";
+const UNREADABLE_RESULT: &str = "a result whose manifest cannot be read";
 
 fn of_other_inputs(differences: &[String]) -> String {
     format!("a result of other inputs (different are {})", differences.join(", "))
 }
 
-fn not_recorded(there: &Manifest) -> String {
+fn inputs_not_recorded(existing: &Manifest) -> String {
     format!(
-        "the result of run {}, of an earlier release that recorded only the training rows, which are the same: the validation rows, the model's files and the settings cannot be compared",
-        there.run_id
+        "the result of run {}, published by an earlier release that recorded only the training rows, which are the same; the validation rows, the model files and the settings cannot be compared",
+        existing.run_id
     )
 }
 
-/// Tells whether a manifest is there.
+/// Returns whether there is a manifest.
 ///
 /// # Errors
-/// [`Error`] if the store cannot be asked.
-pub fn is_there(store: &Store) -> Result<bool, Error> {
+/// [`Error`] if the request fails.
+pub fn has_manifest(store: &Store) -> Result<bool, Error> {
     Ok(store.size(MANIFEST_NAME)?.is_some())
 }
 
@@ -127,48 +134,47 @@ pub fn read_manifest(store: &Store) -> Result<Option<Manifest>, Error> {
     read_bytes(store)?.map(|bytes| parse_manifest(store, &bytes)).transpose()
 }
 
-/// Uploads every file of `directory` and commits them by a manifest.
+/// Uploads every file of `directory` and publishes them with a manifest.
 ///
 /// # Guarantees
-/// The first committed result of the same inputs wins: publishing them again returns that result and
-/// changes nothing, even when the new bytes differ, because someone may be reading the old. Only a
-/// committed result with a missing or cut file is replaced.
+/// The first published result of the same inputs wins: publishing again returns that result and changes
+/// nothing, even if the new bytes differ, because the old ones may be in use. Only a result with a missing
+/// or truncated file is replaced.
 ///
-/// A manifest is written only behind all of its files, and one that is replaced is removed before
-/// any of them. After any failure, doing it again converges. What is left to the caller: a second
-/// publisher at the same time may still write over files of the first, which [`fetch_verified`]
-/// finds; and a replacement that is cut short may leave files of the replaced result, which no
-/// manifest names.
+/// The manifest is written after all of its files, and a manifest that is replaced is deleted before any
+/// of them is written. After a failure, publishing can be retried. Two cases remain: a concurrent publisher
+/// may overwrite files of the first, which [`fetch_verified`] detects; and an interrupted replacement may
+/// leave files of the replaced result, which no manifest lists.
 ///
 /// # Errors
-/// [`Error::OutputExists`] if a result of other inputs is there and `overwrite` is false, or appears
-/// meanwhile; else whatever the store reports.
+/// [`Error::OutputExists`] if there is a result of other inputs and `overwrite` is false, or if one appears
+/// in the meantime; otherwise an error of the store.
 pub fn publish(
     store: &Store,
     directory: &Path,
     manifest_without_files: Manifest,
     overwrite: bool,
 ) -> Result<Published, Error> {
-    let manifest = Manifest { files: describe(directory)?, ..manifest_without_files };
+    let manifest = Manifest { files: list_files(directory)?, ..manifest_without_files };
 
-    let mut superseded = Vec::new();
+    let mut replaced_files = Vec::new();
     if let Some(found) = read_bytes(store)? {
         match parse_manifest(store, &found) {
-            Ok(old) if is_same(&old, &manifest, overwrite) => {
+            Ok(old) if counts_as_same(&old, &manifest, overwrite) => {
                 if sizes_match(store, &old)? {
                     return Ok(Published::of(old, &found));
                 }
-                superseded = old.files;
+                replaced_files = old.files;
             }
-            Ok(old) if overwrite => superseded = old.files,
+            Ok(old) if overwrite => replaced_files = old.files,
             Err(_) if overwrite => {}
             Ok(old) => return Err(output_exists(store, &old, &manifest)),
             Err(_) => {
                 let uri = store.uri().to_string();
-                return Err(Error::OutputExists { uri, holds: UNREADABLE.to_owned() });
+                return Err(Error::OutputExists { uri, contents: UNREADABLE_RESULT.to_owned() });
             }
         }
-        // object_store has no conditional delete; looking again leaves the smallest window.
+        // object_store has no conditional delete. Checking again keeps the race window small.
         if read_bytes(store)?.as_ref() == Some(&found) {
             store.delete(MANIFEST_NAME)?;
         }
@@ -184,41 +190,41 @@ pub fn publish(
     let bytes = Bytes::from(render(&manifest));
     if let PutIfAbsent::Exists(found) = store.put_if_absent(MANIFEST_NAME, bytes.clone())? {
         let winner = parse_manifest(store, &found)?;
-        if !is_same(&winner, &manifest, false) {
+        if !counts_as_same(&winner, &manifest, false) {
             return Err(output_exists(store, &winner, &manifest));
         }
         return Ok(Published::of(winner, &found));
     }
 
     let kept: BTreeSet<&str> = manifest.files.iter().map(|file| file.path.as_str()).collect();
-    for file in superseded.iter().filter(|file| !kept.contains(file.path.as_str())) {
+    for file in replaced_files.iter().filter(|file| !kept.contains(file.path.as_str())) {
         store.delete(&file.path)?;
     }
     Ok(Published::of(manifest, &bytes))
 }
 
-/// Tells whether a result counts as the one to be published. What an earlier release published says
-/// too little; it counts by its run, unless it may be replaced.
-fn is_same(there: &Manifest, here: &Manifest, overwrite: bool) -> bool {
-    match there.compare(here) {
+/// Returns whether an existing result counts as the one to publish. The manifests of an earlier release do
+/// not record all inputs; such a result counts if it is of the same run, unless it may be replaced.
+fn counts_as_same(existing: &Manifest, planned: &Manifest, overwrite: bool) -> bool {
+    match existing.compare(planned) {
         Comparison::Equal => true,
-        Comparison::Unknown => there.run_id == here.run_id && !overwrite,
+        Comparison::Unknown => existing.run_id == planned.run_id && !overwrite,
         Comparison::Different(_) => false,
     }
 }
 
-fn output_exists(store: &Store, there: &Manifest, here: &Manifest) -> Error {
-    let holds = match there.compare(here) {
+fn output_exists(store: &Store, existing: &Manifest, planned: &Manifest) -> Error {
+    let contents = match existing.compare(planned) {
         Comparison::Different(differences) => of_other_inputs(&differences),
-        Comparison::Equal | Comparison::Unknown => not_recorded(there),
+        Comparison::Equal | Comparison::Unknown => inputs_not_recorded(existing),
     };
-    Error::OutputExists { uri: store.uri().to_string(), holds }
+    Error::OutputExists { uri: store.uri().to_string(), contents }
 }
 
-/// Fetches every file of a manifest and checks size and SHA-256; returns the bytes read.
+/// Fetches every file of a manifest, verifies its size and SHA-256, and returns the number of bytes.
 ///
 /// # Errors
-/// [`Error::Damaged`] naming the file that differs, or whatever the store reports.
+/// [`Error::Damaged`] with the file that differs, or an error of the store.
 pub fn fetch_verified(store: &Store, manifest: &Manifest, to: &Path) -> Result<u64, Error> {
     let mut total = 0;
     for file in &manifest.files {
@@ -230,7 +236,7 @@ pub fn fetch_verified(store: &Store, manifest: &Manifest, to: &Path) -> Result<u
             return Err(Error::Damaged {
                 uri: store.name(&file.path),
                 detail: format!(
-                    "the manifest says {} bytes with SHA-256 {}, the store holds {size} with {sha256}",
+                    "the manifest says {} bytes with SHA-256 {}, the store has {size} bytes with {sha256}",
                     file.size, file.sha256
                 ),
             });
@@ -254,7 +260,7 @@ fn parse_manifest(store: &Store, bytes: &[u8]) -> Result<Manifest, Error> {
     })
 }
 
-/// Refuses a path that would leave the target directory: manifests come from a bucket.
+/// Refuses a path outside the target directory. Manifests come from a bucket and are not trusted.
 fn check_path(store: &Store, path: &str) -> Result<(), Error> {
     let is_plain = !path.is_empty()
         && path.split('/').all(|part| !matches!(part, "" | "." | "..") && !part.contains('\\'));
@@ -263,12 +269,12 @@ fn check_path(store: &Store, path: &str) -> Result<(), Error> {
     }
     Err(Error::Damaged {
         uri: store.name(MANIFEST_NAME),
-        detail: format!("it names the path {path:?}, which is not inside the result"),
+        detail: format!("it lists the path {path:?}, which is not inside the result"),
     })
 }
 
-/// Describes every file below a directory, sorted by path.
-fn describe(directory: &Path) -> Result<Vec<ManifestFile>, Error> {
+/// Lists every file below a directory with size and digest, sorted by path.
+fn list_files(directory: &Path) -> Result<Vec<ManifestFile>, Error> {
     let mut files = Vec::new();
     let mut pending: Vec<(PathBuf, String)> = vec![(directory.to_owned(), String::new())];
     while let Some((current, prefix)) = pending.pop() {
@@ -288,9 +294,9 @@ fn describe(directory: &Path) -> Result<Vec<ManifestFile>, Error> {
     Ok(files)
 }
 
-/// Uploads files, a few at once; the first error wins.
+/// Uploads files, a few in parallel; returns the first error.
 fn upload(store: &Store, directory: &Path, files: &[ManifestFile]) -> Result<(), Error> {
-    for group in files.chunks(FILES_IN_FLIGHT) {
+    for group in files.chunks(PARALLEL_UPLOADS) {
         std::thread::scope(|scope| {
             let uploads: Vec<_> = group
                 .iter()

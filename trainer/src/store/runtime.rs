@@ -1,13 +1,13 @@
-//! The one tokio runtime of the process, behind which every store call blocks.
+//! The tokio runtime of the process, on which all store requests run.
 
 use std::{future::Future, sync::OnceLock};
 
 use tokio::runtime::{Builder, Runtime};
 
-/// Runs a future to its end on the process-wide runtime.
+/// Runs a future on the runtime and blocks until it completes.
 ///
 /// # Panics
-/// If called from inside async code, which the trainer has none of outside this module.
+/// If called from async code, which the trainer has only in this module.
 pub(super) fn block_on<F: Future>(future: F) -> F::Output {
     static RUNTIME: OnceLock<Runtime> = OnceLock::new();
     RUNTIME

@@ -1,4 +1,4 @@
-//! Whole files in and out: resumable fetches, bounded streams, multipart uploads.
+//! Transfers whole files: resumable fetches, streams with bounded memory, multipart uploads.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -17,22 +17,22 @@ use crate::{
     store::{Error, Stat, Store, runtime::block_on},
 };
 
-/// Bytes asked for at once; also what a broken transfer loses at most.
+/// The number of bytes per request, and the most that an interrupted transfer loses.
 const CHUNK_BYTES: u64 = 8 << 20;
-/// Files at least this large go up in parts.
+/// The size from which files are uploaded in parts.
 const MULTIPART_BYTES: u64 = 32 << 20;
-/// Bytes of a part, unless that made too many.
+/// The size of a part, unless there would be too many.
 pub const PART_BYTES: usize = UPLOAD_PART_BYTES as usize;
-/// S3 takes at most 10 000 parts.
+/// The most parts of an upload; S3 allows 10 000.
 const MAX_PARTS: u64 = 9_000;
-/// Parts in flight; bounds memory to this times the part size.
+/// The number of parts in flight, which bounds memory to this times the size of a part.
 const PARTS_IN_FLIGHT: usize = UPLOAD_PARTS_IN_FLIGHT as usize;
 
 impl Store {
-    /// Opens a file as a stream that asks for one bounded range after another.
+    /// Opens a file as a stream, which requests one bounded range after another.
     ///
     /// # Errors
-    /// [`Error`] if the file is missing; later failures come through the reader.
+    /// [`Error`] if the file is missing; later errors are returned by the reader.
     pub fn open_read(&self, path: &str) -> Result<Box<dyn Read + Send>, Error> {
         if let Some(local) = self.local_path(path) {
             let file = File::open(&local).map_err(|error| Error::local("open", &local, error))?;
@@ -48,7 +48,7 @@ impl Store {
         }))
     }
 
-    /// Returns the SHA-256 of a file's content, read as a stream.
+    /// Returns the SHA-256 of the content of a file, read as a stream.
     ///
     /// # Errors
     /// [`Error`] if the file is missing or cannot be read.
@@ -69,9 +69,9 @@ impl Store {
     /// Fetches a file to `to`, which appears complete or not at all.
     ///
     /// # Guarantees
-    /// An interrupted fetch goes on where it stopped, unless the object changed in between. Two
-    /// processes that fetch the same file wait for each other. The length is checked, and the
-    /// SHA-256 where the server tells it.
+    /// An interrupted fetch resumes where it stopped, unless the object has changed. Two processes that
+    /// fetch the same file wait for each other. The length is verified, and the SHA-256 if the server
+    /// announces one.
     ///
     /// # Errors
     /// [`Error`] if the file is missing, unreadable or damaged, or the disk is full.
@@ -81,7 +81,7 @@ impl Store {
         fs::create_dir_all(directory).map_err(|error| Error::local("create", directory, error))?;
         let partial = partial_path(to, &self.name(path), &stat);
         let Some(mut file) = lock_partial(&partial, to, stat.size)? else {
-            return Ok(()); // Another process finished while we waited for the lock.
+            return Ok(()); // Another process completed the file while this one waited for the lock.
         };
         let write = |error| Error::local("write", &partial, error);
         let mut position = file.seek(SeekFrom::End(0)).map_err(write)?;
@@ -104,7 +104,7 @@ impl Store {
         if let Some(expected) = &stat.sha256 {
             let (_, found) = hash_file(&partial)?;
             if found != *expected {
-                // Resuming from wrong bytes would fail for ever.
+                // Resuming from wrong bytes would always fail.
                 fs::remove_file(&partial)
                     .map_err(|error| Error::local("remove", &partial, error))?;
                 return Err(Error::Damaged {
@@ -117,24 +117,24 @@ impl Store {
         fs::rename(&partial, to).map_err(|error| Error::local("rename", &partial, error))
     }
 
-    /// Writes a file's bytes to an object: in parts when large, which are aborted on failure.
+    /// Uploads a file. Large files are uploaded in parts, which are aborted on failure.
     ///
     /// # Errors
-    /// [`Error`] if the file cannot be read or the store not written.
+    /// [`Error`] if the file cannot be read or the store cannot be written.
     pub fn put_file(&self, path: &str, from: &Path) -> Result<(), Error> {
         let (size, parts) = file_parts(from)?;
         self.put_parts(path, size, parts)
     }
 
-    /// Writes `size` bytes that come part by part to an object, as [`Self::put_file`] does.
+    /// Uploads `size` bytes that are given in parts, as [`Self::put_file`] does.
     ///
     /// # Guarantees
-    /// Of a large object no more than four parts are in memory at once, beside those that the
-    /// caller has there anyway; of a small one all are.
+    /// At most four parts of a large object are in memory at once, beside those of the caller. A small
+    /// object is in memory as a whole.
     ///
     /// # Errors
-    /// [`Error`] if the store cannot be written, the first error among the parts, or that they are
-    /// more or less than `size`.
+    /// [`Error`] if the store cannot be written, if a part is an error, or if the parts do not add up to
+    /// `size`.
     pub fn put_parts(
         &self,
         path: &str,
@@ -146,7 +146,7 @@ impl Store {
         let failed = |error| self.failed("write", path, error);
         let changed = |sent: u64| Error::Damaged {
             uri: self.name(path),
-            detail: format!("what it is made of changed from {size} to {sent} bytes meanwhile"),
+            detail: format!("its source changed from {size} to {sent} bytes during the upload"),
         };
         if size < MULTIPART_BYTES {
             let whole: PutPayload =
@@ -175,20 +175,20 @@ impl Store {
                 upload.put(part);
             };
             if let Err(error) = outcome {
-                // The first error is the one to tell; a lifecycle rule removes orphaned parts.
+                // Return the first error. If aborting fails, a lifecycle rule must remove the parts.
                 let _ = upload.abort().await;
                 return Err(error);
             }
-            // `finish` aborts by itself when a part fails.
+            // `finish` itself aborts the upload if a part fails.
             upload.finish().await.map(|_| ()).map_err(failed)
         })
     }
 }
 
-/// Returns a local file's size, and its bytes in parts.
+/// Returns the size of a local file, and its bytes in parts.
 ///
 /// # Errors
-/// [`Error::Local`], also for a part.
+/// [`Error::Local`] if the file cannot be opened; a part is an error if it cannot be read.
 pub fn file_parts(
     from: &Path,
 ) -> Result<(u64, impl Iterator<Item = Result<Bytes, Error>> + use<'_>), Error> {
@@ -233,7 +233,7 @@ impl Read for RangeReader {
     }
 }
 
-/// Opens and locks the unfinished file; `None` if another process has completed `to` meanwhile.
+/// Opens and locks the partial file; `None` if another process has completed `to` in the meantime.
 fn lock_partial(partial: &Path, to: &Path, size: u64) -> Result<Option<File>, Error> {
     let failed = |error| Error::local("lock", partial, error);
     loop {
@@ -245,7 +245,7 @@ fn lock_partial(partial: &Path, to: &Path, size: u64) -> Result<Option<File>, Er
             .open(partial)
             .map_err(failed)?;
         file.lock().map_err(failed)?;
-        // The name may have been renamed away, and even made anew, while we waited.
+        // While waiting, the file may have been renamed, and another one created under its name.
         let ours = file.metadata().map_err(failed)?.ino();
         if fs::metadata(partial).is_ok_and(|named| named.ino() == ours) {
             return Ok(Some(file));
@@ -256,7 +256,8 @@ fn lock_partial(partial: &Path, to: &Path, size: u64) -> Result<Option<File>, Er
     }
 }
 
-/// Names the unfinished file so that only the very same bytes are ever continued.
+/// Returns the path of the partial file. It depends on the identity of the object, so that a fetch never
+/// resumes with the bytes of another object.
 fn partial_path(to: &Path, uri: &str, stat: &Stat) -> PathBuf {
     let identity = format!("{uri}\n{}\n{:?}\n{:?}", stat.size, stat.tag, stat.sha256);
     let name = to.file_name().unwrap_or_default().to_string_lossy();

@@ -1,5 +1,5 @@
-//! The proof behind `Succeeded`: the published bytes, read back, are whole, finite, changed the
-//! model, and behave as what was trained.
+//! Verifies a published result: the downloaded files are complete and finite, change the base model,
+//! and have the loss that the trained model had. Only then does a run succeed.
 
 use std::path::{Path, PathBuf};
 
@@ -8,23 +8,22 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{
     context::RunContext,
-    data::Batch,
+    data::{dataset::Dataset, sequences::Batch},
     failure::Failure,
-    hf::{read_config, weights::Checkpoint},
+    hf::{read_config, weights::WeightFiles},
     lora::{self, trainable::Trainable},
     model::Model,
     runtime::rng::RngKey,
     store::{self, Store, publish},
-    train::DataSplit,
 };
 
-/// Tokens of the training data the proof looks at, at most.
-const PROBE_TOKENS: usize = 64;
+/// The most tokens of training data that are evaluated.
+const MAX_BATCH_TOKENS: usize = 64;
 
-/// How far the reloaded loss may be from the trained one, relative to it.
+/// Returns how far the loss of the reloaded result may be from the trained one, relative to it.
 ///
-/// Adapters are published in fp32 and come back exactly. Full weights are rounded once to the base
-/// model's type. A merged update is rounded to the steps of weights much larger than itself, which
+/// Adapters are published in fp32 and reload exactly. Full weights are rounded once to the base
+/// model's type. A merged update is rounded to the precision of weights much larger than itself, which
 /// in bf16 cost 6 % of the loss in a run of six steps on SmolLM2; a wrong merge costs all of it.
 const fn loss_tolerance(kind: ArtifactKind) -> f64 {
     match kind {
@@ -34,40 +33,40 @@ const fn loss_tolerance(kind: ArtifactKind) -> f64 {
     }
 }
 
-/// The same where the result is loaded on another kind of device than it was trained on, whose
-/// kernels round bf16 elsewhere. An estimate; not measured.
-const ELSEWHERE: f64 = 0.05;
+/// The minimum tolerance where the result is verified on another kind of device than it was trained
+/// on, whose kernels round bf16 differently. An estimate; not measured.
+const OTHER_DEVICE_TOLERANCE: f64 = 0.05;
 
-/// A piece of training data and what the base model says about it.
-pub struct Probe {
+/// A batch of training data, with the logits that the base model computes for it.
+pub struct VerificationBatch {
     batch: Batch,
     tokens: Vec<u32>,
     base_logits: Tensor,
 }
 
-/// What a model says about the probe.
-pub struct Seen {
+/// The loss and logits of a model on a [`VerificationBatch`].
+pub struct Evaluation {
     loss: f64,
     logits: Tensor,
 }
 
-impl Probe {
-    /// Takes the start of the first row that has a target in it; `model` must still be the base model.
-    pub fn of(model: &Model, train: &DataSplit) -> Self {
-        let rows = (0..train.dataset.len()).map(|index| train.dataset.row(index));
-        let start =
-            |targets: &[bool]| targets.iter().take(PROBE_TOKENS).any(|&is_target| is_target);
-        let row = rows
-            .into_iter()
-            .find(|row| start(&row.targets))
-            .unwrap_or_else(|| train.dataset.row(0));
-        let length = row.tokens.len().min(PROBE_TOKENS);
+impl VerificationBatch {
+    /// Takes the first tokens of the first row with a target among them; `model` must still be the
+    /// base model.
+    pub fn new(model: &Model, train: &Dataset) -> Self {
+        let has_early_target =
+            |targets: &[bool]| targets.iter().take(MAX_BATCH_TOKENS).any(|&is_target| is_target);
+        let row = (0..train.len())
+            .map(|index| train.row(index))
+            .find(|row| has_early_target(&row.targets))
+            .unwrap_or_else(|| train.row(0));
+        let length = row.tokens.len().min(MAX_BATCH_TOKENS);
         let tokens = row.tokens[..length].to_vec();
         let (mut target_positions, mut labels) = (Vec::new(), Vec::new());
-        // A row whose targets all lie further on is looked at as a whole.
-        let is_all = !start(&row.targets);
+        // If no row has an early target, every token of the first one counts as one.
+        let all_are_targets = !has_early_target(&row.targets);
         for (index, &token) in tokens.iter().enumerate().skip(1) {
-            if is_all || row.targets[index] {
+            if all_are_targets || row.targets[index] {
                 target_positions.push(index as i64 - 1);
                 labels.push(i64::from(token));
             }
@@ -82,25 +81,25 @@ impl Probe {
         Self { batch, tokens, base_logits }
     }
 
-    /// Asks a model.
-    pub fn look_at(&self, model: &Model) -> Seen {
+    /// Evaluates a model on the batch.
+    pub fn evaluate(&self, model: &Model) -> Evaluation {
         let loss = model.loss(&self.batch) / self.batch.labels.len() as f64;
-        Seen { loss, logits: model.logits(&self.tokens) }
+        Evaluation { loss, logits: model.logits(&self.tokens) }
     }
 }
 
-/// Reads a published result back and compares it with what was trained.
+/// Downloads the result that this run has published and compares it with the trained model.
 ///
 /// # Errors
-/// A [`Failure`] of reason `NotProven` that says what does not hold.
-pub fn read_back(
+/// A [`Failure`] of reason `NotProven` that says which check failed.
+pub fn verify_trained(
     config: &RunConfig,
     context: &RunContext<'_>,
     output: &Store,
     manifest: &Manifest,
     base: &Path,
-    probe: &Probe,
-    trained: &Seen,
+    verification_batch: &VerificationBatch,
+    trained: &Evaluation,
 ) -> Result<Proof, Failure> {
     let directory = context.empty_directory("readback")?;
     let bytes = fetch_verified(output, manifest, &directory)?;
@@ -111,48 +110,51 @@ pub fn read_back(
     }
     let device = device(config, context);
     let model = load(manifest.kind, &directory, base, config.training.dtype, device)?;
-    let seen = probe.look_at(&model);
+    let reloaded = verification_batch.evaluate(&model);
     drop(model);
-    let is_elsewhere = device != context.device;
-    let base_logits = if is_elsewhere {
-        load_frozen(base, config.training.dtype, device)?.logits(&probe.tokens)
+    let is_other_device = device != context.device;
+    let base_logits = if is_other_device {
+        load_frozen(base, config.training.dtype, device)?.logits(&verification_batch.tokens)
     } else {
-        probe.base_logits.shallow_clone()
+        verification_batch.base_logits.shallow_clone()
     };
-    let max_logit_change = largest_difference(&seen.logits, &base_logits);
+    let max_logit_change = largest_difference(&reloaded.logits, &base_logits);
     if max_logit_change == 0.0 {
-        return Err(not_proven(
+        return Err(verification_failed(
             config,
-            "it gives the very logits of the base model: nothing was learned",
+            "its logits are identical to those of the base model: the training had no effect",
         ));
     }
-    let tolerance = loss_tolerance(manifest.kind).max(if is_elsewhere { ELSEWHERE } else { 0.0 });
-    if !seen.loss.is_finite()
-        || (seen.loss - trained.loss).abs() > tolerance * trained.loss.abs().max(0.1)
+    let mut tolerance = loss_tolerance(manifest.kind);
+    if is_other_device {
+        tolerance = tolerance.max(OTHER_DEVICE_TOLERANCE);
+    }
+    if !reloaded.loss.is_finite()
+        || (reloaded.loss - trained.loss).abs() > tolerance * trained.loss.abs().max(0.1)
     {
         let why = format!(
-            "its loss on training data is {}, but was {} when trained",
-            seen.loss, trained.loss
+            "its loss on training data is {}, but the loss of the trained model was {}",
+            reloaded.loss, trained.loss
         );
-        return Err(not_proven(config, &why));
+        return Err(verification_failed(config, &why));
     }
     let _ = std::fs::remove_dir_all(&directory);
     Ok(Proof {
         files: manifest.files.len() as u32,
         bytes,
         max_logit_change,
-        loss_trained_and_reloaded: Some([trained.loss, seen.loss]),
+        loss_trained_and_reloaded: Some([trained.loss, reloaded.loss]),
     })
 }
 
-/// Reads back a result that was published before: by an earlier attempt, or by another run of the same
-/// inputs.
+/// Downloads and verifies a result that was published earlier, by an earlier attempt or by another run
+/// of the same inputs.
 ///
-/// What was trained is gone, so only the bytes and that the result loads can be shown.
+/// The trained model is gone, so only the digests and that the result loads can be verified.
 ///
 /// # Errors
-/// A [`Failure`] if the bytes are damaged or do not load.
-pub fn of_published(
+/// A [`Failure`] if the files are damaged or do not load.
+pub fn verify_published(
     config: &RunConfig,
     context: &RunContext<'_>,
     output: &Store,
@@ -163,11 +165,11 @@ pub fn of_published(
     let bytes = fetch_verified(output, manifest, &directory)?;
     let tokens: Vec<u32> = (0..16).collect();
     let dtype = config.training.dtype;
-    // One after the other: the plan has room for one.
+    // One model after the other: the planned memory is enough for one.
     let device = device(config, context);
     let logits = load(manifest.kind, &directory, base, dtype, device)?.logits(&tokens);
     if !is_finite(&logits) {
-        return Err(not_proven(config, "it gives logits that are not finite"));
+        return Err(verification_failed(config, "its logits are not finite"));
     }
     let base_logits = load_frozen(base, dtype, device)?.logits(&tokens);
     let max_logit_change = largest_difference(&logits, &base_logits);
@@ -180,10 +182,10 @@ pub fn of_published(
     })
 }
 
-/// Fetches a result; bytes that are not what its manifest says are no proof.
+/// Downloads a result and checks its files against the manifest; returns the number of bytes.
 ///
 /// # Errors
-/// A [`Failure`] of reason `NotProven` for damaged bytes, or one of the store.
+/// A [`Failure`] of reason `NotProven` for damaged files, or one of the store.
 pub fn fetch_verified(output: &Store, manifest: &Manifest, to: &Path) -> Result<u64, Failure> {
     publish::fetch_verified(output, manifest, to).map_err(|error| match error {
         store::Error::Damaged { .. } => Failure::new(FailureReason::NotProven, error.to_string()),
@@ -191,13 +193,13 @@ pub fn fetch_verified(output: &Store, manifest: &Manifest, to: &Path) -> Result<
     })
 }
 
-/// Checks that every tensor of a file is finite, and that an adapter is not all zero.
+/// Checks that every tensor of a file is finite and that an adapter is not zero.
 ///
 /// # Errors
 /// A [`Failure`] that names the tensor.
 pub fn check_tensors(path: &Path) -> Result<(), Failure> {
     let damaged = |what: String| Failure::new(FailureReason::NotProven, what);
-    let tensors = Checkpoint::open_file(path)
+    let tensors = WeightFiles::open_file(path)
         .map_err(|error| Failure::from_chain(FailureReason::NotProven, &error))?;
     let mut largest_update: Option<f64> = None;
     for name in tensors.names() {
@@ -207,20 +209,22 @@ pub fn check_tensors(path: &Path) -> Result<(), Failure> {
                 "tensor {name:?} of {path:?} has values that are not finite"
             )));
         }
-        // One side of a fresh adapter is zero, so its product is: both must have moved.
+        // These factors are zero in a new adapter. While they are, the adapter has no effect.
         if name.contains(".lora_B.") || name.ends_with(".lora_embedding_A") {
             let size = tensor.abs().max().double_value(&[]);
             largest_update = Some(largest_update.unwrap_or(0.0).max(size));
         }
     }
     if largest_update == Some(0.0) {
-        return Err(damaged(format!("every adapter in {path:?} is zero: nothing was learned")));
+        return Err(damaged(format!(
+            "every adapter in {path:?} is zero: the training had no effect"
+        )));
     }
     Ok(())
 }
 
-/// Returns what a result is computed on: what the run was, unless it had to be divided because no
-/// one device holds the model. Then the processor does, slowly, with weights read in place.
+/// Returns the device that verifies the result: that of the run, unless the run was sharded because no
+/// single device holds the model. Then the CPU does, slowly, with weights mapped from disk.
 fn device(config: &RunConfig, context: &RunContext<'_>) -> Device {
     match config.parallelism.strategy {
         Strategy::Zero3 => Device::Cpu,
@@ -228,7 +232,7 @@ fn device(config: &RunConfig, context: &RunContext<'_>) -> Device {
     }
 }
 
-/// Loads a published directory as a user of it would.
+/// Loads a published directory as its users would.
 ///
 /// # Errors
 /// A [`Failure`] if it does not load.
@@ -258,7 +262,7 @@ pub fn load_frozen(directory: &Path, dtype: Dtype, device: Device) -> Result<Mod
     Model::load(directory, read_config(directory)?, Trainable::Frozen, dtype, device, seed)
 }
 
-/// Returns the path of an adapter below a published directory; `None` if it has none.
+/// Returns the path of the adapter in a published directory; `None` if it has none.
 pub fn adapter_directory(kind: ArtifactKind, directory: &Path) -> Option<PathBuf> {
     match kind {
         ArtifactKind::Adapter => Some(directory.to_owned()),
@@ -276,9 +280,9 @@ fn largest_difference(left: &Tensor, right: &Tensor) -> f64 {
     (left.to_kind(Kind::Float) - right.to_kind(Kind::Float)).abs().max().double_value(&[])
 }
 
-fn not_proven(config: &RunConfig, why: &str) -> Failure {
+fn verification_failed(config: &RunConfig, why: &str) -> Failure {
     Failure::new(
         FailureReason::NotProven,
-        format!("the result at {} is not proven: {why}", config.output.uri),
+        format!("the result at {} failed verification: {why}", config.output.uri),
     )
 }

@@ -2,7 +2,7 @@
 
 use finetune_contract::Recompute;
 use finetune_trainer::{
-    architecture::config::ModelConfig, hf::weights::Checkpoint, lora::trainable::Trainable,
+    architecture::config::ModelConfig, hf::weights::WeightFiles, lora::trainable::Trainable,
 };
 
 use crate::{
@@ -19,7 +19,7 @@ fn check(what: &str, config_json: &str, attach: impl Fn(&ModelConfig) -> Trainab
     let trainable = attach(&config);
     let mut model = load(directory.path(), &config, &trainable);
     let batch = batch(&[7, 12, 12, 1, 3], config.vocab_size as u64);
-    let stored = Checkpoint::open(directory.path()).unwrap();
+    let stored = WeightFiles::open(directory.path()).unwrap();
     let (expected_loss, expected) = Reference::of(&model, &stored).loss_and_gradients(&batch);
     for recompute in [Recompute::None, Recompute::Block] {
         let _ = model.trained_mut().grad().shallow_clone().zero_();

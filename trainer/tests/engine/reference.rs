@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use finetune_trainer::{
     architecture::{config::ModelConfig, names},
-    data::Batch,
-    hf::weights::Checkpoint,
+    data::sequences::Batch,
+    hf::weights::WeightFiles,
     layers::rope::frequencies,
     lora::trainable::{Trainable, adapter_names},
     model::Model,

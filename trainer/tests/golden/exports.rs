@@ -17,7 +17,7 @@ use finetune_contract::{
     TrainingSettings, parse, render,
 };
 use finetune_trainer::{
-    data::{Rendering, Tokenizer},
+    data::{chat::rendering::Rendering, tokenizer::Tokenizer},
     hf::{extension, read_config},
     lora::trainable::Trainable,
     model::Model,
@@ -191,7 +191,7 @@ impl Base {
     /// Returns the model's directory with the tokens added.
     fn extended(&self) -> PathBuf {
         let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("extended");
-        extension::with_tokens(&self.directory, &self.added_tokens, &cache).unwrap()
+        extension::add_tokens(&self.directory, &self.added_tokens, &cache).unwrap()
     }
 
     fn publish_full(&self, name: &str) {

@@ -9,8 +9,9 @@ use std::{collections::BTreeMap, fs, path::Path};
 use finetune_contract::Reasoning;
 use finetune_trainer::{
     data::{
-        Rendering, Tokenizer,
+        chat::rendering::Rendering,
         conversation::{ChatRole, Conversation, Example, Message, ToolCall},
+        tokenizer::Tokenizer,
     },
     hex,
 };

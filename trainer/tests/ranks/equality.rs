@@ -5,7 +5,7 @@ use std::{path::Path, time::Duration};
 use finetune_contract::{Optimizer, Recompute, Strategy};
 use finetune_trainer::{
     architecture::config::ModelConfig,
-    data::Batch,
+    data::sequences::Batch,
     distributed::{
         Ranks,
         rank::{RankInfo, Timeouts},

@@ -1,11 +1,11 @@
-//! What every store must do the same.
+//! The behavior that all stores must share.
 
 use std::{fs, io::Read as _, sync::Arc, thread};
 
 use finetune_contract::{Manifest, RunId};
 use finetune_trainer::store::{
     Entry, Environment, Error, PutIfAbsent, Role, Store, fetch_model,
-    publish::{self, Found},
+    publish::{self, OutputContents},
 };
 use object_store::memory::InMemory;
 
@@ -13,28 +13,31 @@ use super::{Server, manifest, uri};
 
 #[test]
 fn memory_conforms() {
-    conforms(&Store::over(&uri("s3://bucket/base"), Arc::new(InMemory::new())));
+    check_conformance(&Store::from_object_store(
+        &uri("s3://bucket/base"),
+        Arc::new(InMemory::new()),
+    ));
 }
 
 #[test]
 fn disk_conforms() {
     let directory = tempfile::tempdir().unwrap();
     let uri = uri(&format!("file://{}/base", directory.path().display()));
-    conforms(&Store::open(&uri, None, Role::Output, &Environment::default()).unwrap());
+    check_conformance(&Store::open(&uri, None, Role::Output, &Environment::default()).unwrap());
 }
 
 #[test]
 fn s3_conforms() {
     let Some(server) = Server::find() else { return };
     let uri = format!("s3://{}/store-test-{}", server.bucket(), std::process::id());
-    conforms(&server.open(&uri, server.secret()));
+    check_conformance(&server.open(&uri, server.secret()));
 }
 
-fn conforms(store: &Store) {
+fn check_conformance(store: &Store) {
     assert_eq!(store.list().unwrap(), []);
     assert_eq!(store.size("a").unwrap(), None);
     assert!(matches!(store.read("a"), Err(Error::NotFound { .. })));
-    store.probe_write().unwrap();
+    store.check_writable().unwrap();
     store.put("b/c d", "123".into()).unwrap();
     store.put("a", "hello".into()).unwrap();
     store.put("a", "hello world".into()).unwrap();
@@ -70,30 +73,34 @@ fn publishes(store: &Store) {
     fs::write(local.path().join("config.json"), "{}").unwrap();
     fs::create_dir(local.path().join("adapter")).unwrap();
     fs::write(local.path().join("adapter/w.safetensors"), "weights").unwrap();
-    assert_eq!(publish::find(store, &manifest("one"), false).unwrap(), Found::Vacant);
+    assert_eq!(publish::inspect(store, &manifest("one"), false).unwrap(), OutputContents::Vacant);
     let first = publish::publish(store, local.path(), manifest("one"), false).unwrap();
     assert_eq!(publish::publish(store, local.path(), manifest("one"), false).unwrap(), first);
-    let found = |here: &Manifest| publish::find(store, here, false).unwrap();
-    assert_eq!(found(&manifest("one")), Found::Same(Box::new(first.clone())));
+    let found = |here: &Manifest| publish::inspect(store, here, false).unwrap();
+    assert_eq!(found(&manifest("one")), OutputContents::SameInputs(Box::new(first.clone())));
     let by_another = Manifest { run_id: RunId("two".to_owned()), ..manifest("one") };
-    assert_eq!(found(&by_another), Found::Same(Box::new(first.clone())), "of the same inputs");
+    assert_eq!(
+        found(&by_another),
+        OutputContents::SameInputs(Box::new(first.clone())),
+        "of the same inputs"
+    );
     let mut other = manifest("one");
     other.inputs.as_mut().unwrap().model_sha256 = "1".repeat(64);
     let expected = "a result of other inputs (different are the files of model.uri)";
-    assert_eq!(found(&other), Found::Other(expected.to_owned()));
+    assert_eq!(found(&other), OutputContents::OtherInputs(expected.to_owned()));
     let back = tempfile::tempdir().unwrap();
     assert_eq!(publish::fetch_verified(store, &first.manifest, back.path()).unwrap(), 9);
 
-    // Other bytes of the same run do not replace those a reader may have begun with.
+    // Different bytes of the same run do not replace a result that may be in use.
     fs::write(local.path().join("config.json"), "[]").unwrap();
     assert_eq!(publish::publish(store, local.path(), manifest("one"), false).unwrap(), first);
     assert_eq!(store.read("config.json").unwrap(), "{}");
-    // Unless the result is incomplete.
+    // An incomplete result is replaced.
     store.delete("adapter/w.safetensors").unwrap();
-    assert_eq!(found(&manifest("one")), Found::Vacant);
-    let mended = publish::publish(store, local.path(), manifest("one"), false).unwrap();
+    assert_eq!(found(&manifest("one")), OutputContents::Vacant);
+    let repaired = publish::publish(store, local.path(), manifest("one"), false).unwrap();
     let back = tempfile::tempdir().unwrap();
-    publish::fetch_verified(store, &mended.manifest, back.path()).unwrap();
+    publish::fetch_verified(store, &repaired.manifest, back.path()).unwrap();
     assert_eq!(fs::read_to_string(back.path().join("config.json")).unwrap(), "[]");
     fs::write(local.path().join("config.json"), "{}").unwrap();
 
@@ -117,8 +124,8 @@ fn publishes(store: &Store) {
 }
 
 #[test]
-fn of_two_publishers_of_one_run_both_get_the_result_that_was_first() {
-    let store = Store::over(&uri("s3://bucket/base"), Arc::new(InMemory::new()));
+fn two_publishers_of_one_run_both_get_the_first_result() {
+    let store = Store::from_object_store(&uri("s3://bucket/base"), Arc::new(InMemory::new()));
     let outcomes: Vec<_> = thread::scope(|scope| {
         let publishers = ["{1}", "{2}"].map(|text| {
             let store = &store;
@@ -135,37 +142,39 @@ fn of_two_publishers_of_one_run_both_get_the_result_that_was_first() {
 }
 
 #[test]
-fn a_uri_of_one_file_lists_it_and_directory_markers_are_left_out() {
+fn the_uri_of_a_file_lists_that_file_and_directory_markers_are_omitted() {
     let memory = Arc::new(InMemory::new());
-    let base = Store::over(&uri("s3://bucket/base"), Arc::clone(&memory) as _);
+    let base = Store::from_object_store(&uri("s3://bucket/base"), Arc::clone(&memory) as _);
     base.put("rows.jsonl", "{}".into()).unwrap();
     base.put("d", "".into()).unwrap();
     base.put("d.x", "1".into()).unwrap();
     base.put("d/e", "1".into()).unwrap();
     let paths: Vec<String> = base.list().unwrap().into_iter().map(|entry| entry.path).collect();
     assert_eq!(paths, ["d.x", "d/e", "rows.jsonl"]);
-    let one = Store::over(&uri("s3://bucket/base/rows.jsonl"), memory);
+    let one = Store::from_object_store(&uri("s3://bucket/base/rows.jsonl"), memory);
     assert_eq!(one.list().unwrap(), [Entry { path: String::new(), size: 2 }]);
     assert_eq!(one.read("").unwrap(), "{}");
 }
 
 #[test]
-fn what_an_earlier_release_published_is_its_own_runs_only() {
-    let store = Store::over(&uri("s3://bucket/base"), Arc::new(InMemory::new()));
+fn a_result_of_an_earlier_release_belongs_only_to_its_own_run() {
+    let store = Store::from_object_store(&uri("s3://bucket/base"), Arc::new(InMemory::new()));
     let local = tempfile::tempdir().unwrap();
     fs::write(local.path().join("config.json"), "{}").unwrap();
     let before = Manifest { inputs: None, settings: None, ..manifest("one") };
     let first = publish::publish(&store, local.path(), before, false).unwrap();
-    let found = |here: &Manifest, is_retry| publish::find(&store, here, is_retry).unwrap();
-    assert_eq!(found(&manifest("one"), true), Found::Same(Box::new(first.clone())));
+    let found = |here: &Manifest, is_retry| publish::inspect(&store, here, is_retry).unwrap();
+    assert_eq!(found(&manifest("one"), true), OutputContents::SameInputs(Box::new(first.clone())));
     for (here, is_retry) in [(manifest("one"), false), (manifest("two"), true)] {
-        let Found::Other(why) = found(&here, is_retry) else { panic!("it is taken for its own") };
+        let OutputContents::OtherInputs(why) = found(&here, is_retry) else {
+            panic!("it is taken for its own")
+        };
         assert!(why.contains("run one") && why.contains("cannot be compared"), "{why}");
     }
-    let mut mended = manifest("one");
-    mended.train_sha256 = "1".repeat(64);
-    assert!(matches!(found(&mended, true), Found::Other(_)));
-    // Told to replace it, the next run does.
+    let mut repaired = manifest("one");
+    repaired.train_sha256 = "1".repeat(64);
+    assert!(matches!(found(&repaired, true), OutputContents::OtherInputs(_)));
+    // With `overwrite`, the next run replaces it.
     fs::write(local.path().join("config.json"), "[]").unwrap();
     let second = publish::publish(&store, local.path(), manifest("one"), true).unwrap();
     assert_ne!(second.manifest.files, first.manifest.files);

@@ -1,4 +1,4 @@
-//! A store in memory that fails at a chosen read or write, and remembers what was read.
+//! An in-memory store that fails at a chosen read or write and records the reads.
 
 use std::{
     fmt,
@@ -16,20 +16,20 @@ use object_store::{
     path::Path,
 };
 
-/// Fails from one write or read on, as a killed process would.
+/// Fails at a write or read and at all later ones, as after the death of a process.
 #[derive(Debug)]
 pub struct Failing {
     inner: Arc<InMemory>,
     writes: AtomicUsize,
     first_failing_write: usize,
-    /// Whether the first failing write still happens, only its answer is lost.
+    /// Whether the first failing write takes effect, and only its response is lost.
     lost: bool,
     first_failing_read: usize,
     ranges: Mutex<Vec<(String, Range<u64>)>>,
 }
 
 impl Failing {
-    /// Fails from write `at` on.
+    /// Creates a store that fails from write `at` on.
     pub fn writes(inner: Arc<InMemory>, at: usize, lost: bool) -> Self {
         Self {
             inner,
@@ -41,12 +41,12 @@ impl Failing {
         }
     }
 
-    /// Fails from the read of range `at` on.
+    /// Creates a store that fails from the range read `at` on.
     pub fn reads(inner: Arc<InMemory>, at: usize) -> Self {
         Self { first_failing_read: at, ..Self::writes(inner, usize::MAX, false) }
     }
 
-    /// Returns the ranges asked for so far, with their paths.
+    /// Returns the ranges requested so far, with their paths.
     pub fn ranges(&self) -> Vec<(String, Range<u64>)> {
         self.ranges.lock().unwrap().clone()
     }

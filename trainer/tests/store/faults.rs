@@ -1,4 +1,4 @@
-//! A store that fails at write `k`, for every `k`.
+//! Publishing to a store that fails at write `k`, for every `k`.
 
 use std::{fs, sync::Arc};
 
@@ -20,9 +20,10 @@ fn a_failure_at_any_write_never_leaves_a_manifest_of_missing_or_mixed_files() {
         let mut succeeded = false;
         for at in 0..10 {
             let memory = Arc::new(InMemory::new());
-            let sound = Store::over(&uri, Arc::clone(&memory) as _);
+            let sound = Store::from_object_store(&uri, Arc::clone(&memory) as _);
             publish::publish(&sound, old.path(), manifest("old"), false).unwrap();
-            let failing = Store::over(&uri, Arc::new(Failing::writes(memory, at, lost)));
+            let failing =
+                Store::from_object_store(&uri, Arc::new(Failing::writes(memory, at, lost)));
             succeeded = publish::publish(&failing, new.path(), manifest("new"), true).is_ok();
             let back = tempfile::tempdir().unwrap();
             if let Some(manifest) = publish::read_manifest(&sound).unwrap() {

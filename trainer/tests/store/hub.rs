@@ -1,4 +1,4 @@
-//! A local server that speaks the hub's API, well and badly.
+//! Tests against a local server that implements the API of the hub, correctly and incorrectly.
 
 use std::{
     io::{BufRead as _, BufReader, Write as _},
@@ -75,7 +75,7 @@ fn a_repository_may_be_named_with_its_kind() {
     GET /api/models/datasets/n/revision/main?blobs=true HTTP/1.1
     ");
     let refused = open("hf://datasets/o/n", Role::Model).unwrap_err().to_string();
-    insta::assert_snapshot!(refused, @"cannot open hf://datasets/o/n: it names a repository of datasets, where one of models is wanted; write hf://OWNER/NAME or hf://models/OWNER/NAME");
+    insta::assert_snapshot!(refused, @"cannot open hf://datasets/o/n: it is a repository of datasets, but one of models is required; use hf://OWNER/NAME or hf://models/OWNER/NAME");
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The store: one suite on memory, disk and S3; faults at every write; a hub that misbehaves.
+//! Tests of the store: one suite on memory, disk and S3; failures at every write; a misbehaving hub.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on has failed")]
 #![allow(clippy::print_stderr, reason = "what is skipped is said")]
 #![allow(unreachable_pub, reason = "modules of a test binary share items by `pub`")]
@@ -20,7 +20,7 @@ use finetune_trainer::store::{Environment, Role, Store};
 struct Server(Environment);
 
 impl Server {
-    /// Finds it in the environment; without one says so loudly, or fails in CI.
+    /// Finds the server in the environment; without one prints that the test is skipped, or fails in CI.
     fn find() -> Option<Self> {
         let server = Self(Environment::from_process());
         if server.0.plain("FINETUNE_TEST_S3_ENDPOINT").is_some() {
@@ -49,7 +49,7 @@ impl Server {
         self.open_as(uri, self.get("AWS_ACCESS_KEY_ID"), secret)
     }
 
-    /// Opens by the role's own variables; the plain ones are of another account.
+    /// Opens a store with the variables of its role; the unprefixed ones are of another account.
     fn open_as(&self, uri: &str, id: &str, secret: &str) -> Store {
         let environment = Environment::from_pairs([
             ("AWS_ENDPOINT_URL", self.get("FINETUNE_TEST_S3_ENDPOINT")),
@@ -66,7 +66,7 @@ fn uri(text: &str) -> ObjectUri {
     ObjectUri::parse(text).unwrap()
 }
 
-/// Returns the manifest of a run; each has inputs of its own.
+/// Returns the manifest of a run; each run has different inputs.
 fn manifest(run: &str) -> Manifest {
     Manifest {
         version: CONTRACT_VERSION,

@@ -1,4 +1,4 @@
-//! What people read when a store refuses: one message for each cause they can mend.
+//! Error messages of stores: one for each cause that the user can fix.
 
 use std::{fs, sync::Arc};
 
@@ -24,7 +24,7 @@ fn on_disk(path: &std::path::Path) -> Store {
 }
 
 #[test]
-fn a_missing_bucket_is_told_from_a_missing_object() {
+fn a_missing_bucket_is_distinguished_from_a_missing_object() {
     let Some(server) = Server::find() else { return };
     let store = server.open("s3://no-such-bucket-here/data", server.secret());
     let errors = [
@@ -34,9 +34,9 @@ fn a_missing_bucket_is_told_from_a_missing_object() {
     ];
     assert!(errors.iter().all(|error| error.problem_reason() == ProblemReason::NotFound));
     insta::assert_snapshot!(errors.map(|error| error.to_string()).join("\n"), @r"
-    cannot list s3://no-such-bucket-here/data: the bucket does not exist (NoSuchBucket: The specified bucket does not exist); create it or mend the URI
-    cannot read s3://no-such-bucket-here/data/rows.jsonl: the bucket does not exist (NoSuchBucket: The specified bucket does not exist); create it or mend the URI
-    cannot fetch s3://no-such-bucket-here/data/rows.jsonl: the bucket does not exist (NoSuchBucket: The specified bucket does not exist); create it or mend the URI
+    cannot list s3://no-such-bucket-here/data: the bucket does not exist (NoSuchBucket: The specified bucket does not exist); create it or correct the URI
+    cannot read s3://no-such-bucket-here/data/rows.jsonl: the bucket does not exist (NoSuchBucket: The specified bucket does not exist); create it or correct the URI
+    cannot fetch s3://no-such-bucket-here/data/rows.jsonl: the bucket does not exist (NoSuchBucket: The specified bucket does not exist); create it or correct the URI
     ");
 }
 
@@ -58,16 +58,16 @@ fn wrong_credentials_are_refused_by_name() {
     }
     let messages = errors.map(|error| error.to_string().replace(server.bucket(), "BUCKET"));
     insta::assert_snapshot!(messages.join("\n"), @r"
-    cannot look up s3://BUCKET/messages: the store refuses: check the credentials of the Secret or environment and what they may do
-    cannot look up s3://BUCKET/messages/rows.jsonl: the store refuses: check the credentials of the Secret or environment and what they may do
-    cannot write s3://BUCKET/messages/rows.jsonl: the store refuses (SignatureDoesNotMatch: The request signature we calculated does not match the signature you provided. Check your key and signing method.): check the credentials of the Secret or environment and what they may do
-    cannot write s3://BUCKET/messages/rows.jsonl: the store refuses (InvalidAccessKeyId: The access key ID you provided does not exist in our records.): check the credentials of the Secret or environment and what they may do
+    cannot look up s3://BUCKET/messages: the store denies access: check the credentials of the Secret or environment and their permissions
+    cannot look up s3://BUCKET/messages/rows.jsonl: the store denies access: check the credentials of the Secret or environment and their permissions
+    cannot write s3://BUCKET/messages/rows.jsonl: the store denies access (SignatureDoesNotMatch: The request signature we calculated does not match the signature you provided. Check your key and signing method.): check the credentials of the Secret or environment and their permissions
+    cannot write s3://BUCKET/messages/rows.jsonl: the store denies access (InvalidAccessKeyId: The access key ID you provided does not exist in our records.): check the credentials of the Secret or environment and their permissions
     ");
 }
 
 #[test]
 fn a_missing_object_is_not_found() {
-    let memory = Store::over(&uri("s3://bucket/data"), Arc::new(InMemory::new()));
+    let memory = Store::from_object_store(&uri("s3://bucket/data"), Arc::new(InMemory::new()));
     let directory = tempfile::tempdir().unwrap();
     let disk = on_disk(directory.path());
     let mut messages = Vec::new();
@@ -120,8 +120,8 @@ fn a_local_file_that_cannot_be_read_is_named() {
     let messages = errors.map(|error: Error| error.to_string().replace(place, "/DIR"));
     insta::assert_snapshot!(messages.join("\n"), @r"
     cannot read file:///DIR/folder: nothing is there; check the URI
-    cannot read file:///DIR/file/below: a part of its path is a file where a directory is needed; mend the URI
+    cannot read file:///DIR/file/below: a part of its path is a file instead of a directory; correct the URI
     cannot read /DIR/folder: Is a directory (os error 21)
-    cannot write file:///DIR/file/below: a part of its path is a file where a directory is needed; mend the URI
+    cannot write file:///DIR/file/below: a part of its path is a file instead of a directory; correct the URI
     ");
 }

@@ -1,4 +1,4 @@
-//! Fetches that are cut short or done twice at once.
+//! Fetches that are interrupted or run concurrently.
 
 use std::{fs, ops::Range, sync::Arc, thread};
 
@@ -7,17 +7,17 @@ use object_store::memory::InMemory;
 
 use super::{failing::Failing, uri};
 
-/// More than two of the ranges that a fetch asks for.
+/// A size of more than two ranges of a fetch.
 const LARGE: usize = 20 << 20;
 
 fn bytes() -> Vec<u8> {
     (0..LARGE).map(|i| (i % 251) as u8).collect()
 }
 
-/// Returns a store with a model, behind a double that counts and, from read `at` on, fails.
+/// Returns a store with a model, and its backend, which counts reads and fails from read `at` on.
 fn model(memory: &Arc<InMemory>, at: usize) -> (Store, Arc<Failing>) {
     let failing = Arc::new(Failing::reads(Arc::clone(memory), at));
-    (Store::over(&uri("s3://bucket/model"), Arc::clone(&failing) as _), failing)
+    (Store::from_object_store(&uri("s3://bucket/model"), Arc::clone(&failing) as _), failing)
 }
 
 fn put_model(memory: &Arc<InMemory>) {
@@ -32,14 +32,14 @@ fn starts(ranges: &[(String, Range<u64>)], name: &str) -> Vec<u64> {
 }
 
 #[test]
-fn an_interrupted_fetch_goes_on_where_it_stopped() {
+fn an_interrupted_fetch_resumes_where_it_stopped() {
     let memory = Arc::new(InMemory::new());
     put_model(&memory);
     let directory = tempfile::tempdir().unwrap();
     let to = directory.path().join("weights");
     let (broken, _) = model(&memory, 2);
     broken.fetch("model.safetensors", &to).unwrap_err();
-    assert!(!to.exists(), "a file appears whole or not at all");
+    assert!(!to.exists(), "a file appears complete or not at all");
 
     let (sound, reads) = model(&memory, usize::MAX);
     sound.fetch("model.safetensors", &to).unwrap();
@@ -49,7 +49,7 @@ fn an_interrupted_fetch_goes_on_where_it_stopped() {
 }
 
 #[test]
-fn an_interrupted_fetch_of_a_changed_object_starts_again() {
+fn an_interrupted_fetch_of_a_changed_object_starts_over() {
     let memory = Arc::new(InMemory::new());
     put_model(&memory);
     let directory = tempfile::tempdir().unwrap();
@@ -65,7 +65,7 @@ fn an_interrupted_fetch_of_a_changed_object_starts_again() {
 }
 
 #[test]
-fn an_interrupted_model_is_not_taken_for_a_whole_one() {
+fn a_partially_fetched_model_is_not_used() {
     let memory = Arc::new(InMemory::new());
     put_model(&memory);
     let cache = tempfile::tempdir().unwrap();
@@ -75,12 +75,15 @@ fn an_interrupted_model_is_not_taken_for_a_whole_one() {
     let (sound, reads) = model(&memory, usize::MAX);
     let directory = fetch_model(&sound, cache.path()).unwrap();
     assert!(fs::read(directory.join("model.safetensors")).unwrap() == bytes());
-    assert!(starts(&reads.ranges(), "config.json").is_empty(), "what is whole stays");
+    assert!(
+        starts(&reads.ranges(), "config.json").is_empty(),
+        "complete files are not fetched again"
+    );
     assert_eq!(starts(&reads.ranges(), "model.safetensors"), [8 << 20, 16 << 20]);
 }
 
 #[test]
-fn many_at_one_cache_fetch_a_model_once() {
+fn concurrent_fetches_into_one_cache_fetch_a_model_once() {
     let memory = Arc::new(InMemory::new());
     put_model(&memory);
     let cache = tempfile::tempdir().unwrap();

@@ -1,24 +1,24 @@
-//! Instruction rows for models that have no chat template: the prompt of Stanford Alpaca.
+//! The prompt of Stanford Alpaca, for instruction rows on models without a chat template.
 
 use crate::data::conversation::{ChatRole, Conversation, WithoutTemplate};
 
-/// A piece of text that is trained on or not; the tokenizer puts the end of text after those that are.
+/// A part of a rendered conversation. The tokenizer appends EOS to each answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Segment {
     /// The text.
     pub text: String,
-    /// Whether it is what the model answers.
+    /// Whether the model generates it.
     pub is_answer: bool,
-    /// Whether it is trained on; only answers are.
+    /// Whether it is trained on; only answers can be.
     pub is_target: bool,
 }
 
-/// Writes a conversation as text; `None` if it is none of an instruction row.
+/// Renders a conversation; `None` if it does not come from an instruction row.
 ///
 /// # Source
-/// `train.py` of Stanford Alpaca, with a line break after `### Response:` as Axolotl and
-/// LLaMA-Factory have it. A system prompt stands in the place of the first sentences, and earlier
-/// turns come before the last under the same headings.
+/// `train.py` of Stanford Alpaca, with a line break after `### Response:` as in Axolotl and
+/// LLaMA-Factory. A system prompt replaces the first sentences, and earlier turns come first, under the
+/// same headings.
 pub fn segments(conversation: &Conversation) -> Option<Vec<Segment>> {
     let WithoutTemplate::AlpacaPrompt { input } = &conversation.without_template else {
         return None;

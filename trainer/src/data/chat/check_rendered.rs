@@ -1,61 +1,63 @@
-//! What was given, looked for in what was rendered: templates leave things out without a word.
+//! Checks that a rendered text contains everything its conversation says: chat templates drop parts
+//! silently.
 
 use serde_json::Value;
 
 use crate::data::{
-    chat::turns::Text,
+    chat::assistant_spans::RenderedText,
     conversation::{ChatRole, Conversation, Message},
 };
 
-/// Checks that a text has what its messages say, and the tools.
+/// Checks that a text contains its messages and the tools.
 ///
-/// A thought inside the content of an earlier turn may be missing: templates leave old thoughts out
-/// for servers too.
+/// Reasoning in the content of an earlier turn may be missing, because templates drop it for servers
+/// as well.
 ///
 /// # Errors
-/// A text that names the turn, its role and what is missing.
-pub(crate) fn check(conversation: &Conversation, rendered: &Text) -> Result<(), String> {
+/// A message that names the turn, its role and what is missing.
+pub(crate) fn check(conversation: &Conversation, rendered: &RenderedText) -> Result<(), String> {
     let text = rendered.text.as_str();
-    let mut finder = Finder::new(text);
-    for (index, message) in conversation.messages[..rendered.until].iter().enumerate() {
-        let turn = rendered.turns.iter().find(|turn| turn.index == index);
+    let mut finder = TextFinder::new(text);
+    for (index, message) in conversation.messages[..rendered.message_count].iter().enumerate() {
+        let span = rendered.spans.iter().find(|span| span.message_index == index);
         let missing = |what: &str| {
             let role = message.role.as_str();
-            let consequence = if turn.is_some() {
+            let consequence = if span.is_some() {
                 "it would not be trained on"
             } else {
                 "the model would never see it"
             };
             format!(
-                "the chat template leaves {what} of turn {index} ({role}) out, so {consequence}: {}",
+                "the chat template leaves out {what} of turn {index} ({role}), so {consequence}: {}",
                 advice(message, what)
             )
         };
         let content = message.content.as_str();
-        // A template that marks what is generated may do so in several blocks for one turn.
-        let place = match turn {
-            Some(turn) if !rendered.is_marked => &text[turn.span.clone()],
+        // With `{% generation %}` blocks, one turn may have several spans, so search the whole text.
+        let searched = match span {
+            Some(span) if !rendered.is_marked => &text[span.range.clone()],
             _ => text,
         };
-        if turn.is_some() {
-            let mut finder = Finder::new(place);
+        if span.is_some() {
+            let mut finder = TextFinder::new(searched);
             for part in content.split("<think>").flat_map(|part| part.split("</think>")) {
-                if !finder.finds(part) {
+                if !finder.find(part) {
                     return Err(missing(&quoted(part)));
                 }
             }
-            let thought = message.reasoning.as_deref().unwrap_or_default();
-            if !Finder::new(place).finds(thought) {
+            let reasoning = message.reasoning.as_deref().unwrap_or_default();
+            if !TextFinder::new(searched).find(reasoning) {
                 return Err(missing("the reasoning"));
             }
         } else {
-            let said = content.rsplit("</think>").next().unwrap_or_default();
-            if !finder.finds(said) {
-                return Err(missing(&quoted(said)));
+            let answer = content.rsplit("</think>").next().unwrap_or_default();
+            if !finder.find(answer) {
+                return Err(missing(&quoted(answer)));
             }
         }
         for call in &message.tool_calls {
-            let found = Finder::new(place).finds(&call.name) && has_leaves(place, &call.arguments);
+            let found = TextFinder::new(searched).find(&call.name)
+                && contains_arguments(searched, &call.arguments);
             if !found {
                 return Err(missing(&format!("the call of {:?}", call.name)));
             }
@@ -64,10 +66,10 @@ pub(crate) fn check(conversation: &Conversation, rendered: &Text) -> Result<(), 
     for tool in &conversation.tools {
         let name = tool.pointer("/function/name").or_else(|| tool.get("name"));
         if let Some(name) = name.and_then(Value::as_str)
-            && !Finder::new(text).finds(name)
+            && !TextFinder::new(text).find(name)
         {
             return Err(format!(
-                "the chat template shows no tools, so the model would never see {name:?}: leave \"tools\" out, or set dataset.chatTemplate to a template with tools"
+                "the chat template shows no tools, so the model would never see {name:?}: remove \"tools\", or set dataset.chatTemplate to a template with tools"
             ));
         }
     }
@@ -77,53 +79,53 @@ pub(crate) fn check(conversation: &Conversation, rendered: &Text) -> Result<(), 
 fn advice(message: &Message, what: &str) -> &'static str {
     match message.role {
         ChatRole::Assistant if what == "the reasoning" || message.content.contains("</think>") => {
-            "set dataset.reasoning to drop to train without thoughts, or dataset.chatTemplate to a template that prints them"
+            "set dataset.reasoning to drop to train without reasoning, or dataset.chatTemplate to a template that prints it"
         }
         ChatRole::System => {
-            "put it into the first user turn, or set dataset.chatTemplate to a template with a system turn"
+            "move it into the first user turn, or set dataset.chatTemplate to a template with a system turn"
         }
-        _ => "leave it out of the rows, or set dataset.chatTemplate to a template that prints it",
+        _ => "remove it from the rows, or set dataset.chatTemplate to a template that prints it",
     }
 }
 
 fn quoted(part: &str) -> String {
-    const SHOWN: usize = 40;
+    const MAX_CHARACTERS: usize = 40;
     let part = part.trim();
-    if part.chars().count() <= SHOWN {
+    if part.chars().count() <= MAX_CHARACTERS {
         return format!("{part:?}");
     }
-    format!("{:?}…", part.chars().take(SHOWN).collect::<String>())
+    format!("{:?}…", part.chars().take(MAX_CHARACTERS).collect::<String>())
 }
 
-/// Tells whether each text and number in the arguments of a call is printed.
-fn has_leaves(text: &str, value: &Value) -> bool {
+/// Returns whether a text contains every key and string in the arguments of a call.
+fn contains_arguments(text: &str, value: &Value) -> bool {
     match value {
-        Value::Array(items) => items.iter().all(|item| has_leaves(text, item)),
-        Value::Object(fields) => {
-            fields.iter().all(|(key, item)| Finder::new(text).finds(key) && has_leaves(text, item))
-        }
-        Value::String(leaf) => Finder::new(text).finds(leaf),
-        // `1.0` may be printed as `1`, `true` as `True`.
+        Value::Array(items) => items.iter().all(|item| contains_arguments(text, item)),
+        Value::Object(fields) => fields
+            .iter()
+            .all(|(key, item)| TextFinder::new(text).find(key) && contains_arguments(text, item)),
+        Value::String(leaf) => TextFinder::new(text).find(leaf),
+        // Not compared: `1.0` may be printed as `1`, and `true` as `True`.
         Value::Number(_) | Value::Bool(_) | Value::Null => true,
     }
 }
 
-/// Finds one part after the other.
-struct Finder<'a> {
+/// Finds parts of a text, one after the other.
+struct TextFinder<'a> {
     text: &'a str,
     from: usize,
-    /// The letters and digits of the text, made when they are first needed.
-    bare: Option<String>,
+    /// The letters and digits of the text, computed when they are first needed.
+    alphanumeric: Option<String>,
 }
 
-impl<'a> Finder<'a> {
+impl<'a> TextFinder<'a> {
     fn new(text: &'a str) -> Self {
-        Self { text, from: 0, bare: None }
+        Self { text, from: 0, alphanumeric: None }
     }
 
-    /// Tells whether the text has a part: after the parts before if it can be, else anywhere, and
-    /// at last as JSON, quoted or indented in another way.
-    fn finds(&mut self, part: &str) -> bool {
+    /// Returns whether the text contains a part: preferably after the previous part, otherwise anywhere,
+    /// escaped as JSON, or with other punctuation and white space.
+    fn find(&mut self, part: &str) -> bool {
         let part = part.trim();
         if let Some(start) = self.text[self.from..].find(part) {
             self.from += start + part.len();
@@ -136,11 +138,15 @@ impl<'a> Finder<'a> {
         if self.text.contains(&escaped[1..escaped.len() - 1]) {
             return true;
         }
-        let bare = bare(part);
-        !bare.is_empty() && self.bare.get_or_insert_with(|| self::bare(self.text)).contains(&bare)
+        let alphanumeric = alphanumeric(part);
+        !alphanumeric.is_empty()
+            && self
+                .alphanumeric
+                .get_or_insert_with(|| self::alphanumeric(self.text))
+                .contains(&alphanumeric)
     }
 }
 
-fn bare(text: &str) -> String {
+fn alphanumeric(text: &str) -> String {
     text.chars().filter(|character| character.is_alphanumeric()).collect()
 }

@@ -1,7 +1,8 @@
-//! Rows as text, what is trained on in [brackets], for the families of templates there are.
+//! Renders rows with templates of every family. Tests compare text in which trained spans are in
+//! [brackets].
 //!
-//! The templates are short ones of the same make as the models' own: what matters is who supplies
-//! which token, and where a turn ends.
+//! The templates are short versions of those of real models: what matters is which tokens the template
+//! supplies, and where a turn ends.
 
 use serde_json::json;
 
@@ -11,7 +12,7 @@ use crate::data::{
     chat::template::{Sources, Template},
     conversation::{ChatRole, Conversation, Example, Message},
     formats::{self, ReadOptions},
-    tokenizer::{TokenRow, Tokenizer},
+    tokenizer::{Tokenizer, targets::TokenRow},
 };
 
 pub(crate) const CHATML: &str = "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind<|im_end|>\n{% endif %}\
@@ -27,7 +28,7 @@ const MISTRAL: &str = "{{ bos_token }}{% for m in messages %}{% if (m['role'] ==
     {% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}\
     {% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}";
 
-/// Shows the thoughts of the last turn only, and an empty block if there are none.
+/// Prints the reasoning of the last turn only, and an empty block if it has none.
 const QWEN3: &str = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% set said = m.content %}\
     {% if m.role == 'assistant' %}{% set thought = '' %}{% if '</think>' in said %}\
     {% set thought = said.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}\
@@ -38,8 +39,8 @@ const QWEN3: &str = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}
 const GENERATION: &str = "{% for m in messages %}\n<|im_start|>{{ m.role }}\n\n{% if m.role == 'assistant' %}\n\
     {% generation %}\n{{ m.content }}<|im_end|>{% endgeneration %}\n{% else %}\n{{ m.content }}<|im_end|>\n{% endif %}\n\n{% endfor %}";
 
-/// The `tokenizer.json` of a byte-level tokenizer as Llama 3 has it: trimmed offsets, BOS by a
-/// template, runs of spaces.
+/// Returns the `tokenizer.json` of a byte-level tokenizer like that of Llama 3: trimmed offsets, BOS
+/// from a post-processor template, runs of spaces.
 pub(crate) fn tokenizer_json(bos: &str, eos: &str) -> serde_json::Value {
     let mut alphabet: Vec<char> =
         tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet().into_iter().collect();
@@ -97,7 +98,7 @@ fn tokenizer(template: Option<&str>, bos: &str, eos: &str) -> Tokenizer {
     Tokenizer::from_parts(inner, template, eos_ids)
 }
 
-/// Renders a row with what is trained on in brackets; line breaks as `⏎`.
+/// Renders a row with trained spans in brackets and line breaks as `⏎`.
 pub(crate) fn show(tokenizer: &Tokenizer, example: &Example) -> String {
     let rows = match tokenizer.tokenize(example) {
         Ok(tokenized) => tokenized.rows,
@@ -159,14 +160,14 @@ fn mistral_trains_the_end_of_text_after_each_answer() {
 }
 
 #[test]
-fn an_empty_thought_that_the_template_supplies_is_not_trained() {
+fn an_empty_reasoning_block_that_the_template_supplies_is_not_trained() {
     let tokenizer = tokenizer(Some(QWEN3), "<s>", "<|im_end|>");
     insta::assert_snapshot!(show(&tokenizer, &chat(&[("user", "Hi"), ("assistant", "think")])), @"<|im_start|>user⏎Hi<|im_end|>⏎<|im_start|>assistant⏎<think>⏎⏎</think>⏎⏎[think<|im_end|>]⏎");
     insta::assert_snapshot!(show(&tokenizer, &chat(&[("user", "Hi"), ("assistant", "<think>\nhm\n</think>\n\nYo")])), @"<|im_start|>user⏎Hi<|im_end|>⏎<|im_start|>assistant⏎[<think>⏎hm⏎</think>⏎⏎Yo<|im_end|>]⏎");
 }
 
 #[test]
-fn a_row_with_the_mark_for_an_answer_is_refused() {
+fn a_row_with_the_placeholder_is_refused() {
     let tokenizer = tokenizer(Some(CHATML), "<s>", "<|im_end|>");
     insta::assert_snapshot!(show(&tokenizer, &chat(&[("user", "\u{F8F2}"), ("assistant", "Yo")])), @r"error: turn 0 has the private-use character \u{f8f2}, which marks turns while they are rendered: remove it");
 }
@@ -177,7 +178,7 @@ fn a_template_that_rewrites_earlier_turns_gives_a_row_for_each() {
     insta::assert_snapshot!(show(&tokenizer, &two_turns()), @"<|im_start|>user⏎Hi<|im_end|>⏎<|im_start|>assistant⏎<think>⏎⏎</think>⏎⏎[Hello!<|im_end|>]⏎ // <|im_start|>user⏎Hi<|im_end|>⏎<|im_start|>assistant⏎Hello!<|im_end|>⏎<|im_start|>user⏎Bye<|im_end|>⏎<|im_start|>assistant⏎<think>⏎⏎</think>⏎⏎[Ciao ☂<|im_end|>]⏎");
 }
 
-/// Ends turns with a space only, which becomes one token with the space that starts the next.
+/// Ends turns only with a space, which forms one token with the space that starts the next turn.
 const NO_END_OF_TURN: &str = "{% for m in messages %}{% if m.role == 'user' %}{{ ' Q:' + m.content + 'A:' }}\
     {% else %}{{ m.content + ' ' }}{% endif %}{% endfor %}";
 

@@ -1,31 +1,31 @@
-//! How rows become text, decided: what the user said, where a template comes from, what day it is.
+//! Resolves the rendering settings of a dataset: the chat template, the reasoning and the date.
 
 use finetune_contract::{FailureReason, Reasoning, RenderingSettings};
 use jiff::civil::Date;
 
 use crate::{data::chat::template_source, failure::Failure, runtime::clock, store::Environment};
 
-/// How rows are rendered, beside what the model itself says.
+/// How conversations are rendered, beyond the files of the model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rendering {
-    /// The text of a template that takes the place of the model's own.
+    /// The text of a chat template that replaces that of the model.
     pub chat_template: Option<String>,
-    /// What becomes of the assistant's thoughts.
+    /// Which reasoning of the assistant is kept.
     pub reasoning: Reasoning,
-    /// The day it is for templates that ask.
+    /// The current date, as templates see it.
     pub today: Date,
 }
 
 impl Rendering {
-    /// Renders with the model's own template, on this day.
+    /// Renders with the chat template of the model and today's date.
     pub fn of_model() -> Self {
         Self { chat_template: None, reasoning: Reasoning::Keep, today: clock::today() }
     }
 
-    /// Decides what settings leave open, and reads a template that is named by its URI.
+    /// Resolves the settings; reads a template that is given by its URI.
     ///
     /// # Errors
-    /// A [`Failure`] that names the setting that cannot be used.
+    /// A [`Failure`] that names the invalid setting.
     pub fn resolve(
         settings: &RenderingSettings,
         environment: &Environment,
@@ -36,7 +36,7 @@ impl Rendering {
             None => clock::today(),
             Some(date) => date.parse().map_err(|_| {
                 let message = format!(
-                    "dataset.templateDate is {date:?}, which is no date such as 2026-01-31"
+                    "dataset.templateDate is {date:?}, which is not a date such as 2026-01-31"
                 );
                 Failure::new(FailureReason::InvalidConfiguration, message)
             })?,

@@ -1,4 +1,4 @@
-//! A model's chat template, rendered as transformers renders it.
+//! A compiled chat template, rendered as in transformers.
 
 use std::{collections::BTreeMap, ops::Range};
 
@@ -10,12 +10,12 @@ use crate::data::{
     conversation::{Conversation, Message},
 };
 
-/// The texts a model has for its templates.
+/// The sources of the chat templates of a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sources {
-    /// The one that is taken.
+    /// The template for conversations.
     pub default: String,
-    /// The one that is taken when there are tools, if there is one of its own.
+    /// The template for conversations with tools, if the model has a separate one.
     pub tool_use: Option<String>,
 }
 
@@ -27,7 +27,7 @@ pub struct Template {
     special_tokens: Vec<(String, Value)>,
 }
 
-/// What a template makes of a conversation.
+/// A rendered conversation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rendered {
     /// The text.
@@ -36,8 +36,7 @@ pub struct Rendered {
     pub generation: Vec<Range<usize>>,
 }
 
-/// A conversation as templates see it, so that parts of it can be rendered without converting it
-/// again.
+/// A conversation converted to template values once, so that parts of it can be rendered cheaply.
 #[derive(Debug, Clone)]
 pub struct Chat {
     /// The messages.
@@ -55,7 +54,7 @@ impl Chat {
             variables.iter().map(|(name, value)| (name.clone(), Value::from(Serde(value))));
         Self {
             messages: messages.iter().map(message_value).collect(),
-            // transformers passes none where there are no tools; templates ask `tools is not none`.
+            // As transformers: templates test `tools is not none`.
             tools: if tools.is_empty() { Value::from(()) } else { Value::from(Serde(tools)) },
             variables: variables.collect(),
             has_tools: !tools.is_empty(),
@@ -69,11 +68,11 @@ pub fn message_value(message: &Message) -> Value {
 }
 
 impl Template {
-    /// Compiles a template, for which it is always the same day; `special_tokens` are variables such
-    /// as (`bos_token`, `<s>`).
+    /// Compiles a template with a fixed date; `special_tokens` are variables such as
+    /// (`bos_token`, `<s>`).
     ///
     /// # Errors
-    /// A text that says what is wrong with it, and where.
+    /// A message that says what is wrong, and on which line.
     pub fn compile(
         sources: &Sources,
         special_tokens: &[(String, String)],
@@ -89,7 +88,7 @@ impl Template {
         })
     }
 
-    /// Tells whether the template says itself what the assistant generates.
+    /// Returns whether the template marks what the assistant generates, with `{% generation %}` blocks.
     pub fn marks_generation(&self, chat: &Chat) -> bool {
         self.program(chat).marks_generation
     }
@@ -98,24 +97,24 @@ impl Template {
         [Some(&self.default), self.tool_use.as_ref()].into_iter().flatten()
     }
 
-    /// Tells whether what was rendered since [`Template::forget_date`] has the date.
-    pub fn prints_date(&self) -> bool {
-        self.programs().any(Program::prints_date)
+    /// Returns whether a text rendered since [`Template::reset_printed_date`] contains the date.
+    pub fn has_printed_date(&self) -> bool {
+        self.programs().any(Program::has_printed_date)
     }
 
-    /// Forgets what was rendered before.
-    pub fn forget_date(&self) {
-        self.programs().for_each(Program::forget_date);
+    /// Forgets whether the date was printed.
+    pub fn reset_printed_date(&self) {
+        self.programs().for_each(Program::reset_printed_date);
     }
 
     fn program(&self, chat: &Chat) -> &Program {
         self.tool_use.as_ref().filter(|_| chat.has_tools).unwrap_or(&self.default)
     }
 
-    /// Renders messages with what else a conversation has.
+    /// Renders messages with the tools and variables of the conversation.
     ///
     /// # Errors
-    /// A text: what the template refused or what it could not do.
+    /// The message of an error that the template raised or ran into.
     pub fn render(
         &self,
         chat: &Chat,
@@ -123,26 +122,26 @@ impl Template {
         add_generation_prompt: bool,
     ) -> Result<Rendered, String> {
         let program = self.program(chat);
-        let given = self.special_tokens.iter().chain(&chat.variables);
+        let all_variables = self.special_tokens.iter().chain(&chat.variables);
         let mut variables: BTreeMap<&str, Value> =
-            given.map(|(name, value)| (name.as_str(), value.clone())).collect();
+            all_variables.map(|(name, value)| (name.as_str(), value.clone())).collect();
         variables.insert("messages", Value::from(messages));
         variables.insert("add_generation_prompt", Value::from(add_generation_prompt));
         variables.insert("tools", chat.tools.clone());
         variables.entry("documents").or_insert_with(|| Value::from(()));
         let text = program.render(Value::from_pairs(variables))?;
         if program.marks_generation {
-            Ok(take_marks(&text))
+            Ok(extract_marks(&text))
         } else {
             Ok(Rendered { text, generation: Vec::new() })
         }
     }
 }
 
-/// Refuses turns with a character that is used as a mark: it would be taken for one.
+/// Refuses turns that contain a character which serves as a mark during rendering.
 ///
 /// # Errors
-/// A text that names the turn and the character.
+/// A message that names the turn and the character.
 pub fn refuse_marks(messages: &[Message], marks: &[char]) -> Result<(), String> {
     for (index, message) in messages.iter().enumerate() {
         let mut characters = message.texts().flat_map(str::chars);
@@ -159,7 +158,7 @@ pub fn refuse_marks(messages: &[Message], marks: &[char]) -> Result<(), String> 
 /// The marks of `{% generation %}` blocks.
 pub const GENERATION_MARKS: [char; 2] = [GENERATION_START, GENERATION_END];
 
-fn take_marks(marked: &str) -> Rendered {
+fn extract_marks(marked: &str) -> Rendered {
     let mut text = String::with_capacity(marked.len());
     let mut generation = Vec::new();
     let mut start = None;
@@ -213,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn says_what_a_template_refuses() {
+    fn reports_errors_of_templates() {
         insta::assert_snapshot!(render("{{ raise_exception('roles must alternate') }}"), @"roles must alternate (line 1 of the template)");
         insta::assert_snapshot!(render("{% for m in %}"), @"unexpected end of block (line 1 of the template)");
     }

@@ -1,4 +1,4 @@
-//! Where a chat template comes from: the model's own files, a built-in one, a text or a URI.
+//! Finds a chat template: in the files of the model, among the built-in ones, as a text or at a URI.
 
 use std::{collections::BTreeMap, path::Path};
 
@@ -11,7 +11,7 @@ use crate::{
     store::{self, Environment, Role, Store},
 };
 
-/// The folder of named templates beside `chat_template.jinja`, the one named `default`.
+/// The folder of named templates beside `chat_template.jinja`, which is the default.
 pub const FOLDER: &str = store::TEMPLATE_FOLDER;
 
 /// ChatML: for models whose tokenizer has its two tokens.
@@ -19,11 +19,11 @@ const CHATML: &str = "{%- for message in messages -%}\
     {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}\
     {%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}";
 
-/// The prompt of Stanford Alpaca, for instructions on models that were never taught a format.
+/// The prompt of Stanford Alpaca, for base models without a chat format.
 ///
 /// # Source
-/// `PROMPT_DICT` of `train.py` in tatsu-lab/stanford_alpaca; a system turn takes the place of its
-/// first sentences, and what follows an answer is another instruction.
+/// `PROMPT_DICT` of `train.py` in tatsu-lab/stanford_alpaca; a system turn replaces its first
+/// sentences, and another instruction may follow an answer.
 pub(crate) const ALPACA: &str = "{%- set default = 'Below is an instruction that describes a task. \
     Write a response that appropriately completes the request.' -%}\
     {%- if messages[0].role != 'system' -%}{{- default + '\\n\\n' -}}{%- endif -%}\
@@ -42,15 +42,15 @@ const VICUNA: &str = "{%- for message in messages -%}\
 
 const BUILT_IN: [(&str, &str); 3] = [("chatml", CHATML), ("alpaca", ALPACA), ("vicuna", VICUNA)];
 
-/// Lists the built-in templates.
+/// Returns the names of the built-in templates, separated by commas.
 pub(crate) fn names() -> String {
     BUILT_IN.map(|(name, _)| name).join(", ")
 }
 
-/// Finds the text of a template that a user named.
+/// Returns the source of the template that a user chose: a text, a built-in name or a URI.
 ///
 /// # Errors
-/// A [`Failure`] if it is none of a built-in name, a text and a URI that can be read.
+/// A [`Failure`] if it is none of these, or the URI cannot be read.
 pub fn resolve(setting: &str, environment: &Environment) -> Result<String, Failure> {
     if is_template_text(setting) {
         return Ok(setting.to_owned());
@@ -61,7 +61,7 @@ pub fn resolve(setting: &str, environment: &Environment) -> Result<String, Failu
     let invalid = |message: String| Failure::new(FailureReason::InvalidConfiguration, message);
     let Some(uri) = template_uri(setting) else {
         return Err(invalid(format!(
-            "dataset.chatTemplate is {setting:?}, which is no built-in template ({}), no text of a template and no URI",
+            "dataset.chatTemplate is {setting:?}, which is neither a built-in template ({}), nor the text of a template, nor a URI",
             names()
         )));
     };
@@ -72,14 +72,14 @@ pub fn resolve(setting: &str, environment: &Environment) -> Result<String, Failu
     };
     let text = store.read(&entry.path)?;
     String::from_utf8(text.to_vec())
-        .map_err(|_| invalid(format!("dataset.chatTemplate: {setting} is not a text in UTF-8")))
+        .map_err(|_| invalid(format!("dataset.chatTemplate: {setting} is not UTF-8 text")))
 }
 
-/// Finds a model's templates: in files of their own, in the tokenizer's settings, or in
-/// `chat_template.json`, where older processors saved it.
+/// Finds the templates of a model: in `.jinja` files, in `tokenizer_config.json`, or in
+/// `chat_template.json`, where older versions of transformers saved them.
 ///
 /// # Errors
-/// A text if there are several, and none is the default.
+/// A message if there are several and none is the default.
 pub(crate) fn of_model(
     directory: &Path,
     settings: &Value,
@@ -104,7 +104,7 @@ pub(crate) fn of_model(
     match only {
         Some((_, default)) => Ok(Some(Sources { default, tool_use: None })),
         None => Err(format!(
-            "the model has several chat templates and none is the default ({}): name one as dataset.chatTemplate by its text or URI",
+            "the model has several chat templates and none is the default ({}): set dataset.chatTemplate to the text or URI of one",
             named
                 .keys()
                 .cloned()
@@ -155,7 +155,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn finds_the_chat_template_wherever_it_was_saved() {
+    fn finds_the_chat_template_in_every_file_that_may_have_it() {
         let directory = tempfile::tempdir().unwrap();
         let check = |settings: Value, processor: Value| match of_model(
             directory.path(),

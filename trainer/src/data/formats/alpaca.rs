@@ -1,4 +1,4 @@
-//! Rows of Stanford Alpaca, with the history that LLaMA-Factory added.
+//! Parses rows of Stanford Alpaca, with the history that LLaMA-Factory added.
 
 use serde_json::{Map, Value};
 
@@ -6,31 +6,30 @@ use crate::data::{
     conversation::{ChatRole, Conversation, Example, Message, WithoutTemplate},
     formats::{
         error::RowError,
-        fields::{as_text, filled_text, given, list, one_given, optional_text},
-        turns,
+        fields::{as_text, list, non_empty_text, non_null, optional_text, resolve_alias},
+        messages,
     },
 };
 
 const INPUTS: [&str; 2] = ["input", "context"];
 const OUTPUTS: [&str; 3] = ["output", "response", "answer"];
 
-/// Reads a row.
-///
-/// # Source
-/// The parts of Stanford Alpaca's prompt are a user turn here: instruction, then the input if there
-/// is one.
+/// Parses a row. Instruction and input, if there is one, become the user turn.
 pub(super) fn read(row: &Map<String, Value>) -> Result<Example, RowError> {
     let mut messages = history(row)?;
-    let instruction = filled_text(row, "instruction")?;
-    let input_key = one_given(row, &INPUTS)?;
+    let instruction = non_empty_text(row, "instruction")?;
+    let input_key = resolve_alias(row, &INPUTS)?;
     let input = optional_text(row, input_key)?;
     let content = match &input {
         Some(input) => format!("{instruction}\n\n{input}"),
         None => instruction,
     };
     messages.push(Message::new(ChatRole::User, content));
-    messages.push(Message::new(ChatRole::Assistant, filled_text(row, one_given(row, &OUTPUTS)?)?));
-    let conversation = turns::with_surroundings(row, messages)?;
+    messages.push(Message::new(
+        ChatRole::Assistant,
+        non_empty_text(row, resolve_alias(row, &OUTPUTS)?)?,
+    ));
+    let conversation = messages::build_conversation(row, messages)?;
     let is_plain = conversation.tools.is_empty() && conversation.variables.is_empty();
     let without_template =
         if is_plain { WithoutTemplate::AlpacaPrompt { input } } else { WithoutTemplate::Refused };
@@ -38,7 +37,7 @@ pub(super) fn read(row: &Map<String, Value>) -> Result<Example, RowError> {
 }
 
 fn history(row: &Map<String, Value>) -> Result<Vec<Message>, RowError> {
-    let Some(history) = given(row, "history") else { return Ok(Vec::new()) };
+    let Some(history) = non_null(row, "history") else { return Ok(Vec::new()) };
     let mut messages = Vec::new();
     for (index, exchange) in list(history, "history")?.iter().enumerate() {
         let both = exchange.as_array().and_then(|both| <&[Value; 2]>::try_from(&both[..]).ok());

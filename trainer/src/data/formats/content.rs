@@ -1,11 +1,11 @@
-//! What a turn says: a text, or a list of parts of which all are text.
+//! Parses the content of a turn: a text, or a list of text parts.
 
 use serde_json::{Map, Value};
 
 use crate::data::formats::{
     error::RowError,
-    fields::{as_text, given, is_empty},
-    keys::{self, Place},
+    fields::{as_text, is_empty, non_null},
+    keys::{self, KeyScope},
 };
 
 /// The content of a turn.
@@ -13,11 +13,11 @@ use crate::data::formats::{
 pub(super) struct Content {
     /// The text.
     pub(super) text: String,
-    /// A thought given as a part of its own.
+    /// The reasoning, if it is a separate part.
     pub(super) reasoning: Option<String>,
 }
 
-/// Reads a content; parts are joined with a line break, as vLLM joins them for templates of text.
+/// Parses a content; parts are joined with a line break, as vLLM does for text-only templates.
 pub(super) fn read(value: &Value, key: &str) -> Result<Content, RowError> {
     let parts = match value {
         Value::Null => return Ok(Content::default()),
@@ -25,13 +25,13 @@ pub(super) fn read(value: &Value, key: &str) -> Result<Content, RowError> {
         Value::Array(parts) => parts,
         _ => return as_text(value, key).map(|text| Content { text, reasoning: None }),
     };
-    let (mut texts, mut thoughts) = (Vec::new(), Vec::new());
+    let (mut texts, mut reasoning) = (Vec::new(), Vec::new());
     for (index, part) in parts.iter().enumerate() {
         match part {
             Value::String(text) => texts.push(text.clone()),
             Value::Object(part) => {
-                let (is_thought, text) = read_part(part).map_err(|error| error.at(key, index))?;
-                if is_thought { thoughts.push(text) } else { texts.push(text) }
+                let (is_reasoning, text) = read_part(part).map_err(|error| error.at(key, index))?;
+                if is_reasoning { reasoning.push(text) } else { texts.push(text) }
             }
             Value::Null => {}
             _ => {
@@ -42,7 +42,7 @@ pub(super) fn read(value: &Value, key: &str) -> Result<Content, RowError> {
             }
         }
     }
-    let reasoning = Some(thoughts.join("\n")).filter(|text| !text.is_empty());
+    let reasoning = Some(reasoning.join("\n")).filter(|text| !text.is_empty());
     Ok(Content { text: texts.join("\n"), reasoning })
 }
 
@@ -50,23 +50,24 @@ fn unknown(key: &str) -> RowError {
     RowError::new(format!("{key:?} must be a string or a list of text parts"))
 }
 
+/// Returns whether a part is reasoning, and its text.
 fn read_part(part: &Map<String, Value>) -> Result<(bool, String), RowError> {
-    let kind = given(part, "type").and_then(Value::as_str).unwrap_or("text");
-    let (is_thought, key) = match kind {
+    let kind = non_null(part, "type").and_then(Value::as_str).unwrap_or("text");
+    let (is_reasoning, key) = match kind {
         "text" | "input_text" | "output_text" => (false, "text"),
-        // Anthropic's and Mistral's way to keep a thought apart.
+        // The format of Anthropic and Mistral for reasoning.
         "thinking" => (true, "thinking"),
         "reasoning" => (true, if part.contains_key("reasoning") { "reasoning" } else { "text" }),
         other => {
             return Err(RowError::new(format!(
-                "a content part has the type {other:?}, and only text can be trained on: leave the row out, or write what it means as text"
+                "a content part has the type {other:?}, but only text can be trained on: remove the row, or replace the part by text"
             )));
         }
     };
     let mut others =
         part.iter().filter(|(other, value)| *other != "type" && *other != key && !is_empty(value));
-    if let Some(error) = others.find_map(|(other, _)| keys::refuse_unknown(Place::Part, other)) {
+    if let Some(error) = others.find_map(|(other, _)| keys::refusal_of_key(KeyScope::Part, other)) {
         return Err(error);
     }
-    Ok((is_thought, crate::data::formats::fields::text(part, key)?))
+    Ok((is_reasoning, crate::data::formats::fields::text(part, key)?))
 }

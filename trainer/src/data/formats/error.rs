@@ -1,63 +1,68 @@
-//! Why a row cannot be used.
+//! The error of a row that cannot be used.
 
 use std::fmt;
 
-/// One fault of a row.
+/// One error of a row.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RowError {
-    /// Equal for rows that have the same fault, whatever their values: rows are counted by it.
+    /// Equal for all rows with the same error, whatever their values; errors are grouped by it.
     pub kind: String,
-    /// Where in the row, such as `messages[1]: `; empty for the row itself.
-    place: String,
-    /// What is wrong, the value seen, and what to do.
+    /// The location in the row, such as `messages[1]: `; empty for the row itself.
+    location: String,
+    /// What is wrong, the value found, and what to do.
     message: String,
-    /// A key of the row that the message names already, as a likely slip of another.
-    slip: Option<String>,
+    /// A key of the row that the message already mentions as a likely misspelling.
+    suspected_typo: Option<String>,
 }
 
 impl RowError {
-    /// Makes a fault whose message is the same for all rows that have it.
+    /// Creates an error whose message is the same for all rows.
     pub fn new(message: impl Into<String>) -> Self {
         let message = message.into();
-        Self { kind: message.clone(), place: String::new(), message, slip: None }
+        Self { kind: message.clone(), location: String::new(), message, suspected_typo: None }
     }
 
-    /// Makes a fault whose message has a value of the row in it.
+    /// Creates an error whose message contains a value of the row.
     pub fn of_kind(kind: impl Into<String>, message: impl Into<String>) -> Self {
-        Self { kind: kind.into(), place: String::new(), message: message.into(), slip: None }
+        Self {
+            kind: kind.into(),
+            location: String::new(),
+            message: message.into(),
+            suspected_typo: None,
+        }
     }
 
-    /// Adds the key that the message names as a likely slip.
+    /// Adds the key that the message mentions as a likely misspelling.
     #[must_use]
-    pub(super) fn with_slip(self, key: Option<&str>) -> Self {
-        Self { slip: key.map(str::to_owned), ..self }
+    pub(super) fn with_suspected_typo(self, key: Option<&str>) -> Self {
+        Self { suspected_typo: key.map(str::to_owned), ..self }
     }
 
-    /// Returns a key of the row that the message names already, as a likely slip of another.
-    pub(super) fn slip(&self) -> Option<&str> {
-        self.slip.as_deref()
+    /// Returns the key that the message mentions as a likely misspelling.
+    pub(super) fn suspected_typo(&self) -> Option<&str> {
+        self.suspected_typo.as_deref()
     }
 
-    /// Adds where it is.
+    /// Adds the location in the row.
     #[must_use]
     pub fn at(self, list: &str, index: usize) -> Self {
-        let place = format!("{list}[{index}]: {}", self.place);
-        Self { place, ..self }
+        let location = format!("{list}[{index}]: {}", self.location);
+        Self { location, ..self }
     }
 }
 
-/// A fault found after reading, such as a template's; rows count as alike if their messages differ
-/// only in numbers.
+/// Converts an error found after parsing, such as that of a template. Messages that differ only in
+/// numbers are of the same kind.
 impl From<String> for RowError {
     fn from(message: String) -> Self {
         let kind = message.chars().filter(|character| !character.is_ascii_digit()).collect();
-        Self { kind, place: String::new(), message, slip: None }
+        Self { kind, location: String::new(), message, suspected_typo: None }
     }
 }
 
 impl fmt::Display for RowError {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { place, message, .. } = self;
-        write!(formatter, "{place}{message}")
+        let Self { location, message, .. } = self;
+        write!(formatter, "{location}{message}")
     }
 }

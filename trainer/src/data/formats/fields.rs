@@ -1,15 +1,15 @@
-//! The values of an object, read by key: null is absent, wherever it stands.
+//! Reads the values of an object by key. Null always counts as absent.
 
 use serde_json::{Map, Value};
 
 use crate::data::formats::{error::RowError, nearest};
 
-/// Returns the value of a key that is given: neither absent nor null.
-pub(super) fn given<'a>(object: &'a Map<String, Value>, key: &str) -> Option<&'a Value> {
+/// Returns the value of a key; `None` if it is absent or null.
+pub(super) fn non_null<'a>(object: &'a Map<String, Value>, key: &str) -> Option<&'a Value> {
     object.get(key).filter(|value| !value.is_null())
 }
 
-/// Tells whether a value says nothing: null, `""`, `[]` or `{}`.
+/// Returns whether a value is null, `""`, `[]` or an object of nulls.
 pub(super) fn is_empty(value: &Value) -> bool {
     match value {
         Value::Null => true,
@@ -20,7 +20,7 @@ pub(super) fn is_empty(value: &Value) -> bool {
     }
 }
 
-/// Returns the value of a key that must be given.
+/// Returns the value of a required key.
 pub(super) fn required<'a>(
     object: &'a Map<String, Value>,
     key: &str,
@@ -32,69 +32,68 @@ pub(super) fn required<'a>(
     let hint = near
         .map_or(String::new(), |found| format!(" (did you mean {key:?} instead of {found:?}?)"));
     let error = RowError::of_kind(format!("missing {key}"), format!("{key:?} is missing{hint}"));
-    Err(error.with_slip(near.map(String::as_str)))
+    Err(error.with_suspected_typo(near.map(String::as_str)))
 }
 
-/// Returns which of the keys that mean the same is given; the first if none is.
+/// Returns which of several synonymous keys a row uses; the first if it uses none.
 ///
 /// # Errors
-/// If two of them are, with different values.
-pub(super) fn one_given<'a>(
+/// If it uses two of them with different values.
+pub(super) fn resolve_alias<'a>(
     object: &Map<String, Value>,
     keys: &[&'a str],
 ) -> Result<&'a str, RowError> {
-    let mut found = keys.iter().filter(|key| given(object, key).is_some());
+    let mut found = keys.iter().filter(|key| non_null(object, key).is_some());
     let Some(first) = found.next() else {
         return Ok(keys.iter().find(|key| object.contains_key(**key)).unwrap_or(&keys[0]));
     };
     match found.find(|other| object.get(**other) != object.get(*first)) {
         Some(other) => Err(RowError::new(format!(
-            "{first:?} and {other:?} mean the same and differ: keep one"
+            "{first:?} and {other:?} have the same meaning but differ: keep one"
         ))),
         None => Ok(first),
     }
 }
 
-/// Returns a text that must be given.
+/// Returns a required text.
 pub(super) fn text(object: &Map<String, Value>, key: &str) -> Result<String, RowError> {
     as_text(required(object, key)?, key)
 }
 
-/// Returns a text that must be given and not be empty.
-pub(super) fn filled_text(object: &Map<String, Value>, key: &str) -> Result<String, RowError> {
+/// Returns a required text that must not be empty.
+pub(super) fn non_empty_text(object: &Map<String, Value>, key: &str) -> Result<String, RowError> {
     let text = text(object, key)?;
     if text.is_empty() { Err(RowError::new(format!("{key:?} is empty"))) } else { Ok(text) }
 }
 
-/// Returns a text if it is given; an empty one is not.
+/// Returns a text; `None` if it is absent or empty.
 pub(super) fn optional_text(
     object: &Map<String, Value>,
     key: &str,
 ) -> Result<Option<String>, RowError> {
-    let Some(value) = given(object, key) else { return Ok(None) };
+    let Some(value) = non_null(object, key) else { return Ok(None) };
     Ok(Some(as_text(value, key)?).filter(|text| !text.is_empty()))
 }
 
-/// Returns a value that must be a text.
+/// Returns a value as text.
 pub(super) fn as_text(value: &Value, key: &str) -> Result<String, RowError> {
-    let seen = match value {
+    let found = match value {
         Value::String(text) => return Ok(text.clone()),
         Value::Null => "null".to_owned(),
         Value::Array(_) => "a list".to_owned(),
         Value::Object(_) => "an object".to_owned(),
         Value::Bool(_) | Value::Number(_) => value.to_string(),
     };
-    let message = format!("{key:?} is {seen}, it must be a string");
-    Err(RowError::of_kind(format!("{key} is no string"), message))
+    let message = format!("{key:?} is {found}, but it must be a string");
+    Err(RowError::of_kind(format!("{key} is not a string"), message))
 }
 
-/// Returns a list; one that is written as JSON text, as datasets without nested columns have it, is
-/// parsed.
+/// Returns a list. Datasets without nested columns have lists as JSON text, which is parsed.
 pub(super) fn list(value: &Value, key: &str) -> Result<Vec<Value>, RowError> {
     let wrong = || {
         RowError::of_kind(
-            format!("{key} is no list"),
-            format!("{key:?} is {}, it must be a list", shortened(value)),
+            format!("{key} is not a list"),
+            format!("{key:?} is {}, but it must be a list", shortened(value)),
         )
     };
     match value {
@@ -107,7 +106,7 @@ pub(super) fn list(value: &Value, key: &str) -> Result<Vec<Value>, RowError> {
     }
 }
 
-/// Returns a value as short JSON, for messages.
+/// Returns the JSON of a value, shortened for messages.
 pub(super) fn shortened(value: &Value) -> String {
     let text = value.to_string();
     if text.len() <= 60 {

@@ -1,47 +1,47 @@
-//! Every key of a row that is known, and what becomes of it.
+//! The table of all known keys of a row, and how each is used.
 //!
-//! The table is the documentation too: `docs/ROWS.md` is written from it. A key that is not in it is
-//! refused, so that nothing a row says is lost without a word.
+//! `docs/ROWS.md` is generated from the table. Keys that are not in it are refused, so that no content of
+//! a row is dropped silently.
 
 use finetune_contract::DatasetFormat;
 use serde_json::{Map, Value};
 
-use crate::data::formats::{error::RowError, fields::is_empty, nearest, repeated::repeats};
+use crate::data::formats::{error::RowError, fields::is_empty, nearest, redundant::is_redundant};
 
-/// The object that a key belongs to.
+/// The kind of object that a key belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Place {
+pub enum KeyScope {
     /// The row.
     Row,
     /// A turn of a conversation.
     Turn,
-    /// A part of a turn's content.
+    /// A part of the content of a turn.
     Part,
     /// A tool call, and its function.
     Call,
 }
 
-/// What becomes of a key.
+/// How a key is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fate {
-    /// It is used in rows of these formats.
+pub enum KeyUse {
+    /// It is read in rows of these formats.
     Used(&'static [DatasetFormat]),
-    /// It says nothing about what is to be trained on.
-    Harmless,
-    /// It is refused unless empty.
+    /// It does not affect training and is ignored.
+    Ignored,
+    /// It is refused unless its value is empty.
     Refused,
 }
 
-/// Some keys that mean the same.
+/// The rule for keys with the same meaning.
 #[derive(Debug)]
-pub struct Known {
-    /// Where they stand.
-    pub place: Place,
+pub struct KeyRule {
+    /// The kind of object that they belong to.
+    pub scope: KeyScope,
     /// The keys.
     pub names: &'static [&'static str],
-    /// What becomes of them.
-    pub fate: Fate,
-    /// What they mean; of refused ones, why and what to do.
+    /// How they are used.
+    pub key_use: KeyUse,
+    /// The meaning of the keys or, if they are refused, why and what to do.
     pub note: &'static str,
 }
 
@@ -52,116 +52,116 @@ const WITH_TURNS: &[DatasetFormat] = &[Messages, Sharegpt, PromptCompletion, Alp
 const PAIRS: &[DatasetFormat] = &[PromptCompletion, Prerendered];
 
 const fn used(
-    place: Place,
+    scope: KeyScope,
     names: &'static [&'static str],
     formats: &'static [DatasetFormat],
     note: &'static str,
-) -> Known {
-    Known { place, names, fate: Fate::Used(formats), note }
+) -> KeyRule {
+    KeyRule { scope, names, key_use: KeyUse::Used(formats), note }
 }
 
-const fn harmless(place: Place, names: &'static [&'static str], note: &'static str) -> Known {
-    Known { place, names, fate: Fate::Harmless, note }
+const fn ignored(scope: KeyScope, names: &'static [&'static str], note: &'static str) -> KeyRule {
+    KeyRule { scope, names, key_use: KeyUse::Ignored, note }
 }
 
-const fn refused(place: Place, names: &'static [&'static str], note: &'static str) -> Known {
-    Known { place, names, fate: Fate::Refused, note }
+const fn refused(scope: KeyScope, names: &'static [&'static str], note: &'static str) -> KeyRule {
+    KeyRule { scope, names, key_use: KeyUse::Refused, note }
 }
 
-/// The table, in reading order.
-pub const KNOWN: &[Known] = &[
-    used(Place::Row, &["messages"], &[Messages], "the turns of a conversation"),
+/// The table, in the order of the documentation.
+pub const KEY_RULES: &[KeyRule] = &[
+    used(KeyScope::Row, &["messages"], &[Messages], "the turns of a conversation"),
     used(
-        Place::Row,
+        KeyScope::Row,
         &["conversations", "conversation"],
         &[Sharegpt],
         "the turns of a conversation",
     ),
     used(
-        Place::Row,
+        KeyScope::Row,
         &["prompt", "question", "query"],
         PAIRS,
-        "a text that is not trained on, or turns that are not",
+        "the prompt, a text or turns; it is not trained on",
     ),
     used(
-        Place::Row,
+        KeyScope::Row,
         &["completion", "response", "answer"],
         PAIRS,
-        "what follows the prompt and is trained on: a text, or turns of which the assistant's are",
+        "the completion that is trained on: a text, or turns, of which those of the assistant are",
     ),
-    used(Place::Row, &["instruction"], &[Alpaca], "the user's turn"),
+    used(KeyScope::Row, &["instruction"], &[Alpaca], "the user's turn"),
     used(
-        Place::Row,
+        KeyScope::Row,
         &["input", "context"],
         &[Alpaca],
-        "put below the instruction, after a blank line",
+        "appended to the instruction after a blank line",
     ),
-    used(Place::Row, &["output", "response", "answer"], &[Alpaca], "the assistant's turn"),
+    used(KeyScope::Row, &["output", "response", "answer"], &[Alpaca], "the assistant's turn"),
     used(
-        Place::Row,
+        KeyScope::Row,
         &["history"],
         &[Alpaca],
-        "`[[question, answer], …]`: earlier turns; all answers are trained on",
+        "earlier turns as `[[question, answer], …]`; all answers are trained on",
     ),
-    used(Place::Row, &["text"], &[Text, Prerendered], "a text, all of it trained on"),
+    used(KeyScope::Row, &["text"], &[Text, Prerendered], "a text that is trained on completely"),
     used(
-        Place::Row,
+        KeyScope::Row,
         &["system", "system_prompt", "system_message"],
         WITH_TURNS,
-        "a system turn before the others; the same text as a system turn that is there is one, another is refused",
+        "a system turn before the others; if the first turn is a system turn, the two must be equal",
     ),
     used(
-        Place::Row,
+        KeyScope::Row,
         &["tools", "functions"],
         WITH_TURNS,
-        "the tools that the template shows, as a list or its JSON text; a function by itself becomes `{\"type\": \"function\", \"function\": …}`",
+        "the tools that the template prints, as a list or its JSON text; a bare function becomes `{\"type\": \"function\", \"function\": …}`",
     ),
     used(
-        Place::Row,
+        KeyScope::Row,
         &["chat_template_kwargs"],
         WITH_TURNS,
-        "further variables of the chat template",
+        "additional variables of the chat template",
     ),
-    used(Place::Row, &["documents"], WITH_TURNS, "the documents that the template shows"),
+    used(KeyScope::Row, &["documents"], WITH_TURNS, "the documents that the template prints"),
     used(
-        Place::Row,
+        KeyScope::Row,
         &["label"],
         &[Messages, Sharegpt, PromptCompletion, Alpaca, Text, Prerendered],
-        "`true`, a good answer of preference data, is trained on; anything else is refused",
+        "`true` marks a good answer of preference data and is accepted; anything else is refused",
     ),
     used(
-        Place::Row,
+        KeyScope::Row,
         &["mask"],
         TURNS,
-        "NeMo's word for whose turns are not trained on; only the user's is supported, which is so anyway",
+        "in NeMo, the role whose turns are not trained on; only the user is supported, whose turns never are",
     ),
     refused(
-        Place::Row,
+        KeyScope::Row,
         &["rejected", "chosen", "rejected_response", "margin"],
-        "preference data, but training is supervised: write the answer to be learned as the completion and remove the others",
+        "preference data, but training is supervised: use the preferred answer as the completion and remove the others",
     ),
     refused(
-        Place::Row,
+        KeyScope::Row,
         &["image", "images", "video", "videos", "audio", "audios", "objects"],
-        "only text can be trained on: leave the row out, or write what the model should know as text",
+        "only text can be trained on: remove the row, or replace the content by text",
     ),
     refused(
-        Place::Row,
+        KeyScope::Row,
         &["reasoning", "reasoning_content", "thinking", "thought", "cot"],
-        "beside the turns it cannot be placed: put it into the assistant's turn as \"reasoning_content\"",
+        "reasoning belongs to a turn: move it into the assistant's turn as \"reasoning_content\"",
     ),
     refused(
-        Place::Row,
+        KeyScope::Row,
         &["input_ids", "labels", "attention_mask", "loss_mask", "token_ids"],
-        "rows are text and tokens are made here: give the text",
+        "rows must be text, which the trainer tokenizes: give the text",
     ),
     refused(
-        Place::Row,
+        KeyScope::Row,
         &["weight", "train", "loss", "reward"],
-        "rows are not weighted: mark turns, give dataset.sources weights, or leave rows out",
+        "rows cannot be weighted: mark turns, set weights of dataset.sources, or remove rows",
     ),
-    harmless(
-        Place::Row,
+    ignored(
+        KeyScope::Row,
         &[
             "id",
             "_id",
@@ -185,10 +185,10 @@ pub const KNOWN: &[Known] = &[
             "__index_level_0__",
             "trajectory_id",
         ],
-        "names the row",
+        "identifies the row",
     ),
-    harmless(
-        Place::Row,
+    ignored(
+        KeyScope::Row,
         &[
             "source",
             "sources",
@@ -217,15 +217,15 @@ pub const KNOWN: &[Known] = &[
             "version",
             "title",
         ],
-        "says where the row comes from",
+        "the origin of the row",
     ),
-    harmless(
-        Place::Row,
+    ignored(
+        KeyScope::Row,
         &["timestamp", "created", "created_at", "updated_at", "date", "time"],
-        "says when the row was made",
+        "the time of the row",
     ),
-    harmless(
-        Place::Row,
+    ignored(
+        KeyScope::Row,
         &[
             "category",
             "categories",
@@ -268,8 +268,8 @@ pub const KNOWN: &[Known] = &[
         ],
         "describes the row",
     ),
-    harmless(
-        Place::Row,
+    ignored(
+        KeyScope::Row,
         &[
             "parallel_tool_calls",
             "tool_choice",
@@ -280,64 +280,64 @@ pub const KNOWN: &[Known] = &[
             "n",
             "stream",
         ],
-        "a setting of the request that the row was recorded from; templates do not show it",
+        "a setting of the recorded request; templates do not print it",
     ),
-    used(Place::Turn, &["role", "from"], TURNS, "who speaks"),
+    used(KeyScope::Turn, &["role", "from"], TURNS, "the role of the author"),
     used(
-        Place::Turn,
+        KeyScope::Turn,
         &["content", "value"],
         TURNS,
-        "what is said: a text, or a list of parts of text, which are joined with a line break",
+        "the content: a text, or a list of text parts, which are joined with line breaks",
     ),
     used(
-        Place::Turn,
+        KeyScope::Turn,
         &["reasoning_content", "reasoning", "thinking"],
         TURNS,
-        "what the assistant thought before; templates see it under all three names",
+        "the reasoning of the assistant; templates see it as `reasoning_content` and `thinking`",
     ),
     used(
-        Place::Turn,
+        KeyScope::Turn,
         &["tool_calls", "function_call"],
         TURNS,
-        "the functions that the assistant calls; arguments as an object or its JSON text",
+        "the tool calls of the assistant; arguments are an object or its JSON text",
     ),
-    used(Place::Turn, &["tool_call_id"], TURNS, "the call that a tool's turn answers"),
+    used(KeyScope::Turn, &["tool_call_id"], TURNS, "the id of the call that a tool turn answers"),
     used(
-        Place::Turn,
+        KeyScope::Turn,
         &["name"],
         TURNS,
-        "the name of the speaker or, of a tool's turn, of the function",
+        "the name of the author or, in a tool turn, of the function",
     ),
     used(
-        Place::Turn,
+        KeyScope::Turn,
         &["weight", "train", "training", "trainable", "loss", "loss_mask", "loss_scale"],
         TURNS,
-        "whether the assistant's turn is trained on: 1 or true, 0 or false",
+        "whether a turn of the assistant is trained on: 1 or true, 0 or false",
     ),
-    used(Place::Turn, &["masked"], TURNS, "the opposite: a masked turn is not trained on"),
+    used(KeyScope::Turn, &["masked"], TURNS, "the opposite: 1 or true does not train on the turn"),
     refused(
-        Place::Turn,
+        KeyScope::Turn,
         &["images", "image", "image_url", "videos", "audio", "audios", "media"],
-        "only text can be trained on: leave the row out, or write what the model should know as text",
+        "only text can be trained on: remove the row, or replace the content by text",
     ),
     refused(
-        Place::Turn,
+        KeyScope::Turn,
         &["train_detail", "training_detail", "token_ids"],
-        "a turn is trained on as a whole: split it into turns, or mark it whole",
+        "a turn is trained on completely or not at all: split it into several turns, or mark the whole turn",
     ),
     refused(
-        Place::Turn,
+        KeyScope::Turn,
         &["reasoning_details", "thoughts", "channel"],
-        "thoughts are given as one text: write it as \"reasoning_content\"",
+        "reasoning must be one text: give it as \"reasoning_content\"",
     ),
-    refused(Place::Turn, &["refusal"], "write what the assistant says as its content"),
+    refused(KeyScope::Turn, &["refusal"], "give the answer of the assistant as its content"),
     refused(
-        Place::Turn,
+        KeyScope::Turn,
         &["chosen", "rejected", "alternatives", "candidates"],
-        "preference data, but training is supervised: keep the answer to be learned",
+        "preference data, but training is supervised: keep only the preferred answer",
     ),
-    harmless(
-        Place::Turn,
+    ignored(
+        KeyScope::Turn,
         &[
             "id",
             "_id",
@@ -376,117 +376,119 @@ pub const KNOWN: &[Known] = &[
         "describes the turn",
     ),
     used(
-        Place::Part,
+        KeyScope::Part,
         &["type"],
         TURNS,
-        "`text`, `input_text`, `output_text`; `thinking` and `reasoning` are thoughts",
+        "`text`, `input_text` or `output_text`; `thinking` or `reasoning` for reasoning",
     ),
-    used(Place::Part, &["text"], TURNS, "the text of a part"),
-    used(Place::Part, &["thinking", "reasoning"], TURNS, "the text of a thought"),
-    harmless(
-        Place::Part,
+    used(KeyScope::Part, &["text"], TURNS, "the text of a part"),
+    used(KeyScope::Part, &["thinking", "reasoning"], TURNS, "the text of a reasoning part"),
+    ignored(
+        KeyScope::Part,
         &["annotations", "cache_control", "id", "index", "signature"],
         "describes the part",
     ),
-    used(Place::Call, &["id"], TURNS, "the id that a tool's turn refers to"),
-    used(Place::Call, &["type"], TURNS, "`function`"),
+    used(KeyScope::Call, &["id"], TURNS, "the id that the tool turn refers to"),
+    used(KeyScope::Call, &["type"], TURNS, "`function`"),
     used(
-        Place::Call,
+        KeyScope::Call,
         &["function", "name", "arguments", "parameters"],
         TURNS,
-        "what is called, and with what",
+        "the function and its arguments",
     ),
-    harmless(
-        Place::Call,
+    ignored(
+        KeyScope::Call,
         &["index", "output_index", "status", "description"],
         "describes the call",
     ),
 ];
 
-fn find(place: Place, name: &str) -> impl Iterator<Item = &'static Known> {
-    KNOWN.iter().filter(move |known| known.place == place && known.names.contains(&name))
+fn find(scope: KeyScope, name: &str) -> impl Iterator<Item = &'static KeyRule> {
+    KEY_RULES.iter().filter(move |known| known.scope == scope && known.names.contains(&name))
 }
 
-/// Returns why a key that holds something is refused below a row; `None` if it is known.
-pub(super) fn refuse_unknown(place: Place, name: &str) -> Option<RowError> {
-    match find(place, name).next() {
-        Some(Known { fate: Fate::Used(_) | Fate::Harmless, .. }) => None,
+/// Returns why a key below the row is refused; `None` if it is allowed. Its value is not empty.
+pub(super) fn refusal_of_key(scope: KeyScope, name: &str) -> Option<RowError> {
+    match find(scope, name).next() {
+        Some(KeyRule { key_use: KeyUse::Used(_) | KeyUse::Ignored, .. }) => None,
         Some(known) => Some(refusal(name, known)),
-        None => Some(unknown(place, name)),
+        None => Some(unknown(scope, name)),
     }
 }
 
-fn refusal(name: &str, known: &Known) -> RowError {
+fn refusal(name: &str, known: &KeyRule) -> RowError {
     RowError::new(format!("{name:?} cannot be used: {}", known.note))
 }
 
-fn unknown(place: Place, name: &str) -> RowError {
-    let known: Vec<&str> = KNOWN
+fn unknown(scope: KeyScope, name: &str) -> RowError {
+    let known: Vec<&str> = KEY_RULES
         .iter()
-        .filter(|known| known.place == place && matches!(known.fate, Fate::Used(_)))
+        .filter(|known| known.scope == scope && matches!(known.key_use, KeyUse::Used(_)))
         .flat_map(|known| known.names.iter().copied())
         .collect();
     let hint =
         nearest(name, &known).map_or(String::new(), |known| format!(" (did you mean {known:?}?)"));
     RowError::new(format!(
-        "the key {name:?} is not known{hint}, and what it says would be lost: remove it, or list it in dataset.ignoredKeys if nothing of it is to be trained on"
+        "the key {name:?} is unknown{hint}, so its content would be lost: remove it, or list it in dataset.ignoredKeys if it need not be trained on"
     ))
 }
 
-/// Returns why keys of a row that hold something are refused, all of them. `contents` are the texts
-/// that were understood: another format's key beside them is harmless if it only repeats them.
+/// Returns an error for each refused key of a row. `contents` are the texts of the parsed row: a key of
+/// another format is allowed if it only repeats them.
 pub(super) fn check_row(
     row: &Map<String, Value>,
     format: DatasetFormat,
     contents: &[&str],
 ) -> Vec<RowError> {
-    given_in(row).filter_map(|(name, value)| row_key(name, value, format, contents)).collect()
+    non_empty_entries(row)
+        .filter_map(|(name, value)| refusal_of_row_key(name, value, format, contents))
+        .collect()
 }
 
-/// Returns the refusals of a row's keys that are refused in every format.
-pub(super) fn refused_in(row: &Map<String, Value>) -> Vec<RowError> {
-    let refusals = given_in(row).filter_map(|(name, _)| {
-        let known = find(Place::Row, name).find(|known| known.fate == Fate::Refused)?;
+/// Returns an error for each key that is refused in every format.
+pub(super) fn refused_keys(row: &Map<String, Value>) -> Vec<RowError> {
+    let refusals = non_empty_entries(row).filter_map(|(name, _)| {
+        let known = find(KeyScope::Row, name).find(|known| known.key_use == KeyUse::Refused)?;
         Some(refusal(name, known))
     });
     refusals.collect()
 }
 
-/// Returns the refusals of a row's keys that no format knows, without one that is reported already.
-pub(super) fn unknown_in(row: &Map<String, Value>, reported: Option<&str>) -> Vec<RowError> {
-    given_in(row)
+/// Returns an error for each key that no format knows, except for one that is already reported.
+pub(super) fn unknown_keys(row: &Map<String, Value>, reported: Option<&str>) -> Vec<RowError> {
+    non_empty_entries(row)
         .filter(|(name, _)| reported != Some(name.as_str()))
-        .filter(|(name, _)| find(Place::Row, name).next().is_none())
-        .map(|(name, _)| unknown(Place::Row, name))
+        .filter(|(name, _)| find(KeyScope::Row, name).next().is_none())
+        .map(|(name, _)| unknown(KeyScope::Row, name))
         .collect()
 }
 
-fn given_in(row: &Map<String, Value>) -> impl Iterator<Item = (&String, &Value)> {
+fn non_empty_entries(row: &Map<String, Value>) -> impl Iterator<Item = (&String, &Value)> {
     row.iter().filter(|(_, value)| !is_empty(value))
 }
 
-fn row_key(
+fn refusal_of_row_key(
     name: &str,
     value: &Value,
     format: DatasetFormat,
     contents: &[&str],
 ) -> Option<RowError> {
-    if find(Place::Row, name).next().is_none() {
-        return Some(unknown(Place::Row, name));
+    if find(KeyScope::Row, name).next().is_none() {
+        return Some(unknown(KeyScope::Row, name));
     }
     let mut other_format = false;
-    for known in find(Place::Row, name) {
-        match known.fate {
-            Fate::Used(formats) if formats.contains(&format) => return None,
-            Fate::Used(_) => other_format = true,
-            Fate::Harmless => return None,
-            Fate::Refused => return Some(refusal(name, known)),
+    for known in find(KeyScope::Row, name) {
+        match known.key_use {
+            KeyUse::Used(formats) if formats.contains(&format) => return None,
+            KeyUse::Used(_) => other_format = true,
+            KeyUse::Ignored => return None,
+            KeyUse::Refused => return Some(refusal(name, known)),
         }
     }
-    if other_format && !repeats(value, contents) {
+    if other_format && !is_redundant(value, contents) {
         return Some(RowError::new(format!(
-            "{name:?} has no place in a row of the format {}, and what it says would be lost: remove it, or list it in dataset.ignoredKeys",
-            crate::data::formats::word(format),
+            "{name:?} is not used in rows of the format {}, so its content would be lost: remove it, or list it in dataset.ignoredKeys",
+            crate::data::formats::format_name(format),
         )));
     }
     None

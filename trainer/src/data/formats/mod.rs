@@ -1,25 +1,25 @@
-//! What a row says, in any of the shapes people have.
+//! Parses a row, in any of the common formats, to an [`Example`].
 //!
-//! [`keys`] is the table of every key that is known; a key that is not in it is refused. One module
-//! reads each shape: `turns`, `pairs`, `alpaca`. Pure: text in, [`Example`] out.
+//! [`keys`] is the table of all known keys; other keys are refused. One module parses each format:
+//! `messages` (also ShareGPT), `pairs`, `alpaca`. All functions are pure.
 
 mod alpaca;
 mod content;
 mod error;
 mod fields;
 pub mod keys;
+mod messages;
 mod pairs;
 mod parse;
 #[cfg(test)]
 mod properties;
+mod redundant;
 #[cfg(test)]
 mod reference;
-mod repeated;
 mod targets;
 #[cfg(test)]
 mod tests;
 mod tools;
-mod turns;
 
 use finetune_contract::{DatasetFormat, DatasetSource, TrainOn};
 use serde_json::{Map, Value};
@@ -28,38 +28,38 @@ pub use error::RowError;
 
 use crate::data::{
     conversation::{Conversation, Example},
-    formats::fields::{filled_text, given, one_given, required},
+    formats::fields::{non_empty_text, non_null, required, resolve_alias},
 };
 
-/// How rows are read.
+/// How rows are parsed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReadOptions {
-    /// Their shape; `Auto` is detected row by row.
+    /// The format; `Auto` detects it from each row.
     pub format: DatasetFormat,
     /// Which turns of a conversation are trained on.
     pub train_on: TrainOn,
-    /// Keys of rows that are left out.
+    /// Keys that are removed from rows.
     pub ignored_keys: Vec<String>,
 }
 
 impl ReadOptions {
-    /// Takes the options that a dataset has for rows of one shape.
+    /// Returns the options of a dataset for rows of one format.
     pub fn of(dataset: &DatasetSource, format: DatasetFormat) -> Self {
         Self { format, train_on: dataset.train_on, ignored_keys: dataset.ignored_keys.clone() }
     }
 
-    /// Makes options with the defaults.
+    /// Creates default options for a format.
     pub fn for_format(format: DatasetFormat) -> Self {
         Self { format, train_on: TrainOn::AllTurns, ignored_keys: Vec::new() }
     }
 }
 
-/// Finds the shape of a row by its keys.
+/// Detects the format of a row by its keys.
 ///
 /// # Errors
-/// One that lists the keys seen and those known.
+/// An error that lists the keys of the row and those that identify a format.
 pub fn detect(row: &Map<String, Value>) -> Result<DatasetFormat, RowError> {
-    let has = |key: &str| given(row, key).is_some();
+    let has = |key: &str| non_null(row, key).is_some();
     if has("messages") {
         return Ok(DatasetFormat::Messages);
     }
@@ -78,14 +78,14 @@ pub fn detect(row: &Map<String, Value>) -> Result<DatasetFormat, RowError> {
     Err(undetected(row))
 }
 
-/// The keys that give a shape away, as a user should know them.
-const SIGNATURES: [&str; 5] = ["messages", "conversations", "prompt", "instruction", "text"];
+/// The keys that identify a format, for messages.
+const SIGNATURE_KEYS: [&str; 5] = ["messages", "conversations", "prompt", "instruction", "text"];
 
 fn undetected(row: &Map<String, Value>) -> RowError {
     if row.values().all(Value::is_null) {
         return RowError::new("the row is empty");
     }
-    let near = row.keys().find_map(|key| nearest(key, &SIGNATURES).map(|known| (key, known)));
+    let near = row.keys().find_map(|key| nearest(key, &SIGNATURE_KEYS).map(|known| (key, known)));
     let hint = near.map_or(String::new(), |(key, known)| {
         format!(" (did you mean {known:?} instead of {key:?}?)")
     });
@@ -98,14 +98,14 @@ fn undetected(row: &Map<String, Value>) -> RowError {
     RowError::new(format!(
         "the row has the keys {}, none of which is {}{hint}{nested}",
         quoted(row.keys().map(String::as_str)),
-        quoted(SIGNATURES.into_iter()),
+        quoted(SIGNATURE_KEYS.into_iter()),
     ))
 }
 
-/// Reads a row of a shape.
+/// Parses a row.
 ///
 /// # Errors
-/// Everything that is wrong with its keys, or the first thing that is wrong with its values.
+/// All errors of its keys, or the first error of its values.
 pub fn read(text: &str, options: &ReadOptions) -> Result<(DatasetFormat, Example), Vec<RowError>> {
     let mut row = parse::object(text).map_err(|error| vec![error])?;
     if !options.ignored_keys.is_empty() {
@@ -116,10 +116,10 @@ pub fn read(text: &str, options: &ReadOptions) -> Result<(DatasetFormat, Example
     if errors.is_empty() { Ok(found) } else { Err(errors) }
 }
 
-/// Says what a row is that could not be read: a key that is refused is the cause, and one that is not
-/// known may be why another is missing.
+/// Adds errors of keys to the error of a row: a refused key is the actual cause, and an unknown key may
+/// be a misspelling of a missing one.
 fn explain(row: &Map<String, Value>, options: &ReadOptions, error: RowError) -> Vec<RowError> {
-    let refused = keys::refused_in(row);
+    let refused = keys::refused_keys(row);
     if !refused.is_empty() {
         return refused;
     }
@@ -127,15 +127,15 @@ fn explain(row: &Map<String, Value>, options: &ReadOptions, error: RowError) -> 
         DatasetFormat::Auto => detect(row).ok(),
         format => Some(format),
     };
-    let unknown = format.map_or_else(Vec::new, |_| keys::unknown_in(row, error.slip()));
+    let unknown = format.map_or_else(Vec::new, |_| keys::unknown_keys(row, error.suspected_typo()));
     std::iter::once(error).chain(unknown).collect()
 }
 
-/// Takes keys out of a row and out of the turns, parts and calls in it.
+/// Removes keys from a row and from its turns, content parts and tool calls.
 fn ignore(object: &mut Map<String, Value>, keys: &[String]) {
     object.retain(|key, _| !keys.contains(key));
     for (key, value) in object.iter_mut() {
-        // What tools are like, and what is said to them, is the user's own.
+        // The keys inside tools and arguments are defined by the user.
         if ["tools", "functions", "arguments", "parameters", "chat_template_kwargs"]
             .contains(&key.as_str())
         {
@@ -164,29 +164,29 @@ fn read_object(
     let mut example = match format {
         DatasetFormat::Messages => conversation(row, "messages")?,
         DatasetFormat::Sharegpt | DatasetFormat::Auto => {
-            conversation(row, one_given(row, &["conversations", "conversation"])?)?
+            conversation(row, resolve_alias(row, &["conversations", "conversation"])?)?
         }
         DatasetFormat::Prerendered if !pairs::is_pair(row) => {
-            Example::Prerendered { prompt: String::new(), completion: filled_text(row, "text")? }
+            Example::Prerendered { prompt: String::new(), completion: non_empty_text(row, "text")? }
         }
-        DatasetFormat::Prerendered if given(row, "text").is_some() => {
+        DatasetFormat::Prerendered if non_null(row, "text").is_some() => {
             return Err(RowError::new(
                 "\"text\" and a prompt both say what is trained on: keep one",
             ));
         }
         DatasetFormat::PromptCompletion | DatasetFormat::Prerendered => pairs::read(row, format)?,
-        DatasetFormat::Text => Example::Text(filled_text(row, "text")?),
+        DatasetFormat::Text => Example::Text(non_empty_text(row, "text")?),
         DatasetFormat::Alpaca => alpaca::read(row)?,
     };
     if let Example::Chat(conversation) = &mut example {
-        targets::choose(&mut conversation.messages, options.train_on)?;
+        targets::apply_train_on(&mut conversation.messages, options.train_on)?;
     }
     check_label(row)?;
     Ok((format, example))
 }
 
 fn conversation(row: &Map<String, Value>, key: &str) -> Result<Example, RowError> {
-    if let Some(mask) = given(row, "mask")
+    if let Some(mask) = non_null(row, "mask")
         && !mask
             .as_str()
             .is_some_and(|mask| ["user", "human"].contains(&mask.to_lowercase().as_str()))
@@ -199,28 +199,28 @@ fn conversation(row: &Map<String, Value>, key: &str) -> Result<Example, RowError
             ),
         ));
     }
-    let messages = turns::read(required(row, key)?, key)?;
-    turns::with_surroundings(row, messages).map(Example::Chat)
+    let messages = messages::read(required(row, key)?, key)?;
+    messages::build_conversation(row, messages).map(Example::Chat)
 }
 
-/// `label` marks good and bad answers (KTO): a bad one must not be learned.
+/// Refuses `label: false`, which marks a bad answer in KTO datasets: it must not be trained on.
 fn check_label(row: &Map<String, Value>) -> Result<(), RowError> {
-    match given(row, "label") {
+    match non_null(row, "label") {
         None | Some(Value::Bool(true)) => Ok(()),
         Some(Value::Bool(false)) => Err(RowError::new(
-            "\"label\" is false: the answer is marked as bad, and training would teach it; leave the row out",
+            "\"label\" is false: it marks a bad answer, which must not be trained on; remove the row",
         )),
         Some(label) => Err(RowError::of_kind(
             "label",
             format!(
-                "\"label\" is {}: only true, a good answer, has a meaning here; remove the key, or list it in dataset.ignoredKeys",
+                "\"label\" is {}: only true (a good answer) is supported; remove the key, or list it in dataset.ignoredKeys",
                 fields::shortened(label)
             ),
         )),
     }
 }
 
-/// Returns every text that was understood.
+/// Returns all texts of an example.
 fn contents(example: &Example) -> Vec<&str> {
     match example {
         Example::Chat(Conversation { messages, .. }) => messages
@@ -234,24 +234,24 @@ fn contents(example: &Example) -> Vec<&str> {
     }
 }
 
-/// Returns the known word a misspelt one most likely means.
-pub fn nearest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
+/// Returns the known word that is most similar to a misspelled one.
+pub fn nearest<'a>(format_name: &str, known: &[&'a str]) -> Option<&'a str> {
     known
         .iter()
-        .map(|known| (strsim::damerau_levenshtein(word, known), *known))
+        .map(|known| (strsim::damerau_levenshtein(format_name, known), *known))
         .filter(|&(distance, known)| distance > 0 && distance <= 1 + known.len() / 5)
         .min()
         .map(|(_, known)| known)
 }
 
-/// Returns a format as the manifest names it.
-fn word(format: DatasetFormat) -> String {
+/// Returns the name of a format in the manifest.
+fn format_name(format: DatasetFormat) -> String {
     serde_json::to_value(format)
         .ok()
-        .and_then(|word| word.as_str().map(str::to_owned))
+        .and_then(|format_name| format_name.as_str().map(str::to_owned))
         .unwrap_or_default()
 }
 
 fn quoted<'a>(words: impl Iterator<Item = &'a str>) -> String {
-    words.take(12).map(|word| format!("{word:?}")).collect::<Vec<_>>().join(", ")
+    words.take(12).map(|format_name| format!("{format_name:?}")).collect::<Vec<_>>().join(", ")
 }

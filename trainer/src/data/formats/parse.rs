@@ -1,4 +1,4 @@
-//! JSON as it must be: an object, no key of which is there twice.
+//! Parses a row as a JSON object without duplicate keys.
 
 use std::fmt;
 
@@ -10,28 +10,28 @@ use crate::data::formats::error::RowError;
 /// Parses a row.
 ///
 /// # Errors
-/// What is wrong with the text.
+/// What is wrong with the text, as a [`RowError`].
 pub(super) fn object(text: &str) -> Result<Map<String, Value>, RowError> {
     let mut parser = serde_json::Deserializer::from_str(text);
     let parsed = Strict.deserialize(&mut parser).and_then(|value| parser.end().map(|()| value));
     match parsed {
         Ok(Value::Object(row)) => Ok(row),
-        Ok(_) => Err(RowError::new("the row is JSON but no object `{…}`")),
+        Ok(_) => Err(RowError::new("the row is JSON but not an object `{…}`")),
         Err(error) if error.is_data() => Err(RowError::of_kind(
             "JSON twice",
-            // The place is the end of the key, which the message names.
+            // The location is not helpful: it is the end of the key, which the message names.
             error.to_string().split(" at line").next().unwrap_or_default().to_owned(),
         )),
         Err(error) => {
-            // A row is on one line, mostly, so serde's "line 1" only confuses.
+            // Most rows are one line of a file, so "line 1" would be confusing.
             let error = error.to_string().replace("line 1 column", "column");
             Err(RowError::of_kind("no JSON", format!("the row is not JSON: {error}")))
         }
     }
 }
 
-/// Makes a [`Value`] and refuses a key that an object has twice: JSON readers take the last, and the
-/// other would be lost without a word.
+/// Deserializes a [`Value`] and refuses duplicate keys: most JSON parsers keep the last one and silently
+/// drop the others.
 #[derive(Clone, Copy)]
 struct Strict;
 
@@ -90,7 +90,7 @@ impl<'de> Visitor<'de> for Strict {
         let mut object = Map::new();
         while let Some(key) = entries.next_key::<String>()? {
             if object.contains_key(&key) {
-                return Err(A::Error::custom(format!("the key {key:?} is there twice: keep one")));
+                return Err(A::Error::custom(format!("the key {key:?} occurs twice: keep one")));
             }
             let value = entries.next_value_seed(self)?;
             object.insert(key, value);

@@ -1,14 +1,14 @@
-//! Random rows: nothing a row says is lost, and no text makes the reader panic.
+//! Property tests with random rows: no content is lost, and no text makes the parser panic.
 
 use proptest::prelude::*;
 use serde_json::json;
 
 use crate::data::formats::{
-    keys::{Fate, KNOWN, Place},
+    keys::{KEY_RULES, KeyScope, KeyUse},
     *,
 };
 
-/// Every text of an example, one after the other.
+/// Returns all texts of an example, concatenated.
 fn haystack(example: &Example) -> String {
     match example {
         Example::Text(text) => text.clone(),
@@ -33,7 +33,7 @@ fn haystack(example: &Example) -> String {
     }
 }
 
-/// Every text in a value.
+/// Returns all strings in a value.
 fn leaves(value: &Value) -> Vec<String> {
     match value {
         Value::String(text) => vec![text.clone()],
@@ -43,7 +43,7 @@ fn leaves(value: &Value) -> Vec<String> {
     }
 }
 
-/// Texts with all that JSON escapes, and characters of several bytes.
+/// Generates texts with characters that JSON escapes and with multi-byte characters.
 fn text() -> impl Strategy<Value = String> {
     prop_oneof!["\\PC{1,12}", "[\"\\\\\n\t{}\\[\\],:]{1,8}", Just("☂ 你好".to_owned())]
 }
@@ -52,38 +52,38 @@ fn text() -> impl Strategy<Value = String> {
 struct Turn {
     question: String,
     answer: String,
-    thought: Option<String>,
+    reasoning: Option<String>,
     argument: Option<String>,
     is_target: bool,
 }
 
 fn turns() -> impl Strategy<Value = Vec<Turn>> {
     let turn = (text(), text(), prop::option::of(text()), prop::option::of(text()), any::<bool>());
-    let turn = turn.prop_map(|(question, answer, thought, argument, is_target)| Turn {
+    let turn = turn.prop_map(|(question, answer, reasoning, argument, is_target)| Turn {
         question,
         answer,
-        thought,
+        reasoning,
         argument,
         is_target,
     });
     prop::collection::vec(turn, 1..4)
 }
 
-/// Writes a conversation with one of the spellings that people use.
+/// Writes a conversation with one of the spellings that datasets use.
 fn row(turns: &[Turn], spelling: usize, system: &str) -> Value {
     let list = ["messages", "conversations", "conversation"][spelling % 3];
     let (role, content) = [("role", "content"), ("from", "value")][spelling / 3 % 2];
     let user = ["user", "human"][spelling / 6 % 2];
     let assistant = ["assistant", "gpt", "chatgpt", "model"][spelling / 12 % 4];
-    let mark = ["weight", "train", "loss", "loss_mask"][spelling / 3 % 4];
-    let thought_key = ["reasoning_content", "reasoning", "thinking"][spelling / 5 % 3];
+    let training_mark = ["weight", "train", "loss", "loss_mask"][spelling / 3 % 4];
+    let reasoning_key = ["reasoning_content", "reasoning", "thinking"][spelling / 5 % 3];
     let mut written = Vec::new();
     for turn in turns {
         written.push(json!({role: user, content: [{"type": "text", "text": turn.question}]}));
         let mut answer =
-            json!({role: assistant, content: turn.answer, mark: u8::from(turn.is_target)});
-        if let Some(thought) = &turn.thought {
-            answer[thought_key] = json!(thought);
+            json!({role: assistant, content: turn.answer, training_mark: u8::from(turn.is_target)});
+        if let Some(reasoning) = &turn.reasoning {
+            answer[reasoning_key] = json!(reasoning);
         }
         if let Some(argument) = &turn.argument {
             let arguments = json!({"x": argument});
@@ -117,7 +117,7 @@ proptest! {
             prop_assert_eq!(&rest.next().unwrap().content, &turn.question);
             let answer = rest.next().unwrap();
             prop_assert_eq!(&answer.content, &turn.answer);
-            prop_assert_eq!(&answer.reasoning, &turn.thought);
+            prop_assert_eq!(&answer.reasoning, &turn.reasoning);
             prop_assert_eq!(answer.is_target, turn.is_target);
             if let Some(argument) = &turn.argument {
                 prop_assert_eq!(&answer.tool_calls[0].arguments["x"], argument);
@@ -152,9 +152,9 @@ proptest! {
     fn what_is_read_of_any_object_loses_no_text(row in any_row()) {
         let Ok((_, example)) = read(&row.to_string(), &ReadOptions::for_format(DatasetFormat::Auto)) else { return Ok(()) };
         let found = haystack(&example);
-        let mut given = Vec::new();
-        meaningful(Place::Row, &row, &mut given);
-        for text in given {
+        let mut non_null = Vec::new();
+        meaningful(KeyScope::Row, &row, &mut non_null);
+        for text in non_null {
             prop_assert!(is_kept(&found, &text), "{text:?} of {row} is not in {example:?}");
         }
     }
@@ -168,10 +168,10 @@ proptest! {
     }
 }
 
-/// Objects of known and unknown keys with values of every kind, many of which can be read.
+/// Generates objects of known and unknown keys with values of every kind, many of which are valid.
 fn any_row() -> impl Strategy<Value = Value> {
-    let names = |place: Place| -> Vec<&'static str> {
-        let known = KNOWN.iter().filter(move |known| known.place == place);
+    let names = |scope: KeyScope| -> Vec<&'static str> {
+        let known = KEY_RULES.iter().filter(move |known| known.scope == scope);
         known.flat_map(|known| known.names.iter().copied()).chain(["other"]).collect()
     };
     let value = || {
@@ -185,9 +185,9 @@ fn any_row() -> impl Strategy<Value = Value> {
         ]
     };
     let extra =
-        move |place| prop::collection::vec((prop::sample::select(names(place)), value()), 0..3);
+        move |scope| prop::collection::vec((prop::sample::select(names(scope)), value()), 0..3);
     let role = prop::sample::select(vec!["user", "human", "assistant", "gpt", "tool", "system"]);
-    let turn = (role, text(), extra(Place::Turn)).prop_map(|(role, content, extra)| {
+    let turn = (role, text(), extra(KeyScope::Turn)).prop_map(|(role, content, extra)| {
         let mut turn = json!({"role": role, "content": content});
         for (key, value) in extra {
             turn[key] = value;
@@ -197,7 +197,7 @@ fn any_row() -> impl Strategy<Value = Value> {
     let list =
         prop::sample::select(vec!["messages", "conversations", "prompt", "text", "instruction"]);
     let turns = prop::collection::vec(turn, 1..4);
-    (list, turns, text(), text(), extra(Place::Row)).prop_map(
+    (list, turns, text(), text(), extra(KeyScope::Row)).prop_map(
         |(list, turns, first, second, extra)| {
             let mut row = match list {
                 "prompt" => json!({"prompt": first, "completion": second}),
@@ -213,41 +213,42 @@ fn any_row() -> impl Strategy<Value = Value> {
     )
 }
 
-/// Tells whether a text is in what was read, or is made of it and a template's punctuation.
+/// Returns whether a text is in the parsed content, or consists of it and punctuation.
 fn is_kept(found: &str, text: &str) -> bool {
     let is_between =
         |character: char| character.is_whitespace() || character.is_ascii_punctuation();
-    found.contains(text.trim()) || text.split(is_between).all(|word| found.contains(word))
+    found.contains(text.trim())
+        || text.split(is_between).all(|format_name| found.contains(format_name))
 }
 
-/// Collects the texts below keys that are neither harmless nor words of the format.
-fn meaningful(place: Place, value: &Value, given: &mut Vec<String>) {
+/// Collects the texts of keys that are neither ignored nor part of the format.
+fn meaningful(scope: KeyScope, value: &Value, non_null: &mut Vec<String>) {
     match value {
         Value::Object(object) => {
             for (key, value) in object {
-                let known = KNOWN
+                let known = KEY_RULES
                     .iter()
-                    .find(|known| known.place == place && known.names.contains(&key.as_str()));
+                    .find(|known| known.scope == scope && known.names.contains(&key.as_str()));
                 let is_word = ["role", "from", "type", "mask", "label"].contains(&key.as_str());
-                if is_word || known.is_some_and(|known| known.fate == Fate::Harmless) {
+                if is_word || known.is_some_and(|known| known.key_use == KeyUse::Ignored) {
                     continue;
                 }
-                let inner = match (place, value) {
-                    (Place::Row, Value::Array(_)) => Place::Turn,
-                    (Place::Turn, Value::Array(_)) => Place::Part,
-                    (place, _) => place,
+                let inner = match (scope, value) {
+                    (KeyScope::Row, Value::Array(_)) => KeyScope::Turn,
+                    (KeyScope::Turn, Value::Array(_)) => KeyScope::Part,
+                    (scope, _) => scope,
                 };
-                meaningful(inner, value, given);
+                meaningful(inner, value, non_null);
             }
         }
-        Value::Array(list) => list.iter().for_each(|value| meaningful(place, value, given)),
-        Value::String(text) => given.push(text.clone()),
+        Value::Array(list) => list.iter().for_each(|value| meaningful(scope, value, non_null)),
+        Value::String(text) => non_null.push(text.clone()),
         _ => {}
     }
 }
 
-/// Values of which one means something, whatever the key.
-fn telling_values() -> Vec<Value> {
+/// Returns values of which at least one changes the result, whatever the key.
+fn distinctive_values() -> Vec<Value> {
     vec![
         json!("telling"),
         json!("user"),
@@ -272,20 +273,20 @@ fn every_key_that_is_said_to_be_used_makes_a_difference() {
         }
         DatasetFormat::Text => json!({"text": "a"}),
     };
-    for known in KNOWN.iter().filter(|known| known.place == Place::Row) {
-        let Fate::Used(formats) = known.fate else { continue };
+    for known in KEY_RULES.iter().filter(|known| known.scope == KeyScope::Row) {
+        let KeyUse::Used(formats) = known.key_use else { continue };
         for (&format, name) in
             formats.iter().flat_map(|format| known.names.iter().map(move |name| (format, name)))
         {
             let options = ReadOptions::for_format(format);
             let mut plain = base(format);
-            // Names of one meaning take each other's place.
+            // A synonym replaces the key.
             plain
                 .as_object_mut()
                 .unwrap()
                 .retain(|key, _| key == name || !known.names.contains(&key.as_str()));
             let read_plain = read(&plain.to_string(), &options).ok();
-            let differs = telling_values().into_iter().any(|value| {
+            let differs = distinctive_values().into_iter().any(|value| {
                 let mut row = plain.clone();
                 row[*name] = value;
                 read(&row.to_string(), &options).ok() != read_plain
@@ -293,8 +294,8 @@ fn every_key_that_is_said_to_be_used_makes_a_difference() {
             assert!(differs, "{name:?} of {format:?} changes nothing");
         }
     }
-    for known in KNOWN.iter().filter(|known| known.place == Place::Turn) {
-        let Fate::Used(_) = known.fate else { continue };
+    for known in KEY_RULES.iter().filter(|known| known.scope == KeyScope::Turn) {
+        let KeyUse::Used(_) = known.key_use else { continue };
         for name in known.names {
             let row = |value: Value| {
                 let mut turn = json!({"role": "assistant", "content": "b"});
@@ -304,7 +305,7 @@ fn every_key_that_is_said_to_be_used_makes_a_difference() {
                 read(&row.to_string(), &ReadOptions::for_format(DatasetFormat::Messages)).ok()
             };
             assert!(
-                telling_values().into_iter().any(|value| row(value) != row(Value::Null)),
+                distinctive_values().into_iter().any(|value| row(value) != row(Value::Null)),
                 "{name:?} changes nothing"
             );
         }

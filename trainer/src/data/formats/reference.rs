@@ -1,50 +1,50 @@
-//! `docs/ROWS.md`, written from the table of keys.
+//! Generates `docs/ROWS.md` from the table of keys.
 
-use crate::data::formats::keys::{Fate, KNOWN, Known, Place};
+use crate::data::formats::keys::{KEY_RULES, KeyRule, KeyScope, KeyUse};
 
 const HEAD: &str = "# Rows
 
-What a row may say. This page is written from the table by which rows are read (`trainer/src/data/formats/keys.rs`), and a test compares them.
+The keys that a row may have. This page is generated from the table with which rows are parsed (`trainer/src/data/formats/keys.rs`); a test compares the two.
 
-- A key is used, known to say nothing about what is trained on, or refused. A key that is not below is refused too, once for each key, with the number of rows and the first place. List it in `dataset.ignoredKeys` if nothing of it is to be trained on.
-- `null`, `\"\"`, `[]` and `{}` are absent, wherever they stand. Nulls inside tools and arguments are left out: tables fill what a row does not have with them. To keep one, write arguments as JSON text.
-- A key of another format beside the row's own is accepted if it only repeats what the row says: a part of a turn, or all of them as a template renders them.
-- The format is that of the first row: `messages`, `conversations`, `instruction`, a prompt with its completion, or `text`. Lists may be JSON text, as CSV files have them.
-- `function_call` and `tool_call` as a turn's role mean that its text is the JSON of calls; `observation`, `function` and `tool_response` are what a tool returned. Calls are trained on, what tools return never is.
-- A model without a chat template reads `instruction` rows with the prompt of Stanford Alpaca, and a prompt with its completion one after the other.
+- A key is used, ignored because it does not affect training, or refused. A key that is not listed below is refused, too; the message has the number of rows and the location of the first. To drop such a key, list it in `dataset.ignoredKeys`.
+- `null`, `\"\"`, `[]` and `{}` count as absent everywhere. Nulls inside tools and arguments are removed, because nested columns contain them for absent values. To keep a null, give the arguments as JSON text.
+- A key of another format is accepted if it only repeats the content of the row: a part of a turn, or all turns as a template renders them.
+- The first row determines the format: `messages`, `conversations`, `instruction`, a prompt with its completion, or `text`. Lists may be JSON text, as in CSV files.
+- If the role of a turn is `function_call` or `tool_call`, its text is the JSON of calls; `observation`, `function` and `tool_response` are responses of tools. Calls are trained on, responses of tools never are.
+- For a model without a chat template, `instruction` rows are rendered with the prompt of Stanford Alpaca, and a prompt and its completion are concatenated.
 ";
 
 /// Renders the page.
 pub(super) fn page() -> String {
     let mut page = HEAD.to_owned();
-    for (place, title) in [
-        (Place::Row, "A row"),
-        (Place::Turn, "A turn"),
-        (Place::Part, "A part of a turn's content"),
-        (Place::Call, "A tool call"),
+    for (scope, title) in [
+        (KeyScope::Row, "A row"),
+        (KeyScope::Turn, "A turn"),
+        (KeyScope::Part, "A content part of a turn"),
+        (KeyScope::Call, "A tool call"),
     ] {
-        page += &format!("\n## {title}\n\n| keys | | |\n|---|---|---|\n");
-        for known in KNOWN.iter().filter(|known| known.place == place) {
+        page += &format!("\n## {title}\n\n| keys | use | meaning |\n|---|---|---|\n");
+        for known in KEY_RULES.iter().filter(|known| known.scope == scope) {
             page += &line(known);
         }
     }
     page
 }
 
-fn line(known: &Known) -> String {
+fn line(known: &KeyRule) -> String {
     let names = known.names.iter().filter(|name| !name.is_empty());
     let names = names.map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
-    let fate = match known.fate {
-        Fate::Used(formats) if known.place == Place::Row => {
+    let key_use = match known.key_use {
+        KeyUse::Used(formats) if known.scope == KeyScope::Row => {
             let formats: Vec<String> =
-                formats.iter().map(|format| crate::data::formats::word(*format)).collect();
+                formats.iter().map(|format| crate::data::formats::format_name(*format)).collect();
             format!("used in {}", formats.join(", "))
         }
-        Fate::Used(_) => "used".to_owned(),
-        Fate::Harmless => "harmless".to_owned(),
-        Fate::Refused => "refused".to_owned(),
+        KeyUse::Used(_) => "used".to_owned(),
+        KeyUse::Ignored => "harmless".to_owned(),
+        KeyUse::Refused => "refused".to_owned(),
     };
-    format!("| {names} | {fate} | {} |\n", known.note)
+    format!("| {names} | {key_use} | {} |\n", known.note)
 }
 
 #[test]
@@ -52,6 +52,6 @@ fn the_page_is_written_from_the_table() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/ROWS.md");
     if std::fs::read_to_string(path).unwrap_or_default() != page() {
         std::fs::write(path, page()).unwrap();
-        panic!("docs/ROWS.md was stale and is written anew: review and commit it");
+        panic!("docs/ROWS.md was out of date and has been regenerated: review and commit it");
     }
 }

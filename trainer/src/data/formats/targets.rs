@@ -1,23 +1,23 @@
-//! Which messages are trained on: the marks that a row puts on its turns, and `trainOn`.
+//! Decides which messages are targets: by the marks of the turns and by `trainOn`.
 
 use finetune_contract::TrainOn;
 use serde_json::{Map, Value};
 
 use crate::data::{
     conversation::{ChatRole, Message},
-    formats::{error::RowError, fields::given},
+    formats::{error::RowError, fields::non_null},
 };
 
-/// How a key marks a turn.
+/// The meaning of a key that marks a turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Mark {
-    /// True or 1 trains on the turn, false or 0 does not.
+    /// True or 1 trains on the turn; false or 0 does not.
     Trains,
-    /// The opposite.
+    /// True or 1 does not train on the turn; false or 0 does.
     Masks,
 }
 
-/// The keys by which tools mark a turn.
+/// The keys that mark a turn in common datasets.
 ///
 /// # Source
 /// `weight`: OpenAI; `train`, `training`: Axolotl; `loss`, `loss_scale`: ms-swift; `loss_mask`: verl;
@@ -33,23 +33,23 @@ const MARKS: [(&str, Mark); 8] = [
     ("masked", Mark::Masks),
 ];
 
-/// Reads whether a turn is marked to be trained on; `None` if it has no mark.
-pub(super) fn mark(turn: &Map<String, Value>) -> Result<Option<bool>, RowError> {
+/// Returns whether a turn is marked to be trained on; `None` without a mark.
+pub(super) fn training_mark(turn: &Map<String, Value>) -> Result<Option<bool>, RowError> {
     let mut found: Option<(&str, bool)> = None;
-    for (key, mark) in MARKS {
-        let Some(value) = given(turn, key) else { continue };
+    for (key, training_mark) in MARKS {
+        let Some(value) = non_null(turn, key) else { continue };
         let is_set = match (value, value.as_f64()) {
             (Value::Bool(is_set), _) => *is_set,
             (_, Some(1.0)) => true,
             (_, Some(0.0)) => false,
             _ => {
                 let message = format!(
-                    "{key:?} is {value}: a turn is trained on or not, so only 0, 1, false and true are supported"
+                    "{key:?} is {value}: only 0, 1, false and true are supported, because a turn is either trained on or not"
                 );
                 return Err(RowError::of_kind(format!("mark {key}"), message));
             }
         };
-        let trains = is_set == (mark == Mark::Trains);
+        let trains = is_set == (training_mark == Mark::Trains);
         match found {
             Some((other, trained)) if trained != trains => {
                 let message = format!("{other:?} and {key:?} contradict each other: keep one");
@@ -61,15 +61,18 @@ pub(super) fn mark(turn: &Map<String, Value>) -> Result<Option<bool>, RowError> 
     Ok(found.map(|(_, trains)| trains))
 }
 
-/// Sets whether a message is a target, from its mark.
+/// Applies the mark of a turn to its message.
 ///
 /// # Errors
-/// If the mark asks for what nobody can: only what the assistant says is trained on.
-pub(super) fn apply_mark(message: &mut Message, mark: Option<bool>) -> Result<(), RowError> {
-    let Some(trains) = mark else { return Ok(()) };
+/// If a message that is not the assistant's is marked to be trained on.
+pub(super) fn apply_mark(
+    message: &mut Message,
+    training_mark: Option<bool>,
+) -> Result<(), RowError> {
+    let Some(trains) = training_mark else { return Ok(()) };
     if trains && message.role != ChatRole::Assistant {
         return Err(RowError::new(format!(
-            "the turn is marked to be trained on, but it is the {}'s: only what the assistant says is trained on; remove the mark",
+            "the turn is marked to be trained on, but its role is {}: only turns of the assistant can be trained on; remove the mark",
             message.role.as_str()
         )));
     }
@@ -77,11 +80,11 @@ pub(super) fn apply_mark(message: &mut Message, mark: Option<bool>) -> Result<()
     Ok(())
 }
 
-/// Leaves only the targets that `train_on` means.
+/// Keeps only the targets that `train_on` selects.
 ///
 /// # Errors
-/// If none is left.
-pub(super) fn choose(messages: &mut [Message], train_on: TrainOn) -> Result<(), RowError> {
+/// If no target remains.
+pub(super) fn apply_train_on(messages: &mut [Message], train_on: TrainOn) -> Result<(), RowError> {
     let is_assistant = |message: &Message| message.role == ChatRole::Assistant;
     if !messages.iter().any(is_assistant) {
         return Err(RowError::new("there is no assistant turn, so there is nothing to train on"));

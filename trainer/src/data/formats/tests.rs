@@ -1,8 +1,8 @@
-//! Rows of every shape, what they become, and what is refused.
+//! Tests of rows of every format: the parsed content, and the errors.
 
 use crate::data::formats::*;
 
-/// Shows what is read: messages as `role=content`, targets in brackets.
+/// Formats the parsed row: messages as `role=content`, targets in brackets.
 fn check_with(text: &str, options: &ReadOptions) -> String {
     let (format, example) = match read(text, options) {
         Ok(read) => read,
@@ -24,15 +24,15 @@ fn check_with(text: &str, options: &ReadOptions) -> String {
 }
 
 fn show(message: &crate::data::conversation::Message) -> String {
-    let seen = serde_json::to_value(message).unwrap();
-    let mut said = message.content.clone();
+    let serialized = serde_json::to_value(message).unwrap();
+    let mut messages = message.content.clone();
     for key in ["reasoning_content", "tool_calls", "tool_call_id", "name"] {
-        if let Some(value) = seen.get(key) {
-            said += &format!("({key}: {value})");
+        if let Some(value) = serialized.get(key) {
+            messages += &format!("({key}: {value})");
         }
     }
     let role = message.role.as_str();
-    if message.is_target { format!("[{role}={said}]") } else { format!("{role}={said}") }
+    if message.is_target { format!("[{role}={messages}]") } else { format!("{role}={messages}") }
 }
 
 fn check(text: &str) -> String {
@@ -43,14 +43,14 @@ fn check_as(text: &str, format: DatasetFormat) -> String {
     check_with(text, &ReadOptions::for_format(format))
 }
 
-/// A question and an answer with more keys in the answer's turn.
+/// Parses a question and an answer with additional keys in the turn of the answer.
 fn answer(extra: &str) -> String {
     check(&format!(
         r#"{{"messages": [{{"role": "user", "content": "a"}}, {{"role": "assistant", "content": "b", {extra}}}]}}"#
     ))
 }
 
-/// A question and an answer with more keys beside the turns.
+/// Parses a question and an answer with additional keys in the row.
 fn beside(extra: &str) -> String {
     check(&format!(
         r#"{{"messages": [{{"role": "user", "content": "a"}}, {{"role": "assistant", "content": "b"}}], {extra}}}"#
@@ -97,9 +97,9 @@ fn a_system_prompt_beside_the_turns_is_the_first_turn() {
     insta::assert_snapshot!(check(r#"{"system": "s", "prompt": "a", "completion": "b"}"#), @"PromptCompletion: system=s user=a [assistant=b]");
     insta::assert_snapshot!(check(r#"{"system": "s", "instruction": "a", "output": "b"}"#), @"Alpaca: system=s user=a [assistant=b]");
     insta::assert_snapshot!(check(r#"{"system": "s", "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#), @"Messages: system=s user=a [assistant=b]");
-    insta::assert_snapshot!(check(r#"{"system": "s", "messages": [{"role": "system", "content": "other"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#), @"the row has a system prompt beside the turns and another one as the first turn: keep one");
-    insta::assert_snapshot!(beside(r#""system": "s", "system_message": "other""#), @r#""system_message" and another key give two system prompts: keep one"#);
-    insta::assert_snapshot!(beside(r#""system": 3"#), @r#""system" is 3, it must be a string"#);
+    insta::assert_snapshot!(check(r#"{"system": "s", "messages": [{"role": "system", "content": "other"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#), @"the row has a system prompt and a different one as its first turn: keep one");
+    insta::assert_snapshot!(beside(r#""system": "s", "system_message": "other""#), @r#""system_message" and another key give different system prompts: keep one"#);
+    insta::assert_snapshot!(beside(r#""system": 3"#), @r#""system" is 3, but it must be a string"#);
     insta::assert_snapshot!(beside(r#""system": """#), @"Messages: user=a [assistant=b]");
 }
 
@@ -110,13 +110,13 @@ fn earlier_turns_of_alpaca_come_first_and_are_trained_on() {
     insta::assert_snapshot!(check(r#"{"instruction": "c", "output": "d", "history": null}"#), @"Alpaca: user=c [assistant=d]");
     insta::assert_snapshot!(check(r#"{"instruction": "c", "output": "d", "history": [["a"]]}"#), @"history[0]: it must be a list of a question and its answer");
     insta::assert_snapshot!(check(r#"{"instruction": "c", "output": "d", "history": [["a", ""]]}"#), @"history[0]: the answer is empty");
-    insta::assert_snapshot!(check(r#"{"instruction": "c", "output": "d", "history": "a"}"#), @r#""history" is "a", it must be a list"#);
+    insta::assert_snapshot!(check(r#"{"instruction": "c", "output": "d", "history": "a"}"#), @r#""history" is "a", but it must be a list"#);
     insta::assert_snapshot!(check(r#"{"instruction": "Name two.", "input": "Of them", "output": "b", "text": "Below is an instruction that describes a task, paired with an input that provides further context. Write a response that appropriately completes the request.\n\n### Instruction:\nName two.\n\n### Input:\nOf them\n\n### Response:\nb"}"#), @r"
     Alpaca: user=Name two.
 
     Of them [assistant=b]
     ");
-    insta::assert_snapshot!(check(r#"{"instruction": "a", "input": "", "output": "b", "text": "something else"}"#), @r#""text" has no place in a row of the format alpaca, and what it says would be lost: remove it, or list it in dataset.ignoredKeys"#);
+    insta::assert_snapshot!(check(r#"{"instruction": "a", "input": "", "output": "b", "text": "something else"}"#), @r#""text" is not used in rows of the format alpaca, so its content would be lost: remove it, or list it in dataset.ignoredKeys"#);
 }
 
 #[test]
@@ -129,13 +129,13 @@ fn marks_say_which_turns_are_trained_on() {
     insta::assert_snapshot!(answer(r#""weight": 0"#), @"every assistant turn is marked not to be trained on, so there is nothing to train on");
     insta::assert_snapshot!(answer(r#""weight": 1, "train": false"#), @r#"messages[1]: "weight" and "train" contradict each other: keep one"#);
     insta::assert_snapshot!(answer(r#""masked": true, "loss": true"#), @r#"messages[1]: "loss" and "masked" contradict each other: keep one"#);
-    insta::assert_snapshot!(answer(r#""weight": 0.5"#), @r#"messages[1]: "weight" is 0.5: a turn is trained on or not, so only 0, 1, false and true are supported"#);
-    insta::assert_snapshot!(answer(r#""train": "no""#), @r#"messages[1]: "train" is "no": a turn is trained on or not, so only 0, 1, false and true are supported"#);
+    insta::assert_snapshot!(answer(r#""weight": 0.5"#), @r#"messages[1]: "weight" is 0.5: only 0, 1, false and true are supported, because a turn is either trained on or not"#);
+    insta::assert_snapshot!(answer(r#""train": "no""#), @r#"messages[1]: "train" is "no": only 0, 1, false and true are supported, because a turn is either trained on or not"#);
     insta::assert_snapshot!(answer(r#""loss_scale": 1.0"#), @"Messages: user=a [assistant=b]");
-    insta::assert_snapshot!(check(r#"{"messages": [{"role": "user", "content": "a", "train": true}, {"role": "assistant", "content": "b"}]}"#), @"messages[0]: the turn is marked to be trained on, but it is the user's: only what the assistant says is trained on; remove the mark");
+    insta::assert_snapshot!(check(r#"{"messages": [{"role": "user", "content": "a", "train": true}, {"role": "assistant", "content": "b"}]}"#), @"messages[0]: the turn is marked to be trained on, but its role is user: only turns of the assistant can be trained on; remove the mark");
     insta::assert_snapshot!(beside(r#""mask": "User""#), @"Messages: user=a [assistant=b]");
     insta::assert_snapshot!(beside(r#""mask": "Assistant""#), @r#""mask" is "Assistant", but only the user's turns can be left out that way: mark turns with "weight": 0 instead"#);
-    insta::assert_snapshot!(answer(r#""train_detail": [{"begin_offset": 0}]"#), @r#"messages[1]: "train_detail" cannot be used: a turn is trained on as a whole: split it into turns, or mark it whole"#);
+    insta::assert_snapshot!(answer(r#""train_detail": [{"begin_offset": 0}]"#), @r#"messages[1]: "train_detail" cannot be used: a turn is trained on completely or not at all: split it into several turns, or mark the whole turn"#);
 }
 
 #[test]
@@ -164,8 +164,8 @@ fn nulls_are_absent() {
     insta::assert_snapshot!(check(r#"{"prompt": null, "question": "a", "completion": null, "answer": "b"}"#), @r#"PromptCompletion: PromptCompletion { prompt: "a", completion: "b" }"#);
     insta::assert_snapshot!(check(r#"{"messages": [{"role": "user", "content": "a", "from": null}, {"role": "assistant", "content": null}]}"#), @"messages[1]: the assistant's content is empty");
     insta::assert_snapshot!(check(r#"{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "b"}]}"#), @"Messages: user= [assistant=b]");
-    insta::assert_snapshot!(check(r#"{"messages": [{"role": null, "content": "a"}]}"#), @r#"messages[0]: "role" is null: a turn must say who speaks"#);
-    insta::assert_snapshot!(check(r#"{"prompt": "a", "completion": null}"#), @r#""completion" is null, it must be a string"#);
+    insta::assert_snapshot!(check(r#"{"messages": [{"role": null, "content": "a"}]}"#), @r#"messages[0]: "role" is null: a turn needs a role"#);
+    insta::assert_snapshot!(check(r#"{"prompt": "a", "completion": null}"#), @r#""completion" is null, but it must be a string"#);
     insta::assert_snapshot!(check(r#"{"instruction": "a", "input": null, "output": "b", "history": null, "system": null}"#), @"Alpaca: user=a [assistant=b]");
 }
 
@@ -177,11 +177,11 @@ c [assistant=b
 d]
 "#);
     insta::assert_snapshot!(check(r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm", "signature": "s"}, {"type": "output_text", "text": "b", "annotations": []}]}]}"#), @r#"Messages: user=a [assistant=b(reasoning_content: "hm")]"#);
-    insta::assert_snapshot!(check(r#"{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, {"role": "assistant", "content": "b"}]}"#), @r#"messages[0]: content[0]: a content part has the type "image_url", and only text can be trained on: leave the row out, or write what it means as text"#);
-    insta::assert_snapshot!(check(r#"{"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "image": "x"}]}, {"role": "assistant", "content": "b"}]}"#), @r#"messages[0]: content[0]: the key "image" is not known, and what it says would be lost: remove it, or list it in dataset.ignoredKeys if nothing of it is to be trained on"#);
+    insta::assert_snapshot!(check(r#"{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, {"role": "assistant", "content": "b"}]}"#), @r#"messages[0]: content[0]: a content part has the type "image_url", but only text can be trained on: remove the row, or replace the part by text"#);
+    insta::assert_snapshot!(check(r#"{"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "image": "x"}]}, {"role": "assistant", "content": "b"}]}"#), @r#"messages[0]: content[0]: the key "image" is unknown, so its content would be lost: remove it, or list it in dataset.ignoredKeys if it need not be trained on"#);
     insta::assert_snapshot!(check(r#"{"messages": [{"role": "user", "content": [{"type": "text"}]}, {"role": "assistant", "content": "b"}]}"#), @r#"messages[0]: content[0]: "text" is missing"#);
-    insta::assert_snapshot!(check(r#"{"messages": [{"role": "user", "content": [3]}, {"role": "assistant", "content": "b"}]}"#), @r#"messages[0]: content[0]: "content" is 3, it must be a string"#);
-    insta::assert_snapshot!(check(r#"{"messages": [{"role": "user", "content": {"text": "a"}}, {"role": "assistant", "content": "b"}]}"#), @r#"messages[0]: "content" is an object, it must be a string"#);
+    insta::assert_snapshot!(check(r#"{"messages": [{"role": "user", "content": [3]}, {"role": "assistant", "content": "b"}]}"#), @r#"messages[0]: content[0]: "content" is 3, but it must be a string"#);
+    insta::assert_snapshot!(check(r#"{"messages": [{"role": "user", "content": {"text": "a"}}, {"role": "assistant", "content": "b"}]}"#), @r#"messages[0]: "content" is an object, but it must be a string"#);
     insta::assert_snapshot!(check(r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": []}]}"#), @"messages[1]: the assistant's content is empty");
 }
 
@@ -197,23 +197,23 @@ fn reads_tool_calls_tools_and_what_tools_return() {
 
 #[test]
 fn says_what_is_wrong_with_tools() {
-    insta::assert_snapshot!(answer(r#""tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]"#), @r#"messages[1]: tool_calls[0]: "arguments" is "{x", which is not JSON (key must be a string at line 1 column 2): write the arguments as an object or its JSON text"#);
-    insta::assert_snapshot!(answer(r#""tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]"#), @r#"messages[1]: tool_calls[0]: "arguments" is [1], it must be an object"#);
+    insta::assert_snapshot!(answer(r#""tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]"#), @r#"messages[1]: tool_calls[0]: "arguments" is "{x", which is not JSON (key must be a string at line 1 column 2): give the arguments as an object or its JSON text"#);
+    insta::assert_snapshot!(answer(r#""tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]"#), @r#"messages[1]: tool_calls[0]: "arguments" is [1], but it must be an object"#);
     insta::assert_snapshot!(answer(r#""tool_calls": [{"function": {"arguments": {}}}]"#), @r#"messages[1]: tool_calls[0]: "name" is missing"#);
-    insta::assert_snapshot!(answer(r#""tool_calls": [{"id": 1, "function": {"name": "f"}}]"#), @r#"messages[1]: tool_calls[0]: "id" is 1, it must be a string"#);
+    insta::assert_snapshot!(answer(r#""tool_calls": [{"id": 1, "function": {"name": "f"}}]"#), @r#"messages[1]: tool_calls[0]: "id" is 1, but it must be a string"#);
     insta::assert_snapshot!(answer(r#""tool_calls": [{"type": "custom", "function": {"name": "f"}}]"#), @r#"messages[1]: tool_calls[0]: the call has the type "custom": only functions are supported"#);
-    insta::assert_snapshot!(answer(r#""tool_calls": [{"function": {"name": "f", "arguments": {"x": 12345678901234567890123}}}]"#), @r#"messages[1]: tool_calls[0]: "arguments" has a whole number of more than 19 digits, which would be rounded: write it as a string"#);
-    insta::assert_snapshot!(answer(r#""tool_calls": [{"function": {"name": "f", "result": "2"}}]"#), @r#"messages[1]: tool_calls[0]: the key "result" is not known, and what it says would be lost: remove it, or list it in dataset.ignoredKeys if nothing of it is to be trained on"#);
-    insta::assert_snapshot!(answer(r#""tool_calls": "f()""#), @r#"messages[1]: "tool_calls" is "f()", it must be a list"#);
-    insta::assert_snapshot!(answer(r#""tool_calls": [3]"#), @"messages[1]: tool_calls[0]: 3 is no tool call: it must be an object");
-    insta::assert_snapshot!(answer(r#""tool_calls": [{"name": "f"}], "function_call": {"name": "g"}"#), @r#"messages[1]: "tool_calls" and "function_call" both say what is called: keep one"#);
-    insta::assert_snapshot!(beside(r#""tools": "f""#), @r#""tools" is "f", it must be a list"#);
+    insta::assert_snapshot!(answer(r#""tool_calls": [{"function": {"name": "f", "arguments": {"x": 12345678901234567890123}}}]"#), @r#"messages[1]: tool_calls[0]: "arguments" has an integer of more than 19 digits, which would be rounded: give it as a string"#);
+    insta::assert_snapshot!(answer(r#""tool_calls": [{"function": {"name": "f", "result": "2"}}]"#), @r#"messages[1]: tool_calls[0]: the key "result" is unknown, so its content would be lost: remove it, or list it in dataset.ignoredKeys if it need not be trained on"#);
+    insta::assert_snapshot!(answer(r#""tool_calls": "f()""#), @r#"messages[1]: "tool_calls" is "f()", but it must be a list"#);
+    insta::assert_snapshot!(answer(r#""tool_calls": [3]"#), @"messages[1]: tool_calls[0]: 3 is not a tool call: it must be an object");
+    insta::assert_snapshot!(answer(r#""tool_calls": [{"name": "f"}], "function_call": {"name": "g"}"#), @r#"messages[1]: "tool_calls" and "function_call" both list calls: keep one"#);
+    insta::assert_snapshot!(beside(r#""tools": "f""#), @r#""tools" is "f", but it must be a list"#);
     insta::assert_snapshot!(beside(r#""tools": [{"type": "function"}]"#), @r#"tools[0]: the tool's function has no "name""#);
-    insta::assert_snapshot!(beside(r#""tools": [3]"#), @"tools[0]: 3 is no tool: it must be an object");
+    insta::assert_snapshot!(beside(r#""tools": [3]"#), @"tools[0]: 3 is not a tool: it must be an object");
     insta::assert_snapshot!(beside(r#""tools": [{"type": "retrieval", "function": {"name": "f"}}]"#), @r#"tools[0]: the tool has the type "retrieval": only functions are supported"#);
     insta::assert_snapshot!(beside(r#""tools": [{"name": "f"}], "functions": [{"name": "f"}]"#), @r#""tools" and "functions" both list tools: keep one"#);
-    insta::assert_snapshot!(check(r#"{"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "f(1)"}]}"#), @r#"conversations[1]: the turn is a function call, but its text is not the call's JSON: {"name": …, "arguments": {…}}"#);
-    insta::assert_snapshot!(check(r#"{"messages": [{"role": "user", "content": "a", "tool_calls": [{"name": "f"}]}, {"role": "assistant", "content": "b"}]}"#), @"messages[0]: the user's turn has tool calls, which only the assistant's can have");
+    insta::assert_snapshot!(check(r#"{"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "f(1)"}]}"#), @r#"conversations[1]: the turn is a function call, but its text is not the JSON of a call: {"name": …, "arguments": {…}}"#);
+    insta::assert_snapshot!(check(r#"{"messages": [{"role": "user", "content": "a", "tool_calls": [{"name": "f"}]}, {"role": "assistant", "content": "b"}]}"#), @"messages[0]: the turn has tool calls, but its role is user: only turns of the assistant can have them");
 }
 
 #[test]
@@ -222,52 +222,52 @@ fn reasoning_is_read_under_each_of_its_names() {
     insta::assert_snapshot!(answer(r#""reasoning": "hm""#), @r#"Messages: user=a [assistant=b(reasoning_content: "hm")]"#);
     insta::assert_snapshot!(answer(r#""thinking": "hm""#), @r#"Messages: user=a [assistant=b(reasoning_content: "hm")]"#);
     insta::assert_snapshot!(answer(r#""reasoning": "hm", "reasoning_content": "hm""#), @r#"Messages: user=a [assistant=b(reasoning_content: "hm")]"#);
-    insta::assert_snapshot!(answer(r#""reasoning": "hm", "thinking": "other""#), @r#"messages[1]: "thinking" and another key give two thoughts of one turn: keep one"#);
-    insta::assert_snapshot!(answer(r#""reasoning": {"text": "hm"}"#), @r#"messages[1]: "reasoning" is an object, it must be a string"#);
-    insta::assert_snapshot!(answer(r#""reasoning_details": [{"text": "hm"}]"#), @r#"messages[1]: "reasoning_details" cannot be used: thoughts are given as one text: write it as "reasoning_content""#);
-    insta::assert_snapshot!(check(r#"{"messages": [{"role": "user", "content": "a", "reasoning": "hm"}, {"role": "assistant", "content": "b"}]}"#), @"messages[0]: the user's turn has reasoning, which only the assistant's can have");
-    insta::assert_snapshot!(beside(r#""reasoning": "hm""#), @r#""reasoning" cannot be used: beside the turns it cannot be placed: put it into the assistant's turn as "reasoning_content""#);
-    insta::assert_snapshot!(check(r#"{"prompt": "a", "completion": "b", "thinking": "hm"}"#), @r#""thinking" cannot be used: beside the turns it cannot be placed: put it into the assistant's turn as "reasoning_content""#);
+    insta::assert_snapshot!(answer(r#""reasoning": "hm", "thinking": "other""#), @r#"messages[1]: "thinking" and another key give different reasoning for one turn: keep one"#);
+    insta::assert_snapshot!(answer(r#""reasoning": {"text": "hm"}"#), @r#"messages[1]: "reasoning" is an object, but it must be a string"#);
+    insta::assert_snapshot!(answer(r#""reasoning_details": [{"text": "hm"}]"#), @r#"messages[1]: "reasoning_details" cannot be used: reasoning must be one text: give it as "reasoning_content""#);
+    insta::assert_snapshot!(check(r#"{"messages": [{"role": "user", "content": "a", "reasoning": "hm"}, {"role": "assistant", "content": "b"}]}"#), @"messages[0]: the turn has reasoning, but its role is user: only turns of the assistant can have them");
+    insta::assert_snapshot!(beside(r#""reasoning": "hm""#), @r#""reasoning" cannot be used: reasoning belongs to a turn: move it into the assistant's turn as "reasoning_content""#);
+    insta::assert_snapshot!(check(r#"{"prompt": "a", "completion": "b", "thinking": "hm"}"#), @r#""thinking" cannot be used: reasoning belongs to a turn: move it into the assistant's turn as "reasoning_content""#);
 }
 
 #[test]
 fn what_would_change_the_meaning_is_refused_by_name() {
-    insta::assert_snapshot!(check(r#"{"prompt": "a", "completion": "b", "label": false}"#), @r#""label" is false: the answer is marked as bad, and training would teach it; leave the row out"#);
+    insta::assert_snapshot!(check(r#"{"prompt": "a", "completion": "b", "label": false}"#), @r#""label" is false: it marks a bad answer, which must not be trained on; remove the row"#);
     insta::assert_snapshot!(check(r#"{"prompt": "a", "completion": "b", "label": true}"#), @r#"PromptCompletion: PromptCompletion { prompt: "a", completion: "b" }"#);
-    insta::assert_snapshot!(beside(r#""label": false"#), @r#""label" is false: the answer is marked as bad, and training would teach it; leave the row out"#);
-    insta::assert_snapshot!(check(r#"{"text": "a", "label": 1}"#), @r#""label" is 1: only true, a good answer, has a meaning here; remove the key, or list it in dataset.ignoredKeys"#);
-    insta::assert_snapshot!(check(r#"{"prompt": "a", "chosen": "b", "rejected": "c"}"#), @r#""chosen" cannot be used: preference data, but training is supervised: write the answer to be learned as the completion and remove the others | "rejected" cannot be used: preference data, but training is supervised: write the answer to be learned as the completion and remove the others"#);
-    insta::assert_snapshot!(beside(r#""rejected": [{"role": "assistant", "content": "c"}]"#), @r#""rejected" cannot be used: preference data, but training is supervised: write the answer to be learned as the completion and remove the others"#);
+    insta::assert_snapshot!(beside(r#""label": false"#), @r#""label" is false: it marks a bad answer, which must not be trained on; remove the row"#);
+    insta::assert_snapshot!(check(r#"{"text": "a", "label": 1}"#), @r#""label" is 1: only true (a good answer) is supported; remove the key, or list it in dataset.ignoredKeys"#);
+    insta::assert_snapshot!(check(r#"{"prompt": "a", "chosen": "b", "rejected": "c"}"#), @r#""chosen" cannot be used: preference data, but training is supervised: use the preferred answer as the completion and remove the others | "rejected" cannot be used: preference data, but training is supervised: use the preferred answer as the completion and remove the others"#);
+    insta::assert_snapshot!(beside(r#""rejected": [{"role": "assistant", "content": "c"}]"#), @r#""rejected" cannot be used: preference data, but training is supervised: use the preferred answer as the completion and remove the others"#);
     insta::assert_snapshot!(beside(r#""rejected": []"#), @"Messages: user=a [assistant=b]");
-    insta::assert_snapshot!(beside(r#""images": ["a.png"]"#), @r#""images" cannot be used: only text can be trained on: leave the row out, or write what the model should know as text"#);
+    insta::assert_snapshot!(beside(r#""images": ["a.png"]"#), @r#""images" cannot be used: only text can be trained on: remove the row, or replace the content by text"#);
     insta::assert_snapshot!(beside(r#""images": []"#), @"Messages: user=a [assistant=b]");
-    insta::assert_snapshot!(beside(r#""videos": ["a.mp4"], "audios": ["a.wav"]"#), @r#""videos" cannot be used: only text can be trained on: leave the row out, or write what the model should know as text | "audios" cannot be used: only text can be trained on: leave the row out, or write what the model should know as text"#);
-    insta::assert_snapshot!(answer(r#""images": ["a.png"]"#), @r#"messages[1]: "images" cannot be used: only text can be trained on: leave the row out, or write what the model should know as text"#);
-    insta::assert_snapshot!(answer(r#""refusal": "no""#), @r#"messages[1]: "refusal" cannot be used: write what the assistant says as its content"#);
-    insta::assert_snapshot!(check(r#"{"input_ids": [1], "labels": [1]}"#), @r#""input_ids" cannot be used: rows are text and tokens are made here: give the text | "labels" cannot be used: rows are text and tokens are made here: give the text"#);
-    insta::assert_snapshot!(beside(r#""weight": 0.5"#), @r#""weight" cannot be used: rows are not weighted: mark turns, give dataset.sources weights, or leave rows out"#);
+    insta::assert_snapshot!(beside(r#""videos": ["a.mp4"], "audios": ["a.wav"]"#), @r#""videos" cannot be used: only text can be trained on: remove the row, or replace the content by text | "audios" cannot be used: only text can be trained on: remove the row, or replace the content by text"#);
+    insta::assert_snapshot!(answer(r#""images": ["a.png"]"#), @r#"messages[1]: "images" cannot be used: only text can be trained on: remove the row, or replace the content by text"#);
+    insta::assert_snapshot!(answer(r#""refusal": "no""#), @r#"messages[1]: "refusal" cannot be used: give the answer of the assistant as its content"#);
+    insta::assert_snapshot!(check(r#"{"input_ids": [1], "labels": [1]}"#), @r#""input_ids" cannot be used: rows must be text, which the trainer tokenizes: give the text | "labels" cannot be used: rows must be text, which the trainer tokenizes: give the text"#);
+    insta::assert_snapshot!(beside(r#""weight": 0.5"#), @r#""weight" cannot be used: rows cannot be weighted: mark turns, set weights of dataset.sources, or remove rows"#);
 }
 
 #[test]
 fn keys_are_used_known_to_be_harmless_or_refused() {
     insta::assert_snapshot!(beside(r#""id": 3, "source": "web", "timestamp": "2024", "metadata": {"a": 1}, "score": 0.5"#), @"Messages: user=a [assistant=b]");
     insta::assert_snapshot!(answer(r#""id": 3, "timestamp": 1, "finish_reason": "stop""#), @"Messages: user=a [assistant=b]");
-    insta::assert_snapshot!(beside(r#""rationale": "hm", "notes_of_x": 1"#), @r#"the key "rationale" is not known, and what it says would be lost: remove it, or list it in dataset.ignoredKeys if nothing of it is to be trained on | the key "notes_of_x" is not known, and what it says would be lost: remove it, or list it in dataset.ignoredKeys if nothing of it is to be trained on"#);
+    insta::assert_snapshot!(beside(r#""rationale": "hm", "notes_of_x": 1"#), @r#"the key "rationale" is unknown, so its content would be lost: remove it, or list it in dataset.ignoredKeys if it need not be trained on | the key "notes_of_x" is unknown, so its content would be lost: remove it, or list it in dataset.ignoredKeys if it need not be trained on"#);
     insta::assert_snapshot!(beside(r#""massages": []"#), @"Messages: user=a [assistant=b]");
-    insta::assert_snapshot!(beside(r#""toools": [1]"#), @r#"the key "toools" is not known (did you mean "tools"?), and what it says would be lost: remove it, or list it in dataset.ignoredKeys if nothing of it is to be trained on"#);
-    insta::assert_snapshot!(answer(r#""contnt": "x""#), @r#"messages[1]: the key "contnt" is not known (did you mean "content"?), and what it says would be lost: remove it, or list it in dataset.ignoredKeys if nothing of it is to be trained on"#);
-    insta::assert_snapshot!(answer(r#""wieght": 0"#), @r#"messages[1]: the key "wieght" is not known (did you mean "weight"?), and what it says would be lost: remove it, or list it in dataset.ignoredKeys if nothing of it is to be trained on"#);
+    insta::assert_snapshot!(beside(r#""toools": [1]"#), @r#"the key "toools" is unknown (did you mean "tools"?), so its content would be lost: remove it, or list it in dataset.ignoredKeys if it need not be trained on"#);
+    insta::assert_snapshot!(answer(r#""contnt": "x""#), @r#"messages[1]: the key "contnt" is unknown (did you mean "content"?), so its content would be lost: remove it, or list it in dataset.ignoredKeys if it need not be trained on"#);
+    insta::assert_snapshot!(answer(r#""wieght": 0"#), @r#"messages[1]: the key "wieght" is unknown (did you mean "weight"?), so its content would be lost: remove it, or list it in dataset.ignoredKeys if it need not be trained on"#);
     insta::assert_snapshot!(beside(r#""prompt": "a""#), @"Messages: user=a [assistant=b]");
-    insta::assert_snapshot!(beside(r#""prompt": "other""#), @r#""prompt" has no place in a row of the format messages, and what it says would be lost: remove it, or list it in dataset.ignoredKeys"#);
+    insta::assert_snapshot!(beside(r#""prompt": "other""#), @r#""prompt" is not used in rows of the format messages, so its content would be lost: remove it, or list it in dataset.ignoredKeys"#);
     insta::assert_snapshot!(beside(r#""text": "a: b""#), @"Messages: user=a [assistant=b]");
-    insta::assert_snapshot!(beside(r#""instruction": "other""#), @r#""instruction" has no place in a row of the format messages, and what it says would be lost: remove it, or list it in dataset.ignoredKeys"#);
-    insta::assert_snapshot!(beside(r#""input": {"a": 1}"#), @r#""input" has no place in a row of the format messages, and what it says would be lost: remove it, or list it in dataset.ignoredKeys"#);
-    insta::assert_snapshot!(check(r#"{"text": "a", "extra_text": "b"}"#), @r#"the key "extra_text" is not known, and what it says would be lost: remove it, or list it in dataset.ignoredKeys if nothing of it is to be trained on"#);
-    insta::assert_snapshot!(check(r#"{"prompt": "a", "completion": "b", "response": "c"}"#), @r#""completion" and "response" mean the same and differ: keep one"#);
-    insta::assert_snapshot!(check(r#"{"instruction": "a", "output": "b", "response": "c"}"#), @r#""output" and "response" mean the same and differ: keep one"#);
+    insta::assert_snapshot!(beside(r#""instruction": "other""#), @r#""instruction" is not used in rows of the format messages, so its content would be lost: remove it, or list it in dataset.ignoredKeys"#);
+    insta::assert_snapshot!(beside(r#""input": {"a": 1}"#), @r#""input" is not used in rows of the format messages, so its content would be lost: remove it, or list it in dataset.ignoredKeys"#);
+    insta::assert_snapshot!(check(r#"{"text": "a", "extra_text": "b"}"#), @r#"the key "extra_text" is unknown, so its content would be lost: remove it, or list it in dataset.ignoredKeys if it need not be trained on"#);
+    insta::assert_snapshot!(check(r#"{"prompt": "a", "completion": "b", "response": "c"}"#), @r#""completion" and "response" have the same meaning but differ: keep one"#);
+    insta::assert_snapshot!(check(r#"{"instruction": "a", "output": "b", "response": "c"}"#), @r#""output" and "response" have the same meaning but differ: keep one"#);
     insta::assert_snapshot!(beside(r#""chat_template_kwargs": {"enable_thinking": false, "x": null}, "documents": [{"text": "d"}]"#), @r#"Messages: user=a [assistant=b] variables={"enable_thinking":false,"documents":[{"text":"d"}]}"#);
-    insta::assert_snapshot!(beside(r#""chat_template_kwargs": {"tools": []}"#), @r#""chat_template_kwargs" sets "tools", which comes from the row itself: remove it there"#);
-    insta::assert_snapshot!(beside(r#""chat_template_kwargs": 3"#), @r#""chat_template_kwargs" is 3, it must be an object"#);
+    insta::assert_snapshot!(beside(r#""chat_template_kwargs": {"tools": []}"#), @r#""chat_template_kwargs" sets "tools", which the row itself defines: remove it from there"#);
+    insta::assert_snapshot!(beside(r#""chat_template_kwargs": 3"#), @r#""chat_template_kwargs" is 3, but it must be an object"#);
 }
 
 #[test]
@@ -277,7 +277,7 @@ fn ignored_keys_are_left_out() {
         ..ReadOptions::for_format(DatasetFormat::Auto)
     };
     insta::assert_snapshot!(check_with(r#"{"text": "a", "rationale": "hm", "images": ["a.png"], "label": 3, "reward": 1}"#, &options), @r#"Text: Text("a")"#);
-    insta::assert_snapshot!(check_with(r#"{"text": "a", "rational": "hm"}"#, &options), @r#"the key "rational" is not known, and what it says would be lost: remove it, or list it in dataset.ignoredKeys if nothing of it is to be trained on"#);
+    insta::assert_snapshot!(check_with(r#"{"text": "a", "rational": "hm"}"#, &options), @r#"the key "rational" is unknown, so its content would be lost: remove it, or list it in dataset.ignoredKeys if it need not be trained on"#);
 }
 
 #[test]
@@ -286,12 +286,12 @@ fn says_what_is_wrong_with_a_row() {
     insta::assert_snapshot!(check_as(r#"{"message": []}"#, DatasetFormat::Messages), @r#""messages" is missing (did you mean "messages" instead of "message"?)"#);
     insta::assert_snapshot!(check_as(r#"{"message": [{"role": "user", "content": "a"}]}"#, DatasetFormat::Messages), @r#""messages" is missing (did you mean "messages" instead of "message"?)"#);
     insta::assert_snapshot!(check(r#"{"text": "a",}"#), @"the row is not JSON: trailing comma at column 14");
-    insta::assert_snapshot!(check(r#"[{"text": "a"}]"#), @"the row is JSON but no object `{…}`");
-    insta::assert_snapshot!(check("3"), @"the row is JSON but no object `{…}`");
+    insta::assert_snapshot!(check(r#"[{"text": "a"}]"#), @"the row is JSON but not an object `{…}`");
+    insta::assert_snapshot!(check("3"), @"the row is JSON but not an object `{…}`");
     insta::assert_snapshot!(check(r#"{"text": ""}"#), @r#""text" is empty"#);
-    insta::assert_snapshot!(check(r#"{"text": 3}"#), @r#""text" is 3, it must be a string"#);
-    insta::assert_snapshot!(check(r#"{"text": "a", "text": "b"}"#), @r#"the key "text" is there twice: keep one"#);
-    insta::assert_snapshot!(check(r#"{"messages": [{"role": "user", "content": "a", "content": "c"}]}"#), @r#"the key "content" is there twice: keep one"#);
+    insta::assert_snapshot!(check(r#"{"text": 3}"#), @r#""text" is 3, but it must be a string"#);
+    insta::assert_snapshot!(check(r#"{"text": "a", "text": "b"}"#), @r#"the key "text" occurs twice: keep one"#);
+    insta::assert_snapshot!(check(r#"{"messages": [{"role": "user", "content": "a", "content": "c"}]}"#), @r#"the key "content" occurs twice: keep one"#);
     insta::assert_snapshot!(check(r#"{"text": "a"} x"#), @"the row is not JSON: trailing characters at column 15");
     insta::assert_snapshot!(check(r#"{"data": [{"text": "a"}]}"#), @r#"the row has the keys "data", none of which is "messages", "conversations", "prompt", "instruction", "text"; if the rows are the list under "data", write that list alone"#);
     insta::assert_snapshot!(check("{}"), @"the row is empty");
@@ -305,7 +305,7 @@ fn says_what_is_wrong_with_a_row() {
 fn says_what_is_wrong_with_a_conversation() {
     insta::assert_snapshot!(check(r#"{"messages": [{"role": "user", "content": "a"}]}"#), @"there is no assistant turn, so there is nothing to train on");
     insta::assert_snapshot!(check(r#"{"messages": []}"#), @"there is no assistant turn, so there is nothing to train on");
-    insta::assert_snapshot!(check(r#"{"messages": {}}"#), @r#""messages" is {}, it must be a list"#);
+    insta::assert_snapshot!(check(r#"{"messages": {}}"#), @r#""messages" is {}, but it must be a list"#);
     insta::assert_snapshot!(check(r#"{"messages": ["a", "b"]}"#), @"messages[0]: a turn must be an object");
     insta::assert_snapshot!(check(r#"{"messages": [{"role": "usr", "content": "a"}]}"#), @r#"messages[0]: the role "usr" is unknown: use system, user, assistant or tool"#);
     insta::assert_snapshot!(check(r#"{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "s"}, {"role": "assistant", "content": "b"}]}"#), @"messages[1]: a system turn must be the first");

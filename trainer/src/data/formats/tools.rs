@@ -1,4 +1,4 @@
-//! Tools: what the assistant may call, and its calls.
+//! Parses tools and tool calls.
 
 use serde_json::{Map, Value, json};
 
@@ -6,18 +6,17 @@ use crate::data::{
     conversation::ToolCall,
     formats::{
         error::RowError,
-        fields::{filled_text, given, is_empty, list, optional_text, shortened},
-        keys::{self, Place},
+        fields::{is_empty, list, non_empty_text, non_null, optional_text, shortened},
+        keys::{self, KeyScope},
     },
 };
 
-/// Reads the tools of a row: a list, its JSON text, or functions by themselves, as OpenAI once had
-/// them.
+/// Parses the tools of a row: a list or its JSON text. Bare functions are the older format of OpenAI.
 pub(super) fn read_tools(row: &Map<String, Value>) -> Result<Vec<Value>, RowError> {
     let mut tools = Vec::new();
     let mut named = Vec::new();
     for key in ["tools", "functions"] {
-        let Some(value) = given(row, key).filter(|value| !is_empty(value)) else { continue };
+        let Some(value) = non_null(row, key).filter(|value| !is_empty(value)) else { continue };
         named.push(key);
         for (index, tool) in list(value, key)?.into_iter().enumerate() {
             tools.push(read_tool(tool, key).map_err(|error| error.at(key, index))?);
@@ -30,7 +29,7 @@ pub(super) fn read_tools(row: &Map<String, Value>) -> Result<Vec<Value>, RowErro
 }
 
 fn read_tool(tool: Value, key: &str) -> Result<Value, RowError> {
-    // Datasets without nested columns have each tool as JSON text.
+    // Datasets without nested columns have tools as JSON text.
     let tool = match tool {
         Value::String(text) => serde_json::from_str(&text).unwrap_or(Value::String(text)),
         tool => tool,
@@ -39,7 +38,7 @@ fn read_tool(tool: Value, key: &str) -> Result<Value, RowError> {
     let Value::Object(object) = &tool else {
         return Err(RowError::of_kind(
             format!("{key} entry"),
-            format!("{} is no tool: it must be an object", shortened(&tool)),
+            format!("{} is not a tool: it must be an object", shortened(&tool)),
         ));
     };
     let whole = if object.contains_key("function") {
@@ -66,18 +65,18 @@ fn read_tool(tool: Value, key: &str) -> Result<Value, RowError> {
     Ok(Value::Object(whole))
 }
 
-/// Reads the calls of an assistant's turn.
+/// Parses the tool calls of a turn.
 pub(super) fn read_calls(turn: &Map<String, Value>) -> Result<Vec<ToolCall>, RowError> {
     let mut calls = Vec::new();
-    if let Some(value) = given(turn, "tool_calls").filter(|value| !is_empty(value)) {
+    if let Some(value) = non_null(turn, "tool_calls").filter(|value| !is_empty(value)) {
         for (index, call) in list(value, "tool_calls")?.iter().enumerate() {
             calls.push(read_call(call).map_err(|error| error.at("tool_calls", index))?);
         }
     }
-    if let Some(value) = given(turn, "function_call").filter(|value| !is_empty(value)) {
+    if let Some(value) = non_null(turn, "function_call").filter(|value| !is_empty(value)) {
         if !calls.is_empty() {
             return Err(RowError::new(
-                "\"tool_calls\" and \"function_call\" both say what is called: keep one",
+                "\"tool_calls\" and \"function_call\" both list calls: keep one",
             ));
         }
         calls.push(read_call(value)?);
@@ -85,14 +84,14 @@ pub(super) fn read_calls(turn: &Map<String, Value>) -> Result<Vec<ToolCall>, Row
     Ok(calls)
 }
 
-/// Reads the calls of a turn whose text is their JSON: ShareGPT's `function_call`.
+/// Parses the calls of a turn whose text is their JSON, as `function_call` in ShareGPT.
 pub(super) fn read_call_text(text: &str) -> Result<Vec<ToolCall>, RowError> {
     let calls = match serde_json::from_str(text) {
         Ok(Value::Array(calls)) => calls,
         Ok(call @ Value::Object(_)) => vec![call],
         _ => {
             return Err(RowError::new(
-                "the turn is a function call, but its text is not the call's JSON: {\"name\": …, \"arguments\": {…}}",
+                "the turn is a function call, but its text is not the JSON of a call: {\"name\": …, \"arguments\": {…}}",
             ));
         }
     };
@@ -105,17 +104,17 @@ fn read_call(call: &Value) -> Result<ToolCall, RowError> {
     let Some(call) = call.as_object() else {
         return Err(RowError::of_kind(
             "tool call",
-            format!("{} is no tool call: it must be an object", shortened(call)),
+            format!("{} is not a tool call: it must be an object", shortened(call)),
         ));
     };
-    let function = match given(call, "function") {
+    let function = match non_null(call, "function") {
         Some(Value::Object(function)) => function,
-        // Some write the call without the object around it.
+        // Some datasets omit the object around the function.
         _ => call,
     };
     for object in [call, function] {
         let unknown = object.iter().filter(|(_, value)| !is_empty(value));
-        let mut refused = unknown.filter_map(|(key, _)| keys::refuse_unknown(Place::Call, key));
+        let mut refused = unknown.filter_map(|(key, _)| keys::refusal_of_key(KeyScope::Call, key));
         if let Some(error) = refused.next() {
             return Err(error);
         }
@@ -128,14 +127,16 @@ fn read_call(call: &Value) -> Result<ToolCall, RowError> {
     }
     Ok(ToolCall {
         id: optional_text(call, "id")?,
-        name: filled_text(function, "name")?,
+        name: non_empty_text(function, "name")?,
         arguments: read_arguments(function)?,
     })
 }
 
-/// Reads arguments as the object that templates want; OpenAI has them as JSON text.
+/// Parses arguments to an object, as templates require; OpenAI has them as JSON text.
 fn read_arguments(function: &Map<String, Value>) -> Result<Value, RowError> {
-    let key = if given(function, "arguments").is_none() && given(function, "parameters").is_some() {
+    let key = if non_null(function, "arguments").is_none()
+        && non_null(function, "parameters").is_some()
+    {
         "parameters"
     } else {
         "arguments"
@@ -145,23 +146,23 @@ fn read_arguments(function: &Map<String, Value>) -> Result<Value, RowError> {
         Some(Value::String(text)) if text.trim().is_empty() => Value::Object(Map::new()),
         Some(Value::String(text)) => serde_json::from_str(text).map_err(|error| {
             RowError::of_kind(
-                "arguments are no JSON",
+                "arguments are not JSON",
                 format!(
-                    "{key:?} is {}, which is not JSON ({error}): write the arguments as an object or its JSON text",
+                    "{key:?} is {}, which is not JSON ({error}): give the arguments as an object or its JSON text",
                     shortened(&json!(text))
                 ),
             )
         })?,
-        // Columns of a table fill what a call does not have with nulls.
+        // Nested columns contain nulls for the arguments that a call does not have.
         Some(value) => without_nulls(value.clone()),
     };
     if !arguments.is_object() {
-        let message = format!("{key:?} is {}, it must be an object", shortened(&arguments));
-        return Err(RowError::of_kind("arguments are no object", message));
+        let message = format!("{key:?} is {}, but it must be an object", shortened(&arguments));
+        return Err(RowError::of_kind("arguments are not an object", message));
     }
     if has_rounded_number(&arguments) {
         return Err(RowError::new(format!(
-            "{key:?} has a whole number of more than 19 digits, which would be rounded: write it as a string"
+            "{key:?} has an integer of more than 19 digits, which would be rounded: give it as a string"
         )));
     }
     Ok(arguments)

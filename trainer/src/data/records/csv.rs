@@ -1,4 +1,4 @@
-//! CSV and TSV: the first line names the keys, and every value is text.
+//! Reads CSV and TSV: the first line has the keys, and every value is text.
 
 use std::io::BufRead;
 
@@ -7,23 +7,23 @@ use finetune_contract::FailureReason;
 use serde_json::{Map, Value};
 
 use crate::{
-    data::records::{Broken, Record, Visit},
+    data::records::{OnRecord, ReadFailure, Record},
     failure::Failure,
 };
 
-/// Visits every row as a JSON object; a cell without text is an absent key.
+/// Calls `on_row` for every row as a JSON object; an empty cell becomes null.
 pub(super) fn for_each(
     mut reader: impl BufRead,
     name: &str,
-    broken: &Broken<'_>,
-    visit: &mut Visit<'_>,
+    read_failure: &ReadFailure<'_>,
+    on_record: &mut OnRecord<'_>,
 ) -> Result<(), Failure> {
-    let buffer = reader.fill_buf().map_err(|error| broken(1, &error))?;
+    let buffer = reader.fill_buf().map_err(|error| read_failure(1, &error))?;
     let delimiter = delimiter(name, buffer);
     let mut rows = ReaderBuilder::new().delimiter(delimiter).from_reader(reader);
     let keys = match rows.byte_headers() {
         Ok(keys) => keys.clone(),
-        Err(error) => return Err(failure(error, name, broken)),
+        Err(error) => return Err(failure(error, name, read_failure)),
     };
     let keys = keys_of(&keys).map_err(|message| {
         Failure::new(FailureReason::InvalidDataset, format!("{name}:1: {message}"))
@@ -35,26 +35,27 @@ pub(super) fn for_each(
             Ok(true) => {}
             Err(error) => {
                 let ErrorKind::UnequalLengths { pos, expected_len, len } = error.kind() else {
-                    return Err(failure(error, name, broken));
+                    return Err(failure(error, name, read_failure));
                 };
                 let line = pos.as_ref().map_or(0, csv::Position::line);
                 let text = Err(format!(
-                    "the row has {len} cells, but the first line names {expected_len} keys: put cells with the separator or a line break in them between quotation marks"
+                    "the row has {len} cells, but the first line has {expected_len} keys: quote cells that contain the separator or a line break"
                 ));
-                visit(Record { location: format!("{name}:{line}"), text }, &[])?;
+                on_record(Record { location: format!("{name}:{line}"), text }, &[])?;
                 continue;
             }
         }
         let line = row.position().map_or(0, csv::Position::line);
         let text = object(&keys, &row);
         let bytes = text.clone().unwrap_or_default();
-        visit(Record { location: format!("{name}:{line}"), text }, bytes.as_bytes())?;
+        on_record(Record { location: format!("{name}:{line}"), text }, bytes.as_bytes())?;
     }
 }
 
-/// Tabs by the file's name; semicolons, as spreadsheets of many countries write, by the first line.
+/// Returns the delimiter: tab for TSV, otherwise comma, or semicolon (as spreadsheets in many locales
+/// write it) if the first line has only those.
 fn delimiter(name: &str, buffer: &[u8]) -> u8 {
-    if crate::data::files::without_compression(name).ends_with(".tsv") {
+    if crate::data::files::strip_compression(name).ends_with(".tsv") {
         return b'\t';
     }
     let first = buffer.split(|&byte| byte == b'\n').next().unwrap_or_default();
@@ -68,7 +69,7 @@ fn keys_of(headers: &ByteRecord) -> Result<Vec<String>, String> {
             std::str::from_utf8(header).map_err(|_| "the first line is not UTF-8".to_owned())?;
         let key = key.trim();
         if keys.iter().any(|other| other == key) {
-            return Err(format!("the first line names {key:?} twice: keep one"));
+            return Err(format!("the first line has {key:?} twice: keep one"));
         }
         keys.push(key.to_owned());
     }
@@ -86,12 +87,12 @@ fn object(keys: &[String], row: &ByteRecord) -> Result<String, String> {
     Ok(Value::Object(object).to_string())
 }
 
-fn failure(error: csv::Error, name: &str, broken: &Broken<'_>) -> Failure {
+fn failure(error: csv::Error, name: &str, read_failure: &ReadFailure<'_>) -> Failure {
     let line = error.position().map_or(1, csv::Position::line);
     match error.into_kind() {
-        ErrorKind::Io(error) => broken(line, &error),
+        ErrorKind::Io(error) => read_failure(line, &error),
         other => {
-            let message = format!("{name}:{line}: the file is no CSV: {other:?}");
+            let message = format!("{name}:{line}: the file is not CSV: {other:?}");
             Failure::new(FailureReason::InvalidDataset, message)
         }
     }

@@ -1,18 +1,18 @@
-//! JSONL: a row on each line.
+//! Reads JSONL: one row per line.
 
 use std::io::{self, BufRead, Read};
 
 use crate::{
-    data::records::{Broken, MAX_ROW_BYTES, Record, Visit, text_of, too_long},
+    data::records::{MAX_ROW_BYTES, OnRecord, ReadFailure, Record, text_of, too_long},
     failure::Failure,
 };
 
-/// Visits every line that is not blank.
+/// Calls `on_row` for every line that is not blank.
 pub(super) fn for_each(
     mut reader: impl BufRead,
     name: &str,
-    broken: &Broken<'_>,
-    visit: &mut Visit<'_>,
+    read_failure: &ReadFailure<'_>,
+    on_record: &mut OnRecord<'_>,
 ) -> Result<(), Failure> {
     let mut bytes = Vec::new();
     for number in 1_u64.. {
@@ -21,19 +21,19 @@ pub(super) fn for_each(
             .by_ref()
             .take(MAX_ROW_BYTES as u64 + 1)
             .read_until(b'\n', &mut bytes)
-            .map_err(|error| broken(number, &error))?;
+            .map_err(|error| read_failure(number, &error))?;
         if read == 0 {
             break;
         }
         let location = format!("{name}:{number}");
         if bytes.len() > MAX_ROW_BYTES {
-            skip_line(&mut reader).map_err(|error| broken(number, &error))?;
-            visit(Record { location, text: Err(too_long()) }, &[])?;
+            skip_line(&mut reader).map_err(|error| read_failure(number, &error))?;
+            on_record(Record { location, text: Err(too_long()) }, &[])?;
             continue;
         }
         let line = bytes.trim_ascii();
         if !line.is_empty() {
-            visit(Record { location, text: text_of(line) }, line)?;
+            on_record(Record { location, text: text_of(line) }, line)?;
         }
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! Parquet: columns, nested ones too, read row group by row group.
+//! Reads Parquet, including nested columns, one row group at a time.
 
 use std::{
     io::{self, Read},
@@ -22,54 +22,54 @@ use parquet::{
 use serde_json::{Map, Number, Value};
 
 use crate::{
-    data::records::{Record, Visit},
+    data::records::{OnRecord, Record},
     failure::{Failure, chain},
     store::{Entry, Store},
 };
 
-/// What is asked of a store at once while a column is read.
+/// The number of bytes that are requested from the store at once.
 const READ_BYTES: u64 = 4 << 20;
 
-/// Visits every row as a JSON object.
+/// Calls `on_row` for every row as a JSON object.
 pub(super) fn for_each(
     store: &Store,
     file: &Entry,
     name: &str,
-    visit: &mut Visit<'_>,
+    on_record: &mut OnRecord<'_>,
 ) -> Result<(), Failure> {
     let store_failed = Arc::new(AtomicBool::new(false));
     let failure = |row: u64, error: &ParquetError| {
         let (reason, message) = if store_failed.load(Ordering::Relaxed) {
-            (FailureReason::StoreUnavailable, "the file cannot be read on")
+            (FailureReason::StoreUnavailable, "reading the file failed")
         } else {
-            (FailureReason::InvalidDataset, "the file is no Parquet, or damaged")
+            (FailureReason::InvalidDataset, "the file is not Parquet, or damaged")
         };
         Failure::new(reason, format!("{name}:{row}: {message}: {}", chain(error)))
     };
-    let input = Input {
+    let input = StoreFile {
         store: store.clone(),
         path: file.path.clone(),
         size: file.size,
         failed: Arc::clone(&store_failed),
     };
     let reader =
-        unpanicked(|| SerializedFileReader::new(input)).map_err(|error| failure(1, &error))?;
-    let mut rows = unpanicked(|| reader.get_row_iter(None)).map_err(|error| failure(1, &error))?;
+        catch_panic(|| SerializedFileReader::new(input)).map_err(|error| failure(1, &error))?;
+    let mut rows = catch_panic(|| reader.get_row_iter(None)).map_err(|error| failure(1, &error))?;
     for number in 1_u64.. {
-        let row = match unpanicked(|| rows.next().transpose()) {
+        let row = match catch_panic(|| rows.next().transpose()) {
             Ok(Some(row)) => row,
             Ok(None) => break,
             Err(error) => return Err(failure(number, &error)),
         };
         let text = object(&row).map(|object| object.to_string());
         let bytes = text.clone().unwrap_or_default();
-        visit(Record { location: format!("{name}:{number}"), text }, bytes.as_bytes())?;
+        on_record(Record { location: format!("{name}:{number}"), text }, bytes.as_bytes())?;
     }
     Ok(())
 }
 
-/// The library panics on some damaged files.
-fn unpanicked<T>(read: impl FnOnce() -> Result<T, ParquetError>) -> Result<T, ParquetError> {
+/// Converts panics to errors: the library panics on some damaged files.
+fn catch_panic<T>(read: impl FnOnce() -> Result<T, ParquetError>) -> Result<T, ParquetError> {
     catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|_| {
         Err(ParquetError::General("its pages contradict each other".to_owned()))
     })
@@ -100,7 +100,7 @@ fn value(field: &Field) -> Result<Value, String> {
         Field::Float(value) => float(f64::from(*value)),
         Field::Double(value) => float(*value),
         Field::Str(text) => Value::from(text.as_str()),
-        // Text that a writer did not mark as such.
+        // Some writers do not annotate text as such.
         Field::Bytes(bytes) => match std::str::from_utf8(bytes.data()) {
             Ok(text) => Value::from(text),
             Err(_) => return Err("is binary, and only text can be trained on".to_owned()),
@@ -113,28 +113,28 @@ fn value(field: &Field) -> Result<Value, String> {
             let mut object = Map::new();
             for (key, field) in map.entries() {
                 let Field::Str(key) = key else {
-                    return Err("is a map whose keys are no strings".to_owned());
+                    return Err("is a map whose keys are not strings".to_owned());
                 };
                 object.insert(key.clone(), value(field)?);
             }
             Value::Object(object)
         }
-        // Times and decimals, as they are printed.
+        // Times and decimals, as text.
         other => Value::from(other.to_string()),
     })
 }
 
-/// A file of a store, as the library reads it.
+/// A file in a store, readable by the library.
 #[derive(Clone)]
-struct Input {
+struct StoreFile {
     store: Store,
     path: String,
     size: u64,
-    /// Set when it is the store that failed, and not what it gave.
+    /// Set if the store fails, as opposed to the decoding of its bytes.
     failed: Arc<AtomicBool>,
 }
 
-impl Input {
+impl StoreFile {
     fn read_range(&self, range: std::ops::Range<u64>) -> io::Result<Bytes> {
         self.store.read_range(&self.path, range).map_err(|error| {
             self.failed.store(true, Ordering::Relaxed);
@@ -143,17 +143,17 @@ impl Input {
     }
 }
 
-impl Length for Input {
+impl Length for StoreFile {
     fn len(&self) -> u64 {
         self.size
     }
 }
 
-impl ChunkReader for Input {
-    type T = Ahead;
+impl ChunkReader for StoreFile {
+    type T = BufferedRange;
 
-    fn get_read(&self, start: u64) -> Result<Ahead, ParquetError> {
-        Ok(Ahead { input: self.clone(), next: start, read: Bytes::new() })
+    fn get_read(&self, start: u64) -> Result<BufferedRange, ParquetError> {
+        Ok(BufferedRange { input: self.clone(), next: start, read: Bytes::new() })
     }
 
     fn get_bytes(&self, start: u64, length: usize) -> Result<Bytes, ParquetError> {
@@ -166,14 +166,14 @@ impl ChunkReader for Input {
     }
 }
 
-/// Reads a file on from a byte.
-struct Ahead {
-    input: Input,
+/// Reads a file sequentially from a position, in large ranges.
+struct BufferedRange {
+    input: StoreFile,
     next: u64,
     read: Bytes,
 }
 
-impl Read for Ahead {
+impl Read for BufferedRange {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if self.read.is_empty() {
             let end = self.next.saturating_add(READ_BYTES).min(self.input.size);

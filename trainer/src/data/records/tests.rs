@@ -1,4 +1,4 @@
-//! Files of every kind, whole and damaged.
+//! Tests of files of every format, complete and damaged.
 
 use std::{fs, path::Path};
 
@@ -20,7 +20,7 @@ fn open(path: &Path) -> Store {
 fn lines(path: &Path) -> Result<Vec<String>, Failure> {
     let store = open(path);
     let mut lines = Vec::new();
-    for file in files::list(&store, Split::Train)?.taken {
+    for file in files::list(&store, Split::Train)?.selected {
         for_each_record(&store, &file, &mut |line, _| {
             let text = line.text.unwrap_or_else(|reason| format!("error: {reason}"));
             lines.push(format!("{} {text}", line.location));
@@ -48,13 +48,13 @@ fn gzip(bytes: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn takes_line_ends_and_marks_as_editors_leave_them() {
+fn accepts_the_line_endings_and_byte_order_marks_of_editors() {
     insta::assert_snapshot!(check("a.jsonl", b"\xEF\xBB\xBF{}\r\n\r\n  \n{1}\n{2}"), @"a.jsonl:1 {} | a.jsonl:4 {1} | a.jsonl:5 {2}");
 }
 
 #[test]
 fn names_lines_that_are_no_text() {
-    insta::assert_snapshot!(check("a.jsonl", b"{}\n\xFF\xFE\n{\0}\n{}"), @"a.jsonl:1 {} | a.jsonl:2 error: the row is not UTF-8 (byte 1) | a.jsonl:3 error: the row has a NUL byte: this is no JSON, or it is UTF-16 | a.jsonl:4 {}");
+    insta::assert_snapshot!(check("a.jsonl", b"{}\n\xFF\xFE\n{\0}\n{}"), @"a.jsonl:1 {} | a.jsonl:2 error: the row is not UTF-8 (byte 1) | a.jsonl:3 error: the row has a NUL byte: it is not JSON, or it is UTF-16 | a.jsonl:4 {}");
     insta::assert_snapshot!(check("a.jsonl", &[b"{}\n".as_slice(), &vec![b'a'; MAX_ROW_BYTES + 9], b"\n{}"].concat()), @"a.jsonl:1 {} | a.jsonl:2 error: the row is longer than 64 MiB | a.jsonl:3 {}");
 }
 
@@ -74,20 +74,20 @@ fn refuses_damaged_archives() {
         .collect();
     let (gzip, zstd) = (gzip(&rows), zstd::encode_all(rows.as_slice(), 3).unwrap());
     let without_line = |text: String| text.split_once(": ").map(|(_, reason)| reason.to_owned());
-    insta::assert_snapshot!(without_line(check("a.jsonl.gz", &gzip[..gzip.len() / 2])).unwrap(), @"the file cannot be unpacked (incomplete deflate stream): it is cut short or damaged, or its name has the wrong ending");
-    insta::assert_snapshot!(without_line(check("a.jsonl.zst", &zstd[..zstd.len() / 2])).unwrap(), @"the file cannot be unpacked (incomplete frame): it is cut short or damaged, or its name has the wrong ending");
-    insta::assert_snapshot!(check("a.jsonl.gz", b"{}\n"), @"a.jsonl.gz:1: the file cannot be unpacked (unexpected end of file): it is cut short or damaged, or its name has the wrong ending");
-    insta::assert_snapshot!(check("a.jsonl.zst", b"{}\n{}\n"), @"a.jsonl.zst:1: the file cannot be unpacked (Unknown frame descriptor): it is cut short or damaged, or its name has the wrong ending");
+    insta::assert_snapshot!(without_line(check("a.jsonl.gz", &gzip[..gzip.len() / 2])).unwrap(), @"the file cannot be unpacked (incomplete deflate stream): it is truncated or damaged, or its name has the wrong extension");
+    insta::assert_snapshot!(without_line(check("a.jsonl.zst", &zstd[..zstd.len() / 2])).unwrap(), @"the file cannot be unpacked (incomplete frame): it is truncated or damaged, or its name has the wrong extension");
+    insta::assert_snapshot!(check("a.jsonl.gz", b"{}\n"), @"a.jsonl.gz:1: the file cannot be unpacked (unexpected end of file): it is truncated or damaged, or its name has the wrong extension");
+    insta::assert_snapshot!(check("a.jsonl.zst", b"{}\n{}\n"), @"a.jsonl.zst:1: the file cannot be unpacked (Unknown frame descriptor): it is truncated or damaged, or its name has the wrong extension");
 }
 
 #[test]
 fn stops_archives_that_unpack_without_end() {
     let endless = zstd::encode_all(io::repeat(b'a').take(80 << 20), 1).unwrap();
-    insta::assert_snapshot!(check("a.jsonl.zst", &endless).split_once(": ").unwrap().1, @"the file cannot be unpacked (it unpacks to more than 200 times its size, which text never does): it is cut short or damaged, or its name has the wrong ending");
+    insta::assert_snapshot!(check("a.jsonl.zst", &endless).split_once(": ").unwrap().1, @"the file cannot be unpacked (it unpacks to more than 200 times its size, so it cannot be text): it is truncated or damaged, or its name has the wrong extension");
 }
 
 #[test]
-fn reads_no_further_once_a_visit_fails() {
+fn stops_reading_once_the_callback_fails() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("a.jsonl");
     fs::write(&path, "{1}\n{2}\n{3}\n").unwrap();
@@ -95,7 +95,7 @@ fn reads_no_further_once_a_visit_fails() {
     let mut seen = 0;
     let result = for_each_record(
         &store,
-        &files::list(&store, Split::Train).unwrap().taken[0],
+        &files::list(&store, Split::Train).unwrap().selected[0],
         &mut |_, _| {
             seen += 1;
             if seen < 2 {
@@ -120,11 +120,11 @@ fn reads_every_data_file_below_a_prefix_in_order() {
 
 #[test]
 fn says_what_a_data_file_is_called() {
-    insta::assert_snapshot!(check("train.xlsx", b"PK"), @"file:///train.xlsx is no data file: its name must end in .jsonl, .json, .csv, .tsv (each also with .gz or .zst) or .parquet");
+    insta::assert_snapshot!(check("train.xlsx", b"PK"), @"file:///train.xlsx is not a data file: its name must end in .jsonl, .json, .csv, .tsv (each also with .gz or .zst) or .parquet");
     let directory = tempfile::tempdir().unwrap();
     fs::write(directory.path().join("README.md"), "").unwrap();
     let path = directory.path().display().to_string();
-    insta::assert_snapshot!(lines(directory.path()).unwrap_err().to_string().replace(&path, "/data"), @"file:///data has no data: it must name a file, or a prefix with files that end in .jsonl, .json, .csv, .tsv (each also with .gz or .zst) or .parquet");
+    insta::assert_snapshot!(lines(directory.path()).unwrap_err().to_string().replace(&path, "/data"), @"file:///data has no data files: it must name a file, or a prefix with files that end in .jsonl, .json, .csv, .tsv (each also with .gz or .zst) or .parquet");
 }
 
 #[test]
@@ -171,10 +171,10 @@ fn a_broken_first_line_is_one_bad_row() {
 
 #[test]
 fn says_that_an_array_is_cut_short() {
-    insta::assert_snapshot!(check("a.json", b"[\n{\"text\": \"a\"},\n{\"text\": "), @"a.json:3: the file ends inside the row that begins on line 3: it is cut short, or a bracket or quotation mark is missing");
-    insta::assert_snapshot!(check("a.json", b"[\n{\"text\": \"a\"}\n"), @"a.json:3: the file ends before its array is closed: it is cut short, or a bracket or quotation mark is missing");
-    insta::assert_snapshot!(check("a.json", b"[{\"text\": \"a}]"), @"a.json:1: the file ends inside the row that begins on line 1: it is cut short, or a bracket or quotation mark is missing");
-    insta::assert_snapshot!(check("a.json", b"[1, 2"), @"a.json:1: the file ends inside the row that begins on line 1: it is cut short, or a bracket or quotation mark is missing");
+    insta::assert_snapshot!(check("a.json", b"[\n{\"text\": \"a\"},\n{\"text\": "), @"a.json:3: the file ends inside the row that begins on line 3: it is truncated, or a bracket or quotation mark is missing");
+    insta::assert_snapshot!(check("a.json", b"[\n{\"text\": \"a\"}\n"), @"a.json:3: the file ends before its array is closed: it is truncated, or a bracket or quotation mark is missing");
+    insta::assert_snapshot!(check("a.json", b"[{\"text\": \"a}]"), @"a.json:1: the file ends inside the row that begins on line 1: it is truncated, or a bracket or quotation mark is missing");
+    insta::assert_snapshot!(check("a.json", b"[1, 2"), @"a.json:1: the file ends inside the row that begins on line 1: it is truncated, or a bracket or quotation mark is missing");
 }
 
 #[test]
@@ -188,8 +188,8 @@ fn reads_tables_of_text() {
 
 #[test]
 fn says_what_is_wrong_with_a_table() {
-    insta::assert_snapshot!(check("a.csv", b"prompt,completion\na,b,c\nd,e\nf\n"), @r#"a.csv:2 error: the row has 3 cells, but the first line names 2 keys: put cells with the separator or a line break in them between quotation marks | a.csv:3 {"prompt":"d","completion":"e"} | a.csv:4 error: the row has 1 cells, but the first line names 2 keys: put cells with the separator or a line break in them between quotation marks"#);
-    insta::assert_snapshot!(check("a.csv", b"text,text\na,b\n"), @r#"a.csv:1: the first line names "text" twice: keep one"#);
+    insta::assert_snapshot!(check("a.csv", b"prompt,completion\na,b,c\nd,e\nf\n"), @r#"a.csv:2 error: the row has 3 cells, but the first line has 2 keys: quote cells that contain the separator or a line break | a.csv:3 {"prompt":"d","completion":"e"} | a.csv:4 error: the row has 1 cells, but the first line has 2 keys: quote cells that contain the separator or a line break"#);
+    insta::assert_snapshot!(check("a.csv", b"text,text\na,b\n"), @r#"a.csv:1: the first line has "text" twice: keep one"#);
     insta::assert_snapshot!(check("a.csv", b"text\n\xFF\n\"b\"\n"), @r#"a.csv:2 error: "text" is not UTF-8 (byte 1) | a.csv:3 {"text":"b"}"#);
     insta::assert_snapshot!(check("a.csv", b""), @"");
 }
@@ -214,8 +214,8 @@ fn reads_nested_columns_in_every_compression() {
 #[test]
 fn damaged_parquet_is_said_to_be_damaged() {
     let whole = golden("messages-snappy.parquet");
-    insta::assert_snapshot!(check("a.parquet", b"PAR1"), @"a.parquet:1: the file is no Parquet, or damaged: EOF: Parquet file too small. Size is 4 but need 8");
-    insta::assert_snapshot!(check("a.parquet", &whole[..whole.len() / 2]), @"a.parquet:1: the file is no Parquet, or damaged: Parquet error: Invalid Parquet file. Corrupt footer");
+    insta::assert_snapshot!(check("a.parquet", b"PAR1"), @"a.parquet:1: the file is not Parquet, or damaged: EOF: Parquet file too small. Size is 4 but need 8");
+    insta::assert_snapshot!(check("a.parquet", &whole[..whole.len() / 2]), @"a.parquet:1: the file is not Parquet, or damaged: Parquet error: Invalid Parquet file. Corrupt footer");
     // Whatever byte is wrong: rows or a message, never a panic.
     for at in (0..whole.len()).step_by(7) {
         let mut damaged = whole.clone();
@@ -225,7 +225,7 @@ fn damaged_parquet_is_said_to_be_damaged() {
     }
 }
 
-/// Rows that every kind of file can hold: texts by key.
+/// Generates rows that every format can represent: texts by key.
 fn rows() -> impl Strategy<Value = Vec<[String; 2]>> {
     let text = prop_oneof!["\\PC{0,12}", "[\"\\\\\n\t ,;{}\\[\\]]{0,8}", Just("☂ 你好".to_owned())];
     prop::collection::vec(prop::array::uniform2(text), 1..6)
@@ -238,7 +238,7 @@ fn values(name: &str, bytes: &[u8]) -> Vec<Value> {
     fs::write(&path, bytes).unwrap();
     let store = open(&path);
     let mut values = Vec::new();
-    let file = &files::list(&store, Split::Train).unwrap().taken[0];
+    let file = &files::list(&store, Split::Train).unwrap().selected[0];
     for_each_record(&store, file, &mut |record, _| {
         values.push(serde_json::from_str(&record.text.unwrap()).unwrap());
         Ok(())
@@ -261,7 +261,7 @@ proptest! {
         prop_assert_eq!(&values("a.jsonl", spread.as_bytes()), &expected);
         prop_assert_eq!(&values("a.json", array.to_string().as_bytes()), &expected);
         prop_assert_eq!(&values("a.json.gz", &gzip(format!("{array:#}").as_bytes())), &expected);
-        // An empty cell says nothing.
+        // An empty cell is null.
         let of_cell = |text: &String| if text.is_empty() { Value::Null } else { json!(text) };
         let expected: Vec<Value> = rows.iter().map(|texts| row(texts, of_cell)).collect();
         for (name, delimiter) in [("a.csv", b','), ("a.csv", b';'), ("a.tsv", b'\t')] {

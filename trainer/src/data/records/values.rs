@@ -1,20 +1,20 @@
-//! JSON over several lines: one array of rows, or one object after the other.
+//! Reads multi-line JSON: one array of rows, or consecutive objects.
 //!
-//! A scanner finds where each value ends, and the value is parsed as a line of JSONL would be: files
-//! of any size take the memory of one row.
+//! A scanner finds the end of each value without parsing it, so files of any size need only the memory of
+//! one row.
 
 use std::io::{self, BufRead};
 
 use finetune_contract::FailureReason;
 
 use crate::{
-    data::records::{Broken, MAX_ROW_BYTES, Record, Visit, text_of, too_long},
+    data::records::{MAX_ROW_BYTES, OnRecord, ReadFailure, Record, text_of, too_long},
     failure::Failure,
 };
 
-/// Tells by its beginning whether a file is of this kind: it begins with `[`, or with an object whose
-/// first line is not all of it.
-pub(super) fn is_next(reader: &mut impl BufRead) -> io::Result<bool> {
+/// Returns whether a file is multi-line JSON, judging by its start: `[`, or an object that continues after
+/// its first line.
+pub(super) fn is_multiline_json(reader: &mut impl BufRead) -> io::Result<bool> {
     let text = reader.fill_buf()?.trim_ascii_start();
     if text.first() == Some(&b'[') {
         return Ok(true);
@@ -25,19 +25,19 @@ pub(super) fn is_next(reader: &mut impl BufRead) -> io::Result<bool> {
     let end = text.iter().position(|&byte| byte == b'\n').unwrap_or(text.len());
     let mut scanner = Scanner::default();
     let is_open = text[..end].iter().all(|&byte| !scanner.ends_with(byte)) && !scanner.in_string;
-    // A line that lost its end is followed by the next row; an object goes on with a key.
+    // A truncated line is followed by the next row, an open object by a key.
     let next = text[end..].trim_ascii_start().first();
     Ok(is_open && matches!(next, Some(b'"' | b'}' | b'{' | b'[')) && !starts_row(text, end))
 }
 
-/// Tells whether what follows a broken first line is a row of its own.
+/// Returns whether a truncated first line is followed by another row.
 fn starts_row(text: &[u8], end: usize) -> bool {
     let first = text[..end].trim_ascii_end().last();
     let is_opened_or_continued = matches!(first, Some(b'{' | b'[' | b',' | b':'));
     !is_opened_or_continued && text[end..].trim_ascii_start().first() == Some(&b'{')
 }
 
-/// Where a scan stands in one value.
+/// The state of scanning one value.
 #[derive(Debug, Default)]
 struct Scanner {
     depth: usize,
@@ -46,7 +46,7 @@ struct Scanner {
 }
 
 impl Scanner {
-    /// Takes a byte and tells whether an object, array or string ends with it.
+    /// Scans a byte and returns whether an object, array or string ends with it.
     fn ends_with(&mut self, byte: u8) -> bool {
         if self.in_string {
             match byte {
@@ -73,28 +73,29 @@ impl Scanner {
     }
 }
 
-/// What is being read.
-struct Values<'a, 'b> {
+/// The state of reading a file.
+struct ValueReader<'a, 'b> {
     name: &'a str,
-    visit: &'a mut Visit<'b>,
+    on_record: &'a mut OnRecord<'b>,
     line: u64,
     is_in_array: bool,
-    /// The value so far, the line it began on and whether it became too long.
+    /// The bytes of the current value so far, and the line on which it starts.
     value: Option<(Vec<u8>, u64)>,
+    /// Whether the current value exceeds the size limit.
     is_too_long: bool,
     scanner: Scanner,
 }
 
-/// Visits every value.
+/// Calls `on_row` for every value.
 pub(super) fn for_each(
     mut reader: impl BufRead,
     name: &str,
-    broken: &Broken<'_>,
-    visit: &mut Visit<'_>,
+    read_failure: &ReadFailure<'_>,
+    on_record: &mut OnRecord<'_>,
 ) -> Result<(), Failure> {
-    let mut values = Values {
+    let mut values = ValueReader {
         name,
-        visit,
+        on_record,
         line: 1,
         is_in_array: false,
         value: None,
@@ -102,7 +103,7 @@ pub(super) fn for_each(
         scanner: Scanner::default(),
     };
     loop {
-        let buffer = reader.fill_buf().map_err(|error| broken(values.line, &error))?;
+        let buffer = reader.fill_buf().map_err(|error| read_failure(values.line, &error))?;
         if buffer.is_empty() {
             return values.finish();
         }
@@ -114,7 +115,7 @@ pub(super) fn for_each(
     }
 }
 
-impl Values<'_, '_> {
+impl ValueReader<'_, '_> {
     fn take(&mut self, byte: u8) -> Result<(), Failure> {
         if byte == b'\n' {
             self.line += 1;
@@ -138,10 +139,10 @@ impl Values<'_, '_> {
         }
         let is_bare = self.scanner.depth == 0 && !self.scanner.in_string;
         let is_started = self.value.as_ref().is_some_and(|(value, _)| !value.is_empty());
-        // A number or word has no end of its own.
+        // Numbers and literals have no closing character.
         if is_bare && is_started && matches!(byte, b',' | b']' | b'\n' | b'{' | b'[') {
             self.end()?;
-            return self.take_again(byte);
+            return self.take_after_bare(byte);
         }
         if let Some((value, _)) = &mut self.value {
             if value.len() < MAX_ROW_BYTES { value.push(byte) } else { self.is_too_long = true }
@@ -149,8 +150,8 @@ impl Values<'_, '_> {
         if self.scanner.ends_with(byte) { self.end() } else { Ok(()) }
     }
 
-    /// Takes the byte that ended a bare value, whose line is counted already.
-    fn take_again(&mut self, byte: u8) -> Result<(), Failure> {
+    /// Takes the byte after a number or literal; if it is a line break, it is already counted.
+    fn take_after_bare(&mut self, byte: u8) -> Result<(), Failure> {
         if byte == b'\n' { Ok(()) } else { self.take(byte) }
     }
 
@@ -158,10 +159,10 @@ impl Values<'_, '_> {
         let Some((value, line)) = self.value.take() else { return Ok(()) };
         let location = format!("{}:{line}", self.name);
         if std::mem::take(&mut self.is_too_long) {
-            return (self.visit)(Record { location, text: Err(too_long()) }, &[]);
+            return (self.on_record)(Record { location, text: Err(too_long()) }, &[]);
         }
         let value = value.trim_ascii();
-        (self.visit)(Record { location, text: text_of(value) }, value)
+        (self.on_record)(Record { location, text: text_of(value) }, value)
     }
 
     fn finish(mut self) -> Result<(), Failure> {
@@ -175,7 +176,7 @@ impl Values<'_, '_> {
             (None, false) => return Ok(()),
         };
         let message = format!(
-            "{}:{}: the file ends {what}: it is cut short, or a bracket or quotation mark is missing",
+            "{}:{}: the file ends {what}: it is truncated, or a bracket or quotation mark is missing",
             self.name, self.line
         );
         Err(Failure::new(FailureReason::InvalidDataset, message))

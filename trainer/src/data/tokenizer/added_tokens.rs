@@ -1,20 +1,20 @@
-//! Tokens that are declared beside `tokenizer.json`, added to a tokenizer as transformers adds them.
+//! Adds the tokens that files other than `tokenizer.json` declare, as transformers does.
 //!
 //! # Source
 //! `_from_pretrained` in `transformers/tokenization_utils_base.py` and `TokenizersBackend.__init__`
-//! in `tokenization_utils_tokenizers.py`, 5.23. An id that is declared for a token is not what it
-//! gets: a token that is new takes the next id that is free, there as here.
+//! in `tokenization_utils_tokenizers.py`, 5.23. As there, a new token gets the next free id and not the
+//! id that is declared for it.
 
 use std::collections::BTreeMap;
 
 use serde_json::{Map, Value};
 use tokenizers::AddedToken;
 
-/// Special tokens every tokenizer may name; any other key that ends in `_token` names one too.
+/// The standard names of special tokens; any other key that ends in `_token` is a name, too.
 const NAMES: [&str; 7] =
     ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
-/// The small files that declare tokens; `null` for one that is not there.
+/// The files that declare tokens; `null` for a missing one.
 #[derive(Debug, Default)]
 pub(crate) struct Declarations {
     /// `tokenizer_config.json`.
@@ -25,18 +25,18 @@ pub(crate) struct Declarations {
     pub added_tokens: Value,
 }
 
-/// A token that has a name, or a place among the extra ones.
+/// A named or extra token.
 #[derive(Debug, Clone, PartialEq)]
 struct Declared {
     token: AddedToken,
-    /// Whether only its text was given, so that its flags are those of special tokens.
+    /// Whether only the text was given, so that the flags are the defaults of special tokens.
     is_text: bool,
 }
 
-/// Adds the declared tokens; returns the named ones, such as (`bos_token`, `<s>`).
+/// Adds the declared tokens and returns the named ones, such as (`bos_token`, `<s>`).
 ///
 /// # Errors
-/// A text that names the entry that is not a token.
+/// A message that names the invalid entry.
 pub(crate) fn add(
     inner: &mut tokenizers::Tokenizer,
     declarations: &Declarations,
@@ -46,7 +46,7 @@ pub(crate) fn add(
     if decoder.is_none()
         && let Some(map) = declarations.special_tokens_map.as_object()
     {
-        // The older files: what they say replaces the settings.
+        // Older models: this file overrides `tokenizer_config.json`.
         values.extend(map.iter().map(|(name, value)| (name.clone(), value.clone())));
     }
     let named = named(&values)?;
@@ -70,7 +70,7 @@ pub(crate) fn add(
     }
     let fails = |error: tokenizers::Error| error.to_string();
     inner.add_tokens(new).map_err(fails)?;
-    // Named tokens are special whatever tokenizer.json says of them.
+    // Named tokens are special even if tokenizer.json says otherwise.
     let decoder = inner.get_added_tokens_decoder();
     let special = named.iter().map(|(_, declared)| declared).chain(&extra).map(|declared| {
         let known = decoder.values().find(|token| token.content == declared.token.content);
@@ -115,7 +115,7 @@ fn is_token(value: &Value) -> bool {
     value.is_string() || value.get("__type").is_some()
 }
 
-/// `additional_special_tokens` is what `extra_special_tokens` was called before.
+/// Reads the extra special tokens; `additional_special_tokens` is the older key.
 fn extra(values: &Map<String, Value>) -> Result<Vec<Declared>, String> {
     let list =
         |key: &str| values.get(key).and_then(Value::as_array).filter(|list| !list.is_empty());
@@ -127,14 +127,14 @@ fn listed(decoder: &Map<String, Value>) -> Result<Vec<AddedToken>, String> {
     let mut by_id = BTreeMap::new();
     for (id, value) in decoder {
         let number: u32 = id.parse().map_err(|_| {
-            format!("added_tokens_decoder of tokenizer_config.json: {id:?} is no id")
+            format!("added_tokens_decoder of tokenizer_config.json: {id:?} is not an id")
         })?;
         by_id.insert(number, declared(value, "added_tokens_decoder")?.token);
     }
     Ok(by_id.into_values().collect())
 }
 
-/// `added_tokens.json`: the text of each token and its id.
+/// Reads `added_tokens.json`, which maps the text of each token to its id.
 fn legacy(
     file: &Value,
     named: &[(String, Declared)],
@@ -142,9 +142,9 @@ fn legacy(
 ) -> Result<Vec<AddedToken>, String> {
     let mut by_id = BTreeMap::new();
     for (content, id) in file.as_object().into_iter().flatten() {
-        let id = id
-            .as_u64()
-            .ok_or_else(|| format!("added_tokens.json: {id} is no id of {content:?}"))?;
+        let id = id.as_u64().ok_or_else(|| {
+            format!("added_tokens.json: the id of {content:?} is {id}, which is not a number")
+        })?;
         let mut special = named.iter().map(|(_, declared)| declared).chain(extra);
         let is_special = special.any(|declared| declared.token.content == *content);
         by_id.insert(id, AddedToken::from(content.as_str(), is_special));
@@ -153,13 +153,13 @@ fn legacy(
 }
 
 /// Reads a token: its text, or an object with its flags.
-fn declared(value: &Value, place: &str) -> Result<Declared, String> {
+fn declared(value: &Value, key: &str) -> Result<Declared, String> {
     if let Some(content) = value.as_str() {
         return Ok(Declared { token: AddedToken::from(content, true), is_text: true });
     }
     let Some(content) = value.get("content").and_then(Value::as_str) else {
         return Err(format!(
-            "{place}: {value} is no token, which is a text or an object with its \"content\""
+            "{key}: {value} is not a token, which is a text or an object with a \"content\""
         ));
     };
     let flag =
@@ -251,11 +251,11 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_token_is_refused_by_name() {
+    fn an_invalid_token_is_refused_by_name() {
         let settings = json!({"eos_token": 7});
         assert_eq!(
             tokens("", &Declarations { settings, ..Declarations::default() }),
-            "eos_token: 7 is no token, which is a text or an object with its \"content\""
+            "eos_token: 7 is not a token, which is a text or an object with a \"content\""
         );
     }
 }

@@ -1,15 +1,17 @@
-//! Tokens of a row and which of them are predicted.
+//! The tokenizer of a model, with its chat template.
 
 mod added_tokens;
 mod byte_level;
+pub mod files;
 pub mod targets;
+pub mod tokenize;
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{HashMap, HashSet},
     path::Path,
 };
 
-use finetune_contract::{FailureReason, OnOverflow, Reasoning};
+use finetune_contract::{FailureReason, Reasoning};
 use jiff::civil::Date;
 use serde_json::Value;
 use tokenizers::{AddedToken, PostProcessorWrapper};
@@ -17,71 +19,32 @@ use tokenizers::{AddedToken, PostProcessorWrapper};
 use crate::{
     data::{
         chat::{
-            alpaca_prompt::{self, Segment},
-            check_rendered, reasoning,
             rendering::Rendering,
             template::{Chat, Sources, Template, message_value},
-            template_source, turns,
+            template_source,
         },
-        conversation::{ChatRole, Conversation, Example, Message, is_in},
-        tokenizer::{
-            added_tokens::Declarations,
-            byte_level::{ByteLevel, Encoded},
-            targets::End,
-        },
+        conversation::{ChatRole, Conversation, Message},
+        tokenizer::byte_level::{ByteLevel, Encoded},
     },
     failure::Failure,
 };
 
-/// A row as tokens.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TokenRow {
-    /// The tokens.
-    pub tokens: Vec<u32>,
-    /// Whether each is predicted from those before it; the first never is.
-    pub targets: Vec<bool>,
-}
-
-impl TokenRow {
-    /// Returns how many of its tokens a context has; `None` if the row is left out, because it is too
-    /// long or nothing of what is left is a target.
-    pub fn trained_length(&self, context_length: u32, on_overflow: OnOverflow) -> Option<usize> {
-        let context_length = context_length as usize;
-        if self.tokens.len() > context_length && on_overflow != OnOverflow::Truncate {
-            return None;
-        }
-        let length = self.tokens.len().min(context_length);
-        self.targets[..length].iter().any(|&is_target| is_target).then_some(length)
-    }
-}
-
-/// What a row of the dataset becomes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Tokenized {
-    /// One, or one for each assistant turn where the template rewrites earlier turns.
-    pub rows: Vec<TokenRow>,
-    /// How its turns end; none of a row that is no conversation.
-    pub end: Option<End>,
-    /// What the generation prompt opens and an answer does not go on from, such as `<think>`.
-    pub opened: Option<String>,
-}
-
-/// A model's tokenizer with its chat template.
+/// A tokenizer and a chat template.
 #[derive(Debug)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
-    /// Does the work of `inner` where it can.
+    /// A faster encoder for the texts and tokenizers that it supports.
     byte_level: Option<ByteLevel>,
-    added: HashMap<u32, AddedToken>,
+    added_tokens: HashMap<u32, AddedToken>,
     template: Option<Template>,
-    /// Special tokens the template itself prints.
+    /// The special tokens that the template prints.
     control_tokens: Vec<String>,
     reasoning: Reasoning,
     today: Date,
-    /// What the tokenizer puts before a text of its own accord.
+    /// The tokens that the tokenizer puts before a text, usually BOS.
     bos_ids: Vec<u32>,
-    /// And after it.
-    closing_ids: Vec<u32>,
+    /// The tokens that the tokenizer puts after a text.
+    suffix_ids: Vec<u32>,
     eos_ids: Vec<u32>,
     stop_ids: HashSet<u32>,
     vocab_size: u32,
@@ -94,12 +57,12 @@ impl Tokenizer {
     /// A [`Failure`] of reason `InvalidModel` if `tokenizer.json` or the chat template cannot be used.
     pub fn load(directory: &Path, rendering: &Rendering) -> Result<Self, Failure> {
         let invalid = |message: String| Failure::new(FailureReason::InvalidModel, message);
-        let json = |name: &str| read_json(&directory.join(name));
-        let (mut inner, declarations) = open(directory)?;
-        // A row is never cut or padded behind our back.
+        let json = |name: &str| files::read_json(&directory.join(name));
+        let (mut inner, declarations) = files::open(directory)?;
+        // Rows are truncated and padded nowhere else than in our own code.
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|error| invalid(error.to_string()))?;
-        let special_tokens = declare(&mut inner, &declarations, directory)?;
+        let special_tokens = files::add_declared_tokens(&mut inner, &declarations, directory)?;
         let splits = declarations.settings.get("split_special_tokens").and_then(Value::as_bool);
         inner.set_encode_special_tokens(splits.unwrap_or(false));
         let configs = [json("generation_config.json")?, json("config.json")?];
@@ -117,67 +80,67 @@ impl Tokenizer {
         };
         let compile = |sources: &Sources| {
             Template::compile(sources, &special_tokens, rendering.today).map_err(|reason| {
-                let whose = match &rendering.chat_template {
+                let origin = match &rendering.chat_template {
                     Some(_) => "dataset.chatTemplate".to_owned(),
                     None => format!("the chat template of {directory:?}"),
                 };
-                invalid(format!("{whose} cannot be used: {reason}"))
+                invalid(format!("{origin} cannot be used: {reason}"))
             })
         };
         let template = sources.as_ref().map(compile).transpose()?;
-        let tokenizer = Self::from_parts(inner, template, eos_ids(eos, &configs));
+        let tokenizer = Self::from_parts(inner, template, files::eos_ids(eos, &configs));
         Ok(Self {
             reasoning: rendering.reasoning,
             today: rendering.today,
-            stop_ids: stop_ids(eos, &configs).into_iter().collect(),
+            stop_ids: files::stop_ids(eos, &configs).into_iter().collect(),
             ..tokenizer
         })
     }
 
-    /// Makes a tokenizer from its parts; generation stops at all of `eos_ids`.
+    /// Creates a tokenizer from its parts; generation stops at all of `eos_ids`.
     pub fn from_parts(
         mut inner: tokenizers::Tokenizer,
         template: Option<Template>,
         eos_ids: Vec<u32>,
     ) -> Self {
         let vocab_size = inner.get_vocab_size(true) as u32;
-        let added = inner.get_added_tokens_decoder().into_iter().collect();
-        let (bos_ids, closing_ids) = surrounding_tokens(&inner);
-        // Known now, and byte-level ones take spaces out of a token's offsets.
+        let added_tokens = inner.get_added_tokens_decoder().into_iter().collect();
+        let (bos_ids, suffix_ids) = surrounding_tokens(&inner);
+        // Its tokens are known now, and a byte-level one removes spaces from the offsets of tokens.
         inner.with_post_processor(None::<PostProcessorWrapper>);
         let mut tokenizer = Self {
-            byte_level: ByteLevel::of(&inner),
+            byte_level: ByteLevel::new(&inner),
             inner,
-            added,
+            added_tokens,
             template,
             control_tokens: Vec::new(),
             reasoning: Reasoning::Keep,
             today: Date::default(),
             bos_ids,
-            closing_ids,
+            suffix_ids,
             stop_ids: eos_ids.iter().copied().collect(),
             eos_ids,
             vocab_size,
         };
-        tokenizer.control_tokens = tokenizer.tokens_of_template();
+        tokenizer.control_tokens = tokenizer.template_control_tokens();
         if let Some(template) = &tokenizer.template {
-            template.forget_date();
+            template.reset_printed_date();
         }
         tokenizer
     }
 
-    /// Tells whether there is a chat template.
+    /// Returns whether there is a chat template.
     pub fn has_template(&self) -> bool {
         self.template.is_some()
     }
 
-    /// Returns the date that the chat template was told, if it printed it.
+    /// Returns the date that the chat template was given, if it printed it.
     pub fn printed_date(&self) -> Option<String> {
-        self.template.as_ref().filter(|template| template.prints_date())?;
+        self.template.as_ref().filter(|template| template.has_printed_date())?;
         Some(self.today.to_string())
     }
 
-    /// Returns the number of tokens there are.
+    /// Returns the number of tokens in the vocabulary, with the added ones.
     pub fn vocab_size(&self) -> u32 {
         self.vocab_size
     }
@@ -187,32 +150,32 @@ impl Tokenizer {
         &self.eos_ids
     }
 
-    /// Tells whether generation stops at a token, with the configuration the model has.
-    pub fn stops_at(&self, token: u32) -> bool {
+    /// Returns whether generation stops at a token, according to the configuration of the model.
+    pub fn is_stop_token(&self, token: u32) -> bool {
         self.stop_ids.contains(&token)
     }
 
-    /// Tells whether a token is a special one.
+    /// Returns whether a token is special.
     pub fn is_special(&self, token: u32) -> bool {
-        self.added.get(&token).is_some_and(|token| token.special)
+        self.added_tokens.get(&token).is_some_and(|token| token.special)
     }
 
-    /// Tells whether a token is found in a text before anything else.
-    pub fn is_added(&self, token: u32) -> bool {
-        self.added.get(&token).is_some_and(|token| !token.normalized)
+    /// Returns whether a token is matched in the raw text, before normalization and splitting.
+    pub fn is_matched_first(&self, token: u32) -> bool {
+        self.added_tokens.get(&token).is_some_and(|token| !token.normalized)
     }
 
-    /// Returns a token as it is written.
-    pub fn written(&self, token: u32) -> String {
+    /// Returns the text of a token as the vocabulary has it.
+    pub fn token_text(&self, token: u32) -> String {
         self.inner.id_to_token(token).unwrap_or_default()
     }
 
     /// Turns a text into tokens.
     ///
     /// # Errors
-    /// A text that says what the tokenizer refused.
+    /// The message of the tokenizer.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, String> {
-        let ids = if let Some(encoded) = self.encode_quickly(text)? {
+        let ids = if let Some(encoded) = self.encode_byte_level(text)? {
             encoded.ids
         } else {
             let encoding = self.inner.encode_fast(text, false);
@@ -221,12 +184,12 @@ impl Tokenizer {
         if !add_special_tokens {
             return Ok(ids);
         }
-        Ok([self.bos_ids.as_slice(), &ids, &self.closing_ids].concat())
+        Ok([self.bos_ids.as_slice(), &ids, &self.suffix_ids].concat())
     }
 
-    /// Turns a text with all its special tokens into tokens and their offsets.
-    pub(super) fn encoding(&self, text: &str) -> Result<Encoded, String> {
-        if let Some(encoded) = self.encode_quickly(text)? {
+    /// Turns a text that contains its special tokens into tokens and their offsets.
+    pub(super) fn encode_with_offsets(&self, text: &str) -> Result<Encoded, String> {
+        if let Some(encoded) = self.encode_byte_level(text)? {
             return Ok(encoded);
         }
         let encoding = self.inner.encode(text, false).map_err(|error| error.to_string())?;
@@ -234,7 +197,7 @@ impl Tokenizer {
         Ok(Encoded { ids: encoding.get_ids().to_vec(), offsets })
     }
 
-    fn encode_quickly(&self, text: &str) -> Result<Option<Encoded>, String> {
+    fn encode_byte_level(&self, text: &str) -> Result<Option<Encoded>, String> {
         let byte_level = self.byte_level.as_ref();
         byte_level.map_or(Ok(None), |byte_level| byte_level.encode(&self.inner, text))
     }
@@ -247,7 +210,7 @@ impl Tokenizer {
     /// Renders messages with the chat template.
     ///
     /// # Errors
-    /// A text: there is no template, or it refused.
+    /// A message: there is no template, or it raised an error.
     pub fn render_chat(
         &self,
         messages: &[Message],
@@ -259,7 +222,7 @@ impl Tokenizer {
     /// Renders a conversation with the chat template.
     ///
     /// # Errors
-    /// A text: there is no template, or it refused.
+    /// A message: there is no template, or it raised an error.
     pub fn render(
         &self,
         conversation: &Conversation,
@@ -268,131 +231,6 @@ impl Tokenizer {
         let chat = Chat::new(conversation);
         let template = self.chat_template()?;
         Ok(template.render(&chat, chat.messages.clone(), add_generation_prompt)?.text)
-    }
-
-    /// Turns a row into tokens and targets.
-    ///
-    /// A prompt with its completion is a user turn with its answer where the model has a chat
-    /// template, for that is how the model will be asked; else both are put one after the other.
-    ///
-    /// # Errors
-    /// A text that says why this row cannot be trained on.
-    pub fn tokenize(&self, example: &Example) -> Result<Tokenized, String> {
-        let tokenized = match example {
-            Example::Chat(conversation) => {
-                let kept = reasoning::keep(conversation, self.reasoning);
-                match alpaca_prompt::segments(&kept) {
-                    Some(segments) if !self.has_template() => self.segments(&segments)?,
-                    _ => self.chat(&kept)?,
-                }
-            }
-            Example::PromptCompletion { prompt, completion } if self.has_template() => {
-                let messages = vec![
-                    Message::new(ChatRole::User, prompt),
-                    Message::new(ChatRole::Assistant, completion),
-                ];
-                self.chat(&reasoning::keep(&Conversation::new(messages), self.reasoning))?
-            }
-            Example::PromptCompletion { prompt, completion } => {
-                // Apart, so that no token spans the border.
-                let mut tokens = self.encode_text(prompt)?;
-                let border = tokens.len();
-                tokens.extend(self.encode(completion, false)?);
-                self.with_eos(tokens, border)
-            }
-            Example::Text(text) => self.with_eos(self.encode_text(text)?, 1),
-            Example::Prerendered { prompt, completion } => {
-                let mut tokens = self.encode(prompt, false)?;
-                let border = tokens.len();
-                tokens.extend(self.encode(completion, false)?);
-                let targets = (0..tokens.len()).map(|at| at > 0 && at >= border).collect();
-                let end = match tokens.last() {
-                    Some(&last) if self.stops_at(last) => End::Stop,
-                    Some(&last) if self.is_special(last) => End::Special(last),
-                    _ => End::Open,
-                };
-                Tokenized { rows: vec![TokenRow { tokens, targets }], end: Some(end), opened: None }
-            }
-        };
-        if tokenized.rows.iter().all(|row| row.targets.iter().any(|&is_target| is_target)) {
-            Ok(tokenized)
-        } else {
-            Err("no token of the row would be trained on".to_owned())
-        }
-    }
-
-    /// Turns a text into tokens as the tokenizer does, but never with a second BOS.
-    fn encode_text(&self, text: &str) -> Result<Vec<u32>, String> {
-        let tokens = self.encode(text, false)?;
-        if tokens.starts_with(&self.bos_ids) {
-            return Ok(tokens);
-        }
-        Ok(self.bos_ids.iter().copied().chain(tokens).collect())
-    }
-
-    /// Puts segments one after the other, apart, so that no token spans a border, and the end of text
-    /// after each answer.
-    fn segments(&self, segments: &[Segment]) -> Result<Tokenized, String> {
-        let mut row = TokenRow { tokens: Vec::new(), targets: Vec::new() };
-        for Segment { text, is_answer, is_target } in segments {
-            let is_first = row.tokens.is_empty();
-            let tokens = if is_first { self.encode_text(text) } else { self.encode(text, false) };
-            row.tokens.extend(tokens?);
-            if let Some(&eos) = self.eos_ids.first()
-                && *is_answer
-                && row.tokens.last() != Some(&eos)
-            {
-                row.tokens.push(eos);
-            }
-            row.targets.resize(row.tokens.len(), *is_target);
-        }
-        Ok(Tokenized { rows: vec![row], end: None, opened: None })
-    }
-
-    fn with_eos(&self, mut tokens: Vec<u32>, first_target: usize) -> Tokenized {
-        // The text may have it already; twice would teach to go on after the end.
-        if let Some(&eos) = self.eos_ids.first()
-            && tokens.last() != Some(&eos)
-        {
-            tokens.push(eos);
-        }
-        let targets = (0..tokens.len()).map(|index| index > 0 && index >= first_target).collect();
-        Tokenized { rows: vec![TokenRow { tokens, targets }], end: None, opened: None }
-    }
-
-    fn chat(&self, conversation: &Conversation) -> Result<Tokenized, String> {
-        let template = self.chat_template()?;
-        self.refuse_rendered(conversation)?;
-        let rendered = turns::render(template, conversation)?;
-        let mut rows = Vec::with_capacity(rendered.texts.len());
-        let mut end = End::Open;
-        for text in &rendered.texts {
-            check_rendered::check(conversation, text)?;
-            let (row, row_end) = targets::tokenize(self, text)?;
-            end = end.min(row_end);
-            rows.push(row);
-        }
-        Ok(Tokenized { rows, end: Some(end), opened: rendered.opened })
-    }
-
-    /// Refuses text that was rendered before: rendering it again would double what is around it.
-    fn refuse_rendered(&self, conversation: &Conversation) -> Result<(), String> {
-        let refuse = |place: &str, token: &str| {
-            Err(format!(
-                "{place} contains {token:?}, which the chat template itself puts around turns: if the row is rendered already, set dataset.format to prerendered (with prompt and completion); else take it out of the text"
-            ))
-        };
-        for token in &self.control_tokens {
-            let turn = conversation.messages.iter().position(|message| message.contains(token));
-            if let Some(index) = turn {
-                let role = conversation.messages[index].role.as_str();
-                return refuse(&format!("turn {index} ({role})"), token);
-            }
-            if conversation.tools.iter().any(|tool| is_in(tool, token)) {
-                return refuse("tools", token);
-            }
-        }
-        Ok(())
     }
 
     fn chat_template(&self) -> Result<&Template, String> {
@@ -404,92 +242,26 @@ impl Tokenizer {
         })
     }
 
-    /// Finds the special tokens that the template prints around turns.
-    fn tokens_of_template(&self) -> Vec<String> {
+    /// Returns the special tokens that the template prints around turns.
+    fn template_control_tokens(&self) -> Vec<String> {
         let messages = [Message::new(ChatRole::User, "x"), Message::new(ChatRole::Assistant, "y")];
         let Some(template) = &self.template else { return Vec::new() };
         let chat = Chat::new(&Conversation::new(Vec::new()));
-        let render = |count: usize, ask: bool| {
+        let render = |count: usize, add_generation_prompt: bool| {
             let messages = messages[..count].iter().map(message_value).collect();
-            let text = template.render(&chat, messages, ask).map(|rendered| rendered.text);
+            let rendered = template.render(&chat, messages, add_generation_prompt);
+            let text = rendered.map(|rendered| rendered.text);
             text.and_then(|text| self.encode(&text, false)).unwrap_or_default()
         };
         let mut tokens: Vec<u32> = [render(1, true), render(2, false)].concat();
         tokens.retain(|&token| self.is_special(token));
         tokens.sort_unstable();
         tokens.dedup();
-        tokens.into_iter().map(|token| self.written(token)).collect()
+        tokens.into_iter().map(|token| self.token_text(token)).collect()
     }
 }
 
-/// Opens a tokenizer and adds special tokens, as `add_special_tokens` of transformers does; returns
-/// it with those that are new, by id.
-///
-/// # Errors
-/// As [`Tokenizer::load`].
-pub fn with_added_tokens(
-    directory: &Path,
-    tokens: &[String],
-) -> Result<(tokenizers::Tokenizer, BTreeMap<u32, AddedToken>), Failure> {
-    let (mut inner, declarations) = open(directory)?;
-    declare(&mut inner, &declarations, directory)?;
-    let is_new = |token: &&String| inner.token_to_id(token).is_none();
-    let new: Vec<&String> = tokens.iter().filter(is_new).collect();
-    let added = tokens.iter().map(|token| AddedToken::from(token.as_str(), true));
-    let added = inner.add_special_tokens(added.collect::<Vec<_>>());
-    added.map_err(|error| Failure::new(FailureReason::InvalidModel, error.to_string()))?;
-    let decoder = inner.get_added_tokens_decoder();
-    let new = new.into_iter().filter_map(|token| {
-        let id = inner.token_to_id(token)?;
-        Some((id, decoder.get(&id)?.clone()))
-    });
-    let new = new.collect();
-    Ok((inner, new))
-}
-
-/// Opens `tokenizer.json` and what is declared beside it.
-fn open(directory: &Path) -> Result<(tokenizers::Tokenizer, Declarations), Failure> {
-    let invalid = |message: String| Failure::new(FailureReason::InvalidModel, message);
-    let path = directory.join("tokenizer.json");
-    if !path.exists() {
-        return Err(invalid(format!(
-            "{path:?} is missing: a model needs its fast tokenizer (save it with transformers' save_pretrained)"
-        )));
-    }
-    let inner = tokenizers::Tokenizer::from_file(&path)
-        .map_err(|error| invalid(format!("{path:?} cannot be used: {error}")))?;
-    let json = |name: &str| read_json(&directory.join(name));
-    let declarations = Declarations {
-        settings: json("tokenizer_config.json")?,
-        special_tokens_map: json("special_tokens_map.json")?,
-        added_tokens: json("added_tokens.json")?,
-    };
-    Ok((inner, declarations))
-}
-
-fn declare(
-    inner: &mut tokenizers::Tokenizer,
-    declarations: &Declarations,
-    directory: &Path,
-) -> Result<Vec<(String, String)>, Failure> {
-    added_tokens::add(inner, declarations).map_err(|reason| {
-        let message = format!("the tokens of {directory:?} cannot be used: {reason}");
-        Failure::new(FailureReason::InvalidModel, message)
-    })
-}
-
-/// Reads a JSON file; `null` if there is none.
-pub(crate) fn read_json(path: &Path) -> Result<Value, Failure> {
-    let invalid = |message: String| Failure::new(FailureReason::InvalidModel, message);
-    match std::fs::read_to_string(path) {
-        Ok(text) => serde_json::from_str(&text)
-            .map_err(|error| invalid(format!("{path:?} is not JSON: {error}"))),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Value::Null),
-        Err(error) => Err(invalid(format!("{path:?} cannot be read: {error}"))),
-    }
-}
-
-/// Finds what a tokenizer puts before and after a text of its own accord.
+/// Returns the tokens that a tokenizer puts before and after every text.
 fn surrounding_tokens(inner: &tokenizers::Tokenizer) -> (Vec<u32>, Vec<u32>) {
     let ids = |add_special_tokens: bool| {
         let encoding = inner.encode_fast("a", add_special_tokens);
@@ -500,32 +272,4 @@ fn surrounding_tokens(inner: &tokenizers::Tokenizer) -> (Vec<u32>, Vec<u32>) {
     start.map_or_else(Default::default, |start| {
         (with[..start].to_vec(), with[start + without.len()..].to_vec())
     })
-}
-
-/// Collects the tokens that end generation: the tokenizer's own first, then those of the configs.
-fn eos_ids(eos: Option<u32>, configs: &[Value]) -> Vec<u32> {
-    let mut ids: Vec<u32> = eos.into_iter().collect();
-    for id in configs.iter().flat_map(listed_eos_ids) {
-        if !ids.contains(&id) {
-            ids.push(id);
-        }
-    }
-    ids
-}
-
-/// Finds the tokens at which `generate` of transformers stops: those of `generation_config.json`,
-/// else of `config.json`; the tokenizer's own is not asked.
-fn stop_ids(eos: Option<u32>, configs: &[Value]) -> Vec<u32> {
-    let listed = configs.iter().map(listed_eos_ids).find(|ids| !ids.is_empty());
-    listed.unwrap_or_else(|| eos.into_iter().collect())
-}
-
-fn listed_eos_ids(config: &Value) -> Vec<u32> {
-    match config.get("eos_token_id") {
-        Some(Value::Array(list)) => {
-            list.iter().filter_map(Value::as_u64).map(|id| id as u32).collect()
-        }
-        Some(value) => value.as_u64().map(|id| id as u32).into_iter().collect(),
-        None => Vec::new(),
-    }
 }

@@ -9,7 +9,7 @@ use minijinja::{
 
 /// `tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`.
 ///
-/// Differs from Jinja's own in that nothing is escaped for HTML.
+/// Differs from the filter of Jinja: nothing is escaped for HTML.
 pub(super) fn to_json(
     value: &Value,
     positional: &[Value],
@@ -61,7 +61,7 @@ impl Style {
             ValueKind::None => out.extend(b"null"),
             ValueKind::Bool => out.extend(if value.is_true() { &b"true"[..] } else { b"false" }),
             ValueKind::String => self.write_string(value.as_str().unwrap_or_default(), out)?,
-            // Python prints numbers as JSON does, but for what JSON has no word for.
+            // Infinities and NaN are written as in Python, although JSON does not have them.
             ValueKind::Number => out.extend(number(value).into_bytes()),
             ValueKind::Seq | ValueKind::Iterable => {
                 let items: Vec<Value> = value.try_iter()?.collect();
@@ -133,7 +133,7 @@ impl Style {
     }
 }
 
-/// Python's `json.dumps` turns keys that are no strings into the words JSON has for them.
+/// Converts a key to a string, as Python's `json.dumps` does.
 fn json_key(key: &Value) -> String {
     match key.kind() {
         ValueKind::None => "null".to_owned(),
@@ -161,7 +161,7 @@ fn number(value: &Value) -> String {
     }
 }
 
-/// Python's `repr`: the shortest digits, with an exponent below 1e-4 and from 1e16.
+/// Formats a float as Python's `repr`: the shortest digits, with an exponent below 1e-4 and from 1e16.
 fn float(number: f64) -> String {
     let scientific = format!("{number:e}");
     let (digits, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
@@ -175,7 +175,7 @@ fn float(number: f64) -> String {
     }
 }
 
-/// Escapes all that is not ASCII, as Python does unless it is told not to.
+/// Escapes everything that is not printable ASCII, as Python does with `ensure_ascii`.
 struct Ascii;
 
 impl serde_json::ser::Formatter for Ascii {
@@ -203,7 +203,7 @@ mod tests {
 
     use super::*;
 
-    /// What Python 3.11 prints for the same.
+    /// Each expected text is the output of Python 3.11.
     #[test]
     fn prints_what_python_prints() {
         let check = |expression: &str| {

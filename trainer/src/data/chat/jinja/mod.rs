@@ -1,4 +1,4 @@
-//! Jinja as transformers runs it: Jinja2 in a sandbox, with filters and functions of its own.
+//! Jinja as transformers runs it: sandboxed Jinja2 with additional filters and functions.
 //!
 //! # Source
 //! `transformers/utils/chat_template_utils.py`, 5.23: `trim_blocks`, `lstrip_blocks`, loop controls,
@@ -26,8 +26,8 @@ use minijinja::{
 
 pub(crate) use source::{GENERATION_END, GENERATION_START};
 
-/// The name under which an environment has its one template.
-const NAME: &str = "chat";
+/// The name of the only template of an environment.
+const TEMPLATE_NAME: &str = "chat";
 
 /// A compiled template.
 #[derive(Debug)]
@@ -35,17 +35,17 @@ pub(crate) struct Program {
     environment: Environment<'static>,
     /// Whether it has `{% generation %}` blocks.
     pub(crate) marks_generation: bool,
-    /// The date in each form in which it was asked for.
+    /// The date in every format that the template has requested.
     dates: Arc<Mutex<BTreeSet<String>>>,
-    /// Whether a text that was rendered has it.
-    prints_date: AtomicBool,
+    /// Whether a rendered text contains one of them.
+    has_printed_date: AtomicBool,
 }
 
 impl Program {
-    /// Compiles a template, for which it is always the same day.
+    /// Compiles a template with a fixed date.
     ///
     /// # Errors
-    /// A text that says what is wrong with it, and where.
+    /// A message that says what is wrong, and on which line.
     pub(crate) fn compile(source: &str, today: Date) -> Result<Self, String> {
         let source::Prepared { source, marks_generation } = source::prepare(source);
         let mut environment = Environment::new();
@@ -60,16 +60,16 @@ impl Program {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
         let dates: Arc<Mutex<BTreeSet<String>>> = Arc::default();
-        let asked = Arc::clone(&dates);
+        let requested = Arc::clone(&dates);
         environment.add_function("strftime_now", move |format: &str| {
-            // A point in time without a zone: midnight of that day.
+            // A time without a zone: midnight of that day.
             let date = strtime::format(format, today.at(0, 0, 0, 0)).map_err(|error| {
                 Error::new(
                     ErrorKind::InvalidOperation,
                     format!("strftime_now({format:?}): {error}"),
                 )
             })?;
-            asked.lock().unwrap_or_else(PoisonError::into_inner).insert(date.clone());
+            requested.lock().unwrap_or_else(PoisonError::into_inner).insert(date.clone());
             Ok(date)
         });
         let to_json = |value: Value, positional: Rest<Value>, keywords: Kwargs| {
@@ -78,43 +78,44 @@ impl Program {
         environment.add_filter("tojson", to_json);
         environment.add_filter(source::PERCENT, percent);
         environment.add_test("iterable", is_iterable);
-        environment.add_template_owned(NAME, source).map_err(|error| explain(&error))?;
-        Ok(Self { environment, marks_generation, dates, prints_date: AtomicBool::new(false) })
+        environment.add_template_owned(TEMPLATE_NAME, source).map_err(|error| explain(&error))?;
+        Ok(Self { environment, marks_generation, dates, has_printed_date: AtomicBool::new(false) })
     }
 
     /// Renders the template with variables.
     ///
     /// # Errors
-    /// A text that says what the template refused or could not do, and where.
+    /// A message that says which error the template raised or ran into, and on which line.
     pub(crate) fn render(&self, variables: Value) -> Result<String, String> {
-        let template = self.environment.get_template(NAME).map_err(|error| explain(&error))?;
+        let template =
+            self.environment.get_template(TEMPLATE_NAME).map_err(|error| explain(&error))?;
         let text = template.render(variables).map_err(|error| explain(&error))?;
-        if !self.prints_date() {
+        if !self.has_printed_date() {
             let dates = self.dates.lock().unwrap_or_else(PoisonError::into_inner);
             if dates.iter().any(|date| !date.is_empty() && text.contains(date)) {
-                self.prints_date.store(true, Ordering::Relaxed);
+                self.has_printed_date.store(true, Ordering::Relaxed);
             }
         }
         Ok(text)
     }
 
-    /// Tells whether a text that was rendered since it was last forgotten has the date.
-    pub(crate) fn prints_date(&self) -> bool {
-        self.prints_date.load(Ordering::Relaxed)
+    /// Returns whether a text rendered since the last reset contains the date.
+    pub(crate) fn has_printed_date(&self) -> bool {
+        self.has_printed_date.load(Ordering::Relaxed)
     }
 
-    /// Forgets what was rendered before.
-    pub(crate) fn forget_date(&self) {
-        self.prints_date.store(false, Ordering::Relaxed);
+    /// Forgets whether the date was printed.
+    pub(crate) fn reset_printed_date(&self) {
+        self.has_printed_date.store(false, Ordering::Relaxed);
     }
 }
 
-/// Python cannot iterate none, which templates ask of `tools`.
+/// The test `iterable`. As in Python, none is not iterable; templates test `tools` for it.
 fn is_iterable(value: &Value) -> bool {
     !value.is_none() && (value.as_str().is_some() || value.try_iter().is_ok())
 }
 
-/// Python's `%` where its left side is a string, else the remainder.
+/// Python's `%`: formats a string, or computes the remainder of numbers.
 fn percent(left: &Value, right: &Value) -> Result<Value, Error> {
     let Some(text) = left.as_str() else {
         return match (left.as_i64(), right.as_i64()) {
@@ -151,7 +152,7 @@ mod tests {
             .unwrap_or_else(|reason| format!("error: {reason}"))
     }
 
-    /// Each result is what Jinja2 3.1.6 gives.
+    /// Each expected text is the output of Jinja2 3.1.6.
     #[test]
     fn does_what_jinja2_does() {
         let cases = [

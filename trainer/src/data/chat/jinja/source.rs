@@ -1,27 +1,27 @@
-//! A template's text, prepared for an engine that is not Jinja2's.
+//! Prepares the source of a template for minijinja, which differs from Jinja2.
 //!
-//! Three things differ and are settled here, before anything is compiled: Jinja2 reads every line
-//! end as `\n`; `{% generation %}` is a block of transformers' own; and `%` formats strings.
+//! Three differences are resolved before the template is compiled: Jinja2 reads every line ending as
+//! `\n`; `{% generation %}` is a block that transformers adds; and `%` formats strings.
 
 use std::borrow::Cow;
 
-/// Stands for `{% generation %}` in rendered text; private use, and rows that have it are refused.
+/// Replaces `{% generation %}` in rendered text. A private-use character; rows with it are refused.
 pub(crate) const GENERATION_START: char = '\u{F8F0}';
-/// Stands for `{% endgeneration %}`.
+/// Replaces `{% endgeneration %}`.
 pub(crate) const GENERATION_END: char = '\u{F8F1}';
-/// The filter that `%` between a string and its values becomes.
+/// The filter that replaces the operator `%`.
 pub(super) const PERCENT: &str = "__percent__";
 
-/// A template's text as the engine takes it.
+/// The source of a template as minijinja needs it.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Prepared {
-    /// The text.
+    /// The source.
     pub source: String,
-    /// Whether it has `{% generation %}` blocks, other than in comments.
+    /// Whether it has `{% generation %}` blocks outside of comments.
     pub marks_generation: bool,
 }
 
-/// Prepares a template's text.
+/// Prepares the source of a template.
 pub(super) fn prepare(source: &str) -> Prepared {
     let source = unix_line_ends(source);
     let mut prepared =
@@ -53,8 +53,10 @@ pub(super) fn prepare(source: &str) -> Prepared {
     prepared
 }
 
+/// Converts all line endings to `\n`.
+///
 /// # Source
-/// Jinja2's lexer splits the source at `\r\n`, `\r` and `\n`, and joins the lines with `\n`.
+/// The lexer of Jinja2 splits the source at `\r\n`, `\r` and `\n`, and joins the lines with `\n`.
 fn unix_line_ends(source: &str) -> Cow<'_, str> {
     if source.contains('\r') {
         Cow::Owned(source.replace("\r\n", "\n").replace('\r', "\n"))
@@ -70,7 +72,7 @@ enum Tag<'a> {
     Code(&'a str),
 }
 
-/// Splits at the next tag; a tag that does not end is left for the engine to refuse.
+/// Splits at the next tag; `None` without one. An unterminated tag is left to minijinja to reject.
 fn next_tag(source: &str) -> Option<(&str, Tag<'_>, &str)> {
     let start = source
         .match_indices('{')
@@ -85,7 +87,7 @@ fn next_tag(source: &str) -> Option<(&str, Tag<'_>, &str)> {
     Some((before, Tag::Code(&tag[..end]), &tag[end..]))
 }
 
-/// Finds the end of a tag, which is neither in a string nor in brackets of its own.
+/// Finds the end of a tag, skipping strings and nested brackets.
 fn end_of_code(tag: &str, end: &str) -> Option<usize> {
     let mut depth = 0_usize;
     let mut index = 2;
@@ -149,10 +151,10 @@ fn generation_mark(tag: &str) -> Option<char> {
 }
 
 impl Prepared {
-    /// Puts an expression that prints a mark in the place of a tag, and returns what follows it.
+    /// Replaces a tag by an expression that prints a mark, and returns the source after it.
     ///
-    /// A block tag swallows white space before it on its line and the newline after it; an
-    /// expression does not, so both are taken out here.
+    /// A block tag removes white space before it on its line and the newline after it. An expression
+    /// does not, so both are removed here.
     fn put_mark<'a>(&mut self, mark: char, tag: &str, rest: &'a str) -> &'a str {
         let inner = &tag[2..tag.len() - 2];
         if inner.starts_with('-') {
@@ -176,10 +178,10 @@ impl Prepared {
     }
 }
 
-/// Writes `'…' % values` and `x % (…)` as a filter, for the engine's `%` knows numbers only.
+/// Rewrites `'…' % values` and `x % (…)` to a filter, because `%` of minijinja supports only numbers.
 ///
-/// Where neither side shows that a string is meant, `%` is left alone: it is the remainder, and its
-/// left side may be a product that a filter would tear apart.
+/// If neither side suggests a string, `%` stays: it is the remainder, and its left side may be a
+/// product, of which a filter would take only the last factor.
 fn format_with_filter(tag: &str) -> Cow<'_, str> {
     if !tag[2..tag.len() - 2].trim_matches(['-', '+']).contains('%') {
         return Cow::Borrowed(tag);
@@ -220,7 +222,7 @@ fn format_inner(operand: &str) -> String {
     formatted[2..formatted.len() - 2].to_owned()
 }
 
-/// Returns the length of an operand: a name, a literal or a bracket, with what is attached to it.
+/// Returns the length of an operand: a name, a literal or a bracket, with its attributes and filters.
 fn operand_length(text: &str) -> usize {
     let mut index = 0;
     while let Some(character) = text[index..].chars().next() {

@@ -1,6 +1,6 @@
-//! Python's methods of strings, dictionaries and lists, as far as templates may call them.
+//! Python's methods of strings, dictionaries and lists that templates may call.
 //!
-//! What `minijinja_contrib` has and gets exactly right is left to it; the rest is here.
+//! Methods that `minijinja_contrib` implements exactly are left to it.
 
 use minijinja::{
     Error, ErrorKind, State, Value,
@@ -8,7 +8,7 @@ use minijinja::{
 };
 use minijinja_contrib::pycompat::unknown_method_callback;
 
-/// Calls a method of a value that the engine itself does not know.
+/// Calls a method that minijinja does not have.
 pub(super) fn call_method(
     state: &mut State,
     value: &Value,
@@ -70,7 +70,7 @@ fn string_method(text: &str, method: &str, arguments: &[Value]) -> Result<Option
     Ok(Some(result))
 }
 
-/// What Python takes for white space and Rust does not: the four separators of ASCII.
+/// Returns whether Python considers a character white space: as Rust, and the four ASCII separators.
 fn is_space(character: char) -> bool {
     character.is_whitespace() || matches!(character, '\u{1c}'..='\u{1f}')
 }
@@ -170,7 +170,7 @@ fn split_lines(text: &str, arguments: &[Value]) -> Result<Value, Error> {
     Ok(Value::from(lines))
 }
 
-/// Finds what Python takes for the end of a line: more than `\n`.
+/// Finds the next line ending as Python's `splitlines` defines it.
 fn line_end(text: &str) -> Option<(usize, usize)> {
     let (start, character) = text.char_indices().find(|(_, character)| {
         matches!(character, '\n'..='\r' | '\u{1c}'..='\u{1e}' | '\u{85}' | '\u{2028}' | '\u{2029}')
@@ -213,12 +213,12 @@ fn find(text: &str, method: &str, arguments: &[Value]) -> Result<Value, Error> {
 }
 
 fn pad(text: &str, method: &str, arguments: &[Value]) -> Result<String, Error> {
-    /// No template pads further; beyond it is a mistake or malice.
-    const WIDEST: usize = 1 << 16;
+    /// The most padding; a template that asks for more is wrong or malicious.
+    const MAX_PADDING: usize = 1 << 16;
     let (width, fill): (usize, Option<&str>) = from_args(arguments)?;
     let fill = fill.unwrap_or(if method == "zfill" { "0" } else { " " });
     let missing = width.saturating_sub(text.chars().count());
-    if missing > WIDEST || fill.chars().count() != 1 {
+    if missing > MAX_PADDING || fill.chars().count() != 1 {
         return Err(invalid(format!("{method} cannot pad to {width} with {fill:?}")));
     }
     let fill = |count: usize| fill.repeat(count);
@@ -230,7 +230,7 @@ fn pad(text: &str, method: &str, arguments: &[Value]) -> Result<String, Error> {
             let sign = &text[..text.len() - digits.len()];
             format!("{sign}{}{digits}", fill(missing))
         }
-        // Python puts the odd one on the left if the width is odd.
+        // Python puts an odd fill character on the left if the width is odd.
         _ => {
             let left = missing / 2 + (missing & width & 1);
             fill(left) + text + &fill(missing - left)
@@ -272,9 +272,9 @@ mod tests {
             .unwrap_or_else(|error| error.detail().unwrap_or_default().to_owned())
     }
 
-    /// Each result is what Python 3.11 gives.
+    /// Each expected text is the output of Python 3.11.
     #[test]
-    fn strings_do_what_pythons_do() {
+    fn string_methods_match_python() {
         let cases = [
             ("'a-b-c'.rsplit('-', 1)", "['a-b', 'c']"),
             ("'a-b-c'.split('-', maxsplit=1)", "['a', 'b-c']"),

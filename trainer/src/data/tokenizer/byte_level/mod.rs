@@ -1,10 +1,10 @@
-//! Byte-level BPE without the library's bookkeeping: the same tokens in a fraction of the time.
+//! A fast path for byte-level BPE: the tokens of the library `tokenizers` in a fraction of the time.
 //!
-//! `tokenizers` carries through every step where each character came from. A byte-level tokenizer
-//! that only splits needs none of that: its words are slices of the text, and a word that was met
-//! before has the tokens that it had. So words are found here, and the library's model is asked only
-//! for words that are new. A tokenizer or a text with anything else (another normalizer, an added
-//! token that takes in the spaces beside it, a pattern that is not [plain](pattern)) is left to the library.
+//! The library tracks the origin of every character through every step. A byte-level tokenizer that only
+//! splits does not need that: its words are slices of the text, and the same word always has the same
+//! tokens. So this module finds the words, caches their tokens, and calls the BPE model of the library
+//! only for new words. Everything else (another normalizer, an added token that strips spaces, a pattern
+//! that is not [plain](pattern)) is left to the library.
 
 mod pattern;
 
@@ -22,32 +22,32 @@ use tokenizers::{
 
 use crate::data::tokenizer::byte_level::pattern::Pattern;
 
-/// Words that a thread remembers; at one more it begins anew, which bounds memory.
-const WORDS: usize = 1 << 16;
-/// Longer words, in bytes, are not remembered.
-const LONGEST: usize = 64;
+/// The most words in the cache of a thread. A full cache is cleared, which bounds memory.
+const MAX_CACHED_WORDS: usize = 1 << 16;
+/// The most bytes of a word in the cache.
+const MAX_CACHED_WORD_BYTES: usize = 64;
 
-/// Tokens of a text and where they are in it.
+/// The tokens of a text and their offsets.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Encoded {
     /// The tokens.
     pub ids: Vec<u32>,
-    /// The bytes of the text that each is for, widened to whole characters.
+    /// The byte range of each token in the text, widened to whole characters.
     pub offsets: Vec<Range<usize>>,
 }
 
-/// What is known of a byte-level tokenizer.
+/// A byte-level tokenizer that the fast path supports.
 #[derive(Debug)]
 pub(crate) struct ByteLevel {
-    /// Tokens that are found in the text as it is.
+    /// Added tokens that are matched in the raw text.
     raw: AddedTokens,
-    /// Tokens that are found in the normalized text between those.
+    /// Added tokens that are matched in the normalized text between those.
     normalized: AddedTokens,
     is_nfc: bool,
     splits: Vec<Split>,
-    /// How a byte is written in the vocabulary.
+    /// The character that represents each byte in the vocabulary.
     alphabet: [char; 256],
-    memory: ThreadLocal<RefCell<Memory>>,
+    thread_caches: ThreadLocal<RefCell<ThreadCache>>,
 }
 
 #[derive(Debug)]
@@ -56,36 +56,36 @@ struct AddedTokens {
     ids: Vec<u32>,
 }
 
-/// A step that splits what the step before it left whole.
+/// A step that splits the pieces of the step before it.
 #[derive(Debug)]
 enum Split {
     /// Before and after each digit, or each run of digits.
-    Digits { each: bool },
-    /// Around each match; what is between matches is a word too, or left out.
-    Around { pattern: Pattern, leaves_gaps_out: bool },
+    Digits { individually: bool },
+    /// Around each match. The text between matches is a word too, or dropped.
+    Around { pattern: Pattern, drops_gaps: bool },
 }
 
-/// What a thread remembers.
+/// The caches of one thread.
 #[derive(Debug)]
-struct Memory {
-    /// What each pattern works with.
+struct ThreadCache {
+    /// One regex cache per pattern.
     caches: Vec<Cache>,
     words: WordCache,
 }
 
-/// Words, and the tokens of all of them.
+/// The tokens of words.
 #[derive(Debug, Default)]
 struct WordCache {
     ranges: HashMap<Box<str>, Range<usize>, ahash::RandomState>,
-    /// Each token, and where it ends in its word.
+    /// The id of each token, and where the token ends in its word.
     tokens: Vec<(u32, usize)>,
-    /// How many of them belong to a word that is remembered.
-    remembered: usize,
+    /// How many of `tokens` belong to a cached word.
+    cached_tokens: usize,
 }
 
 impl ByteLevel {
-    /// Returns what is needed to do a tokenizer's work; `None` if it does anything unknown here.
-    pub(crate) fn of(tokenizer: &tokenizers::Tokenizer) -> Option<Self> {
+    /// Returns the fast path for a tokenizer; `None` if the tokenizer does something unsupported.
+    pub(crate) fn new(tokenizer: &tokenizers::Tokenizer) -> Option<Self> {
         let ModelWrapper::BPE(model) = tokenizer.get_model() else { return None };
         if model.dropout.is_some_and(|dropout| dropout > 0.0)
             || tokenizer.get_encode_special_tokens()
@@ -114,15 +114,15 @@ impl ByteLevel {
             is_nfc,
             splits: splits(tokenizer.get_pre_tokenizer()?)?,
             alphabet: alphabet(),
-            memory: ThreadLocal::new(),
+            thread_caches: ThreadLocal::new(),
         })
     }
 
     /// Turns a text into the tokens that `tokenizer` has for it, without special tokens around it;
-    /// `None` if that is the library's to do.
+    /// `None` if the text is unsupported.
     ///
     /// # Errors
-    /// A text that says what the model refused.
+    /// The message of the BPE model.
     pub(crate) fn encode(
         &self,
         tokenizer: &tokenizers::Tokenizer,
@@ -131,10 +131,11 @@ impl ByteLevel {
         if self.is_nfc && !is_nfc(text) {
             return Ok(None);
         }
-        let mut memory = self.memory.get_or(|| RefCell::new(self.new_memory())).borrow_mut();
-        let Memory { caches, words } = &mut *memory;
+        let mut thread_caches =
+            self.thread_caches.get_or(|| RefCell::new(self.new_thread_cache())).borrow_mut();
+        let ThreadCache { caches, words } = &mut *thread_caches;
         let mut encoded = Encoded::default();
-        let mut fault = None;
+        let mut failure = None;
         for (range, id) in self.raw.split(text, 0..text.len()) {
             if let Some(id) = id {
                 encoded.push(id, range);
@@ -149,26 +150,26 @@ impl ByteLevel {
                     let word = &text[range.clone()];
                     match words.find(word, |tokens| self.tokenize(tokenizer, word, tokens)) {
                         Ok(tokens) => encoded.push_word(word, range.start, tokens),
-                        Err(error) => fault = Some(error),
+                        Err(error) => failure = Some(error),
                     }
                 });
             }
         }
-        fault.map_or(Ok(Some(encoded)), Err)
+        failure.map_or(Ok(Some(encoded)), Err)
     }
 
-    fn new_memory(&self) -> Memory {
+    fn new_thread_cache(&self) -> ThreadCache {
         let cache = |split: &Split| match split {
             Split::Digits { .. } => None,
             Split::Around { pattern, .. } => Some(pattern.new_cache()),
         };
-        Memory {
+        ThreadCache {
             caches: self.splits.iter().filter_map(cache).collect(),
             words: WordCache::default(),
         }
     }
 
-    /// Asks the library's model for the tokens of a word.
+    /// Tokenizes a word with the BPE model of the library.
     fn tokenize(
         &self,
         tokenizer: &tokenizers::Tokenizer,
@@ -188,7 +189,7 @@ impl ByteLevel {
 }
 
 impl WordCache {
-    /// Returns the tokens of a word; `tokenize` adds those of a new one.
+    /// Returns the tokens of a word; calls `tokenize` to append those of a new one.
     fn find(
         &mut self,
         word: &str,
@@ -197,16 +198,16 @@ impl WordCache {
         if let Some(place) = self.ranges.get(word) {
             return Ok(&self.tokens[place.clone()]);
         }
-        if self.ranges.len() == WORDS {
+        if self.ranges.len() == MAX_CACHED_WORDS {
             self.ranges.clear();
-            self.remembered = 0;
+            self.cached_tokens = 0;
         }
-        // What is behind the last remembered word was of one too long to remember.
-        self.tokens.truncate(self.remembered);
+        // Tokens after the last cached word belong to a word that was too long for the cache.
+        self.tokens.truncate(self.cached_tokens);
         tokenize(&mut self.tokens)?;
-        let place = self.remembered..self.tokens.len();
-        if word.len() <= LONGEST {
-            self.remembered = place.end;
+        let place = self.cached_tokens..self.tokens.len();
+        if word.len() <= MAX_CACHED_WORD_BYTES {
+            self.cached_tokens = place.end;
             self.ranges.insert(word.into(), place.clone());
         }
         Ok(&self.tokens[place])
@@ -230,7 +231,7 @@ impl Encoded {
 }
 
 impl AddedTokens {
-    /// `None` if they are too many to be found at once.
+    /// Creates a finder; `None` if there are too many tokens for one.
     fn new(tokens: &[(u32, AddedToken)]) -> Option<Self> {
         let finder = AhoCorasick::builder()
             .match_kind(MatchKind::LeftmostLongest)
@@ -239,7 +240,7 @@ impl AddedTokens {
         Some(Self { finder, ids: tokens.iter().map(|(id, _)| *id).collect() })
     }
 
-    /// Splits a part of a text into added tokens and what is between them.
+    /// Splits a part of a text into added tokens and the text between them.
     fn split(&self, text: &str, range: Range<usize>) -> Vec<(Range<usize>, Option<u32>)> {
         let mut pieces = Vec::new();
         let mut from = range.start;
@@ -258,46 +259,47 @@ impl AddedTokens {
     }
 }
 
-/// Applies all splits to a part of a text, and gives each word.
+/// Applies all splits to a part of a text and calls `on_word` for each word.
 fn split(
     splits: &[Split],
     caches: &mut [Cache],
     text: &str,
     range: Range<usize>,
-    give: &mut dyn FnMut(Range<usize>),
+    on_word: &mut dyn FnMut(Range<usize>),
 ) {
-    let Some((first, rest)) = splits.split_first() else { return give(range) };
+    let Some((first, rest)) = splits.split_first() else { return on_word(range) };
     match first {
-        Split::Around { pattern, leaves_gaps_out } => {
+        Split::Around { pattern, drops_gaps } => {
             let (cache, caches) = caches.split_first_mut().expect("each pattern has a cache");
             pattern.split(cache, text, range, &mut |range, is_match| {
-                if is_match || !leaves_gaps_out {
-                    split(rest, caches, text, range, give);
+                if is_match || !drops_gaps {
+                    split(rest, caches, text, range, on_word);
                 }
             });
         }
-        Split::Digits { each } => {
+        Split::Digits { individually } => {
             let Range { start: mut from, end } = range;
             let mut before = None;
             for (at, character) in text[range.clone()].char_indices() {
                 let at = range.start + at;
                 let is_digit = character.is_numeric();
                 let is_border =
-                    before.is_some_and(|before| before != is_digit || is_digit && *each);
+                    before.is_some_and(|before| before != is_digit || is_digit && *individually);
                 if is_border {
-                    split(rest, caches, text, from..at, give);
+                    split(rest, caches, text, from..at, on_word);
                     from = at;
                 }
                 before = Some(is_digit);
             }
             if from < end {
-                split(rest, caches, text, from..end, give);
+                split(rest, caches, text, from..end, on_word);
             }
         }
     }
 }
 
-/// Reads the steps before the bytes are written in their alphabet, which must come last.
+/// Converts the pre-tokenizers of the library to splits; `None` if one is unsupported. The last one must
+/// map bytes to their alphabet.
 fn splits(pre_tokenizer: &PreTokenizerWrapper) -> Option<Vec<Split>> {
     let steps = match pre_tokenizer {
         PreTokenizerWrapper::Sequence(sequence) => sequence.as_ref(),
@@ -309,7 +311,7 @@ fn splits(pre_tokenizer: &PreTokenizerWrapper) -> Option<Vec<Split>> {
         PreTokenizerWrapper::ByteLevel(last) if !last.add_prefix_space => {
             if last.use_regex {
                 let pattern = Pattern::new(pattern::GPT2)?;
-                splits.push(Split::Around { pattern, leaves_gaps_out: false });
+                splits.push(Split::Around { pattern, drops_gaps: false });
             }
             Some(splits)
         }
@@ -320,7 +322,7 @@ fn splits(pre_tokenizer: &PreTokenizerWrapper) -> Option<Vec<Split>> {
 fn split_of(step: &PreTokenizerWrapper) -> Option<Split> {
     match step {
         PreTokenizerWrapper::Digits(digits) => {
-            Some(Split::Digits { each: digits.individual_digits })
+            Some(Split::Digits { individually: digits.individual_digits })
         }
         PreTokenizerWrapper::Split(LibrarySplit {
             pattern: SplitPattern::Regex(pattern),
@@ -328,12 +330,12 @@ fn split_of(step: &PreTokenizerWrapper) -> Option<Split> {
             invert,
             ..
         }) => {
-            let leaves_gaps_out = match (behavior, invert) {
+            let drops_gaps = match (behavior, invert) {
                 (SplitDelimiterBehavior::Isolated, _) => false,
                 (SplitDelimiterBehavior::Removed, true) => true,
                 _ => return None,
             };
-            Some(Split::Around { pattern: Pattern::new(pattern)?, leaves_gaps_out })
+            Some(Split::Around { pattern: Pattern::new(pattern)?, drops_gaps })
         }
         _ => None,
     }
@@ -343,7 +345,7 @@ fn is_nfc(text: &str) -> bool {
     text.is_ascii() || ComposingNormalizerBorrowed::new_nfc().is_normalized(text)
 }
 
-/// How bytes are written: printable ones of Latin-1 as they are, the others from U+0100 on.
+/// Returns the character for each byte: printable Latin-1 stays, other bytes map to U+0100 and above.
 ///
 /// # Source
 /// `bytes_to_unicode` of GPT-2's `encoder.py`.

@@ -1,8 +1,9 @@
-//! Patterns that split text into words, run by a finite automaton.
+//! Patterns that split text into words, executed as finite automata.
 //!
-//! Tokenizers give theirs in the syntax of Oniguruma. A pattern is *plain* if it means the same in the
-//! syntax of `regex`: literals, classes of Unicode, groups, alternatives and greedy repetitions. Of
-//! looking ahead only the usual end is known, which takes white space but for the last before a word.
+//! Tokenizers define them in the syntax of Oniguruma. A pattern is *plain* if it has the same meaning in
+//! the syntax of `regex`: literals, Unicode classes, groups, alternatives and greedy repetitions. The
+//! only supported look-ahead is the usual end of such patterns, which matches white space except for
+//! its last character before a word.
 
 use std::ops::Range;
 
@@ -22,20 +23,21 @@ use regex_syntax::ast::{
 pub(super) const GPT2: &str =
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 
-/// White space, but for its last character where a word follows; both ways to write what is left.
-const ENDS: [&str; 2] = [r"|\s+(?!\S)|\s+", r"|\s+(?!\S)|\s"];
+/// The two usual ends of a pattern: white space without its last character if a word follows, then the
+/// remaining white space.
+const WHITE_SPACE_ENDS: [&str; 2] = [r"|\s+(?!\S)|\s+", r"|\s+(?!\S)|\s"];
 
 /// A compiled pattern.
 #[derive(Debug)]
 pub(super) struct Pattern {
-    /// The alternatives before the end as pattern 0, then white space as pattern 1.
+    /// Pattern 0 is everything before the end, pattern 1 is white space.
     regex: Regex,
 }
 
 impl Pattern {
-    /// Compiles a pattern; `None` if it is not plain, or may match nothing.
+    /// Compiles a pattern; `None` if it is not plain or can match the empty string.
     pub(super) fn new(pattern: &str) -> Option<Self> {
-        let without_end = ENDS.iter().find_map(|end| pattern.strip_suffix(end));
+        let without_end = WHITE_SPACE_ENDS.iter().find_map(|end| pattern.strip_suffix(end));
         let main = without_end.unwrap_or(pattern);
         is_plain(&Parser::new().parse(main).ok()?).then_some(())?;
         let hir = regex_syntax::parse(main).ok()?;
@@ -52,25 +54,25 @@ impl Pattern {
         self.regex.create_cache()
     }
 
-    /// Splits a part of a text; tells of each piece whether it is a match.
+    /// Splits a part of a text; calls `on_word` with each piece and whether it is a match.
     pub(super) fn split(
         &self,
         cache: &mut Cache,
         text: &str,
         range: Range<usize>,
-        give: &mut dyn FnMut(Range<usize>, bool),
+        on_word: &mut dyn FnMut(Range<usize>, bool),
     ) {
         let text = &text[..range.end];
         let mut from = range.start;
         while from < range.end {
             let input = Input::new(text).range(from..);
-            // Patterns mostly cover the text, and a search that must begin here is quicker.
+            // Matches are usually adjacent, and an anchored search is faster.
             let here = self.regex.search_with(cache, &input.clone().anchored(Anchored::Yes));
             let Some(found) = here.or_else(|| self.regex.search_with(cache, &input)) else {
-                return give(from..range.end, false);
+                return on_word(from..range.end, false);
             };
             if from < found.start() {
-                give(from..found.start(), false);
+                on_word(from..found.start(), false);
             }
             let mut end = found.end();
             if found.pattern().as_usize() == 1 && end < range.end {
@@ -79,7 +81,7 @@ impl Pattern {
                     end = last;
                 }
             }
-            give(found.start()..end, true);
+            on_word(found.start()..end, true);
             from = end;
         }
     }
@@ -91,7 +93,7 @@ fn is_plain(ast: &Ast) -> bool {
         Ast::ClassUnicode(class) => is_plain_class(class),
         Ast::ClassPerl(class) => is_plain_escape(class),
         Ast::ClassBracketed(class) => is_plain_set(&class.kind),
-        // A second sign after a repetition makes it possessive there, and repeats it here.
+        // A second operator after a repetition makes it possessive in Oniguruma, but repeats it here.
         Ast::Repetition(repetition) => {
             repetition.greedy
                 && !matches!(*repetition.ast, Ast::Repetition(_))
@@ -119,12 +121,12 @@ fn is_plain_literal(literal: &Literal) -> bool {
         || matches!(literal.c, '\n' | '\r' | '\t')
 }
 
-/// `\p{…}` of a category or script.
+/// Returns whether a class is `\p{…}` of a category or script.
 fn is_plain_class(class: &ClassUnicode) -> bool {
     !matches!(class.kind, ClassUnicodeKind::NamedValue { .. })
 }
 
-/// `\s` and `\d`; what `\w` is differs.
+/// Returns whether a class is `\s` or `\d`; `\w` has different meanings.
 fn is_plain_escape(class: &ClassPerl) -> bool {
     matches!(class.kind, ClassPerlKind::Space | ClassPerlKind::Digit)
 }

@@ -11,7 +11,7 @@ use tokenizers::{
 
 use crate::data::tokenizer::byte_level::*;
 
-/// A text with words to learn: the code that is tested.
+/// A text to train the tokenizer on: the code under test.
 const LEARNED: &str = include_str!("mod.rs");
 
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -30,10 +30,10 @@ fn bytes(use_regex: bool) -> Value {
     json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex})
 }
 
-/// The ways of splitting that models have.
-fn ways() -> Vec<(&'static str, Value)> {
+/// The pre-tokenizers of well-known models.
+fn pre_tokenizers() -> Vec<(&'static str, Value)> {
     let sequence = |steps: Vec<Value>| json!({"type": "Sequence", "pretokenizers": steps});
-    let digits = |each: bool| json!({"type": "Digits", "individual_digits": each});
+    let digits = |individually: bool| json!({"type": "Digits", "individual_digits": individually});
     let deepseek = DEEPSEEK.iter().map(|pattern| pattern.replace(r"\x22", "\""));
     let removed = json!({"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Removed", "invert": true});
     vec![
@@ -52,7 +52,7 @@ fn ways() -> Vec<(&'static str, Value)> {
     ]
 }
 
-/// A tokenizer that has learned words, some of the digits among them.
+/// Trains a small tokenizer with a pre-tokenizer.
 fn tokenizer(pre_tokenizer: Value, is_nfc: bool) -> tokenizers::Tokenizer {
     let mut tokenizer = tokenizers::Tokenizer::new(BPE::default());
     let pre_tokenizer: PreTokenizerWrapper = serde_json::from_value(pre_tokenizer).unwrap();
@@ -76,7 +76,7 @@ fn tokenizer(pre_tokenizer: Value, is_nfc: bool) -> tokenizers::Tokenizer {
     tokenizer
 }
 
-fn libraries(tokenizer: &tokenizers::Tokenizer, text: &str) -> Encoded {
+fn encode_with_library(tokenizer: &tokenizers::Tokenizer, text: &str) -> Encoded {
     let encoding = tokenizer.encode(text, false).unwrap();
     let offsets = encoding.get_offsets().iter().map(|&(start, end)| start..end).collect();
     Encoded { ids: encoding.get_ids().to_vec(), offsets }
@@ -84,23 +84,24 @@ fn libraries(tokenizer: &tokenizers::Tokenizer, text: &str) -> Encoded {
 
 fn compare(name: &str, tokenizer: &tokenizers::Tokenizer, ours: &ByteLevel, text: &str) -> bool {
     let Some(encoded) = ours.encode(tokenizer, text).unwrap() else { return false };
-    assert_eq!(encoded, libraries(tokenizer, text), "{name}: {text:?}");
+    assert_eq!(encoded, encode_with_library(tokenizer, text), "{name}: {text:?}");
     true
 }
 
 fn all() -> Vec<(&'static str, tokenizers::Tokenizer, ByteLevel)> {
     let mut all = Vec::new();
-    for (name, way) in ways() {
+    for (name, pre_tokenizer) in pre_tokenizers() {
         for is_nfc in [false, true] {
-            let tokenizer = tokenizer(way.clone(), is_nfc);
-            let ours = ByteLevel::of(&tokenizer).unwrap_or_else(|| panic!("{name} is not known"));
+            let tokenizer = tokenizer(pre_tokenizer.clone(), is_nfc);
+            let ours = ByteLevel::new(&tokenizer).unwrap_or_else(|| panic!("{name} is not known"));
             all.push((name, tokenizer, ours));
         }
     }
     all
 }
 
-/// Ideographs, syllables, private use and empty planes, in which one character is like the next.
+/// Returns whether a character is in a range of ideographs, syllables, private use or unassigned planes,
+/// where all characters behave alike.
 fn is_uniform(character: char) -> bool {
     matches!(
         u32::from(character),
@@ -109,7 +110,7 @@ fn is_uniform(character: char) -> bool {
     )
 }
 
-/// Every character alone, in words, after an apostrophe and between digits and spaces.
+/// Tests every character alone, in words, after an apostrophe, and between digits and spaces.
 #[test]
 fn every_character_gives_the_library_s_tokens() {
     let characters: Vec<char> = ('\0'..=char::MAX)
@@ -122,7 +123,7 @@ fn every_character_gives_the_library_s_tokens() {
                 .iter()
                 .flat_map(|c| [format!("{c}a{c}1{c} "), format!("'{c} {c}{c}\n  {c}")])
                 .collect();
-            // What is not in normal form is left to the library.
+            // Text that is not in normal form is left to the library.
             if !compare(name, &tokenizer, &ours, &text) {
                 for c in characters {
                     compare(name, &tokenizer, &ours, &format!("'{c}a {c}"));
@@ -147,7 +148,7 @@ fn texts_give_the_library_s_tokens_and_offsets() {
         for text in texts.iter().copied().chain([LEARNED]) {
             let is_done = compare(name, &tokenizer, &ours, text);
             assert!(is_done || text.contains('\u{301}'), "{name}: {text:?} is left to the library");
-            // Once more, from memory.
+            // Again, with all words in the cache.
             compare(name, &tokenizer, &ours, text);
         }
     }
@@ -175,8 +176,8 @@ proptest! {
 }
 
 #[test]
-fn what_is_not_known_is_left_to_the_library() {
-    let is_known = |tokenizer: &tokenizers::Tokenizer| ByteLevel::of(tokenizer).is_some();
+fn unsupported_tokenizers_are_left_to_the_library() {
+    let is_known = |tokenizer: &tokenizers::Tokenizer| ByteLevel::new(tokenizer).is_some();
     let plain = || tokenizer(bytes(true), false);
     assert!(is_known(&plain()));
     let mut strips = plain();

@@ -1,4 +1,4 @@
-//! Conversations: lists of turns under `messages` or `conversations`.
+//! Parses conversations: lists of turns under `messages` or `conversations`.
 
 use serde_json::{Map, Value};
 
@@ -7,13 +7,13 @@ use crate::data::{
     formats::{
         content,
         error::RowError,
-        fields::{as_text, given, is_empty, list, optional_text, required, shortened},
-        keys::{self, Place},
+        fields::{as_text, is_empty, list, non_null, optional_text, required, shortened},
+        keys::{self, KeyScope},
         targets, tools,
     },
 };
 
-/// Reads the turns under a key of a row; `key` names the list in messages.
+/// Parses the list of turns at `key`.
 pub(super) fn read(value: &Value, key: &str) -> Result<Vec<Message>, RowError> {
     let turns = list(value, key)?;
     let mut messages: Vec<Message> = Vec::with_capacity(turns.len());
@@ -27,27 +27,31 @@ pub(super) fn read(value: &Value, key: &str) -> Result<Vec<Message>, RowError> {
     Ok(messages)
 }
 
-/// Reads what stands beside the turns: the system prompt, tools, and variables of the template.
-pub(super) fn with_surroundings(
+/// Builds a conversation from messages and the other keys of the row: system prompt, tools and template
+/// variables.
+pub(super) fn build_conversation(
     row: &Map<String, Value>,
     messages: Vec<Message>,
 ) -> Result<Conversation, RowError> {
     let mut conversation = Conversation::new(messages);
     if let Some(system) = system(row)? {
-        put_system(&mut conversation.messages, system)?;
+        insert_system_prompt(&mut conversation.messages, system)?;
     }
     conversation.tools = tools::read_tools(row)?;
-    match given(row, "chat_template_kwargs") {
+    match non_null(row, "chat_template_kwargs") {
         None => {}
         Some(Value::Object(variables)) => conversation.variables.clone_from(variables),
         Some(other) => {
             return Err(RowError::of_kind(
                 "chat_template_kwargs",
-                format!("\"chat_template_kwargs\" is {}, it must be an object", shortened(other)),
+                format!(
+                    "\"chat_template_kwargs\" is {}, but it must be an object",
+                    shortened(other)
+                ),
             ));
         }
     }
-    if let Some(documents) = given(row, "documents").filter(|value| !is_empty(value)) {
+    if let Some(documents) = non_null(row, "documents").filter(|value| !is_empty(value)) {
         let documents = Value::Array(list(documents, "documents")?);
         conversation.variables.insert("documents".to_owned(), documents);
     }
@@ -55,7 +59,7 @@ pub(super) fn with_surroundings(
     for always in ["messages", "tools", "add_generation_prompt", "continue_final_message"] {
         if conversation.variables.contains_key(always) {
             return Err(RowError::new(format!(
-                "\"chat_template_kwargs\" sets {always:?}, which comes from the row itself: remove it there"
+                "\"chat_template_kwargs\" sets {always:?}, which the row itself defines: remove it from there"
             )));
         }
     }
@@ -68,7 +72,7 @@ fn system(row: &Map<String, Value>) -> Result<Option<String>, RowError> {
         match (optional_text(row, key)?, &found) {
             (Some(text), Some(other)) if text != *other => {
                 return Err(RowError::new(format!(
-                    "{key:?} and another key give two system prompts: keep one"
+                    "{key:?} and another key give different system prompts: keep one"
                 )));
             }
             (Some(text), _) => found = Some(text),
@@ -78,7 +82,7 @@ fn system(row: &Map<String, Value>) -> Result<Option<String>, RowError> {
     Ok(found)
 }
 
-fn put_system(messages: &mut Vec<Message>, system: String) -> Result<(), RowError> {
+fn insert_system_prompt(messages: &mut Vec<Message>, system: String) -> Result<(), RowError> {
     match messages.first() {
         Some(first) if first.role == ChatRole::System && first.content == system => {}
         Some(first) if first.role == ChatRole::System && first.content.is_empty() => {
@@ -86,7 +90,7 @@ fn put_system(messages: &mut Vec<Message>, system: String) -> Result<(), RowErro
         }
         Some(first) if first.role == ChatRole::System => {
             return Err(RowError::new(
-                "the row has a system prompt beside the turns and another one as the first turn: keep one",
+                "the row has a system prompt and a different one as its first turn: keep one",
             ));
         }
         _ => messages.insert(0, Message::new(ChatRole::System, system)),
@@ -94,24 +98,24 @@ fn put_system(messages: &mut Vec<Message>, system: String) -> Result<(), RowErro
     Ok(())
 }
 
-/// What a turn's role says, beside who speaks.
+/// The kind of a turn, which its role determines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
-    Says(ChatRole),
+    /// A message of this role.
+    Message(ChatRole),
     /// The content is the JSON of tool calls.
     Calls,
 }
 
-/// Names a role as chat templates do; ShareGPT and the sites it was collected from have names of
-/// their own.
+/// Maps a role to that of chat templates; ShareGPT and the sites it was collected from use other names.
 fn role(name: &str) -> Result<Kind, RowError> {
     Ok(match name {
-        "system" | "developer" => Kind::Says(ChatRole::System),
-        "user" | "human" => Kind::Says(ChatRole::User),
+        "system" | "developer" => Kind::Message(ChatRole::System),
+        "user" | "human" => Kind::Message(ChatRole::User),
         "assistant" | "gpt" | "chatgpt" | "model" | "bot" | "bing" | "bard" | "claude"
-        | "gemini" | "ai" => Kind::Says(ChatRole::Assistant),
+        | "gemini" | "ai" => Kind::Message(ChatRole::Assistant),
         "tool" | "function" | "observation" | "tool_response" | "function_response"
-        | "tool_result" | "ipython" => Kind::Says(ChatRole::Tool),
+        | "tool_result" | "ipython" => Kind::Message(ChatRole::Tool),
         "function_call" | "tool_call" => Kind::Calls,
         other => {
             return Err(RowError::of_kind(
@@ -122,13 +126,13 @@ fn role(name: &str) -> Result<Kind, RowError> {
     })
 }
 
-/// Returns the one of two keys that a turn has.
-fn either<'a>(
+/// Returns the one of two synonymous keys that a turn uses.
+fn resolve_key_pair<'a>(
     turn: &'a Map<String, Value>,
     key: &'static str,
     other: &'static str,
 ) -> Result<Option<(&'static str, &'a Value)>, RowError> {
-    match (given(turn, key), given(turn, other)) {
+    match (non_null(turn, key), non_null(turn, other)) {
         (Some(value), None) => Ok(Some((key, value))),
         (None, Some(value)) => Ok(Some((other, value))),
         (None, None) => Ok(None),
@@ -142,23 +146,23 @@ fn read_turn(turn: &Value) -> Result<Message, RowError> {
         return Err(RowError::new("a turn must be an object"));
     };
     let given_keys = turn.iter().filter(|(_, value)| !is_empty(value));
-    let mut refused = given_keys.filter_map(|(key, _)| keys::refuse_unknown(Place::Turn, key));
+    let mut refused = given_keys.filter_map(|(key, _)| keys::refusal_of_key(KeyScope::Turn, key));
     if let Some(error) = refused.next() {
         return Err(error);
     }
-    let Some((role_key, role_value)) = either(turn, "role", "from")? else {
+    let Some((role_key, role_value)) = resolve_key_pair(turn, "role", "from")? else {
         let key = if turn.contains_key("value") { "from" } else { "role" };
-        return Err(required(turn, key).err().unwrap_or_else(|| {
-            RowError::new(format!("{key:?} is null: a turn must say who speaks"))
-        }));
+        return Err(required(turn, key)
+            .err()
+            .unwrap_or_else(|| RowError::new(format!("{key:?} is null: a turn needs a role"))));
     };
     let kind = role(&as_text(role_value, role_key)?)?;
-    let said = either(turn, "content", "value")?;
+    let said = resolve_key_pair(turn, "content", "value")?;
     let (content_key, said) = said.map_or(("content", None), |(key, value)| (key, Some(value)));
     let content = said.map(|value| content::read(value, content_key)).transpose()?;
     let content = content.unwrap_or_default();
     let mut message = match kind {
-        Kind::Says(role) => Message::new(role, content.text),
+        Kind::Message(role) => Message::new(role, content.text),
         Kind::Calls => {
             let mut message = Message::new(ChatRole::Assistant, "");
             message.tool_calls = tools::read_call_text(&content.text)?;
@@ -170,15 +174,15 @@ fn read_turn(turn: &Value) -> Result<Message, RowError> {
     message.tool_call_id = optional_text(turn, "tool_call_id")?;
     let calls = tools::read_calls(turn)?;
     if !calls.is_empty() && !message.tool_calls.is_empty() {
-        return Err(RowError::new("the turn's role and \"tool_calls\" both say what is called"));
+        return Err(RowError::new("the role of the turn and \"tool_calls\" both define calls"));
     }
     message.tool_calls.extend(calls);
-    targets::apply_mark(&mut message, targets::mark(turn)?)?;
+    targets::apply_mark(&mut message, targets::training_mark(turn)?)?;
     check(&message, content_key, said.is_none() && !turn.contains_key(content_key), turn)?;
     Ok(message)
 }
 
-/// Checks that a turn says something and only what its speaker can.
+/// Checks that a turn has content and only what its role allows.
 fn check(
     message: &Message,
     content_key: &str,
@@ -193,7 +197,7 @@ fn check(
         ] {
             if is_there {
                 return Err(RowError::new(format!(
-                    "the {role}'s turn has {what}, which only the assistant's can have"
+                    "the turn has {what}, but its role is {role}: only turns of the assistant can have them"
                 )));
             }
         }
@@ -216,14 +220,14 @@ fn check(
     Ok(())
 }
 
-/// Reads a thought under whichever of its names it stands.
+/// Returns the reasoning of a turn, under any of its keys or from a content part.
 fn reasoning(turn: &Map<String, Value>, part: Option<String>) -> Result<Option<String>, RowError> {
     let mut found = part;
     for key in ["reasoning_content", "reasoning", "thinking"] {
         match (optional_text(turn, key)?, &found) {
             (Some(text), Some(other)) if text != *other => {
                 return Err(RowError::new(format!(
-                    "{key:?} and another key give two thoughts of one turn: keep one"
+                    "{key:?} and another key give different reasoning for one turn: keep one"
                 )));
             }
             (Some(text), _) => found = Some(text),

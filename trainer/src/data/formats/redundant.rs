@@ -1,49 +1,49 @@
-//! Whether a key of another format says again what a row says already, as `text` beside `messages` does
-//! where someone rendered the turns.
+//! Detects keys of another format that only repeat the content of a row, such as a `text` beside
+//! `messages` that contains the rendered messages.
 
 use serde_json::Value;
 
-/// Words that a template writes between turns: who speaks, and the prompt of Stanford Alpaca.
-const FRAME: &str = "a ai an answer appropriately assistant below bos bot chatbot completes context \
+/// The words that templates print between turns: roles, and the prompt of Stanford Alpaca.
+const TEMPLATE_WORDS: &str = "a ai an answer appropriately assistant below bos bot chatbot completes context \
     describes eos further gpt human im_end im_start input inst instruction instructions is \
     model output paired prompt provides question request response sys system task that the \
     tool user with write";
 
-/// Tells whether `value` is a part of one of `contents`, or all of them in their order with nothing but
-/// a template's words between.
-pub(super) fn repeats(value: &Value, contents: &[&str]) -> bool {
+/// Returns whether `value` is a part of one of `contents`, or consists of all of them in order with only
+/// the words of a template between them.
+pub(super) fn is_redundant(value: &Value, contents: &[&str]) -> bool {
     let Value::String(text) = value else { return false };
     let text = text.trim();
     contents.iter().any(|content| content.contains(text))
-        || (contents.len() > 1 && renders(text, contents))
+        || (contents.len() > 1 && is_rendered(text, contents))
 }
 
-fn renders(text: &str, contents: &[&str]) -> bool {
+fn is_rendered(text: &str, contents: &[&str]) -> bool {
     let mut rest = text;
     let lines = contents.iter().flat_map(|content| content.lines()).map(str::trim);
     for line in lines.filter(|line| !line.is_empty()) {
         let Some((before, after)) = rest.split_once(line) else { return false };
-        if !is_frame(before) {
+        if !is_template_text(before) {
             return false;
         }
         rest = after;
     }
-    is_frame(rest)
+    is_template_text(rest)
 }
 
-/// Tells whether a text is punctuation and words of [`FRAME`]; `<…>` is a token of a template.
-fn is_frame(text: &str) -> bool {
+/// Returns whether a text consists of punctuation, [`TEMPLATE_WORDS`], and template tokens `<…>`.
+fn is_template_text(text: &str) -> bool {
     let is_between = |character: char| {
         character.is_whitespace() || (character.is_ascii_punctuation() && character != '_')
     };
     let mut words = without_tags(text);
     words.make_ascii_lowercase();
-    words
-        .split(is_between)
-        .all(|word| word.is_empty() || FRAME.split(' ').any(|known| known == word))
+    words.split(is_between).all(|format_name| {
+        format_name.is_empty() || TEMPLATE_WORDS.split(' ').any(|known| known == format_name)
+    })
 }
 
-/// Leaves out `<…>` with nothing but a name in it, such as `<|start_header_id|>`.
+/// Removes tags that contain only a name, such as `<|start_header_id|>`.
 fn without_tags(text: &str) -> String {
     let mut kept = String::new();
     let mut rest = text;
@@ -70,9 +70,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_rendered_from_the_row_is_told_from_what_says_more() {
+    fn a_rendering_of_the_row_is_redundant_and_a_text_that_adds_to_it_is_not() {
         let turns = ["Be brief.", "Hi\n\nthere", "Hello, I am user 2"];
-        let check = |text: &str| repeats(&json!(text), &turns);
+        let check = |text: &str| is_redundant(&json!(text), &turns);
         for rendered in [
             "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi\n\nthere<|im_end|>\n<|im_start|>assistant\nHello, I am user 2<|im_end|>\n",
             "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi\n\nthere [/INST] Hello, I am user 2 </s>",
@@ -93,6 +93,6 @@ mod tests {
         ] {
             assert!(!check(other), "{other}");
         }
-        assert!(!repeats(&json!(["Hi"]), &turns));
+        assert!(!is_redundant(&json!(["Hi"]), &turns));
     }
 }

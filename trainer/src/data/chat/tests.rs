@@ -1,5 +1,5 @@
-//! Conversations that templates do unexpected things with, as text with what is trained on in
-//! [brackets]; rows are separated by ` // `, line breaks are `⏎`.
+//! Renders conversations with templates that do unexpected things. Tests compare text in which trained
+//! spans are in [brackets], rows are separated by ` // `, and line breaks are `⏎`.
 
 use std::{fs, path::Path};
 
@@ -10,8 +10,8 @@ use crate::{
     data::{
         chat::{
             goldens::{CHATML, show, tokenizer_json},
-            rendered::Rendered,
             rendering::Rendering,
+            rendering_stats::RenderingStats,
         },
         conversation::{ChatRole, Conversation, Example, Message, ToolCall, WithoutTemplate},
         tokenizer::Tokenizer,
@@ -19,7 +19,7 @@ use crate::{
     store::Environment,
 };
 
-/// A model's directory with a template, and what else its settings say.
+/// A model directory with a template and other settings.
 struct Model {
     directory: tempfile::TempDir,
     rendering: Rendering,
@@ -63,7 +63,7 @@ impl Model {
         self.show(&chat(turns))
     }
 
-    /// Returns the date, if it is printed for any of these.
+    /// Returns the date, if the template prints it for any of the examples.
     fn printed_date(&self, examples: &[Example]) -> Option<String> {
         let tokenizer = self.tokenizer();
         assert_eq!(tokenizer.printed_date(), None);
@@ -73,13 +73,13 @@ impl Model {
         tokenizer.printed_date()
     }
 
-    fn remarks(&self, examples: &[Example]) -> String {
+    fn warnings(&self, examples: &[Example]) -> String {
         let tokenizer = self.tokenizer();
-        let mut rendered = Rendered::default();
+        let mut stats = RenderingStats::default();
         for example in examples {
-            rendered.add(&tokenizer.tokenize(example).unwrap());
+            stats.add(&tokenizer.tokenize(example).unwrap());
         }
-        rendered.remarks(&tokenizer).join("\n")
+        stats.warnings(&tokenizer).join("\n")
     }
 }
 
@@ -90,25 +90,26 @@ fn chat(turns: &[(ChatRole, &str)]) -> Example {
     Example::Chat(Conversation::new(messages.collect()))
 }
 
-/// As CHATML, but the system's turns and the tools' are not printed.
+/// As CHATML, but does not print the turns of the system and of tools.
 const NO_SYSTEM: &str = "{% for m in messages %}{% if m.role in ['user', 'assistant'] %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}\
     {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 
-/// Cuts thoughts out of every answer, as R1-Distill does; `OPENS` is where it opens one.
-const CUTS: &str = "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<|im_start|>' + m.content }}{% else %}\
+/// Drops the reasoning of every answer, as R1-Distill does; `OPENS` is the end of the generation
+/// prompt.
+const DROPS_REASONING: &str = "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<|im_start|>' + m.content }}{% else %}\
     {{ '<|im_end|>' + m.content.split('</think>')[-1].strip() + eos_token }}{% endif %}{% endfor %}\
     {% if add_generation_prompt %}{{ '<|im_end|>OPENS' }}{% endif %}";
 
-/// Mistral's: the system prompt stands before the last question, while that is the last message.
+/// Puts the system prompt before the last question while that is the last message, as Mistral does.
 const MOVES_SYSTEM: &str = include_str!("../../../tests/golden/templates/mistral_system.jinja");
 
-/// Asks who begins outside of its loop, as Qwen2.5 does.
-const ASKS_FIRST: &str = "{% if messages[0].role == 'system' %}{{ '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}{% endif %}\
+/// Handles the system turn outside of its loop, as Qwen2.5 does.
+const SYSTEM_OUTSIDE_LOOP: &str = "{% if messages[0].role == 'system' %}{{ '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}{% endif %}\
     {% for m in messages %}{% if m.role != 'system' %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}\
     {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 
-/// Prints thoughts and calls, and thoughts of earlier turns not at all, as Qwen3 does.
-const FORGETS: &str = "{% if tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}\
+/// Prints tool calls, and the reasoning of the last turn only, as Qwen3 does.
+const LAST_REASONING_ONLY: &str = "{% if tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}\
     {% if m.reasoning_content and loop.last %}{{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}{% endif %}{{ m.content }}\
     {% for call in m.tool_calls %}{{ '<tool_call>' + (call.function | tojson) + '</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}\
     {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
@@ -116,11 +117,11 @@ const FORGETS: &str = "{% if tools %}{{ '<|im_start|>system\n' + (tools | tojson
 #[test]
 fn a_turn_that_the_template_leaves_out_is_refused() {
     let model = Model::new(NO_SYSTEM);
-    let advice = "put it into the first user turn, or set dataset.chatTemplate to a template with a system turn";
+    let advice = "move it into the first user turn, or set dataset.chatTemplate to a template with a system turn";
     assert_eq!(
         model.chat(&[(System, "Talk like a pirate."), (User, "Hi"), (Assistant, "Ahoy")]),
         format!(
-            "error: the chat template leaves \"Talk like a pirate.\" of turn 0 (system) out, so the model would never see it: {advice}"
+            "error: the chat template leaves out \"Talk like a pirate.\" of turn 0 (system), so the model would never see it: {advice}"
         )
     );
     let tool =
@@ -131,17 +132,19 @@ fn a_turn_that_the_template_leaves_out_is_refused() {
     );
     let cut = cut.chat(&[(User, "Hi"), (Assistant, "a long answer")]);
     assert!(
-        cut.contains("\"a long answer\" of turn 1 (assistant) out, so it would not be trained on"),
+        cut.contains("\"a long answer\" of turn 1 (assistant), so it would not be trained on"),
         "{cut}"
     );
-    let thought = Message { reasoning: Some("hm".to_owned()), ..Message::new(Assistant, "Yo") };
-    let thought = Example::Chat(Conversation::new(vec![Message::new(User, "Hi"), thought]));
-    let lost = Model::new(CHATML).show(&thought);
+    let with_reasoning =
+        Message { reasoning: Some("hm".to_owned()), ..Message::new(Assistant, "Yo") };
+    let with_reasoning =
+        Example::Chat(Conversation::new(vec![Message::new(User, "Hi"), with_reasoning]));
+    let lost = Model::new(CHATML).show(&with_reasoning);
     assert!(
-        lost.contains("leaves the reasoning of turn 1 (assistant) out, so it would not be trained on: set dataset.reasoning to drop"),
+        lost.contains("leaves out the reasoning of turn 1 (assistant), so it would not be trained on: set dataset.reasoning to drop"),
         "{lost}"
     );
-    let dropped = Model::new(CHATML).reasoning(Reasoning::Drop).show(&thought);
+    let dropped = Model::new(CHATML).reasoning(Reasoning::Drop).show(&with_reasoning);
     assert!(dropped.ends_with("[Yo<|im_end|>]⏎"), "{dropped}");
     let trimmed = Model::new(
         "{% for m in messages %}{{ '<|im_start|>' + m.content | trim + '<|im_end|>' }}{% endfor %}",
@@ -167,10 +170,10 @@ fn tools_and_calls_that_the_template_leaves_out_are_refused() {
     let tool = json!({"type": "function", "function": {"name": "look_up"}});
     let example =
         conversation(call("look_up", json!({"key": "a \"b\"", "n": 1})), vec![tool.clone()]);
-    let shown = Model::new(FORGETS).show(&example);
+    let shown = Model::new(LAST_REASONING_ONLY).show(&example);
     assert!(shown.ends_with(r#"<|im_start|>assistant⏎[<tool_call>{"name": "look_up", "arguments": {"key": "a \"b\"", "n": 1}}</tool_call><|im_end|>]⏎"#), "{shown}");
     let lost = Model::new(CHATML).show(&conversation(call("look_up", json!({})), Vec::new()));
-    assert!(lost.contains("leaves the call of \"look_up\" of turn 1 (assistant) out"), "{lost}");
+    assert!(lost.contains("leaves out the call of \"look_up\" of turn 1 (assistant)"), "{lost}");
     let lost = Model::new(CHATML).show(&conversation(Message::new(Assistant, "Yo"), vec![tool]));
     assert!(
         lost.contains("the chat template shows no tools, so the model would never see \"look_up\""),
@@ -179,17 +182,17 @@ fn tools_and_calls_that_the_template_leaves_out_are_refused() {
 }
 
 #[test]
-fn a_thought_that_the_template_cuts_is_trained_where_the_prompt_opens_it() {
+fn reasoning_that_the_template_drops_is_trained_if_the_prompt_opens_it() {
     let turns = [(User, "Hi"), (Assistant, "<think>\nhm\n</think>\n\nYo")];
-    let opens = CUTS.replace("OPENS", "<think>\\n");
+    let opens = DROPS_REASONING.replace("OPENS", "<think>\\n");
     assert_eq!(
         Model::new(&opens).chat(&turns),
         "<s><|im_start|>Hi<|im_end|><think>⏎[hm⏎</think>⏎⏎Yo<|im_end|>]"
     );
-    let refused = Model::new(&CUTS.replace("OPENS", "")).chat(&turns);
-    assert!(refused.contains("leaves \"hm\" of turn 1 (assistant) out"), "{refused}");
+    let refused = Model::new(&DROPS_REASONING.replace("OPENS", "")).chat(&turns);
+    assert!(refused.contains("leaves out \"hm\" of turn 1 (assistant)"), "{refused}");
     assert!(refused.contains("set dataset.reasoning to drop"), "{refused}");
-    // Of several turns each is a row of its own, for the first is printed without its thought later.
+    // Each of several turns becomes a row, because the first is later rendered without its reasoning.
     let two = [
         turns[0],
         (Assistant, "<think>\na\n</think>\n\nYo"),
@@ -200,21 +203,21 @@ fn a_thought_that_the_template_cuts_is_trained_where_the_prompt_opens_it() {
         Model::new(&opens).chat(&two),
         "<s><|im_start|>Hi<|im_end|><think>⏎[a⏎</think>⏎⏎Yo<|im_end|>] // <s><|im_start|>Hi<|im_end|>Yo<|im_end|><|im_start|>Bye<|im_end|><think>⏎[b⏎</think>⏎⏎Ciao<|im_end|>]"
     );
-    // An answer that goes on where the prompt ends, as some write it.
+    // An answer that continues the open reasoning block of the prompt, as some datasets have it.
     let unopened = Model::new(&opens).chat(&[(User, "Hi"), (Assistant, "hm\n</think>\n\nYo")]);
-    assert!(unopened.contains("leaves \"hm\" of turn 1 (assistant) out"), "{unopened}");
-    let dropped = Model::new(&CUTS.replace("OPENS", "")).reasoning(Reasoning::Drop);
+    assert!(unopened.contains("leaves out \"hm\" of turn 1 (assistant)"), "{unopened}");
+    let dropped = Model::new(&DROPS_REASONING.replace("OPENS", "")).reasoning(Reasoning::Drop);
     assert_eq!(dropped.chat(&turns), "<s><|im_start|>Hi<|im_end|>[Yo<|im_end|>]");
 }
 
 #[test]
-fn an_answer_without_the_thought_that_the_prompt_opens_is_trained_and_remarked_on() {
-    let model = Model::new(&CUTS.replace("OPENS", "<think>\\n"));
+fn an_answer_without_the_reasoning_that_the_prompt_opens_is_trained_with_a_warning() {
+    let model = Model::new(&DROPS_REASONING.replace("OPENS", "<think>\\n"));
     assert_eq!(
         model.chat(&[(User, "Hi"), (Assistant, "Yo")]),
         "<s><|im_start|>Hi<|im_end|>[Yo<|im_end|>]"
     );
-    // A template that only appends, and opens a thought for the answer, as QwQ's does.
+    // A template that appends and whose generation prompt opens a reasoning block, as that of QwQ.
     let appends = Model::new(
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}",
     );
@@ -227,34 +230,34 @@ fn an_answer_without_the_thought_that_the_prompt_opens_is_trained_and_remarked_o
         appends.show(&plain),
         "<|im_start|>user⏎Hi<|im_end|>⏎<|im_start|>assistant⏎[Yo<|im_end|>]⏎<|im_start|>user⏎Bye<|im_end|>⏎<|im_start|>assistant⏎[Ciao<|im_end|>]⏎"
     );
-    assert!(appends.remarks(&[plain]).contains("the answers of 1 of 1 conversations"));
-    let remarks = model.remarks(&[chat(&[(User, "Hi"), (Assistant, "Yo")])]);
-    assert!(remarks.contains(r#"the generation prompt ends in "<think>\n", which the answers of 1 of 1 conversations do not begin with"#), "{remarks}");
+    assert!(appends.warnings(&[plain]).contains("the answers of 1 of 1 conversations"));
+    let warnings = model.warnings(&[chat(&[(User, "Hi"), (Assistant, "Yo")])]);
+    assert!(warnings.contains(r#"the generation prompt ends with "<think>\n", but the answers of 1 of 1 conversations do not start with it"#), "{warnings}");
 }
 
 #[test]
-fn a_template_that_forgets_thoughts_gives_a_row_for_each_turn() {
-    let thinking = |thought: &str, content: &str| Message {
-        reasoning: Some(thought.to_owned()),
+fn a_template_that_drops_earlier_reasoning_gives_a_row_for_each_turn() {
+    let assistant_with_reasoning = |with_reasoning: &str, content: &str| Message {
+        reasoning: Some(with_reasoning.to_owned()),
         ..Message::new(Assistant, content)
     };
     let messages = vec![
         Message::new(User, "1?"),
-        thinking("a", "one"),
+        assistant_with_reasoning("a", "one"),
         Message::new(User, "2?"),
-        thinking("b", "two"),
+        assistant_with_reasoning("b", "two"),
     ];
     let example = Example::Chat(Conversation::new(messages.clone()));
-    let model = Model::new(FORGETS);
+    let model = Model::new(LAST_REASONING_ONLY);
     let first = "<|im_start|>user⏎1?<|im_end|>⏎<|im_start|>assistant⏎";
     let second = "<|im_start|>user⏎2?<|im_end|>⏎<|im_start|>assistant⏎";
     let rows = format!(
         "{first}[<think>⏎a⏎</think>⏎⏎one<|im_end|>]⏎ // {first}one<|im_end|>⏎{second}[<think>⏎b⏎</think>⏎⏎two<|im_end|>]⏎"
     );
     assert_eq!(model.show(&example), rows);
-    let remarks = model.remarks(&[example.clone(), chat(&[(User, "Hi"), (Assistant, "Yo")])]);
-    assert!(remarks.contains("1 of 2 conversations became 2 rows"), "{remarks}");
-    // Only what is trained on becomes a row, and without thoughts nothing is forgotten.
+    let warnings = model.warnings(&[example.clone(), chat(&[(User, "Hi"), (Assistant, "Yo")])]);
+    assert!(warnings.contains("1 of 2 conversations became 2 rows"), "{warnings}");
+    // Only trained turns become rows, and without reasoning the template drops nothing.
     let mut last = messages;
     last[1].is_target = false;
     assert_eq!(
@@ -271,7 +274,7 @@ fn a_template_that_forgets_thoughts_gives_a_row_for_each_turn() {
 }
 
 #[test]
-fn a_system_prompt_that_moves_is_where_a_server_puts_it() {
+fn a_moved_system_prompt_is_where_a_server_puts_it() {
     let model = Model::new(MOVES_SYSTEM);
     assert_eq!(
         model.chat(&[(System, "Be kind"), (User, "Hi"), (Assistant, "Yo")]),
@@ -287,7 +290,7 @@ fn a_system_prompt_that_moves_is_where_a_server_puts_it() {
         ]),
         "<s>[INST] Be kind⏎⏎Hi[/INST][ Yo<|im_end|>] // <s>[INST] Hi[/INST] Yo<|im_end|>[INST] Be kind⏎⏎Bye[/INST][ Ciao<|im_end|>]"
     );
-    // Only where an answer is trained on is there a row, and without a system prompt nothing moves.
+    // Only trained answers become rows, and without a system prompt nothing moves.
     let turns = [Message::new(User, "Hi"), Message::new(Assistant, "Yo")];
     let more = [Message::new(User, "Bye"), Message::new(Assistant, "Ciao")];
     let mut messages = [&[Message::new(System, "Be kind")], &turns[..], &more].concat();
@@ -319,7 +322,7 @@ fn settings_decide_the_day_and_the_template() {
     model.rendering = resolve(None, "2026-01-31").unwrap();
     assert_eq!(model.chat(&turns), "It is 31 Jan 2026⏎Hi[Yo]");
     assert_eq!(model.printed_date(&[chat(&turns)]).as_deref(), Some("2026-01-31"));
-    // Named by its URI, a template takes the place of the model's, which is not asked for a date.
+    // A template given by its URI replaces that of the model and does not print the date.
     let path = model.directory.path().join("plain.jinja");
     fs::write(&path, "{% for m in messages %}<{{ m.content }}>{% endfor %}").unwrap();
     let uri = format!("file://{}", path.display());
@@ -328,15 +331,15 @@ fn settings_decide_the_day_and_the_template() {
     assert_eq!(model.printed_date(&[chat(&turns)]), None);
     for (template, date, said) in [
         (Some(format!("{uri}.absent")), "2026-01-31", "nothing is at file://"),
-        (Some("chatlm".to_owned()), "2026-01-31", "no built-in template"),
-        (None, "31.1.2026", "no date such as 2026-01-31"),
+        (Some("chatlm".to_owned()), "2026-01-31", "neither a built-in template"),
+        (None, "31.1.2026", "not a date such as 2026-01-31"),
     ] {
         let message = resolve(template, date).unwrap_err().message;
         assert!(message.contains(said), "{message}");
     }
 }
 
-/// Asks for the day in any case, as Mistral Small does, and prints it where there is no system turn.
+/// The template always asks for the date but prints it only without a system turn, as Mistral Small.
 #[test]
 fn a_date_counts_where_it_is_printed() {
     let model = Model::new(
@@ -358,13 +361,13 @@ fn a_date_counts_where_it_is_printed() {
 fn a_conversation_may_begin_with_the_assistant() {
     let turns = [(Assistant, "Welcome"), (User, "Hi"), (Assistant, "Yo")];
     assert_eq!(
-        Model::new(ASKS_FIRST).chat(&turns),
+        Model::new(SYSTEM_OUTSIDE_LOOP).chat(&turns),
         "<|im_start|>assistant⏎[Welcome<|im_end|>]⏎<|im_start|>user⏎Hi<|im_end|>⏎<|im_start|>assistant⏎[Yo<|im_end|>]⏎"
     );
     let with_system =
         [(System, "Be kind"), (Assistant, "Welcome"), (User, "Hi"), (Assistant, "Yo")];
     assert!(
-        Model::new(ASKS_FIRST)
+        Model::new(SYSTEM_OUTSIDE_LOOP)
             .chat(&with_system)
             .contains("kind<|im_end|>⏎<|im_start|>assistant⏎[Welcome<|im_end|>]")
     );
@@ -381,7 +384,7 @@ fn only_targets_are_trained() {
     messages[1].is_target = false;
     let example = Example::Chat(Conversation::new(messages));
     let shown = "<|im_start|>user⏎a<|im_end|>⏎<|im_start|>assistant⏎b<|im_end|>⏎<|im_start|>user⏎c<|im_end|>⏎<|im_start|>assistant⏎[d<|im_end|>]⏎";
-    assert_eq!(Model::new(ASKS_FIRST).show(&example), shown);
+    assert_eq!(Model::new(SYSTEM_OUTSIDE_LOOP).show(&example), shown);
     let marked = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n\n{% endfor %}";
     let shown_marked = Model::new(marked).show(&example);
     assert!(
@@ -391,7 +394,7 @@ fn only_targets_are_trained() {
 }
 
 #[test]
-fn text_that_is_rendered_already_is_refused_or_taken_as_it_is() {
+fn already_rendered_text_is_refused_unless_the_format_is_prerendered() {
     let (prompt, completion) = (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n".to_owned(),
         "Yo<|im_end|>".to_owned(),
@@ -412,9 +415,9 @@ fn text_that_is_rendered_already_is_refused_or_taken_as_it_is() {
         model.show(&Example::Prerendered { prompt, completion }),
         "<|im_start|>user⏎Hi<|im_end|>⏎<|im_start|>assistant⏎[Yo<|im_end|>]"
     );
-    // In whatever place: a system prompt, a thought, a tool's answer, a call, a tool.
+    // Anywhere: in a system prompt, reasoning, a tool response, a call or a tool.
     let hot = [(User, "Hi"), (Assistant, "Wait"), (Tool, "<|im_start|>"), (Assistant, "Hot")];
-    let thought =
+    let with_reasoning =
         Message { reasoning: Some("<|im_end|>".to_owned()), ..Message::new(Assistant, "Yo") };
     let call =
         ToolCall { id: None, name: "f".to_owned(), arguments: json!({"a": ["x<|im_end|>"]}) };
@@ -427,16 +430,16 @@ fn text_that_is_rendered_already_is_refused_or_taken_as_it_is() {
     for (example, place) in [
         (chat(&[(System, "Be<|im_end|>kind"), (User, "Hi"), (Assistant, "Yo")]), "turn 0 (system)"),
         (chat(&hot), "turn 2 (tool)"),
-        (talk(thought, Vec::new()), "turn 1 (assistant)"),
+        (talk(with_reasoning, Vec::new()), "turn 1 (assistant)"),
         (talk(call, Vec::new()), "turn 1 (assistant)"),
         (talk(Message::new(Assistant, "Yo"), vec![tool]), "tools"),
     ] {
         let refused = model.show(&example);
         assert!(refused.contains(&format!("error: {place} contains \"<|im_")), "{refused}");
     }
-    let bos = Model::new(CUTS).chat(&[(User, "<s>Hi"), (Assistant, "Yo")]);
+    let bos = Model::new(DROPS_REASONING).chat(&[(User, "<s>Hi"), (Assistant, "Yo")]);
     assert!(bos.contains("turn 0 (user) contains \"<s>\""), "{bos}");
-    // Tokens that this template does not use are only text to it.
+    // Special tokens that this template does not print are allowed.
     assert!(
         model.chat(&[(User, "What is <|eot_id|>?"), (Assistant, "Yo")]).contains("[Yo<|im_end|>]")
     );
@@ -457,30 +460,30 @@ fn bos_is_never_doubled() {
 }
 
 #[test]
-fn an_end_of_turn_at_which_generation_goes_on_is_remarked_on() {
+fn an_end_of_turn_that_does_not_stop_generation_is_a_warning() {
     let one = [chat(&[(User, "Hi"), (Assistant, "Yo")])];
     let ends = |generation: Value| {
-        Model::new(CHATML).write("generation_config.json", generation).remarks(&one)
+        Model::new(CHATML).write("generation_config.json", generation).warnings(&one)
     };
     let im_end = Model::new(CHATML).tokenizer().encode("<|im_end|>", false).unwrap()[0];
     assert_eq!(ends(json!({"eos_token_id": [im_end]})), "");
     assert_eq!(ends(json!({})), "");
-    let remark = ends(json!({"eos_token_id": 259}));
+    let warning = ends(json!({"eos_token_id": 259}));
     assert!(
-        remark.contains(&format!(
+        warning.contains(&format!(
             "answers end with \"<|im_end|>\" (token {im_end}), but generation stops at \"</s>\""
         )),
-        "{remark}"
+        "{warning}"
     );
-    // Nothing after it is trained on all the same.
+    // Still, nothing after the end of a turn is trained on.
     let model = Model::new(CHATML).write("generation_config.json", json!({"eos_token_id": 259}));
     assert!(model.show(&one[0]).ends_with("[Yo<|im_end|>]⏎"));
     let open =
         Model::new("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}");
     assert!(
-        open.remarks(&one).contains("no answer ends with a token at which generation stops"),
+        open.warnings(&one).contains("no answer ends with a token at which generation stops"),
         "{}",
-        open.remarks(&one)
+        open.warnings(&one)
     );
 }
 
@@ -538,14 +541,14 @@ fn a_token_that_is_declared_beside_the_tokenizer_ends_turns() {
     let tokenizer = model.tokenizer();
     let first = tokenizer.vocab_size() - 2;
     assert_eq!(tokenizer.encode("<|turn|><|done|>", false).unwrap(), [first, first + 1]);
-    assert!(tokenizer.stops_at(first + 1));
+    assert!(tokenizer.is_stop_token(first + 1));
 }
 
-/// As many ends of turns are trained on as there are answers, and in time that is no square of them.
+/// Every answer's end of turn is trained on, and the time does not grow quadratically.
 #[test]
 fn many_turns_are_one_row_for_every_kind_of_template() {
     let marked = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n\n{% endfor %}";
-    for template in [CHATML, ASKS_FIRST, marked, MOVES_SYSTEM] {
+    for template in [CHATML, SYSTEM_OUTSIDE_LOOP, marked, MOVES_SYSTEM] {
         let tokenizer = Model::new(template).tokenizer();
         let seconds = |pairs: usize| {
             let pair = |index: usize| {
@@ -586,7 +589,7 @@ fn time_grows_with_the_turns_and_not_with_their_square() {
         };
         Example::Chat(Conversation::new((0..count).map(turn).collect()))
     };
-    let tokenizer = Model::new(FORGETS).tokenizer();
+    let tokenizer = Model::new(LAST_REASONING_ONLY).tokenizer();
     let seconds = |count: usize| {
         let example = turns(count);
         let started = crate::runtime::clock::now();
@@ -603,7 +606,8 @@ fn time_grows_with_the_turns_and_not_with_their_square() {
         assert_eq!(trained, count / 3 * 2);
         started.elapsed().as_secs_f64()
     };
-    // The fastest of some, for a machine may be busy; ten times the turns, and never a hundred times.
+    // The fastest of several runs, because the machine may be busy. Ten times the turns must take far
+    // less than a hundred times the time.
     let fastest = |count: usize| (0..4).map(|_| seconds(count)).fold(f64::INFINITY, f64::min);
     let (short, long) = (fastest(300), fastest(3000));
     assert!(long < 30.0 * short.max(0.01), "300 turns took {short} s, 3,000 took {long} s");
