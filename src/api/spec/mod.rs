@@ -90,7 +90,7 @@ pub struct FineTuneJobSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lora_config: Option<LoraConfig>,
     /// A published adapter that training starts from, instead of one that changes nothing; of the
-    /// shape in `loraConfig`. A full-parameter result is gone on from by naming it as `model.uri`.
+    /// shape in `loraConfig`. To continue from a full-parameter result, use it as `model.uri`.
     /// Default: none. Cannot be changed after creation.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub initial_adapter: Option<InitialAdapter>,
@@ -106,7 +106,7 @@ pub struct FineTuneJobSpec {
     /// Where the result goes and in which form. Cannot be changed after creation.
     #[x_kube(validation = Rule::new("self == oldSelf").message("output is immutable: create a new FineTuneJob to change it"))]
     pub output: Output,
-    /// Stop the run after a checkpoint and give its machines back; set to false to go on. Default:
+    /// Stop the run after a checkpoint and free its nodes; set to false to resume. Default:
     /// false. Only in a cluster.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub suspend: Option<bool>,

@@ -65,16 +65,17 @@ pub struct Training {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub packing: Option<bool>,
     /// The element type of the computation; trained state is always fp32. Default: `auto`: bf16
-    /// where the processor multiplies it natively, else fp32.
+    /// where the CPU multiplies it natively, else fp32.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dtype: Option<Precision>,
-    /// What takes the steps: `adamw`, or `adamw8bit`, whose moments take a byte each instead of four:
+    /// The optimizer: `adamw`, or `adamw8bit` with 8-bit state, whose moments take one byte each instead of
+    /// four:
     /// of 16 bytes a trained parameter (18 in bf16) it saves 6, at some noise in the steps. Default:
     /// `adamw`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub optimizer: Option<OptimizerName>,
-    /// What a block keeps for its backward pass: `none` computes nothing again, `block` keeps only
-    /// its input and takes about a third longer. Default: `auto`: `none` if it fits the memory.
+    /// Activation checkpointing: `none` saves all activations of a block for its backward pass, `block`
+    /// saves only its input, and takes about a third longer. Default: `auto`: `none` if it fits the memory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub recompute: Option<Recomputation>,
     /// The seed of all randomness, from 0 to 9007199254740991. Default: 42.
@@ -100,7 +101,7 @@ pub struct Training {
     #[schemars(range(min = 1, max = 100))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub num_checkpoints_to_keep: Option<i32>,
-    /// Seconds of training, over all tries, after which the run ends before its last step and
+    /// Seconds of training, over all attempts, after which the run ends before its last step and
     /// publishes the best it has, from 1 to 31536000. The learning rate falls as if there were no
     /// limit. Default: none. Example: 28800.
     #[schemars(range(min = 1, max = 31_536_000))]
