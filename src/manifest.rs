@@ -10,7 +10,7 @@ use finetune_contract::ObjectUri;
 use kube::core::cel::{ErrorKind, Validator};
 use serde_json::Value;
 
-use crate::api::{FineTuneJob, FineTuneJobSpec, OUTPUT, schema};
+use crate::api::{FineTuneJob, FineTuneJobSpec, OUTPUT, crd};
 
 pub use violations::Violation;
 
@@ -54,7 +54,7 @@ pub fn parse(text: &str) -> Result<FineTuneJob, Error> {
         (_, Some(_)) => return Err(Error::DocumentCount { found }),
     };
     let mut violations = envelope(&document);
-    let schema = schema::openapi();
+    let schema = crd::openapi();
     violations::walk("spec", &schema["properties"]["spec"], &document["spec"], &mut violations);
     unknown_uris(&document, &mut violations);
     rules(&schema, &document, &mut violations);

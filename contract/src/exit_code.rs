@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[repr(u8)]
 pub enum ExitCode {
-    /// The work is done and proven.
+    /// The work is done and verified.
     Success = 0,
     /// The dataset or the base model's files are unusable; the user must change them.
     BadData = 65,
@@ -18,7 +18,7 @@ pub enum ExitCode {
     OutOfMemory = 71,
     /// The device of the plan is not there or does not work; another node may have one that does.
     DeviceUnavailable = 72,
-    /// The run was told to stop and saved a checkpoint; it goes on when started again.
+    /// The run was told to stop and saved a checkpoint; it resumes when started again.
     Interrupted = 75,
     /// Another rank is gone or the rendezvous failed.
     PeerLost = 76,

@@ -1,4 +1,4 @@
-//! What the preflight is told: the run's sources and wishes, before anything is planned.
+//! The preflight's configuration: the run's inputs and options, before anything is planned.
 
 use serde::{Deserialize, Serialize};
 

@@ -118,7 +118,7 @@ pub enum ProblemReason {
     NotFound,
     /// A store or hub refuses the credentials, or wants some.
     PermissionDenied,
-    /// A store or hub does not answer; trying again may help.
+    /// A store or hub does not answer; a retry may help.
     Unavailable,
     /// The model's architecture or a key of its config is not one the trainer knows.
     UnsupportedModel,
@@ -341,13 +341,13 @@ pub enum OutputState {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct MachineFacts {
-    /// The processor's name.
+    /// The CPU's name.
     pub cpu: String,
-    /// Processors this process may use.
+    /// CPUs this process may use.
     pub cores: u32,
     /// Bytes of memory this process may use (the cgroup's limit where there is one).
     pub memory_bytes: u64,
-    /// Whether the processor multiplies bf16 natively (AVX512-BF16 or AMX).
+    /// Whether the CPU multiplies bf16 natively (AVX512-BF16 or AMX).
     pub native_bf16: bool,
     /// The instructions that multiply bf16 fastest, as measured: `amx`, `avx512-bf16` or `avx512`;
     /// absent where libtorch multiplies.

@@ -1,4 +1,4 @@
-//! The whole of one run, decided: what the trainer is told.
+//! The whole of one run, decided: the trainer's configuration.
 
 use serde::{Deserialize, Serialize};
 
@@ -14,7 +14,7 @@ use crate::{
 /// The whole input of `finetune-trainer train`.
 ///
 /// It says what to do, never whether to resume: the trainer looks for the newest complete
-/// checkpoint of `runId` and goes on from there.
+/// checkpoint of `runId` and resumes from there.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct RunConfig {
@@ -22,7 +22,7 @@ pub struct RunConfig {
     pub version: u32,
     /// The run.
     pub run_id: RunId,
-    /// Which try of the run this is, from 0. It does not change the result.
+    /// Which attempt of the run this is, from 0. It does not change the result.
     pub attempt: u32,
     /// The base model, with a hub revision pinned to a commit.
     pub model: ModelSource,
@@ -40,7 +40,7 @@ pub struct RunConfig {
     pub initial_checkpoint: Option<String>,
     /// How to train.
     pub training: TrainingSettings,
-    /// What it computes on; absent for the processor.
+    /// What it computes on; absent for the CPU.
     #[serde(default, skip_serializing_if = "Device::is_cpu")]
     pub device: Device,
     /// Over how many processes; absent for one.

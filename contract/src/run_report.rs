@@ -17,7 +17,7 @@ pub struct RunReport {
     pub version: u32,
     /// The run.
     pub run_id: RunId,
-    /// Which try of it.
+    /// Which attempt of it.
     pub attempt: u32,
     /// How it ended.
     pub outcome: Outcome,
@@ -29,7 +29,7 @@ pub struct RunReport {
     /// there were none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rows_left_out: Option<u64>,
-    /// The step of the checkpoint this attempt went on from.
+    /// The step of the checkpoint this attempt resumed from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resumed_from_step: Option<u64>,
     /// Loss of the first and the last step.
@@ -44,7 +44,7 @@ pub struct RunReport {
     /// Why training ended before its last step; absent if it did not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stopped_early: Option<StoppedEarly>,
-    /// The kernel that multiplied in bf16 on this processor; absent if none did.
+    /// The kernel that multiplied in bf16 on this CPU; absent if none did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bf16_kernel: Option<String>,
     /// Median positions per second of this attempt's steps.
@@ -106,7 +106,7 @@ impl StoppedEarly {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "result", rename_all = "camelCase", rename_all_fields = "camelCase")]
 pub enum Outcome {
-    /// The result is published, read back and proven.
+    /// The result is published, read back and verified.
     Succeeded {
         /// What was published.
         kind: ArtifactKind,
@@ -114,7 +114,7 @@ pub enum Outcome {
         uri: String,
         /// SHA-256 of the manifest's bytes.
         manifest_sha256: String,
-        /// What was proven of it.
+        /// What was verified of it.
         proof: Proof,
     },
     /// The same inputs were published before: nothing was trained.
@@ -128,7 +128,7 @@ pub enum Outcome {
         /// The run that published it.
         by: RunId,
     },
-    /// The run was told to stop and goes on from its checkpoint when started again.
+    /// The run was told to stop and resumes from its checkpoint when started again.
     Interrupted {
         /// The step of the checkpoint saved.
         checkpoint_step: u64,

@@ -316,7 +316,7 @@ impl Dtype {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Device {
-    /// The processor.
+    /// The CPU.
     #[default]
     Cpu,
     /// A GPU of NVIDIA's, one for each rank.
@@ -324,7 +324,7 @@ pub enum Device {
 }
 
 impl Device {
-    /// Tells whether it is the processor.
+    /// Tells whether it is the CPU.
     #[must_use]
     pub fn is_cpu(&self) -> bool {
         *self == Self::Cpu

@@ -1,7 +1,5 @@
 //! Amounts as Kubernetes writes them.
 
-use super::FineTuneJobSpec;
-
 /// Bytes of a GiB.
 pub const GIB: f64 = 1024.0 * 1024.0 * 1024.0;
 
@@ -21,18 +19,11 @@ pub(super) fn as_written<S: serde::Serializer>(
     }
 }
 
-impl FineTuneJobSpec {
-    /// Returns the user's limit of a training pod's memory, in bytes, if there is one that can be read.
-    pub fn memory_limit(&self) -> Option<u64> {
-        bytes(self.resources.as_ref()?.limits.as_ref()?.get("memory")?)
-    }
-}
-
 /// Reads an amount of bytes.
 ///
 /// # Source
 /// `Quantity` of apimachinery/pkg/api/resource.
-fn bytes(quantity: &str) -> Option<u64> {
+pub(super) fn bytes(quantity: &str) -> Option<u64> {
     let is_of_number = |character: char| character.is_ascii_digit() || character == '.';
     let (number, unit) =
         quantity.split_at(quantity.find(|c| !is_of_number(c)).unwrap_or(quantity.len()));

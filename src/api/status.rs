@@ -27,7 +27,7 @@ pub struct FineTuneJobStatus {
     #[schemars(schema_with = "schema::time")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub completion_time: Option<Time>,
-    /// Which try of which step is under way.
+    /// The current attempt, and the step it is of.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attempt: Option<AttemptStatus>,
     /// What was decided, once the preflight is done.
@@ -41,13 +41,13 @@ pub struct FineTuneJobStatus {
     pub result: Option<ResultStatus>,
 }
 
-/// Which try of which step is under way.
+/// The current attempt, and the step it is of.
 #[derive(JsonSchema, Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct AttemptStatus {
     /// The step: `Preflight` or `Training`.
     pub step: Step,
-    /// Which try of it this is, from 0; the Job's name ends in it.
+    /// The number of the attempt, from 0; the Job's name ends in it.
     #[schemars(range(min = 0, max = 1000))]
     pub number: i32,
     /// Tries that failed.
@@ -56,11 +56,11 @@ pub struct AttemptStatus {
     /// Tries that the cluster ended: evictions, preemptions, lost nodes, deleted Jobs.
     #[schemars(range(min = 0, max = 1000))]
     pub disruptions: i32,
-    /// The UID of this try's Job, once it was seen.
+    /// The UID of this attempt's Job, once it was observed.
     #[schemars(length(max = 64))]
     #[serde(rename = "jobUID", skip_serializing_if = "Option::is_none")]
     pub job_uid: Option<String>,
-    /// When this try may start.
+    /// When this attempt may start.
     #[schemars(schema_with = "schema::time")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry_time: Option<Time>,
@@ -76,7 +76,7 @@ pub enum Step {
     Training,
 }
 
-/// What was decided. Later tries take it as it is, whatever the settings have become; only too
+/// What was decided. Later attempts take it as it is, whatever the settings have become; only too
 /// little memory takes it along its own `fallbacks`.
 #[derive(JsonSchema, Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -102,11 +102,10 @@ pub struct PlanStatus {
     pub estimated_seconds: Option<i64>,
     /// What the training pod asks for.
     pub pod: PodStatus,
-    /// What the trainer is told, as JSON.
+    /// The trainer's configuration, as JSON.
     #[schemars(length(max = 32768))]
     pub run_config: String,
-    /// What a try that found too little memory is followed by, in this order; nothing else changes a
-    /// plan.
+    /// What follows an attempt that ran out of memory, in this order; nothing else changes a plan.
     #[schemars(length(max = 32), extend("x-kubernetes-list-type" = "atomic"))]
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub fallbacks: Vec<Fallback>,
@@ -122,7 +121,7 @@ pub struct Fallback {
     /// Micro-batches of a step on each rank.
     #[schemars(with = "i32", range(min = 1, max = 4_194_304))]
     pub gradient_accumulation_steps: u32,
-    /// `none`, or `block` if blocks are computed again.
+    /// `none`, or `block` for activation checkpointing.
     #[schemars(with = "String", length(max = 16))]
     pub recompute: Recompute,
     /// Ranks.
@@ -210,7 +209,7 @@ pub struct ResultStatus {
     /// SHA-256 of the manifest's bytes, in hexadecimal.
     #[schemars(length(min = 64, max = 64))]
     pub manifest_sha256: String,
-    /// Optimizer steps done, over all tries.
+    /// Optimizer steps done, over all attempts.
     #[schemars(range(min = 0, max = 10_000_000))]
     pub steps: i64,
     /// The largest memory of the trainer, in bytes; beside `plan.predictedPeakBytes`.

@@ -45,15 +45,15 @@ impl Failure {
         Self { code, message: message.into() }
     }
 
-    /// Tells whether the user was told why already.
+    /// Tells whether the reason was printed already.
     pub(super) fn is_explained(&self) -> bool {
         self.message.is_empty()
     }
 
     /// Every problem, one a line.
     ///
-    /// The status is that of the first problem only the user can mend; a status that invites to try
-    /// again must not hide one.
+    /// The status is that of the first problem only the user can fix; a retryable status
+    /// must not hide one.
     pub(super) fn problems(title: &str, problems: &[Problem], total: u64) -> Self {
         let hidden = total.saturating_sub(problems.len() as u64);
         let mut lines = vec![title.to_owned()];

@@ -14,7 +14,7 @@ use std::{ffi::OsString, path::PathBuf, process::ExitCode as Status};
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use finetune_contract::Parallelism;
 
-use crate::{api::schema, plan::render};
+use crate::{api::crd, plan::render};
 use failure::Failure;
 
 /// Fine-tunes a language model from one manifest.
@@ -163,7 +163,7 @@ fn carry_out(arguments: Arguments) -> Result<(), Failure> {
             Ok(())
         }
         Command::Crd => {
-            display::result(&schema::crd_yaml().map_err(Failure::internal)?);
+            display::result(&crd::crd_yaml().map_err(Failure::internal)?);
             Ok(())
         }
     }

@@ -180,7 +180,7 @@ fn train(trainer: &Trainer, plan: &RunPlan) -> Result<RunReport, Failure> {
     }
 }
 
-/// What one try came to.
+/// What one attempt came to.
 enum Trained {
     Reported(Box<RunReport>),
     OutOfMemory(String),
@@ -189,7 +189,7 @@ enum Trained {
 fn train_once(trainer: &Trainer, config: &RunConfig) -> Result<Trained, Failure> {
     let (ended, text) = trainer.run(TrainerCommand::Train, config)?;
     if ended.is_out_of_memory && !ended.was_interrupted {
-        let why = "the kernel ended the trainer for want of memory";
+        let why = "the trainer was OOM-killed";
         return Ok(Trained::OutOfMemory(why.to_owned()));
     }
     let Some(text) = text else {
@@ -281,7 +281,7 @@ fn without_report(step: &str, ended: &trainer::Ended) -> Failure {
             "finetune-trainer {step} left no report: is it of this release?"
         )),
         None => Failure::internal(format!(
-            "finetune-trainer {step} was killed, perhaps for want of memory. Run the same command again to go on from the last checkpoint"
+            "finetune-trainer {step} was killed, perhaps because memory ran out. Run the same command again to resume from the last checkpoint"
         )),
     }
 }

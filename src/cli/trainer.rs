@@ -34,13 +34,13 @@ pub(super) struct Trainer {
 /// How a child ended.
 pub(super) struct Ended {
     pub(super) code: Option<i32>,
-    /// Whether this command was told to stop meanwhile.
+    /// Whether this command was asked to stop meanwhile.
     pub(super) was_interrupted: bool,
-    /// Whether the kernel ended it for want of memory.
+    /// Whether it was OOM-killed.
     pub(super) is_out_of_memory: bool,
 }
 
-/// Tells a process that the kernel ended for want of memory from one that somebody killed.
+/// Tells a process that was OOM-killed from one that somebody killed.
 struct OomWatch(Option<u64>);
 
 impl OomWatch {
@@ -49,15 +49,14 @@ impl OomWatch {
         Self(oom_kills())
     }
 
-    /// Tells whether a process that ended meanwhile did so for want of memory.
+    /// Tells whether a process that ended meanwhile was OOM-killed.
     fn is_cause_of(&self, status: ExitStatus) -> bool {
         let is_killed = status.signal() == Some(Signal::KILL.as_raw());
         is_killed && self.0.zip(oom_kills()).is_some_and(|(before, now)| now > before)
     }
 }
 
-/// Returns how many processes of this machine the kernel has ended for want of memory; none where it
-/// does not tell.
+/// Returns how many processes of this machine were OOM-killed; none where the kernel does not tell.
 ///
 /// # Source
 /// `oom_kill` of `/proc/vmstat`, which counts those of a cgroup's limit too.
@@ -137,7 +136,7 @@ impl Trainer {
     }
 }
 
-/// The two files by which a trainer is told and answers.
+/// The two files that a trainer reads and writes.
 struct Documents {
     config_path: PathBuf,
     report_path: PathBuf,

@@ -195,10 +195,10 @@ mod tests {
         children.take_job(Event::Init);
         children.take_job(Event::InitApply(job("b-1", "b")));
         assert_eq!(names(&children, "a"), ["a-0"], "an unfinished list changes nothing");
-        let mut told: Vec<String> =
+        let mut parents: Vec<String> =
             children.take_job(Event::InitDone).into_iter().map(|parent| parent.name).collect();
-        told.sort();
-        assert_eq!(told, ["a", "b"]);
+        parents.sort();
+        assert_eq!(parents, ["a", "b"]);
         assert_eq!(names(&children, "a"), Vec::<String>::new());
         assert_eq!(names(&children, "b"), ["b-1"]);
     }

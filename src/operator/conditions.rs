@@ -14,11 +14,11 @@ const MESSAGE_LIMIT: usize = 4096;
 /// The types of condition.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// The summary: the run has succeeded, has failed, or goes on.
+    /// The summary: the run has succeeded, has failed, or is in progress.
     Succeeded,
     /// The preflight found nothing that makes the run impossible.
     Accepted,
-    /// A plan was made and a place found.
+    /// The run has a plan and an accelerator.
     Planned,
     /// The result is in the bucket.
     Published,

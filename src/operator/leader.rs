@@ -1,6 +1,6 @@
 //! One replica acts: who holds the Lease `finetune-operator`.
 //!
-//! Every write of the Lease names the version it replaces, so of two who try at once one loses. A
+//! Every write of the Lease names the version it replaces, so of two writers at once one loses. A
 //! holder that cannot renew in time ends its process, before another may take over.
 
 use std::time::Duration;
@@ -22,7 +22,7 @@ const RENEW_INTERVAL: Duration = Duration::from_secs(4);
 /// After how long without a renewal a holder gives up.
 const RENEW_DEADLINE: Duration = Duration::from_secs(10);
 
-/// A wish to be the one who acts.
+/// A candidate for leadership.
 pub struct Candidate {
     leases: Api<Lease>,
     identity: String,

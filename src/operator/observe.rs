@@ -1,6 +1,6 @@
-//! What is seen of a job's children, in the operator's own words.
+//! What is observed of a job's children, in the operator's own words.
 //!
-//! Kubernetes' objects are read once, when a watch tells of them, and only this is kept: a cache of
+//! Kubernetes' objects are read once, when a watch delivers them, and only this is kept: a cache of
 //! thousands stays small.
 
 use finetune_contract::Progress;
@@ -19,7 +19,7 @@ use super::build::names::CONTAINER;
 /// Where a Job writes which rank a pod is.
 const INDEX_ANNOTATION: &str = "batch.kubernetes.io/job-completion-index";
 
-/// What is seen of one FineTuneJob.
+/// What is observed of one FineTuneJob.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Observed {
     /// Its Jobs.
@@ -28,7 +28,7 @@ pub struct Observed {
     pub pods: Vec<ObservedPod>,
     /// What the trainer answered, if it was asked.
     pub progress: Option<Progress>,
-    /// Why the apiserver refused the Job of the current try, or what its ranks share, if it did.
+    /// Why the apiserver refused the Job of the current attempt, or what its ranks share, if it did.
     pub refusal: Option<String>,
 }
 
@@ -98,7 +98,7 @@ pub enum PodState {
     Ended {
         /// The exit status; none if the pod ended without its container having run.
         code: Option<i32>,
-        /// Whether the kernel ended it for want of memory.
+        /// Whether it was OOM-killed.
         is_out_of_memory: bool,
         /// The termination message: what the trainer reported.
         message: String,

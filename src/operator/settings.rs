@@ -31,16 +31,16 @@ pub struct Settings {
     /// What a preflight's pod asks for.
     #[serde(default)]
     pub preflight: PreflightSize,
-    /// How often a failed try is repeated, for each of preflight and training.
+    /// How often a failed attempt is retried, for each of preflight and training.
     #[serde(default = "default_retries")]
     pub retries: i32,
-    /// How often a try that the cluster ended is repeated.
+    /// How often an attempt that the cluster ended is retried.
     #[serde(default = "default_disruptions")]
     pub disruptions: i32,
-    /// Seconds between the wish that a pod ends and its end by force: time to save a checkpoint.
+    /// Grace period of pods, in seconds between SIGTERM and SIGKILL: time to save a checkpoint.
     #[serde(default = "default_grace")]
     pub termination_grace_period_seconds: i64,
-    /// Seconds a pod may be unable to start for want of its image, a Secret or a ConfigMap.
+    /// Seconds a pod may be unable to start because its image, a Secret or a ConfigMap is missing.
     #[serde(default = "default_start")]
     pub startup_deadline_seconds: i64,
     /// Hosts, or host:port, that variables of a store may name, the administrator's own included; the

@@ -8,13 +8,13 @@ use serde::{Deserialize, Serialize};
 use super::sizing::{self, Memory, Workload};
 use crate::api::{GIB, Toleration};
 
-/// One kind of accelerator, as the user or the administrator describes it; the processor is one.
+/// One kind of accelerator, as the user or the administrator describes it; the CPU is one.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Accelerator {
     /// Its name, such as `A100-80GB`.
     pub name: String,
-    /// The resource a pod asks for, such as `nvidia.com/gpu`; absent for the processor. Only a
+    /// The resource a pod asks for, such as `nvidia.com/gpu`; absent for the CPU. Only a
     /// cluster reads it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resource_name: Option<String>,
@@ -24,7 +24,7 @@ pub struct Accelerator {
     /// How many a node has, and so a pod may have; one if absent. Only a cluster reads it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpus_per_node: Option<u32>,
-    /// Processor cores beside each; only a cluster reads it.
+    /// CPU cores beside each; only a cluster reads it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu: Option<f64>,
     /// Labels its nodes have; only a cluster reads it.
@@ -33,7 +33,7 @@ pub struct Accelerator {
     /// Taints of its nodes that a pod tolerates; only a cluster reads it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tolerations: Vec<Toleration>,
-    /// Its memory, in GiB; of the processor, what the largest pod may have.
+    /// Its memory, in GiB; of the CPU, what the largest pod may have.
     pub memory_gi_b: f64,
     /// Its stated bf16 speed, in TFLOP/s.
     pub bf16_tflops: f64,
@@ -47,7 +47,7 @@ pub struct Accelerator {
 }
 
 impl Accelerator {
-    /// Tells whether it is a device with memory of its own, not the processor.
+    /// Tells whether it is a device with memory of its own, not the CPU.
     pub fn is_device(&self) -> bool {
         self.resource_name.is_some()
     }
@@ -57,13 +57,13 @@ impl Accelerator {
         self.image.as_deref().filter(|image| !image.trim().is_empty())
     }
 
-    /// Tells whether a trainer for it is known: the processor's is the operator's own.
+    /// Tells whether a trainer for it is known: the CPU's is the operator's own.
     pub fn has_trainer(&self) -> bool {
         !self.is_device() || self.own_trainer().is_some()
     }
 
     /// Returns how many of `ranks` ranks share a pod: all that a node has devices for, in equal
-    /// parts; on processors each has a pod of its own.
+    /// parts; on CPUs each has a pod of its own.
     pub fn ranks_per_pod(&self, ranks: u32) -> u32 {
         let most = if self.is_device() { self.gpus_per_node.unwrap_or(1) } else { 1 };
         (1..=most.clamp(1, ranks)).rev().find(|count| ranks.is_multiple_of(*count)).unwrap_or(1)

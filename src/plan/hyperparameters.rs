@@ -5,7 +5,7 @@ use finetune_contract::{Dtype, LrScheduler, MachineFacts, Optimizer, TrainingSet
 use super::{batch::Batch, choices::Choices, length::Length, resolve, target::Target, units::word};
 use crate::api::{OptimizerName, Precision, Scheduler, Training};
 
-/// Takes the optimizer asked for: its noise is not ours to choose.
+/// Takes the optimizer asked for: 8-bit state adds noise, which only a user may choose.
 pub(super) fn optimizer(set: Option<OptimizerName>, decisions: &mut Choices) -> Optimizer {
     match set {
         Some(OptimizerName::Adamw8bit) => {
@@ -114,7 +114,7 @@ pub(super) fn training_settings(
     }
 }
 
-/// Leaves the moments of checkpoints to the trainer, which knows what they cost, unless told.
+/// Leaves it to the trainer when to save checkpoints, unless it is set: it knows what they cost.
 fn checkpoint_steps(set: Option<u64>, decisions: &mut Choices) -> Option<u64> {
     match set {
         Some(steps) => decisions.add("checkpointSteps", steps, "set in the manifest"),

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::api::FineTuneJob;
 
-/// A run with its place.
+/// A run with its accelerator.
 #[derive(Debug, Clone)]
 pub struct Placement {
     /// The run.
@@ -19,7 +19,7 @@ pub struct Placement {
     pub pod: PodSize,
 }
 
-/// Why no place was found.
+/// Why no accelerator was found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Unplaced {
     /// The run is impossible wherever it runs; every reason.
@@ -115,7 +115,7 @@ fn place_each<'a>(
             without_trainer.get_or_insert((accelerator, ranks));
         }
     }
-    // What a limit kept from a processor is not said as the want of a device's trainer.
+    // A run that a memory limit kept from the CPU does not lack a device's trainer.
     let is_limited = accelerators.iter().any(|kind| on(kind).users_limit().is_some());
     if let Some((accelerator, ranks)) = without_trainer.filter(|_| !is_limited) {
         return Err(Unplaced::NoTrainer { accelerator: accelerator.name.clone(), ranks });

@@ -15,13 +15,13 @@ const DEVICE_HOST_BYTES: u64 = 4 << 30;
 const DEVICE_SHARED_BYTES: u64 = 1 << 30;
 /// Scratch space for tokens, documents and small files.
 const SCRATCH_BYTES: u64 = 1 << 30;
-/// Processor cores of a pod for which the accelerator says none.
+/// CPU cores of a pod for which the accelerator says none.
 const DEFAULT_CPU: f64 = 2.0;
 
 /// What one training pod asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PodSize {
-    /// Processor, in thousandths of a core.
+    /// CPU, in thousandths of a core.
     pub cpu_millis: i64,
     /// Memory, in bytes.
     pub memory_bytes: u64,
@@ -51,7 +51,7 @@ impl PodSize {
         } else {
             pod_bytes(plan.memory.total(), plan.memory.mapped_weights)
         };
-        // The model as fetched, once for all ranks of the pod, and as exported; the checkpoint gone on
+        // The model as fetched, once for all ranks of the pod, and as exported; the checkpoint resumed
         // from, which each rank may have fetched whole and has open, and the one on its way out.
         let checkpoints = (ranks + 1) * plan.checkpoint_bytes;
         let storage_bytes = SCRATCH_BYTES * ranks + 2 * on_disk + checkpoints;

@@ -42,7 +42,7 @@ pub fn preflight_config(job: &FineTuneJob, measure_machine: bool) -> PreflightCo
 /// In a cluster the digits stand for the very object: its namespace, name and UID. A FineTuneJob that
 /// is deleted and created again is another run, and never shares checkpoints or results with the first
 /// or with a namesake in another namespace. A manifest on disk has no UID: there the digits stand for
-/// what the manifest says, so that the same command goes on with the run it began.
+/// what the manifest says, so that the same command resumes the run it began.
 pub fn run_id(job: &FineTuneJob) -> RunId {
     let name = job.metadata.name.as_deref().unwrap_or("job");
     let text = match &job.metadata.uid {

@@ -174,11 +174,12 @@ fn check_ranks(ranks: u32, memory_bytes: u64, lines: &str) -> String {
         Ok(plan) => render::text(&plan)
             .lines()
             .filter(|line| {
-                let told = ["ranks", "strategy", "recompute", "trainBatch", "gradientAcc"];
-                let told = told.iter().any(|field| line.trim_start().starts_with(field));
-                told || ["trained state", "gathered", "peak", "sent"]
-                    .iter()
-                    .any(|term| line.contains(term))
+                let fields = ["ranks", "strategy", "recompute", "trainBatch", "gradientAcc"];
+                let is_field = fields.iter().any(|field| line.trim_start().starts_with(field));
+                is_field
+                    || ["trained state", "gathered", "peak", "sent"]
+                        .iter()
+                        .any(|term| line.contains(term))
             })
             .collect::<Vec<_>>()
             .join("\n"),

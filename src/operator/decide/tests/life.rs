@@ -108,7 +108,7 @@ fn a_suspended_job_gives_its_pod_back_and_resumes_later() {
     assert_eq!(world.observed.jobs.len(), 1, "the preflight's stays to be read");
     world.job.spec.suspend = Some(false);
     world.settle();
-    assert_eq!(world.budgets(), (1, 0, 0), "a wish is neither failure nor disruption");
+    assert_eq!(world.budgets(), (1, 0, 0), "a suspension is neither failure nor disruption");
     assert_eq!(world.summary(), "Unknown Starting");
 }
 

@@ -27,7 +27,7 @@ fn out_of_memory_takes_the_fallbacks_and_ends_with_what_is_missing() {
         i64::try_from(config(&world).predicted_peak_bytes).unwrap()
     );
     assert_eq!(decision.requeue_after.map(|wait| wait.as_secs()), Some(2));
-    // The checkpoint's run goes on: the same name, the same sequences a step.
+    // The run of the checkpoint continues: the same name, the same sequences a step.
     let second = config(&world);
     assert_eq!((second.training.micro_batch_size, second.run_id), (4, first.run_id.clone()));
     world.wait(2);
