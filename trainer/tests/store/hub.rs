@@ -81,7 +81,7 @@ fn a_repository_may_be_named_with_its_kind() {
 #[test]
 fn says_gated_missing_repository_and_missing_revision_apart() {
     insta::assert_snapshot!(refusal("403 Forbidden", "GatedRepo"), @"cannot open hf://o/n: the repository is gated; accept its terms on the hub with the account of the token (asked HUB/api/models/o/n/revision/main?blobs=true with the token of FINETUNE_MODEL_HF_TOKEN)");
-    insta::assert_snapshot!(refusal("401 Unauthorized", "RepoNotFound"), @"cannot open hf://o/n: the repository does not exist, or is private and the token may not see it (asked HUB/api/models/o/n/revision/main?blobs=true with the token of FINETUNE_MODEL_HF_TOKEN)");
+    insta::assert_snapshot!(refusal("401 Unauthorized", "RepoNotFound"), @"cannot open hf://o/n: the repository does not exist, or is private and the token has no access to it (asked HUB/api/models/o/n/revision/main?blobs=true with the token of FINETUNE_MODEL_HF_TOKEN)");
     insta::assert_snapshot!(refusal("404 Not Found", "RevisionNotFound"), @r#"cannot open hf://o/n: the repository has no revision "main" (asked HUB/api/models/o/n/revision/main?blobs=true with the token of FINETUNE_MODEL_HF_TOKEN)"#);
 }
 

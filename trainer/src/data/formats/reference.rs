@@ -41,7 +41,7 @@ fn line(known: &KeyRule) -> String {
             format!("used in {}", formats.join(", "))
         }
         KeyUse::Used(_) => "used".to_owned(),
-        KeyUse::Ignored => "harmless".to_owned(),
+        KeyUse::Ignored => "ignored".to_owned(),
         KeyUse::Refused => "refused".to_owned(),
     };
     format!("| {names} | {key_use} | {} |\n", known.note)
