@@ -223,7 +223,8 @@ fn forward_cached(
     cache: &mut Option<(Tensor, Tensor)>,
 ) -> Tensor {
     let split_heads = |x: &Tensor| x.view([x.size()[0], -1, block.head_dim]);
-    let qkv = block.qkv_proj.forward_only(&Input::without_dropout(block.input_layernorm.forward(x)));
+    let qkv =
+        block.qkv_proj.forward_only(&Input::without_dropout(block.input_layernorm.forward(x)));
     let [mut q, mut k, mut v] = qkv.each_ref().map(split_heads);
     if let Some((q_norm, k_norm)) = &block.qk_norm {
         (q, k) = (q_norm.forward(&q), k_norm.forward(&k));

@@ -10,7 +10,7 @@ use crate::{
     architecture::names,
     export::Error,
     hf::weights::WeightFiles,
-    lora::trainable::{Trainable, LoraAdapters, adapter_names},
+    lora::trainable::{LoraAdapters, Trainable, adapter_names},
     model::{Model, master::Masters},
 };
 

@@ -128,9 +128,11 @@ fn pre_tokenizer_name(gguf: &Gguf) -> Result<&str, String> {
     match (gguf.text("tokenizer.ggml.pre"), default) {
         // Files from before May 2024 lack the key.
         (None | Some("default"), Some(default)) => Ok(default),
-        (None, None) => Err("the metadata lacks tokenizer.ggml.pre, the pre-tokenizer: use the model's \
+        (None, None) => {
+            Err("the metadata lacks tokenizer.ggml.pre, the pre-tokenizer: use the model's \
                              original Hugging Face files"
-            .to_owned()),
+                .to_owned())
+        }
         (Some(pre_tokenizer_name), _) => Ok(pre_tokenizer_name),
     }
 }

@@ -58,7 +58,10 @@ impl MetricsServer {
         let listener = TcpListener::bind(address).map_err(|error| cannot_listen(&error))?;
         listener.set_nonblocking(true).map_err(|error| cannot_listen(&error))?;
         let router = Router::new()
-            .route(PROGRESS_PATH, get(|State(server): State<Self>| async move { server.progress() }))
+            .route(
+                PROGRESS_PATH,
+                get(|State(server): State<Self>| async move { server.progress() }),
+            )
             .route(METRICS_PATH, get(|State(server): State<Self>| async move { server.metrics() }))
             .with_state(self.clone());
         let serve = move || {

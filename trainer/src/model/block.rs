@@ -281,8 +281,15 @@ mod tests {
         let config = read_config(&directory).unwrap();
         let cost = config.cost();
         let width = config.hidden_size as i64;
-        let model =
-            Model::load(&directory, config, Trainable::Full, dtype, Device::Cpu, RngKey::from_seed(0)).unwrap();
+        let model = Model::load(
+            &directory,
+            config,
+            Trainable::Full,
+            dtype,
+            Device::Cpu,
+            RngKey::from_seed(0),
+        )
+        .unwrap();
         let lengths = [32, 8];
         let positions: Vec<i64> = lengths.iter().flat_map(|&length| 0..length as i64).collect();
         let context = BlockContext {

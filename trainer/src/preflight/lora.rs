@@ -47,11 +47,7 @@ pub(super) fn check(
 ///
 /// # Source
 /// `vllm/lora/peft_helper.py` and `vllm/config/lora.py`, v0.22.
-fn warn_about_servability(
-    lora: &LoraSettings,
-    adapters: &LoraAdapters,
-    findings: &mut Findings,
-) {
+fn warn_about_servability(lora: &LoraSettings, adapters: &LoraAdapters, findings: &mut Findings) {
     let mut warn = |location: &str, message: String| {
         findings.add_warning(ProblemReason::Servability, location, message);
     };

@@ -16,9 +16,6 @@ use object_store::{
 
 use crate::store::{Environment, Error, Role};
 
-/// The directory below which the operator mounts the claims of `pvc://` URIs.
-pub const PVC_ROOT: &str = "/mnt/pvc";
-
 /// Returns the maximum number of retries of a request.
 pub(super) fn retries(environment: &Environment) -> usize {
     environment.plain(STORE_RETRIES).and_then(|text| text.parse().ok()).unwrap_or(5)

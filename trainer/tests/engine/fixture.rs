@@ -4,8 +4,8 @@ use std::path::Path;
 
 use finetune_contract::{Dtype, LoraSettings, TargetModules};
 use finetune_trainer::{
-    architecture::config::ModelConfig, data::Batch, lora::trainable::Trainable, model::Model,
-    runtime::rng::RngKey,
+    architecture::config::ModelConfig, data::sequences::Batch, lora::trainable::Trainable,
+    model::Model, runtime::rng::RngKey,
 };
 use tch::{Device, Tensor};
 

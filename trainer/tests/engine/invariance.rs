@@ -2,7 +2,7 @@
 
 use finetune_contract::{Dtype, Recompute};
 use finetune_trainer::{
-    data::Batch, layers::dropout::Dropout, lora::trainable::Trainable, model::Model,
+    data::sequences::Batch, layers::dropout::Dropout, lora::trainable::Trainable, model::Model,
     runtime::rng::RngKey,
 };
 use tch::{Device, Tensor};

@@ -22,7 +22,7 @@ pub struct Reference<'a> {
 
 impl<'a> Reference<'a> {
     /// Copies the parameters of a model.
-    pub fn of(model: &'a Model, checkpoint: &Checkpoint) -> Self {
+    pub fn of(model: &'a Model, checkpoint: &WeightFiles) -> Self {
         let copy = |name: &String| {
             let value = model.trained().master_of(name).unwrap().copy().set_requires_grad(true);
             (name.clone(), value)

@@ -8,7 +8,7 @@ use std::{
 use finetune_contract::{Dtype, LoraSettings, Optimizer, Recompute};
 use finetune_trainer::{
     architecture::config::ModelConfig,
-    data::Batch,
+    data::sequences::Batch,
     lora::trainable::Trainable,
     model::Model,
     optim::{AdamW, Clipped, clip},
