@@ -360,7 +360,7 @@ pub enum Optimizer {
     /// AdamW with moments in fp32.
     #[default]
     Adamw,
-    /// AdamW with moments of a byte each.
+    /// AdamW with 8-bit optimizer state.
     Adamw8bit,
 }
 

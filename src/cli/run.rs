@@ -147,7 +147,7 @@ pub(super) fn run(mut prepared: Prepared, ranks: u32) -> Result<(), Failure> {
         Outcome::Interrupted { checkpoint_step } => Err(Failure::new(
             ExitCode::Interrupted,
             format!(
-                "interrupted; step {checkpoint_step} is saved. Run the same command again to go on"
+                "interrupted; step {checkpoint_step} is saved. Run the same command again to resume"
             ),
         )),
         Outcome::Failed { reason, message } => {
@@ -174,7 +174,7 @@ fn train(trainer: &Trainer, plan: &RunPlan) -> Result<RunReport, Failure> {
                 );
                 Failure::new(ExitCode::OutOfMemory, message)
             })?;
-        display::note(&format!("going on with {change}, because {why}"));
+        display::note(&format!("continuing with {change}, because {why}"));
         config = RunConfig { attempt: config.attempt + 1, ..adapted };
         ways = left;
     }
@@ -211,12 +211,9 @@ fn summary(report: &RunReport) -> String {
         line("published", uri.clone());
         let losses =
             proof.loss_trained_and_reloaded.map_or(String::new(), |[trained, reloaded]| {
-                format!("; loss {trained:.4} as trained, {reloaded:.4} reloaded")
+                format!("; loss {trained:.4} after training, {reloaded:.4} reloaded")
             });
-        line(
-            "proven",
-            format!("{} files, {} read back{losses}", proof.files, units::bytes(proof.bytes)),
-        );
+        line("verified", format!("{} files, {}{losses}", proof.files, units::bytes(proof.bytes)));
     }
     if let Some([first, last]) = report.train_loss {
         line("train loss", format!("{first:.3} → {last:.3} in {} steps", report.steps));
@@ -267,7 +264,7 @@ fn without_report(step: &str, ended: &trainer::Ended) -> Failure {
     if *was_interrupted {
         return Failure::new(
             ExitCode::Interrupted,
-            "interrupted. Run the same command again to go on from the last checkpoint",
+            "interrupted. Run the same command again to resume from the last checkpoint",
         );
     }
     match code {

@@ -25,7 +25,7 @@ pub(super) struct Batch {
     pub(super) accumulation: u32,
 }
 
-/// How large micro-batches may be, and how many sequences a step has.
+/// How large micro-batches may be, and how many sequences per step has.
 struct Sizes {
     /// The micro-batch asked for.
     asked: Option<u64>,
@@ -156,7 +156,7 @@ pub(super) fn decide(
     let why = match (sizes.asked, sizes.is_lowered) {
         (Some(_), false) => "set in the manifest",
         (Some(_), true) => &lowered,
-        (None, _) => "as many as fit the memory, at most 8",
+        (None, _) => "as many as fit in memory, at most 8",
     };
     decisions.add("trainBatchSizePerDevice", chosen.micro_batch, why);
     let usual = sizes.usual_accumulation(chosen.micro_batch);
@@ -172,12 +172,12 @@ impl Sizes {
         let Self { global, .. } = *self;
         let over = if ranks > 1 { format!(" over {ranks} ranks") } else { String::new() };
         if really != global {
-            format!("{really} sequences a step{over}, the fewest not below {global}")
+            format!("{really} sequences per step{over}, the fewest not below {global}")
         } else if global == DEFAULT_BATCH {
-            format!("{global} sequences a step{over}")
+            format!("{global} sequences per step{over}")
         } else {
             format!(
-                "{global} of only {sequences} sequences a step{over}, so that there are several steps"
+                "{global} of only {sequences} sequences per step{over}, so that there are several steps"
             )
         }
     }
@@ -236,7 +236,7 @@ fn explain_strategy(
 }
 
 fn does_not_fit(bytes: u64, budget: u64) -> String {
-    format!("{} do not fit {}", units::bytes(bytes), units::bytes(budget))
+    format!("{} does not fit in {}", units::bytes(bytes), units::bytes(budget))
 }
 
 #[cfg(test)]

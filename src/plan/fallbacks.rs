@@ -57,7 +57,7 @@ pub(super) fn list(
     fallbacks
 }
 
-/// Returns the next smaller workload with as many sequences a step.
+/// Returns the next smaller workload with as many sequences per step.
 fn lower(workload: Workload, accumulation: u64, may_add_ranks: bool) -> Option<(Workload, u64)> {
     if workload.micro_batch > 1 {
         let divisor = smallest_divisor(workload.micro_batch);
@@ -150,7 +150,7 @@ fn change(from: &RunConfig, to: &RunConfig) -> String {
             != (to.parallelism.strategy, to.parallelism.world_size);
     let but = if is_rounded_anew { " but for the rounding of moments" } else { "" };
     format!(
-        "{}: {} sequences a step and the same result{but}, in {} instead of {}",
+        "{}: {} sequences per step and the same result{but}, in {} instead of {}",
         changed.join(", "),
         to.global_batch_size(),
         units::bytes(to.predicted_peak_bytes),
@@ -164,18 +164,18 @@ fn shortfall(config: &RunConfig, fallbacks: &[Fallback], limit: Option<u64>) -> 
     let nothing = "no smaller configuration is left to try";
     match limit {
         Some(limit) if least > limit => format!(
-            "{nothing}: the least it needs is {}, {} more than the limit of {}",
+            "{nothing}: at least {} is needed, {} above the limit of {}",
             units::bytes(least),
             units::bytes(least - limit),
             units::bytes(limit)
         ),
         Some(limit) => format!(
-            "{nothing}: {} are predicted, and the limit of {}, {} above that, was too little",
+            "{nothing}: {} was predicted, but a limit of {}, {} more, was not enough",
             units::bytes(predicted),
             units::bytes(limit),
             units::bytes(limit.saturating_sub(predicted))
         ),
-        None => format!("{nothing}: {} are predicted", units::bytes(predicted)),
+        None => format!("{nothing}: {} was predicted", units::bytes(predicted)),
     }
 }
 
@@ -249,14 +249,14 @@ mod tests {
             (last, left) = (next.config, next.left);
         }
         insta::assert_snapshot!(said.join("\n"), @r"
-        trainBatchSizePerDevice 4 instead of 8, gradientAccumulationSteps 4 instead of 2: 16 sequences a step and the same result, in 3.02 GB instead of 3.40 GB
-        trainBatchSizePerDevice 2 instead of 4, gradientAccumulationSteps 8 instead of 4: 16 sequences a step and the same result, in 2.83 GB instead of 3.02 GB
-        trainBatchSizePerDevice 1 instead of 2, gradientAccumulationSteps 16 instead of 8: 16 sequences a step and the same result, in 2.71 GB instead of 2.83 GB
-        recompute block instead of none: 16 sequences a step and the same result, in 2.63 GB instead of 2.71 GB
-        gradientAccumulationSteps 8 instead of 16, ranks 2 instead of 1, strategy zero3 instead of none: 16 sequences a step and the same result, in 1.74 GB instead of 2.63 GB
-        gradientAccumulationSteps 4 instead of 8, ranks 4 instead of 2: 16 sequences a step and the same result, in 1.14 GB instead of 1.74 GB
-        gradientAccumulationSteps 2 instead of 4, ranks 8 instead of 4: 16 sequences a step and the same result, in 835 MB instead of 1.14 GB
-        gradientAccumulationSteps 1 instead of 2, ranks 16 instead of 8: 16 sequences a step and the same result, in 683 MB instead of 835 MB
+        trainBatchSizePerDevice 4 instead of 8, gradientAccumulationSteps 4 instead of 2: 16 sequences per step and the same result, in 3.02 GB instead of 3.40 GB
+        trainBatchSizePerDevice 2 instead of 4, gradientAccumulationSteps 8 instead of 4: 16 sequences per step and the same result, in 2.83 GB instead of 3.02 GB
+        trainBatchSizePerDevice 1 instead of 2, gradientAccumulationSteps 16 instead of 8: 16 sequences per step and the same result, in 2.71 GB instead of 2.83 GB
+        recompute block instead of none: 16 sequences per step and the same result, in 2.63 GB instead of 2.71 GB
+        gradientAccumulationSteps 8 instead of 16, ranks 2 instead of 1, strategy zero3 instead of none: 16 sequences per step and the same result, in 1.74 GB instead of 2.63 GB
+        gradientAccumulationSteps 4 instead of 8, ranks 4 instead of 2: 16 sequences per step and the same result, in 1.14 GB instead of 1.74 GB
+        gradientAccumulationSteps 2 instead of 4, ranks 8 instead of 4: 16 sequences per step and the same result, in 835 MB instead of 1.14 GB
+        gradientAccumulationSteps 1 instead of 2, ranks 16 instead of 8: 16 sequences per step and the same result, in 683 MB instead of 835 MB
         ");
     }
 
@@ -296,9 +296,9 @@ mod tests {
     fn passes_over_what_cannot_fit_and_says_what_is_missing() {
         let (config, fallbacks) = planned("  loraConfig: {}\n", 8.0);
         let adapted = adapt(&config, &fallbacks, Some(300_000_000)).unwrap();
-        insta::assert_snapshot!(adapted.change, @"trainBatchSizePerDevice 1 instead of 8, gradientAccumulationSteps 16 instead of 2: 16 sequences a step and the same result, in 269 MB instead of 967 MB");
-        insta::assert_snapshot!(adapt(&config, &fallbacks, Some(24 << 20)).unwrap_err(), @"no smaller configuration is left to try: the least it needs is 190 MB, 164 MB more than the limit of 25 MB");
-        insta::assert_snapshot!(adapt(&config, &[], Some(2_000_000_000)).unwrap_err(), @"no smaller configuration is left to try: 967 MB are predicted, and the limit of 2.00 GB, 1.03 GB above that, was too little");
-        insta::assert_snapshot!(adapt(&config, &[], None).unwrap_err(), @"no smaller configuration is left to try: 967 MB are predicted");
+        insta::assert_snapshot!(adapted.change, @"trainBatchSizePerDevice 1 instead of 8, gradientAccumulationSteps 16 instead of 2: 16 sequences per step and the same result, in 269 MB instead of 967 MB");
+        insta::assert_snapshot!(adapt(&config, &fallbacks, Some(24 << 20)).unwrap_err(), @"no smaller configuration is left to try: at least 190 MB is needed, 164 MB above the limit of 25 MB");
+        insta::assert_snapshot!(adapt(&config, &[], Some(2_000_000_000)).unwrap_err(), @"no smaller configuration is left to try: 967 MB was predicted, but a limit of 2.00 GB, 1.03 GB more, was not enough");
+        insta::assert_snapshot!(adapt(&config, &[], None).unwrap_err(), @"no smaller configuration is left to try: 967 MB was predicted");
     }
 }

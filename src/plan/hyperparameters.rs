@@ -9,7 +9,7 @@ use crate::api::{OptimizerName, Precision, Scheduler, Training};
 pub(super) fn optimizer(set: Option<OptimizerName>, decisions: &mut Choices) -> Optimizer {
     match set {
         Some(OptimizerName::Adamw8bit) => {
-            let reason = "set in the manifest; moments of a byte each";
+            let reason = "set in the manifest; 8-bit optimizer state";
             let optimizer = Optimizer::Adamw8bit;
             decisions.add("optimizer", word(&optimizer), reason);
             optimizer
@@ -41,7 +41,7 @@ pub(super) fn training_settings(
         "learningRate",
         training.learning_rate,
         if *is_lora { 1e-4 } else { 1e-5 },
-        if *is_lora { "usual for LoRA" } else { "usual when every parameter moves" },
+        if *is_lora { "usual for LoRA" } else { "usual for full-parameter training" },
     );
     let whole = |value: Option<i64>| value.map(i64::unsigned_abs);
     let scheduler = match training.lr_scheduler_type {
@@ -55,7 +55,7 @@ pub(super) fn training_settings(
         if training.lr_scheduler_type.is_some() {
             "set in the manifest"
         } else {
-            "falls smoothly to zero"
+            "decays smoothly to zero"
         },
     );
     TrainingSettings {
@@ -138,7 +138,7 @@ pub(super) fn dtype(
         Target::Accelerator { accelerator, .. } if accelerator.is_device() => {
             accelerator.name.as_str()
         }
-        Target::Local(_) | Target::Accelerator { .. } => "this processor",
+        Target::Local(_) | Target::Accelerator { .. } => "this CPU",
     };
     let (dtype, reason) = match (set, native) {
         (Some(Precision::Bf16), true) => (Dtype::Bf16, "set in the manifest".to_owned()),

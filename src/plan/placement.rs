@@ -289,19 +289,19 @@ mod tests {
         assert_eq!(within.pod.memory_bytes, 700 << 20, "what the pod gets");
         let little = job("  resources: {limits: {memory: 24Mi}}\n  loraConfig: {}\n");
         let lacking = place(&little, &report, accelerators).unwrap_err().to_string();
-        insta::assert_snapshot!(lacking, @"cpu: the run needs 190 MB, but only 23 MB of the 25 MB on one cpu within resources.limits.memory may be used, 167 MB too little: raise resources.limits.memory, or lower training.contextLength below 256");
+        insta::assert_snapshot!(lacking, @"cpu: the run needs 190 MB, but only 23 MB of the 25 MB on one cpu within resources.limits.memory is available, 167 MB short: raise resources.limits.memory, or lower training.contextLength below 256");
         // Nor is a device taken whose pod the limit would end, with a trainer or without.
         let devices = &super::tests::accelerators();
         let lacking = place(&little, &report, devices).unwrap_err().to_string();
         insta::assert_snapshot!(lacking, @r#"
-        cpu: the run needs 190 MB, but only 23 MB of the 25 MB on one cpu within resources.limits.memory may be used, 167 MB too little: raise resources.limits.memory, or lower training.contextLength below 256
+        cpu: the run needs 190 MB, but only 23 MB of the 25 MB on one cpu within resources.limits.memory is available, 167 MB short: raise resources.limits.memory, or lower training.contextLength below 256
         A100-80GB: a pod with it needs 5.64 GB of the host's memory, but resources.limits.memory is 25 MB: raise it
         A100-80GB: a pod with it needs 11.01 GB of the host's memory, but resources.limits.memory is 25 MB: raise it
         "#);
         let mut devices = devices.clone();
         devices[1].image = None;
         let lacking = place(&little, &report, &devices).unwrap_err().to_string();
-        insta::assert_snapshot!(lacking, @"cpu: the run needs 190 MB, but only 23 MB of the 25 MB on one cpu within resources.limits.memory may be used, 167 MB too little: raise resources.limits.memory, or lower training.contextLength below 256");
+        insta::assert_snapshot!(lacking, @"cpu: the run needs 190 MB, but only 23 MB of the 25 MB on one cpu within resources.limits.memory is available, 167 MB short: raise resources.limits.memory, or lower training.contextLength below 256");
     }
 
     #[test]
@@ -323,9 +323,9 @@ mod tests {
         insta::assert_snapshot!(said.join("\n"), @r#"
         ranks 2: the fewest that hold it, each on one cpu
         strategy zero3: divides moments, gradients and weights; of what fits, what sends least
-        strategy zero1: 2.34 GB do not fit 1.77 GB
-        strategy zero2: 1.94 GB do not fit 1.77 GB
-        accelerator cpu: the run needs 2.63 GB, but only 1.77 GB of the 2.68 GB on one cpu may be used, 857 MB too little: set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory
+        strategy zero1: 2.34 GB does not fit in 1.77 GB
+        strategy zero2: 1.94 GB does not fit in 1.77 GB
+        accelerator cpu: the run needs 2.63 GB, but only 1.77 GB of the 2.68 GB on one cpu is available, 857 MB short: set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory
         "#);
         let asked = placement.plan.run_config.parallelism;
         assert_eq!((asked.world_size, asked.strategy), (2, Strategy::Zero3));

@@ -113,7 +113,7 @@ pub(super) fn too_little_memory(
     invalid(
         "memory",
         format!(
-            "{who} {}, but only {} of the {} {where_} may be used, {} too little: {}",
+            "{who} {}, but only {} of the {} {where_} is available, {} short: {}",
             units::bytes(memory.total()),
             units::bytes(budget),
             units::bytes(limit),

@@ -28,7 +28,7 @@ pub fn text(plan: &RunPlan) -> String {
         line(row(decision));
     }
     if !plan.rejected.is_empty() {
-        line("\nNot taken".to_owned());
+        line("\nAlternatives not chosen".to_owned());
         plan.rejected.iter().for_each(|decision| line(row(decision)));
     }
     line("\nMemory".to_owned());
@@ -41,11 +41,11 @@ pub fn text(plan: &RunPlan) -> String {
     let each = if plan.run_config.parallelism.world_size > 1 { " of each rank" } else { "" };
     line(format!("  {:<27}{:>10}{limit}", format!("peak{each}"), bytes(plan.memory.total())));
     if let Some(fallbacks) = fallbacks::describe(&plan.run_config, &plan.fallbacks) {
-        line(format!("  {:<27}{fallbacks}", "if that is too little"));
+        line(format!("  {:<27}{fallbacks}", "if memory runs out"));
     }
     if plan.memory.mapped_weights > 0 {
         line(format!(
-            "  {:<27}{:>10}  read in place, given back under pressure",
+            "  {:<27}{:>10}  memory-mapped, reclaimable",
             "weights, mapped",
             bytes(plan.memory.mapped_weights)
         ));
@@ -62,13 +62,13 @@ pub fn text(plan: &RunPlan) -> String {
     }
     if !plan.accelerators.is_empty() {
         let percent = ACCELERATOR_EFFICIENCY * 100.0;
-        line(format!("\nElsewhere (assuming {percent:.0} % of the stated speed)"));
+        line(format!("\nOther accelerators (at {percent:.0} % of the stated speed)"));
     }
     for estimate in &plan.accelerators {
         let mut verdict = if estimate.shortfall_bytes == 0 {
             format!("fits, about {}", duration(estimate.seconds))
         } else {
-            format!("{} too little", bytes(estimate.shortfall_bytes))
+            format!("{} short", bytes(estimate.shortfall_bytes))
         };
         if let Some(cost) = estimate.cost.filter(|_| estimate.shortfall_bytes == 0) {
             let _ = write!(verdict, ", costs {cost:.2}");

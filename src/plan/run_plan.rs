@@ -21,7 +21,7 @@ pub struct RunPlan {
     /// Bytes of a checkpoint.
     #[serde(skip)]
     pub checkpoint_bytes: u64,
-    /// What follows if that is too little, in this order.
+    /// What follows if memory runs out, in this order.
     pub fallbacks: Vec<Fallback>,
     /// Where it runs, for people: `here`, or `on one A100-80GB`.
     pub place: String,

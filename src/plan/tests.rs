@@ -32,16 +32,16 @@ fn plans_lora_on_a_small_model() {
       method                     LoRA            loraConfig is given: 2442240 trained parameters, 1.82 % of the model
       r                          8               updates are scaled by 2
       targetModules              all-linear      q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
-      dtype                      bf16            this processor multiplies bf16 natively
+      dtype                      bf16            this CPU multiplies bf16 natively
       packing                    true            rows share sequences, so no position is padding
       contextLength              256             holds 95 % of the rows; 40 of 1000 rows are longer (4000 of 150000 tokens)
       recompute                  none            fits the memory, and computes nothing twice
-      trainBatchSizePerDevice    8               as many as fit the memory, at most 8
-      gradientAccumulationSteps  2               16 sequences a step
+      trainBatchSizePerDevice    8               as many as fit in memory, at most 8
+      gradientAccumulationSteps  2               16 sequences per step
       numEpochs                  3               as many as give about 100 steps, from 1 to 10
       steps                      111             590 sequences × 3 epochs / 16 a step; the last has the 10 that are left
       learningRate               0.0001          usual for LoRA
-      lrSchedulerType            cosine          falls smoothly to zero
+      lrSchedulerType            cosine          decays smoothly to zero
       numWarmupSteps             10              10 % of the steps, at most 10
       weightDecay                0               fine-tuning is short
       maxGradNorm                1               keeps a rare row from throwing the weights
@@ -56,12 +56,12 @@ fn plans_lora_on_a_small_model() {
       checkpoint                      29 MB
       runtime                         75 MB
       peak                           967 MB  of 8.00 GB here
-      if that is too little      trainBatchSizePerDevice 4, 2, 1; then recompute block
-      weights, mapped                269 MB  read in place, given back under pressure
+      if memory runs out         trainBatchSizePerDevice 4, 2, 1; then recompute block
+      weights, mapped                269 MB  memory-mapped, reclaimable
 
     Time  about 20 min here, at 50 % of its matrix speed
 
-    Elsewhere (assuming 35 % of the stated speed)
+    Other accelerators (at 35 % of the stated speed)
       Test 80GB                     2.89 GB  fits, about 2 s, costs 0.00
     ");
 }
@@ -73,26 +73,26 @@ fn computes_blocks_again_when_memory_is_short() {
       method                     LoRA            loraConfig is given: 2442240 trained parameters, 1.82 % of the model
       r                          8               updates are scaled by 2
       targetModules              all-linear      q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
-      dtype                      bf16            this processor multiplies bf16 natively
+      dtype                      bf16            this CPU multiplies bf16 natively
       packing                    true            rows share sequences, so no position is padding
       contextLength              1024            set in the manifest; cuts nothing, the longest row has 700 tokens
       recompute                  block           the only way to fit the memory; about a third slower
-      trainBatchSizePerDevice    2               as many as fit the memory, at most 8
-      gradientAccumulationSteps  8               16 sequences a step
+      trainBatchSizePerDevice    2               as many as fit in memory, at most 8
+      gradientAccumulationSteps  8               16 sequences per step
       numEpochs                  10              as many as give about 100 steps, from 1 to 10
       steps                      94              150 sequences × 10 epochs / 16 a step; the last has the 12 that are left
       learningRate               0.0001          usual for LoRA
-      lrSchedulerType            cosine          falls smoothly to zero
+      lrSchedulerType            cosine          decays smoothly to zero
       numWarmupSteps             9               10 % of the steps, at most 10
       weightDecay                0               fine-tuning is short
       maxGradNorm                1               keeps a rare row from throwing the weights
       seed                       42              fixed, so that a run can be repeated
       checkpointSteps            by time         before 30 s of work would be lost, while that takes at most 1 % of the time
 
-    Not taken
-      recompute                  none            583 MB do not fit 450 MB
-      trainBatchSizePerDevice    8               714 MB do not fit 450 MB
-      trainBatchSizePerDevice    4               457 MB do not fit 450 MB
+    Alternatives not chosen
+      recompute                  none            583 MB does not fit in 450 MB
+      trainBatchSizePerDevice    8               714 MB does not fit in 450 MB
+      trainBatchSizePerDevice    4               457 MB does not fit in 450 MB
 
     Memory
       trained state                   44 MB
@@ -102,12 +102,12 @@ fn computes_blocks_again_when_memory_is_short() {
       checkpoint                      29 MB
       runtime                         75 MB
       peak                           328 MB  of 500 MB here
-      if that is too little      trainBatchSizePerDevice 1
-      weights, mapped                269 MB  read in place, given back under pressure
+      if memory runs out         trainBatchSizePerDevice 1
+      weights, mapped                269 MB  memory-mapped, reclaimable
 
     Time  about 1.7 h here, at 50 % of its matrix speed
 
-    Elsewhere (assuming 35 % of the stated speed)
+    Other accelerators (at 35 % of the stated speed)
       Test 80GB                     2.25 GB  fits, about 12 s, costs 0.01
 
     Warnings
@@ -117,12 +117,12 @@ fn computes_blocks_again_when_memory_is_short() {
 
 #[test]
 fn says_by_how_much_a_large_model_does_not_fit() {
-    insta::assert_snapshot!(check(fixture::llama_8b(), 64 * GB, ""), @"memory: the run needs 145.90 GB, but only 57.60 GB of the 64.00 GB here may be used, 88.30 GB too little: set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory");
-    insta::assert_snapshot!(check(fixture::smollm2(), 2400 << 20, ""), @"memory: the run needs 2.63 GB, but only 2.26 GB of the 2.52 GB here may be used, 363 MB too little: set training.optimizer: adamw8bit, with which it is 1.82 GB, or set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory");
+    insta::assert_snapshot!(check(fixture::llama_8b(), 64 * GB, ""), @"memory: the run needs 145.90 GB, but only 57.60 GB of the 64.00 GB here is available, 88.30 GB short: set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory");
+    insta::assert_snapshot!(check(fixture::smollm2(), 2400 << 20, ""), @"memory: the run needs 2.63 GB, but only 2.26 GB of the 2.52 GB here is available, 363 MB short: set training.optimizer: adamw8bit, with which it is 1.82 GB, or set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory");
     let small = check(fixture::smollm2(), 2400 << 20, "  training: {optimizer: adamw8bit}\n");
     let lines: Vec<_> = small.lines().filter(|line| line.contains("optimizer")).collect();
     assert_eq!(lines.len(), 1, "{small}");
-    assert!(lines[0].contains("adamw8bit       set in the manifest; moments of a byte each"));
+    assert!(lines[0].contains("adamw8bit       set in the manifest; 8-bit optimizer state"));
 }
 
 #[test]
@@ -132,16 +132,16 @@ fn plans_lora_on_a_large_model() {
       method                     LoRA            loraConfig is given: 41943040 trained parameters, 0.52 % of the model
       r                          16              updates are scaled by 1
       targetModules              all-linear      q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
-      dtype                      bf16            this processor multiplies bf16 natively
+      dtype                      bf16            this CPU multiplies bf16 natively
       packing                    true            rows share sequences, so no position is padding
       contextLength              256             holds 95 % of the rows; 40 of 1000 rows are longer (4000 of 150000 tokens)
       recompute                  none            fits the memory, and computes nothing twice
-      trainBatchSizePerDevice    8               as many as fit the memory, at most 8
-      gradientAccumulationSteps  2               16 sequences a step
+      trainBatchSizePerDevice    8               as many as fit in memory, at most 8
+      gradientAccumulationSteps  2               16 sequences per step
       numEpochs                  3               as many as give about 100 steps, from 1 to 10
       steps                      111             590 sequences × 3 epochs / 16 a step; the last has the 10 that are left
       learningRate               0.0001          usual for LoRA
-      lrSchedulerType            cosine          falls smoothly to zero
+      lrSchedulerType            cosine          decays smoothly to zero
       numWarmupSteps             10              10 % of the steps, at most 10
       weightDecay                0               fine-tuning is short
       maxGradNorm                1               keeps a rare row from throwing the weights
@@ -156,12 +156,12 @@ fn plans_lora_on_a_large_model() {
       checkpoint                     503 MB
       runtime                         75 MB
       peak                          8.16 GB  of 64.00 GB here
-      if that is too little      trainBatchSizePerDevice 4, 2, 1; then recompute block
-      weights, mapped              16.06 GB  read in place, given back under pressure
+      if memory runs out         trainBatchSizePerDevice 4, 2, 1; then recompute block
+      weights, mapped              16.06 GB  memory-mapped, reclaimable
 
     Time  about 19.7 h here, at 50 % of its matrix speed
 
-    Elsewhere (assuming 35 % of the stated speed)
+    Other accelerators (at 35 % of the stated speed)
       Test 80GB                    26.50 GB  fits, about 2 min, costs 0.08
     ");
 }
@@ -193,8 +193,8 @@ fn ranks_hold_everything_while_it_fits_each() {
     ranks                      2               as asked; each has 1/2 of this machine
     strategy                   ddp             each rank holds everything and sends gradients; of what fits, what sends least
     recompute                  none            fits the memory, and computes nothing twice
-    trainBatchSizePerDevice    8               as many as fit the memory, at most 8
-    gradientAccumulationSteps  1               16 sequences a step over 2 ranks
+    trainBatchSizePerDevice    8               as many as fit in memory, at most 8
+    gradientAccumulationSteps  1               16 sequences per step over 2 ranks
     strategy                   zero3           sends 208 MB in a step where 10 MB are enough
     trained state                   44 MB
     peak of each rank              967 MB  of 8.00 GB here
@@ -208,11 +208,11 @@ fn ranks_divide_what_does_not_fit_each() {
     ranks                      2               as asked; each has 1/2 of this machine
     strategy                   zero3           divides moments, gradients and weights; of what fits, what sends least
     recompute                  none            fits the memory, and computes nothing twice
-    trainBatchSizePerDevice    4               as many as fit the memory, at most 8
-    gradientAccumulationSteps  2               16 sequences a step over 2 ranks
-    strategy                   zero1           2.42 GB do not fit 2.25 GB
+    trainBatchSizePerDevice    4               as many as fit in memory, at most 8
+    gradientAccumulationSteps  2               16 sequences per step over 2 ranks
+    strategy                   zero1           2.42 GB does not fit in 2.25 GB
     strategy                   zero2           sends 1.04 GB in a step where 913 MB are enough
-    trainBatchSizePerDevice    8               2.52 GB do not fit 2.25 GB
+    trainBatchSizePerDevice    8               2.52 GB does not fit in 2.25 GB
     trained state                 1.21 GB
     gathered units                 326 MB
     peak of each rank             2.14 GB  of 5.00 GB here
@@ -222,7 +222,7 @@ fn ranks_divide_what_does_not_fit_each() {
 
 #[test]
 fn says_when_no_division_fits() {
-    insta::assert_snapshot!(check_ranks(4, 4 * GB, ""), @"memory: each of 4 ranks needs 1.14 GB, but only 900 MB of the 4.00 GB here may be used, 237 MB too little: use fewer ranks, which share this machine's memory, or set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory");
+    insta::assert_snapshot!(check_ranks(4, 4 * GB, ""), @"memory: each of 4 ranks needs 1.14 GB, but only 900 MB of the 4.00 GB here is available, 237 MB short: use fewer ranks, which share this machine's memory, or set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory");
 }
 
 #[test]

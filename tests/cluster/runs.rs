@@ -1,4 +1,4 @@
-//! Jobs on a real model, from `kubectl apply` to a proven result.
+//! Jobs on a real model, from `kubectl apply` to a verified result.
 
 use serde_json::json;
 

@@ -152,7 +152,7 @@ fn an_interrupted_run_says_so_and_goes_on() {
     let saved = sandbox.report(&job).steps;
     assert!((5..STEPS).contains(&saved));
     let message =
-        format!("interrupted; step {saved} is saved. Run the same command again to go on");
+        format!("interrupted; step {saved} is saved. Run the same command again to resume");
     assert!(ran.stderr.contains(&message), "{}", ran.stderr);
     sandbox.run(&job).ok();
     assert_eq!(sandbox.report(&job).resumed_from_step, Some(saved));

@@ -114,7 +114,7 @@ fn runs_a_job_and_sums_it_up() {
     insta::assert_snapshot!(check("run", MINIMAL, Some(&trainer)), @r#"
 exit 0
 published   file:///data/minimal
-proven      3 files, 18 MB read back; loss 1.2500 as trained, 1.2500 reloaded
+verified    3 files, 18 MB; loss 1.2500 after training, 1.2500 reloaded
 train loss  3.000 → 1.500 in 40 steps
 time        80 s, 1234 tok/s
 memory      480 MB peak, 500 MB predicted
@@ -129,16 +129,16 @@ fn plans_without_training() {
 exit 0
 Plan of minimal-c475808c
   method                     full-parameter  no loraConfig: all 9000000 parameters are trained
-  dtype                      fp32            this processor does not multiply bf16 natively
+  dtype                      fp32            this CPU does not multiply bf16 natively
   packing                    true            rows share sequences, so no position is padding
   contextLength              256             holds 95 % of the rows; cuts nothing, the longest row has 200 tokens
   recompute                  none            fits the memory, and computes nothing twice
-  trainBatchSizePerDevice    8               as many as fit the memory, at most 8
-  gradientAccumulationSteps  1               8 of only 40 sequences a step, so that there are several steps
+  trainBatchSizePerDevice    8               as many as fit in memory, at most 8
+  gradientAccumulationSteps  1               8 of only 40 sequences per step, so that there are several steps
   numEpochs                  10              as many as give about 100 steps, from 1 to 10
   steps                      50              40 sequences × 10 epochs / 8 a step
-  learningRate               0.00001         usual when every parameter moves
-  lrSchedulerType            cosine          falls smoothly to zero
+  learningRate               0.00001         usual for full-parameter training
+  lrSchedulerType            cosine          decays smoothly to zero
   numWarmupSteps             5               10 % of the steps, at most 10
   weightDecay                0               fine-tuning is short
   maxGradNorm                1               keeps a rare row from throwing the weights
@@ -153,8 +153,8 @@ Memory
   checkpoint                      34 MB
   runtime                         75 MB
   peak                           277 MB
-  if that is too little      trainBatchSizePerDevice 4, 2, 1; then recompute block
-  weights, mapped                 18 MB  read in place, given back under pressure
+  if memory runs out         trainBatchSizePerDevice 4, 2, 1; then recompute block
+  weights, mapped                 18 MB  memory-mapped, reclaimable
     "#);
 }
 
@@ -190,7 +190,7 @@ fn says_how_to_go_on_after_an_interruption() {
     insta::assert_snapshot!(check("run", MINIMAL, Some(&trainer)), @r#"
 exit 75
 step 1/40  training  loss 2.500
-error: interrupted; step 20 is saved. Run the same command again to go on
+error: interrupted; step 20 is saved. Run the same command again to resume
     "#);
 }
 
@@ -327,8 +327,8 @@ fn goes_on_in_smaller_pieces_where_memory_is_too_little() {
     let (output, directory) = run_in_little_memory(&[2]);
     insta::assert_snapshot!(said_after_plan(&output), @r"
     exit 0
-    going on with trainBatchSizePerDevice 4 instead of 8, gradientAccumulationSteps 2 instead of 1: 8 sequences a step and the same result, in 266 MB instead of 277 MB, because the device ran out of memory
-    going on with trainBatchSizePerDevice 2 instead of 4, gradientAccumulationSteps 4 instead of 2: 8 sequences a step and the same result, in 260 MB instead of 266 MB, because the device ran out of memory
+    continuing with trainBatchSizePerDevice 4 instead of 8, gradientAccumulationSteps 2 instead of 1: 8 sequences per step and the same result, in 266 MB instead of 277 MB, because the device ran out of memory
+    continuing with trainBatchSizePerDevice 2 instead of 4, gradientAccumulationSteps 4 instead of 2: 8 sequences per step and the same result, in 260 MB instead of 266 MB, because the device ran out of memory
     ");
     let told = fs::read_to_string(directory.path().join("told")).unwrap();
     let told: Vec<finetune_contract::RunConfig> =
@@ -348,11 +348,11 @@ fn says_what_is_missing_when_the_smallest_pieces_are_too_large() {
     let (output, directory) = run_in_little_memory(&[]);
     insta::assert_snapshot!(said_after_plan(&output), @r"
     exit 71
-    going on with trainBatchSizePerDevice 4 instead of 8, gradientAccumulationSteps 2 instead of 1: 8 sequences a step and the same result, in 266 MB instead of 277 MB, because the device ran out of memory
-    going on with trainBatchSizePerDevice 2 instead of 4, gradientAccumulationSteps 4 instead of 2: 8 sequences a step and the same result, in 260 MB instead of 266 MB, because the device ran out of memory
-    going on with trainBatchSizePerDevice 1 instead of 2, gradientAccumulationSteps 8 instead of 4: 8 sequences a step and the same result, in 256 MB instead of 260 MB, because the device ran out of memory
-    going on with recompute block instead of none: 8 sequences a step and the same result, in 255 MB instead of 256 MB, because the device ran out of memory
-    error: the device ran out of memory, and no smaller configuration is left to try: 255 MB are predicted. Lower training.contextLength, or use a machine with more memory
+    continuing with trainBatchSizePerDevice 4 instead of 8, gradientAccumulationSteps 2 instead of 1: 8 sequences per step and the same result, in 266 MB instead of 277 MB, because the device ran out of memory
+    continuing with trainBatchSizePerDevice 2 instead of 4, gradientAccumulationSteps 4 instead of 2: 8 sequences per step and the same result, in 260 MB instead of 266 MB, because the device ran out of memory
+    continuing with trainBatchSizePerDevice 1 instead of 2, gradientAccumulationSteps 8 instead of 4: 8 sequences per step and the same result, in 256 MB instead of 260 MB, because the device ran out of memory
+    continuing with recompute block instead of none: 8 sequences per step and the same result, in 255 MB instead of 256 MB, because the device ran out of memory
+    error: the device ran out of memory, and no smaller configuration is left to try: 255 MB was predicted. Lower training.contextLength, or use a machine with more memory
     ");
     let told = fs::read_to_string(directory.path().join("told")).unwrap();
     assert_eq!(told.lines().count(), 5, "8, 4, 2, 1, and blocks computed again");
@@ -375,7 +375,10 @@ fn survives_the_first_interrupt_and_waits_for_the_trainer() {
     let output = run_in(directory.path(), &["run"]);
     let errors = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(75), "{errors}");
-    assert!(errors.ends_with("step 7 is saved. Run the same command again to go on\n"), "{errors}");
+    assert!(
+        errors.ends_with("step 7 is saved. Run the same command again to resume\n"),
+        "{errors}"
+    );
 }
 
 #[test]

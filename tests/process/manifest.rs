@@ -148,7 +148,7 @@ fn reports_unknown_words() {
 #[test]
 fn reports_rules_between_fields() {
     insta::assert_snapshot!(with("  training: {numEpochs: 3, maxSteps: 10}\n"), @r#"spec.training: numEpochs and maxSteps both set the length of the run: keep one"#);
-    insta::assert_snapshot!(with("  initialAdapter: {uri: s3://a/adapter}\n"), @"spec: initialAdapter is a LoRA adapter to go on training, but loraConfig is not set: set it to the adapter's shape; to go on with a full-parameter result name it as model.uri instead");
+    insta::assert_snapshot!(with("  initialAdapter: {uri: s3://a/adapter}\n"), @"spec: initialAdapter continues training a LoRA adapter, but loraConfig is not set: set it to the adapter's shape; to continue from a full-parameter result, use it as model.uri");
     insta::assert_snapshot!(with("  loraConfig: {}\n  initialAdapter: {uri: s3://a/b}\n  initialCheckpoint: {uri: s3://a/c}\n"), @"spec: initialAdapter and initialCheckpoint both say what training starts from: keep one");
     insta::assert_snapshot!(check("minimal}", "minimal, merge: true}"), @"spec: output.merge merges a LoRA adapter, but loraConfig is not set, and a full-parameter run has none: remove merge, or set loraConfig: {}");
     insta::assert_snapshot!(check("model: {uri: hf://HuggingFaceTB/SmolLM2-135M-Instruct}", "model: {uri: file:///m, revision: main}"), @"spec.model: revision names a hub's branch, tag or commit, but uri is not hf://: remove revision");

@@ -77,12 +77,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let (changelog, notes) = released(&read(CHANGELOG)?, new, date.trim())?;
     let mut files: Vec<(&str, String)> = vec![(CHANGELOG, changelog)];
     for (name, pattern) in NAMED_IN {
-        let position = match files.iter().position(|(file, _)| *file == name) {
-            Some(position) => position,
-            None => {
-                files.push((name, read(name)?));
-                files.len() - 1
-            }
+        let position = files.iter().position(|(file, _)| *file == name);
+        let position = if let Some(position) = position {
+            position
+        } else {
+            files.push((name, read(name)?));
+            files.len() - 1
         };
         let text = &mut files[position].1;
         *text = renumbered(text, pattern, old, new).with_context(|| format!("in {name}"))?;

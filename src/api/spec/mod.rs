@@ -67,7 +67,7 @@ pub const OUTPUT: &str = "spec.output.uri";
     validation = Rule::new("has(self.initialAdapter) == has(oldSelf.initialAdapter) && (!has(self.initialAdapter) || self.initialAdapter == oldSelf.initialAdapter)")
         .message("initialAdapter is immutable: create a new FineTuneJob to change it"),
     validation = Rule::new("has(self.loraConfig) || !has(self.initialAdapter)")
-        .message("initialAdapter is a LoRA adapter to go on training, but loraConfig is not set: set it to the adapter's shape; to go on with a full-parameter result name it as model.uri instead"),
+        .message("initialAdapter continues training a LoRA adapter, but loraConfig is not set: set it to the adapter's shape; to continue from a full-parameter result, use it as model.uri"),
     validation = Rule::new("has(self.initialCheckpoint) == has(oldSelf.initialCheckpoint) && (!has(self.initialCheckpoint) || self.initialCheckpoint == oldSelf.initialCheckpoint)")
         .message("initialCheckpoint is immutable: create a new FineTuneJob to change it"),
     validation = Rule::new("!(has(self.initialAdapter) && has(self.initialCheckpoint))")

@@ -57,7 +57,7 @@ pub struct Training {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub train_batch_size_per_device: Option<i32>,
     /// Micro-batches summed up in one optimizer step, from 1 to 4096. Default: what makes 16
-    /// sequences a step, fewer for small data.
+    /// sequences per step, fewer for small data.
     #[schemars(range(min = 1, max = 4096))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gradient_accumulation_steps: Option<i32>,

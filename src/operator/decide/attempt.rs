@@ -368,7 +368,7 @@ fn training(input: &Input<'_>, status: &FineTuneJobStatus, attempt: AttemptStatu
             InProgress::new(attempt, Reason::Training, "see status.progress")
         }
         Stage::Exporting | Stage::Publishing | Stage::Verifying => {
-            let message = "the result is being written, read back and verified";
+            let message = "publishing and verifying the result";
             InProgress::new(attempt, Reason::Publishing, message)
         }
     };

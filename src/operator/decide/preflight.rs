@@ -35,7 +35,7 @@ pub(super) fn decide(input: &Input<'_>, status: &FineTuneJobStatus) -> State {
     let (code, message) = match termination {
         Termination::Exited { code, message } => (code, message),
         Termination::OutOfMemory(_) => {
-            let message = "the preflight's pod has too little memory for this dataset: an administrator must raise preflight.memoryGiB of the operator's settings";
+            let message = "the preflight pod ran out of memory on this dataset: an administrator must raise preflight.memoryGiB of the operator's settings";
             return State::Finished(Finished::failed(Reason::OutOfMemory, message).of(attempt));
         }
         Termination::Disrupted(why) => return retry::after_disruption(input, attempt, &why),

@@ -201,7 +201,7 @@ fn rename(from: &str, to: &str) -> impl Fn(&mut Vec<u8>) {
 #[test]
 fn reports_what_is_wrong_with_a_file() {
     assert_eq!(check(|_| {}), "converted");
-    insta::assert_snapshot!(check(set_text("general.architecture", "gemma")), @r#""/x.gguf": the architecture "gemma" is not supported: use llama, qwen2 or qwen3"#);
+    insta::assert_snapshot!(check(set_text("general.architecture", "gemma")), @r#""/x.gguf": the architecture "gemma" is not supported: use one of llama, qwen2, qwen3"#);
     insta::assert_snapshot!(check(set_text("tokenizer.ggml.model", "bert")), @r#""/x.gguf": its tokenizer is bert, but only byte-level BPE is supported: use the model's original Hugging Face files"#);
     insta::assert_snapshot!(check(set_text("tokenizer.ggml.pre", "tekken")), @r#""/x.gguf": its pre-tokenizer "tekken" is not supported: use the model's original Hugging Face files"#);
     insta::assert_snapshot!(check(rename("tokenizer.ggml.pre", "tokenizer.ggml.xxx")), @r#""/x.gguf": the metadata lacks tokenizer.ggml.pre, the pre-tokenizer: use the model's original Hugging Face files"#);

@@ -397,8 +397,8 @@ fn warns_about_duplicate_rows() {
 fn checks_the_adapter_against_the_model() {
     let check = |change: fn(&mut LoraSettings)| Fixture::new().with_lora(change).check();
     insta::assert_snapshot!(check(|lora| lora.r = 9), @r#"InvalidSpec spec.loraConfig.r: loraConfig.r is 9, larger than "model.layers.0.self_attn.k_proj" (8 x 16): use at most 8"#);
-    insta::assert_snapshot!(check(|lora| lora.target_modules = TargetModules::List(vec!["q_porj".to_owned()])), @r#"InvalidSpec spec.loraConfig.targetModules: loraConfig.targetModules names "q_porj", which no module of this model is called: use down_proj, embed_tokens, gate_proj, input_layernorm, k_proj, lm_head, norm, o_proj, post_attention_layernorm, q_proj, up_proj, v_proj (did you mean "q_proj"?)"#);
-    insta::assert_snapshot!(check(|lora| lora.modules_to_save = vec!["head".to_owned()]), @r#"InvalidSpec spec.loraConfig.modulesToSave: loraConfig.modulesToSave names "head", which no module of this model is called: use down_proj, embed_tokens, gate_proj, input_layernorm, k_proj, lm_head, norm, o_proj, post_attention_layernorm, q_proj, up_proj, v_proj"#);
+    insta::assert_snapshot!(check(|lora| lora.target_modules = TargetModules::List(vec!["q_porj".to_owned()])), @r#"InvalidSpec spec.loraConfig.targetModules: loraConfig.targetModules has "q_porj", which matches no module of this model: use down_proj, embed_tokens, gate_proj, input_layernorm, k_proj, lm_head, norm, o_proj, post_attention_layernorm, q_proj, up_proj, v_proj (did you mean "q_proj"?)"#);
+    insta::assert_snapshot!(check(|lora| lora.modules_to_save = vec!["head".to_owned()]), @r#"InvalidSpec spec.loraConfig.modulesToSave: loraConfig.modulesToSave has "head", which matches no module of this model: use down_proj, embed_tokens, gate_proj, input_layernorm, k_proj, lm_head, norm, o_proj, post_attention_layernorm, q_proj, up_proj, v_proj"#);
     insta::assert_snapshot!(check(|lora| lora.modules_to_save = vec!["lm_head".to_owned()]), @"warning: spec.loraConfig.modulesToSave: vLLM rejects adapters with modulesToSave: set output.merge to true to serve the merged model");
     insta::assert_snapshot!(check(|lora| lora.target_modules = TargetModules::List(vec!["embed_tokens".to_owned()])), @"warning: spec.loraConfig.targetModules: vLLM does not serve adapters on embed_tokens of every model: set output.merge to true to serve the merged model");
 }
@@ -553,10 +553,10 @@ fn module_names_that_match_nothing_are_refused() {
         check(|lora| lora.exclude_modules = Some(ModuleNames::Pattern(".*".to_owned()))),
     ];
     insta::assert_snapshot!(messages.join("\n"), @r#"
-InvalidSpec spec.loraConfig.targetModules: loraConfig.targetModules is the pattern "q_proj", which matches the whole path of no module; paths are such as "model.layers.0.self_attn.q_proj" and "lm_head"
-InvalidSpec spec.loraConfig.targetModules: loraConfig.targetModules is the pattern "(q_proj", which is not a regular expression that can be used: Parsing error at position 15: Opening parenthesis without closing parenthesis
-InvalidSpec spec.loraConfig.targetModules: loraConfig.targetModules means "model.layers.0.self_attn", but only linear layers, embed_tokens and lm_head take an adapter: name those, or leave it out with excludeModules
-InvalidSpec spec.loraConfig.targetModules: loraConfig.targetModules means "model.norm", but only linear layers, embed_tokens and lm_head take an adapter: name those, or leave it out with excludeModules
+InvalidSpec spec.loraConfig.targetModules: loraConfig.targetModules is the pattern "q_proj", which matches no module: it must match full paths such as "model.layers.0.self_attn.q_proj" and "lm_head"
+InvalidSpec spec.loraConfig.targetModules: loraConfig.targetModules is the pattern "(q_proj", which cannot be used as a regular expression: Parsing error at position 15: Opening parenthesis without closing parenthesis
+InvalidSpec spec.loraConfig.targetModules: loraConfig.targetModules selects "model.layers.0.self_attn", but only linear layers, embed_tokens and lm_head can have an adapter: name those, or exclude it with excludeModules
+InvalidSpec spec.loraConfig.targetModules: loraConfig.targetModules selects "model.norm", but only linear layers, embed_tokens and lm_head can have an adapter: name those, or exclude it with excludeModules
 InvalidSpec spec.loraConfig.layersToTransform: loraConfig.layersToTransform has 1, but the model has the layers 0 to 0
 InvalidSpec spec.loraConfig.layersToTransform: loraConfig.layersToTransform cannot be combined with a targetModules pattern: put the layers into the pattern
 InvalidSpec spec.loraConfig.excludeModules: loraConfig.excludeModules has "lm_head", which excludes none of the modules of targetModules: remove it or correct the name
@@ -652,7 +652,7 @@ fn an_initial_checkpoint_must_fit_the_model() {
 
 #[test]
 fn a_damaged_or_missing_initial_adapter_is_reported() {
-    insta::assert_snapshot!(with_adapter(|_| {}, true).check(), @"InvalidModel spec.initialAdapter.uri: its weights lack base_model.model.model.layers.0.mlp.down_proj.lora_B.weight: the adapter is of another model, or damaged");
+    insta::assert_snapshot!(with_adapter(|_| {}, true).check(), @"InvalidModel spec.initialAdapter.uri: the adapter's weights lack base_model.model.model.layers.0.mlp.down_proj.lora_B.weight: it belongs to another model, or is damaged");
     let other = with_adapter(|settings| settings["peft_type"] = json!("IA3"), false);
     insta::assert_snapshot!(other.check(), @r#"InvalidModel file:///adapter/adapter_config.json: peft_type is "IA3", but only LORA adapters can be loaded"#);
     let gone = with_adapter(|_| {}, false);

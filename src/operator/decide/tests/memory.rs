@@ -18,7 +18,7 @@ fn out_of_memory_takes_the_fallbacks_and_ends_with_what_is_missing() {
     world.end(Some(137), "");
     let decision = world.settle();
     assert_eq!(world.summary(), "Unknown Adapted");
-    insta::assert_snapshot!(world.message(), @"from attempt 1 on: trainBatchSizePerDevice 4 instead of 8, gradientAccumulationSteps 4 instead of 2: 16 sequences a step and the same result, in 583 MB instead of 967 MB, because the trainer was OOM-killed at its memory limit (1.68 GB)");
+    insta::assert_snapshot!(world.message(), @"from attempt 1 on: trainBatchSizePerDevice 4 instead of 8, gradientAccumulationSteps 4 instead of 2: 16 sequences per step and the same result, in 583 MB instead of 967 MB, because the trainer was OOM-killed at its memory limit (1.68 GB)");
     assert_eq!(world.condition(Kind::Planned), "True Adapted");
     let plan = world.job.status.as_ref().unwrap().plan.clone().unwrap();
     assert!(plan.summary.contains("\nAdapted\n  from attempt 1 on: "), "{}", plan.summary);
@@ -27,7 +27,7 @@ fn out_of_memory_takes_the_fallbacks_and_ends_with_what_is_missing() {
         i64::try_from(config(&world).predicted_peak_bytes).unwrap()
     );
     assert_eq!(decision.requeue_after.map(|wait| wait.as_secs()), Some(2));
-    // The run of the checkpoint continues: the same name, the same sequences a step.
+    // The run of the checkpoint continues: the same name, the same sequences per step.
     let second = config(&world);
     assert_eq!((second.training.micro_batch_size, second.run_id), (4, first.run_id.clone()));
     world.wait(2);
@@ -57,7 +57,7 @@ fn out_of_memory_takes_the_fallbacks_and_ends_with_what_is_missing() {
         number += 1;
     }
     assert_eq!(world.summary(), "False OutOfMemory");
-    insta::assert_snapshot!(world.message(), @"the trainer was OOM-killed at its memory limit (1.68 GB), and no smaller configuration is left to try: 190 MB are predicted, and the limit of 1.68 GB, 1.49 GB above that, was too little. Lower training.contextLength, or set resources.limits.memory");
+    insta::assert_snapshot!(world.message(), @"the trainer was OOM-killed at its memory limit (1.68 GB), and no smaller configuration is left to try: 190 MB was predicted, but a limit of 1.68 GB, 1.49 GB more, was not enough. Lower training.contextLength, or set resources.limits.memory");
 }
 
 #[test]
@@ -70,5 +70,5 @@ fn a_limit_below_every_fallback_is_not_retried() {
     world.end(Some(137), "");
     world.settle();
     assert_eq!(world.summary(), "False OutOfMemory");
-    insta::assert_snapshot!(world.message(), @"the trainer was OOM-killed at its memory limit (25 MB), and no smaller configuration is left to try: the least it needs is 190 MB, 164 MB more than the limit of 25 MB. Lower training.contextLength, or set resources.limits.memory");
+    insta::assert_snapshot!(world.message(), @"the trainer was OOM-killed at its memory limit (25 MB), and no smaller configuration is left to try: at least 190 MB is needed, 164 MB above the limit of 25 MB. Lower training.contextLength, or set resources.limits.memory");
 }

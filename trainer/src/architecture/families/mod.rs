@@ -1,6 +1,6 @@
 //! The model families: one file each, from `config.json` to what the network is built from.
 //!
-//! A family sets what distinguishes it from the plain decoder of [`ModelConfig::decoder`], and says
+//! A family sets what distinguishes it from the plain decoder of `ModelConfig::decoder`, and says
 //! how its GGUF files deviate from its Hugging Face files.
 
 mod llama;
