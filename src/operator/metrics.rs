@@ -1,4 +1,4 @@
-//! What Prometheus reads of the operator. Names follow controller-runtime's where there is one.
+//! The metrics of the operator. Names follow controller-runtime's where there is one.
 
 use std::time::Instant;
 
@@ -19,9 +19,9 @@ pub struct Metrics {
     pub reconcile_seconds: Histogram,
     /// Reconciliations in progress.
     pub active_workers: IntGauge,
-    /// 1 in the replica that acts.
+    /// 1 for the leader.
     pub leader: Gauge,
-    /// Calls of the apiserver by method, resource and status.
+    /// Requests to the apiserver by method, resource and status.
     pub api_requests: IntCounterVec,
     /// Errors of watches by resource.
     pub watch_errors: IntCounterVec,
@@ -40,7 +40,7 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Makes and registers them.
+    /// Creates and registers them.
     ///
     /// # Errors
     /// The registry's, if two had one name.
@@ -58,7 +58,7 @@ impl Metrics {
         };
         let reconcile_errors = prometheus::IntCounter::new(
             "finetune_operator_reconcile_errors_total",
-            "Reconciliations of a job that failed and are repeated",
+            "Reconciliations that failed and are retried",
         )?;
         let reconcile_seconds = Histogram::with_opts(
             HistogramOpts::new(
@@ -70,7 +70,7 @@ impl Metrics {
         let active_workers =
             IntGauge::new("finetune_operator_active_workers", "Reconciliations in progress")?;
         let leader =
-            Gauge::new("finetune_operator_leader", "1 in the replica that acts, 0 in the others")?;
+            Gauge::new("finetune_operator_leader", "1 for the leader, 0 for the standby replicas")?;
         let jobs = IntGaugeVec::new(
             Opts::new("finetune_jobs", "Jobs by the reason of their condition Succeeded"),
             &["namespace", "reason"],
@@ -101,12 +101,12 @@ impl Metrics {
             )?,
             api_requests: counters(
                 "finetune_operator_api_requests_total",
-                "Calls of the apiserver",
+                "Requests to the apiserver",
                 &["method", "resource", "code"],
             )?,
             watch_errors: counters(
                 "finetune_operator_watch_errors_total",
-                "Errors of watches; they are opened again",
+                "Watches that failed and were restarted",
                 &["resource"],
             )?,
             completions: counters(
