@@ -71,6 +71,13 @@ impl Metrics {
             IntGauge::new("finetune_operator_active_workers", "Reconciliations in progress")?;
         let leader =
             Gauge::new("finetune_operator_leader", "1 for the leader, 0 for the standby replicas")?;
+        gauges(
+            "finetune_operator_build_info",
+            "Always 1; the label has the operator's version",
+            &["version"],
+        )?
+        .with_label_values(&[env!("CARGO_PKG_VERSION")])
+        .set(1.0);
         let jobs = IntGaugeVec::new(
             Opts::new("finetune_jobs", "Jobs by the reason of their condition Succeeded"),
             &["namespace", "reason"],
