@@ -143,7 +143,7 @@ pub struct Fallback {
 #[derive(JsonSchema, Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PodStatus {
-    /// Processor, in thousandths of a core.
+    /// CPU, in thousandths of a core.
     #[schemars(range(min = 0, max = 100_000_000))]
     pub cpu_millis: i64,
     /// Memory, in bytes.

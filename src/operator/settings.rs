@@ -56,7 +56,7 @@ pub struct Settings {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct PreflightSize {
-    /// Processor cores.
+    /// CPU cores.
     pub cpu: f64,
     /// Memory, in GiB.
     pub memory_gi_b: f64,

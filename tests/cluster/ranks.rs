@@ -34,7 +34,7 @@ fn settings(namespace: &str) -> Settings {
     .unwrap()
 }
 
-/// Returns the pods of a try by rank.
+/// Returns the pods of an attempt by rank.
 async fn ranks(test: &TestNamespace, name: &str, number: i32) -> Vec<Pod> {
     let job = format!("{name}-{number}");
     let mut pods = test.training_pods(name).await;

@@ -183,7 +183,7 @@ impl TestNamespace {
         })
     }
 
-    /// Returns the same with so many steps, on so little of a processor, that there is time to
+    /// Returns the same with so many steps, on so little of a CPU, that there is time to
     /// disturb it on any machine.
     pub fn long_job(&self, name: &str) -> Value {
         let mut job = self.job(name);

@@ -42,14 +42,14 @@ fn reports(numbers: std::ops::Range<u32>) -> String {
     lines(numbers.map(row))
 }
 
-/// Real work takes all processors, so there is one such run at a time.
+/// Real work takes all cores, so there is one such run at a time.
 static MACHINE: Mutex<()> = Mutex::new(());
 
 fn sandbox() -> Option<(Sandbox, MutexGuard<'static, ()>)> {
     let machine = MACHINE.lock().unwrap_or_else(PoisonError::into_inner);
     let mut sandbox = Sandbox::new()?;
-    let processors = std::thread::available_parallelism().unwrap();
-    sandbox.set("OMP_NUM_THREADS", &processors.to_string());
+    let cores = std::thread::available_parallelism().unwrap();
+    sandbox.set("OMP_NUM_THREADS", &cores.to_string());
     Some((sandbox, machine))
 }
 

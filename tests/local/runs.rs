@@ -71,7 +71,7 @@ error: file://DIR/output/adapter_model.safetensors is damaged: the manifest says
 ");
 }
 
-/// Replaces SHA-256 digests, which depend on the processor's arithmetic.
+/// Replaces SHA-256 digests, which depend on the CPU's arithmetic.
 fn without_digests(text: &str) -> String {
     let words = text.split(' ').map(|word| {
         let digits = word.trim_end_matches(',');

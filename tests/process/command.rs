@@ -333,13 +333,13 @@ fn goes_on_in_smaller_pieces_where_memory_is_too_little() {
     let told = fs::read_to_string(directory.path().join("told")).unwrap();
     let told: Vec<finetune_contract::RunConfig> =
         told.lines().map(|line| finetune_contract::parse(line).unwrap()).collect();
-    let tries: Vec<_> = told
+    let attempts: Vec<_> = told
         .iter()
         .map(|config| {
             (config.attempt, config.training.micro_batch_size, config.global_batch_size())
         })
         .collect();
-    assert_eq!(tries, [(0, 8, 8), (1, 4, 8), (2, 2, 8)]);
+    assert_eq!(attempts, [(0, 8, 8), (1, 4, 8), (2, 2, 8)]);
     assert!(told.iter().all(|config| config.run_id == told[0].run_id));
 }
 

@@ -20,7 +20,7 @@ const NAMESPACE: &str = "finetune-system";
 const RELEASE: &str = "finetune";
 /// Tests with operators of their own, of some namespaces: they must not meet one of all.
 const WITHOUT_CHART: [&str; 5] = ["crashes::", "devices::", "gangs::", "namespaces::", "ranks::"];
-/// Tests at once: more would wait for the node's two processors.
+/// Tests at once: more would wait for the node's two cores.
 const AT_ONCE: u32 = 4;
 
 /// A cluster with the product's images; it is ended when this is dropped, unless it was there before.
@@ -174,7 +174,7 @@ fn chart_values() -> Result<serde_json::Value> {
         "image": {"operator": image(images::OPERATOR)?, "trainer": image(images::TRAINER)?},
         "settings": {
             "accelerators": [{
-                // Small shares, so that several pods have room on two processors.
+                // Small shares, so that several pods fit on two cores.
                 "name": "cpu", "cpu": 0.3, "memoryGiB": 8, "bf16Tflops": 0.4, "fp32Tflops": 0.2,
                 "hasBf16": true,
             }],

@@ -352,7 +352,7 @@ pub(crate) fn prepare_rows(binaries: &Binaries, model: &Path, shape: Shape) -> R
     Ok(rows)
 }
 
-/// Runs one process with as many threads as there are processors, and reads its last line.
+/// Runs one process with one thread per core, and reads its last line.
 pub(crate) fn figures(command: &mut Command) -> Result<Figures> {
     let threads = std::thread::available_parallelism()?;
     let printed = shell::output(command.env("OMP_NUM_THREADS", threads.to_string()))?;

@@ -115,7 +115,7 @@ fn measure(cluster: &Cluster, finetune: &Path, jobs: usize) -> Result<()> {
         .map(|method| sum(&without_lease, "finetune_operator_api_requests_total", &[method]))
         .sum();
     println!("writes a job:    {:>7.2} until its preflight runs", writes / jobs as f64);
-    println!("p99 of a visit:  {:>7} s", quantile(&metrics, 0.99));
+    println!("p99 of reconcile:{:>7} s", quantile(&metrics, 0.99));
     println!("peak:            {:>7.1} MB", resident(&operator, "VmHWM")?);
     println!("at rest:         {:>7.1} MB", resident(&operator, "VmRSS")?);
     Ok(())
@@ -157,7 +157,7 @@ fn sum(metrics: &str, name: &str, words: &[&str]) -> f64 {
         .sum()
 }
 
-/// Returns the bound of the bucket in which a share of all visits lies.
+/// Returns the bound of the bucket in which a share of all reconciliations lies.
 fn quantile(metrics: &str, share: f64) -> String {
     let name = "finetune_operator_reconcile_time_seconds";
     let all = sum(metrics, &format!("{name}_count"), &[]);

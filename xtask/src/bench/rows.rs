@@ -70,7 +70,7 @@ pub(crate) fn run(settings: &Settings) -> Result<()> {
     }
     let bytes = rows.metadata()?.len() as f64;
     let processes = thread::available_parallelism()?.to_string();
-    println!("{} rows, {:.0} MB, {processes} processors", settings.rows, bytes / 1e6);
+    println!("{} rows, {:.0} MB, {processes} cores", settings.rows, bytes / 1e6);
     let (mut speeds, mut memories) = (Vec::new(), Vec::new());
     for round in 1..=settings.rounds {
         let ours = ours(&binaries.trainer, &model, &rows)?;

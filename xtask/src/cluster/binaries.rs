@@ -139,7 +139,7 @@ impl Binaries {
 
     /// Builds the programs that are not in the cache.
     pub(crate) fn build() -> Result<Self> {
-        // One after the other: each build uses all processors.
+        // One after the other: each build uses all cores.
         Ok(Self {
             kubernetes: KUBERNETES.build()?,
             etcd: ETCD.build()?,

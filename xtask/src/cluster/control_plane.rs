@@ -26,7 +26,7 @@ pub(crate) fn start(cluster: &Cluster) -> Result<()> {
     let processes = cluster.processes();
     processes.start(ETCD, &cluster.binaries.etcd(), &etcd(cluster))?;
     processes.wait(ETCD, || {
-        let asked = cluster.namespace.visit(|| s3::status("127.0.0.1", 2379, "GET", "/health"));
+        let asked = cluster.namespace.enter(|| s3::status("127.0.0.1", 2379, "GET", "/health"));
         matches!(asked, Ok(Some(200)))
     })?;
     processes.start(APISERVER, &cluster.binaries.kubernetes(APISERVER), &apiserver(cluster))?;

@@ -43,7 +43,7 @@ pub(crate) fn start(cluster: &Cluster) -> Result<()> {
 pub(crate) fn wait(cluster: &Cluster) -> Result<()> {
     cluster.processes().wait(NAME, || {
         let asked =
-            cluster.namespace.visit(|| s3::status(network::NODE, HEALTH_PORT, "GET", "/health"));
+            cluster.namespace.enter(|| s3::status(network::NODE, HEALTH_PORT, "GET", "/health"));
         matches!(asked, Ok(Some(200)))
     })
 }

@@ -56,7 +56,7 @@ impl Namespace {
     }
 
     /// Runs a function inside, on a thread of its own.
-    pub(crate) fn visit<T: Send>(&self, act: impl FnOnce() -> T + Send) -> Result<T> {
+    pub(crate) fn enter<T: Send>(&self, act: impl FnOnce() -> T + Send) -> Result<T> {
         let file = File::open(self.path()).context("the cluster's network is not there")?;
         let inside = move || {
             move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))?;
@@ -79,7 +79,7 @@ impl Namespace {
         let address = format!("{NODE}/24");
         shell::run(&mut self.ip(&["address", "replace", &address, "dev", BRIDGE]))?;
         shell::run(&mut self.ip(&["link", "set", BRIDGE, "up"]))?;
-        self.visit(|| std::fs::write("/proc/sys/net/ipv4/ip_forward", "1"))?
+        self.enter(|| std::fs::write("/proc/sys/net/ipv4/ip_forward", "1"))?
             .context("cannot switch forwarding on")
     }
 
@@ -104,7 +104,7 @@ impl Namespace {
 
     /// Tells whether it is there. After a restart of the machine, its file alone may be.
     fn is_usable(&self) -> bool {
-        self.visit(|| ()).is_ok()
+        self.enter(|| ()).is_ok()
     }
 
     fn path(&self) -> PathBuf {

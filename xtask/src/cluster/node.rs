@@ -88,7 +88,7 @@ fn is_ready(cluster: &Cluster) -> bool {
 }
 
 fn is_healthy(cluster: &Cluster, port: u16) -> bool {
-    let asked = cluster.namespace.visit(|| s3::status("127.0.0.1", port, "GET", "/healthz"));
+    let asked = cluster.namespace.enter(|| s3::status("127.0.0.1", port, "GET", "/healthz"));
     matches!(asked, Ok(Some(200)))
 }
 

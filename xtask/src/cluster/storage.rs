@@ -28,6 +28,6 @@ pub(crate) fn wait(cluster: &Cluster) -> Result<()> {
     let [s3, _, _, filer] = PORTS;
     cluster.processes().wait(NAME, || {
         let has_bucket = || s3::is_up_with_bucket(network::NODE, s3, filer);
-        cluster.namespace.visit(has_bucket).unwrap_or(false)
+        cluster.namespace.enter(has_bucket).unwrap_or(false)
     })
 }

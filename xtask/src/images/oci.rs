@@ -86,7 +86,7 @@ fn tar(archive: &Path, directory: &Path, names: &[&str]) -> Result<()> {
     shell::run(command.arg("-cf").arg(archive).arg("-C").arg(directory).args(names))
 }
 
-/// The word that images have for this machine's processor.
+/// The word that images have for this machine's CPU.
 fn architecture() -> &'static str {
     match std::env::consts::ARCH {
         "x86_64" => "amd64",

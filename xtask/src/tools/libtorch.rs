@@ -1,4 +1,4 @@
-//! The part of libtorch that training on processors needs, taken from PyTorch's wheel.
+//! The part of libtorch that training on CPUs needs, taken from PyTorch's wheel.
 //!
 //! The wheel is a CUDA build; its CPU library needs only the small CUDA runtime and profiling
 //! libraries beside it, so two gigabytes of others are fetched only for a trainer with CUDA.
