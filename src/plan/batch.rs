@@ -25,7 +25,7 @@ pub(super) struct Batch {
     pub(super) accumulation: u32,
 }
 
-/// How large micro-batches may be, and how many sequences per step has.
+/// How large micro-batches may be, and how many sequences a step has.
 struct Sizes {
     /// The micro-batch asked for.
     asked: Option<u64>,

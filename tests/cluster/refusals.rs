@@ -34,7 +34,7 @@ async fn what_cannot_work_says_why_and_takes_no_training_pod() {
         ),
         ("number", "/loraConfig/targetModules", json!(3), "InvalidSpec", "must be a list of names"),
         ("file", "/dataset/train", json!("file:///home/me/a.jsonl"), "InvalidSpec", "finetune run"),
-        ("large", "/model/uri", json!(real), "NoAcceleratorFits", "too little"),
+        ("large", "/model/uri", json!(real), "NoAcceleratorFits", " short"),
     ];
     for (name, place, value, _, _) in &cases {
         let mut job = test.job(name);

@@ -62,7 +62,7 @@ async fn approval_and_suspension_wait_for_a_person() {
     test.wait("approved", "True Succeeded").await;
     let attempt = test.status("approved").await.attempt.unwrap();
     assert_eq!((attempt.failures, attempt.disruptions), (0, 0));
-    assert!(attempt.number > 0, "it went on as a new try");
+    assert!(attempt.number > 0, "it continued as a new attempt");
     test.verify("approved");
 }
 

@@ -150,7 +150,7 @@ fn a_result_stops_where_its_turns_end() {
         let ran = sandbox.run(&job).ok();
         let said = format!("{}{}", ran.stdout, ran.stderr);
         assert!(said.contains("answers end with \"<|im_end|>\" (token 257)"), "{said}");
-        assert!(said.contains("model.safetensors is used, as transformers does"), "{said}");
+        assert!(said.contains("model.safetensors is used, as in transformers"), "{said}");
         let path = sandbox.path(&format!("output-{is_merged}/generation_config.json"));
         let config: serde_json::Value =
             serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap();
