@@ -14,7 +14,7 @@ const TOLERANCE: f64 = 1e-5;
 
 #[test]
 fn logits_equal_transformers() {
-    for family in FAMILIES {
+    for family in FAMILIES.iter().map(String::as_str) {
         let golden = Golden::open(family);
         let model = golden.load(Trainable::Frozen);
         for (index, row) in golden.facts.rows.iter().enumerate() {
@@ -27,7 +27,7 @@ fn logits_equal_transformers() {
 
 #[test]
 fn the_loss_and_the_gradient_of_every_parameter_equal_transformers() {
-    for family in FAMILIES {
+    for family in FAMILIES.iter().map(String::as_str) {
         let golden = Golden::open(family);
         let expected = golden.tensors_below("grad.");
         for recompute in [Recompute::None, Recompute::Block] {
@@ -54,7 +54,7 @@ fn the_loss_and_the_gradient_of_every_parameter_equal_transformers() {
 
 #[test]
 fn angles_of_large_positions_equal_f64() {
-    for family in FAMILIES {
+    for family in FAMILIES.iter().map(String::as_str) {
         let golden = Golden::open(family);
         let config = golden.config();
         let frequencies = frequencies(&config.rope, config.head_dim);

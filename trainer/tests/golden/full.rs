@@ -7,7 +7,7 @@ use crate::golden::{FAMILIES, Golden, distance};
 #[test]
 fn ten_steps_of_full_parameter_training_equal_torch() {
     let mut trained = Vec::new();
-    for family in FAMILIES {
+    for family in FAMILIES.iter().map(String::as_str) {
         let golden = Golden::open(family);
         let Some(trajectory) = &golden.facts.full else { continue };
         let mut model = golden.load(Trainable::Full);

@@ -2,7 +2,9 @@
 
 use std::{
     collections::BTreeMap,
+    fs::DirEntry,
     path::{Path, PathBuf},
+    sync::LazyLock,
 };
 
 use finetune_contract::{Dtype, LoraSettings, Optimizer, Recompute};
@@ -17,19 +19,15 @@ use finetune_trainer::{
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
-/// Every family of `gen.py`.
-pub(crate) const FAMILIES: [&str; 10] = [
-    "llama",
-    "llama3",
-    "llama-biases",
-    "mistral",
-    "mistral-window",
-    "qwen2",
-    "qwen2-window",
-    "qwen3",
-    "llama-yarn",
-    "qwen2-dynamic",
-];
+/// Every family of `gen.py`: the directories it wrote, in order.
+pub(crate) static FAMILIES: LazyLock<Vec<String>> = LazyLock::new(|| {
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/data");
+    let name = |entry: std::io::Result<DirEntry>| entry.unwrap().file_name().into_string().unwrap();
+    let mut names: Vec<String> = data.read_dir().unwrap().map(name).collect();
+    names.sort();
+    assert!(names.len() >= 10, "families are missing: {names:?}");
+    names
+});
 
 /// One directory below `data/`.
 pub(crate) struct Golden {
