@@ -31,7 +31,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, CwmConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 DATA = Path(__file__).with_name("data")
 SEED = 20261124
@@ -65,6 +65,7 @@ FAMILIES = {
     "qwen3": Qwen3Config(**SHAPE, head_dim=16),
     "llama-yarn": LlamaConfig(**SHAPE | {"max_position_embeddings": 16384}, rope_parameters=YARN),
     "qwen2-dynamic": Qwen2Config(**SHAPE, rope_parameters=dict(rope_type="dynamic", rope_theta=10000.0, factor=2.0)),
+    "cwm": CwmConfig(**SHAPE | {"max_position_embeddings": 16384}, head_dim=16, sliding_window=6),
 }
 # Full-parameter training is the same code in every family: one tied, one with every kind of parameter each.
 FULL_TRAINED = ["llama", "llama-biases", "qwen3"]

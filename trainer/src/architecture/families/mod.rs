@@ -3,6 +3,7 @@
 //! A family sets what distinguishes it from the plain decoder of `ModelConfig::decoder`, and says
 //! how its GGUF files deviate from its Hugging Face files.
 
+mod cwm;
 mod llama;
 mod mistral;
 mod qwen2;
@@ -14,8 +15,8 @@ use super::{
 };
 
 /// Every family this trainer knows.
-pub const FAMILIES: [&Family; 4] =
-    [&llama::FAMILY, &mistral::FAMILY, &qwen2::FAMILY, &qwen3::FAMILY];
+pub const FAMILIES: [&Family; 5] =
+    [&llama::FAMILY, &mistral::FAMILY, &qwen2::FAMILY, &qwen3::FAMILY, &cwm::FAMILY];
 
 /// A model family.
 #[derive(Debug)]
