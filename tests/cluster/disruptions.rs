@@ -15,7 +15,7 @@ use tokio::sync::Mutex;
 
 use crate::{
     faults::goes_on,
-    test::{TestNamespace, variable},
+    test_namespace::{TestNamespace, variable},
 };
 
 const NODE: &str = "node0";

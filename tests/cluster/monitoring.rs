@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use crate::{
     prometheus::{Prometheus, dashboard, documented, of_monitors},
     promql,
-    test::{TestNamespace, rows},
+    test_namespace::{TestNamespace, rows},
 };
 
 /// The job that the job's dashboard shows.

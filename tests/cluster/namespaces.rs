@@ -6,7 +6,7 @@ use kube::ResourceExt;
 
 use crate::{
     helm,
-    test::{TestNamespace, variable},
+    test_namespace::{TestNamespace, variable},
 };
 
 const RELEASE: &str = "teams";

@@ -22,7 +22,7 @@ use serde_json::json;
 use crate::{
     helm,
     sockets::{Flow, Watcher},
-    test::TestNamespace,
+    test_namespace::TestNamespace,
 };
 
 const OPERATORS_NAMESPACE: &str = "finetune-system";

@@ -16,7 +16,7 @@ use serde_json::json;
 use crate::{
     policies::{End, is_allowed, strict},
     sockets::Watcher,
-    test::{TestNamespace, real_model, variable},
+    test_namespace::{TestNamespace, real_model, variable},
 };
 
 const STEPS: i64 = 12;

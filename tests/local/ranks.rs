@@ -122,7 +122,7 @@ fn the_death_of_a_rank_ends_the_command_which_goes_on_when_run_again() {
 
 /// Finds the process that works in a directory.
 fn trainer_in(work_dir: &std::path::Path) -> String {
-    let named = work_dir.display().to_string();
+    let named = format!("--work-dir={}", work_dir.display());
     let processes = fs::read_dir("/proc").unwrap();
     let found = processes.filter_map(|entry| {
         let entry = entry.unwrap();

@@ -67,7 +67,7 @@ fn a_lora_run_publishes_an_adapter_once() {
     let ran = sandbox.finetune(&["verify", &uri]);
     insta::assert_snapshot!(without_digests(&sandbox.shown(&ran)), @"
 exit 70
-error: file://DIR/output/adapter_model.safetensors is damaged: the manifest says 19840 bytes with SHA-256 DIGEST, the store holds 19840 with DIGEST
+error: file://DIR/output/adapter_model.safetensors is damaged: the manifest says 19840 bytes with SHA-256 DIGEST, the store has 19840 bytes with DIGEST
 ");
 }
 

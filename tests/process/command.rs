@@ -317,7 +317,7 @@ fn run_in_little_memory(fitting: &[u32]) -> (Output, TempDir) {
 /// Returns what was said after the plan.
 fn said_after_plan(output: &Output) -> String {
     let errors = String::from_utf8_lossy(&output.stderr);
-    let is_said = |line: &&str| line.starts_with("going on") || line.starts_with("error");
+    let is_said = |line: &&str| line.starts_with("continuing") || line.starts_with("error");
     let lines: Vec<&str> = errors.lines().filter(is_said).collect();
     format!("exit {:?}\n{}", output.status.code().unwrap_or(-1), lines.join("\n"))
 }

@@ -10,7 +10,9 @@
 
 pub mod adapter;
 pub mod block;
+mod load;
 pub mod master;
+mod micro_batch;
 pub mod network;
 
 pub use network::{DataParallel, Model};

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use finetune_contract::{Dtype, FailureReason, Recompute, Strategy};
+use finetune_contract::{Dtype, Recompute, Strategy};
 use tch::{Device, Kind, Tensor};
 
 use crate::{
@@ -10,22 +10,25 @@ use crate::{
     data::sequences::Batch,
     distributed::{self, Ranks},
     failure::Failure,
-    hf::weights::{self, WeightFiles},
+    hf::weights::WeightFiles,
     layers::{
-        attention::{Attention, Segments},
         dropout::Dropout,
-        embedding::{Embedding, EmbeddingAdapter},
-        linear::{Input, Linear, LoraA, LoraB, Projections},
+        embedding::Embedding,
+        linear::{Input, Projections},
         norm::RmsNorm,
         rope::{Frequencies, Rotary, frequencies},
     },
-    lora::trainable::{LoraAdapters, Trainable, adapter_names},
-    model::block::{Block, BlockContext, SavedActivations},
+    lora::trainable::Trainable,
+    model::{
+        block::{Block, SavedActivations},
+        load::{Loader, invalid_model},
+        micro_batch::MicroBatch,
+    },
     objective::causal_lm,
     ops,
     params::{
         buckets::{BUCKET_BYTES, GradientBuckets},
-        flat::{FlatParams, Param},
+        flat::FlatParams,
         layout::{Layout, ROOT, Span, block_unit},
         zero::{ShardedParams, ZeroStage},
     },
@@ -34,10 +37,6 @@ use crate::{
         rng::RngKey,
     },
 };
-
-/// Micro-batches whose token counts round up to the same multiple of this need buffers of about the
-/// same sizes.
-const SIZE_CLASS: usize = 64;
 
 /// A model and its trained parameters.
 #[derive(Debug)]
@@ -435,7 +434,7 @@ impl Model {
         self.blocks.iter().position(Block::is_trained).unwrap_or(self.blocks.len())
     }
 
-    fn kind(&self) -> Kind {
+    pub(super) fn kind(&self) -> Kind {
         kind_of(self.dtype)
     }
 }
@@ -456,230 +455,4 @@ const fn zero_stage(strategy: Strategy) -> Option<ZeroStage> {
         Strategy::Zero2 => Some(ZeroStage::Two),
         Strategy::Zero3 => Some(ZeroStage::Three),
     }
-}
-
-/// A micro-batch as tensors: `T` tokens with padding, `N` targets.
-struct MicroBatch<'a> {
-    /// `[T]`, int64.
-    tokens: Tensor,
-    /// The positions whose output predicts a target, `[N]`, int64.
-    target_positions: Tensor,
-    /// The targets, `[N]`, int64.
-    labels: Tensor,
-    /// The rotations of all positions, `[T, 1, E/2]`.
-    rotary: Rotary,
-    segments: Segments,
-    dropout: Option<&'a Dropout>,
-}
-
-impl<'a> MicroBatch<'a> {
-    fn new(model: &Model, batch: &Batch, dropout: Option<&'a Dropout>) -> Self {
-        let on_device = |numbers: &[i64]| Tensor::from_slice(numbers).to_device(model.device);
-        // Padding is a segment of its own without targets: no other token attends to it, and its
-        // gradients are zero.
-        let length = batch.tokens.len();
-        let padding = ops::padded_tokens(length, model.kind(), model.device) - length;
-        let mut tokens = batch.tokens.clone();
-        tokens.resize(length + padding, 0);
-        let mut segment_lengths = batch.segment_lengths.clone();
-        segment_lengths.extend((padding > 0).then_some(padding));
-        let positions: Vec<i64> =
-            segment_lengths.iter().flat_map(|&length| 0..length as i64).collect();
-        Self {
-            tokens: on_device(&tokens),
-            target_positions: on_device(&batch.target_positions),
-            labels: on_device(&batch.labels),
-            rotary: model.rotary(&positions),
-            segments: Segments::new(&segment_lengths),
-            dropout,
-        }
-    }
-
-    /// Returns the number of tokens, rounded up to [`SIZE_CLASS`].
-    fn size_class(&self) -> i64 {
-        self.tokens.numel().next_multiple_of(SIZE_CLASS) as i64
-    }
-
-    fn block_context(&self) -> BlockContext<'_> {
-        BlockContext { rotary: &self.rotary, segments: &self.segments, dropout: self.dropout }
-    }
-}
-
-/// Loads modules from a checkpoint.
-struct Loader<'a> {
-    checkpoint: &'a WeightFiles,
-    config: &'a ModelConfig,
-    trainable: &'a Trainable,
-    trained: &'a FlatParams,
-    sharded: Option<&'a ShardedParams>,
-    dtype: Dtype,
-    device: Device,
-    seed: RngKey,
-}
-
-impl Loader<'_> {
-    fn block(&self, layer: usize) -> Result<Block, Failure> {
-        let config = self.config;
-        let path = |name: &str| names::in_block(layer, name);
-        let [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj] =
-            config.block_linears().map(|(name, out, width, bias)| {
-                let path = path(name);
-                self.linear(&path, [out, width], bias).map(|linear| (path, linear))
-            });
-        let norm = |name: &str, width| self.norm(&path(name), width);
-        let qk_norm = if config.qk_norm {
-            Some((
-                norm("self_attn.q_norm", config.head_dim)?,
-                norm("self_attn.k_norm", config.head_dim)?,
-            ))
-        } else {
-            None
-        };
-        Ok(Block {
-            layer: layer as u64,
-            head_dim: config.head_dim as i64,
-            attention: Attention { window: config.sliding_window[layer] },
-            input_layernorm: norm("input_layernorm", config.hidden_size)?,
-            post_attention_layernorm: norm("post_attention_layernorm", config.hidden_size)?,
-            qkv_proj: self.projections([q_proj?, k_proj?, v_proj?]),
-            o_proj: self.projections([o_proj?]),
-            gate_up_proj: self.projections([gate_proj?, up_proj?]),
-            down_proj: self.projections([down_proj?]),
-            qk_norm,
-        })
-    }
-
-    fn linear(&self, path: &str, shape: [usize; 2], bias: bool) -> Result<Linear, Failure> {
-        let weight = self.param(&format!("{path}.weight"), &shape)?;
-        let bias =
-            if bias { Some(self.param(&format!("{path}.bias"), &shape[..1])?) } else { None };
-        Ok(Linear { weight, bias, lora_b: None })
-    }
-
-    /// Joins layers that share an input, and adds their adapters.
-    fn projections<const N: usize>(&self, layers: [(String, Linear); N]) -> Projections<N> {
-        let mut stacked = Vec::new();
-        let mut first_row = 0;
-        let layers = layers.map(|(path, mut linear)| {
-            if let Some([a, b]) = self.init_adapter(&path) {
-                let weight = self.trained.param(&b).expect("adapters are trained"); // [out, R]
-                let rank = weight.value.size()[1];
-                linear.lora_b = Some(LoraB { weight, first_row });
-                first_row += rank;
-                stacked.push(a);
-            }
-            linear
-        });
-        let lora_a = self.trained.stacked(&stacked); // [ΣR, in]
-        let lora_a = lora_a.map(|weight| LoraA { weight, scaling: self.scaling() });
-        Projections { layers, lora_a }
-    }
-
-    fn norm(&self, path: &str, width: usize) -> Result<RmsNorm, Failure> {
-        Ok(RmsNorm {
-            weight: self.param(&format!("{path}.weight"), &[width])?,
-            eps: self.config.rms_norm_eps,
-        })
-    }
-
-    fn embedding(&self) -> Result<Embedding, Failure> {
-        let shape = [self.config.vocab_size, self.config.hidden_size];
-        let weight = self.param(&format!("{}.weight", names::EMBED_TOKENS), &shape)?;
-        let adapter = self.init_adapter(names::EMBED_TOKENS).and_then(|[a, b]| {
-            let (lora_a, lora_b) = (self.trained.param(&a)?, self.trained.param(&b)?);
-            Some(EmbeddingAdapter { lora_a, lora_b, scaling: self.scaling() })
-        });
-        Ok(Embedding { weight, adapter })
-    }
-
-    fn lm_head(&self, embed_tokens: &Embedding) -> Result<Projections<1>, Failure> {
-        let name = format!("{}.weight", names::LM_HEAD);
-        let shape = [self.config.vocab_size, self.config.hidden_size];
-        let weight = if !self.config.tie_word_embeddings {
-            self.param(&name, &shape)?
-        } else if let Some(own) = self.trained.param(&name) {
-            // A head that is trained on a tied model: it starts as a copy of the embedding.
-            let start = self.stored(&format!("{}.weight", names::EMBED_TOKENS), &shape)?;
-            self.set_master(&name, &start);
-            own
-        } else if self.is_saved(names::EMBED_TOKENS) {
-            // The embedding is trained without the head, which keeps the checkpoint's values.
-            Param::frozen(self.frozen(&format!("{}.weight", names::EMBED_TOKENS), &shape)?)
-        } else {
-            embed_tokens.weight.share()
-        };
-        let linear = Linear { weight, bias: None, lora_b: None };
-        Ok(self.projections([(names::LM_HEAD.to_owned(), linear)]))
-    }
-
-    fn scaling(&self) -> f64 {
-        match self.trainable {
-            Trainable::Lora(lora) => lora.scaling,
-            Trainable::Frozen | Trainable::Full => 1.0,
-        }
-    }
-
-    /// Initialises the adapter of a module and returns the names of `lora_A` and `lora_B`; `None`
-    /// if the module has none.
-    fn init_adapter(&self, path: &str) -> Option<[String; 2]> {
-        let Trainable::Lora(LoraAdapters { targets, .. }) = self.trainable else {
-            return None;
-        };
-        targets.get(path)?;
-        let [a, b] = adapter_names(path);
-        let seed = self.seed.fold_in_name(&a);
-        // PEFT: kaiming_uniform_(a = √5) on lora_A, whose bound is 1 / √in, and zeros on lora_B; on
-        // an embedding zeros on lora_A and a normal distribution on lora_B.
-        if path == names::EMBED_TOKENS {
-            let shape = self.trained.master_of(&b)?.size();
-            self.set_master(&b, &seed.normal_tensor(&shape, self.device));
-        } else {
-            let shape = self.trained.master_of(&a)?.size();
-            let bound = 1.0 / (shape[1] as f64).sqrt();
-            self.set_master(&a, &seed.uniform_tensor(&shape, bound, self.device));
-        }
-        Some([a, b])
-    }
-
-    fn is_saved(&self, path: &str) -> bool {
-        matches!(self.trainable, Trainable::Lora(lora) if lora.modules_to_save.iter().any(|saved| saved == path))
-    }
-
-    /// Loads a parameter, as a trained one if it is in the list of trained tensors.
-    fn param(&self, name: &str, shape: &[usize]) -> Result<Param, Failure> {
-        if let Some(param) = self.trained.param(name) {
-            self.set_master(name, &self.stored(name, shape)?);
-            return Ok(param);
-        }
-        let Some((sharded, param)) =
-            self.sharded.and_then(|sharded| Some((sharded, sharded.param(name)?)))
-        else {
-            return Ok(Param::frozen(self.frozen(name, shape)?));
-        };
-        let stored = self.stored(name, shape)?;
-        if sharded.is_trained() {
-            sharded.store_shard(name, &stored, self.trained.master());
-        } else {
-            sharded.store_frozen_shard(name, &stored);
-        }
-        Ok(param)
-    }
-
-    fn set_master(&self, name: &str, value: &Tensor) {
-        if let Some(mut master) = self.trained.master_of(name) {
-            master.copy_(value);
-        }
-    }
-
-    fn frozen(&self, name: &str, shape: &[usize]) -> Result<Tensor, Failure> {
-        Ok(self.stored(name, shape)?.to_device(self.device).to_kind(kind_of(self.dtype)))
-    }
-
-    fn stored(&self, name: &str, shape: &[usize]) -> Result<Tensor, Failure> {
-        self.checkpoint.tensor_of(name, shape).map_err(invalid_model)
-    }
-}
-
-fn invalid_model(error: weights::Error) -> Failure {
-    Failure::from_chain(FailureReason::InvalidModel, &error)
 }

@@ -33,7 +33,7 @@ fn read(keys: &mut ConfigKeys<'_>) -> Result<ModelConfig, Error> {
         };
     }
     let window = keys.window(Some(DEFAULT_WINDOW))?;
-    let default = |layer: usize| window.filter(|_| layer % WINDOW_PATTERN != 0);
+    let default = |layer: usize| window.filter(|_| !layer.is_multiple_of(WINDOW_PATTERN));
     Ok(ModelConfig {
         rms_norm_eps: keys.number("rms_norm_eps", Some(1e-5))?,
         mlp_bias: keys.flag("mlp_bias", false)?,
