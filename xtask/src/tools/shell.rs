@@ -17,16 +17,22 @@ pub(crate) fn root() -> PathBuf {
 pub(crate) fn cargo(arguments: &[&str]) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(root()).args(arguments);
-    // Cargo describes xtask to it in these. Build scripts that read them would run again whenever cargo is
-    // called by hand in between, and much would be compiled again.
+    forget_xtask(&mut command);
+    command
+}
+
+/// Removes the variables in which cargo describes xtask to it.
+///
+/// Build scripts that read them would run again whenever cargo is called by hand in between, and
+/// everything above them would be compiled again.
+pub(crate) fn forget_xtask(command: &mut Command) {
     for (name, _) in std::env::vars_os() {
-        if name.to_str().is_some_and(|name| {
-            name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_")
-        }) {
+        let is_description =
+            |name: &str| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_");
+        if name.to_str().is_some_and(is_description) {
             command.env_remove(name);
         }
     }
-    command
 }
 
 /// Runs a command to its end, its output shown.
