@@ -29,7 +29,7 @@ pub(super) struct ProgressClient {
 
 impl ProgressClient {
     pub(super) fn new() -> reqwest::Result<Self> {
-        // An error means that one is set already, and none but ring is compiled in.
+        // Fails if a provider is set already, which can only be ring: no other is compiled in.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let http = reqwest::Client::builder().timeout(TIMEOUT).no_proxy().build()?;
         Ok(Self { http, asked: Mutex::default() })

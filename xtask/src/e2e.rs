@@ -104,7 +104,7 @@ impl Prepared {
             }
         };
         command.current_dir(shell::root());
-        shell::forget_xtask(&mut command);
+        shell::remove_package_variables(&mut command);
         command.env("LIBTORCH", crate::tools::libtorch::directory()?);
         command.env("KUBECONFIG", self.cluster.kubeconfig());
         command.env("FINETUNE_TEST_CLUSTER", "1");

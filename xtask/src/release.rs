@@ -8,15 +8,14 @@ use clap::Args;
 
 use crate::tools::shell;
 
-/// Files that name the current version, and the text around it that is replaced.
-const NAMED_IN: [(&str, &str); 7] = [
-    ("Cargo.toml", "version = \"{}\"\nedition"),
-    ("charts/finetune-operator/Chart.yaml", "\nversion: {}\n"),
-    ("charts/finetune-operator/Chart.yaml", "\nappVersion: {}\n"),
-    ("charts/finetune-operator/README.md", "finetune-trainer-cuda:{}"),
-    ("charts/finetune-operator/values.yaml", "finetune-trainer-cuda:{}"),
-    ("docs/OPERATIONS.md", "finetune-trainer-cuda:{}"),
-    ("tests/chart/everything.values.yaml", "finetune/trainer-cuda:{}"),
+/// Files that contain the current version, and the text around each occurrence.
+const NAMED_IN: [(&str, &[&str]); 6] = [
+    ("Cargo.toml", &["version = \"{}\"\nedition"]),
+    ("charts/finetune-operator/Chart.yaml", &["\nversion: {}\n", "\nappVersion: {}\n"]),
+    ("charts/finetune-operator/README.md", &["finetune-trainer-cuda:{}"]),
+    ("charts/finetune-operator/values.yaml", &["finetune-trainer-cuda:{}"]),
+    ("docs/OPERATIONS.md", &["finetune-trainer-cuda:{}"]),
+    ("tests/chart/everything.values.yaml", &["finetune/trainer-cuda:{}"]),
 ];
 const CHANGELOG: &str = "CHANGELOG.md";
 const UNRELEASED: &str = "## Unreleased\n";
@@ -76,16 +75,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let date = shell::output(Command::new("date").args(["--utc", "+%Y-%m-%d"]))?;
     let (changelog, notes) = released(&read(CHANGELOG)?, new, date.trim())?;
     let mut files: Vec<(&str, String)> = vec![(CHANGELOG, changelog)];
-    for (name, pattern) in NAMED_IN {
-        let position = files.iter().position(|(file, _)| *file == name);
-        let position = if let Some(position) = position {
-            position
-        } else {
-            files.push((name, read(name)?));
-            files.len() - 1
-        };
-        let text = &mut files[position].1;
-        *text = renumbered(text, pattern, old, new).with_context(|| format!("in {name}"))?;
+    for (name, patterns) in NAMED_IN {
+        let mut text = read(name)?;
+        for pattern in patterns {
+            text = renumbered(&text, pattern, old, new).with_context(|| format!("in {name}"))?;
+        }
+        files.push((name, text));
     }
     // Only now, so that a mistake changes nothing.
     for (name, text) in files {
@@ -179,10 +174,12 @@ mod tests {
     fn every_named_place_has_the_current_version() {
         let current: Version = env!("CARGO_PKG_VERSION").parse().unwrap();
         let next = Version(current.0, current.1 + 1, 0);
-        for (name, pattern) in NAMED_IN {
+        for (name, patterns) in NAMED_IN {
             let text = std::fs::read_to_string(shell::root().join(name)).unwrap();
-            let text = renumbered(&text, pattern, current, next).unwrap();
-            assert!(text.contains(&pattern.replace("{}", &next.to_string())), "{name}");
+            for pattern in patterns {
+                let text = renumbered(&text, pattern, current, next).unwrap();
+                assert!(text.contains(&pattern.replace("{}", &next.to_string())), "{name}");
+            }
         }
     }
 }

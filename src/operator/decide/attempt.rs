@@ -87,9 +87,8 @@ pub(super) fn reconcile(
     if input.is_suspended() {
         let message =
             "spec.suspend is set: the pods of this attempt save a checkpoint and terminate";
-        let deletion = Action::DeleteJob { name: job.name.clone(), uid: job.uid.clone() };
         let stopping = InProgress::new(attempt, Reason::Stopping, message);
-        return InProgress { actions: vec![deletion], ..stopping }.into();
+        return InProgress { actions: vec![Action::delete_job(job)], ..stopping }.into();
     }
     running(input, status, attempt, job, &pods)
 }
@@ -261,8 +260,7 @@ fn surviving_ranks<'a>(
 
 fn terminate(attempt: AttemptStatus, pods: &[&ObservedPod]) -> InProgress {
     let live = pods.iter().filter(|pod| !pod.is_deleting);
-    let deletions =
-        live.map(|pod| Action::DeletePod { name: pod.name.clone(), uid: pod.uid.clone() });
+    let deletions = live.map(|pod| Action::delete_pod(pod));
     let message =
         format!("a rank is lost; the {} ranks that wait for it are terminated", pods.len());
     let stopping = InProgress::new(attempt, Reason::Stopping, message);

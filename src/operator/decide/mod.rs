@@ -28,7 +28,7 @@ use k8s_openapi::{
 
 use super::{
     conditions::{self, Kind, Truth},
-    observe::Observed,
+    observe::{Observed, ObservedJob, ObservedPod},
     settings::Settings,
 };
 use crate::{
@@ -62,6 +62,16 @@ pub enum Action {
     DeleteJob { name: String, uid: String },
     DeletePod { name: String, uid: String },
     DeleteSelf,
+}
+
+impl Action {
+    fn delete_job(job: &ObservedJob) -> Self {
+        Self::DeleteJob { name: job.name.clone(), uid: job.uid.clone() }
+    }
+
+    fn delete_pod(pod: &ObservedPod) -> Self {
+        Self::DeletePod { name: pod.name.clone(), uid: pod.uid.clone() }
+    }
 }
 
 /// One event of a job.
@@ -127,7 +137,7 @@ impl<'a> Input<'a> {
     }
 
     fn until(&self, time: Timestamp) -> Duration {
-        Duration::try_from(self.now.duration_until(time)).unwrap_or_default()
+        until(self.now, time)
     }
 
     /// Returns when the run must have ended, once it has started.
@@ -137,11 +147,13 @@ impl<'a> Input<'a> {
     }
 
     fn orphan_deletions(&self) -> impl Iterator<Item = Action> {
-        self.observed
-            .orphaned_pods()
-            .filter(|pod| !pod.is_deleting)
-            .map(|pod| Action::DeletePod { name: pod.name.clone(), uid: pod.uid.clone() })
+        self.observed.orphaned_pods().filter(|pod| !pod.is_deleting).map(Action::delete_pod)
     }
+}
+
+/// Returns the wait from `now` to `time`; none if it is past.
+fn until(now: Timestamp, time: Timestamp) -> Duration {
+    Duration::try_from(now.duration_until(time)).unwrap_or_default()
 }
 
 fn deadline_exceeded(input: &Input<'_>, status: &FineTuneJobStatus) -> Option<Finished> {

@@ -8,7 +8,7 @@ use k8s_openapi::{
     jiff::{SignedDuration, Timestamp},
 };
 
-use super::{Action, Decision, Input, JobEvent};
+use super::{Action, Decision, Input, JobEvent, until};
 use crate::{
     api::{AttemptStatus, FineTuneJobStatus, PlanStatus, ProgressStatus, ResultStatus, Step},
     operator::{
@@ -285,8 +285,7 @@ impl NextStatus {
     }
 
     fn requeue_at(&mut self, time: Timestamp) {
-        let wait = Duration::try_from(self.now.duration_until(time)).unwrap_or_default();
-        self.requeue_within(wait);
+        self.requeue_within(until(self.now, time));
     }
 
     fn requeue_within(&mut self, wait: Duration) {
@@ -310,9 +309,7 @@ impl NextStatus {
     fn clean_up(self, input: &Input<'_>) -> Decision {
         let Self { status, mut actions, events, .. } = self;
         let live = input.observed.jobs.iter().filter(|job| job.ended.is_none() && !job.is_deleting);
-        actions.extend(
-            live.map(|job| Action::DeleteJob { name: job.name.clone(), uid: job.uid.clone() }),
-        );
+        actions.extend(live.map(Action::delete_job));
         actions.extend(input.orphan_deletions());
 
         let ttl = input.job.spec.ttl_seconds_after_finished;

@@ -407,6 +407,6 @@ impl Store {
 
 /// Makes ring the TLS provider of every client in this process.
 fn use_ring() {
-    // An error means that one is set already, and none but ring is compiled in.
+    // Fails if a provider is set already, which can only be ring: no other is compiled in.
     let _ = rustls::crypto::ring::default_provider().install_default();
 }

@@ -17,15 +17,15 @@ pub(crate) fn root() -> PathBuf {
 pub(crate) fn cargo(arguments: &[&str]) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(root()).args(arguments);
-    forget_xtask(&mut command);
+    remove_package_variables(&mut command);
     command
 }
 
-/// Removes the variables in which cargo describes xtask to it.
+/// Removes the variables that `cargo run` set to describe the xtask package.
 ///
-/// Build scripts that read them would run again whenever cargo is called by hand in between, and
-/// everything above them would be compiled again.
-pub(crate) fn forget_xtask(command: &mut Command) {
+/// Build scripts that read them would otherwise rerun after every direct call of cargo, and all their
+/// dependents would be recompiled.
+pub(crate) fn remove_package_variables(command: &mut Command) {
     for (name, _) in std::env::vars_os() {
         let is_description =
             |name: &str| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_");
