@@ -11,4 +11,4 @@ pub mod names;
 pub mod rope;
 
 pub use config::ModelConfig;
-pub use families::Family;
+pub use families::{Family, GgufFamily};

@@ -16,8 +16,8 @@ pub(super) fn config(gguf: &Gguf) -> Result<Value, String> {
         gguf.text("general.architecture").ok_or("the metadata lacks general.architecture")?;
     let family = Family::of_model_type(architecture).filter(|family| family.gguf.is_some());
     let Some(family) = family else {
-        let known: Vec<_> = FAMILIES.iter().filter(|family| family.gguf.is_some()).collect();
-        let known: Vec<_> = known.iter().map(|family| family.model_type).collect();
+        let known = FAMILIES.iter().filter(|family| family.gguf.is_some());
+        let known: Vec<_> = known.map(|family| family.model_type).collect();
         return Err(format!(
             "the architecture {architecture:?} is not supported: use one of {}",
             known.join(", ")

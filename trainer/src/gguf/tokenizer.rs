@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use serde_json::{Map, Value, json};
 
 use crate::{
-    architecture::Family,
+    architecture::GgufFamily,
     gguf::reader::{self, Gguf},
 };
 
@@ -123,8 +123,8 @@ fn texts<'a>(gguf: &'a Gguf, key: &str) -> Result<Vec<&'a str>, String> {
 
 /// Returns the name of the pre-tokenizer.
 fn pre_tokenizer_name(gguf: &Gguf) -> Result<&str, String> {
-    let family = gguf.text("general.architecture").and_then(Family::of_model_type);
-    let default = family.and_then(|family| family.gguf.as_ref()?.default_pre_tokenizer);
+    let family = gguf.text("general.architecture").and_then(GgufFamily::of_architecture);
+    let default = family.and_then(|family| family.default_pre_tokenizer);
     match (gguf.text("tokenizer.ggml.pre"), default) {
         // Files from before May 2024 lack the key.
         (None | Some("default"), Some(default)) => Ok(default),

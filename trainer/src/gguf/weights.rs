@@ -8,7 +8,7 @@ use serde_json::Value;
 use tch::{Kind, Tensor};
 
 use crate::{
-    architecture::{Family, config::ModelConfig, modules::TensorSpec},
+    architecture::{GgufFamily, config::ModelConfig, modules::TensorSpec},
     failure::Failure,
     gguf::{
         dequantize::storage_type,
@@ -88,8 +88,8 @@ fn tensor(gguf: &Gguf, config: &ModelConfig, spec: &TensorSpec) -> Result<Tensor
         ));
     }
     let value = dequantize(gguf, &name, info)?;
-    let family = Family::of_model_type(&config.model_type).and_then(|family| family.gguf.as_ref());
-    let interleaves_heads = family.is_some_and(|family| family.interleaves_heads);
+    let interleaves_heads = GgufFamily::of_architecture(&config.model_type)
+        .is_some_and(|family| family.interleaves_heads);
     let heads = match spec.name.rsplit('.').nth(1) {
         Some("q_proj") if interleaves_heads => config.num_attention_heads,
         Some("k_proj") if interleaves_heads => config.num_key_value_heads,

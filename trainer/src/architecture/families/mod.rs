@@ -49,6 +49,13 @@ impl Family {
     }
 }
 
+impl GgufFamily {
+    /// Finds what is special about the GGUF files of an architecture; `None` if there are none.
+    pub fn of_architecture(architecture: &str) -> Option<&'static Self> {
+        Family::of_model_type(architecture)?.gguf.as_ref()
+    }
+}
+
 /// Lists the families' names.
 pub fn names() -> Vec<&'static str> {
     FAMILIES.iter().map(|family| family.model_type).collect()
