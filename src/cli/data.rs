@@ -6,7 +6,9 @@ use clap::Args;
 use serde_json::json;
 
 use super::{failure::Failure, run, trainer};
-use crate::{api::FineTuneJob, manifest, plan::resolve};
+use finetune_api::FineTuneJob;
+use finetune_api::manifest;
+use finetune_plan::resolve;
 
 /// Which rows, and how they are shown.
 #[derive(Debug, Args)]

@@ -9,7 +9,7 @@ use std::{
 use finetune_contract::{Progress, Stage};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::plan::units;
+use finetune_plan::units;
 
 /// The least time between two plain lines of one stage.
 const LINE_INTERVAL: Duration = Duration::from_secs(2);

@@ -4,7 +4,7 @@ use std::fmt;
 
 use finetune_contract::{ExitCode, Problem};
 
-use crate::manifest::Violation;
+use finetune_api::manifest::Violation;
 
 /// A failed command.
 #[derive(Debug)]

@@ -14,8 +14,9 @@ use std::{ffi::OsString, path::PathBuf, process::ExitCode as Status};
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use finetune_contract::Parallelism;
 
-use crate::{api::crd, plan::render};
 use failure::Failure;
+use finetune_api::crd;
+use finetune_plan::render;
 
 /// Fine-tunes a language model from one manifest.
 #[derive(Debug, Parser)]

@@ -16,18 +16,15 @@ use super::{
     lock::Locks,
     trainer::{self, Trainer},
 };
-use crate::{
-    api::FineTuneJob,
-    manifest,
-    plan::{
-        self,
-        accelerators::Accelerator,
-        fallbacks::{self, Adapted},
-        render, resolve,
-        run_plan::{RunPlan, nothing_trained},
-        target::Target,
-        units,
-    },
+use finetune_api::FineTuneJob;
+use finetune_api::manifest;
+use finetune_plan::{
+    accelerators::Accelerator,
+    fallbacks::{self, Adapted},
+    render, resolve,
+    run_plan::{RunPlan, nothing_trained},
+    target::Target,
+    units,
 };
 
 /// A job read and a trainer found.
@@ -114,11 +111,12 @@ pub(super) fn plan(
     };
     let report: PreflightReport =
         finetune_contract::parse(&text).map_err(|error| unreadable(&error))?;
-    let plan =
-        plan::plan(job, &report, Target::Local(accelerators), ranks).map_err(|problems| {
+    let plan = finetune_plan::plan(job, &report, Target::Local(accelerators), ranks).map_err(
+        |problems| {
             let hidden = report.problems_total.saturating_sub(report.problems.len() as u64);
             Failure::problems("the run cannot start:", &problems, problems.len() as u64 + hidden)
-        })?;
+        },
+    )?;
     Ok((report, plan))
 }
 

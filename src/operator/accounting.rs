@@ -13,7 +13,7 @@ use super::{
     conditions::{self, Kind},
     context::Context,
 };
-use crate::api::{FineTuneJob, FineTuneJobStatus};
+use finetune_api::{FineTuneJob, FineTuneJobStatus};
 
 /// How often jobs are counted.
 const COUNT_INTERVAL: Duration = Duration::from_secs(10);

@@ -14,7 +14,7 @@ use super::{
     decide::Action,
     observe::controller,
 };
-use crate::api::FineTuneJob;
+use finetune_api::FineTuneJob;
 
 /// Answers by which the apiserver refuses an object.
 const REFUSALS: [u16; 3] = [400, 403, 422];

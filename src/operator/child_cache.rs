@@ -17,7 +17,7 @@ use super::{
     build::names::JOB_LABEL,
     observe::{Observed, ObservedJob, ObservedPod, observe_job, observe_pod},
 };
-use crate::api::FineTuneJob;
+use finetune_api::FineTuneJob;
 
 /// Namespace and name of a FineTuneJob.
 type Parent = (String, String);

@@ -6,7 +6,7 @@ use k8s_openapi::{
     jiff::Timestamp,
 };
 
-use crate::api::FineTuneJobStatus;
+use finetune_api::FineTuneJobStatus;
 
 /// The longest message kept; the CRD allows as much.
 const MESSAGE_LIMIT: usize = 4096;

@@ -13,7 +13,7 @@ use kube::{
 use super::{
     child_cache::ChildCache, metrics::Metrics, progress_client::ProgressClient, settings::Settings,
 };
-use crate::api::FineTuneJob;
+use finetune_api::FineTuneJob;
 
 /// What every reconciliation shares.
 pub struct Context {

@@ -25,7 +25,7 @@ use super::{
     reconcile::reconcile,
     settings::Settings,
 };
-use crate::api::FineTuneJob;
+use finetune_api::FineTuneJob;
 
 /// Jobs reconciled at once, at most.
 const CONCURRENCY: u16 = 16;

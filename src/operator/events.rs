@@ -7,7 +7,7 @@ use kube::{
 use tracing::warn;
 
 use super::{context::Context, decide::JobEvent};
-use crate::api::FineTuneJob;
+use finetune_api::FineTuneJob;
 
 /// The longest text of an event.
 const NOTE_LIMIT: usize = 1000;

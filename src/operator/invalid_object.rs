@@ -9,7 +9,7 @@ use kube::{
 use serde_json::json;
 use tracing::error;
 
-use crate::api::FineTuneJob;
+use finetune_api::FineTuneJob;
 
 /// Passes on the jobs that can be deserialised; one that no longer can is treated as deleted.
 pub fn valid_jobs(event: Event<DeserializeGuard<FineTuneJob>>) -> Option<Event<FineTuneJob>> {
@@ -57,7 +57,7 @@ mod tests {
     use serde_json::json;
 
     use super::valid_jobs;
-    use crate::api::FineTuneJob;
+    use finetune_api::FineTuneJob;
 
     fn job(rank: &serde_json::Value) -> DeserializeGuard<FineTuneJob> {
         serde_json::from_value(json!({

@@ -15,7 +15,7 @@ use super::{
     decide::PROGRESS_INTERVAL,
     observe::{Observed, ObservedPod, PodState},
 };
-use crate::api::{FineTuneJob, Step};
+use finetune_api::{FineTuneJob, Step};
 
 /// How long a trainer may take to answer.
 const TIMEOUT: Duration = Duration::from_secs(3);

@@ -12,7 +12,7 @@ use super::{
     events,
     observe::Observed,
 };
-use crate::api::{FineTuneJob, FineTuneJobStatus};
+use finetune_api::{FineTuneJob, FineTuneJobStatus};
 
 /// How long a reconciliation may take.
 const TIMEOUT: Duration = Duration::from_mins(1);

@@ -1,6 +1,6 @@
 //! What the apiserver itself accepts and refuses, by schema and CEL.
 
-use finetune_operator::api::FineTuneJob;
+use finetune_api::FineTuneJob;
 use kube::{
     Api,
     api::{DynamicObject, Patch, PatchParams, PostParams},

@@ -1,6 +1,6 @@
 //! Jobs that are created again, and namesakes: each is a run of its own.
 
-use finetune_operator::api::FineTuneJob;
+use finetune_api::FineTuneJob;
 use kube::api::DeleteParams;
 use serde_json::{Value, json};
 

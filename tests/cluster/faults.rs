@@ -1,7 +1,7 @@
 //! What happens to jobs at night: each ends as the design says, nothing is left, nothing is
 //! published twice.
 
-use finetune_operator::api::FineTuneJob;
+use finetune_api::FineTuneJob;
 use k8s_openapi::{
     api::{batch::v1::Job, core::v1::Pod},
     apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use finetune_operator::api::{FineTuneJob, FineTuneJobStatus};
+use finetune_api::{FineTuneJob, FineTuneJobStatus};
 use k8s_openapi::api::{
     batch::v1::Job,
     core::v1::{Namespace, Node, Pod, Secret},

@@ -1,6 +1,6 @@
 //! What a user reads when a manifest is wrong.
 
-use finetune_operator::manifest::{self, Error};
+use finetune_api::manifest::{self, Error};
 
 const MINIMAL: &str = include_str!("../../examples/minimal.yaml");
 

@@ -14,11 +14,9 @@ use super::{
     Attempt,
     names::{WORK_DIRECTORY, job_name, ranks_name},
 };
-use crate::{
-    api::{self, FineTuneJob, FineTuneJobSpec, SecretRef},
-    operator::settings::Settings,
-    plan::accelerators::Accelerator,
-};
+use crate::operator::settings::Settings;
+use finetune_api::{self as api, FineTuneJob, FineTuneJobSpec, SecretRef};
+use finetune_plan::accelerators::Accelerator;
 
 /// Where rank 0 brings the ranks together; torch's own default.
 const RENDEZVOUS_PORT: u16 = 29500;

@@ -21,10 +21,8 @@ use k8s_openapi::{
 };
 
 use super::settings::Settings;
-use crate::{
-    api::{FineTuneJob, GIB, Step},
-    plan::{accelerators::Accelerator, pod::PodSize},
-};
+use finetune_api::{FineTuneJob, GIB, Step};
+use finetune_plan::{accelerators::Accelerator, pod::PodSize};
 use names::{QUEUE_LABEL, job_name, labels, owner};
 use pod::pod_template;
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::Resource;
 
-use crate::api::{FineTuneJob, Step};
+use finetune_api::{FineTuneJob, Step};
 
 /// The name of the trainer's container.
 pub const CONTAINER: &str = "trainer";

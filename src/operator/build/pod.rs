@@ -22,10 +22,8 @@ use super::{
     names::{CONTAINER, WORK_DIRECTORY, ranks_name},
     resources::{self, mebibytes},
 };
-use crate::{
-    api::{self, FineTuneJob, Step},
-    operator::settings::Settings,
-};
+use crate::operator::settings::Settings;
+use finetune_api::{self as api, FineTuneJob, Step};
 
 const CONFIG_ANNOTATION: &str = "finetune.dev/config";
 const CONFIG_DIRECTORY: &str = "/etc/finetune";

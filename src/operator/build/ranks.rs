@@ -14,7 +14,7 @@ use k8s_openapi::{
 };
 
 use super::names::{own_labels, owner, ranks_name};
-use crate::api::{FineTuneJob, Step};
+use finetune_api::{FineTuneJob, Step};
 
 /// Builds the headless Service that gives the pods of a job's ranks names that can be resolved.
 pub fn service(job: &FineTuneJob) -> Service {

@@ -7,11 +7,9 @@ use k8s_openapi::{
 };
 
 use super::Attempt;
-use crate::{
-    api::{FineTuneJob, Step},
-    operator::settings::Settings,
-    plan::pod::PodSize,
-};
+use crate::operator::settings::Settings;
+use finetune_api::{FineTuneJob, Step};
+use finetune_plan::pod::PodSize;
 
 pub(super) fn resources(
     job: &FineTuneJob,

@@ -7,12 +7,10 @@ use super::{
     names::{job_name, ranks_name},
     ranks,
 };
-use crate::{
-    api::{NAME_LIMIT, Step},
-    manifest,
-    operator::settings::Settings,
-    plan::pod::PodSize,
-};
+use crate::operator::settings::Settings;
+use finetune_api::manifest;
+use finetune_api::{NAME_LIMIT, Step};
+use finetune_plan::pod::PodSize;
 
 const SETTINGS: &str = "trainerImage: trainer:1\naccelerators:\n- {name: a100, resourceName: nvidia.com/gpu, image: 'trainer-cuda:1', gpusPerNode: 4, memoryGiB: 80, bf16Tflops: 312, fp32Tflops: 19, hasBf16: true, nodeSelector: {gpu: a100}, tolerations: [{key: gpu, operator: Exists, effect: NoSchedule}]}\nenvironment: {AWS_REGION: eu-1, LOG: x}\nallowedEndpoints: [s3.acme.com]\n";
 

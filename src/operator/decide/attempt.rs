@@ -11,19 +11,17 @@ use super::{
     status::{first_attempt, next_attempt, pod_size, progress_status},
     termination::{Termination, termination},
 };
-use crate::{
-    api::{Approval, AttemptStatus, FineTuneJobStatus, PlanStatus, Step},
-    operator::{
-        build::{
-            self, Attempt,
-            names::{QUEUE_LABEL, job_name},
-            ranks,
-        },
-        conditions::{Kind, Truth},
-        observe::{ObservedJob, ObservedPod, PodState},
+use crate::operator::{
+    build::{
+        self, Attempt,
+        names::{QUEUE_LABEL, job_name},
+        ranks,
     },
-    plan::{accelerators::Accelerator, pod::PodSize},
+    conditions::{Kind, Truth},
+    observe::{ObservedJob, ObservedPod, PodState},
 };
+use finetune_api::{Approval, AttemptStatus, FineTuneJobStatus, PlanStatus, Step};
+use finetune_plan::{accelerators::Accelerator, pod::PodSize};
 
 /// How often a running trainer is asked for its progress, at most.
 pub const PROGRESS_INTERVAL: Duration = Duration::from_secs(15);

@@ -31,10 +31,8 @@ use super::{
     observe::{Observed, ObservedJob, ObservedPod},
     settings::Settings,
 };
-use crate::{
-    api::{FineTuneJob, FineTuneJobStatus, OUTPUT},
-    plan::resolve,
-};
+use finetune_api::{FineTuneJob, FineTuneJobStatus, OUTPUT};
+use finetune_plan::resolve;
 use state::{ConditionChange, Finished, NextStatus};
 
 pub use attempt::PROGRESS_INTERVAL;

@@ -10,13 +10,11 @@ use super::{
     status::{plan_message, plan_status, published_before},
     termination::Termination,
 };
-use crate::{
-    api::{AttemptStatus, FineTuneJobStatus, Step},
-    operator::conditions::{Kind, Truth},
-    plan::{
-        placement::{self, Placement, Unplaced},
-        resolve,
-    },
+use crate::operator::conditions::{Kind, Truth};
+use finetune_api::{AttemptStatus, FineTuneJobStatus, Step};
+use finetune_plan::{
+    placement::{self, Placement, Unplaced},
+    resolve,
 };
 
 /// Decides about a job that has no plan yet.

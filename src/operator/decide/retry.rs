@@ -8,7 +8,7 @@ use super::{
     state::{Finished, Retry, State},
     status::next_attempt,
 };
-use crate::api::AttemptStatus;
+use finetune_api::AttemptStatus;
 
 /// The first wait after a failure; it doubles.
 const FIRST_BACKOFF: SignedDuration = SignedDuration::from_secs(10);

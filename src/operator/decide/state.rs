@@ -9,12 +9,12 @@ use k8s_openapi::{
 };
 
 use super::{Action, Decision, Input, JobEvent, until};
-use crate::{
-    api::{AttemptStatus, FineTuneJobStatus, PlanStatus, ProgressStatus, ResultStatus, Step},
-    operator::{
-        conditions::{self, Kind, Truth},
-        decide::status::first_attempt,
-    },
+use crate::operator::{
+    conditions::{self, Kind, Truth},
+    decide::status::first_attempt,
+};
+use finetune_api::{
+    AttemptStatus, FineTuneJobStatus, PlanStatus, ProgressStatus, ResultStatus, Step,
 };
 
 /// How soon a job is reconciled again though nothing changed.

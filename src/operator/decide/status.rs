@@ -3,13 +3,13 @@
 use finetune_contract::{ArtifactKind, Progress, PublishedResult, RunConfig, RunReport};
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 
-use crate::{
-    api::{AttemptStatus, Fallback, PlanStatus, PodStatus, ProgressStatus, ResultStatus, Step},
-    plan::{
-        placement::Placement,
-        pod::{self, PodSize},
-        render, units,
-    },
+use finetune_api::{
+    AttemptStatus, Fallback, PlanStatus, PodStatus, ProgressStatus, ResultStatus, Step,
+};
+use finetune_plan::{
+    placement::Placement,
+    pod::{self, PodSize},
+    render, units,
 };
 
 /// The longest summary of a plan; the CRD allows a little more.

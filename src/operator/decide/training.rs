@@ -11,15 +11,13 @@ use super::{
     status::{adapted_plan, last_progress, next_attempt, pod_size, result_status},
     termination::Termination,
 };
-use crate::{
-    api::{AttemptStatus, FineTuneJobStatus, PlanStatus, ResultStatus, Step},
-    operator::build,
-    plan::{
-        accelerators::Accelerator,
-        fallbacks::{self, Adapted},
-        run_plan::nothing_trained,
-        units,
-    },
+use crate::operator::build;
+use finetune_api::{AttemptStatus, FineTuneJobStatus, PlanStatus, ResultStatus, Step};
+use finetune_plan::{
+    accelerators::Accelerator,
+    fallbacks::{self, Adapted},
+    run_plan::nothing_trained,
+    units,
 };
 
 /// Decides about a job that has a plan.

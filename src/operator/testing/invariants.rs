@@ -5,15 +5,13 @@ use std::collections::HashSet;
 use finetune_contract::{Reason, ReasonPhase};
 use kube::ResourceExt;
 
-use crate::{
-    api::{FineTuneJob, FineTuneJobStatus, PlanStatus, Step},
-    operator::{
-        conditions::{self, Kind, find},
-        decide::{Action, Decision},
-        observe::Observed,
-        settings::Settings,
-    },
+use crate::operator::{
+    conditions::{self, Kind, find},
+    decide::{Action, Decision},
+    observe::Observed,
+    settings::Settings,
 };
+use finetune_api::{FineTuneJob, FineTuneJobStatus, PlanStatus, Step};
 
 /// Checks a decision against the invariants of docs/ARCHITECTURE.md.
 ///

@@ -10,17 +10,15 @@ use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt;
 
 use super::invariants;
-use crate::{
-    api::FineTuneJob,
-    manifest,
-    operator::{
-        conditions::{Kind, find},
-        decide::{Action, Decision, decide},
-        observe::{Observed, ObservedJob, ObservedPod, PodState},
-        settings::Settings,
-    },
-    plan::{fixture, resolve::sha256_hex},
+use crate::operator::{
+    conditions::{Kind, find},
+    decide::{Action, Decision, decide},
+    observe::{Observed, ObservedJob, ObservedPod, PodState},
+    settings::Settings,
 };
+use finetune_api::FineTuneJob;
+use finetune_api::manifest;
+use finetune_plan::{resolve::sha256_hex, testing};
 
 const SETTINGS: &str = "trainerImage: trainer:1\naccelerators:\n- {name: cpu, cpu: 2, memoryGiB: 4, bf16Tflops: 0.5, fp32Tflops: 0.2, hasBf16: true}\n- {name: a100, resourceName: nvidia.com/gpu, memoryGiB: 80, bf16Tflops: 312, fp32Tflops: 19, hasBf16: true}\nretries: 2\ndisruptions: 2\n";
 
@@ -164,7 +162,7 @@ impl World {
 
     pub(crate) fn pass_preflight(&mut self) {
         self.settle();
-        let report = fixture::report(fixture::smollm2(), 1_000_000_000);
+        let report = testing::report(testing::smollm2(), 1_000_000_000);
         self.end(Some(0), &render(&report));
     }
 
@@ -244,7 +242,7 @@ impl World {
     /// Ends the preflight with a report of what it found at the output.
     pub(crate) fn pass_preflight_with(&mut self, change: impl FnOnce(&mut PreflightReport)) {
         self.settle();
-        let mut report = fixture::report(fixture::smollm2(), 1_000_000_000);
+        let mut report = testing::report(testing::smollm2(), 1_000_000_000);
         change(&mut report);
         self.end(Some(0), &render(&report));
         self.settle();

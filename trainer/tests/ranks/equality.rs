@@ -242,7 +242,7 @@ fn ranks_that_do_not_connect_are_named() {
     assert!(joined[1].is_err());
 }
 
-/// The formulas of `src/plan/sizing.rs`, written out for the fixture.
+/// The formulas of `finetune_plan::sizing`, written out for the fixture.
 #[test]
 fn each_strategy_sends_the_predicted_bytes() {
     let directory = tempfile::tempdir().unwrap();

@@ -23,7 +23,7 @@ const SECTIONS: [(ReasonPhase, &str, &str); 4] = [
 /// Renders `docs/reference/reasons.md`.
 pub(crate) fn page() -> String {
     let mut page = String::from(
-        "<!-- Generated from contract/src/reason.rs by `cargo xtask generate`. -->\n# Reasons\n\nWhy a condition of a FineTuneJob has its value. The condition `Succeeded` is the summary; its message has the particulars.\n",
+        "<!-- Generated from crates/contract/src/reason.rs by `cargo xtask generate`. -->\n# Reasons\n\nWhy a condition of a FineTuneJob has its value. The condition `Succeeded` is the summary; its message has the particulars.\n",
     );
     for (phase, title, text) in SECTIONS {
         let _ = write!(

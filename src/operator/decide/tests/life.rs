@@ -4,16 +4,14 @@ use finetune_contract::{
     CONTRACT_VERSION, Progress, RunConfig, RunReport, Stage, StoppedEarly, parse, render,
 };
 
-use crate::{
-    api::Approval,
-    operator::{
-        build::names::QUEUE_LABEL,
-        conditions::Kind,
-        decide::{Action, PROGRESS_INTERVAL},
-        observe::PodState,
-        testing::World,
-    },
+use crate::operator::{
+    build::names::QUEUE_LABEL,
+    conditions::Kind,
+    decide::{Action, PROGRESS_INTERVAL},
+    observe::PodState,
+    testing::World,
 };
+use finetune_api::Approval;
 
 #[test]
 fn a_life_without_trouble_takes_few_writes() {

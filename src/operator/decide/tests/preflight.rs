@@ -2,16 +2,14 @@
 
 use finetune_contract::{PreflightReport, Problem, ProblemReason, render};
 
-use crate::{
-    operator::{conditions::Kind, testing::World},
-    plan::fixture,
-};
+use crate::operator::{conditions::Kind, testing::World};
+use finetune_plan::testing;
 
 #[test]
 fn problems_of_the_preflight_end_the_job_before_training() {
     let mut world = World::new("");
     world.settle();
-    let mut report = fixture::report(fixture::smollm2(), 1);
+    let mut report = testing::report(testing::smollm2(), 1);
     report.problems = vec![Problem {
         reason: ProblemReason::InvalidDataset,
         location: "train.jsonl:3".to_owned(),
@@ -30,7 +28,7 @@ fn problems_of_the_preflight_end_the_job_before_training() {
 fn a_store_that_does_not_answer_is_retried_with_backoff() {
     let mut world = World::new("");
     world.settle();
-    let mut report = fixture::report(fixture::smollm2(), 1);
+    let mut report = testing::report(testing::smollm2(), 1);
     report.problems = vec![Problem {
         reason: ProblemReason::Unavailable,
         location: "s3://b".to_owned(),
@@ -58,7 +56,7 @@ fn a_run_that_is_too_large_waits_or_fails_by_what_would_help() {
         let mut world = World::new(lines);
         world.settings.accelerators.truncate(accelerators);
         world.settle();
-        let report = fixture::report(fixture::llama_8b(), 1);
+        let report = testing::report(testing::llama_8b(), 1);
         world.end(Some(0), &render(&report));
         world.settle();
         world.summary()
@@ -91,7 +89,7 @@ fn local_files_are_refused_before_any_pod() {
 
 #[test]
 fn the_report_fits_what_a_preflight_really_writes() {
-    let report: PreflightReport = fixture::report(fixture::llama_8b(), 1);
+    let report: PreflightReport = testing::report(testing::llama_8b(), 1);
     assert!(render(&report.fit()).len() <= finetune_contract::TERMINATION_MESSAGE_LIMIT);
 }
 

@@ -1,11 +1,13 @@
-//! The `FineTuneJob` API, from which the CRD is generated.
+//! The `FineTuneJob` API, from which the CRD is generated, and how one is read from a file.
 //!
 //! The doc comments of fields are the CRD's descriptions and the reference documentation. Every
 //! number, string and list is bounded, so that admission rejects nonsense and CEL costs stay small.
 
+#![forbid(unsafe_code)]
 #![allow(unreachable_pub, reason = "KubeSchema repeats each struct inside a function")]
 
 pub mod crd;
+pub mod manifest;
 mod quantity;
 mod schema;
 mod spec;

@@ -1,4 +1,4 @@
-//! Facts of real models, for tests.
+//! Preflight reports of real models, for tests.
 
 use finetune_contract::{
     CONTRACT_VERSION, DatasetCensus, DatasetFormat, LengthPoint, LoraFacts, MachineFacts,
@@ -56,15 +56,19 @@ fn model(
     }
 }
 
-pub(crate) fn smollm2() -> ModelFacts {
+/// Returns the facts of SmolLM2-135M.
+pub fn smollm2() -> ModelFacts {
     model("llama", [576, 1536, 30, 9, 3, 64, 49152, 8192], true)
 }
 
-pub(crate) fn llama_8b() -> ModelFacts {
+/// Returns the facts of Llama-3.1-8B.
+pub fn llama_8b() -> ModelFacts {
     model("llama", [4096, 14336, 32, 32, 8, 128, 128_256, 131_072], false)
 }
 
-pub(crate) fn report(model: ModelFacts, memory_bytes: u64) -> PreflightReport {
+/// Returns the report of a preflight without problems: 1,000 rows of chat, and a machine with
+/// `memory_bytes` and two cores.
+pub fn report(model: ModelFacts, memory_bytes: u64) -> PreflightReport {
     let point = |context, over, cut, packed| LengthPoint {
         context,
         over,

@@ -42,11 +42,11 @@ fn names(census: &DatasetCensus) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::fixture;
+    use crate::testing;
 
     fn check(change: impl FnOnce(&mut DatasetSource, &mut PreflightReport)) -> String {
         let mut source = DatasetSource::of("s3://a/train/");
-        let mut report = fixture::report(fixture::smollm2(), 1 << 33);
+        let mut report = testing::report(testing::smollm2(), 1 << 33);
         change(&mut source, &mut report);
         let mut decisions = Choices::default();
         explain(&source, &report, &mut decisions);

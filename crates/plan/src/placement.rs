@@ -6,7 +6,7 @@ use super::{
     accelerators::Accelerator, choices::Choice, plan, pod::PodSize, problems::invalid,
     run_plan::RunPlan, target::Target, units,
 };
-use crate::api::FineTuneJob;
+use finetune_api::FineTuneJob;
 
 /// A run with its accelerator.
 #[derive(Debug, Clone)]
@@ -198,14 +198,12 @@ mod tests {
     use finetune_contract::{Device, ModelFacts, Strategy};
 
     use super::{Unplaced, place};
-    use crate::{
-        api::FineTuneJob,
-        manifest,
-        plan::{accelerators::Accelerator, fixture, pod::describe},
-    };
+    use crate::{accelerators::Accelerator, pod::describe, testing};
+    use finetune_api::FineTuneJob;
+    use finetune_api::manifest;
 
     fn job(lines: &str) -> FineTuneJob {
-        let text = format!("{}{lines}", include_str!("../../examples/minimal.yaml"));
+        let text = format!("{}{lines}", include_str!("../../../examples/minimal.yaml"));
         manifest::parse(&text).unwrap()
     }
 
@@ -234,7 +232,7 @@ mod tests {
     }
 
     fn check(model: ModelFacts, lines: &str) -> String {
-        let report = fixture::report(model, 1_000_000_000);
+        let report = testing::report(model, 1_000_000_000);
         match place(&job(lines), &report, &accelerators()) {
             Ok(placement) => format!("{}: {}", placement.accelerator, describe(&placement.pod)),
             Err(unplaced) => unplaced.to_string(),
@@ -243,13 +241,13 @@ mod tests {
 
     #[test]
     fn takes_the_first_that_fits() {
-        insta::assert_snapshot!(check(fixture::smollm2(), "  loraConfig: {}\n"), @"cpu: 2 CPU, 1.68 GB memory, 1.67 GB storage");
-        insta::assert_snapshot!(check(fixture::llama_8b(), "  loraConfig: {}\n"), @"A100-80GB: 8 CPU, 21.43 GB memory, 33.70 GB storage");
+        insta::assert_snapshot!(check(testing::smollm2(), "  loraConfig: {}\n"), @"cpu: 2 CPU, 1.68 GB memory, 1.67 GB storage");
+        insta::assert_snapshot!(check(testing::llama_8b(), "  loraConfig: {}\n"), @"A100-80GB: 8 CPU, 21.43 GB memory, 33.70 GB storage");
     }
 
     #[test]
     fn divides_a_large_run_over_devices_of_one_pod() {
-        let report = fixture::report(fixture::llama_8b(), 1_000_000_000);
+        let report = testing::report(testing::llama_8b(), 1_000_000_000);
         let placement = place(&job(""), &report, &accelerators()).unwrap();
         let asked = &placement.plan.run_config;
         assert_eq!(asked.device, Device::Cuda);
@@ -263,7 +261,7 @@ mod tests {
     fn says_which_accelerator_lacks_a_trainer() {
         let mut accelerators = accelerators();
         accelerators[1].image = None;
-        let report = fixture::report(fixture::llama_8b(), 1_000_000_000);
+        let report = testing::report(testing::llama_8b(), 1_000_000_000);
         let unplaced = place(&job(""), &report, &accelerators).unwrap_err();
         insta::assert_snapshot!(unplaced.to_string(), @"the run needs 4 A100-80GB, for which the operator's settings name no trainer: an administrator must set `image` of that accelerator to a trainer built with CUDA; or lower what the run needs with loraConfig: {} or training.contextLength");
     }
@@ -271,7 +269,7 @@ mod tests {
     #[test]
     fn plans_within_a_users_limit() {
         let accelerators = &accelerators()[..1];
-        let report = fixture::report(fixture::smollm2(), 8_000_000_000);
+        let report = testing::report(testing::smollm2(), 8_000_000_000);
         let plan = |lines: &str| {
             let limit = "  resources: {limits: {memory: LIMIT}}\n  loraConfig: {}\n";
             let job = job(&format!("{limit}{lines}").replace("LIMIT", "700Mi"));
@@ -306,7 +304,7 @@ mod tests {
 
     #[test]
     fn divides_over_the_fewest_pods_that_hold_it() {
-        let report = fixture::report(fixture::smollm2(), 1_000_000_000);
+        let report = testing::report(testing::smollm2(), 1_000_000_000);
         let mut accelerators = accelerators();
         accelerators.truncate(1);
         accelerators[0].memory_gi_b = 2.5;
@@ -334,7 +332,7 @@ mod tests {
 
     #[test]
     fn says_a_wrong_manifest_once_and_not_for_each_place() {
-        let report = fixture::report(fixture::smollm2(), 1_000_000_000);
+        let report = testing::report(testing::smollm2(), 1_000_000_000);
         let wrong = job("  training: {contextLength: 9000}\n");
         let Err(Unplaced::Problems(problems)) = place(&wrong, &report, &accelerators()) else {
             panic!("a context above the model's was planned");
@@ -348,7 +346,7 @@ mod tests {
             let mut accelerators = accelerators();
             accelerators.truncate(1);
             accelerators[0].memory_gi_b = gib;
-            let report = fixture::report(fixture::smollm2(), 1_000_000_000);
+            let report = testing::report(testing::smollm2(), 1_000_000_000);
             match place(&job("  loraConfig: {}\n"), &report, &accelerators) {
                 Ok(placement) => {
                     assert!(placement.pod.memory_bytes <= accelerators[0].memory_bytes());
@@ -360,7 +358,7 @@ mod tests {
 
     #[test]
     fn needs_an_accelerator() {
-        let report = fixture::report(fixture::smollm2(), 1_000_000_000);
+        let report = testing::report(testing::smollm2(), 1_000_000_000);
         let unplaced = place(&job(""), &report, &[]).unwrap_err();
         assert!(unplaced.to_string().contains("administrator"), "{unplaced}");
     }

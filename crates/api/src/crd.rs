@@ -159,7 +159,8 @@ mod tests {
 
     #[test]
     fn committed_crd_is_the_generated_one() {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/crds/finetunejobs.finetune.dev.yaml");
+        let path =
+            concat!(env!("CARGO_MANIFEST_DIR"), "/../../crds/finetunejobs.finetune.dev.yaml");
         let committed = std::fs::read_to_string(path).unwrap_or_default();
         assert!(
             committed == crd_yaml().unwrap(),

@@ -1,7 +1,7 @@
 //! Decides the length of a run: its steps, and the sequences of the last one.
 
 use super::choices::Choices;
-use crate::api::Training;
+use finetune_api::Training;
 
 /// What was decided.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

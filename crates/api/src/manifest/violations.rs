@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde_json::{Map, Value};
 
-use crate::api::Names;
+use crate::Names;
 
 /// One fault of a manifest.
 #[derive(Debug, Clone, PartialEq, Eq)]

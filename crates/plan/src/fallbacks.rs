@@ -10,7 +10,7 @@ use super::{
     sizing::{self, Workload},
     units::{self, word},
 };
-use crate::api::Fallback;
+use finetune_api::Fallback;
 
 /// A run in smaller pieces.
 #[derive(Debug, Clone, PartialEq)]
@@ -212,15 +212,13 @@ mod tests {
     use finetune_contract::RunConfig;
 
     use super::{adapt, describe};
-    use crate::{
-        api::Fallback,
-        manifest,
-        plan::{accelerators::Accelerator, fixture, plan, target::Target},
-    };
+    use crate::{accelerators::Accelerator, plan, target::Target, testing};
+    use finetune_api::Fallback;
+    use finetune_api::manifest;
 
     /// Plans the small model for a pod of so many GiB.
     fn planned(lines: &str, gib: f64) -> (RunConfig, Vec<Fallback>) {
-        let text = format!("{}{lines}", include_str!("../../examples/minimal.yaml"));
+        let text = format!("{}{lines}", include_str!("../../../examples/minimal.yaml"));
         let job = manifest::parse(&text).unwrap();
         let pod = Accelerator {
             name: "cpu".to_owned(),
@@ -230,7 +228,7 @@ mod tests {
             has_bf16: true,
             ..Accelerator::default()
         };
-        let report = fixture::report(fixture::smollm2(), 8_000_000_000);
+        let report = testing::report(testing::smollm2(), 8_000_000_000);
         let plan = plan(&job, &report, Target::on(&pod, &job), 1).unwrap();
         (plan.run_config, plan.fallbacks)
     }
@@ -262,16 +260,16 @@ mod tests {
 
     #[test]
     fn ranks_of_one_machine_share_its_memory_and_are_no_fallback() {
-        let job = manifest::parse(include_str!("../../examples/minimal.yaml")).unwrap();
-        let report = fixture::report(fixture::smollm2(), 8_000_000_000);
+        let job = manifest::parse(include_str!("../../../examples/minimal.yaml")).unwrap();
+        let report = testing::report(testing::smollm2(), 8_000_000_000);
         let plan = plan(&job, &report, Target::Local(&[]), 2).unwrap();
         assert!(plan.fallbacks.iter().all(|fallback| fallback.ranks == 2), "{:?}", plan.fallbacks);
     }
 
     #[test]
     fn ranks_that_hold_weights_whole_divide_them_before_anything_is_computed_again() {
-        let job = manifest::parse(include_str!("../../examples/minimal.yaml")).unwrap();
-        let report = fixture::report(fixture::smollm2(), 16_000_000_000);
+        let job = manifest::parse(include_str!("../../../examples/minimal.yaml")).unwrap();
+        let report = testing::report(testing::smollm2(), 16_000_000_000);
         let plan = plan(&job, &report, Target::Local(&[]), 2).unwrap();
         let strategy = plan.run_config.parallelism.strategy;
         let fallbacks = describe(&plan.run_config, &plan.fallbacks).unwrap();

@@ -5,7 +5,7 @@ use finetune_contract::{
 };
 
 use super::{choices::Choices, problems::invalid};
-use crate::api::Training;
+use finetune_api::Training;
 
 /// A length that cuts nothing is preferred if it is at most this much longer.
 const LONGER_FOR_NOTHING_CUT: f64 = 1.25;
@@ -156,11 +156,11 @@ fn effect(point: &LengthPoint, census: &DatasetCensus) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::fixture;
+    use crate::testing;
 
     #[test]
     fn a_default_cuts_no_row_when_that_is_an_error() {
-        let census = fixture::report(fixture::smollm2(), 1).train.unwrap();
+        let census = testing::report(testing::smollm2(), 1).train.unwrap();
         let context = |longest, on_overflow| {
             default(&census, longest, on_overflow).map(|point| point.context)
         };

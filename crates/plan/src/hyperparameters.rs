@@ -3,7 +3,7 @@
 use finetune_contract::{Dtype, LrScheduler, MachineFacts, Optimizer, TrainingSettings};
 
 use super::{batch::Batch, choices::Choices, length::Length, resolve, target::Target, units::word};
-use crate::api::{OptimizerName, Precision, Scheduler, Training};
+use finetune_api::{OptimizerName, Precision, Scheduler, Training};
 
 /// Takes the optimizer asked for: 8-bit state adds noise, which only a user may choose.
 pub(super) fn optimizer(set: Option<OptimizerName>, decisions: &mut Choices) -> Optimizer {

@@ -7,7 +7,7 @@ use finetune_contract::{
 };
 use sha2::{Digest, Sha256};
 
-use crate::api::{
+use finetune_api::{
     Dataset, FineTuneJob, FineTuneJobSpec, Format, InvalidRow, Names, Overflow, ReasoningKept,
     Recomputation, TrainedTurns, is_all_linear,
 };
@@ -79,7 +79,7 @@ fn canonical_spec(job: &FineTuneJob) -> String {
 }
 
 /// Returns the SHA-256 of bytes in lower-case hexadecimal.
-pub(crate) fn sha256_hex(bytes: &[u8]) -> String {
+pub fn sha256_hex(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
@@ -240,12 +240,12 @@ mod tests {
     use finetune_contract::TargetModules;
 
     use super::{lora, run_id};
-    use crate::manifest;
+    use finetune_api::manifest;
 
     #[test]
     fn all_linear_is_a_word_however_it_is_written() {
         for names in ["all-linear", "All-Linear", "[all-linear]"] {
-            let minimal = include_str!("../../examples/minimal.yaml");
+            let minimal = include_str!("../../../examples/minimal.yaml");
             let text = format!("{minimal}  loraConfig: {{targetModules: {names}}}\n");
             let settings = lora(&manifest::parse(&text).unwrap().spec).unwrap();
             assert_eq!(settings.target_modules, TargetModules::AllLinear, "{names}");
@@ -253,7 +253,7 @@ mod tests {
     }
 
     fn check(namespace: &str, name: &str, uid: Option<&str>) -> String {
-        let mut job = manifest::parse(include_str!("../../examples/minimal.yaml")).unwrap();
+        let mut job = manifest::parse(include_str!("../../../examples/minimal.yaml")).unwrap();
         job.metadata.namespace = Some(namespace.to_owned());
         job.metadata.name = Some(name.to_owned());
         job.metadata.uid = uid.map(str::to_owned);
@@ -278,7 +278,7 @@ mod tests {
 
     #[test]
     fn a_manifest_that_was_read_from_a_cluster_is_no_run_of_the_cluster() {
-        let text = include_str!("../../examples/minimal.yaml");
+        let text = include_str!("../../../examples/minimal.yaml");
         let read = text.replace("metadata:", "metadata:\n  uid: u-1");
         let read =
             manifest::parse(&read.replace("metadata:\n  uid: u-1 {", "metadata: {uid: u-1, "));

@@ -8,14 +8,13 @@
 //! `rows` choose what it leaves open, and [`sizing`] predicts what that costs. [`placement`] finds the
 //! accelerator of a run in a cluster, [`pod`] the size of its pods, and [`fallbacks`] what follows if
 //! memory is short all the same. [`render`] prints a plan.
+#![forbid(unsafe_code)]
 
 pub mod accelerators;
 mod batch;
 pub mod choices;
 mod context;
 pub mod fallbacks;
-#[cfg(test)]
-pub(crate) mod fixture;
 mod hyperparameters;
 mod length;
 mod lora;
@@ -28,6 +27,8 @@ mod rows;
 pub mod run_plan;
 pub mod sizing;
 pub mod target;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 #[cfg(test)]
 mod tests;
 pub mod units;
@@ -38,8 +39,8 @@ use finetune_contract::{
     cost::CHECKPOINT_BYTES_PER_PARAMETER,
 };
 
-use crate::api::FineTuneJob;
 use choices::Choices;
+use finetune_api::FineTuneJob;
 use hyperparameters::{TrainingFacts, dtype, optimizer, training_settings};
 use problems::{
     check_patience, foreign_result, invalid, published_before, too_little_memory, warnings,

@@ -3,7 +3,7 @@
 use finetune_contract::{Device, MachineFacts, ModelFacts, PreflightReport};
 
 use super::{accelerators::Accelerator, pod, sizing};
-use crate::api::FineTuneJob;
+use finetune_api::FineTuneJob;
 
 /// Where a run is planned for.
 #[derive(Debug, Clone, Copy)]

@@ -2,13 +2,13 @@
 
 use finetune_contract::ModelFacts;
 
-use super::{accelerators::Accelerator, fixture, plan, render, sizing, target::Target};
-use crate::manifest;
+use super::{accelerators::Accelerator, plan, render, sizing, target::Target, testing};
+use finetune_api::manifest;
 
 const GB: u64 = 1_000_000_000;
 
 fn check(model: ModelFacts, memory_bytes: u64, lines: &str) -> String {
-    let text = format!("{}{lines}", include_str!("../../examples/minimal.yaml"));
+    let text = format!("{}{lines}", include_str!("../../../examples/minimal.yaml"));
     let job = manifest::parse(&text).unwrap();
     let accelerator = Accelerator {
         name: "Test 80GB".to_owned(),
@@ -19,7 +19,7 @@ fn check(model: ModelFacts, memory_bytes: u64, lines: &str) -> String {
         price_per_hour: Some(2.0),
         ..Accelerator::default()
     };
-    match plan(&job, &fixture::report(model, memory_bytes), Target::Local(&[accelerator]), 1) {
+    match plan(&job, &testing::report(model, memory_bytes), Target::Local(&[accelerator]), 1) {
         Ok(plan) => render::text(&plan),
         Err(problems) => problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"),
     }
@@ -27,7 +27,7 @@ fn check(model: ModelFacts, memory_bytes: u64, lines: &str) -> String {
 
 #[test]
 fn plans_lora_on_a_small_model() {
-    insta::assert_snapshot!(check(fixture::smollm2(), 8 * GB, "  loraConfig: {}\n"), @r"
+    insta::assert_snapshot!(check(testing::smollm2(), 8 * GB, "  loraConfig: {}\n"), @r"
     Plan of minimal-2598f87e
       method                     LoRA            loraConfig is given: 2442240 trained parameters, 1.82 % of the model
       r                          8               updates are scaled by 2
@@ -68,7 +68,7 @@ fn plans_lora_on_a_small_model() {
 
 #[test]
 fn computes_blocks_again_when_memory_is_short() {
-    insta::assert_snapshot!(check(fixture::smollm2(), GB / 2, "  loraConfig: {}\n  training: {contextLength: 1024}\n"), @r"
+    insta::assert_snapshot!(check(testing::smollm2(), GB / 2, "  loraConfig: {}\n  training: {contextLength: 1024}\n"), @r"
     Plan of minimal-70ff94e5
       method                     LoRA            loraConfig is given: 2442240 trained parameters, 1.82 % of the model
       r                          8               updates are scaled by 2
@@ -117,9 +117,9 @@ fn computes_blocks_again_when_memory_is_short() {
 
 #[test]
 fn says_by_how_much_a_large_model_does_not_fit() {
-    insta::assert_snapshot!(check(fixture::llama_8b(), 64 * GB, ""), @"memory: the run needs 145.90 GB, but only 57.60 GB of the 64.00 GB here is available, 88.30 GB short: set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory");
-    insta::assert_snapshot!(check(fixture::smollm2(), 2400 << 20, ""), @"memory: the run needs 2.63 GB, but only 2.26 GB of the 2.52 GB here is available, 363 MB short: set training.optimizer: adamw8bit, with which it is 1.82 GB, or set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory");
-    let small = check(fixture::smollm2(), 2400 << 20, "  training: {optimizer: adamw8bit}\n");
+    insta::assert_snapshot!(check(testing::llama_8b(), 64 * GB, ""), @"memory: the run needs 145.90 GB, but only 57.60 GB of the 64.00 GB here is available, 88.30 GB short: set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory");
+    insta::assert_snapshot!(check(testing::smollm2(), 2400 << 20, ""), @"memory: the run needs 2.63 GB, but only 2.26 GB of the 2.52 GB here is available, 363 MB short: set training.optimizer: adamw8bit, with which it is 1.82 GB, or set loraConfig: {}, or lower training.contextLength below 256, or use a machine with more memory");
+    let small = check(testing::smollm2(), 2400 << 20, "  training: {optimizer: adamw8bit}\n");
     let lines: Vec<_> = small.lines().filter(|line| line.contains("optimizer")).collect();
     assert_eq!(lines.len(), 1, "{small}");
     assert!(lines[0].contains("adamw8bit       set in the manifest; 8-bit optimizer state"));
@@ -127,7 +127,7 @@ fn says_by_how_much_a_large_model_does_not_fit() {
 
 #[test]
 fn plans_lora_on_a_large_model() {
-    insta::assert_snapshot!(check(fixture::llama_8b(), 64 * GB, "  loraConfig: {r: 16}\n"), @r"
+    insta::assert_snapshot!(check(testing::llama_8b(), 64 * GB, "  loraConfig: {r: 16}\n"), @r"
     Plan of minimal-813dde86
       method                     LoRA            loraConfig is given: 41943040 trained parameters, 0.52 % of the model
       r                          16              updates are scaled by 1
@@ -167,9 +167,9 @@ fn plans_lora_on_a_large_model() {
 }
 
 fn check_ranks(ranks: u32, memory_bytes: u64, lines: &str) -> String {
-    let text = format!("{}{lines}", include_str!("../../examples/minimal.yaml"));
+    let text = format!("{}{lines}", include_str!("../../../examples/minimal.yaml"));
     let job = manifest::parse(&text).unwrap();
-    let report = fixture::report(fixture::smollm2(), memory_bytes);
+    let report = testing::report(testing::smollm2(), memory_bytes);
     match plan(&job, &report, Target::Local(&[]), ranks) {
         Ok(plan) => render::text(&plan)
             .lines()
@@ -227,8 +227,8 @@ fn says_when_no_division_fits() {
 
 #[test]
 fn a_step_has_the_same_sequences_over_any_power_of_two_of_ranks() {
-    let job = manifest::parse(include_str!("../../examples/minimal.yaml")).unwrap();
-    let report = fixture::report(fixture::smollm2(), 64 * GB);
+    let job = manifest::parse(include_str!("../../../examples/minimal.yaml")).unwrap();
+    let report = testing::report(testing::smollm2(), 64 * GB);
     for ranks in [1, 2, 4, 8, 16] {
         let plan = plan(&job, &report, Target::Local(&[]), ranks).unwrap();
         assert_eq!(plan.run_config.global_batch_size(), 16, "{ranks} ranks");
@@ -238,7 +238,7 @@ fn a_step_has_the_same_sequences_over_any_power_of_two_of_ranks() {
 #[test]
 fn returns_every_reason_at_once() {
     let lines = "  loraConfig: {}\n  training: {contextLength: 9000, earlyStoppingPatience: 2}\n";
-    insta::assert_snapshot!(check(fixture::smollm2(), 8 * GB, lines), @r#"
+    insta::assert_snapshot!(check(testing::smollm2(), 8 * GB, lines), @r#"
 spec.training.contextLength: is 9000, but llama was made for at most 8192 positions: lower it
 spec.training.earlyStoppingPatience: needs dataset.validation, which is not set: there is no loss to watch; set it or remove the patience
 "#);
@@ -251,11 +251,11 @@ proptest::proptest! {
     ) {
         let context = [128, 256, 512, 1024][context];
         let lora = if is_lora { "  loraConfig: {}\n" } else { "" };
-        let minimal = include_str!("../../examples/minimal.yaml");
+        let minimal = include_str!("../../../examples/minimal.yaml");
         let text = format!("{minimal}{lora}  training: {{contextLength: {context}}}\n");
         let job = manifest::parse(&text).unwrap();
         let bytes = megabytes * 1_000_000;
-        match plan(&job, &fixture::report(fixture::smollm2(), bytes), Target::Local(&[]), 1) {
+        match plan(&job, &testing::report(testing::smollm2(), bytes), Target::Local(&[]), 1) {
             Ok(plan) => {
                 let usable = (bytes as f64 * sizing::USABLE_MEMORY) as u64;
                 proptest::prop_assert!(plan.memory.total() <= usable);

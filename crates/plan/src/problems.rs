@@ -11,7 +11,7 @@ use super::{
     target::Target,
     units,
 };
-use crate::api::{FineTuneJob, OUTPUT, Training};
+use finetune_api::{FineTuneJob, OUTPUT, Training};
 
 /// Returns the problem of a value that cannot work.
 pub(super) fn invalid(location: &str, message: impl Into<String>) -> Problem {

@@ -4,7 +4,7 @@ use finetune_contract::{Problem, PublishedResult, RunConfig, RunId};
 use serde::Serialize;
 
 use super::{accelerators::Estimate, choices::Choice, sizing::Memory};
-use crate::api::Fallback;
+use finetune_api::Fallback;
 
 /// A run with nothing left open, and why.
 #[derive(Debug, Clone, Serialize)]

@@ -10,7 +10,7 @@ use finetune_contract::ObjectUri;
 use kube::core::cel::{ErrorKind, Validator};
 use serde_json::Value;
 
-use crate::api::{FineTuneJob, FineTuneJobSpec, OUTPUT, crd};
+use crate::{FineTuneJob, FineTuneJobSpec, OUTPUT, crd};
 
 pub use violations::Violation;
 
@@ -110,7 +110,7 @@ fn envelope(document: &Value) -> Vec<Violation> {
 
 fn is_name(name: &str) -> bool {
     let inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
-    (1..=crate::api::NAME_LIMIT).contains(&name.len())
+    (1..=crate::NAME_LIMIT).contains(&name.len())
         && name.bytes().all(inner)
         && !name.starts_with('-')
         && !name.ends_with('-')

@@ -10,7 +10,7 @@ use super::{
     sizing::{self, Workload},
     units::{self, word},
 };
-use crate::api::Training;
+use finetune_api::Training;
 
 /// Sequences of one optimizer step, unless the data is small.
 const DEFAULT_BATCH: u64 = 16;

@@ -188,8 +188,8 @@ mod tests {
     use proptest::prelude::{prop_assert, proptest};
 
     use super::{HEAD_ROWS, memory};
-    use crate::plan::fixture;
-    use crate::plan::sizing::{Workload, sent_bytes};
+    use crate::sizing::{Workload, sent_bytes};
+    use crate::testing;
 
     fn workload(trained: u64, is_full: bool, recompute: Recompute) -> Workload {
         Workload {
@@ -208,11 +208,11 @@ mod tests {
     }
 
     /// Steps measured by `cargo xtask bench memory`.
-    const MEASURED: &str = include_str!("../../../docs/memory.csv");
+    const MEASURED: &str = include_str!("../../../../docs/memory.csv");
 
     #[test]
     fn predictions_are_at_most_5_percent_over_and_2_under_what_was_measured() {
-        let model = fixture::smollm2();
+        let model = testing::smollm2();
         let mut lines = MEASURED.lines();
         assert_eq!(lines.next(), Some("method,dtype,recompute,rows,tokens,peak_anonymous_bytes"));
         let mut count = 0;
@@ -245,7 +245,7 @@ mod tests {
 
     #[test]
     fn moments_of_a_byte_save_six_bytes_a_parameter() {
-        let model = fixture::smollm2();
+        let model = testing::smollm2();
         let full = workload(model.parameters, true, Recompute::None);
         let small = Workload { optimizer: Optimizer::Adamw8bit, ..full };
         let saved = memory(&model, &full).total() - memory(&model, &small).total();
@@ -256,7 +256,7 @@ mod tests {
     /// What two ranks took of 4x256 each, by strategy (`docs/log/2026-11.md`).
     #[test]
     fn predicts_measured_divided_runs() {
-        let model = fixture::smollm2();
+        let model = testing::smollm2();
         for (strategy, bytes) in
             [(Strategy::Zero1, 2_616e6), (Strategy::Zero2, 2_218e6), (Strategy::Zero3, 2_024e6)]
         {
@@ -273,7 +273,7 @@ mod tests {
 
     #[test]
     fn only_predicted_positions_have_logits() {
-        let model = fixture::smollm2();
+        let model = testing::smollm2();
         let head = |targets, recompute| {
             let workload = Workload { targets, ..workload(2_442_240, false, recompute) };
             memory(&model, &workload).head
@@ -288,7 +288,7 @@ mod tests {
 
     #[test]
     fn sharding_divides_the_state_and_sends_for_each_micro_batch() {
-        let model = fixture::smollm2();
+        let model = testing::smollm2();
         let whole = workload(model.parameters, true, Recompute::None);
         let over = |ranks, strategy| Workload { ranks, strategy, ..whole };
         let (ddp, zero3) = (over(4, Strategy::Ddp), over(4, Strategy::Zero3));
@@ -313,7 +313,7 @@ mod tests {
     proptest! {
         #[test]
         fn more_positions_never_need_less(micro in 1_u64..64, context in 16_u64..8192) {
-            let model = fixture::smollm2();
+            let model = testing::smollm2();
             for recompute in [Recompute::None, Recompute::Block] {
                 let at = |micro_batch, context| {
                     let whole = workload(2_442_240, false, recompute);
