@@ -17,13 +17,13 @@ pub use quantity::GIB;
 pub use spec::{
     FineTuneJob, FineTuneJobSpec, NAME_LIMIT, OUTPUT,
     cluster::{Approval, Effect, EnvVar, KeyRef, Operator, PodTemplate, Resources, Toleration},
-    dataset::{Dataset, DatasetPart, Format, InvalidRow, Overflow, ReasoningKept, TrainedTurns},
+    dataset::{Dataset, DatasetPart},
     lora::LoraConfig,
     model::{InitialAdapter, InitialCheckpoint, Model},
     names::{Names, is_all_linear},
     output::Output,
     secret::SecretRef,
-    training::{OptimizerName, Precision, Recomputation, Scheduler, Training},
+    training::{Precision, Recomputation, Training},
 };
 pub use status::{
     AttemptStatus, Fallback, FineTuneJobStatus, PlanStatus, PodStatus, ProgressStatus,

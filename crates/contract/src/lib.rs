@@ -30,6 +30,8 @@ mod rendering;
 mod role;
 mod run_config;
 mod run_report;
+#[cfg(feature = "schema")]
+mod schema;
 pub mod settings;
 pub mod uri;
 

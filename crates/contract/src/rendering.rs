@@ -42,6 +42,7 @@ pub fn is_template_text(chat_template: &str) -> bool {
 /// What becomes of the assistant's thoughts before rows are rendered.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(transform = crate::schema::words))]
 pub enum Reasoning {
     /// All are given to the template.
     #[default]

@@ -146,10 +146,12 @@ impl DatasetSource {
 }
 
 /// The shape of a row.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(transform = crate::schema::words))]
 pub enum DatasetFormat {
     /// Decided by the keys of the first row; every row must then have that shape.
+    #[default]
     Auto,
     /// `{"messages": [{"role": …, "content": …}, …]}`.
     Messages,
@@ -168,6 +170,7 @@ pub enum DatasetFormat {
 /// Which turns of a conversation are trained on.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(transform = crate::schema::words))]
 pub enum TrainOn {
     /// Every turn of the assistant's, but those the row marks.
     #[default]
@@ -186,6 +189,7 @@ impl TrainOn {
 /// What happens to a row that cannot be used.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(transform = crate::schema::words))]
 pub enum OnInvalidRow {
     /// The dataset is refused.
     #[default]
@@ -206,10 +210,12 @@ impl OnInvalidRow {
 pub const MAX_INVALID_SHARE: f64 = 0.1;
 
 /// What happens to a row with more tokens than the context length.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(transform = crate::schema::words))]
 pub enum OnOverflow {
     /// Keep the first `contextLength` tokens.
+    #[default]
     Truncate,
     /// Leave the row out.
     Drop,
@@ -295,6 +301,7 @@ pub struct OutputTarget {
 /// The element type of the computation. Trained state is always fp32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(transform = crate::schema::words))]
 pub enum Dtype {
     /// bfloat16 weights and activations; norms, softmax, loss and optimizer in fp32.
     Bf16,
@@ -334,6 +341,7 @@ impl Device {
 /// What a block keeps for its backward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(transform = crate::schema::words))]
 pub enum Recompute {
     /// Everything that is not cheap to compute again.
     None,
@@ -342,10 +350,12 @@ pub enum Recompute {
 }
 
 /// How the learning rate falls after the warm-up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(transform = crate::schema::words))]
 pub enum LrScheduler {
     /// Half a cosine, to zero.
+    #[default]
     Cosine,
     /// A straight line, to zero.
     Linear,
@@ -356,6 +366,7 @@ pub enum LrScheduler {
 /// What takes the steps.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(transform = crate::schema::words))]
 pub enum Optimizer {
     /// AdamW with moments in fp32.
     #[default]

@@ -6,11 +6,10 @@ use finetune_contract::{ModelFacts, Recompute, Strategy};
 
 use super::{
     choices::Choices,
-    resolve::recompute,
     sizing::{self, Workload},
     units::{self, word},
 };
-use finetune_api::Training;
+use finetune_api::{Recomputation, Training};
 
 /// Sequences of one optimizer step, unless the data is small.
 const DEFAULT_BATCH: u64 = 16;
@@ -122,7 +121,7 @@ pub(super) fn decide(
             |candidate| (sends(candidate), Reverse(candidate.micro_batch), needs(candidate)),
         )
     };
-    let set = recompute(training.recompute);
+    let set = training.recompute.and_then(Recomputation::fixed);
     let allowed = set.map_or(vec![Recompute::None, Recompute::Block], |set| vec![set]);
     let fitting = allowed.iter().find_map(|&recompute| least_sent(candidates(recompute)));
     // What needs least, to say what is missing.

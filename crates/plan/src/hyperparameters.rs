@@ -1,21 +1,18 @@
 //! The hyperparameters of a run, with their defaults.
 
-use finetune_contract::{Dtype, LrScheduler, MachineFacts, Optimizer, TrainingSettings};
+use finetune_contract::{Dtype, MachineFacts, Optimizer, TrainingSettings};
 
 use super::{batch::Batch, choices::Choices, length::Length, resolve, target::Target, units::word};
-use finetune_api::{OptimizerName, Precision, Scheduler, Training};
+use finetune_api::{Precision, Training};
 
 /// Takes the optimizer asked for: 8-bit state adds noise, which only a user may choose.
-pub(super) fn optimizer(set: Option<OptimizerName>, decisions: &mut Choices) -> Optimizer {
-    match set {
-        Some(OptimizerName::Adamw8bit) => {
-            let reason = "set in the manifest; 8-bit optimizer state";
-            let optimizer = Optimizer::Adamw8bit;
-            decisions.add("optimizer", word(&optimizer), reason);
-            optimizer
-        }
-        Some(OptimizerName::Adamw) | None => Optimizer::Adamw,
+pub(super) fn optimizer(set: Option<Optimizer>, decisions: &mut Choices) -> Optimizer {
+    let optimizer = set.unwrap_or_default();
+    if !optimizer.is_default() {
+        let reason = "set in the manifest; 8-bit optimizer state";
+        decisions.add("optimizer", word(&optimizer), reason);
     }
+    optimizer
 }
 
 /// What the hyper-parameters' defaults depend on.
@@ -44,11 +41,7 @@ pub(super) fn training_settings(
         if *is_lora { "usual for LoRA" } else { "usual for full-parameter training" },
     );
     let whole = |value: Option<i64>| value.map(i64::unsigned_abs);
-    let scheduler = match training.lr_scheduler_type {
-        Some(Scheduler::Linear) => LrScheduler::Linear,
-        Some(Scheduler::Constant) => LrScheduler::Constant,
-        Some(Scheduler::Cosine) | None => LrScheduler::Cosine,
-    };
+    let scheduler = training.lr_scheduler_type.unwrap_or_default();
     decisions.add(
         "lrSchedulerType",
         word(&scheduler),
@@ -140,21 +133,18 @@ pub(super) fn dtype(
         }
         Target::Local(_) | Target::Accelerator { .. } => "this CPU",
     };
-    let (dtype, reason) = match (set, native) {
-        (Some(Precision::Bf16), true) => (Dtype::Bf16, "set in the manifest".to_owned()),
-        (Some(Precision::Bf16), false) => (
+    let (dtype, reason) = match (set.and_then(Precision::fixed), native) {
+        (Some(Dtype::Bf16), false) => (
             Dtype::Bf16,
             format!("set in the manifest; slow, {who} does not multiply bf16 natively"),
         ),
-        (Some(Precision::Fp32), _) => (Dtype::Fp32, "set in the manifest".to_owned()),
-        (Some(Precision::Auto) | None, true) => {
+        (Some(dtype), _) => (dtype, "set in the manifest".to_owned()),
+        (None, true) => {
             let kernel = machine.and_then(|machine| machine.bf16_kernel.as_deref());
             let by = kernel.map_or(String::new(), |kernel| format!(", here by {kernel}"));
             (Dtype::Bf16, format!("{who} multiplies bf16 natively{by}"))
         }
-        (Some(Precision::Auto) | None, false) => {
-            (Dtype::Fp32, format!("{who} does not multiply bf16 natively"))
-        }
+        (None, false) => (Dtype::Fp32, format!("{who} does not multiply bf16 natively")),
     };
     decisions.add("dtype", word(&dtype), reason);
     dtype

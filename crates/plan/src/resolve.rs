@@ -1,16 +1,12 @@
 //! Resolves a spec into the words of the contract, with the defaults that need no facts.
 
 use finetune_contract::{
-    CONTRACT_VERSION, DatasetFormat, DatasetSource, LoraSettings, ModelSource, ModuleNames,
-    OnInvalidRow, OnOverflow, OutputTarget, PreflightConfig, Reasoning, Recompute,
-    RenderingSettings, RowSource, RunId, TargetModules, TrainOn,
+    CONTRACT_VERSION, DatasetSource, LoraSettings, ModelSource, ModuleNames, OutputTarget,
+    PreflightConfig, RenderingSettings, RowSource, RunId, TargetModules,
 };
 use sha2::{Digest, Sha256};
 
-use finetune_api::{
-    Dataset, FineTuneJob, FineTuneJobSpec, Format, InvalidRow, Names, Overflow, ReasoningKept,
-    Recomputation, TrainedTurns, is_all_linear,
-};
+use finetune_api::{Dataset, FineTuneJob, FineTuneJobSpec, Names, is_all_linear};
 
 /// The seed unless one is set: fixed, so that a run can be repeated.
 pub(super) const DEFAULT_SEED: u64 = 42;
@@ -99,7 +95,7 @@ pub(super) fn dataset(spec: &FineTuneJobSpec) -> DatasetSource {
         .flatten()
         .map(|source| RowSource {
             uri: source.uri.clone(),
-            format: format(source.format),
+            format: source.format.unwrap_or_default(),
             weight: source.weight.unwrap_or(1.0),
         })
         .collect();
@@ -108,21 +104,11 @@ pub(super) fn dataset(spec: &FineTuneJobSpec) -> DatasetSource {
         train: dataset.train.clone(),
         validation: dataset.validation.clone(),
         validation_fraction: dataset.validation_fraction,
-        format: format(dataset.format),
-        train_on: match dataset.train_on {
-            Some(TrainedTurns::AllTurns) | None => TrainOn::AllTurns,
-            Some(TrainedTurns::LastTurn) => TrainOn::LastTurn,
-        },
+        format: dataset.format.unwrap_or_default(),
+        train_on: dataset.train_on.unwrap_or_default(),
         ignored_keys: dataset.ignored_keys.clone().unwrap_or_default(),
-        on_invalid_row: match dataset.on_invalid_row {
-            Some(InvalidRow::Error) | None => OnInvalidRow::Error,
-            Some(InvalidRow::Drop) => OnInvalidRow::Drop,
-        },
-        on_overflow: match dataset.on_overflow {
-            Some(Overflow::Truncate) | None => OnOverflow::Truncate,
-            Some(Overflow::Drop) => OnOverflow::Drop,
-            Some(Overflow::Error) => OnOverflow::Error,
-        },
+        on_invalid_row: dataset.on_invalid_row.unwrap_or_default(),
+        on_overflow: dataset.on_overflow.unwrap_or_default(),
         rendering: rendering(dataset),
         seed: needs_seed.then(|| seed(spec)),
         sources,
@@ -135,26 +121,10 @@ pub(super) fn seed(spec: &FineTuneJobSpec) -> u64 {
     seed.map_or(DEFAULT_SEED, i64::unsigned_abs)
 }
 
-fn format(format: Option<Format>) -> DatasetFormat {
-    match format {
-        Some(Format::Auto) | None => DatasetFormat::Auto,
-        Some(Format::Messages) => DatasetFormat::Messages,
-        Some(Format::PromptCompletion) => DatasetFormat::PromptCompletion,
-        Some(Format::Text) => DatasetFormat::Text,
-        Some(Format::Sharegpt) => DatasetFormat::Sharegpt,
-        Some(Format::Alpaca) => DatasetFormat::Alpaca,
-        Some(Format::Prerendered) => DatasetFormat::Prerendered,
-    }
-}
-
 fn rendering(dataset: &Dataset) -> RenderingSettings {
     RenderingSettings {
         chat_template: dataset.chat_template.clone(),
-        reasoning: match dataset.reasoning {
-            Some(ReasoningKept::Keep) | None => Reasoning::Keep,
-            Some(ReasoningKept::Drop) => Reasoning::Drop,
-            Some(ReasoningKept::LastTurn) => Reasoning::LastTurn,
-        },
+        reasoning: dataset.reasoning.unwrap_or_default(),
         template_date: dataset.template_date.clone(),
     }
 }
@@ -224,14 +194,6 @@ pub(super) fn output(spec: &FineTuneJobSpec) -> OutputTarget {
         merge: output.merge.unwrap_or(false),
         overwrite: output.overwrite.unwrap_or(false),
         base_model_name: output.base_model_name.clone(),
-    }
-}
-
-pub(super) fn recompute(set: Option<Recomputation>) -> Option<Recompute> {
-    match set {
-        Some(Recomputation::None) => Some(Recompute::None),
-        Some(Recomputation::Block) => Some(Recompute::Block),
-        Some(Recomputation::Auto) | None => None,
     }
 }
 

@@ -1,8 +1,10 @@
 //! The rows.
 
+use finetune_contract::{DatasetFormat, OnInvalidRow, OnOverflow, Reasoning, TrainOn};
 use kube::KubeSchema;
-use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+use super::rules::{above_zero, object_uri};
 
 use super::secret::SecretRef;
 
@@ -19,7 +21,7 @@ pub struct Dataset {
     /// Not together with `sources`. Examples: `s3://data/tickets/train.jsonl`,
     /// `hf://datasets/owner/name`.
     #[schemars(length(min = 1, max = 1024))]
-    #[x_kube(validation = Rule::new("self.matches('^(hf|s3|gs|az|pvc|file)://')").message("must be an object URI of scheme hf, s3, gs, az, pvc or file, such as s3://bucket/train.jsonl"))]
+    #[x_kube(validation = object_uri("s3://bucket/train.jsonl"))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub train: Option<String>,
     /// Several sources of training rows, read one after the other and shuffled together. Not together
@@ -32,26 +34,25 @@ pub struct Dataset {
     /// validation loss. Not together with `validationFraction`. Example:
     /// `s3://data/tickets/validation.jsonl`.
     #[schemars(length(min = 1, max = 1024))]
-    #[x_kube(validation = Rule::new("self.matches('^(hf|s3|gs|az|pvc|file)://')").message("must be an object URI of scheme hf, s3, gs, az, pvc or file, such as s3://bucket/validation.jsonl"))]
+    #[x_kube(validation = object_uri("s3://bucket/validation.jsonl"))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub validation: Option<String>,
     /// The share of the training rows to hold out instead, from 0.0001 to 0.5, chosen by
     /// `training.seed`; equal rows are never in both. Default: none. Example: 0.05.
     #[schemars(range(min = 0.0001, max = 0.5))]
-    // An apiserver compares whole numbers with the bound's whole part: 0 would pass.
-    #[x_kube(validation = Rule::new("self > 0.0").message("must be above 0"))]
+    #[x_kube(validation = above_zero())]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub validation_fraction: Option<f64>,
     /// The shape of a row; `auto` decides by the keys of the first one. `prerendered` rows are a text,
     /// or a prompt and its completion, with a chat template's special tokens already in them. Default:
     /// `auto`. With `sources` each has its own.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub format: Option<Format>,
+    pub format: Option<DatasetFormat>,
     /// Which turns of a conversation are trained on: `allTurns` of the assistant, or only its
     /// `lastTurn`; never those that a row itself marks with `"weight": 0` or the like. Default:
     /// `allTurns`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub train_on: Option<TrainedTurns>,
+    pub train_on: Option<TrainOn>,
     /// Keys of rows and turns that say nothing to be trained on. A key that is neither known nor
     /// listed here is refused. Default: none. Example: `[rationale, reward]`.
     #[schemars(length(max = 64), inner(length(min = 1, max = 128)))]
@@ -61,11 +62,11 @@ pub struct Dataset {
     /// What happens to a row that cannot be used: `error` refuses the dataset, `drop` leaves such rows
     /// out, counts them and names the first; more than 10 % are refused all the same. Default: `error`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub on_invalid_row: Option<InvalidRow>,
+    pub on_invalid_row: Option<OnInvalidRow>,
     /// What happens to a row with more tokens than `training.contextLength`: `truncate` keeps its
     /// beginning, `drop` leaves it out, `error` refuses the dataset. Default: `truncate`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub on_overflow: Option<Overflow>,
+    pub on_overflow: Option<OnOverflow>,
     /// The chat template that turns conversations into text, instead of the model's own: `chatml`,
     /// `alpaca` or `vicuna`, the text of a Jinja template, or its URI; published with the result.
     /// Default: the model's. Example: `s3://templates/support.jinja`.
@@ -76,7 +77,7 @@ pub struct Dataset {
     /// at the start of its content): `keep` gives them to the template, `drop` leaves them out,
     /// `lastTurn` keeps those of the last assistant turn. Default: `keep`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub reasoning: Option<ReasoningKept>,
+    pub reasoning: Option<Reasoning>,
     /// The day it is for chat templates that print the date. Default: the day the job was created, or
     /// today where there is no cluster. Example: `2026-01-31`.
     #[x_kube(validation = Rule::new("self.matches('^[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])$')").message("must be a date such as 2026-01-31"))]
@@ -95,68 +96,15 @@ pub struct Dataset {
 pub struct DatasetPart {
     /// A file or prefix, as `dataset.train`. Example: `s3://data/tickets/`.
     #[schemars(length(min = 1, max = 1024))]
-    #[x_kube(validation = Rule::new("self.matches('^(hf|s3|gs|az|pvc|file)://')").message("must be an object URI of scheme hf, s3, gs, az, pvc or file, such as s3://bucket/train.jsonl"))]
+    #[x_kube(validation = object_uri("s3://bucket/train.jsonl"))]
     pub uri: String,
     /// The shape of its rows. Default: `auto`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub format: Option<Format>,
+    pub format: Option<DatasetFormat>,
     /// How often each of its rows occurs in an epoch, from 0.001 to 100: 3 is three times, 0.5 is half
     /// of the rows, chosen by `training.seed`. Default: 1.
     #[schemars(range(min = 0.001, max = 100.0))]
-    // An apiserver compares whole numbers with the bound's whole part: 0 would pass.
-    #[x_kube(validation = Rule::new("self > 0.0").message("must be above 0"))]
+    #[x_kube(validation = above_zero())]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub weight: Option<f64>,
-}
-
-/// The shape of a row.
-#[derive(JsonSchema, Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-#[expect(missing_docs, reason = "the words are described at the field")]
-pub enum Format {
-    Auto,
-    Messages,
-    PromptCompletion,
-    Text,
-    Sharegpt,
-    Alpaca,
-    Prerendered,
-}
-
-/// Which turns of a conversation are trained on.
-#[derive(JsonSchema, Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-#[expect(missing_docs, reason = "the words are described at the field")]
-pub enum TrainedTurns {
-    AllTurns,
-    LastTurn,
-}
-
-/// What happens to a row that cannot be used.
-#[derive(JsonSchema, Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-#[expect(missing_docs, reason = "the words are described at the field")]
-pub enum InvalidRow {
-    Error,
-    Drop,
-}
-
-/// What happens to a row longer than the context.
-#[derive(JsonSchema, Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-#[expect(missing_docs, reason = "the words are described at the field")]
-pub enum Overflow {
-    Truncate,
-    Drop,
-    Error,
-}
-
-/// What becomes of the assistant's thoughts.
-#[derive(JsonSchema, Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-#[expect(missing_docs, reason = "the words are described at the field")]
-pub enum ReasoningKept {
-    Keep,
-    Drop,
-    LastTurn,
 }

@@ -3,6 +3,8 @@
 use kube::KubeSchema;
 use serde::{Deserialize, Serialize};
 
+use super::rules::above_zero;
+
 use super::super::schema;
 use super::names::Names;
 
@@ -16,8 +18,7 @@ pub struct LoraConfig {
     pub r: Option<i32>,
     /// The scale's numerator, from 0.01 to 10000: updates are scaled by `loraAlpha / r`. Default: 16.
     #[schemars(range(min = 0.01, max = 10_000.0))]
-    // An apiserver compares whole numbers with the bound's whole part: 0 would pass.
-    #[x_kube(validation = Rule::new("self > 0.0").message("must be above 0"))]
+    #[x_kube(validation = above_zero())]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lora_alpha: Option<f64>,
     /// The probability of zeroing an input of the adapter while training, from 0 to 0.9. Default: 0.05.

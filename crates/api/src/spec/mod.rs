@@ -6,12 +6,15 @@ pub mod lora;
 pub mod model;
 pub mod names;
 pub mod output;
+mod rules;
 pub mod secret;
 pub mod training;
 
 use finetune_contract::{overlap::overlaps_with_inputs, template_uri};
 use kube::{CustomResource, KubeSchema};
 use serde::{Deserialize, Serialize};
+
+use rules::{immutable, immutable_option};
 
 use super::{quantity, status::FineTuneJobStatus};
 use cluster::{Approval, PodTemplate, Resources};
@@ -62,28 +65,24 @@ pub const OUTPUT: &str = "spec.output.uri";
     .message("metadata.name must have at most 52 characters, only a-z, 0-9 and '-', and start and end with a letter or digit: it becomes part of the names of pods and objects")
 )]
 #[x_kube(
-    validation = Rule::new("has(self.loraConfig) == has(oldSelf.loraConfig) && (!has(self.loraConfig) || self.loraConfig == oldSelf.loraConfig)")
-        .message("loraConfig is immutable: create a new FineTuneJob to change it"),
-    validation = Rule::new("has(self.initialAdapter) == has(oldSelf.initialAdapter) && (!has(self.initialAdapter) || self.initialAdapter == oldSelf.initialAdapter)")
-        .message("initialAdapter is immutable: create a new FineTuneJob to change it"),
+    validation = immutable_option("loraConfig"),
+    validation = immutable_option("initialAdapter"),
     validation = Rule::new("has(self.loraConfig) || !has(self.initialAdapter)")
         .message("initialAdapter continues training a LoRA adapter, but loraConfig is not set: set it to the adapter's shape; to continue from a full-parameter result, use it as model.uri"),
-    validation = Rule::new("has(self.initialCheckpoint) == has(oldSelf.initialCheckpoint) && (!has(self.initialCheckpoint) || self.initialCheckpoint == oldSelf.initialCheckpoint)")
-        .message("initialCheckpoint is immutable: create a new FineTuneJob to change it"),
+    validation = immutable_option("initialCheckpoint"),
     validation = Rule::new("!(has(self.initialAdapter) && has(self.initialCheckpoint))")
         .message("initialAdapter and initialCheckpoint both say what training starts from: keep one"),
-    validation = Rule::new("has(self.training) == has(oldSelf.training) && (!has(self.training) || self.training == oldSelf.training)")
-        .message("training is immutable: create a new FineTuneJob to change it"),
+    validation = immutable_option("training"),
     validation = Rule::new("has(self.loraConfig) || !has(self.output.merge) || !self.output.merge")
         .message("output.merge merges a LoRA adapter, but loraConfig is not set, and a full-parameter run has none: remove merge, or set loraConfig: {}")
 )]
 #[serde(rename_all = "camelCase")]
 pub struct FineTuneJobSpec {
     /// The base model. Cannot be changed after creation.
-    #[x_kube(validation = Rule::new("self == oldSelf").message("model is immutable: create a new FineTuneJob to change it"))]
+    #[x_kube(validation = immutable("model"))]
     pub model: Model,
     /// The rows to train on and the rows held out. Cannot be changed after creation.
-    #[x_kube(validation = Rule::new("self == oldSelf").message("dataset is immutable: create a new FineTuneJob to change it"))]
+    #[x_kube(validation = immutable("dataset"))]
     pub dataset: Dataset,
     /// Train a LoRA adapter of this shape; `{}` takes all defaults. Without it every parameter of
     /// the model is trained. Cannot be changed after creation.
@@ -104,7 +103,7 @@ pub struct FineTuneJobSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub training: Option<Training>,
     /// Where the result goes and in which form. Cannot be changed after creation.
-    #[x_kube(validation = Rule::new("self == oldSelf").message("output is immutable: create a new FineTuneJob to change it"))]
+    #[x_kube(validation = immutable("output"))]
     pub output: Output,
     /// Stop the run after a checkpoint and free its nodes; set to false to resume. Default:
     /// false. Only in a cluster.

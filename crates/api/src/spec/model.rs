@@ -3,6 +3,8 @@
 use kube::KubeSchema;
 use serde::{Deserialize, Serialize};
 
+use super::rules::{object_uri, writable_uri};
+
 use super::secret::SecretRef;
 
 /// The base model.
@@ -14,7 +16,7 @@ pub struct Model {
     /// of scheme hf, s3, gs, az, pvc or file. Examples: `hf://HuggingFaceTB/SmolLM2-135M-Instruct`,
     /// `s3://models/llama-3.1-8b`, `pvc://models/qwen3`.
     #[schemars(length(min = 1, max = 1024))]
-    #[x_kube(validation = Rule::new("self.matches('^(hf|s3|gs|az|pvc|file)://')").message("must be an object URI of scheme hf, s3, gs, az, pvc or file, such as hf://owner/name"))]
+    #[x_kube(validation = object_uri("hf://owner/name"))]
     pub uri: String,
     /// The hub revision: a branch, tag or commit; pinned to a commit when the run is planned. Only
     /// for `hf://`. Default: the hub's default branch. Example: `main`.
@@ -43,7 +45,7 @@ pub struct InitialAdapter {
     /// `adapter_model.safetensors`; of a merged result its `adapter/`. An object URI of scheme hf,
     /// s3, gs, az, pvc or file. Example: `s3://models/support-adapter`.
     #[schemars(length(min = 1, max = 1024))]
-    #[x_kube(validation = Rule::new("self.matches('^(hf|s3|gs|az|pvc|file)://')").message("must be an object URI of scheme hf, s3, gs, az, pvc or file, such as s3://bucket/adapter"))]
+    #[x_kube(validation = object_uri("s3://bucket/adapter"))]
     pub uri: String,
     /// The Secret with the keys to read it. Only in a cluster; `finetune run` uses the environment.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -58,7 +60,7 @@ pub struct InitialCheckpoint {
     /// `checkpoint-manifest.json`. An object URI of scheme s3, gs, az, pvc or file. Example:
     /// `s3://models/support.checkpoints/support-1a2b3c4d/step-00000600`.
     #[schemars(length(min = 1, max = 1024))]
-    #[x_kube(validation = Rule::new("self.matches('^(s3|gs|az|pvc|file)://')").message("must be an object URI of scheme s3, gs, az, pvc or file, such as s3://bucket/output.checkpoints/run/step-00000600"))]
+    #[x_kube(validation = writable_uri("s3://bucket/output.checkpoints/run/step-00000600"))]
     pub uri: String,
     /// The Secret with the keys to read it. Only in a cluster; `finetune run` uses the environment.
     #[serde(skip_serializing_if = "Option::is_none")]

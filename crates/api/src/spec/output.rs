@@ -3,6 +3,8 @@
 use kube::KubeSchema;
 use serde::{Deserialize, Serialize};
 
+use super::rules::writable_uri;
+
 use super::secret::SecretRef;
 
 /// Where the result goes.
@@ -12,7 +14,7 @@ pub struct Output {
     /// The directory or prefix that becomes the published result, of scheme s3, gs, az, pvc or
     /// file. Example: `s3://models/support-adapter`.
     #[schemars(length(min = 1, max = 1024))]
-    #[x_kube(validation = Rule::new("self.matches('^(s3|gs|az|pvc|file)://')").message("must be an object URI of scheme s3, gs, az, pvc or file, such as s3://bucket/prefix"))]
+    #[x_kube(validation = writable_uri("s3://bucket/prefix"))]
     pub uri: String,
     /// Whether a LoRA run also publishes the merged model: it at `uri`, the adapter under
     /// `uri/adapter/`. Default: false.

@@ -1,8 +1,11 @@
 //! How to train.
 
+use finetune_contract::{Dtype, LrScheduler, Optimizer, Recompute};
 use kube::KubeSchema;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+use super::rules::above_zero;
 
 use super::super::quantity;
 
@@ -20,8 +23,7 @@ pub struct Training {
     /// rows that are left. Default: what gives about 100 steps, from 1 to 10. Not together with
     /// `maxSteps`. Example: 3.
     #[schemars(with = "Option<f64>", range(min = 0.001, max = 1000.0))]
-    // An apiserver compares whole numbers with the bound's whole part: 0 would pass.
-    #[x_kube(validation = Rule::new("self > 0.0").message("must be above 0"))]
+    #[x_kube(validation = above_zero())]
     #[serde(skip_serializing_if = "Option::is_none", serialize_with = "quantity::as_written")]
     pub num_epochs: Option<f64>,
     /// Optimizer steps of the whole run, from 1 to 10000000. Default: from `numEpochs`. Not together
@@ -31,13 +33,12 @@ pub struct Training {
     pub max_steps: Option<i64>,
     /// The peak learning rate of AdamW, from 1e-9 to 1. Default: 1e-4 with LoRA, 1e-5 without.
     #[schemars(range(min = 1e-9, max = 1.0))]
-    // An apiserver compares whole numbers with the bound's whole part: 0 would pass.
-    #[x_kube(validation = Rule::new("self > 0.0").message("must be above 0"))]
+    #[x_kube(validation = above_zero())]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub learning_rate: Option<f64>,
     /// How the learning rate falls after the warm-up. Default: `cosine`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub lr_scheduler_type: Option<Scheduler>,
+    pub lr_scheduler_type: Option<LrScheduler>,
     /// Steps in which the learning rate rises from zero, from 0 to 1000000. Default: 10 % of all
     /// steps, at most 10.
     #[schemars(range(min = 0, max = 1_000_000))]
@@ -73,7 +74,7 @@ pub struct Training {
     /// of 16 bytes a trained parameter (18 in bf16) it saves 6, at some noise in the steps. Default:
     /// `adamw`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub optimizer: Option<OptimizerName>,
+    pub optimizer: Option<Optimizer>,
     /// Activation checkpointing: `none` saves all activations of a block for its backward pass, `block`
     /// saves only its input, and takes about a third longer. Default: `auto`: `none` if it fits the memory.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -109,17 +110,7 @@ pub struct Training {
     pub max_time_seconds: Option<i64>,
 }
 
-/// How the learning rate falls after the warm-up.
-#[derive(JsonSchema, Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-#[expect(missing_docs, reason = "the words are described at the field")]
-pub enum Scheduler {
-    Cosine,
-    Linear,
-    Constant,
-}
-
-/// The element type of the computation.
+/// The element type of the computation, or `auto`.
 #[derive(JsonSchema, Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 #[expect(missing_docs, reason = "the words are described at the field")]
@@ -129,16 +120,18 @@ pub enum Precision {
     Fp32,
 }
 
-/// What takes the steps.
-#[derive(JsonSchema, Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-#[expect(missing_docs, reason = "the words are described at the field")]
-pub enum OptimizerName {
-    Adamw,
-    Adamw8bit,
+impl Precision {
+    /// Returns the type that is set; `None` if the plan chooses.
+    pub const fn fixed(self) -> Option<Dtype> {
+        match self {
+            Self::Auto => None,
+            Self::Bf16 => Some(Dtype::Bf16),
+            Self::Fp32 => Some(Dtype::Fp32),
+        }
+    }
 }
 
-/// What a block keeps for its backward pass.
+/// What a block saves for its backward pass, or `auto`.
 #[derive(JsonSchema, Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 #[expect(missing_docs, reason = "the words are described at the field")]
@@ -146,4 +139,15 @@ pub enum Recomputation {
     Auto,
     None,
     Block,
+}
+
+impl Recomputation {
+    /// Returns what is set; `None` if the plan chooses.
+    pub const fn fixed(self) -> Option<Recompute> {
+        match self {
+            Self::Auto => None,
+            Self::None => Some(Recompute::None),
+            Self::Block => Some(Recompute::Block),
+        }
+    }
 }
