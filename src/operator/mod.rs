@@ -1,31 +1,11 @@
-//! The operator: FineTuneJobs of a cluster, from a manifest to a published result.
+//! The operator of a cluster.
 //!
-//! In reading order: `controller` has the watches and the queue; `reconcile` is one reconciliation of
-//! one job, on one screen; `observe` reads its children, which `child_cache` keeps; [`decide`] says
-//! what happens next, without I/O, and [`build`] makes the objects of one attempt; `apply` and `events`
-//! carry it out, and `accounting` counts. `settings` are the administrator's; `leader`, `metrics`,
-//! `server` and `client` are what every operator has.
+//! Each kind has a folder: `job` is the FineTuneJob. `runtime` is what all of them share, and `settings`
+//! are the administrator's.
 
-mod accounting;
-mod apply;
-pub mod build;
-pub mod child_cache;
-pub mod client;
-pub mod conditions;
-pub mod context;
-pub mod controller;
-pub mod decide;
-mod events;
-pub mod invalid_object;
-pub mod leader;
-pub mod metrics;
-pub mod observe;
-mod progress_client;
-mod reconcile;
-pub mod server;
+pub mod job;
+pub mod runtime;
 pub mod settings;
-#[cfg(test)]
-pub(crate) mod testing;
 
 use std::{
     net::SocketAddr,
@@ -39,9 +19,8 @@ use anyhow::{Context, Result, bail};
 use tokio::{signal::unix::SignalKind, sync::watch, task::JoinSet};
 use tracing::info;
 
-use controller::Operator;
-use leader::Candidate;
-use metrics::Metrics;
+use job::controller::Operator;
+use runtime::{client, leader::Candidate, metrics::Metrics, server};
 use settings::Settings;
 
 /// Who and where this process is.

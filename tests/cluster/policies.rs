@@ -6,7 +6,7 @@ use std::{
     net::{IpAddr, Ipv4Addr},
 };
 
-use finetune_operator::operator::build;
+use finetune_operator::operator::job::build;
 use k8s_openapi::{
     api::{
         core::v1::Pod,

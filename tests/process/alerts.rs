@@ -15,7 +15,7 @@ const DASHBOARDS: [(&str, &str); 2] = [
     ("dashboards/operator.json", include_str!("../../dashboards/operator.json")),
     ("dashboards/job.json", include_str!("../../dashboards/job.json")),
 ];
-const OPERATORS_METRICS: &str = include_str!("../../src/operator/metrics.rs");
+const OPERATORS_METRICS: &str = include_str!("../../src/operator/runtime/metrics.rs");
 const TRAINERS_METRICS: &str = include_str!("../../trainer/src/metrics/server.rs");
 
 /// Metrics that Prometheus makes itself.

@@ -391,7 +391,10 @@ fn the_lease_is_one_by_name() {
     let roles: Vec<Role> = helm.render("minimal").all("Role");
     let rules = roles.into_iter().flat_map(|role| role.rules.unwrap());
     for rule in rules.filter(|rule| rule.verbs != ["create"]) {
-        assert_eq!(rule.resource_names.unwrap(), [finetune_operator::operator::leader::LEASE]);
+        assert_eq!(
+            rule.resource_names.unwrap(),
+            [finetune_operator::operator::runtime::leader::LEASE]
+        );
     }
 }
 

@@ -2,7 +2,7 @@
 
 use finetune_contract::{FailureReason, Outcome};
 
-use crate::operator::{
+use crate::operator::job::{
     conditions::{Kind, find},
     decide::Action,
     observe::PodState,

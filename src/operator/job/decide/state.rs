@@ -9,7 +9,7 @@ use k8s_openapi::{
 };
 
 use super::{Action, Decision, Input, JobEvent, until};
-use crate::operator::{
+use crate::operator::job::{
     conditions::{self, Kind, Truth},
     decide::status::first_attempt,
 };

@@ -10,9 +10,9 @@ use kube::{
     runtime::events::{Recorder, Reporter},
 };
 
-use super::{
-    child_cache::ChildCache, metrics::Metrics, progress_client::ProgressClient, settings::Settings,
-};
+use super::{child_cache::ChildCache, progress_client::ProgressClient};
+use crate::operator::runtime::metrics::Metrics;
+use crate::operator::settings::Settings;
 use finetune_api::FineTuneJob;
 
 /// What every reconciliation shares.

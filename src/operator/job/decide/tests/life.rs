@@ -4,7 +4,7 @@ use finetune_contract::{
     CONTRACT_VERSION, Progress, RunConfig, RunReport, Stage, StoppedEarly, parse, render,
 };
 
-use crate::operator::{
+use crate::operator::job::{
     build::names::QUEUE_LABEL,
     conditions::Kind,
     decide::{Action, PROGRESS_INTERVAL},

@@ -2,7 +2,7 @@
 
 use finetune_contract::ExitCode;
 
-use crate::operator::observe::{ObservedPod, PodState};
+use crate::operator::job::observe::{ObservedPod, PodState};
 
 /// How an attempt ended.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -10,7 +10,7 @@ use super::{
     status::{plan_message, plan_status, published_before},
     termination::Termination,
 };
-use crate::operator::conditions::{Kind, Truth};
+use crate::operator::job::conditions::{Kind, Truth};
 use finetune_api::{AttemptStatus, FineTuneJobStatus, Step};
 use finetune_plan::{
     placement::{self, Placement, Unplaced},

@@ -21,10 +21,10 @@ use super::{
     build::names::{JOB_LABEL, MANAGED_BY},
     context::{Context, ReconcileError},
     invalid_object::valid_jobs,
-    metrics::Metrics,
     reconcile::reconcile,
-    settings::Settings,
 };
+use crate::operator::runtime::metrics::Metrics;
+use crate::operator::settings::Settings;
 use finetune_api::FineTuneJob;
 
 /// Jobs reconciled at once, at most.

@@ -2,7 +2,7 @@
 
 use finetune_contract::{PreflightReport, Problem, ProblemReason, render};
 
-use crate::operator::{conditions::Kind, testing::World};
+use crate::operator::job::{conditions::Kind, testing::World};
 use finetune_plan::testing;
 
 #[test]

@@ -11,7 +11,7 @@ use super::{
     status::{first_attempt, next_attempt, pod_size, progress_status},
     termination::{Termination, termination},
 };
-use crate::operator::{
+use crate::operator::job::{
     build::{
         self, Attempt,
         names::{QUEUE_LABEL, job_name},

@@ -7,7 +7,7 @@ use finetune_contract::{
     parse,
 };
 
-use crate::operator::{conditions::Kind, decide::Action, observe::Observed, testing::World};
+use crate::operator::job::{conditions::Kind, decide::Action, observe::Observed, testing::World};
 
 #[test]
 fn a_job_created_again_on_the_same_inputs_says_that_nothing_was_trained() {

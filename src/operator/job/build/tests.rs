@@ -21,7 +21,7 @@ fn build(lines: &str, step: Step) -> String {
 
 /// The Job, and what its ranks share.
 fn build_over([pods, local_world_size]: [u32; 2], lines: &str, step: Step) -> [String; 3] {
-    let text = format!("{}{lines}", include_str!("../../../examples/minimal.yaml"));
+    let text = format!("{}{lines}", include_str!("../../../../examples/minimal.yaml"));
     let mut manifest = manifest::parse(&text).unwrap();
     manifest.metadata.namespace = Some("team".to_owned());
     manifest.metadata.uid = Some("u-1".to_owned());

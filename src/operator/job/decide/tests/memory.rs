@@ -2,7 +2,7 @@
 
 use finetune_contract::{FailureReason, Outcome, RunConfig, parse};
 
-use crate::operator::{conditions::Kind, testing::World};
+use crate::operator::job::{conditions::Kind, testing::World};
 
 #[test]
 fn out_of_memory_takes_the_fallbacks_and_ends_with_what_is_missing() {

@@ -29,8 +29,8 @@ use k8s_openapi::{
 use super::{
     conditions::{self, Kind, Truth},
     observe::{Observed, ObservedJob, ObservedPod},
-    settings::Settings,
 };
+use crate::operator::settings::Settings;
 use finetune_api::{FineTuneJob, FineTuneJobStatus, OUTPUT};
 use finetune_plan::resolve;
 use state::{ConditionChange, Finished, NextStatus};

@@ -20,7 +20,7 @@ use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 
-use super::settings::Settings;
+use crate::operator::settings::Settings;
 use finetune_api::{FineTuneJob, GIB, Step};
 use finetune_plan::{accelerators::Accelerator, pod::PodSize};
 use names::{QUEUE_LABEL, job_name, labels, owner};

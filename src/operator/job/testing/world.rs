@@ -10,12 +10,12 @@ use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt;
 
 use super::invariants;
-use crate::operator::{
+use crate::operator::job::{
     conditions::{Kind, find},
     decide::{Action, Decision, decide},
     observe::{Observed, ObservedJob, ObservedPod, PodState},
-    settings::Settings,
 };
+use crate::operator::settings::Settings;
 use finetune_api::FineTuneJob;
 use finetune_api::manifest;
 use finetune_plan::{resolve::sha256_hex, testing};
@@ -37,7 +37,7 @@ pub(crate) struct World {
 
 impl World {
     pub(crate) fn new(lines: &str) -> Self {
-        let text = include_str!("../../../examples/minimal.yaml").replace("file:///", "s3://");
+        let text = include_str!("../../../../examples/minimal.yaml").replace("file:///", "s3://");
         let mut job = manifest::parse(&format!("{text}{lines}")).unwrap();
         job.metadata.namespace = Some("team".to_owned());
         job.metadata.uid = Some("job-uid".to_owned());

@@ -11,7 +11,7 @@ use super::{
     status::{adapted_plan, last_progress, next_attempt, pod_size, result_status},
     termination::Termination,
 };
-use crate::operator::build;
+use crate::operator::job::build;
 use finetune_api::{AttemptStatus, FineTuneJobStatus, PlanStatus, ResultStatus, Step};
 use finetune_plan::{
     accelerators::Accelerator,

@@ -1,8 +1,0 @@
-//! Decisions about a job's life, in a [`crate::operator::testing::World`] that carries them out.
-
-mod again;
-mod attempts;
-mod life;
-mod memory;
-mod preflight;
-mod ranks;
