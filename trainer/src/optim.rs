@@ -155,7 +155,7 @@ pub fn learning_rate(settings: &TrainingSettings, step: u64) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use finetune_contract::{Dtype, Recompute};
+    use finetune_contract::{Dtype, testing::training_settings};
     use tch::{Device, Kind};
 
     use super::*;
@@ -163,26 +163,12 @@ mod tests {
 
     fn settings(lr_scheduler_type: LrScheduler) -> TrainingSettings {
         TrainingSettings {
-            context_length: 64,
             total_steps: 10,
-            total_sequences: None,
             learning_rate: 1.0,
             lr_scheduler_type,
             num_warmup_steps: 4,
             weight_decay: 0.0,
-            max_grad_norm: 1.0,
-            micro_batch_size: 1,
-            gradient_accumulation_steps: 1,
-            packing: true,
-            optimizer: Optimizer::Adamw,
-            dtype: Dtype::Fp32,
-            recompute: Recompute::None,
-            seed: 0,
-            evaluation_steps: 0,
-            early_stopping_patience: 0,
-            checkpoint_steps: Some(10),
-            num_checkpoints_to_keep: 1,
-            max_time_seconds: None,
+            ..training_settings()
         }
     }
 

@@ -33,6 +33,8 @@ mod run_report;
 #[cfg(feature = "schema")]
 mod schema;
 pub mod settings;
+#[cfg(feature = "testing")]
+pub mod testing;
 pub mod uri;
 
 pub use artifact::{ArtifactKind, Comparison, Manifest, ManifestFile, PublishedResult};

@@ -37,6 +37,30 @@ pub struct PreflightConfig {
     pub measure_machine: bool,
 }
 
+impl PreflightConfig {
+    /// Creates the preflight of a full-parameter run from the model as it is, which does not measure
+    /// the machine.
+    pub fn of(
+        run_id: RunId,
+        model: ModelSource,
+        dataset: DatasetSource,
+        output: OutputTarget,
+    ) -> Self {
+        Self {
+            version: crate::CONTRACT_VERSION,
+            run_id,
+            model,
+            dataset,
+            lora: None,
+            initial_adapter: None,
+            initial_checkpoint: None,
+            context_length: None,
+            output,
+            measure_machine: false,
+        }
+    }
+}
+
 impl Document for PreflightConfig {
     const NAME: &'static str = "preflight config";
 }

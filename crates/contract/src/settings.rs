@@ -298,6 +298,13 @@ pub struct OutputTarget {
     pub base_model_name: Option<String>,
 }
 
+impl OutputTarget {
+    /// Creates a target that publishes the result alone, and replaces nothing.
+    pub fn of(uri: impl Into<String>) -> Self {
+        Self { uri: uri.into(), merge: false, overwrite: false, base_model_name: None }
+    }
+}
+
 /// The element type of the computation. Trained state is always fp32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]

@@ -28,23 +28,12 @@ impl Fixture {
     fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let at = |name: &str| format!("file://{}/{name}", directory.path().display());
-        let config = PreflightConfig {
-            version: CONTRACT_VERSION,
-            run_id: RunId("run-1".to_owned()),
-            model: ModelSource::of(at("model")),
-            dataset: DatasetSource::of(at("train.jsonl")),
-            lora: None,
-            initial_adapter: None,
-            initial_checkpoint: None,
-            context_length: None,
-            output: OutputTarget {
-                uri: at("output"),
-                merge: false,
-                overwrite: false,
-                base_model_name: None,
-            },
-            measure_machine: false,
-        };
+        let config = PreflightConfig::of(
+            RunId("run-1".to_owned()),
+            ModelSource::of(at("model")),
+            DatasetSource::of(at("train.jsonl")),
+            OutputTarget::of(at("output")),
+        );
         let fixture = Self { directory, config };
         fs::create_dir(fixture.path("model")).unwrap();
         let model = json!({

@@ -11,10 +11,10 @@ use std::{
 };
 
 use finetune_contract::{
-    CONTRACT_VERSION, DatasetFormat, DatasetSource, Document, Dtype, ExpectedData, LoraSettings,
-    LrScheduler, ModelSource, OnOverflow, Optimizer, OutputTarget, Parallelism, PreflightConfig,
-    PreflightReport, Recompute, RunConfig, RunId, TargetModules, TrainerArgs, TrainerCommand,
-    TrainingSettings, parse, render,
+    DatasetFormat, DatasetSource, Document, Dtype, ExpectedData, LoraSettings, ModelSource,
+    OnOverflow, OutputTarget, PreflightConfig, PreflightReport, RunConfig, RunId, TargetModules,
+    TrainerArgs, TrainerCommand, TrainingSettings, parse, render,
+    testing::{run_config, training_settings},
 };
 use finetune_trainer::{
     data::{chat::rendering::Rendering, tokenizer::Tokenizer},
@@ -248,50 +248,32 @@ impl<'a> Case<'a> {
             on_overflow: OnOverflow::Error,
             ..DatasetSource::of(uri(&self.directory.join("train.jsonl")))
         };
-        let target = OutputTarget {
-            uri: uri(&output),
-            merge: self.lora.is_some(),
-            overwrite: false,
-            base_model_name: None,
-        };
+        let target = OutputTarget { merge: self.lora.is_some(), ..OutputTarget::of(uri(&output)) };
         let report: PreflightReport = self.trainer(
             TrainerCommand::Preflight,
             &PreflightConfig {
-                version: CONTRACT_VERSION,
-                run_id: run_id.clone(),
-                model: model.clone(),
-                dataset: dataset.clone(),
                 lora: self.lora.clone(),
-                initial_adapter: None,
-                initial_checkpoint: None,
                 context_length: Some(CONTEXT_LENGTH),
-                output: target.clone(),
-                measure_machine: false,
+                ..PreflightConfig::of(
+                    run_id.clone(),
+                    model.clone(),
+                    dataset.clone(),
+                    target.clone(),
+                )
             },
         );
         let _: finetune_contract::RunReport = self.trainer(
             TrainerCommand::Train,
             &RunConfig {
-                version: CONTRACT_VERSION,
                 run_id,
-                attempt: 0,
-                model,
-                dataset,
                 lora: self.lora.clone(),
-                initial_adapter: None,
-                initial_checkpoint: None,
                 training: self.base.training.clone(),
-                device: finetune_contract::Device::Cpu,
-                parallelism: Parallelism::SINGLE,
-                output: target,
-                checkpoints_uri: uri(&self.directory.join("checkpoints")),
                 expected: ExpectedData {
                     train_sha256: report.train.expect("preflight read the rows").sha256,
                     validation_sha256: None,
                     sequences: self.base.rows.len() as u64,
                 },
-                predicted_peak_bytes: 0,
-                predicted_sent_bytes: None,
+                ..run_config(model, dataset, target)
             },
         );
         output
@@ -341,25 +323,9 @@ const CONTEXT_LENGTH: u32 = 64;
 fn training() -> TrainingSettings {
     TrainingSettings {
         context_length: CONTEXT_LENGTH,
-        total_steps: 5,
-        total_sequences: None,
         learning_rate: 1e-2,
-        lr_scheduler_type: LrScheduler::Constant,
-        num_warmup_steps: 0,
-        weight_decay: 0.01,
-        max_grad_norm: 1.0,
         micro_batch_size: 2,
-        gradient_accumulation_steps: 1,
-        packing: false,
-        optimizer: Optimizer::Adamw,
-        dtype: Dtype::Fp32,
-        recompute: Recompute::None,
-        seed: 7,
-        evaluation_steps: 0,
-        early_stopping_patience: 0,
-        checkpoint_steps: Some(100),
-        num_checkpoints_to_keep: 1,
-        max_time_seconds: None,
+        ..training_settings()
     }
 }
 

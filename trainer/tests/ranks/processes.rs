@@ -9,11 +9,11 @@ use std::{
 };
 
 use finetune_contract::{
-    CONTRACT_VERSION, DatasetFormat, DatasetSource, Device, Document, Dtype, ExpectedData,
-    FailureReason, LrScheduler, ModelSource, OnOverflow, Optimizer, Outcome, OutputTarget,
-    Parallelism, PreflightConfig, PreflightReport, Progress, Recompute, RunConfig, RunId,
-    RunReport, StoppedEarly, Strategy, TrainerArgs, TrainerCommand, TrainingSettings, parse,
-    render,
+    DatasetFormat, DatasetSource, Document, ExpectedData, FailureReason, ModelSource, OnOverflow,
+    Outcome, OutputTarget, Parallelism, PreflightConfig, PreflightReport, Progress, Recompute,
+    RunConfig, RunId, RunReport, StoppedEarly, Strategy, TrainerArgs, TrainerCommand,
+    TrainingSettings, parse, render,
+    testing::{run_config, training_settings},
 };
 use serde_json::json;
 use tch::{Kind, Tensor};
@@ -64,37 +64,25 @@ impl Case {
             .unwrap();
         }
         let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/data/llama");
+        let dataset = DatasetSource {
+            validation: Some(uri("validation.jsonl")),
+            format: DatasetFormat::Text,
+            on_overflow: OnOverflow::Error,
+            ..DatasetSource::of(uri("train.jsonl"))
+        };
+        let model = ModelSource::of(format!("file://{}", model.display()));
+        let output = OutputTarget { overwrite: true, ..OutputTarget::of(uri("output")) };
         let config = RunConfig {
-            version: CONTRACT_VERSION,
             run_id: RunId("tiny".to_owned()),
-            attempt: 0,
-            model: ModelSource::of(format!("file://{}", model.display())),
-            dataset: DatasetSource {
-                validation: Some(uri("validation.jsonl")),
-                format: DatasetFormat::Text,
-                on_overflow: OnOverflow::Error,
-                ..DatasetSource::of(uri("train.jsonl"))
-            },
             lora: is_lora.then(|| lora(&["all-linear"], &[])),
-            initial_adapter: None,
-            initial_checkpoint: None,
             training: training(total_steps),
-            device: Device::Cpu,
-            parallelism: Parallelism::SINGLE,
-            output: OutputTarget {
-                uri: uri("output"),
-                merge: false,
-                overwrite: true,
-                base_model_name: None,
-            },
             checkpoints_uri: uri("checkpoints"),
             expected: ExpectedData {
                 train_sha256: String::new(),
                 validation_sha256: None,
                 sequences: 13,
             },
-            predicted_peak_bytes: 0,
-            predicted_sent_bytes: None,
+            ..run_config(model, dataset, output)
         };
         let mut case = Self { directory, config };
         case.expect();
@@ -105,16 +93,16 @@ impl Case {
     fn expect(&mut self) {
         let config = &self.config;
         let preflight = PreflightConfig {
-            version: CONTRACT_VERSION,
-            run_id: config.run_id.clone(),
-            model: config.model.clone(),
-            dataset: config.dataset.clone(),
             lora: config.lora.clone(),
             initial_adapter: config.initial_adapter.clone(),
             initial_checkpoint: config.initial_checkpoint.clone(),
             context_length: Some(config.training.context_length),
-            output: config.output.clone(),
-            measure_machine: false,
+            ..PreflightConfig::of(
+                config.run_id.clone(),
+                config.model.clone(),
+                config.dataset.clone(),
+                config.output.clone(),
+            )
         };
         let rank = self.spawn(TrainerCommand::Preflight, "preflight", &preflight, &[]);
         let report = rank.report.clone();
@@ -246,26 +234,12 @@ impl Rank {
 
 fn training(total_steps: u64) -> TrainingSettings {
     TrainingSettings {
-        context_length: 64,
         total_steps,
-        total_sequences: None,
-        learning_rate: 1e-3,
-        lr_scheduler_type: LrScheduler::Constant,
-        num_warmup_steps: 0,
-        weight_decay: 0.01,
-        max_grad_norm: 1.0,
-        micro_batch_size: 1,
         gradient_accumulation_steps: 4,
-        packing: false,
-        optimizer: Optimizer::Adamw,
-        dtype: Dtype::Fp32,
-        recompute: Recompute::None,
-        seed: 7,
         evaluation_steps: 2,
-        early_stopping_patience: 0,
         checkpoint_steps: Some(2),
         num_checkpoints_to_keep: 2,
-        max_time_seconds: None,
+        ..training_settings()
     }
 }
 

@@ -4,8 +4,8 @@ use std::{path::Path, process::Command};
 
 use anyhow::{Context, Result};
 use finetune_contract::{
-    CONTRACT_VERSION, DatasetSource, MachineFacts, ModelFacts, ModelSource, OutputTarget,
-    PreflightConfig, PreflightReport, RunId, TrainerArgs, TrainerCommand,
+    DatasetSource, MachineFacts, ModelFacts, ModelSource, OutputTarget, PreflightConfig,
+    PreflightReport, RunId, TrainerArgs, TrainerCommand,
 };
 
 use crate::{build::Binaries, fixtures::dataset, tools::shell};
@@ -56,21 +56,13 @@ pub(crate) fn measure(binaries: &Binaries, model: &Path) -> Result<Limit> {
     std::fs::create_dir_all(&directory)?;
     let uri = |path: &Path| format!("file://{}", path.display());
     let config = PreflightConfig {
-        version: CONTRACT_VERSION,
-        run_id: RunId("bench".to_owned()),
-        model: ModelSource::of(uri(model)),
-        dataset: DatasetSource::of(uri(&dataset::files()?.train)),
-        lora: None,
-        initial_adapter: None,
-        initial_checkpoint: None,
-        context_length: None,
-        output: OutputTarget {
-            uri: uri(&directory.join("output")),
-            merge: false,
-            overwrite: false,
-            base_model_name: None,
-        },
         measure_machine: true,
+        ..PreflightConfig::of(
+            RunId("bench".to_owned()),
+            ModelSource::of(uri(model)),
+            DatasetSource::of(uri(&dataset::files()?.train)),
+            OutputTarget::of(uri(&directory.join("output"))),
+        )
     };
     let [config_file, report_file] =
         ["config.json", "report.json"].map(|name| directory.join(name));

@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 
 use finetune_contract::{
-    ArtifactKind, CONTRACT_VERSION, Outcome, PreflightReport, Proof, PublishedResult, RunConfig,
-    RunId, RunReport, decisive_settings, parse, render, settings_text,
+    ArtifactKind, Outcome, PreflightReport, Proof, PublishedResult, RunConfig, decisive_settings,
+    parse, render, settings_text, testing::run_report,
 };
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt;
@@ -171,27 +171,7 @@ impl World {
     }
 
     pub(crate) fn report(outcome: Outcome) -> String {
-        render(&RunReport {
-            version: CONTRACT_VERSION,
-            run_id: RunId("r".to_owned()),
-            attempt: 0,
-            outcome,
-            steps: 10,
-            tokens_seen: 100,
-            rows_left_out: None,
-            resumed_from_step: None,
-            train_loss: Some([3.0, 1.0]),
-            eval_loss: None,
-            best_step: None,
-            stopped_early: None,
-            bf16_kernel: None,
-            tokens_per_second: None,
-            duration_seconds: 1.0,
-            predicted_peak_bytes: 2,
-            measured_peak_bytes: 1,
-            predicted_sent_bytes: None,
-            measured_sent_bytes: None,
-        })
+        render(&run_report(outcome))
     }
 
     pub(crate) fn succeed(&mut self) {

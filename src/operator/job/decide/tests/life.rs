@@ -1,7 +1,7 @@
 //! A job's life from its creation to its deletion.
 
 use finetune_contract::{
-    CONTRACT_VERSION, Progress, RunConfig, RunReport, Stage, StoppedEarly, parse, render,
+    Progress, RunConfig, RunReport, StoppedEarly, parse, render, testing::progress,
 };
 
 use crate::operator::job::{
@@ -25,26 +25,7 @@ fn a_life_without_trouble_takes_few_writes() {
     let plan = world.job.status.as_ref().unwrap().plan.clone().unwrap();
     assert_eq!((plan.method.as_str(), plan.accelerator.as_str()), ("LoRA", "cpu"));
     let config: RunConfig = parse(&plan.run_config).unwrap();
-    world.observed.progress = Some(Progress {
-        version: CONTRACT_VERSION,
-        run_id: config.run_id,
-        stage: Stage::Training,
-        step: 5,
-        total_steps: 10,
-        epoch: 0.5,
-        loss: Some(2.0),
-        eval_loss: None,
-        learning_rate: None,
-        grad_norm: None,
-        tokens_per_second: Some(100.0),
-        tokens_seen: 50,
-        eta_seconds: Some(120),
-        peak_memory_bytes: 1,
-        checkpoint_step: None,
-        checkpoint_stall_seconds: None,
-        checkpoint_write_seconds: None,
-        resumed_from_step: None,
-    });
+    world.observed.progress = Some(Progress { run_id: config.run_id, ..progress() });
     let decision = world.settle();
     assert_eq!(decision.requeue_after, Some(PROGRESS_INTERVAL));
     assert_eq!(world.summary(), "Unknown Training");
