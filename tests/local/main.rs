@@ -22,3 +22,4 @@ mod runs;
 mod sandbox;
 #[path = "../support/tiny_model.rs"]
 mod tiny_model;
+mod upgrade;

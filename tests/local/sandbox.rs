@@ -176,6 +176,7 @@ impl Sandbox {
             let path = |name: &str| directory.join(name);
             fs::write(path("config.json"), render(config)).unwrap();
             let mut command = Command::new(&self.trainer);
+            command.current_dir(self.directory.path());
             let [config_file, report_file] = ["config.json", "report.json"].map(path);
             let args =
                 TrainerArgs::new(TrainerCommand::Train, config_file, report_file, &directory);

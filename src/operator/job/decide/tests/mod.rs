@@ -6,3 +6,4 @@ mod life;
 mod memory;
 mod preflight;
 mod ranks;
+mod upgrade;
