@@ -73,6 +73,18 @@ pub const KEY_RULES: &[KeyRule] = &[
     used(KeyScope::Row, &["messages"], &[Messages], "the turns of a conversation"),
     used(
         KeyScope::Row,
+        &["contents"],
+        &[Messages],
+        "the turns of a conversation as Gemini's tuning takes them: the role `user` or `model`, and `parts` of text; a part with `thought: true` is reasoning",
+    ),
+    used(
+        KeyScope::Row,
+        &["systemInstruction", "system_instruction"],
+        &[Messages],
+        "beside `contents`, the system turn: `parts` of text",
+    ),
+    used(
+        KeyScope::Row,
         &["conversations", "conversation"],
         &[Sharegpt],
         "the turns of a conversation",

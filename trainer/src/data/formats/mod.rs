@@ -1,12 +1,13 @@
 //! Parses a row, in any of the common formats, to an [`Example`].
 //!
 //! [`keys`] is the table of all known keys; other keys are refused. One module parses each format:
-//! `messages` (also ShareGPT), `pairs`, `alpaca`. All functions are pure.
+//! `messages` (also ShareGPT), `gemini`, `pairs`, `alpaca`. All functions are pure.
 
 mod alpaca;
 mod content;
 mod error;
 mod fields;
+mod gemini;
 pub mod keys;
 mod messages;
 mod pairs;
@@ -60,7 +61,7 @@ impl ReadOptions {
 /// An error that lists the keys of the row and those that identify a format.
 pub fn detect(row: &Map<String, Value>) -> Result<DatasetFormat, RowError> {
     let has = |key: &str| non_null(row, key).is_some();
-    if has("messages") {
+    if has("messages") || gemini::is_gemini(row) {
         return Ok(DatasetFormat::Messages);
     }
     if has("conversations") || has("conversation") {
@@ -162,6 +163,7 @@ fn read_object(
         format => format,
     };
     let mut example = match format {
+        DatasetFormat::Messages if gemini::is_gemini(row) => gemini::read(row)?,
         DatasetFormat::Messages => conversation(row, "messages")?,
         DatasetFormat::Sharegpt | DatasetFormat::Auto => {
             conversation(row, resolve_alias(row, &["conversations", "conversation"])?)?
