@@ -57,6 +57,17 @@ async fn what_cannot_work_says_why_and_takes_no_training_pod() {
 }
 
 #[tokio::test]
+async fn a_volume_claim_that_does_not_exist_is_named() {
+    let Some(test) = TestNamespace::new("claim").await else { return };
+    let mut job = test.job("claim");
+    job["spec"]["dataset"]["train"] = json!("pvc://no-such-claim/train.jsonl");
+    test.apply(&job).await;
+    test.wait("claim", "Unknown VolumeClaimMissing").await;
+    let message = test.message("claim", "Succeeded").await;
+    assert!(message.contains("no-such-claim"), "{message}");
+}
+
+#[tokio::test]
 async fn a_secret_that_is_not_there_is_named() {
     let Some(test) = TestNamespace::new("secret").await else { return };
     let mut job = test.job("secret");

@@ -287,6 +287,11 @@ fn slowest_pod(
     };
     match pod.map(|pod| &pod.state) {
         None => starting(attempt).into(),
+        Some(PodState::Unschedulable(message)) if names_missing_claim(message) => {
+            let created = pod.and_then(|pod| pod.created);
+            let message = format!("{who}{message}");
+            cannot_start(input, attempt, created, Reason::VolumeClaimMissing, message)
+        }
         Some(PodState::Unschedulable(message)) => {
             InProgress::new(attempt, Reason::Unschedulable, format!("{who}{message}")).into()
         }
@@ -319,6 +324,12 @@ fn names_shortage(message: &str) -> bool {
     message.contains("nodes are ")
 }
 
+/// Returns whether a scheduler's message says that a PersistentVolumeClaim does not exist, such as
+/// `0/3 nodes are available: persistentvolumeclaim "models" not found`.
+fn names_missing_claim(message: &str) -> bool {
+    message.contains("persistentvolumeclaim \"") && message.contains("\" not found")
+}
+
 /// The container has not started: it is early, or the kubelet cannot start it.
 fn waiting(
     input: &Input<'_>,
@@ -335,8 +346,20 @@ fn waiting(
         "CreateContainerError" | "RunContainerError" => Reason::ContainerCannotStart,
         _ => return starting(attempt).into(),
     };
+    cannot_start(input, attempt, scheduled, reason, message)
+}
+
+/// Something that the job names keeps its pod from starting: it has until the deadline to appear,
+/// counted from `since`.
+fn cannot_start(
+    input: &Input<'_>,
+    attempt: AttemptStatus,
+    since: Option<Timestamp>,
+    reason: Reason,
+    message: String,
+) -> AttemptState {
     let seconds = input.settings.startup_deadline_seconds;
-    let deadline = scheduled.map(|scheduled| scheduled + SignedDuration::from_secs(seconds));
+    let deadline = since.map(|since| since + SignedDuration::from_secs(seconds));
     if deadline.is_some_and(|deadline| input.now >= deadline) {
         let message = format!("{message}\nIt did not start within {seconds} s.");
         return AttemptState::Other(State::Finished(Finished::failed(reason, message).of(attempt)));

@@ -101,6 +101,31 @@ fn a_missing_image_is_reported_at_once_and_fails_the_job_later() {
 }
 
 #[test]
+fn a_missing_volume_claim_is_no_want_of_room() {
+    let mut world = World::new("  loraConfig: {}\n");
+    world.settle();
+    let pod = world.observed.pods.last_mut().unwrap();
+    pod.scheduled = None;
+    // The words of Kubernetes 1.36.
+    pod.state = PodState::Unschedulable(
+        "0/1 nodes are available: persistentvolumeclaim \"models\" not found. not found".to_owned(),
+    );
+    let decision = world.settle();
+    assert_eq!(world.summary(), "Unknown VolumeClaimMissing");
+    assert!(decision.requeue_after.is_some(), "it is looked at again when its time is up");
+    // It is created, and the pod starts.
+    world.observed.pods.last_mut().unwrap().state = PodState::Running;
+    world.settle();
+    assert_eq!(world.summary(), "Unknown Preflight");
+    world.observed.pods.last_mut().unwrap().state =
+        PodState::Unschedulable("persistentvolumeclaim \"models\" not found".to_owned());
+    world.wait(600);
+    world.settle();
+    assert_eq!(world.summary(), "False VolumeClaimMissing");
+    assert!(world.observed.jobs.is_empty(), "nothing is left waiting");
+}
+
+#[test]
 fn a_refused_job_is_reported_and_created_again() {
     let mut world = World::new("  loraConfig: {}\n");
     world.observed.refusal = Some("exceeded quota".to_owned());
