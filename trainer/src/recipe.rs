@@ -30,6 +30,7 @@ use crate::{
         DataParallel, Model,
         adapter::{self, AdapterDirectory},
     },
+    objective::causal_lm::CausalLm,
     ops,
     optim::AdamW,
     runtime::rng::RngKey,
@@ -93,6 +94,7 @@ pub fn run(
     let mut training = TrainLoop {
         config,
         model,
+        objective: &CausalLm,
         optimizer,
         train,
         validation,
