@@ -15,10 +15,7 @@ use finetune_contract::{
 use tracing::error;
 
 use crate::{
-    commands::{
-        documents::{self, Documents},
-        print_line,
-    },
+    commands::documents::{self, Documents},
     context::RunContext,
     distributed::{
         self, OnLost, Ranks,
@@ -28,7 +25,7 @@ use crate::{
     failure::Failure,
     metrics::{recorder::Recorder, server::MetricsServer},
     recipe,
-    runtime::device,
+    runtime::{device, stdout::print_line},
     store::Environment,
 };
 
