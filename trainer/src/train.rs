@@ -71,7 +71,7 @@ impl TrainLoop<'_> {
     pub fn run(
         &mut self,
         stop: &AtomicBool,
-        recorder: &mut Recorder<'_>,
+        recorder: &mut Recorder,
     ) -> Result<TrainOutcome, Failure> {
         let settings = &self.config.training;
         if self.state.step == 0 && self.state.base_eval_loss.is_none() {
@@ -150,7 +150,7 @@ impl TrainLoop<'_> {
         patience > 0 && self.state.evaluations_since_best >= patience
     }
 
-    fn record_checkpoint(&self, recorder: &mut Recorder<'_>) {
+    fn record_checkpoint(&self, recorder: &mut Recorder) {
         if let Some(saved) = self.checkpoints.saved() {
             recorder.record_checkpoint(saved);
         }
@@ -160,7 +160,7 @@ impl TrainLoop<'_> {
     ///
     /// # Errors
     /// [`distributed::Error`] if another rank is lost.
-    pub fn evaluate(&self, recorder: &mut Recorder<'_>) -> Result<Option<f64>, distributed::Error> {
+    pub fn evaluate(&self, recorder: &mut Recorder) -> Result<Option<f64>, distributed::Error> {
         let Some(DataSplit { dataset, sequences }) = &self.validation else { return Ok(None) };
         recorder.record_stage(Stage::Evaluating);
         let ranks = self.model.ranks();
@@ -295,7 +295,7 @@ impl TrainLoop<'_> {
     }
 
     /// Evaluates, and reports whether the weights are the best so far and must be saved.
-    fn evaluate_and_compare(&mut self, recorder: &mut Recorder<'_>) -> Result<bool, Failure> {
+    fn evaluate_and_compare(&mut self, recorder: &mut Recorder) -> Result<bool, Failure> {
         let Some(loss) = self.evaluate(recorder)? else { return Ok(false) };
         let evaluated = Evaluation { step: self.state.step, loss };
         self.state.last_eval = Some(evaluated);
