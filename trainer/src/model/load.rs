@@ -87,7 +87,7 @@ impl Loader<'_> {
         let layers = layers.map(|(path, mut linear)| {
             if let Some([a, b]) = self.init_adapter(&path) {
                 let weight = self.trained.param(&b).expect("adapters are trained"); // [out, R]
-                let rank = weight.value.size()[1];
+                let rank = weight.value().size()[1];
                 linear.lora_b = Some(LoraB { weight, first_row });
                 first_row += rank;
                 stacked.push(a);
