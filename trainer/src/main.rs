@@ -9,9 +9,10 @@ use std::{
 use clap::{Parser, Subcommand};
 use finetune_contract::{ExitCode, process::environment::LOG};
 use finetune_trainer::{
-    commands::{bench, data_check, generate, preflight, print_line, train, verify},
+    commands::{bench, data_check, generate, preflight, train, verify},
     failure::Failure,
     gguf,
+    runtime::stdout::print_line,
     store::Environment,
 };
 use tracing::error;

@@ -30,6 +30,7 @@ use crate::{
         DataParallel, Model,
         adapter::{self, AdapterDirectory},
     },
+    objective::causal_lm::CausalLm,
     ops,
     optim::AdamW,
     runtime::rng::RngKey,
@@ -49,7 +50,7 @@ use crate::{
 pub fn run(
     config: &RunConfig,
     context: &RunContext<'_>,
-    recorder: &mut Recorder<'_>,
+    recorder: &mut Recorder,
 ) -> Result<Option<Outcome>, Failure> {
     let ranks = &context.ranks;
     // If a result of the same inputs is already published, verify that one instead of training.
@@ -93,6 +94,7 @@ pub fn run(
     let mut training = TrainLoop {
         config,
         model,
+        objective: &CausalLm,
         optimizer,
         train,
         validation,
@@ -281,7 +283,7 @@ fn check_unchanged(uris: &str, expected: &str, found: &str) -> Result<(), Failur
 
 fn resume(
     training: &mut TrainLoop<'_>,
-    recorder: &mut Recorder<'_>,
+    recorder: &mut Recorder,
     device: Device,
 ) -> Result<(), Failure> {
     let TrainLoop { checkpoints, model, optimizer, state, config, .. } = training;

@@ -17,6 +17,7 @@ use crate::{
     layers::dropout::Dropout,
     metrics::recorder::{Recorder, StepFigures},
     model::Model,
+    objective::{LossSums, Objective},
     optim::{self, AdamW, Clipped},
     runtime::{clock, rng::RngKey},
 };
@@ -30,6 +31,8 @@ pub struct TrainLoop<'a> {
     pub config: &'a RunConfig,
     /// The model with its trained parameters.
     pub model: Model,
+    /// What is minimized.
+    pub objective: &'a dyn Objective,
     /// The optimizer.
     pub optimizer: AdamW,
     /// The training rows.
@@ -68,7 +71,7 @@ impl TrainLoop<'_> {
     pub fn run(
         &mut self,
         stop: &AtomicBool,
-        recorder: &mut Recorder<'_>,
+        recorder: &mut Recorder,
     ) -> Result<TrainOutcome, Failure> {
         let settings = &self.config.training;
         if self.state.step == 0 && self.state.base_eval_loss.is_none() {
@@ -147,7 +150,7 @@ impl TrainLoop<'_> {
         patience > 0 && self.state.evaluations_since_best >= patience
     }
 
-    fn record_checkpoint(&self, recorder: &mut Recorder<'_>) {
+    fn record_checkpoint(&self, recorder: &mut Recorder) {
         if let Some(saved) = self.checkpoints.saved() {
             recorder.record_checkpoint(saved);
         }
@@ -157,25 +160,23 @@ impl TrainLoop<'_> {
     ///
     /// # Errors
     /// [`distributed::Error`] if another rank is lost.
-    pub fn evaluate(&self, recorder: &mut Recorder<'_>) -> Result<Option<f64>, distributed::Error> {
+    pub fn evaluate(&self, recorder: &mut Recorder) -> Result<Option<f64>, distributed::Error> {
         let Some(DataSplit { dataset, sequences }) = &self.validation else { return Ok(None) };
         recorder.record_stage(Stage::Evaluating);
         let ranks = self.model.ranks();
         let all: Vec<usize> = (0..sequences.len()).collect();
         let batches: Vec<_> = all.chunks(self.config.training.micro_batch_size as usize).collect();
-        let (mut loss, mut targets) = (0.0, 0);
+        let mut sums = LossSums::default();
         for round in batches.chunks(ranks.world_size() as usize) {
             if let Some(own) = round.get(ranks.rank() as usize) {
-                let batch = sequences.batch(dataset, own);
-                loss += self.model.loss(&batch);
-                targets += batch.labels.len();
+                sums += self.model.loss(&sequences.batch(dataset, own), self.objective);
             } else if self.model.sharded().is_some() {
                 // The other ranks need this rank's shards of the weights, so it runs the same
                 // forward pass and discards the result.
-                let _ = self.model.loss(&sequences.batch(dataset, round[0]));
+                let _ = self.model.loss(&sequences.batch(dataset, round[0]), self.objective);
             }
         }
-        let [loss, targets] = ranks.sum([loss, targets as f64])?;
+        let [loss, targets] = ranks.sum([sums.loss, sums.targets as f64])?;
         Ok(Some(loss / targets))
     }
 
@@ -205,7 +206,12 @@ impl TrainLoop<'_> {
         let first = first.map(|batch| batch.tokens.len()).max().unwrap_or(0);
         if (first as f64) < NEARLY_LARGEST * largest.tokens.len() as f64 {
             let dropout = self.dropout(self.state.step);
-            self.model.accumulate_gradients(&largest, settings.recompute, dropout.as_ref());
+            self.model.accumulate_gradients(
+                &largest,
+                self.objective,
+                settings.recompute,
+                dropout.as_ref(),
+            );
             // This zeroes the gradient buffers of sharded parameters; the step zeroes all others.
             self.model.reduce_gradients()?;
         }
@@ -217,7 +223,7 @@ impl TrainLoop<'_> {
         let started = clock::now();
         let settings = &self.config.training;
         let step = self.state.step;
-        let (mut loss, mut targets, mut tokens) = (0.0, 0, 0);
+        let (mut sums, mut tokens) = (LossSums::default(), 0);
         let sent_before = self.model.ranks().sent_bytes();
         self.model.trained().zero_grad();
         let ranks = self.model.ranks().clone();
@@ -242,16 +248,20 @@ impl TrainLoop<'_> {
                 if micro + world_size >= micro_batches {
                     self.model.mark_last_backward();
                 }
-                loss +=
-                    self.model.accumulate_gradients(&batch, settings.recompute, dropout.as_ref());
-                targets += batch_targets;
+                sums += self.model.accumulate_gradients(
+                    &batch,
+                    self.objective,
+                    settings.recompute,
+                    dropout.as_ref(),
+                );
                 tokens += batch_tokens;
             }
             tokens_before += batch_tokens;
             targets_before += batch_targets;
         }
         self.model.reduce_gradients()?;
-        let [loss, all_targets, all_tokens] = ranks.sum([loss, targets as f64, tokens as f64])?;
+        let [loss, all_targets, all_tokens] =
+            ranks.sum([sums.loss, sums.targets as f64, tokens as f64])?;
         let (targets, tokens) = (all_targets as u64, all_tokens as u64);
         let loss = loss / all_targets;
         let square = self.model.gradient_square()?;
@@ -285,7 +295,7 @@ impl TrainLoop<'_> {
     }
 
     /// Evaluates, and reports whether the weights are the best so far and must be saved.
-    fn evaluate_and_compare(&mut self, recorder: &mut Recorder<'_>) -> Result<bool, Failure> {
+    fn evaluate_and_compare(&mut self, recorder: &mut Recorder) -> Result<bool, Failure> {
         let Some(loss) = self.evaluate(recorder)? else { return Ok(false) };
         let evaluated = Evaluation { step: self.state.step, loss };
         self.state.last_eval = Some(evaluated);

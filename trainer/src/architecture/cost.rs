@@ -1,6 +1,6 @@
 //! What a model costs to train, declared beside its architecture.
 //!
-//! The plan predicts memory from it. `model/block.rs` tests that a block saves what is declared here;
+//! The plan predicts memory from it. `model/block` tests that a block saves what is declared here;
 //! `docs/memory.csv` compares the predicted with the measured peak of whole steps.
 
 use finetune_contract::cost::CostFacts;

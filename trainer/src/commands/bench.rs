@@ -26,6 +26,7 @@ use crate::{
     layers::dropout::Dropout,
     lora::trainable::Trainable,
     model::{DataParallel, Model},
+    objective::causal_lm::CausalLm,
     ops,
     optim::{self, AdamW},
     runtime::{clock, device, memory::PeakMemory, profile, rng::RngKey},
@@ -204,13 +205,13 @@ pub fn run(arguments: &Arguments, environment: &Environment) -> Result<String, F
         let dropout = Dropout::new(arguments.dropout, seed.fold_in(step as u64));
         model.trained().zero_grad();
         model.mark_last_backward();
-        let loss = model.accumulate_gradients(&batch, recompute, dropout.as_ref());
+        let sums = model.accumulate_gradients(&batch, &CausalLm, recompute, dropout.as_ref());
         model.reduce_gradients()?;
         let [all_targets] = ranks.sum([batch.labels.len() as f64])?;
         let clipped = optim::clip(model.gradient_square()?, all_targets as u64, 1.0);
         let rate = arguments.learning_rate;
         adamw.step(model.trained_mut(), clipped.scale, rate, step as u64 + 1);
-        figures.losses.push(loss / batch.labels.len() as f64);
+        figures.losses.push(sums.mean());
         figures.sent_bytes_per_step = ranks.sent_bytes() - sent;
         if step == 0 {
             figures.seconds_to_first_step = started.elapsed().as_secs_f64();

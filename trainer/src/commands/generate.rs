@@ -20,7 +20,10 @@ use crate::{
     failure::Failure,
     hf::{extension, read_config},
     layers::linear::Input,
-    model::{Model, block::Block},
+    model::{
+        Model,
+        block::{Block, self_attention::SelfAttention},
+    },
     ops,
     runtime::rng::RngKey,
     store::Environment,
@@ -222,36 +225,39 @@ fn forward_cached(
     rotary: &crate::layers::rope::Rotary,
     cache: &mut Option<(Tensor, Tensor)>,
 ) -> Tensor {
-    let split_heads = |x: &Tensor| x.view([x.size()[0], -1, block.head_dim]);
-    let qkv =
-        block.qkv_proj.forward_only(&Input::without_dropout(block.input_layernorm.forward(x)));
+    let Block { self_attention, feed_forward } = block;
+    let split_heads = |x: &Tensor| x.view([x.size()[0], -1, self_attention.head_dim]);
+    let qkv = self_attention
+        .qkv_proj
+        .forward_only(&Input::without_dropout(self_attention.input_layernorm.forward(x)));
     let [mut q, mut k, mut v] = qkv.each_ref().map(split_heads);
-    if let Some((q_norm, k_norm)) = &block.qk_norm {
+    if let Some((q_norm, k_norm)) = &self_attention.qk_norm {
         (q, k) = (q_norm.forward(&q), k_norm.forward(&k));
     }
     (q, k) = (rotary.rotate(q), rotary.rotate(k));
     if let Some((keys, values)) = cache.take() {
         (k, v) = (Tensor::cat(&[keys, k], 0), Tensor::cat(&[values, v], 0));
     }
-    let out = attention(block, &q, &k, &v);
+    let out = attention(self_attention, &q, &k, &v);
     *cache = Some((k, v));
-    let [o] = block.o_proj.forward_only(&Input::without_dropout(out));
+    let [o] = self_attention.o_proj.forward_only(&Input::without_dropout(out));
     let x = o + x;
-    let normed = Input::without_dropout(block.post_attention_layernorm.forward(&x));
-    let [gate, up] = block.gate_up_proj.forward_only(&normed);
-    let [down] = block.down_proj.forward_only(&Input::without_dropout(ops::swiglu(&gate, &up)));
+    let normed = Input::without_dropout(feed_forward.post_attention_layernorm.forward(&x));
+    let [gate, up] = feed_forward.gate_up_proj.forward_only(&normed);
+    let [down] =
+        feed_forward.down_proj.forward_only(&Input::without_dropout(ops::swiglu(&gate, &up)));
     down + x
 }
 
 /// Computes attention of the last `t` of `S` positions: `q` is `[t, H, E]`, `k` and `v` are
 /// `[S, K, E]`.
-fn attention(block: &Block, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
+fn attention(self_attention: &SelfAttention, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
     let (new, all, groups) = (q.size()[0], k.size()[0], q.size()[1] / k.size()[1]);
     let repeat = |x: &Tensor| x.repeat_interleave_self_int(groups, 1, None).transpose(0, 1); // [H, S, E]
-    let scores =
-        q.transpose(0, 1).matmul(&repeat(k).transpose(1, 2)) / (block.head_dim as f64).sqrt();
+    let scores = q.transpose(0, 1).matmul(&repeat(k).transpose(1, 2))
+        / (self_attention.head_dim as f64).sqrt();
     let mut visible = Tensor::ones([new, all], (Kind::Bool, Device::Cpu)).tril(all - new);
-    if let Some(window) = block.attention.window {
+    if let Some(window) = self_attention.attention.window {
         visible = visible.triu(all - new + 1 - window as i64);
     }
     let scores = scores.masked_fill(&visible.logical_not(), f64::NEG_INFINITY);

@@ -15,10 +15,7 @@ use finetune_contract::{
 use tracing::error;
 
 use crate::{
-    commands::{
-        documents::{self, Documents},
-        print_line,
-    },
+    commands::documents::{self, Documents},
     context::RunContext,
     distributed::{
         self, OnLost, Ranks,
@@ -26,7 +23,9 @@ use crate::{
         rank::{RankInfo, Timeouts},
     },
     failure::Failure,
-    metrics::{recorder::Recorder, server::MetricsServer},
+    metrics::{
+        history::History, recorder::Recorder, server::MetricsServer, sink::Sink, stdout::JsonLines,
+    },
     recipe,
     runtime::device,
     store::Environment,
@@ -89,17 +88,8 @@ fn run_rank(
     let device = device::open(config.device).map_err(report_failure)?;
     let ranks =
         join_ranks(config, &documents.report, environment, device).map_err(report_failure)?;
-    let server = MetricsServer::new(config);
-    if let Some(address) = listen.filter(|_| ranks.is_first()) {
-        server.start(address)?;
-    }
-    let mut publish_line = |line: &str| {
-        if ranks.is_first() {
-            server.update(line);
-            print_line(line);
-        }
-    };
-    let mut recorder = Recorder::new(config, &work_dir, &mut publish_line);
+    let sinks = sinks(config, &work_dir, *listen, ranks.is_first())?;
+    let mut recorder = Recorder::new(config, sinks);
     let context = RunContext {
         environment,
         work_dir: &work_dir,
@@ -137,6 +127,26 @@ fn run_rank(
     Ok(code)
 }
 
+/// Returns what receives the progress of this rank. Only rank 0 prints and serves it.
+fn sinks(
+    config: &RunConfig,
+    work_dir: &Path,
+    listen: Option<SocketAddr>,
+    is_first: bool,
+) -> Result<Vec<Box<dyn Sink>>, Failure> {
+    let mut sinks: Vec<Box<dyn Sink>> = Vec::new();
+    if is_first {
+        if let Some(address) = listen {
+            let server = MetricsServer::new(config);
+            server.start(address)?;
+            sinks.push(Box::new(server));
+        }
+        sinks.push(Box::new(JsonLines));
+    }
+    sinks.push(Box::new(History::new(work_dir)));
+    Ok(sinks)
+}
+
 /// Connects this process with the other ranks of the run, if it has any.
 fn join_ranks(
     config: &RunConfig,
@@ -166,8 +176,7 @@ fn exit_on_lost_rank(config: &RunConfig, report_path: &Path) -> OnLost {
 
 /// Writes the report of a run that failed before it recorded any progress.
 fn report_early_failure(config: &RunConfig, path: &Path, failure: Failure) -> Failure {
-    let mut ignore = |_: &str| {};
-    let recorder = Recorder::new(config, Path::new(""), &mut ignore);
+    let recorder = Recorder::new(config, Vec::new());
     let report = report(config, &recorder, failed(failure.clone())).fit();
     if let Err(write_failure) = documents::write(path, &report) {
         error!("{write_failure}");
@@ -179,7 +188,7 @@ fn failed(failure: Failure) -> Outcome {
     Outcome::Failed { reason: failure.reason, message: failure.message }
 }
 
-fn report(config: &RunConfig, recorder: &Recorder<'_>, outcome: Outcome) -> RunReport {
+fn report(config: &RunConfig, recorder: &Recorder, outcome: Outcome) -> RunReport {
     let last = recorder.last();
     let state = recorder.state();
     RunReport {

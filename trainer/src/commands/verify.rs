@@ -7,12 +7,12 @@ use finetune_contract::{ArtifactKind, Dtype, FailureReason, Manifest, ObjectUri}
 use tch::{Device, Tensor};
 
 use crate::{
-    commands::print_line,
     failure::Failure,
     gguf,
     hf::{extension, weights::WeightFiles},
     lora::trainable::Trainable,
     model::Model,
+    runtime::stdout::print_line,
     store::{Environment, Role, Store, publish},
     verification,
 };

@@ -30,10 +30,10 @@ pub struct EmbeddingAdapter {
 impl Embedding {
     /// Embeds tokens `[T]`; the result is `[T, D]`.
     pub fn forward(&self, tokens: &Tensor) -> Tensor {
-        let mut x = self.weight.value.index_select(0, tokens);
+        let mut x = self.weight.value().index_select(0, tokens);
         if let Some(adapter) = &self.adapter {
-            let hidden = adapter.lora_a.value.index_select(1, tokens).tr() * adapter.scaling; // [T, R]
-            let _ = x.addmm_(&hidden, &adapter.lora_b.value.tr());
+            let hidden = adapter.lora_a.value().index_select(1, tokens).tr() * adapter.scaling; // [T, R]
+            let _ = x.addmm_(&hidden, &adapter.lora_b.value().tr());
         }
         x
     }
@@ -44,12 +44,12 @@ impl Embedding {
             let _ = grad.sum().shallow_clone().index_add_(0, tokens, &dy.to_kind(Kind::Float));
         }
         let Some(adapter) = &self.adapter else { return };
-        let hidden = adapter.lora_a.value.index_select(1, tokens) * adapter.scaling; // [R, T]
+        let hidden = adapter.lora_a.value().index_select(1, tokens) * adapter.scaling; // [R, T]
         if let Some(grad) = &adapter.lora_b.grad {
             let _ = grad.sum().shallow_clone().g_add_(&dy.tr().mm(&hidden.tr())); // [D, R]
         }
         if let Some(grad) = &adapter.lora_a.grad {
-            let d_a = dy.mm(&adapter.lora_b.value) * adapter.scaling; // [T, R]
+            let d_a = dy.mm(adapter.lora_b.value()) * adapter.scaling; // [T, R]
             let _ =
                 grad.sum().shallow_clone().index_add_(1, tokens, &d_a.to_kind(Kind::Float).tr());
         }

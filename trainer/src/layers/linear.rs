@@ -3,11 +3,7 @@
 use finetune_kernels::dropout::DropoutMask;
 use tch::{Kind, Tensor};
 
-use crate::{
-    ops::{self, Factor},
-    params::flat::Param,
-    runtime::profile,
-};
+use crate::{ops, params::flat::Param, runtime::profile};
 
 /// Linear layers that share an input, each `y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ`.
 ///
@@ -121,12 +117,11 @@ impl<const N: usize> Projections<N> {
         let hidden = self.lora_a.as_ref().map(|lora_a| lora_a.forward(input));
         let results = self.layers.each_ref().map(|layer| {
             let adapter = layer.lora_b.as_ref().zip(hidden.as_ref());
-            let adapter = adapter.map(|(lora_b, hidden)| {
-                (lora_b.slice(hidden), Factor::Transposed(&lora_b.weight.value))
-            });
-            let mut terms = vec![(&input.x, Factor::Transposed(&layer.weight.value))];
+            let adapter = adapter
+                .map(|(lora_b, hidden)| (lora_b.slice(hidden), lora_b.weight.transposed_factor()));
+            let mut terms = vec![(&input.x, layer.weight.transposed_factor())];
             terms.extend(adapter.as_ref().map(|(hidden, b)| (hidden, *b)));
-            let bias = layer.bias.as_ref().map(|bias| &bias.value);
+            let bias = layer.bias.as_ref().map(Param::value);
             profile::time("linear", || ops::products(&terms, bias))
         });
         (results, LoraHidden(hidden))
@@ -147,18 +142,17 @@ impl<const N: usize> Projections<N> {
             let d_hidden = lora_a.empty_hidden(dy[0]);
             for (layer, dy) in self.layers.iter().zip(dy) {
                 if let Some(lora_b) = &layer.lora_b {
-                    let factor = Factor::Plain(&lora_b.weight.value);
+                    let factor = lora_b.weight.factor();
                     ops::multiply(dy, factor, lora_a.scaling, &mut lora_b.slice(&d_hidden));
                 }
             }
             d_hidden
         });
         let dx = needs_input_grad.then(|| {
-            let weights = self.layers.iter().map(|layer| Factor::Plain(&layer.weight.value));
+            let weights = self.layers.iter().map(|layer| layer.weight.factor());
             let mut terms: Vec<_> = dy.into_iter().zip(weights).collect();
             let adapters = self.lora_a.as_ref().zip(d_hidden.as_ref());
-            let adapters =
-                adapters.map(|(lora_a, d_hidden)| (d_hidden, Factor::Plain(&lora_a.weight.value)));
+            let adapters = adapters.map(|(lora_a, d_hidden)| (d_hidden, lora_a.weight.factor()));
             if mask.is_none() {
                 terms.extend(adapters);
             }
@@ -215,13 +209,13 @@ impl LoraA {
     fn forward(&self, input: &Input) -> Tensor {
         let x = input.lora_input();
         let mut hidden = self.empty_hidden(x);
-        ops::multiply(x, Factor::Transposed(&self.weight.value), self.scaling, &mut hidden);
+        ops::multiply(x, self.weight.transposed_factor(), self.scaling, &mut hidden);
         hidden
     }
 
     /// Allocates `[T, ΣR]` with the `T`, type and device of `like`, `[T, …]`.
     fn empty_hidden(&self, like: &Tensor) -> Tensor {
-        let shape = [like.size()[0], self.weight.value.size()[0]];
+        let shape = [like.size()[0], self.weight.value().size()[0]];
         Tensor::empty(shape, (like.kind(), like.device()))
     }
 }
@@ -229,6 +223,6 @@ impl LoraA {
 impl LoraB {
     /// Returns this adapter's columns `[T, R]` of the hidden activations `[T, ΣR]`.
     fn slice(&self, hidden: &Tensor) -> Tensor {
-        hidden.narrow(1, self.first_row, self.weight.value.size()[1])
+        hidden.narrow(1, self.first_row, self.weight.value().size()[1])
     }
 }

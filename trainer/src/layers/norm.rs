@@ -23,7 +23,7 @@ pub struct RmsNorm {
 impl RmsNorm {
     /// Normalises `[…, width]`.
     pub fn forward(&self, x: &Tensor) -> Tensor {
-        ops::rms_norm(x, &self.weight.value, self.eps)
+        ops::rms_norm(x, self.weight.value(), self.eps)
     }
 
     /// Returns the gradient of the input plus `residual`, and adds the gradient of a trained
@@ -32,6 +32,6 @@ impl RmsNorm {
     /// The result reuses the memory of `dy`.
     pub fn backward(&self, x: &Tensor, dy: Tensor, residual: Option<&Tensor>) -> Tensor {
         let grad = self.weight.grad.as_ref().map(Gradient::sum);
-        ops::rms_norm_backward(x, &self.weight.value, self.eps, dy, residual, grad)
+        ops::rms_norm_backward(x, self.weight.value(), self.eps, dy, residual, grad)
     }
 }

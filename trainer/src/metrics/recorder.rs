@@ -1,21 +1,15 @@
-//! Records the progress of a run: a JSON line per update, and a history file in the work directory.
+//! Records the progress of a run and passes each update to the sinks.
 
-use std::{
-    collections::VecDeque,
-    io::Write,
-    path::{Path, PathBuf},
-    time::Instant,
-};
+use std::{collections::VecDeque, time::Instant};
 
-use finetune_contract::{CONTRACT_VERSION, Progress, RunConfig, Stage, parse, render};
+use finetune_contract::{CONTRACT_VERSION, Progress, RunConfig, Stage};
 
 use crate::{
     checkpoint::{Saved, TrainState},
+    metrics::sink::Sink,
     runtime::{device, memory::PeakMemory},
 };
 
-/// The file name of the history in the work directory: one [`Progress`] per line.
-pub const HISTORY_FILE: &str = "metrics.jsonl";
 /// The number of steps over which the speed is averaged.
 const SPEED_WINDOW: usize = 10;
 
@@ -36,10 +30,9 @@ pub struct StepFigures {
     pub sent_bytes: u64,
 }
 
-/// Records the progress of a run and passes each update on as a JSON line.
-pub struct Recorder<'a> {
-    on_line: &'a mut dyn FnMut(&str),
-    history: PathBuf,
+/// Records the progress of a run and passes each update to the sinks.
+pub struct Recorder {
+    sinks: Vec<Box<dyn Sink>>,
     last: Progress,
     state: TrainState,
     recent: VecDeque<(u64, f64)>,
@@ -52,9 +45,9 @@ pub struct Recorder<'a> {
     started: Instant,
 }
 
-impl<'a> Recorder<'a> {
-    /// Creates a recorder that calls `on_line` for each update and keeps its history in `work_dir`.
-    pub fn new(config: &RunConfig, work_dir: &Path, on_line: &'a mut dyn FnMut(&str)) -> Self {
+impl Recorder {
+    /// Creates a recorder that passes each update to `sinks`, one after the other.
+    pub fn new(config: &RunConfig, sinks: Vec<Box<dyn Sink>>) -> Self {
         let last = Progress {
             version: CONTRACT_VERSION,
             run_id: config.run_id.clone(),
@@ -76,8 +69,7 @@ impl<'a> Recorder<'a> {
             resumed_from_step: None,
         };
         Self {
-            on_line,
-            history: work_dir.join(HISTORY_FILE),
+            sinks,
             last,
             state: TrainState::default(),
             recent: VecDeque::new(),
@@ -96,7 +88,10 @@ impl<'a> Recorder<'a> {
     /// Records that another stage began.
     pub fn record_stage(&mut self, stage: Stage) {
         self.last.stage = stage;
-        self.emit();
+        self.last.peak_memory_bytes = self.memory.bytes();
+        for sink in &mut self.sinks {
+            sink.record_stage(&self.last);
+        }
     }
 
     /// Records how many training rows could not be used.
@@ -109,12 +104,14 @@ impl<'a> Recorder<'a> {
         Some(self.skipped_rows).filter(|&rows| rows > 0)
     }
 
-    /// Continues from the state of a checkpoint and truncates the history to its step.
+    /// Continues from the state of a checkpoint; sinks discard what was recorded after its step.
     pub fn resume(&mut self, state: &TrainState) {
         self.last.resumed_from_step = (state.step > 0).then_some(state.step);
         self.last.checkpoint_step = self.last.resumed_from_step;
         self.update(state, 0.0);
-        self.truncate_history(state.step);
+        for sink in &mut self.sinks {
+            sink.resume(state.step);
+        }
     }
 
     /// Records that a result of the same inputs was already published, with the weights of `step`.
@@ -145,18 +142,16 @@ impl<'a> Recorder<'a> {
         let left = steps_left * seconds / self.recent.len() as f64;
         let allowed = self.max_seconds - state.training_seconds;
         self.last.eta_seconds = Some(left.min(allowed).max(0.0).round() as u64);
-        self.emit();
-        self.append_history();
+        self.record_metrics();
     }
 
     /// Records a validation loss.
     pub fn record_evaluation(&mut self, state: &TrainState) {
         self.update(state, self.last.epoch);
-        self.emit();
-        self.append_history();
+        self.record_metrics();
     }
 
-    /// Records the last complete checkpoint; the next line contains it.
+    /// Records the last complete checkpoint; the next update contains it.
     pub fn record_checkpoint(&mut self, saved: Saved) {
         self.last.checkpoint_step = Some(saved.step);
         self.last.checkpoint_stall_seconds = Some(saved.stall_seconds);
@@ -209,28 +204,11 @@ impl<'a> Recorder<'a> {
         self.state = state.clone();
     }
 
-    fn emit(&mut self) {
+    fn record_metrics(&mut self) {
         self.last.peak_memory_bytes = self.memory.bytes();
-        (self.on_line)(&render(&self.last));
-    }
-
-    /// Appends the latest progress to the history. Errors are ignored: a full disk must not end a
-    /// run that can still be published.
-    fn append_history(&self) {
-        let path = &self.history;
-        let file = std::fs::OpenOptions::new().create(true).append(true).open(path);
-        let _ = file.and_then(|mut file| writeln!(file, "{}", render(&self.last)));
-    }
-
-    fn truncate_history(&self, step: u64) {
-        let path = &self.history;
-        let kept: String = std::fs::read_to_string(path)
-            .unwrap_or_default()
-            .lines()
-            .filter(|line| parse::<Progress>(line).is_ok_and(|progress| progress.step <= step))
-            .flat_map(|line| [line, "\n"])
-            .collect();
-        let _ = std::fs::write(path, if step == 0 { String::new() } else { kept });
+        for sink in &mut self.sinks {
+            sink.record_metrics(&self.last);
+        }
     }
 }
 

@@ -8,17 +8,20 @@ use std::{
 
 use axum::{Router, extract::State, routing::get};
 use finetune_contract::{
-    FailureReason, Progress, RunConfig, Stage, parse,
+    FailureReason, Progress, RunConfig,
     process::{METRICS_PATH, PROGRESS_PATH},
+    render,
 };
-use prometheus::{Encoder, Gauge, Opts, Registry, TextEncoder};
 
-use crate::failure::Failure;
+use crate::{
+    failure::Failure,
+    metrics::{prometheus, sink::Sink},
+};
 
 /// Serves the latest progress; clones share it.
 #[derive(Clone)]
 pub struct MetricsServer {
-    last: Arc<Mutex<String>>,
+    last: Arc<Mutex<Option<Progress>>>,
     run_id: String,
     predicted_bytes: u64,
 }
@@ -31,15 +34,6 @@ impl MetricsServer {
             run_id: config.run_id.0.clone(),
             predicted_bytes: config.predicted_peak_bytes,
         }
-    }
-
-    /// Replaces the served progress.
-    pub fn update(&self, line: &str) {
-        line.clone_into(&mut self.last.lock().unwrap_or_else(PoisonError::into_inner));
-    }
-
-    fn progress(&self) -> String {
-        self.last.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Starts serving from a thread of its own, which runs until the process exits.
@@ -60,9 +54,12 @@ impl MetricsServer {
         let router = Router::new()
             .route(
                 PROGRESS_PATH,
-                get(|State(server): State<Self>| async move { server.progress() }),
+                get(|State(server): State<Self>| async move { server.progress_json() }),
             )
-            .route(METRICS_PATH, get(|State(server): State<Self>| async move { server.metrics() }))
+            .route(
+                METRICS_PATH,
+                get(|State(server): State<Self>| async move { server.metrics_text() }),
+            )
             .with_state(self.clone());
         let serve = move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -81,104 +78,47 @@ impl MetricsServer {
         Ok(())
     }
 
-    fn metrics(&self) -> String {
-        let Ok(progress) = parse::<Progress>(&self.progress()) else { return String::new() };
-        self.render(&progress).unwrap_or_default()
+    fn replace(&self, progress: &Progress) {
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(progress.clone());
     }
 
-    fn render(&self, progress: &Progress) -> prometheus::Result<String> {
-        let registry = Registry::new();
-        let gauge = |name: &str, help: &str, value: Option<f64>| {
-            let Some(value) = value else { return Ok(()) };
-            let options = Opts::new(format!("finetune_trainer_{name}"), help);
-            let gauge = Gauge::with_opts(options.const_label("run_id", self.run_id.clone()))?;
-            gauge.set(value);
-            registry.register(Box::new(gauge))
-        };
-        let whole = |number: u64| Some(number as f64);
-        gauge("loss", "Mean loss per target token of the last step", progress.loss)?;
-        gauge("eval_loss", "Mean loss per target token of the validation set", progress.eval_loss)?;
-        gauge("learning_rate", "Learning rate of the last step", progress.learning_rate)?;
-        gauge("grad_norm", "2-norm of the gradient before clipping", progress.grad_norm)?;
-        gauge("step", "Completed optimizer steps", whole(progress.step))?;
-        gauge("total_steps", "Optimizer steps of the whole run", whole(progress.total_steps))?;
-        gauge("epoch", "Completed passes over the training data", Some(progress.epoch))?;
-        gauge(
-            "tokens_per_second",
-            "Tokens processed per second, averaged over the last steps",
-            progress.tokens_per_second,
-        )?;
-        let tokens = Opts::new("finetune_trainer_tokens_total", "Tokens processed so far");
-        let tokens =
-            prometheus::Counter::with_opts(tokens.const_label("run_id", self.run_id.clone()))?;
-        tokens.inc_by(progress.tokens_seen as f64);
-        registry.register(Box::new(tokens))?;
-        gauge(
-            "eta_seconds",
-            "Estimated seconds until the last step",
-            progress.eta_seconds.map(|seconds| seconds as f64),
-        )?;
-        gauge(
-            "memory_peak_bytes",
-            "Peak anonymous memory of the process, or peak memory of its GPU",
-            whole(progress.peak_memory_bytes),
-        )?;
-        gauge(
-            "memory_predicted_bytes",
-            "Peak memory as predicted by the plan",
-            whole(self.predicted_bytes),
-        )?;
-        gauge(
-            "checkpoint_step",
-            "Step of the newest checkpoint",
-            progress.checkpoint_step.map(|step| step as f64),
-        )?;
-        gauge(
-            "checkpoint_stall_seconds",
-            "Seconds that training was paused for the newest checkpoint",
-            progress.checkpoint_stall_seconds,
-        )?;
-        gauge(
-            "checkpoint_write_seconds",
-            "Seconds that writing the newest checkpoint took in the background",
-            progress.checkpoint_write_seconds,
-        )?;
-        let stages = prometheus::GaugeVec::new(
-            Opts::new(
-                "finetune_trainer_stage",
-                "1 for the current stage of the trainer, 0 for the others",
-            )
-            .const_label("run_id", self.run_id.clone()),
-            &["stage"],
-        )?;
-        for stage in STAGES {
-            let is_now = if stage == progress.stage { 1.0 } else { 0.0 };
-            stages.with_label_values(&[&format!("{stage:?}")]).set(is_now);
-        }
-        registry.register(Box::new(stages))?;
-        let mut text = Vec::new();
-        TextEncoder::new().encode(&registry.gather(), &mut text)?;
-        Ok(String::from_utf8_lossy(&text).into_owned())
+    fn last(&self) -> Option<Progress> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Returns the latest progress as JSON; an empty text before any.
+    fn progress_json(&self) -> String {
+        self.last().as_ref().map(render).unwrap_or_default()
+    }
+
+    /// Returns the latest progress as metrics of Prometheus; an empty text before any.
+    fn metrics_text(&self) -> String {
+        let Some(progress) = self.last() else { return String::new() };
+        prometheus::render(&progress, &self.run_id, self.predicted_bytes).unwrap_or_default()
     }
 }
 
-const STAGES: [Stage; 7] = [
-    Stage::Fetching,
-    Stage::Loading,
-    Stage::Training,
-    Stage::Evaluating,
-    Stage::Exporting,
-    Stage::Publishing,
-    Stage::Verifying,
-];
+impl Sink for MetricsServer {
+    fn record_stage(&mut self, progress: &Progress) {
+        self.replace(progress);
+    }
+
+    fn record_metrics(&mut self, progress: &Progress) {
+        self.replace(progress);
+    }
+
+    /// Does nothing: only the latest progress is served.
+    fn resume(&mut self, _step: u64) {}
+}
 
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
 
-    use finetune_contract::{CONTRACT_VERSION, Progress, RunId, Stage, parse, render};
+    use finetune_contract::{CONTRACT_VERSION, Progress, RunId, Stage, parse};
 
     use super::MetricsServer;
+    use crate::metrics::sink::Sink;
 
     fn get(port: u16, path: &str) -> String {
         let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
@@ -190,8 +130,8 @@ mod tests {
     }
 
     #[test]
-    fn serves_the_last_line_and_its_figures() {
-        let server = MetricsServer {
+    fn serves_the_last_progress_and_its_figures() {
+        let mut server = MetricsServer {
             last: std::sync::Arc::default(),
             run_id: "a-1".to_owned(),
             predicted_bytes: 7,
@@ -219,7 +159,7 @@ mod tests {
             checkpoint_write_seconds: Some(1.5),
             resumed_from_step: None,
         };
-        server.update(&render(&progress));
+        server.record_metrics(&progress);
         assert_eq!(parse::<Progress>(&get(port, "/progress")).unwrap(), progress);
         let metrics = get(port, "/metrics");
         for line in [

@@ -3,7 +3,10 @@
 use finetune_contract::{Dtype, FailureReason};
 use tch::{Device, Tensor};
 
-use super::{block::Block, network::kind_of};
+use super::{
+    block::{Block, feed_forward::FeedForward, self_attention::SelfAttention},
+    network::kind_of,
+};
 use crate::{
     architecture::{config::ModelConfig, names},
     failure::Failure,
@@ -52,18 +55,22 @@ impl Loader<'_> {
         } else {
             None
         };
-        Ok(Block {
+        let self_attention = SelfAttention {
             layer: layer as u64,
             head_dim: config.head_dim as i64,
             attention: Attention { window: config.sliding_window[layer] },
             input_layernorm: norm("input_layernorm", config.hidden_size)?,
-            post_attention_layernorm: norm("post_attention_layernorm", config.hidden_size)?,
             qkv_proj: self.projections([q_proj?, k_proj?, v_proj?]),
+            qk_norm,
             o_proj: self.projections([o_proj?]),
+        };
+        let feed_forward = FeedForward {
+            layer: layer as u64,
+            post_attention_layernorm: norm("post_attention_layernorm", config.hidden_size)?,
             gate_up_proj: self.projections([gate_proj?, up_proj?]),
             down_proj: self.projections([down_proj?]),
-            qk_norm,
-        })
+        };
+        Ok(Block { self_attention, feed_forward })
     }
 
     fn linear(&self, path: &str, shape: [usize; 2], bias: bool) -> Result<Linear, Failure> {
@@ -80,7 +87,7 @@ impl Loader<'_> {
         let layers = layers.map(|(path, mut linear)| {
             if let Some([a, b]) = self.init_adapter(&path) {
                 let weight = self.trained.param(&b).expect("adapters are trained"); // [out, R]
-                let rank = weight.value.size()[1];
+                let rank = weight.value().size()[1];
                 linear.lora_b = Some(LoraB { weight, first_row });
                 first_row += rank;
                 stacked.push(a);

@@ -24,7 +24,7 @@ use crate::{
         load::{Loader, invalid_model},
         micro_batch::MicroBatch,
     },
-    objective::causal_lm,
+    objective::{LossSums, Objective},
     ops,
     params::{
         buckets::{BUCKET_BYTES, GradientBuckets},
@@ -304,7 +304,7 @@ impl Model {
     }
 
     /// Runs a micro-batch forward and backward: adds the gradients of its summed loss to the
-    /// trained parameters, and returns that sum.
+    /// trained parameters, and returns its sums.
     ///
     /// # Shapes
     /// `T` is the number of tokens with padding, `N` the number of targets. Activations between
@@ -313,9 +313,10 @@ impl Model {
     pub fn accumulate_gradients(
         &self,
         batch: &Batch,
+        objective: &dyn Objective,
         recompute: Recompute,
         dropout: Option<&Dropout>,
-    ) -> f64 {
+    ) -> LossSums {
         let micro_batch = MicroBatch::new(self, batch, dropout);
         allocator::start_workload(Workload::Train(micro_batch.size_class()));
         let context = micro_batch.block_context();
@@ -331,12 +332,12 @@ impl Model {
             x = y; // [T, D]
         }
         let last = x.index_select(0, &micro_batch.target_positions); // [N, D]
-        let (loss, d_normed) = causal_lm::loss_and_gradient(
+        let (sums, d_normed) = objective.loss_and_gradient(
             &self.lm_head,
             &self.norm.forward(&last),
             &micro_batch.labels,
             dropout,
-        ); // fp64, [N, D]
+        ); // d_normed: [N, D]
         let d_last = self.norm.backward(&last, d_normed, None); // [N, D]
         let mut dx = x.zeros_like(); // [T, D]
         let _ = dx.index_copy_(0, &micro_batch.target_positions, &d_last);
@@ -356,16 +357,16 @@ impl Model {
         if self.embed_tokens.is_trained() {
             self.embed_tokens.backward(&micro_batch.tokens, &dx);
         }
-        loss
+        sums
     }
 
     /// Computes the summed loss of a micro-batch, without dropout or gradients.
-    pub fn loss(&self, batch: &Batch) -> f64 {
+    pub fn loss(&self, batch: &Batch, objective: &dyn Objective) -> LossSums {
         let micro_batch = MicroBatch::new(self, batch, None);
         allocator::start_workload(Workload::Evaluate(micro_batch.size_class()));
         let hidden = self.hidden_states(&micro_batch); // [T, D]
         let last = hidden.index_select(0, &micro_batch.target_positions); // [N, D]
-        causal_lm::loss(&self.lm_head, &self.norm.forward(&last), &micro_batch.labels)
+        objective.loss(&self.lm_head, &self.norm.forward(&last), &micro_batch.labels)
     }
 
     /// Computes the logits of one sequence, `[T, V]` in fp32.

@@ -3,9 +3,10 @@
 //! Each has two implementations: a fused kernel of our own for CPU tensors (`cpu`), and a
 //! composition of libtorch's operators (`aten`), which other devices run and which is the reference
 //! in tests. Attention has four: `cpu::attention` and `aten` on CPUs, `aten::flash` and
-//! `aten::scores` elsewhere.
+//! `aten::scores` elsewhere. `backend` chooses between them.
 
 pub mod aten;
+mod backend;
 mod cpu;
 mod quantized;
 mod segment_runs;
@@ -15,7 +16,10 @@ use tch::{Device, Kind, Tensor};
 
 pub use finetune_kernels::adamw::AdamWStep;
 
-use crate::runtime::profile;
+use crate::{
+    ops::backend::{Backend, backend_of},
+    runtime::profile,
+};
 
 pub use quantized::QuantizedState;
 pub use segment_runs::SegmentRun;
@@ -27,11 +31,7 @@ pub use segment_runs::SegmentRun;
 /// different number of tokens in every step, each of which added about 20 MB to that cache
 /// (`docs/log/2026-11.md`).
 pub fn padded_tokens(tokens: usize, kind: Kind, device: Device) -> usize {
-    #[cfg(target_arch = "x86_64")]
-    if device == Device::Cpu && cpu::matmul::has_kernel(kind) {
-        return tokens.next_multiple_of(8);
-    }
-    tokens.next_multiple_of(64)
+    tokens.next_multiple_of(backend_of(device).token_multiple(kind))
 }
 
 /// Returns the name of our kernel for bf16 matrix products on this CPU; `None` if libtorch computes
@@ -60,9 +60,7 @@ pub fn choose_bf16_kernel(name: &str) -> Result<(), String> {
 
 /// Writes `x / rms(x) · weight` over the last axis.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
-    profile::time("rms norm", || {
-        if is_cpu(x) { cpu::rms_norm(x, weight, eps) } else { aten::rms_norm(x, weight, eps) }
-    })
+    profile::time("rms norm", || on(x).rms_norm(x, weight, eps))
 }
 
 /// Returns the gradient of `x` plus `residual`, in the memory of `dy`; adds the gradient of the
@@ -76,84 +74,51 @@ pub fn rms_norm_backward(
     weight_grad: Option<&Tensor>,
 ) -> Tensor {
     profile::time("rms norm, backward", || {
-        let backward = if is_cpu(x) { cpu::rms_norm_backward } else { aten::rms_norm_backward };
-        backward(x, weight, eps, dy, residual, weight_grad)
+        on(x).rms_norm_backward(x, weight, eps, dy, residual, weight_grad)
     })
 }
 
 /// Returns `silu(gate) ∘ up`.
 pub fn swiglu(gate: &Tensor, up: &Tensor) -> Tensor {
-    profile::time("swiglu", || {
-        if is_cpu(gate) { cpu::swiglu(gate, up) } else { aten::swiglu(gate, up) }
-    })
+    profile::time("swiglu", || on(gate).swiglu(gate, up))
 }
 
 /// Recomputes the product and returns it with the gradients of `gate` and `up`, each in the memory
 /// of an argument.
 pub fn swiglu_backward(d_product: Tensor, gate: Tensor, up: Tensor) -> (Tensor, Tensor, Tensor) {
-    profile::time("swiglu, backward", || {
-        let backward = if is_cpu(&gate) { cpu::swiglu_backward } else { aten::swiglu_backward };
-        backward(d_product, gate, up)
-    })
+    profile::time("swiglu, backward", || on(&gate).swiglu_backward(d_product, gate, up))
 }
 
 /// Rotates `[T, heads, E]` in place by angles whose `cos` and `sin` are `[T, 1, E/2]`.
 ///
 /// `direction` is 1, or −1 for the backward pass.
 pub fn rotate(x: Tensor, cos: &Tensor, sin: &Tensor, direction: f64) -> Tensor {
-    profile::time("rope", || {
-        if is_cpu(&x) {
-            cpu::rotate(x, cos, sin, direction)
-        } else {
-            aten::rotate(&x, cos, sin, direction)
-        }
-    })
+    profile::time("rope", || on(&x).rotate(x, cos, sin, direction))
 }
 
 /// Replaces logits `[N, V]` by the gradient of the summed cross-entropy, and returns that sum.
 pub fn cross_entropy_backward(logits: Tensor, labels: &Tensor) -> (f64, Tensor) {
-    profile::time("cross-entropy", || {
-        if is_cpu(&logits) {
-            cpu::cross_entropy_backward(logits, labels)
-        } else {
-            aten::cross_entropy_backward(&logits, labels)
-        }
-    })
+    profile::time("cross-entropy", || on(&logits).cross_entropy_backward(logits, labels))
 }
 
 /// Returns the summed cross-entropy of logits `[N, V]`.
 pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> f64 {
-    if is_cpu(logits) {
-        cpu::cross_entropy(logits, labels)
-    } else {
-        aten::cross_entropy(logits, labels)
-    }
+    on(logits).cross_entropy(logits, labels)
 }
 
 /// Returns `x` with a dropout mask applied.
 pub fn dropout(x: &Tensor, mask: DropoutMask) -> Tensor {
-    profile::time(
-        "dropout",
-        || {
-            if is_cpu(x) { cpu::dropout(x, mask) } else { aten::dropout(x, mask) }
-        },
-    )
+    profile::time("dropout", || on(x).dropout(x, mask))
 }
 
 /// Adds `grad ∘ mask` to `sum`, with the mask of [`dropout`].
 pub fn add_masked(sum: &mut Tensor, grad: &Tensor, mask: DropoutMask) {
-    profile::time("dropout, backward", || {
-        let add = if is_cpu(sum) { cpu::add_masked } else { aten::add_masked };
-        add(sum, grad, mask);
-    });
+    profile::time("dropout, backward", || on(sum).add_masked(sum, grad, mask));
 }
 
 /// Adds `more`, of any float type, to `sum`, fp32.
 pub fn accumulate(sum: &Tensor, more: &Tensor) {
-    profile::time("accumulate", || {
-        let add = if is_cpu(sum) { cpu::accumulate } else { aten::accumulate };
-        add(sum, more);
-    });
+    profile::time("accumulate", || on(sum).accumulate(sum, more));
 }
 
 /// The right operand of a product.
@@ -179,16 +144,7 @@ impl Factor<'_> {
 /// # Shapes
 /// The terms are `[T, K] · [K, N]`, where `K` may differ; the bias is `[N]`, the result `[T, N]`.
 pub fn products(terms: &[(&Tensor, Factor<'_>)], bias: Option<&Tensor>) -> Tensor {
-    #[cfg(target_arch = "x86_64")]
-    if terms.iter().all(|(left, factor)| cpu::matmul::supports_product(left, factor.tensor())) {
-        return cpu::matmul::products(terms, bias);
-    }
-    let [(left, factor), rest @ ..] = terms else { unreachable!("there is at least one term") };
-    let mut sum = aten::product(left, *factor, bias);
-    for (left, factor) in rest {
-        add_product(left, *factor, &mut sum);
-    }
-    sum
+    on(terms[0].0).products(terms, bias)
 }
 
 /// Writes the low-rank product `scale · left · factor` to `to`.
@@ -197,22 +153,12 @@ pub fn products(terms: &[(&Tensor, Factor<'_>)], bias: Option<&Tensor>) -> Tenso
 /// `left` is `[T, K]`, `to` is `[T, N]`, where `K` or `N` is a LoRA rank; both may be column slices
 /// of a wider tensor.
 pub fn multiply(left: &Tensor, factor: Factor<'_>, scale: f64, to: &mut Tensor) {
-    profile::time("lora", || {
-        #[cfg(target_arch = "x86_64")]
-        if cpu::low_rank::supports_multiply(left, factor, to) {
-            return cpu::low_rank::multiply(left, factor, scale, to, false);
-        }
-        aten::multiply(left, factor, scale, to);
-    });
+    profile::time("lora", || on(left).multiply(left, factor, scale, to));
 }
 
 /// Adds the low-rank product `left · factor` to `to`; shapes as in [`multiply`].
 pub fn add_product(left: &Tensor, factor: Factor<'_>, to: &mut Tensor) {
-    #[cfg(target_arch = "x86_64")]
-    if cpu::low_rank::supports_multiply(left, factor, to) {
-        return cpu::low_rank::multiply(left, factor, 1.0, to, true);
-    }
-    aten::add_product(left, factor, to);
+    on(left).add_product(left, factor, to);
 }
 
 /// Adds `leftᵀ · right` to a weight gradient, fp32.
@@ -220,42 +166,18 @@ pub fn add_product(left: &Tensor, factor: Factor<'_>, to: &mut Tensor) {
 /// # Shapes
 /// `left` is `[T, M]`, `right` is `[T, N]`, `grad` is `[M, N]`.
 pub fn add_outer(left: &Tensor, right: &Tensor, grad: &Tensor) {
-    outer(left, right, grad, true);
+    on(left).outer(left, right, grad, true);
 }
 
 /// Overwrites a weight gradient with `leftᵀ · right`; shapes as in [`add_outer`].
 pub fn write_outer(left: &Tensor, right: &Tensor, grad: &Tensor) {
-    outer(left, right, grad, false);
-}
-
-fn outer(left: &Tensor, right: &Tensor, grad: &Tensor, accumulate: bool) {
-    let clear_unless_accumulating = || {
-        if !accumulate {
-            let _ = grad.shallow_clone().zero_();
-        }
-    };
-    #[cfg(target_arch = "x86_64")]
-    if cpu::low_rank::supports_outer(left, right, grad) {
-        clear_unless_accumulating();
-        return profile::time("lora", || cpu::low_rank::add_outer(left, right, grad));
-    }
-    profile::time("weight gradient", || {
-        #[cfg(target_arch = "x86_64")]
-        if cpu::matmul::supports_outer(left, right, grad) {
-            return cpu::matmul::outer(left, right, grad, accumulate);
-        }
-        clear_unless_accumulating();
-        aten::add_outer(left, right, grad);
-    });
+    on(left).outer(left, right, grad, false);
 }
 
 /// Updates masters and moments, `[master, exp_avg, exp_avg_sq]` in fp32, and copies the masters to
 /// `compute`, which may be the masters themselves. All are flat and of the same length.
 pub fn adamw(step: AdamWStep, grad: &Tensor, state: [Tensor; 3], compute: Tensor) {
-    profile::time("adamw", || {
-        let update = if is_cpu(grad) { cpu::adamw } else { aten::adamw };
-        update(step, grad, state, compute);
-    });
+    profile::time("adamw", || on(grad).adamw(step, grad, state, compute));
 }
 
 /// As [`adamw`], with moments that are quantized to 8 bits; `key` seeds their stochastic rounding.
@@ -268,16 +190,13 @@ pub fn adamw_8bit(
     compute: Tensor,
 ) {
     profile::time("adamw", || {
-        let update = if is_cpu(grad) { cpu::adamw_8bit } else { aten::adamw_8bit };
-        update(step, key, grad, master, moments, compute);
+        on(grad).adamw_8bit(step, key, grad, master, moments, compute);
     });
 }
 
 /// Returns the sum of the squares of an fp32 tensor.
 pub fn sum_of_squares(values: &Tensor) -> f64 {
-    profile::time("gradient norm", || {
-        if is_cpu(values) { cpu::sum_of_squares(values) } else { aten::sum_of_squares(values) }
-    })
+    profile::time("gradient norm", || on(values).sum_of_squares(values))
 }
 
 /// Which keys a query attends to: causal, inside its segment and window.
@@ -293,19 +212,9 @@ pub struct AttentionMask<'a> {
 /// denominators in the kernel's own layout.
 ///
 /// # Shapes
-/// `q` and the result are `[T, H, E]`, `k` and `v` are `[T, K, E]`.
-pub fn attention([q, k, v]: [&Tensor; 3], mask: AttentionMask<'_>) -> (Tensor, Vec<Tensor>) {
-    profile::time("attention", || {
-        #[cfg(target_arch = "x86_64")]
-        if cpu::attention::is_supported(q) {
-            return cpu::attention::attention([q, k, v], mask);
-        }
-        match (is_cpu(q), aten::flash::is_supported(q)) {
-            (true, _) => aten::attention([q, k, v], mask),
-            (false, true) => aten::flash::attention([q, k, v], mask),
-            (false, false) => aten::scores::attention([q, k, v], mask),
-        }
-    })
+/// `inputs` are `q`, `[T, H, E]`, and `k` and `v`, `[T, K, E]`; the result is `[T, H, E]`.
+pub fn attention(inputs: [&Tensor; 3], mask: AttentionMask<'_>) -> (Tensor, Vec<Tensor>) {
+    profile::time("attention", || on(inputs[0]).attention(inputs, mask))
 }
 
 /// Returns the gradients of `q`, `k` and `v`.
@@ -320,19 +229,11 @@ pub fn attention_backward(
     mask: AttentionMask<'_>,
 ) -> [Tensor; 3] {
     profile::time("attention, backward", || {
-        #[cfg(target_arch = "x86_64")]
-        if cpu::attention::is_supported(inputs[0]) {
-            return cpu::attention::attention_backward(inputs, out, logsumexp, d_out, mask);
-        }
-        let backward = match (is_cpu(inputs[0]), aten::flash::is_supported(inputs[0])) {
-            (true, _) => aten::attention_backward,
-            (false, true) => aten::flash::attention_backward,
-            (false, false) => aten::scores::attention_backward,
-        };
-        backward(inputs, out, logsumexp, d_out, mask)
+        on(inputs[0]).attention_backward(inputs, out, logsumexp, d_out, mask)
     })
 }
 
-fn is_cpu(x: &Tensor) -> bool {
-    x.device() == Device::Cpu
+/// Returns the backend that computes on the device of a tensor.
+fn on(x: &Tensor) -> &'static dyn Backend {
+    backend_of(x.device())
 }

@@ -15,7 +15,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{
     architecture::modules::TensorSpec,
-    ops::{self, QuantizedState},
+    ops::{self, Factor, QuantizedState},
     params::layout::{CopyRange, Layout},
 };
 
@@ -77,10 +77,12 @@ fn copy_into(window: &Tensor, start: i64, sources: &[(Tensor, &[CopyRange])]) {
 }
 
 /// One parameter as modules use it.
+///
+/// Products take a matrix as a [`Factor`]; everything else reads the value itself.
 #[derive(Debug)]
 pub struct Param {
-    /// The value, in the compute dtype.
-    pub value: Tensor,
+    /// In the compute dtype.
+    value: Tensor,
     /// Its gradient; `None` for a frozen parameter.
     pub grad: Option<Gradient>,
 }
@@ -117,9 +119,29 @@ impl Gradient {
 }
 
 impl Param {
+    /// Creates a parameter with a value in the compute dtype; without `grad` it is frozen.
+    pub fn new(value: Tensor, grad: Option<Gradient>) -> Self {
+        Self { value, grad }
+    }
+
     /// Creates a parameter that is not trained.
     pub fn frozen(value: Tensor) -> Self {
-        Self { value, grad: None }
+        Self::new(value, None)
+    }
+
+    /// Returns the value, in the compute dtype.
+    pub fn value(&self) -> &Tensor {
+        &self.value
+    }
+
+    /// Returns a matrix as the right operand of a product.
+    pub fn factor(&self) -> Factor<'_> {
+        Factor::Plain(&self.value)
+    }
+
+    /// Returns the transpose of a matrix as the right operand of a product.
+    pub fn transposed_factor(&self) -> Factor<'_> {
+        Factor::Transposed(&self.value)
     }
 
     /// Reports whether the parameter is trained.
@@ -253,7 +275,7 @@ impl FlatParams {
     /// Returns one parameter as a module uses it; `None` if it is not trained.
     pub fn param(&self, name: &str) -> Option<Param> {
         let grad = self.gradient(self.slots.get(name)?.0, self.view(&self.grad, name)?);
-        Some(Param { value: self.view(&self.compute, name)?, grad: Some(grad) })
+        Some(Param::new(self.view(&self.compute, name)?, Some(grad)))
     }
 
     /// Returns the gradient at an element, which all holders share.
@@ -280,7 +302,7 @@ impl FlatParams {
             flat.narrow(0, first as i64, (end - first) as i64).view([rows, shape[1]])
         };
         let grad = self.gradient(first, view(&self.grad));
-        Some(Param { value: view(&self.compute), grad: Some(grad) })
+        Some(Param::new(view(&self.compute), Some(grad)))
     }
 
     /// Returns the first element of a parameter in the flat tensors; `None` if it is frozen or

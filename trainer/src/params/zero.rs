@@ -163,7 +163,7 @@ impl ShardedParams {
             buffer.narrow(0, slot.offset as i64, slot.length() as i64).view(slot.shape.as_slice())
         };
         let grad = self.gradients.as_ref().map(|gradients| Gradient::new(view(&gradients.buffers)));
-        Some(Param { value: view(&self.buffers), grad })
+        Some(Param::new(view(&self.buffers), grad))
     }
 
     /// Copies this rank's elements of a tensor to their place in `flat`, one of its flat tensors.

@@ -1,4 +1,5 @@
-//! Process-wide facilities: device, allocator, memory, clock, random numbers and profile.
+//! Process-wide facilities: device, allocator, memory, clock, random numbers, profile and standard
+//! output.
 
 pub mod allocator;
 pub mod clock;
@@ -8,3 +9,4 @@ pub(crate) mod parallel_map;
 pub mod profile;
 pub mod rng;
 pub(crate) mod shim;
+pub mod stdout;

@@ -13,6 +13,7 @@ use crate::{
     hf::{read_config, weights::WeightFiles},
     lora::{self, trainable::Trainable},
     model::Model,
+    objective::causal_lm::CausalLm,
     runtime::rng::RngKey,
     store::{self, Store, publish},
 };
@@ -83,7 +84,7 @@ impl VerificationBatch {
 
     /// Evaluates a model on the batch.
     pub fn evaluate(&self, model: &Model) -> Evaluation {
-        let loss = model.loss(&self.batch) / self.batch.labels.len() as f64;
+        let loss = model.loss(&self.batch, &CausalLm).mean();
         Evaluation { loss, logits: model.logits(&self.tokens) }
     }
 }

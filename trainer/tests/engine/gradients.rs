@@ -3,6 +3,7 @@
 use finetune_contract::Recompute;
 use finetune_trainer::{
     architecture::config::ModelConfig, hf::weights::WeightFiles, lora::trainable::Trainable,
+    objective::causal_lm::CausalLm,
 };
 
 use crate::{
@@ -23,13 +24,13 @@ fn check(what: &str, config_json: &str, attach: impl Fn(&ModelConfig) -> Trainab
     let (expected_loss, expected) = Reference::of(&model, &stored).loss_and_gradients(&batch);
     for recompute in [Recompute::None, Recompute::Block] {
         let _ = model.trained_mut().grad().shallow_clone().zero_();
-        let loss = model.accumulate_gradients(&batch, recompute, None);
+        let loss = model.accumulate_gradients(&batch, &CausalLm, recompute, None).loss;
         assert!(
             (loss - expected_loss).abs() < 1e-5 * expected_loss,
             "{what}: loss {loss}, autograd {expected_loss}"
         );
         assert!(
-            (model.loss(&batch) - loss).abs() < 1e-6 * loss,
+            (model.loss(&batch, &CausalLm).loss - loss).abs() < 1e-6 * loss,
             "{what}: evaluation differs from training"
         );
         for (name, expected) in &expected {

@@ -3,7 +3,7 @@
 use finetune_contract::{Dtype, Recompute};
 use finetune_trainer::{
     data::sequences::Batch, layers::dropout::Dropout, lora::trainable::Trainable, model::Model,
-    runtime::rng::RngKey,
+    objective::causal_lm::CausalLm, runtime::rng::RngKey,
 };
 use tch::{Device, Tensor};
 
@@ -36,8 +36,10 @@ fn gradients(
     recompute: Recompute,
 ) -> (f64, Tensor) {
     let _ = model.trained_mut().grad().shallow_clone().zero_();
-    let loss =
-        batches.iter().map(|batch| model.accumulate_gradients(batch, recompute, dropout)).sum();
+    let losses = batches
+        .iter()
+        .map(|batch| model.accumulate_gradients(batch, &CausalLm, recompute, dropout).loss);
+    let loss = losses.sum();
     (loss, model.trained().grad().copy())
 }
 
@@ -73,7 +75,8 @@ fn accumulation_does_not_change_the_dropout_masks() {
     let (mut apart_loss, mut tokens, mut targets) = (0.0, 0, 0);
     for part in &apart {
         let dropout = dropout.at_offset(tokens, targets);
-        apart_loss += model.accumulate_gradients(part, Recompute::Block, Some(&dropout));
+        apart_loss +=
+            model.accumulate_gradients(part, &CausalLm, Recompute::Block, Some(&dropout)).loss;
         tokens += part.tokens.len() as u64;
         targets += part.labels.len() as u64;
     }
@@ -98,7 +101,8 @@ fn segments_do_not_attend_to_each_other() {
     };
     let mut disturbed = batch(&[9, 7], 61);
     disturbed.tokens[..9].iter_mut().for_each(|token| *token = (*token + 11) % 61);
-    let (before, after) = (model.loss(&only_second(whole)), model.loss(&only_second(disturbed)));
+    let [before, after] =
+        [whole, disturbed].map(|batch| model.loss(&only_second(batch), &CausalLm).loss);
     assert_eq!(before.to_bits(), after.to_bits());
 }
 

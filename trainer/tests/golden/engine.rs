@@ -4,6 +4,7 @@ use finetune_contract::Recompute;
 use finetune_trainer::{
     layers::rope::{Rotary, frequencies},
     lora::trainable::Trainable,
+    objective::causal_lm::CausalLm,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -38,7 +39,7 @@ fn the_loss_and_the_gradient_of_every_parameter_equal_transformers() {
             );
             let batch = golden.batch(0..golden.facts.rows.len());
             let count = batch.labels.len() as f64;
-            let loss = model.accumulate_gradients(&batch, recompute, None) / count;
+            let loss = model.accumulate_gradients(&batch, &CausalLm, recompute, None).loss / count;
             let difference = (loss / golden.facts.loss - 1.0).abs();
             assert!(difference <= TOLERANCE, "{family}: the loss differs by {difference:e}");
             for (name, expected) in &expected {

@@ -13,6 +13,7 @@ use finetune_trainer::{
     data::sequences::Batch,
     lora::trainable::Trainable,
     model::Model,
+    objective::causal_lm::CausalLm,
     optim::{AdamW, Clipped, clip},
     runtime::rng::RngKey,
 };
@@ -160,7 +161,8 @@ impl Golden {
             let batch = self.batch(rows.iter().copied());
             let count = batch.labels.len() as u64;
             model.trained().zero_grad();
-            let loss = model.accumulate_gradients(&batch, Recompute::None, None) / count as f64;
+            let loss = model.accumulate_gradients(&batch, &CausalLm, Recompute::None, None).loss
+                / count as f64;
             model.reduce_gradients().unwrap();
             let square = model.gradient_square().unwrap();
             let Clipped { norm, scale } = clip(square, count, training.max_grad_norm);

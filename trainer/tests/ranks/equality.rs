@@ -13,6 +13,7 @@ use finetune_trainer::{
     layers::dropout::Dropout,
     lora::trainable::{LoraAdapters, Trainable},
     model::{DataParallel, Model, master::Masters},
+    objective::causal_lm::CausalLm,
     optim::{self, AdamW},
     runtime::rng::RngKey,
 };
@@ -126,7 +127,7 @@ fn run(
             if micro + u64::from(ranks.world_size()) >= MICRO_BATCHES {
                 model.mark_last_backward();
             }
-            loss += model.accumulate_gradients(&batch, recompute, dropout.as_ref());
+            loss += model.accumulate_gradients(&batch, &CausalLm, recompute, dropout.as_ref()).loss;
             targets += batch.labels.len();
         }
         model.reduce_gradients().unwrap();

@@ -164,6 +164,20 @@ pub fn product(left: &Tensor, factor: Factor<'_>, bias: Option<&Tensor>) -> Tens
     }
 }
 
+/// As [`crate::ops::products`]; `add_product` adds each term but the first.
+pub(super) fn products(
+    terms: &[(&Tensor, Factor<'_>)],
+    bias: Option<&Tensor>,
+    add_product: impl Fn(&Tensor, Factor<'_>, &mut Tensor),
+) -> Tensor {
+    let [(left, factor), rest @ ..] = terms else { unreachable!("there is at least one term") };
+    let mut sum = product(left, *factor, bias);
+    for (left, factor) in rest {
+        add_product(left, *factor, &mut sum);
+    }
+    sum
+}
+
 /// As [`crate::ops::multiply`].
 pub fn multiply(left: &Tensor, factor: Factor<'_>, scale: f64, to: &mut Tensor) {
     to.copy_(&(left.mm(&as_right_operand(factor)) * scale));

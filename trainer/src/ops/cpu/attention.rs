@@ -12,15 +12,12 @@ use crate::ops::{
 };
 
 /// Reports whether our kernels support queries `[T, H, E]`.
-pub(in crate::ops) fn is_supported(q: &Tensor) -> bool {
+pub(super) fn is_supported(q: &Tensor) -> bool {
     let width = usize::try_from(q.size()[2]).unwrap_or(0);
     q.device() == Device::Cpu && dispatch_dtype!(q.kind(), E => kernels::is_supported::<E>(width))
 }
 
-pub(in crate::ops) fn attention(
-    inputs: [&Tensor; 3],
-    mask: AttentionMask<'_>,
-) -> (Tensor, Vec<Tensor>) {
+pub(super) fn attention(inputs: [&Tensor; 3], mask: AttentionMask<'_>) -> (Tensor, Vec<Tensor>) {
     let [q, k, _] = inputs;
     let size = q.size();
     let mut out = q.empty_like();
@@ -36,7 +33,7 @@ pub(in crate::ops) fn attention(
     (out, vec![logsumexp])
 }
 
-pub(in crate::ops) fn attention_backward(
+pub(super) fn attention_backward(
     inputs: [&Tensor; 3],
     out: &Tensor,
     logsumexp: &[Tensor],

@@ -16,7 +16,7 @@ use crate::ops::{
 
 /// Reports whether our kernels support a product `[T, K] · [K, N]` in which `K` or `N` is a low
 /// rank.
-pub(in crate::ops) fn supports_multiply(left: &Tensor, factor: Factor<'_>, to: &Tensor) -> bool {
+pub(super) fn supports_multiply(left: &Tensor, factor: Factor<'_>, to: &Tensor) -> bool {
     let dense = factor.tensor();
     dense.is_contiguous()
         && dispatch_dtype!(left.kind(), E => {
@@ -27,7 +27,7 @@ pub(in crate::ops) fn supports_multiply(left: &Tensor, factor: Factor<'_>, to: &
 
 /// Reports whether our kernels support adding `leftᵀ · right` to a gradient, where the width of
 /// `left` or `right` is a low rank.
-pub(in crate::ops) fn supports_outer(left: &Tensor, right: &Tensor, grad: &Tensor) -> bool {
+pub(super) fn supports_outer(left: &Tensor, right: &Tensor, grad: &Tensor) -> bool {
     grad.is_contiguous()
         && grad.kind() == Kind::Float
         && dispatch_dtype!(left.kind(), E => {
@@ -41,7 +41,7 @@ fn has_low_rank<E: GemmElement>(one: &Tensor, other: &Tensor) -> bool {
     is_supported::<E>(one.max(other), one.min(other))
 }
 
-pub(in crate::ops) fn multiply(
+pub(super) fn multiply(
     left: &Tensor,
     factor: Factor<'_>,
     scale: f64,
@@ -57,7 +57,7 @@ pub(in crate::ops) fn multiply(
     });
 }
 
-pub(in crate::ops) fn add_outer(left: &Tensor, right: &Tensor, grad: &Tensor) {
+pub(super) fn add_outer(left: &Tensor, right: &Tensor, grad: &Tensor) {
     let mut grad = grad.shallow_clone();
     let grad = elements_mut::<f32>(&mut grad);
     dispatch_dtype!(left.kind(), E => {

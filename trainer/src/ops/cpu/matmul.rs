@@ -18,12 +18,12 @@ use crate::ops::{
 const MIN_ROWS: i64 = 32;
 
 /// Reports whether our kernels compute large products of a type on this CPU.
-pub(in crate::ops) fn has_kernel(kind: Kind) -> bool {
+pub(super) fn has_kernel(kind: Kind) -> bool {
     dispatch_dtype!(kind, E => is_supported::<E>())
 }
 
 /// Reports whether our kernels support the product of `left` and a factor, transposed or not.
-pub(in crate::ops) fn supports_product(left: &Tensor, factor: &Tensor) -> bool {
+pub(super) fn supports_product(left: &Tensor, factor: &Tensor) -> bool {
     left.size()[0] >= MIN_ROWS
         && dispatch_dtype!(left.kind(), E => {
             [left, factor].into_iter().all(is_word_aligned_matrix::<E>) && is_supported::<E>()
@@ -31,11 +31,11 @@ pub(in crate::ops) fn supports_product(left: &Tensor, factor: &Tensor) -> bool {
 }
 
 /// Reports whether our kernels support adding `leftᵀ · right` to a gradient, or writing it.
-pub(in crate::ops) fn supports_outer(left: &Tensor, right: &Tensor, grad: &Tensor) -> bool {
+pub(super) fn supports_outer(left: &Tensor, right: &Tensor, grad: &Tensor) -> bool {
     supports_product(left, right) && grad.is_contiguous() && grad.kind() == Kind::Float
 }
 
-pub(in crate::ops) fn products(terms: &[(&Tensor, Factor<'_>)], bias: Option<&Tensor>) -> Tensor {
+pub(super) fn products(terms: &[(&Tensor, Factor<'_>)], bias: Option<&Tensor>) -> Tensor {
     let (left, factor) = terms[0];
     let columns = match factor {
         Factor::Plain(factor) => factor.size()[1],
@@ -52,7 +52,7 @@ pub(in crate::ops) fn products(terms: &[(&Tensor, Factor<'_>)], bias: Option<&Te
     sum
 }
 
-pub(in crate::ops) fn outer(left: &Tensor, right: &Tensor, grad: &Tensor, accumulate: bool) {
+pub(super) fn outer(left: &Tensor, right: &Tensor, grad: &Tensor, accumulate: bool) {
     let size = [left.size()[1], right.size()[1]].map(|size| size as usize);
     let mut grad = grad.shallow_clone();
     let grad = elements_mut(&mut grad);
