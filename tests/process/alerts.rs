@@ -16,7 +16,7 @@ const DASHBOARDS: [(&str, &str); 2] = [
     ("dashboards/job.json", include_str!("../../dashboards/job.json")),
 ];
 const OPERATORS_METRICS: &str = include_str!("../../src/operator/runtime/metrics.rs");
-const TRAINERS_METRICS: &str = include_str!("../../trainer/src/metrics/server.rs");
+const TRAINERS_METRICS: &str = include_str!("../../trainer/src/metrics/prometheus.rs");
 
 /// Metrics that Prometheus makes itself.
 const BUILT_IN: [&str; 1] = ["up"];

@@ -136,7 +136,8 @@ pub fn clip(square: f64, target_tokens: u64, max_grad_norm: f64) -> Clipped {
 /// Returns the learning rate of a step; the first step is 0.
 ///
 /// # Source
-/// `transformers/optimization.py: get_{cosine,linear,constant}_schedule_with_warmup`. Differs: the
+/// `transformers/optimization.py: get_{cosine,linear,constant}_schedule_with_warmup` and, with a
+/// least share of the peak, `get_cosine_with_min_lr_schedule_with_warmup`. Differs: the
 /// warm-up's first step has `1 / num_warmup_steps` of the rate, not zero, so no step is wasted.
 pub fn learning_rate(settings: &TrainingSettings, step: u64) -> f64 {
     let warmup = settings.num_warmup_steps;
@@ -150,7 +151,8 @@ pub fn learning_rate(settings: &TrainingSettings, step: u64) -> f64 {
         LrScheduler::Linear => 1.0 - done,
         LrScheduler::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * done).cos()),
     };
-    settings.learning_rate * factor
+    let least = settings.min_learning_rate_ratio.unwrap_or(0.0);
+    settings.learning_rate * (least + (1.0 - least) * factor)
 }
 
 #[cfg(test)]
@@ -184,6 +186,22 @@ mod tests {
         insta::assert_snapshot!(rates(LrScheduler::Constant), @"0.250 0.500 0.750 1.000 1.000 1.000 1.000 1.000 1.000 1.000");
         insta::assert_snapshot!(rates(LrScheduler::Linear), @"0.250 0.500 0.750 1.000 1.000 0.833 0.667 0.500 0.333 0.167");
         insta::assert_snapshot!(rates(LrScheduler::Cosine), @"0.250 0.500 0.750 1.000 1.000 0.933 0.750 0.500 0.250 0.067");
+    }
+
+    #[test]
+    fn a_schedule_ends_at_the_least_share_of_its_peak() {
+        for kind in [LrScheduler::Linear, LrScheduler::Cosine] {
+            let to_zero = settings(kind);
+            let to_a_tenth =
+                TrainingSettings { min_learning_rate_ratio: Some(0.1), ..to_zero.clone() };
+            let rates = |step| (learning_rate(&to_zero, step), learning_rate(&to_a_tenth, step));
+            assert_eq!(rates(2).0, rates(2).1, "{kind:?}: the warm-up is the same");
+            for step in 4..10 {
+                let (without, with) = rates(step);
+                assert!((with - (0.1 + 0.9 * without)).abs() < 1e-12, "{kind:?} {step}: {with}");
+            }
+            assert!((rates(10).1 - 0.1).abs() < 1e-12, "{kind:?}: after the last step");
+        }
     }
 
     fn params() -> FlatParams {

@@ -97,6 +97,7 @@ pub fn decisive_settings(config: &RunConfig) -> DecisiveSettings {
         total_sequences,
         learning_rate,
         lr_scheduler_type,
+        min_learning_rate_ratio,
         num_warmup_steps,
         weight_decay,
         max_grad_norm,
@@ -147,6 +148,7 @@ pub fn decisive_settings(config: &RunConfig) -> DecisiveSettings {
             "seed": seed,
         }),
     );
+    insert("training.minLearningRateRatio", serde_json::json!(min_learning_rate_ratio));
     // Absent where each step has as many, as in what was published before there were short ones.
     insert("training.sequences", serde_json::json!(total_sequences));
     let has_validation =

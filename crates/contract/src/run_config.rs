@@ -103,6 +103,9 @@ pub struct TrainingSettings {
     pub learning_rate: f64,
     /// How the learning rate falls.
     pub lr_scheduler_type: LrScheduler,
+    /// The share of the peak at which the learning rate ends; absent for zero.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min_learning_rate_ratio: Option<f64>,
     /// Steps of linear rise from zero.
     pub num_warmup_steps: u64,
     /// AdamW's decoupled weight decay.

@@ -15,6 +15,7 @@ pub fn training_settings() -> TrainingSettings {
         total_sequences: None,
         learning_rate: 1e-3,
         lr_scheduler_type: LrScheduler::Constant,
+        min_learning_rate_ratio: None,
         num_warmup_steps: 0,
         weight_decay: 0.01,
         max_grad_norm: 1.0,

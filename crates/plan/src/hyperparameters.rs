@@ -42,21 +42,23 @@ pub(super) fn training_settings(
     );
     let whole = |value: Option<i64>| value.map(i64::unsigned_abs);
     let scheduler = training.lr_scheduler_type.unwrap_or_default();
-    decisions.add(
-        "lrSchedulerType",
-        word(&scheduler),
-        if training.lr_scheduler_type.is_some() {
-            "set in the manifest"
-        } else {
-            "decays smoothly to zero"
-        },
-    );
+    let min_learning_rate_ratio = training.min_learning_rate_ratio.filter(|ratio| *ratio > 0.0);
+    let reason = match (training.lr_scheduler_type, min_learning_rate_ratio) {
+        (Some(_), _) => "set in the manifest",
+        (None, None) => "decays smoothly to zero",
+        (None, Some(_)) => "decays smoothly",
+    };
+    decisions.add("lrSchedulerType", word(&scheduler), reason);
+    if let Some(ratio) = min_learning_rate_ratio {
+        decisions.add("minLearningRateRatio", ratio, "set in the manifest");
+    }
     TrainingSettings {
         context_length: *context_length,
         total_steps: *total_steps,
         total_sequences: *total_sequences,
         learning_rate,
         lr_scheduler_type: scheduler,
+        min_learning_rate_ratio,
         num_warmup_steps: decisions.pick(
             "numWarmupSteps",
             whole(training.num_warmup_steps),

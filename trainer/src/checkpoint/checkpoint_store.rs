@@ -405,6 +405,9 @@ fn settings_sha256(config: &RunConfig) -> String {
     if !training.optimizer.is_default() {
         decisive["optimizer"] = serde_json::json!(training.optimizer);
     }
+    if let Some(ratio) = training.min_learning_rate_ratio {
+        decisive["minLearningRateRatio"] = serde_json::json!(ratio);
+    }
     if let Some(adapter) = &config.initial_adapter {
         decisive["initialAdapter"] = serde_json::json!(adapter);
     }

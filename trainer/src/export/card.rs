@@ -68,8 +68,13 @@ fn card(
         (
             "learning rate",
             format!(
-                "{:e}, {:?} after {} warm-up steps",
-                training.learning_rate, training.lr_scheduler_type, training.num_warmup_steps
+                "{:e}, {:?}{} after {} warm-up steps",
+                training.learning_rate,
+                training.lr_scheduler_type,
+                training
+                    .min_learning_rate_ratio
+                    .map_or(String::new(), |ratio| format!(" to {ratio} of it")),
+                training.num_warmup_steps
             ),
         ),
         (

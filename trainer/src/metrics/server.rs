@@ -115,7 +115,7 @@ impl Sink for MetricsServer {
 mod tests {
     use std::io::{Read, Write};
 
-    use finetune_contract::{CONTRACT_VERSION, Progress, RunId, Stage, parse};
+    use finetune_contract::{Progress, parse, testing};
 
     use super::MetricsServer;
     use crate::metrics::sink::Sink;
@@ -140,24 +140,11 @@ mod tests {
         server.start(([127, 0, 0, 1], port).into()).unwrap();
         assert_eq!(get(port, "/metrics"), "", "no progress yet");
         let progress = Progress {
-            version: CONTRACT_VERSION,
-            run_id: RunId("a-1".to_owned()),
-            stage: Stage::Training,
             step: 3,
-            total_steps: 10,
-            epoch: 0.5,
             loss: Some(2.5),
-            eval_loss: None,
-            learning_rate: Some(1e-4),
-            grad_norm: Some(1.0),
-            tokens_per_second: Some(400.0),
-            tokens_seen: 3000,
-            eta_seconds: Some(12),
-            peak_memory_bytes: 5,
-            checkpoint_step: Some(2),
             checkpoint_stall_seconds: Some(0.25),
             checkpoint_write_seconds: Some(1.5),
-            resumed_from_step: None,
+            ..testing::progress()
         };
         server.record_metrics(&progress);
         assert_eq!(parse::<Progress>(&get(port, "/progress")).unwrap(), progress);

@@ -12,6 +12,7 @@ use super::super::quantity;
 /// How to train.
 #[derive(KubeSchema, Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[x_kube(validation = Rule::new("!(has(self.numEpochs) && has(self.maxSteps))").message("numEpochs and maxSteps both set the length of the run: keep one"))]
+#[x_kube(validation = Rule::new("!(has(self.minLearningRateRatio) && has(self.lrSchedulerType) && self.lrSchedulerType == 'constant')").message("minLearningRateRatio is where a falling learning rate ends, but lrSchedulerType is constant: keep one"))]
 #[serde(rename_all = "camelCase")]
 pub struct Training {
     /// Tokens of one sequence, from 16 to 1048576, at most what the model was made for. Default:
@@ -39,6 +40,11 @@ pub struct Training {
     /// How the learning rate falls after the warm-up. Default: `cosine`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lr_scheduler_type: Option<LrScheduler>,
+    /// The share of `learningRate` at which it ends instead of at zero, from 0 to 1. Not with a constant
+    /// one. Default: 0. Example: 0.1.
+    #[schemars(range(min = 0.0, max = 1.0))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub min_learning_rate_ratio: Option<f64>,
     /// Steps in which the learning rate rises from zero, from 0 to 1000000. Default: 10 % of all
     /// steps, at most 10.
     #[schemars(range(min = 0, max = 1_000_000))]
