@@ -8,7 +8,6 @@ use serde_json::json;
 use super::{failure::Failure, run, trainer};
 use finetune_api::FineTuneJob;
 use finetune_api::manifest;
-use finetune_plan::resolve;
 
 /// Which rows, and how they are shown.
 #[derive(Debug, Args)]
@@ -49,7 +48,7 @@ pub(super) fn check(asked: Check, named: Option<PathBuf>) -> Result<(), Failure>
     let program = trainer::find(named)?;
     let work_dir = run::make_work_dir(work_dir, &job)?;
     let config_path = work_dir.join("data-check-config.json");
-    let config = resolve::preflight_config(&job, false);
+    let config = run::preflight_config(&job, false)?;
     fs::write(&config_path, finetune_contract::render(&config))
         .map_err(|error| trainer::cannot_write(&config_path, &error))?;
     let mut arguments: Vec<OsString> = vec![

@@ -6,8 +6,8 @@ use std::{
 };
 
 use finetune_contract::{
-    ExitCode, FailureReason, ObjectUri, Outcome, ParseDocumentError, PreflightReport, RunConfig,
-    RunReport, Scheme, TrainerCommand,
+    ExitCode, FailureReason, ObjectUri, Outcome, ParseDocumentError, PreflightConfig,
+    PreflightReport, RunConfig, RunReport, Scheme, TrainerCommand,
 };
 
 use super::{
@@ -97,6 +97,16 @@ pub(super) fn read_accelerators(file: Option<&Path>) -> Result<Vec<Accelerator>,
     Ok(accelerators)
 }
 
+/// Returns what the preflight of a job is given.
+pub(super) fn preflight_config(
+    job: &FineTuneJob,
+    measure_machine: bool,
+) -> Result<PreflightConfig, Failure> {
+    resolve::preflight_config(job, measure_machine).map_err(|problems| {
+        Failure::problems("the run cannot start:", &problems, problems.len() as u64)
+    })
+}
+
 /// Runs the preflight and decides.
 pub(super) fn plan(
     prepared: &Prepared,
@@ -104,8 +114,7 @@ pub(super) fn plan(
     accelerators: &[Accelerator],
 ) -> Result<(PreflightReport, RunPlan), Failure> {
     let Prepared { job, trainer } = prepared;
-    let (ended, text) =
-        trainer.run(TrainerCommand::Preflight, &resolve::preflight_config(job, true))?;
+    let (ended, text) = trainer.run(TrainerCommand::Preflight, &preflight_config(job, true)?)?;
     let Some(text) = text.filter(|_| !ended.was_interrupted) else {
         return Err(without_report("preflight", &ended));
     };

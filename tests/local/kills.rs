@@ -37,8 +37,8 @@ fn kill_often(sandbox: &Sandbox, planned: &RunConfig, kills: u32, seed: u64) {
         if planned.lora.is_some() { "adapter_model.safetensors" } else { "model.safetensors" };
     let into = |output: &str| {
         let mut config = planned.clone();
-        config.output.uri = sandbox.uri(output);
-        config.checkpoints_uri = sandbox.uri(&format!("{output}.checkpoints"));
+        config.output.uri = sandbox.uri(output).parse().unwrap();
+        config.checkpoints_uri = config.output.uri.with_suffix(".checkpoints");
         config
     };
     let digest = |output: &str| sha256(&sandbox.path(&format!("{output}/{file}")));

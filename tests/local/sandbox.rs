@@ -166,8 +166,7 @@ impl Sandbox {
 
     /// Starts the trainers of a run's ranks.
     pub(crate) fn start_trainers(&self, config: &RunConfig) -> Trainers {
-        let work_dir =
-            self.path(&format!("work-{}", config.output.uri.rsplit('/').next().unwrap()));
+        let work_dir = self.path(&format!("work-{}", config.output.uri.file_name()));
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let world_size = config.parallelism.world_size;
         let ranks = (0..world_size).map(|rank| {

@@ -21,8 +21,8 @@ use crate::{
 #[derive(Debug, Clone, Copy)]
 pub struct Sources<'a> {
     model: &'a ModelSource,
-    initial_adapter: Option<&'a str>,
-    initial_checkpoint: Option<&'a str>,
+    initial_adapter: Option<&'a ObjectUri>,
+    initial_checkpoint: Option<&'a ObjectUri>,
     rendering: &'a RenderingSettings,
 }
 
@@ -30,8 +30,8 @@ impl<'a> From<&'a RunConfig> for Sources<'a> {
     fn from(config: &'a RunConfig) -> Self {
         Self {
             model: &config.model,
-            initial_adapter: config.initial_adapter.as_deref(),
-            initial_checkpoint: config.initial_checkpoint.as_deref(),
+            initial_adapter: config.initial_adapter.as_ref(),
+            initial_checkpoint: config.initial_checkpoint.as_ref(),
             rendering: &config.dataset.rendering,
         }
     }
@@ -41,8 +41,8 @@ impl<'a> From<&'a PreflightConfig> for Sources<'a> {
     fn from(config: &'a PreflightConfig) -> Self {
         Self {
             model: &config.model,
-            initial_adapter: config.initial_adapter.as_deref(),
-            initial_checkpoint: config.initial_checkpoint.as_deref(),
+            initial_adapter: config.initial_adapter.as_ref(),
+            initial_checkpoint: config.initial_checkpoint.as_ref(),
             rendering: &config.dataset.rendering,
         }
     }
@@ -59,11 +59,7 @@ pub fn digests(
     environment: &Environment,
 ) -> Result<InputDigests, Failure> {
     let Sources { model, initial_adapter, initial_checkpoint, rendering } = sources;
-    let open = |uri: &str, revision, role| -> Result<Store, Failure> {
-        let uri = ObjectUri::parse(uri)
-            .map_err(|error| Failure::from_chain(FailureReason::InvalidConfiguration, &error))?;
-        Ok(Store::open(&uri, revision, role, environment)?)
-    };
+    let open = |uri, revision, role| Store::open(uri, revision, role, environment);
     let store = open(&model.uri, model.revision.as_deref(), Role::Model)?;
     let model_sha256 = identity(&store, is_model_file)?;
     let initial_sha256 = match (initial_adapter, initial_checkpoint) {
@@ -113,7 +109,7 @@ pub fn refuse_overlap(config: &RunConfig) -> Result<(), Failure> {
     let Sources { model, initial_adapter, initial_checkpoint, .. } = config.into();
     let inputs = input_uris(model, &config.dataset, initial_adapter, initial_checkpoint);
     for written in [&config.output.uri, &config.checkpoints_uri] {
-        let messages = overlaps_with_inputs(written, inputs.iter().copied(), resolve_links);
+        let messages = overlaps_with_inputs(written, inputs.iter().cloned(), resolve_links);
         if let Some(message) = messages.into_iter().next() {
             return Err(Failure::new(FailureReason::InvalidConfiguration, message));
         }
@@ -161,9 +157,9 @@ fn real_path(path: &Path, links: u32) -> PathBuf {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, os::unix::fs::symlink, path::Path};
+    use std::{fs, os::unix::fs::symlink};
 
-    use finetune_contract::overlap::overlaps_with_inputs;
+    use finetune_contract::{overlap::overlaps_with_inputs, testing::file_uri};
 
     use super::resolve_links;
 
@@ -177,10 +173,8 @@ mod tests {
         symlink("base/sub", at("relative")).unwrap();
         symlink(at("base/not-yet"), at("dangling")).unwrap();
         symlink(directory.path(), at("other/up")).unwrap();
-        let uri = |path: &Path| format!("file://{}", path.display());
-        let model = uri(&at("base"));
-        let inputs = [("spec.model.uri", model.as_str())];
-        let messages = overlaps_with_inputs(&uri(&at(output)), inputs, resolve_links);
+        let inputs = [("spec.model.uri", file_uri(&at("base")))];
+        let messages = overlaps_with_inputs(&file_uri(&at(output)), inputs, resolve_links);
         let text = messages.concat();
         text.split(" spec.model.uri")
             .next()

@@ -154,7 +154,7 @@ pub fn run(
     }
     Ok(Some(Outcome::Succeeded {
         kind,
-        uri: config.output.uri.clone(),
+        uri: config.output.uri.to_string(),
         manifest_sha256: published.manifest_sha256,
         proof,
     }))
@@ -163,17 +163,14 @@ pub fn run(
 /// Opens one of the run's URIs.
 ///
 /// # Errors
-/// A [`Failure`] if the URI cannot be parsed or its store cannot be opened.
-fn open(uri: &str, role: Role, context: &RunContext<'_>) -> Result<Store, Failure> {
-    let uri = ObjectUri::parse(uri)
-        .map_err(|error| Failure::from_chain(FailureReason::InvalidConfiguration, &error))?;
-    Ok(Store::open(&uri, None, role, context.environment)?)
+/// A [`Failure`] if its store cannot be opened.
+fn open(uri: &ObjectUri, role: Role, context: &RunContext<'_>) -> Result<Store, Failure> {
+    Ok(Store::open(uri, None, role, context.environment)?)
 }
 
 fn fetch_model(source: &ModelSource, context: &RunContext<'_>) -> Result<PathBuf, Failure> {
-    let uri = ObjectUri::parse(&source.uri)
-        .map_err(|error| Failure::from_chain(FailureReason::InvalidConfiguration, &error))?;
-    let store = Store::open(&uri, source.revision.as_deref(), Role::Model, context.environment)?;
+    let revision = source.revision.as_deref();
+    let store = Store::open(&source.uri, revision, Role::Model, context.environment)?;
     let directory = gguf::local_model_directory(&store, context.model_cache)?;
     extension::add_tokens(&directory, &source.added_tokens, context.model_cache)
 }
@@ -312,7 +309,7 @@ fn keep_bf16_kernel(state: &mut TrainState) {
 
 /// Initializes the adapter with the weights of a published one.
 fn load_initial_adapter(
-    uri: &str,
+    uri: &ObjectUri,
     training: &mut TrainLoop<'_>,
     base: &Path,
     context: &RunContext<'_>,
@@ -381,7 +378,7 @@ fn find_published(
         OutputContents::Vacant => Ok(None),
         OutputContents::OtherInputs(_) if config.output.overwrite => Ok(None),
         OutputContents::OtherInputs(contents) => {
-            Err(store::Error::OutputExists { uri: config.output.uri.clone(), contents }.into())
+            Err(store::Error::OutputExists { uri: config.output.uri.to_string(), contents }.into())
         }
     }
 }
@@ -390,7 +387,7 @@ fn find_published(
 /// by another run.
 fn outcome_of_published(config: &RunConfig, published: Published, proof: Proof) -> Outcome {
     let Published { manifest, manifest_sha256 } = published;
-    let (kind, uri) = (manifest.kind, config.output.uri.clone());
+    let (kind, uri) = (manifest.kind, config.output.uri.to_string());
     if manifest.run_id == config.run_id && config.attempt > 0 {
         return Outcome::Succeeded { kind, uri, manifest_sha256, proof };
     }

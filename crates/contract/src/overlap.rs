@@ -40,36 +40,34 @@ pub fn overlap(first: &ObjectUri, second: &ObjectUri) -> Option<Overlap> {
 pub fn input_uris<'a>(
     model: &'a ModelSource,
     dataset: &'a DatasetSource,
-    initial_adapter: Option<&'a str>,
-    initial_checkpoint: Option<&'a str>,
-) -> Vec<(&'static str, &'a str)> {
-    let mut uris = vec![("spec.model.uri", model.uri.as_str())];
+    initial_adapter: Option<&'a ObjectUri>,
+    initial_checkpoint: Option<&'a ObjectUri>,
+) -> Vec<(&'static str, ObjectUri)> {
+    let mut uris = vec![("spec.model.uri", model.uri.clone())];
     uris.extend(dataset.uris());
-    uris.extend(initial_adapter.map(|uri| ("spec.initialAdapter.uri", uri)));
-    uris.extend(initial_checkpoint.map(|uri| ("spec.initialCheckpoint.uri", uri)));
+    uris.extend(initial_adapter.map(|uri| ("spec.initialAdapter.uri", uri.clone())));
+    uris.extend(initial_checkpoint.map(|uri| ("spec.initialCheckpoint.uri", uri.clone())));
     uris
 }
 
 /// Says for each input that an output touches how it does; `resolve` gives the place that a URI names
-/// in the end, after symbolic links. What cannot be parsed is another check's to report.
-pub fn overlaps_with_inputs<'a, F: std::fmt::Display>(
-    output: &str,
-    inputs: impl IntoIterator<Item = (F, &'a str)>,
+/// in the end, after symbolic links.
+pub fn overlaps_with_inputs<F: std::fmt::Display>(
+    output: &ObjectUri,
+    inputs: impl IntoIterator<Item = (F, ObjectUri)>,
     resolve: impl Fn(ObjectUri) -> ObjectUri,
 ) -> Vec<String> {
-    let Ok(written) = ObjectUri::parse(output) else { return Vec::new() };
-    let written = resolve(written);
+    let written = resolve(output.clone());
     let mut messages = Vec::new();
     for (field, uri) in inputs {
-        let Ok(read) = ObjectUri::parse(uri) else { continue };
-        let Some(overlap) = overlap(&written, &resolve(read)) else { continue };
+        let Some(overlap) = overlap(&written, &resolve(uri.clone())) else { continue };
         let how = match overlap {
             Overlap::Equal => "is the same place as",
             Overlap::Above => "holds",
             Overlap::Below => "lies inside",
         };
         messages.push(format!(
-            "{output:?} {how} {field} ({uri}): a result is never written over, into or around what it is made from, with or without output.overwrite; choose a place beside it"
+            "\"{output}\" {how} {field} ({uri}): a result is never written over, into or around what it is made from, with or without output.overwrite; choose a place beside it"
         ));
     }
     messages
@@ -113,8 +111,10 @@ mod tests {
 
     #[test]
     fn says_which_input_and_that_overwrite_does_not_help() {
-        let inputs = [("spec.model.uri", "s3://b/base"), ("spec.dataset.train", "s3://b/rows/")];
-        let messages = overlaps_with_inputs("s3://b/rows/out", inputs, |uri| uri);
+        let uri = |text: &str| ObjectUri::parse(text).unwrap();
+        let inputs =
+            [("spec.model.uri", uri("s3://b/base")), ("spec.dataset.train", uri("s3://b/rows/"))];
+        let messages = overlaps_with_inputs(&uri("s3://b/rows/out"), inputs, |uri| uri);
         insta::assert_snapshot!(messages.join("\n"), @r#""s3://b/rows/out" lies inside spec.dataset.train (s3://b/rows/): a result is never written over, into or around what it is made from, with or without output.overwrite; choose a place beside it"#);
     }
 }

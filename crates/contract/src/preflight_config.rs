@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     document::Document,
     settings::{DatasetSource, LoraSettings, ModelSource, OutputTarget, RunId},
+    uri::ObjectUri,
 };
 
 /// The whole input of `finetune-trainer preflight`.
@@ -24,10 +25,10 @@ pub struct PreflightConfig {
     pub lora: Option<LoraSettings>,
     /// The directory of a published adapter to start from, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub initial_adapter: Option<String>,
+    pub initial_adapter: Option<ObjectUri>,
     /// A checkpoint of another run to take the weights of, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub initial_checkpoint: Option<String>,
+    pub initial_checkpoint: Option<ObjectUri>,
     /// The context length the user set, so that its truncation is counted exactly.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub context_length: Option<u32>,

@@ -9,6 +9,7 @@ use crate::{
         DatasetSource, Device, Dtype, LoraSettings, LrScheduler, ModelSource, Optimizer,
         OutputTarget, Recompute, RunId,
     },
+    uri::ObjectUri,
 };
 
 /// The whole input of `finetune-trainer train`.
@@ -34,10 +35,10 @@ pub struct RunConfig {
     /// The directory of a published adapter of the same shape that training starts from; absent to
     /// start from nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub initial_adapter: Option<String>,
+    pub initial_adapter: Option<ObjectUri>,
     /// A checkpoint of another run to take the weights of, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub initial_checkpoint: Option<String>,
+    pub initial_checkpoint: Option<ObjectUri>,
     /// How to train.
     pub training: TrainingSettings,
     /// What it computes on; absent for the CPU.
@@ -49,7 +50,7 @@ pub struct RunConfig {
     /// Where the result goes.
     pub output: OutputTarget,
     /// The prefix of this run's checkpoints.
-    pub checkpoints_uri: String,
+    pub checkpoints_uri: ObjectUri,
     /// What the preflight saw; training on anything else is refused.
     pub expected: ExpectedData,
     /// The plan's prediction of a rank's peak memory, in bytes; reported beside the measured peak.

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::rendering::RenderingSettings;
+use crate::{rendering::RenderingSettings, uri::ObjectUri};
 
 /// Names one run: the same manifest gives the same run, on whichever attempt.
 ///
@@ -22,7 +22,7 @@ impl std::fmt::Display for RunId {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ModelSource {
     /// A directory in Hugging Face layout, a hub repository, or one `.gguf` file.
-    pub uri: String,
+    pub uri: ObjectUri,
     /// The hub revision: a branch, tag or commit. Only for `hf://`; the hub's default branch if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub revision: Option<String>,
@@ -33,8 +33,8 @@ pub struct ModelSource {
 
 impl ModelSource {
     /// Makes a source of a model as it is, of no named revision.
-    pub fn of(uri: impl Into<String>) -> Self {
-        Self { uri: uri.into(), revision: None, added_tokens: Vec::new() }
+    pub fn of(uri: ObjectUri) -> Self {
+        Self { uri, revision: None, added_tokens: Vec::new() }
     }
 }
 
@@ -44,13 +44,13 @@ impl ModelSource {
 pub struct DatasetSource {
     /// The training rows: a file or a prefix; absent if `sources` has them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub train: Option<String>,
+    pub train: Option<ObjectUri>,
     /// Several sources of training rows, instead of `train`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub sources: Vec<RowSource>,
     /// The held-out rows, in the same forms.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub validation: Option<String>,
+    pub validation: Option<ObjectUri>,
     /// The share of the training rows that is held out, instead of `validation`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub validation_fraction: Option<f64>,
@@ -78,9 +78,9 @@ pub struct DatasetSource {
 
 impl DatasetSource {
     /// Makes a source of one file or prefix, with every default.
-    pub fn of(train: impl Into<String>) -> Self {
+    pub fn of(train: ObjectUri) -> Self {
         Self {
-            train: Some(train.into()),
+            train: Some(train),
             sources: Vec::new(),
             validation: None,
             validation_fraction: None,
@@ -125,7 +125,7 @@ impl DatasetSource {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct RowSource {
     /// A file, or a prefix that ends in `/`.
-    pub uri: String,
+    pub uri: ObjectUri,
     /// The rows' shape.
     pub format: DatasetFormat,
     /// How often each of its rows occurs in an epoch: 2 is twice, 0.5 is half of the rows.
@@ -135,13 +135,15 @@ pub struct RowSource {
 impl DatasetSource {
     /// Lists every place that rows and their template are read from, each with its field of the
     /// manifest.
-    pub fn uris(&self) -> Vec<(&'static str, &str)> {
-        let train = self.train.as_deref().map(|uri| ("spec.dataset.train", uri));
+    pub fn uris(&self) -> Vec<(&'static str, ObjectUri)> {
+        let train = self.train.iter().map(|uri| ("spec.dataset.train", uri.clone()));
         let sources =
-            self.sources.iter().map(|source| ("spec.dataset.sources", source.uri.as_str()));
-        let validation = self.validation.as_deref().map(|uri| ("spec.dataset.validation", uri));
-        let template = self.rendering.template_uri().map(|uri| ("spec.dataset.chatTemplate", uri));
-        train.into_iter().chain(sources).chain(validation).chain(template).collect()
+            self.sources.iter().map(|source| ("spec.dataset.sources", source.uri.clone()));
+        let validation = self.validation.iter().map(|uri| ("spec.dataset.validation", uri.clone()));
+        // A template that is named by a URI may also be a text, which is read where it is used.
+        let template = self.rendering.template_uri().and_then(|uri| uri.parse().ok());
+        let template = template.map(|uri| ("spec.dataset.chatTemplate", uri));
+        train.chain(sources).chain(validation).chain(template).collect()
     }
 }
 
@@ -288,7 +290,7 @@ impl LoraSettings {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct OutputTarget {
     /// The directory or prefix that becomes the published result.
-    pub uri: String,
+    pub uri: ObjectUri,
     /// Whether a LoRA run also publishes the merged model (at `uri`, the adapter under `adapter/`).
     pub merge: bool,
     /// Whether a result of another run at `uri` may be replaced.
@@ -300,8 +302,8 @@ pub struct OutputTarget {
 
 impl OutputTarget {
     /// Creates a target that publishes the result alone, and replaces nothing.
-    pub fn of(uri: impl Into<String>) -> Self {
-        Self { uri: uri.into(), merge: false, overwrite: false, base_model_name: None }
+    pub fn of(uri: ObjectUri) -> Self {
+        Self { uri, merge: false, overwrite: false, base_model_name: None }
     }
 }
 

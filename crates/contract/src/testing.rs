@@ -1,11 +1,22 @@
 //! Whole documents for tests, which name only the fields that they are about:
 //! `TrainingSettings { seed: 7, ..training_settings() }`.
 
+use std::path::Path;
+
 use crate::{
     CONTRACT_VERSION, DatasetSource, Device, Dtype, ExpectedData, LrScheduler, ModelSource,
-    Optimizer, Outcome, OutputTarget, Parallelism, Progress, Recompute, RunConfig, RunId,
-    RunReport, Stage, TrainingSettings,
+    ObjectUri, Optimizer, Outcome, OutputTarget, Parallelism, Progress, Recompute, RunConfig,
+    RunId, RunReport, Stage, TrainingSettings,
 };
+
+/// Returns the URI of an absolute path of this machine.
+///
+/// # Panics
+/// If the path cannot be written as a URI.
+#[track_caller]
+pub fn file_uri(path: &Path) -> ObjectUri {
+    ObjectUri::parse(&format!("file://{}", path.display())).expect("a path for a test")
+}
 
 /// Returns the settings of five steps in fp32, each of one short sequence: no warm-up, no evaluation.
 pub fn training_settings() -> TrainingSettings {
@@ -49,7 +60,7 @@ pub fn run_config(model: ModelSource, dataset: DatasetSource, output: OutputTarg
         training: training_settings(),
         device: Device::Cpu,
         parallelism: Parallelism::SINGLE,
-        checkpoints_uri: format!("{}.checkpoints", output.uri),
+        checkpoints_uri: output.uri.with_suffix(".checkpoints"),
         output,
         expected: ExpectedData {
             train_sha256: String::new(),

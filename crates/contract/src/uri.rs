@@ -1,6 +1,8 @@
 //! Object URIs: `scheme://authority/path`, parsed once.
 
-use std::fmt;
+use std::{fmt, str::FromStr};
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 /// A storage scheme this product reads or writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -163,7 +165,7 @@ impl ObjectUri {
                 found: "credentials before `@` (put them into a Secret)".to_owned(),
             });
         }
-        let is_prefix = path.ends_with('/');
+        let is_prefix = rest.ends_with('/');
         let path = path.trim_end_matches('/');
         for segment in path.split('/') {
             match segment {
@@ -173,6 +175,12 @@ impl ObjectUri {
             }
         }
         Ok(Self { scheme, authority, path: path.to_owned(), is_prefix })
+    }
+
+    /// Returns the URI beside this one whose name has `suffix` appended.
+    #[must_use]
+    pub fn with_suffix(&self, suffix: &str) -> Self {
+        Self { path: format!("{}{suffix}", self.path), is_prefix: false, ..self.clone() }
     }
 
     /// Returns the URI of `name` below this one.
@@ -221,7 +229,28 @@ impl fmt::Display for ObjectUri {
         if !path.is_empty() || *scheme == Scheme::File {
             write!(formatter, "/{path}")?;
         }
-        if *is_prefix && !path.is_empty() { formatter.write_str("/") } else { Ok(()) }
+        let is_root = path.is_empty() && *scheme == Scheme::File;
+        if *is_prefix && !is_root { formatter.write_str("/") } else { Ok(()) }
+    }
+}
+
+impl FromStr for ObjectUri {
+    type Err = ParseUriError;
+
+    fn from_str(text: &str) -> Result<Self, ParseUriError> {
+        Self::parse(text)
+    }
+}
+
+impl Serialize for ObjectUri {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for ObjectUri {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Self::parse(&String::deserialize(deserializer)?).map_err(de::Error::custom)
     }
 }
 
@@ -246,6 +275,8 @@ mod tests {
         insta::assert_snapshot!(check("hf://datasets/o/n/data/train.jsonl"), @r#"Hf "datasets/o/n" "data/train.jsonl" false"#);
         insta::assert_snapshot!(check("hf://datasets/n"), @r#"Hf "datasets/n" "" false"#);
         insta::assert_snapshot!(check("s3://acme/tickets/"), @r#"S3 "acme" "tickets" true"#);
+        insta::assert_snapshot!(check("s3://acme/"), @r#"S3 "acme" "" true"#);
+        insta::assert_snapshot!(check("file:///"), @r#"File "" "" true"#);
         insta::assert_snapshot!(check("pvc://models/llama"), @r#"Pvc "models" "llama" false"#);
         insta::assert_snapshot!(check("file:///data/train.jsonl"), @r#"File "" "data/train.jsonl" false"#);
     }

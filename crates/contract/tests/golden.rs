@@ -69,8 +69,8 @@ fn settings_that_decide_the_result_are_told_from_those_that_do_not() {
     let same = differences(&|config| {
         config.attempt += 1;
         config.run_id.0 = "another".to_owned();
-        config.dataset.train = Some("s3://elsewhere/rows.jsonl".to_owned());
-        config.output.uri = "s3://elsewhere/out".to_owned();
+        config.dataset.train = Some("s3://elsewhere/rows.jsonl".parse().unwrap());
+        config.output.uri = "s3://elsewhere/out".parse().unwrap();
         config.output.overwrite = !config.output.overwrite;
         config.training.num_checkpoints_to_keep += 1;
         config.training.micro_batch_size *= 2;

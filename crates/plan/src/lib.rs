@@ -45,6 +45,7 @@ use hyperparameters::{TrainingFacts, dtype, optimizer, training_settings};
 use problems::{
     check_patience, foreign_result, invalid, published_before, too_little_memory, warnings,
 };
+use resolve::Sources;
 use run_plan::RunPlan;
 use sizing::Workload;
 use target::Target;
@@ -61,6 +62,13 @@ pub fn plan(
     target: Target<'_>,
     ranks: u32,
 ) -> Result<RunPlan, Vec<Problem>> {
+    let Sources {
+        model: mut model_source,
+        dataset: source,
+        initial_adapter,
+        initial_checkpoint,
+        output,
+    } = Sources::of(&job.spec)?;
     let machine = target.machine(report);
     let mut problems = report.problems.clone();
     problems.extend(foreign_result(job, report));
@@ -108,7 +116,6 @@ pub fn plan(
         true,
         "rows share sequences, so no position is padding",
     );
-    let source = resolve::dataset(&job.spec);
     rows::explain(&source, report, &mut decisions);
     let data =
         context::decide(&training, &source, model, census, packing, &mut decisions, &mut problems);
@@ -167,24 +174,20 @@ pub fn plan(
         },
         &mut decisions,
     );
-    let initial_adapter = resolve::initial_adapter(&job.spec);
     if let Some(uri) = &initial_adapter {
         decisions.add("initialAdapter", "given", format!("training starts from {uri}"));
     }
-    let initial_checkpoint = resolve::initial_checkpoint(&job.spec);
     if let Some(uri) = &initial_checkpoint {
         decisions.add("initialCheckpoint", "given", format!("training starts from {uri}"));
     }
     let run_id = resolve::run_id(job);
-    let mut model_source = resolve::model(&job.spec);
     if let Some(revision) = &model.resolved_revision {
         decisions.add("revision", revision, "what the hub's revision stands for now, pinned");
         model_source.revision = Some(revision.clone());
     }
-    let output = resolve::output(&job.spec);
     let run_config = RunConfig {
         version: CONTRACT_VERSION,
-        checkpoints_uri: format!("{}.checkpoints/{run_id}", output.uri.trim_end_matches('/')),
+        checkpoints_uri: output.uri.with_suffix(&format!(".checkpoints/{run_id}")),
         run_id,
         attempt: 0,
         model: model_source,

@@ -1,8 +1,9 @@
 //! Resolves a spec into the words of the contract, with the defaults that need no facts.
 
 use finetune_contract::{
-    CONTRACT_VERSION, DatasetSource, LoraSettings, ModelSource, ModuleNames, OutputTarget,
-    PreflightConfig, RenderingSettings, RowSource, RunId, TargetModules,
+    CONTRACT_VERSION, DatasetSource, LoraSettings, ModelSource, ModuleNames, ObjectUri,
+    OutputTarget, PreflightConfig, Problem, ProblemReason, RenderingSettings, RowSource, RunId,
+    TargetModules,
 };
 use sha2::{Digest, Sha256};
 
@@ -11,26 +12,86 @@ use finetune_api::{Dataset, FineTuneJob, FineTuneJobSpec, Names, is_all_linear};
 /// The seed unless one is set: fixed, so that a run can be repeated.
 pub(super) const DEFAULT_SEED: u64 = 42;
 
+/// What a run reads and writes, in the words of the contract.
+#[derive(Debug, Clone)]
+pub(super) struct Sources {
+    pub(super) model: ModelSource,
+    pub(super) dataset: DatasetSource,
+    pub(super) initial_adapter: Option<ObjectUri>,
+    pub(super) initial_checkpoint: Option<ObjectUri>,
+    pub(super) output: OutputTarget,
+}
+
+impl Sources {
+    /// Parses the URIs of a spec.
+    ///
+    /// # Errors
+    /// A [`Problem`] for each that is no object URI: a CRD's pattern sees only its scheme.
+    pub(super) fn of(spec: &FineTuneJobSpec) -> Result<Self, Vec<Problem>> {
+        let problems = unusable_uris(spec);
+        if !problems.is_empty() {
+            return Err(problems);
+        }
+        let parse = |uri: &String| uri.parse().expect("every URI of the spec can be parsed");
+        let sources = dataset(spec, parse);
+        Ok(Self {
+            model: ModelSource {
+                uri: parse(&spec.model.uri),
+                revision: spec.model.revision.clone(),
+                added_tokens: spec.model.added_tokens.clone().unwrap_or_default(),
+            },
+            dataset: sources,
+            initial_adapter: spec.initial_adapter.as_ref().map(|adapter| parse(&adapter.uri)),
+            initial_checkpoint: spec
+                .initial_checkpoint
+                .as_ref()
+                .map(|checkpoint| parse(&checkpoint.uri)),
+            output: OutputTarget {
+                uri: parse(&spec.output.uri),
+                merge: spec.output.merge.unwrap_or(false),
+                overwrite: spec.output.overwrite.unwrap_or(false),
+                base_model_name: spec.output.base_model_name.clone(),
+            },
+        })
+    }
+}
+
+/// Lists the URIs of a spec that cannot be parsed, each with what is wrong with it.
+pub fn unusable_uris(spec: &FineTuneJobSpec) -> Vec<Problem> {
+    let problem = |(location, uri): (String, &str)| {
+        let error = ObjectUri::parse(uri).err()?;
+        Some(Problem { reason: ProblemReason::InvalidSpec, location, message: error.to_string() })
+    };
+    spec.uris().filter_map(problem).collect()
+}
+
 /// Returns the configuration of the preflight of `job`.
-pub fn preflight_config(job: &FineTuneJob, measure_machine: bool) -> PreflightConfig {
+///
+/// # Errors
+/// A [`Problem`] for each URI that cannot be parsed.
+pub fn preflight_config(
+    job: &FineTuneJob,
+    measure_machine: bool,
+) -> Result<PreflightConfig, Vec<Problem>> {
     let training = job.spec.training.as_ref();
-    let mut dataset = dataset(&job.spec);
+    let Sources { model, mut dataset, initial_adapter, initial_checkpoint, output } =
+        Sources::of(&job.spec)?;
     let day = &mut dataset.rendering.template_date;
     *day = day.take().or_else(|| creation_day(job));
-    PreflightConfig {
+    Ok(PreflightConfig {
         version: CONTRACT_VERSION,
         run_id: run_id(job),
-        model: model(&job.spec),
+        model,
         dataset,
         lora: lora(&job.spec),
-        initial_adapter: initial_adapter(&job.spec),
-        initial_checkpoint: initial_checkpoint(&job.spec),
+        initial_adapter,
+        initial_checkpoint,
         context_length: training
             .and_then(|training| training.context_length)
             .map(i32::unsigned_abs),
-        output: output(&job.spec),
+        output,
         measure_machine,
-    }
+    })
 }
 
 /// Names the run: the job's name and eight digits.
@@ -79,30 +140,22 @@ pub fn sha256_hex(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-pub(super) fn model(spec: &FineTuneJobSpec) -> ModelSource {
-    ModelSource {
-        uri: spec.model.uri.clone(),
-        revision: spec.model.revision.clone(),
-        added_tokens: spec.model.added_tokens.clone().unwrap_or_default(),
-    }
-}
-
-pub(super) fn dataset(spec: &FineTuneJobSpec) -> DatasetSource {
+fn dataset(spec: &FineTuneJobSpec, parse: impl Fn(&String) -> ObjectUri) -> DatasetSource {
     let dataset = &spec.dataset;
     let sources: Vec<RowSource> = dataset
         .sources
         .iter()
         .flatten()
         .map(|source| RowSource {
-            uri: source.uri.clone(),
+            uri: parse(&source.uri),
             format: source.format.unwrap_or_default(),
             weight: source.weight.unwrap_or(1.0),
         })
         .collect();
     let needs_seed = !sources.is_empty() || dataset.validation_fraction.is_some();
     DatasetSource {
-        train: dataset.train.clone(),
-        validation: dataset.validation.clone(),
+        train: dataset.train.as_ref().map(&parse),
+        validation: dataset.validation.as_ref().map(&parse),
         validation_fraction: dataset.validation_fraction,
         format: dataset.format.unwrap_or_default(),
         train_on: dataset.train_on.unwrap_or_default(),
@@ -179,29 +232,11 @@ pub fn unusable_names(job: &FineTuneJob) -> Option<String> {
         })
 }
 
-pub(super) fn initial_adapter(spec: &FineTuneJobSpec) -> Option<String> {
-    spec.initial_adapter.as_ref().map(|adapter| adapter.uri.clone())
-}
-
-pub(super) fn initial_checkpoint(spec: &FineTuneJobSpec) -> Option<String> {
-    spec.initial_checkpoint.as_ref().map(|checkpoint| checkpoint.uri.clone())
-}
-
-pub(super) fn output(spec: &FineTuneJobSpec) -> OutputTarget {
-    let output = &spec.output;
-    OutputTarget {
-        uri: output.uri.clone(),
-        merge: output.merge.unwrap_or(false),
-        overwrite: output.overwrite.unwrap_or(false),
-        base_model_name: output.base_model_name.clone(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use finetune_contract::TargetModules;
 
-    use super::{lora, run_id};
+    use super::{lora, preflight_config, run_id};
     use finetune_api::manifest;
 
     #[test]
@@ -212,6 +247,23 @@ mod tests {
             let settings = lora(&manifest::parse(&text).unwrap().spec).unwrap();
             assert_eq!(settings.target_modules, TargetModules::AllLinear, "{names}");
         }
+    }
+
+    #[test]
+    fn every_uri_that_cannot_be_parsed_is_named() {
+        let mut job = manifest::parse(include_str!("../../../examples/minimal.yaml")).unwrap();
+        job.spec.model.uri = "ftp://models/base".to_owned();
+        job.spec.dataset.train = Some("s3://bucket/../rows".to_owned());
+        job.spec.dataset.chat_template = Some("s3:///template.jinja".to_owned());
+        job.spec.output.uri = "s3://key:secret@bucket/out".to_owned();
+        let problems = preflight_config(&job, false).unwrap_err();
+        let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
+        insta::assert_snapshot!(problems.join("\n"), @r#"
+        spec.model.uri: "ftp://models/base" has the unknown scheme "ftp": use hf, s3, gs, az, pvc or file
+        spec.dataset.train: "s3://bucket/../rows" contains a relative path segment (`.` or `..`), which an object URI cannot have
+        spec.output.uri: "s3://…@bucket" contains credentials before `@` (put them into a Secret), which an object URI cannot have
+        spec.dataset.chatTemplate: "s3:///template.jinja" does not name a bucket (s3://bucket/path)
+        "#);
     }
 
     fn check(namespace: &str, name: &str, uid: Option<&str>) -> String {

@@ -45,7 +45,7 @@ mod tests {
     use crate::testing;
 
     fn check(change: impl FnOnce(&mut DatasetSource, &mut PreflightReport)) -> String {
-        let mut source = DatasetSource::of("s3://a/train/");
+        let mut source = DatasetSource::of("s3://a/train/".parse().unwrap());
         let mut report = testing::report(testing::smollm2(), 1 << 33);
         change(&mut source, &mut report);
         let mut decisions = Choices::default();

@@ -51,6 +51,6 @@ impl RunPlan {
 }
 
 /// Says that a run of the same inputs published their result before.
-pub fn nothing_trained(uri: &str, by: &RunId) -> String {
+pub fn nothing_trained(uri: impl std::fmt::Display, by: &RunId) -> String {
     format!("the same inputs are already published at {uri} (by run {by}); nothing was trained")
 }

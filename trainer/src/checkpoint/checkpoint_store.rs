@@ -433,7 +433,7 @@ mod tests {
             store: Store::from_object_store(&uri, Arc::new(object_store::memory::InMemory::new())),
             run_id: RunId("a-1".to_owned()),
             settings_sha256: String::new(),
-            model: ModelSource::of("file:///base"),
+            model: ModelSource::of("file:///base".parse().unwrap()),
             inputs: None,
             lora: None,
             trained: 1,

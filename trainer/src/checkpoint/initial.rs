@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use finetune_contract::{
-    FailureReason, LoraSettings, ModelSource, ModuleNames, ProblemReason, TargetModules,
+    FailureReason, LoraSettings, ModelSource, ModuleNames, ObjectUri, ProblemReason, TargetModules,
     artifact::CHECKPOINT_MANIFEST_NAME,
 };
 
@@ -41,7 +41,7 @@ pub struct CheckpointCheck {
     /// Why a run cannot start from it; empty if it can.
     pub faults: Vec<CheckpointFault>,
     /// The base model of an adapter checkpoint, if it is known and not the requested one.
-    pub other_base: Option<String>,
+    pub other_base: Option<ObjectUri>,
 }
 
 /// Checks that a directory is a checkpoint of the requested model and adapter, without reading

@@ -123,11 +123,11 @@ fn base_directory(
     work_dir: &Path,
 ) -> Result<PathBuf, Failure> {
     let (uri, revision) = match &arguments.model {
-        Some(named) if !named.contains("://") => (file_uri(Path::new(named))?, None),
-        Some(named) => (named.clone(), None),
+        Some(named) if !named.contains("://") => (parse(&file_uri(Path::new(named))?)?, None),
+        Some(named) => (parse(named)?, None),
         None => (manifest.base_model.uri.clone(), manifest.base_model.revision.as_deref()),
     };
-    let store = Store::open(&parse(&uri)?, revision, Role::Model, environment)?;
+    let store = Store::open(&uri, revision, Role::Model, environment)?;
     let models = work_dir.join("models");
     let directory = gguf::local_model_directory(&store, &models)?;
     // A local directory is used in place without a check that it exists.
@@ -207,7 +207,7 @@ mod tests {
             run_id: RunId("a-run".to_owned()),
             kind,
             generator: "a test".to_owned(),
-            base_model: ModelSource::of(base_uri),
+            base_model: ModelSource::of(base_uri.parse().unwrap()),
             train_sha256: "0".repeat(64),
             inputs: None,
             settings: None,

@@ -1,6 +1,6 @@
 //! The sources of the rows of a split, and which of their rows belong to it.
 
-use finetune_contract::{DatasetFormat, DatasetSource, OnInvalidRow, Split};
+use finetune_contract::{DatasetFormat, DatasetSource, ObjectUri, OnInvalidRow, Split};
 
 use crate::{data::formats::ReadOptions, runtime::rng::RngKey, store::Store};
 
@@ -40,7 +40,7 @@ impl RowSources {
     pub fn open<E>(
         dataset: &DatasetSource,
         split: Split,
-        mut open: impl FnMut(&str, &str) -> Result<Store, E>,
+        mut open: impl FnMut(&ObjectUri, &str) -> Result<Store, E>,
     ) -> Result<Option<Self>, E> {
         let rows = match split {
             Split::Train => dataset.train_sources(),
@@ -116,17 +116,16 @@ fn location(dataset: &DatasetSource, split: Split, index: usize) -> String {
 
 #[cfg(test)]
 mod tests {
-    use finetune_contract::{ObjectUri, RowSource};
+    use finetune_contract::RowSource;
 
     use super::*;
     use crate::store::{Environment, Role};
 
     fn sources(change: impl FnOnce(&mut DatasetSource), split: Split) -> RowSources {
-        let mut dataset = DatasetSource::of("file:///a.jsonl");
+        let mut dataset = DatasetSource::of("file:///a.jsonl".parse().unwrap());
         change(&mut dataset);
-        let open = |uri: &str, _: &str| {
-            let uri = ObjectUri::parse(uri).unwrap();
-            Store::open(&uri, None, Role::Dataset, &Environment::default())
+        let open = |uri: &ObjectUri, _: &str| {
+            Store::open(uri, None, Role::Dataset, &Environment::default())
         };
         RowSources::open(&dataset, split, open).unwrap().unwrap()
     }
@@ -158,7 +157,7 @@ mod tests {
             let set = |dataset: &mut DatasetSource| {
                 dataset.train = None;
                 dataset.sources = vec![RowSource {
-                    uri: "file:///b.jsonl".to_owned(),
+                    uri: "file:///b.jsonl".parse().unwrap(),
                     format: DatasetFormat::Auto,
                     weight,
                 }];

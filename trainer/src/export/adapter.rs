@@ -6,7 +6,7 @@
 
 use std::path::Path;
 
-use finetune_contract::{LoraSettings, ObjectUri};
+use finetune_contract::LoraSettings;
 use serde_json::{Value, json};
 use tch::Kind;
 
@@ -89,13 +89,11 @@ pub fn adapter_config(
 pub(super) fn base_name(export: &Export<'_>) -> String {
     let config = export.config;
     config.output.base_model_name.clone().unwrap_or_else(|| {
-        let uri = &config.model.uri;
+        let uri = config.model.uri.to_string();
         let name = uri.split_once("://").map_or(uri.as_str(), |(_, name)| name);
-        match ObjectUri::parse(uri) {
-            // The libraries of the hub omit the prefix `models/`.
-            Ok(parsed) if parsed.hub_repository().0 == Some("models") => {
-                name.trim_start_matches("models/").to_owned()
-            }
+        // The libraries of the hub omit the prefix `models/`.
+        match config.model.uri.hub_repository() {
+            (Some("models"), _) => name.trim_start_matches("models/").to_owned(),
             _ => name.to_owned(),
         }
     })

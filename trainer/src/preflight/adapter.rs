@@ -1,6 +1,6 @@
 //! Checks the initial adapter without loading its weights.
 
-use finetune_contract::{LoraSettings, ProblemReason};
+use finetune_contract::{LoraSettings, ObjectUri, ProblemReason};
 
 use crate::{
     architecture::config::ModelConfig,
@@ -17,7 +17,7 @@ const LOCATION: &str = "spec.initialAdapter.uri";
 
 /// Checks that the adapter at `uri` is complete and has the requested shape.
 pub(super) fn check(
-    uri: &str,
+    uri: &ObjectUri,
     lora: &LoraSettings,
     model: &ModelConfig,
     environment: &Environment,

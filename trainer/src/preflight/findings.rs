@@ -115,21 +115,14 @@ impl Findings {
 
 /// Opens a URI of the run; reports a problem and returns `None` if that fails.
 pub(super) fn open(
-    uri: &str,
+    uri: &ObjectUri,
     revision: Option<&str>,
     role: Role,
     environment: &Environment,
     location: &str,
     findings: &mut Findings,
 ) -> Option<Store> {
-    let uri = match ObjectUri::parse(uri) {
-        Ok(uri) => uri,
-        Err(error) => {
-            findings.add_problem(ProblemReason::InvalidSpec, location, error.to_string());
-            return None;
-        }
-    };
-    match Store::open(&uri, revision, role, environment) {
+    match Store::open(uri, revision, role, environment) {
         Ok(store) => Some(store),
         Err(error) => {
             findings.add_store_error(location, &error);

@@ -2,7 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use finetune_contract::{FailureReason, LoraFacts, ModelFacts, PreflightConfig, ProblemReason};
+use finetune_contract::{
+    FailureReason, LoraFacts, ModelFacts, ObjectUri, PreflightConfig, ProblemReason,
+};
 
 use crate::{
     architecture::{config::ModelConfig, names},
@@ -189,7 +191,7 @@ pub(super) fn check(
 
 /// Checks that training can start from a checkpoint of another run.
 fn check_initial_checkpoint(
-    uri: &str,
+    uri: &ObjectUri,
     config: &PreflightConfig,
     model: &ModelConfig,
     environment: &Environment,
@@ -273,7 +275,13 @@ fn imported(
     match gguf::local_model_directory(store, &work_dir.join("models")) {
         Ok(directory) => {
             let uri = format!("file://{}", directory.display());
-            open(&uri, None, Role::Model, environment, MODEL_URI, findings)
+            match ObjectUri::parse(&uri) {
+                Ok(uri) => open(&uri, None, Role::Model, environment, MODEL_URI, findings),
+                Err(error) => {
+                    findings.add_problem(ProblemReason::InvalidSpec, MODEL_URI, error.to_string());
+                    None
+                }
+            }
         }
         Err(failure) => {
             findings.add_failure(MODEL_URI, &failure);

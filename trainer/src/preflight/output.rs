@@ -51,7 +51,7 @@ pub(super) fn check(
         }
         Ok(OutputContents::OtherInputs(contents)) => {
             if !config.output.overwrite {
-                let uri = config.output.uri.clone();
+                let uri = config.output.uri.to_string();
                 findings.add_store_error(LOCATION, &store::Error::OutputExists { uri, contents });
             }
             (Some(OutputState::OtherInputs), None)

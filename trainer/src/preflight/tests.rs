@@ -4,8 +4,8 @@ use std::{collections::BTreeMap, fs, path::Path};
 
 use finetune_contract::{
     CONTRACT_VERSION, DatasetFormat, DatasetSource, LoraSettings, ModelSource, ModuleNames,
-    OnInvalidRow, OnOverflow, OutputTarget, PreflightConfig, PreflightReport, RowSource, RunId,
-    TERMINATION_MESSAGE_LIMIT, TargetModules, render,
+    ObjectUri, OnInvalidRow, OnOverflow, OutputTarget, PreflightConfig, PreflightReport, RowSource,
+    RunId, TERMINATION_MESSAGE_LIMIT, TargetModules, render, testing::file_uri,
 };
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
@@ -27,7 +27,7 @@ struct Fixture {
 impl Fixture {
     fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let at = |name: &str| format!("file://{}/{name}", directory.path().display());
+        let at = |name: &str| file_uri(&directory.path().join(name));
         let config = PreflightConfig::of(
             RunId("run-1".to_owned()),
             ModelSource::of(at("model")),
@@ -52,8 +52,8 @@ impl Fixture {
         fixture
     }
 
-    fn at(&self, name: &str) -> String {
-        format!("file://{}", self.path(name).display())
+    fn at(&self, name: &str) -> ObjectUri {
+        file_uri(&self.path(name))
     }
 
     fn path(&self, name: &str) -> std::path::PathBuf {
@@ -397,11 +397,11 @@ fn checks_the_adapter_against_the_model() {
 #[test]
 fn reports_all_mistakes_at_once() {
     let mut fixture = Fixture::new();
-    fixture.config.output.uri = "ftp://x/y".to_owned();
+    fixture.config.output.uri = fixture.at("model/out");
     fixture.config.dataset.train = Some(fixture.at("train.jsonl.missing"));
     insta::assert_snapshot!(fixture.check(), @r#"
         NotFound spec.dataset.train: nothing is at file:///train.jsonl.missing
-        InvalidSpec spec.output.uri: "ftp://x/y" has the unknown scheme "ftp": use hf, s3, gs, az, pvc or file
+        InvalidSpec spec.output.uri: "file:///model/out" lies inside spec.model.uri (file:///model): a result is never written over, into or around what it is made from, with or without output.overwrite; choose a place beside it
         "#);
 }
 
@@ -558,7 +558,7 @@ InvalidSpec spec.loraConfig: loraConfig selects no module: nothing would be trai
 /// Writes an adapter of rank 8 on the attention of the model, after `change` of its settings.
 fn with_adapter(change: impl FnOnce(&mut serde_json::Value), is_cut: bool) -> Fixture {
     let mut fixture = Fixture::new().with_lora(|_| {});
-    fixture.config.initial_adapter = Some(format!("file://{}", fixture.path("adapter").display()));
+    fixture.config.initial_adapter = Some(fixture.at("adapter"));
     fs::create_dir(fixture.path("adapter")).unwrap();
     let mut settings = json!({
         "peft_type": "LORA", "r": 8, "lora_alpha": 16, "lora_dropout": 0.1,
@@ -607,7 +607,7 @@ fn an_initial_adapter_must_have_the_requested_shape() {
 fn an_initial_checkpoint_must_fit_the_model() {
     let mut fixture = Fixture::new();
     let checkpoint = fixture.path("step-00000006");
-    fixture.config.initial_checkpoint = Some(format!("file://{}", checkpoint.display()));
+    fixture.config.initial_checkpoint = Some(file_uri(&checkpoint));
     insta::assert_snapshot!(fixture.check(), @"NotFound spec.initialCheckpoint.uri: file:///step-00000006 has no checkpoint-manifest.json: name one step of a run, such as OUTPUT.checkpoints/RUN/step-00000600; to start from a published adapter use initialAdapter, from a published model use model.uri");
     fs::create_dir(&checkpoint).unwrap();
     let manifest = |trained: u64| {
@@ -740,7 +740,8 @@ fn several_sources_are_read_each_in_its_format() {
     assert_eq!(fixture.check(), "");
     let census = fixture.report().train.unwrap();
     assert_eq!((census.files, census.rows, census.duplicate_rows), (2, 5, 0));
-    fixture.config.dataset.sources[1].uri += ".missing";
+    let missing = &mut fixture.config.dataset.sources[1].uri;
+    *missing = missing.with_suffix(".missing");
     insta::assert_snapshot!(fixture.check(), @"NotFound spec.dataset.sources: nothing is at file:///b.csv.missing");
 }
 

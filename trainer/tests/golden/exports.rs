@@ -14,7 +14,7 @@ use finetune_contract::{
     DatasetFormat, DatasetSource, Document, Dtype, ExpectedData, LoraSettings, ModelSource,
     OnOverflow, OutputTarget, PreflightConfig, PreflightReport, RunConfig, RunId, TargetModules,
     TrainerArgs, TrainerCommand, TrainingSettings, parse, render,
-    testing::{run_config, training_settings},
+    testing::{file_uri, run_config, training_settings},
 };
 use finetune_trainer::{
     data::{chat::rendering::Rendering, tokenizer::Tokenizer},
@@ -241,14 +241,15 @@ impl<'a> Case<'a> {
         let run_id = RunId(self.name.clone());
         let model = ModelSource {
             added_tokens: self.base.added_tokens.clone(),
-            ..ModelSource::of(uri(&self.base.directory))
+            ..ModelSource::of(file_uri(&self.base.directory))
         };
         let dataset = DatasetSource {
             format: DatasetFormat::Text,
             on_overflow: OnOverflow::Error,
-            ..DatasetSource::of(uri(&self.directory.join("train.jsonl")))
+            ..DatasetSource::of(file_uri(&self.directory.join("train.jsonl")))
         };
-        let target = OutputTarget { merge: self.lora.is_some(), ..OutputTarget::of(uri(&output)) };
+        let target =
+            OutputTarget { merge: self.lora.is_some(), ..OutputTarget::of(file_uri(&output)) };
         let report: PreflightReport = self.trainer(
             TrainerCommand::Preflight,
             &PreflightConfig {
@@ -333,8 +334,4 @@ fn load(directory: &Path) -> Model {
     let config = read_config(directory).unwrap();
     let seed = RngKey::from_seed(0);
     Model::load(directory, config, Trainable::Frozen, Dtype::Fp32, Device::Cpu, seed).unwrap()
-}
-
-fn uri(path: &Path) -> String {
-    format!("file://{}", path.display())
 }

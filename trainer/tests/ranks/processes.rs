@@ -13,7 +13,7 @@ use finetune_contract::{
     Outcome, OutputTarget, Parallelism, PreflightConfig, PreflightReport, Progress, Recompute,
     RunConfig, RunId, RunReport, StoppedEarly, Strategy, TrainerArgs, TrainerCommand,
     TrainingSettings, parse, render,
-    testing::{run_config, training_settings},
+    testing::{file_uri, run_config, training_settings},
 };
 use serde_json::json;
 use tch::{Kind, Tensor};
@@ -48,7 +48,7 @@ struct RankExit {
 impl Case {
     fn new(is_lora: bool, total_steps: u64) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let uri = |name: &str| format!("file://{}", directory.path().join(name).display());
+        let uri = |name: &str| file_uri(&directory.path().join(name));
         // Rows of different lengths, so that no two ranks have the same number of tokens.
         for (name, rows) in [("train", 0..13), ("validation", 20..25)] {
             let rows = rows.map(|row: usize| {
@@ -70,7 +70,7 @@ impl Case {
             on_overflow: OnOverflow::Error,
             ..DatasetSource::of(uri("train.jsonl"))
         };
-        let model = ModelSource::of(format!("file://{}", model.display()));
+        let model = ModelSource::of(file_uri(&model));
         let output = OutputTarget { overwrite: true, ..OutputTarget::of(uri("output")) };
         let config = RunConfig {
             run_id: RunId("tiny".to_owned()),
@@ -338,7 +338,7 @@ fn a_published_adapter_is_a_starting_point() {
         (case.directory.path().join("output"), case.directory.path().join("before"));
     fs::rename(output, &adapter).unwrap();
     case.config.run_id = RunId("continued".to_owned());
-    case.config.initial_adapter = Some(format!("file://{}", adapter.display()));
+    case.config.initial_adapter = Some(file_uri(&adapter));
     for (world_size, strategy) in [(1, Strategy::None), (2, Strategy::Zero3)] {
         case.remove_output();
         let (report, weights) = case.finish(&case.over(world_size, strategy));
@@ -387,7 +387,7 @@ fn a_run_starts_from_a_checkpoint_of_another_run_over_any_number_of_ranks() {
         let (step, loss) = stopped_at_a_step(&case, strategy);
         case.config.run_id = RunId("another".to_owned());
         case.config.training.total_steps = 4;
-        case.config.initial_checkpoint = Some(format!("file://{}", step.display()));
+        case.config.initial_checkpoint = Some(file_uri(&step));
         for (world_size, strategy) in [(1, Strategy::None), (2, Strategy::Zero3)] {
             case.remove_output();
             let (report, _) = case.finish(&case.over(world_size, strategy));

@@ -73,7 +73,7 @@ fn manifest(run: &str) -> Manifest {
         run_id: RunId(run.to_owned()),
         kind: ArtifactKind::Adapter,
         generator: "test".to_owned(),
-        base_model: ModelSource::of("hf://o/n"),
+        base_model: ModelSource::of("hf://o/n".parse().unwrap()),
         train_sha256: "0".repeat(64),
         inputs: Some(InputDigests {
             train_sha256: "0".repeat(64),

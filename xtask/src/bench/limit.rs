@@ -4,7 +4,7 @@ use std::{path::Path, process::Command};
 
 use anyhow::{Context, Result};
 use finetune_contract::{
-    DatasetSource, MachineFacts, ModelFacts, ModelSource, OutputTarget, PreflightConfig,
+    DatasetSource, MachineFacts, ModelFacts, ModelSource, ObjectUri, OutputTarget, PreflightConfig,
     PreflightReport, RunId, TrainerArgs, TrainerCommand,
 };
 
@@ -54,14 +54,14 @@ impl Limit {
 pub(crate) fn measure(binaries: &Binaries, model: &Path) -> Result<Limit> {
     let directory = shell::root().join("target/bench-preflight");
     std::fs::create_dir_all(&directory)?;
-    let uri = |path: &Path| format!("file://{}", path.display());
+    let uri = |path: &Path| ObjectUri::parse(&format!("file://{}", path.display()));
     let config = PreflightConfig {
         measure_machine: true,
         ..PreflightConfig::of(
             RunId("bench".to_owned()),
-            ModelSource::of(uri(model)),
-            DatasetSource::of(uri(&dataset::files()?.train)),
-            OutputTarget::of(uri(&directory.join("output"))),
+            ModelSource::of(uri(model)?),
+            DatasetSource::of(uri(&dataset::files()?.train)?),
+            OutputTarget::of(uri(&directory.join("output"))?),
         )
     };
     let [config_file, report_file] =

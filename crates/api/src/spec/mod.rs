@@ -159,8 +159,11 @@ impl FineTuneJobSpec {
     /// Describes each overlap of the output with an input: nothing is written over, into or around what
     /// it is made from.
     pub fn overlaps(&self) -> Vec<String> {
+        // What cannot be parsed is another check's to report.
+        let Ok(output) = self.output.uri.parse() else { return Vec::new() };
         let inputs = self.uris().filter(|(path, _)| *path != OUTPUT);
-        overlaps_with_inputs(&self.output.uri, inputs, |uri| uri)
+        let inputs = inputs.filter_map(|(path, uri)| Some((path, uri.parse().ok()?)));
+        overlaps_with_inputs(&output, inputs, |uri| uri)
     }
 
     /// Returns the user's limit of a training pod's memory, in bytes, if there is one that can be read.

@@ -228,7 +228,7 @@ fn claims(job: &FineTuneJob) -> Vec<String> {
     let mut claims: Vec<String> = job
         .spec
         .uris()
-        .filter_map(|(_, uri)| ObjectUri::parse(uri).ok())
+        .filter_map(|(_, uri)| uri.parse::<ObjectUri>().ok())
         .filter(|uri| uri.scheme == Scheme::Pvc)
         .map(|uri| uri.authority)
         .collect();

@@ -166,12 +166,19 @@ fn deadline_exceeded(input: &Input<'_>, status: &FineTuneJobStatus) -> Option<Fi
 /// Finds what the schema cannot: it is refused before any pod exists.
 fn invalid_spec(input: &Input<'_>) -> Option<Finished> {
     let job = input.job;
-    let problem = unreachable_uri(job)
+    let problem = unusable_uri(job)
+        .or_else(|| unreachable_uri(job))
         .or_else(|| overlapping_output(job))
         .or_else(|| resolve::unusable_names(job))?;
     let accepted =
         ConditionChange::new(Kind::Accepted, Truth::False, Reason::InvalidSpec, &problem);
     Some(Finished::failed(Reason::InvalidSpec, problem).with(accepted))
+}
+
+/// Returns what is wrong with the first URI that cannot be parsed: the CRD checks only its scheme.
+fn unusable_uri(job: &FineTuneJob) -> Option<String> {
+    let problem = resolve::unusable_uris(&job.spec).into_iter().next()?;
+    Some(problem.to_string())
 }
 
 /// Returns what is wrong with a `file://` URI, which means nothing in a cluster.

@@ -19,10 +19,16 @@ use finetune_plan::{
 
 /// Decides about a job that has no plan yet.
 pub(super) fn decide(input: &Input<'_>, status: &FineTuneJobStatus) -> State {
-    let config = || finetune_contract::render(&resolve::preflight_config(input.job, false));
+    let config = match resolve::preflight_config(input.job, false) {
+        Ok(config) => config,
+        Err(problems) => {
+            let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
+            return State::Finished(Finished::failed(Reason::InvalidSpec, problems.join("\n")));
+        }
+    };
     let work = Work {
         step: Step::Preflight,
-        config: &config,
+        config: &|| finetune_contract::render(&config),
         plan: None,
         parallelism: Parallelism::SINGLE,
     };
@@ -62,7 +68,7 @@ fn planned(placement: &Placement) -> State {
     let plan = &placement.plan;
     let already_published =
         plan.already_published.as_ref().zip(plan.nothing_to_train()).map(|(found, message)| {
-            let result = published_before(&plan.run_config.output.uri, found);
+            let result = published_before(&plan.run_config.output.uri.to_string(), found);
             let reason = Reason::AlreadyPublished;
             Finished::succeeded(reason, reason, message, result)
         });

@@ -137,7 +137,7 @@ fn a_run_that_an_earlier_release_planned_keeps_its_id() {
     let config_text = world.job.status.as_ref().unwrap().plan.as_ref().unwrap().run_config.clone();
     let config: RunConfig = parse(&config_text).unwrap();
     assert_eq!(config.run_id.0, "minimal-813dde86");
-    assert!(config.checkpoints_uri.ends_with(".checkpoints/minimal-813dde86"));
+    assert!(config.checkpoints_uri.path.ends_with(".checkpoints/minimal-813dde86"));
     world.wait(3);
     world.settle();
     world.succeed();

@@ -6,6 +6,16 @@ use crate::operator::job::{conditions::Kind, testing::World};
 use finetune_plan::testing;
 
 #[test]
+fn a_uri_that_cannot_be_parsed_is_refused_before_any_pod() {
+    let mut world = World::new("");
+    world.job.spec.dataset.train = Some("s3://bucket/../rows.jsonl".to_owned());
+    world.settle();
+    assert_eq!(world.summary(), "False InvalidSpec");
+    insta::assert_snapshot!(world.message(), @r#"spec.dataset.train: "s3://bucket/../rows.jsonl" contains a relative path segment (`.` or `..`), which an object URI cannot have"#);
+    assert!(world.observed.jobs.is_empty());
+}
+
+#[test]
 fn problems_of_the_preflight_end_the_job_before_training() {
     let mut world = World::new("");
     world.settle();
