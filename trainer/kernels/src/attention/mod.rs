@@ -6,8 +6,11 @@
 //! head are computed together, so that keys are packed once and their gradients need no second
 //! sum.
 
+mod amx;
 mod generic;
 mod rows;
+
+use half::bf16;
 
 use crate::{
     Element,
@@ -82,12 +85,22 @@ fn forward_with<E: Element, K: MicroKernel>(
     }
     // Long tasks first, so that no thread is left with one at the end.
     tasks.sort_by_key(|task| std::cmp::Reverse(task.first + task.queries));
+    if K::HAS_TILES {
+        let inputs = [q, k, v].map(as_bf16);
+        let (out, logsumexp) = (Shared::new(as_bf16_mut(out)), Shared::new(logsumexp));
+        run::<K>(pool, &tasks, &|task| {
+            #[expect(unsafe_code, reason = "needs certain CPU features")]
+            // SAFETY: the CPU was checked, and tasks have different queries.
+            unsafe {
+                amx::forward(task, shape, positions, inputs, &out, &logsumexp);
+            }
+        });
+        return;
+    }
     let (out, logsumexp) = (Shared::new(out), Shared::new(logsumexp));
-    pool.run(tasks.len(), &|index| {
-        let _release = ReleaseGuard::<K>::new();
-        let task = &tasks[index];
+    run::<K>(pool, &tasks, &|task| {
         #[expect(unsafe_code, reason = "needs certain CPU features")]
-        // SAFETY: the CPU was checked.
+        // SAFETY: as above.
         unsafe {
             generic::forward::<E, K>(task, shape, positions, [q, k, v], &out, &logsumexp);
         }
@@ -148,17 +161,48 @@ fn backward_with<E: Element, K: MicroKernel>(
         })
         .collect();
     tasks.sort_by_key(|task| std::cmp::Reverse(task.length));
+    if K::HAS_TILES {
+        let BackwardInputs { out, logsumexp, d_out } = backward_inputs;
+        let inputs = [q, k, v].map(as_bf16);
+        let backward_inputs =
+            BackwardInputs { out: as_bf16(out), logsumexp, d_out: as_bf16(d_out) };
+        let grads = [dq, dk, dv].map(|grad| Shared::new(as_bf16_mut(grad)));
+        run::<K>(pool, &tasks, &|task| {
+            #[expect(unsafe_code, reason = "needs certain CPU features")]
+            // SAFETY: the CPU was checked, and tasks have different heads or segments.
+            unsafe {
+                amx::backward(task, shape, positions, inputs, backward_inputs, &grads);
+            }
+        });
+        return;
+    }
     let grads = [dq, dk, dv].map(Shared::new);
-    pool.run(tasks.len(), &|index| {
-        let _release = ReleaseGuard::<K>::new();
-        let task = &tasks[index];
+    run::<K>(pool, &tasks, &|task| {
         #[expect(unsafe_code, reason = "needs certain CPU features")]
-        // SAFETY: the CPU was checked.
+        // SAFETY: as above.
         unsafe {
             generic::backward::<E, K>(task, shape, positions, [q, k, v], backward_inputs, &grads);
         }
     });
 }
+
+/// Runs tasks on a pool; each releases the kernel's CPU state when it ends.
+fn run<K: MicroKernel>(pool: &dyn Pool, tasks: &[Task], pass: &(dyn Fn(&Task) + Sync)) {
+    pool.run(tasks.len(), &|index| {
+        let _release = ReleaseGuard::<K>::new();
+        pass(&tasks[index]);
+    });
+}
+
+fn as_bf16<E: Element>(values: &[E]) -> &[bf16] {
+    E::as_bf16(values).expect(HOLDS_BF16)
+}
+
+fn as_bf16_mut<E: Element>(values: &mut [E]) -> &mut [bf16] {
+    E::as_bf16_mut(values).expect(HOLDS_BF16)
+}
+
+const HOLDS_BF16: &str = "AMX is chosen for bf16 alone";
 
 /// Returns the first position and the length of each segment.
 fn starts(lengths: &[usize]) -> impl Iterator<Item = (usize, usize)> {
@@ -293,5 +337,129 @@ mod tests {
         ] {
             check::<E, K>(Shape { heads, kv_heads, width, window }, lengths, rounding);
         }
+    }
+
+    #[test]
+    fn follows_the_formula_where_chunks_and_groups_of_keys_end() {
+        check_chunks::<bf16, Amx>(1.0 / 512.0);
+        check_chunks::<bf16, Avx512Bf16>(1.0 / 512.0);
+        check_chunks::<f32, Avx512>(1e-6);
+    }
+
+    fn check_chunks<E: Element, K: MicroKernel>(rounding: f64) {
+        if !K::is_supported() {
+            eprintln!("skipped: this CPU has no {}", std::any::type_name::<K>());
+            return;
+        }
+        let all = usize::MAX;
+        for (heads, kv_heads, width, window, lengths) in [
+            (9, 3, 64, all, &[1, 31, 32, 33, 127, 129][..]),
+            (3, 1, 96, all, &[257, 65]),
+            (2, 2, 160, all, &[40]),
+            (1, 1, 64, 2, &[70]),
+            (2, 1, 64, 31, &[130]),
+            (2, 1, 64, 33, &[161]),
+            (3, 1, 64, 300, &[700]),
+        ] {
+            // Another task leaves numbers in the buffers that must not matter.
+            leave_nan::<E, K>(Shape { heads, kv_heads, width, window });
+            check::<E, K>(Shape { heads, kv_heads, width, window }, lengths, rounding);
+        }
+    }
+
+    /// Fills this thread's buffers with NaN.
+    fn leave_nan<E: Element, K: MicroKernel>(shape: Shape) {
+        let length = 300;
+        let nan = |heads: usize| vec![E::from_f32(f32::NAN); length * heads * shape.width];
+        let (q, k) = (nan(shape.heads), nan(shape.kv_heads));
+        let (mut out, mut dq, mut dk, mut dv) = (q.clone(), q.clone(), k.clone(), k.clone());
+        let mut logsumexp = vec![f32::NAN; length * shape.heads];
+        let lengths = [length];
+        forward_with::<E, K>(&Serial, shape, &lengths, [&q, &k, &k], &mut out, &mut logsumexp);
+        assert!(out.iter().all(|value| value.to_f32().is_nan()));
+        let backward_inputs = BackwardInputs { out: &out, logsumexp: &logsumexp, d_out: &q };
+        let grads = [&mut dq[..], &mut dk, &mut dv];
+        backward_with::<E, K>(&Serial, shape, &lengths, [&q, &k, &k], backward_inputs, grads);
+        assert!(dq.iter().chain(&dk).chain(&dv).all(|value| value.to_f32().is_nan()));
+    }
+
+    #[test]
+    fn denominators_are_exact_even_if_scores_differ_by_hundreds() {
+        check_denominators::<bf16, Amx>();
+        check_denominators::<bf16, Avx512Bf16>();
+        check_denominators::<f32, Avx512>();
+    }
+
+    fn check_denominators<E: Element, K: MicroKernel>() {
+        if !K::is_supported() {
+            eprintln!("skipped: this CPU has no {}", std::any::type_name::<K>());
+            return;
+        }
+        let (length, width) = (200, 64);
+        let shape = Shape { heads: 1, kv_heads: 1, width, window: usize::MAX };
+        for factor in [0.1, 1.0, 8.0] {
+            let of = |seed| {
+                let values = numbers(length * width, seed);
+                rounded::<E>(&values.iter().map(|value| factor * value).collect::<Vec<_>>())
+            };
+            let (q, k) = (of(1), of(2));
+            let (mut out, mut logsumexp) = (q.clone(), vec![f32::NAN; length]);
+            forward_with::<E, K>(&Serial, shape, &[length], [&q, &k, &k], &mut out, &mut logsumexp);
+            for (i, found) in logsumexp.iter().enumerate() {
+                let row = |of: &[E], row: usize| {
+                    of[row * width..][..width].iter().map(|x| f64::from(x.to_f32())).collect()
+                };
+                let query: Vec<f64> = row(&q, i);
+                let scores = (0..=i).map(|j| {
+                    let key: Vec<f64> = row(&k, j);
+                    query.iter().zip(&key).map(|(q, k)| q * k).sum::<f64>() / 8.0
+                });
+                let exact = scores.map(f64::exp).sum::<f64>().ln();
+                let error = (f64::from(*found) - exact).abs();
+                assert!(error < 1e-6 * exact.abs().max(2.0), "query {i}: {found}, not {exact}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_segment_does_not_depend_on_the_others() {
+        check_segments::<bf16, Amx>();
+        check_segments::<bf16, Avx512Bf16>();
+        check_segments::<f32, Avx512>();
+    }
+
+    fn check_segments<E: Element, K: MicroKernel>() {
+        if !K::is_supported() {
+            eprintln!("skipped: this CPU has no {}", std::any::type_name::<K>());
+            return;
+        }
+        let shape = Shape { heads: 3, kv_heads: 1, width: 64, window: 90 };
+        let (first, second) = (45, 333);
+        let of = |heads: usize, seed| {
+            rounded::<E>(&numbers((first + second) * heads * shape.width, seed))
+        };
+        let (q, k, v, d_out) = (of(3, 1), of(1, 2), of(1, 3), of(3, 4));
+        let run = |lengths: &[usize], from: usize| {
+            let positions: usize = lengths.iter().sum();
+            let part = |values: &[E], heads: usize| {
+                let row = heads * shape.width;
+                values[from * row..(from + positions) * row].to_vec()
+            };
+            let (q, k, v, d_out) = (part(&q, 3), part(&k, 1), part(&v, 1), part(&d_out, 3));
+            let mut logsumexp = vec![0.0; positions * 3];
+            let (mut out, mut dq, mut dk, mut dv) = (q.clone(), q.clone(), k.clone(), k.clone());
+            let inputs = [&q[..], &k, &v];
+            forward_with::<E, K>(&Serial, shape, lengths, inputs, &mut out, &mut logsumexp);
+            let backward_inputs =
+                BackwardInputs { out: &out, logsumexp: &logsumexp, d_out: &d_out };
+            let grads = [&mut dq[..], &mut dk, &mut dv];
+            backward_with::<E, K>(&Serial, shape, lengths, inputs, backward_inputs, grads);
+            let bits = |values: &[E], heads: usize| {
+                let last = values.len() - second * heads * shape.width;
+                values[last..].iter().map(|value| value.to_f32().to_bits()).collect::<Vec<_>>()
+            };
+            [bits(&out, 3), bits(&dq, 3), bits(&dk, 1), bits(&dv, 1)]
+        };
+        assert!(run(&[first, second], 0) == run(&[second], first));
     }
 }
