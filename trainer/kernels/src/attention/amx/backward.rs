@@ -4,10 +4,7 @@
 //! of the right operand, and probabilities need no transposition.
 
 use std::{
-    arch::x86_64::{
-        __m512i, _mm512_dpbf16_ps, _mm512_fmsub_ps, _mm512_mul_ps, _mm512_set1_ps,
-        _mm512_setzero_ps, _mm512_setzero_si512, _mm512_sub_ps,
-    },
+    arch::x86_64::{_mm512_dpbf16_ps, _mm512_setzero_ps},
     cell::RefCell,
     f32::consts::LOG2_E,
     ops::Range,
@@ -16,15 +13,14 @@ use std::{
 use half::bf16;
 
 use super::{
-    Band, Chunk, ChunkWords,
-    exp2::exp2_for_bf16,
+    Band,
     forward::write,
+    gradients::{KEYS, QUERIES, Scratch},
     pack::{Packed, tiles},
-    prefetch::prefetch_for_writing,
-    vector::{load_bf16, load_pair, pairs_of_rows, round, row_of, store, store_words, sums},
+    vector::{load_bf16, store, sums},
 };
 use crate::{
-    aligned::{Aligned, Buffer},
+    aligned::Buffer,
     amx::square::{SIDE, configure_squares, product},
     attention::{BackwardInputs, Shape, Task, rows::Rows},
     gemm::{LANES, words_of},
@@ -32,10 +28,6 @@ use crate::{
     transpose::{BLOCK_SIDE, transpose_block},
 };
 
-/// Chunks of queries whose products with a chunk of keys are summed in tiles.
-const QUERIES: usize = 4;
-/// Chunks of keys whose products with a chunk of queries are summed in tiles.
-const KEYS: usize = 8;
 /// Computes the gradients of a task, which has all queries of a segment.
 ///
 /// # Safety
@@ -67,7 +59,6 @@ pub(in crate::attention) unsafe fn backward(
                 let (stride, column) = (heads * width, head * width);
                 let rows = Rows { start: start + first, stride, column, width };
                 let lse_at = head * positions + rows.start;
-                prefetch_for_writing(&rows, dq, 0..count);
                 queries.load(&rows, q, backward_inputs, lse_at..lse_at + count);
                 let block = Block { queries: chunks.clone(), is_first_head: index == 0 };
                 pass.run(&block, queries, keys, scratch);
@@ -96,7 +87,7 @@ struct Keys {
     k_columns: Packed,
     v_columns: Packed,
     k_pairs: Packed,
-    /// The gradients of keys: for each chunk `[E, keys]`, in the order of [`pairs_of_rows`].
+    /// The gradients of keys: for each chunk `[E, keys]`, in the order of [`pairs_of_rows`](super::vector::pairs_of_rows).
     k_sums: Buffer<f32>,
     v_sums: Buffer<f32>,
     /// A chunk of gradients, `[keys, E]`.
@@ -222,7 +213,8 @@ impl Pass {
             product::<false>(steps, d_chunk, v_chunk, &mut *scratch.d_scores, SIDE);
         }
         self.band.mask(query, key, &mut scratch.scores);
-        scratch.differentiate(at, self.scale, queries);
+        let (lse, delta) = (&queries.lse[at[0] * SIDE..], &queries.delta[at[0] * SIDE..]);
+        scratch.differentiate(at, self.scale, lse, delta);
     }
 
     /// Adds to the gradients of a chunk of keys and values, or writes them; `rows` are the block's
@@ -342,83 +334,7 @@ impl Queries {
     }
 }
 
-/// The scores of two chunks and their gradients, and the gradients of a group of chunks.
-struct Scratch {
-    scores: Aligned<Chunk>,
-    d_scores: Aligned<Chunk>,
-    /// The probabilities of a chunk of keys, as words of adjacent queries.
-    p_pairs: Aligned<[ChunkWords; QUERIES]>,
-    ds_pairs: Aligned<[ChunkWords; QUERIES]>,
-    /// As rows, `[queries, keys]`.
-    ds_rows: Vec<Aligned<[ChunkWords; KEYS]>>,
-}
-
-impl Default for Scratch {
-    fn default() -> Self {
-        let words = [0; SIDE * SIDE / 2];
-        Self {
-            scores: Aligned([0.0; SIDE * SIDE]),
-            d_scores: Aligned([0.0; SIDE * SIDE]),
-            p_pairs: Aligned([words; QUERIES]),
-            ds_pairs: Aligned([words; QUERIES]),
-            ds_rows: vec![Aligned([words; KEYS]); QUERIES],
-        }
-    }
-}
-
-impl Scratch {
-    /// Computes probabilities `p` and score gradients `ds = p ∘ (dp − delta)` of a chunk.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    fn differentiate(&mut self, [query, key]: [usize; 2], scale: f32, queries: &Queries) {
-        let (lse, delta) = (&queries.lse[query * SIDE..], &queries.delta[query * SIDE..]);
-        let scale = scale * LOG2_E;
-        let (ds_rows, _) = self.ds_rows[query][key].as_chunks_mut();
-        let (p_low, p_high) = halves(&mut self.p_pairs[query]);
-        let (ds_low, ds_high) = halves(&mut self.ds_pairs[query]);
-        let mut rows = [[_mm512_setzero_si512(); 2]; 2];
-        for pair in 0..SIDE / 2 {
-            for (row, to) in (2 * pair..).zip(&mut rows) {
-                let [score, d_score] = [row_of(&self.scores, row), row_of(&self.d_scores, row)];
-                *to = gradients([score, d_score], scale, lse[row], delta[row]);
-                store_words(&mut ds_rows[row], to[1]);
-            }
-            let [[first_p, first_ds], [second_p, second_ds]] = rows;
-            let [low, high] = pairs_of_rows(first_p, second_p);
-            store_words(&mut p_low[pair], low);
-            store_words(&mut p_high[pair], high);
-            let [low, high] = pairs_of_rows(first_ds, second_ds);
-            store_words(&mut ds_low[pair], low);
-            store_words(&mut ds_high[pair], high);
-        }
-    }
-}
-
-/// Returns the probabilities and score gradients of a query, rounded.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-#[inline]
-fn gradients(
-    [scores, d_scores]: [&[f32; SIDE]; 2],
-    scale: f32,
-    lse: f32,
-    delta: f32,
-) -> [__m512i; 2] {
-    let (scale, lse, delta) = (_mm512_set1_ps(scale), _mm512_set1_ps(lse), _mm512_set1_ps(delta));
-    let [a, b] = load_pair(scores);
-    let a = exp2_for_bf16(_mm512_fmsub_ps(a, scale, lse));
-    let b = exp2_for_bf16(_mm512_fmsub_ps(b, scale, lse));
-    let [da, db] = load_pair(d_scores);
-    let da = _mm512_mul_ps(a, _mm512_sub_ps(da, delta));
-    let db = _mm512_mul_ps(b, _mm512_sub_ps(db, delta));
-    [round([a, b]), round([da, db])]
-}
-
-/// Returns the rows of both tiles of a chunk.
-#[inline]
-fn halves(chunk: &mut ChunkWords) -> (&mut [[u32; LANES]], &mut [[u32; LANES]]) {
-    chunk.as_chunks_mut().0.split_at_mut(LANES)
-}
-
-/// Transposes a chunk of gradients, `[E, keys]` in the order of [`pairs_of_rows`].
+/// Transposes a chunk of gradients, `[E, keys]` in the order of [`pairs_of_rows`](super::vector::pairs_of_rows).
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 fn transpose_sums(sums: &[f32], width: usize, to: &mut [f32]) {
     let mut block = [0; BLOCK_SIDE * BLOCK_SIDE];

@@ -6,6 +6,7 @@
 mod backward;
 mod exp2;
 mod forward;
+mod gradients;
 mod pack;
 mod prefetch;
 mod softmax;
