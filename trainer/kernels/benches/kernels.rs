@@ -92,8 +92,9 @@ fn products<E: GemmElement>(dtype: &str) {
     println!("{dtype}, by {kernel}:");
     matmul::<E>();
     for (segments, length) in [(4, 256), (2, 1024), (16, 64)] {
-        attention::<E>(segments, length);
+        attention::<E>(&format!("{segments}x{length}"), &vec![length; segments]);
     }
+    attention::<E>("mixed lengths", &[37, 310, 128, 5, 411, 96, 250, 203, 64, 33, 511]);
 }
 
 fn matmul<E: GemmElement>() {
@@ -144,20 +145,19 @@ fn time_product(what: &str, [rows, depth, columns]: [usize; 3], run: impl FnMut(
     println!("{:40} {:.0} GFLOP/s", "", 2e-6 * (rows * depth * columns) as f64 / best);
 }
 
-fn attention<E: GemmElement>(segments: usize, length: usize) {
+fn attention<E: GemmElement>(what: &str, lengths: &[usize]) {
     let shape = attention::Shape { heads: 9, kv_heads: 3, width: 64, window: usize::MAX };
-    let positions = segments * length;
-    let lengths = vec![length; segments];
+    let positions: usize = lengths.iter().sum();
     let (q, k) = (values::<E>(positions * 576), values::<E>(positions * 192));
     let (mut out, mut lse) = (q.to_vec(), vec![0.0; positions * 9]);
-    time(&format!("attention::forward, {segments}x{length}"), || {
-        attention::forward(&Serial, shape, &lengths, [q, k, k], &mut out, &mut lse);
+    time(&format!("attention::forward, {what}"), || {
+        attention::forward(&Serial, shape, lengths, [q, k, k], &mut out, &mut lse);
     });
     let (mut dq, mut dk, mut dv) = (q.to_vec(), k.to_vec(), k.to_vec());
     let backward_inputs = attention::BackwardInputs { out: &out, logsumexp: &lse, d_out: q };
-    time(&format!("attention::backward, {segments}x{length}"), || {
+    time(&format!("attention::backward, {what}"), || {
         let grads = [&mut dq[..], &mut dk, &mut dv];
-        attention::backward(&Serial, shape, &lengths, [q, k, k], backward_inputs, grads);
+        attention::backward(&Serial, shape, lengths, [q, k, k], backward_inputs, grads);
     });
 }
 

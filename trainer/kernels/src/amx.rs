@@ -150,15 +150,18 @@ macro_rules! zero {
     };
 }
 
-/// Adds the product of tile 6, the left operand, and tile 7 to a tile of sums.
+/// Adds the product of two tiles to a tile of sums.
 macro_rules! add_product {
-    ($tile:literal) => {
+    ($sums:literal, $left:literal, $right:literal) => {
         asm!(
-            concat!("tdpbf16ps tmm", $tile, ", tmm6, tmm7"),
+            concat!("tdpbf16ps tmm", $sums, ", tmm", $left, ", tmm", $right),
             options(nomem, nostack, preserves_flags),
         )
     };
 }
+
+// Uses the macros above.
+pub(crate) mod square;
 
 /// Loads or stores the tiles of sums in use: those of the upper rows, then those of the lower rows.
 macro_rules! each_sum {
@@ -214,25 +217,25 @@ unsafe fn block<const TALL: bool, const W: usize, const ADD: bool>(tile: &Tile) 
         for _ in 0..tile.words / TILE_WORDS {
             load!(6, left, left_stride);
             load!(7, right, right_stride);
-            add_product!(0);
+            add_product!(0, 6, 7);
             if TALL {
                 load!(6, low, left_stride);
-                add_product!(3);
+                add_product!(3, 6, 7);
             }
             if W > 1 {
                 load!(7, right.add(LANES), right_stride);
                 if TALL {
-                    add_product!(4);
+                    add_product!(4, 6, 7);
                     load!(6, left, left_stride);
                 }
-                add_product!(1);
+                add_product!(1, 6, 7);
             }
             if W > 2 {
                 load!(7, right.add(2 * LANES), right_stride);
-                add_product!(2);
+                add_product!(2, 6, 7);
                 if TALL {
                     load!(6, low, left_stride);
-                    add_product!(5);
+                    add_product!(5, 6, 7);
                 }
             }
             left = left.wrapping_add(TILE_WORDS);
@@ -253,6 +256,7 @@ impl MicroKernel for Amx {
     const REUSES_PANELS: bool = true;
     const STEP: usize = TILE_WORDS;
     const NEEDS_ROW_MAJOR_LEFT: bool = true;
+    const HAS_TILES: bool = true;
 
     fn is_supported() -> bool {
         // Results are rounded by an AVX512-BF16 instruction.

@@ -10,6 +10,10 @@ pub trait Element: Copy + Default + Send + Sync + 'static {
     fn from_f32(value: f32) -> Self;
     /// Converts to bf16, rounding to nearest.
     fn to_bf16(self) -> bf16;
+    /// Returns the same slice if its elements are bf16.
+    fn as_bf16(values: &[Self]) -> Option<&[bf16]>;
+    /// Returns the same slice if its elements are bf16.
+    fn as_bf16_mut(values: &mut [Self]) -> Option<&mut [bf16]>;
 }
 
 #[expect(clippy::inline_always, reason = "inlined into every version of every kernel")]
@@ -27,6 +31,16 @@ impl Element for f32 {
     #[inline(always)]
     fn to_bf16(self) -> bf16 {
         <bf16 as Element>::from_f32(self)
+    }
+
+    #[inline(always)]
+    fn as_bf16(_: &[Self]) -> Option<&[bf16]> {
+        None
+    }
+
+    #[inline(always)]
+    fn as_bf16_mut(_: &mut [Self]) -> Option<&mut [bf16]> {
+        None
     }
 }
 
@@ -48,6 +62,16 @@ impl Element for bf16 {
     #[inline(always)]
     fn to_bf16(self) -> bf16 {
         self
+    }
+
+    #[inline(always)]
+    fn as_bf16(values: &[Self]) -> Option<&[bf16]> {
+        Some(values)
+    }
+
+    #[inline(always)]
+    fn as_bf16_mut(values: &mut [Self]) -> Option<&mut [bf16]> {
+        Some(values)
     }
 }
 

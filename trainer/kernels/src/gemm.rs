@@ -49,6 +49,8 @@ pub(crate) trait MicroKernel {
     const STEP: usize;
     /// Whether the words of a row of the left operand must be contiguous.
     const NEEDS_ROW_MAJOR_LEFT: bool;
+    /// Whether it multiplies bf16 in AMX tiles; attention has passes of its own for them.
+    const HAS_TILES: bool = false;
     /// Reports whether this CPU supports the kernel.
     fn is_supported() -> bool;
 
