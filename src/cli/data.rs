@@ -66,7 +66,7 @@ pub(super) fn check(asked: Check, named: Option<PathBuf>) -> Result<(), Failure>
     trainer::pass_on(Some(program), "data-check", &arguments)
 }
 
-/// Makes a job of rows and a model, with the defaults of everything else.
+/// Creates a job of rows and a model, with the defaults of everything else.
 fn job_of(rows: &str, model: &str) -> Result<FineTuneJob, Failure> {
     let text = json!({
         "apiVersion": "finetune.dev/v1alpha1",

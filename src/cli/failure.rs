@@ -45,7 +45,7 @@ impl Failure {
         Self { code, message: message.into() }
     }
 
-    /// Tells whether the reason was printed already.
+    /// Returns whether the reason was printed already.
     pub(super) fn is_explained(&self) -> bool {
         self.message.is_empty()
     }

@@ -50,14 +50,14 @@ enum Command {
         #[arg(short, long, value_enum, default_value_t = Output::Text)]
         output: Output,
     },
-    /// Run it here: preflight, plan, train, publish, verify; goes on where it was interrupted
+    /// Run it here: preflight, plan, train, publish, verify; resumes an interrupted run
     Run {
         #[command(flatten)]
         job: Job,
         #[command(flatten)]
         ranks: Ranks,
     },
-    /// Read a published result again and prove it
+    /// Download and verify a published result
     #[command(disable_help_flag = true)]
     Verify(PassedOn),
     /// Continue a prompt with a model, with or without an adapter
@@ -71,7 +71,7 @@ enum Command {
     Convert(PassedOn),
     /// Run the operator of a cluster; its Helm chart does
     Operator(operator::Arguments),
-    /// Print what makes a shell complete this command
+    /// Print a shell completion script
     Completions {
         /// The shell
         shell: clap_complete::Shell,

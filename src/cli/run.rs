@@ -61,7 +61,7 @@ pub(super) fn read(file: &Path) -> Result<FineTuneJob, Failure> {
     Ok(job)
 }
 
-/// Makes the directory of a job's work: the one named, else one below the user's state.
+/// Creates the directory of a job's work: the one named, else one below the user's state.
 pub(super) fn make_work_dir(named: Option<PathBuf>, job: &FineTuneJob) -> Result<PathBuf, Failure> {
     let work_dir = match named {
         Some(work_dir) => std::path::absolute(&work_dir).map_err(Failure::internal)?,
@@ -277,9 +277,7 @@ fn without_report(step: &str, ended: &trainer::Ended) -> Failure {
     match code {
         Some(code) if *code != 0 => Failure::status(
             *code as u8,
-            format!(
-                "finetune-trainer {step} ended with status {code} and left no report; see above"
-            ),
+            format!("finetune-trainer {step} exited with code {code} without a report; see above"),
         ),
         Some(_) => Failure::internal(format!(
             "finetune-trainer {step} left no report: is it of this release?"

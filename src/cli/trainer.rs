@@ -49,7 +49,7 @@ impl OomWatch {
         Self(oom_kills())
     }
 
-    /// Tells whether a process that ended meanwhile was OOM-killed.
+    /// Returns whether a process that ended meanwhile was OOM-killed.
     fn is_cause_of(&self, status: ExitStatus) -> bool {
         let is_killed = status.signal() == Some(Signal::KILL.as_raw());
         is_killed && self.0.zip(oom_kills()).is_some_and(|(before, now)| now > before)
@@ -124,7 +124,7 @@ impl Trainer {
         Ok((ended, documents.report()))
     }
 
-    /// Makes the command of a trainer.
+    /// Creates the command of a trainer.
     fn command(&self, what: TrainerCommand, documents: &Documents) -> Command {
         let Documents { config_path, report_path } = documents;
         let mut command = Command::new(&self.program);

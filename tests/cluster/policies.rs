@@ -61,7 +61,7 @@ impl End {
     }
 }
 
-/// Tells whether policies let a connection through, as the API says they mean.
+/// Returns whether policies let a connection through, as the API says they mean.
 ///
 /// Source: <https://kubernetes.io/docs/concepts/services-networking/network-policies/>
 pub fn is_allowed(

@@ -71,7 +71,7 @@ impl Prometheus {
         Self { name, child, directory, url: format!("http://{address}"), started: now() }
     }
 
-    /// Tells whether it answers; fails if it has ended.
+    /// Returns whether it answers; fails if it has ended.
     pub async fn is_ready(&mut self) -> bool {
         if let Some(status) = self.child.try_wait().unwrap() {
             let log = std::fs::read_to_string(self.directory.path().join("log")).unwrap();

@@ -80,7 +80,7 @@ fn put_at(key: &str, file: &Path) {
 }
 
 impl TestNamespace {
-    /// Makes a namespace under Pod Security `restricted`, with a tiny model and twelve rows in the
+    /// Creates a namespace under Pod Security `restricted`, with a tiny model and twelve rows in the
     /// bucket.
     pub async fn new(name: &str) -> Option<Self> {
         if !is_there() {

@@ -22,7 +22,7 @@ fn again(sandbox: &Sandbox, job: &Value) -> String {
 #[track_caller]
 fn assert_differs(shown: &str, what: &str) {
     assert!(shown.starts_with("exit 78\n"), "{shown}");
-    assert!(shown.contains(&format!("a result of other inputs (different are {what}")), "{shown}");
+    assert!(shown.contains(&format!("a result of different inputs (differing: {what}")), "{shown}");
 }
 
 #[test]

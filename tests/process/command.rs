@@ -141,9 +141,9 @@ Plan of minimal-c475808c
   lrSchedulerType            cosine          decays smoothly to zero
   numWarmupSteps             5               10 % of the steps, at most 10
   weightDecay                0               fine-tuning is short
-  maxGradNorm                1               keeps a rare row from throwing the weights
+  maxGradNorm                1               limits the effect of outlier batches
   seed                       42              fixed, so that a run can be repeated
-  checkpointSteps            by time         before 30 s of work would be lost, while that takes at most 1 % of the time
+  checkpointSteps            by time         about every 30 s, less often if it would take more than 1 % of the time
 
 Memory
   trained state                  144 MB
@@ -270,7 +270,7 @@ fn refuses_to_replace_another_runs_result() {
     insta::assert_snapshot!(check("run", MINIMAL, Some(&trainer)), @r#"
 exit 78
 error: the run cannot start:
-  spec.output.uri: file:///data/minimal holds a result of other inputs: choose another uri, or set output.overwrite: true to replace it
+  spec.output.uri: file:///data/minimal holds a result of different inputs: choose another uri, or set output.overwrite: true to replace it
     "#);
 }
 

@@ -74,7 +74,7 @@ pub(crate) fn read(text: &str) -> Expression {
     expression
 }
 
-/// Tells whether what precedes is a function or an aggregation: `rate(…)`, `sum by (…) (…)`.
+/// Returns whether what precedes is a function or an aggregation: `rate(…)`, `sum by (…) (…)`.
 fn is_call(next: &str) -> bool {
     let next = next.trim_start();
     next.starts_with('(') || ["by", "without"].contains(&word(next).0)

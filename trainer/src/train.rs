@@ -89,7 +89,7 @@ impl TrainLoop<'_> {
             since = clock::now();
             recorder.record_step(&self.state, self.epoch(), &figures);
             if self.state.step < settings.total_steps && self.is_out_of_time()? {
-                info!(step = self.state.step, "stopping early: its time is over");
+                info!(step = self.state.step, "stopping early: training.maxTimeSeconds is reached");
                 self.state.stopped_early = Some(StoppedEarly::Time);
             }
             let is_evaluation_due =

@@ -14,14 +14,17 @@ pub(crate) struct Binaries {
     pub trainer: PathBuf,
 }
 
-/// Builds the workspace for release.
+/// Builds the workspace for release, but for xtask, which runs already.
 ///
-/// Always the whole workspace: cargo unites features over what it builds at once, and building one
+/// Always the rest as a whole: cargo unites features over what it builds at once, and building one
 /// package alone would compile half of the dependencies again.
 pub(crate) fn run() -> Result<Binaries> {
     let libtorch = libtorch::directory()?;
     println!("building against libtorch in {}", libtorch.display());
-    shell::run(shell::cargo(&["build", "--release", "--workspace"]).env("LIBTORCH", libtorch))?;
+    shell::run(
+        shell::cargo(&["build", "--release", "--workspace", "--exclude", "xtask"])
+            .env("LIBTORCH", libtorch),
+    )?;
     let release = shell::root().join("target/release");
     Ok(Binaries { finetune: release.join("finetune"), trainer: release.join("finetune-trainer") })
 }

@@ -60,7 +60,7 @@ pub(crate) enum Phase {
 }
 
 impl Phase {
-    /// Tells whether a test is in this half.
+    /// Returns whether a test is in this half.
     fn has(self, test: &str) -> bool {
         let is_without_chart = WITHOUT_CHART.iter().any(|module| test.starts_with(module));
         is_without_chart == (self == Self::WithoutChart)

@@ -16,7 +16,7 @@ pub(crate) struct Part {
 }
 
 impl Part {
-    /// Tells whether there was no test in it.
+    /// Returns whether there was no test in it.
     pub(crate) fn is_empty(&self) -> bool {
         self.passed + self.failed == 0
     }

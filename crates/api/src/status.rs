@@ -27,7 +27,7 @@ pub struct FineTuneJobStatus {
     #[schemars(schema_with = "schema::time")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub completion_time: Option<Time>,
-    /// The current attempt, and the step it is of.
+    /// The current attempt, and its stage.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attempt: Option<AttemptStatus>,
     /// What was decided, once the preflight is done.
@@ -41,19 +41,20 @@ pub struct FineTuneJobStatus {
     pub result: Option<ResultStatus>,
 }
 
-/// The current attempt, and the step it is of.
+/// The current attempt, and its stage.
 #[derive(JsonSchema, Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct AttemptStatus {
-    /// The step: `Preflight` or `Training`.
+    /// The stage: `Preflight` or `Training`.
     pub step: Step,
     /// The number of the attempt, from 0; the Job's name ends in it.
     #[schemars(range(min = 0, max = 1000))]
     pub number: i32,
-    /// Tries that failed.
+    /// Failed attempts of this stage.
     #[schemars(range(min = 0, max = 1000))]
     pub failures: i32,
-    /// Tries that the cluster ended: evictions, preemptions, lost nodes, deleted Jobs.
+    /// Attempts of this stage that the cluster disrupted: evictions, preemptions, lost nodes, deleted
+    /// Jobs.
     #[schemars(range(min = 0, max = 1000))]
     pub disruptions: i32,
     /// The UID of this attempt's Job, once it was observed.
@@ -76,8 +77,8 @@ pub enum Step {
     Training,
 }
 
-/// What was decided. Later attempts take it as it is, whatever the settings have become; only too
-/// little memory takes it along its own `fallbacks`.
+/// What was decided. It stays as it is whatever becomes of the settings; only running out of memory
+/// changes it, to the next of its `fallbacks`.
 #[derive(JsonSchema, Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PlanStatus {

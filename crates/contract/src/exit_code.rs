@@ -53,7 +53,7 @@ impl ExitCode {
         Self::ALL.into_iter().find(|exit_code| i32::from(exit_code.code()) == code)
     }
 
-    /// Tells whether starting the same attempt again, unchanged, can succeed.
+    /// Returns whether starting the same attempt again, unchanged, can succeed.
     pub const fn is_retryable(self) -> bool {
         match self {
             Self::StoreUnavailable

@@ -16,7 +16,7 @@ pub enum Overlap {
     Below,
 }
 
-/// Tells whether two places touch: one place, or one inside the other.
+/// Returns whether two places touch: one place, or one inside the other.
 ///
 /// URIs are compared segment by segment as they are written: two claims of one volume, or two names
 /// of one bucket, look apart.
@@ -50,7 +50,7 @@ pub fn input_uris<'a>(
     uris
 }
 
-/// Says for each input that an output touches how it does; `resolve` gives the place that a URI names
+/// Describes how an output overlaps each input that it touches; `resolve` gives the place that a URI names
 /// in the end, after symbolic links.
 pub fn overlaps_with_inputs<F: std::fmt::Display>(
     output: &ObjectUri,
@@ -67,7 +67,7 @@ pub fn overlaps_with_inputs<F: std::fmt::Display>(
             Overlap::Below => "lies inside",
         };
         messages.push(format!(
-            "\"{output}\" {how} {field} ({uri}): a result is never written over, into or around what it is made from, with or without output.overwrite; choose a place beside it"
+            "\"{output}\" {how} {field} ({uri}): the output must not be an input, inside one, or a parent of one, with or without output.overwrite; choose another output.uri"
         ));
     }
     messages
@@ -115,6 +115,6 @@ mod tests {
         let inputs =
             [("spec.model.uri", uri("s3://b/base")), ("spec.dataset.train", uri("s3://b/rows/"))];
         let messages = overlaps_with_inputs(&uri("s3://b/rows/out"), inputs, |uri| uri);
-        insta::assert_snapshot!(messages.join("\n"), @r#""s3://b/rows/out" lies inside spec.dataset.train (s3://b/rows/): a result is never written over, into or around what it is made from, with or without output.overwrite; choose a place beside it"#);
+        insta::assert_snapshot!(messages.join("\n"), @r#""s3://b/rows/out" lies inside spec.dataset.train (s3://b/rows/): the output must not be an input, inside one, or a parent of one, with or without output.overwrite; choose another output.uri"#);
     }
 }

@@ -38,7 +38,7 @@ impl Parallelism {
     /// One process that holds everything.
     pub const SINGLE: Self = Self { world_size: 1, strategy: Strategy::None, local_world_size: 1 };
 
-    /// Tells whether there is one process that holds everything.
+    /// Returns whether there is one process that holds everything.
     pub fn is_single(&self) -> bool {
         *self == Self::SINGLE
     }

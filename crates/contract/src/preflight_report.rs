@@ -134,7 +134,7 @@ pub enum ProblemReason {
     Overflow,
     /// Rows occur more than once, or in both splits.
     DuplicateRows,
-    /// A result of other inputs is at the output.
+    /// A result of different inputs is at the output.
     OutputExists,
     /// A consumer such as vLLM refuses what the run would publish.
     Servability,

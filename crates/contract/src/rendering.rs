@@ -23,7 +23,7 @@ impl RenderingSettings {
         self.chat_template.as_deref().and_then(template_uri)
     }
 
-    /// Tells whether nothing is set, which needs no word in a document.
+    /// Returns whether nothing is set, which needs no word in a document.
     pub fn is_default(&self) -> bool {
         *self == Self::default()
     }
@@ -34,7 +34,7 @@ pub fn template_uri(chat_template: &str) -> Option<&str> {
     (!is_template_text(chat_template) && chat_template.contains("://")).then_some(chat_template)
 }
 
-/// Tells whether a template is given by its text.
+/// Returns whether a template is given by its text.
 pub fn is_template_text(chat_template: &str) -> bool {
     chat_template.contains("{{") || chat_template.contains("{%")
 }
@@ -54,7 +54,7 @@ pub enum Reasoning {
 }
 
 impl Reasoning {
-    /// Tells whether it is the default, which needs no word in a document.
+    /// Returns whether it is the default, which needs no word in a document.
     pub fn is_default(&self) -> bool {
         *self == Self::default()
     }

@@ -171,7 +171,7 @@ pub enum FailureReason {
     StoreUnavailable,
     /// A store or hub refuses the credentials.
     PermissionDenied,
-    /// A result of other inputs is at the output.
+    /// A result of different inputs is at the output.
     OutputExists,
     /// The device has too little memory.
     OutOfMemory,

@@ -32,7 +32,7 @@ pub struct ModelSource {
 }
 
 impl ModelSource {
-    /// Makes a source of a model as it is, of no named revision.
+    /// Creates a source of a model as it is, of no named revision.
     pub fn of(uri: ObjectUri) -> Self {
         Self { uri, revision: None, added_tokens: Vec::new() }
     }
@@ -77,7 +77,7 @@ pub struct DatasetSource {
 }
 
 impl DatasetSource {
-    /// Makes a source of one file or prefix, with every default.
+    /// Creates a source of one file or prefix, with every default.
     pub fn of(train: ObjectUri) -> Self {
         Self {
             train: Some(train),
@@ -114,7 +114,7 @@ impl DatasetSource {
         uris.map(|uri| RowSource { uri, format: self.format, weight: 1.0 }).collect()
     }
 
-    /// Tells whether rows are held out to measure the loss on.
+    /// Returns whether rows are held out to measure the loss on.
     pub fn has_validation(&self) -> bool {
         self.validation.is_some() || self.validation_fraction.is_some()
     }
@@ -182,7 +182,7 @@ pub enum TrainOn {
 }
 
 impl TrainOn {
-    /// Tells whether it is the default, which needs no word in a document.
+    /// Returns whether it is the default, which needs no word in a document.
     pub fn is_default(&self) -> bool {
         *self == Self::default()
     }
@@ -201,7 +201,7 @@ pub enum OnInvalidRow {
 }
 
 impl OnInvalidRow {
-    /// Tells whether it is the default, which needs no word in a document.
+    /// Returns whether it is the default, which needs no word in a document.
     pub fn is_default(&self) -> bool {
         *self == Self::default()
     }
@@ -340,7 +340,7 @@ pub enum Device {
 }
 
 impl Device {
-    /// Tells whether it is the CPU.
+    /// Returns whether it is the CPU.
     #[must_use]
     pub fn is_cpu(&self) -> bool {
         *self == Self::Cpu
@@ -385,7 +385,7 @@ pub enum Optimizer {
 }
 
 impl Optimizer {
-    /// Tells whether it is the default, which needs no word in a document.
+    /// Returns whether it is the default, which needs no word in a document.
     pub fn is_default(&self) -> bool {
         *self == Self::default()
     }

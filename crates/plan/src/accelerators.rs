@@ -47,7 +47,7 @@ pub struct Accelerator {
 }
 
 impl Accelerator {
-    /// Tells whether it is a device with memory of its own, not the CPU.
+    /// Returns whether it is a device with memory of its own, not the CPU.
     pub fn is_device(&self) -> bool {
         self.resource_name.is_some()
     }
@@ -57,7 +57,7 @@ impl Accelerator {
         self.image.as_deref().filter(|image| !image.trim().is_empty())
     }
 
-    /// Tells whether a trainer for it is known: the CPU's is the operator's own.
+    /// Returns whether a trainer for it is known: the CPU's is the operator's own.
     pub fn has_trainer(&self) -> bool {
         !self.is_device() || self.own_trainer().is_some()
     }

@@ -166,7 +166,7 @@ pub(super) fn decide(
 }
 
 impl Sizes {
-    /// Says why a step has `really` sequences: asked for, the micro-batch need not divide them.
+    /// Explains why a step has `really` sequences: asked for, the micro-batch need not divide them.
     fn explain(&self, really: u64, sequences: u64, ranks: u64) -> String {
         let Self { global, .. } = *self;
         let over = if ranks > 1 { format!(" over {ranks} ranks") } else { String::new() };
@@ -194,7 +194,7 @@ const fn strategies(workload: &Workload) -> &'static [Strategy] {
     }
 }
 
-/// Says why ranks divide what they do, and why nothing else.
+/// Explains why ranks divide what they do, and why nothing else.
 fn explain_strategy(
     chosen: &Workload,
     candidates: &[Workload],

@@ -126,7 +126,7 @@ pub fn adapt(
     Ok(Adapted { config: adapted, left: fallbacks[taken + 1..].to_vec(), change })
 }
 
-/// Says what changed and what did not.
+/// Describes what changed and what did not.
 fn change(from: &RunConfig, to: &RunConfig) -> String {
     let sizes = |config: &RunConfig| {
         let training = &config.training;

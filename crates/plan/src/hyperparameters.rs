@@ -75,7 +75,7 @@ pub(super) fn training_settings(
             "maxGradNorm",
             training.max_grad_norm,
             1.0,
-            "keeps a rare row from throwing the weights",
+            "limits the effect of outlier batches",
         ),
         micro_batch_size: workload.micro_batch as u32,
         gradient_accumulation_steps: batch.accumulation,
@@ -116,7 +116,7 @@ fn checkpoint_steps(set: Option<u64>, decisions: &mut Choices) -> Option<u64> {
         None => decisions.add(
             "checkpointSteps",
             "by time",
-            "before 30 s of work would be lost, while that takes at most 1 % of the time",
+            "about every 30 s, less often if it would take more than 1 % of the time",
         ),
     }
     set

@@ -26,7 +26,7 @@ pub enum Unplaced {
     Problems(Vec<Problem>),
     /// No accelerator is large enough; what each lacks.
     TooLarge(Vec<Problem>),
-    /// Only a device would hold it for which the settings name no trainer.
+    /// Only a device would hold it for which the settings set no image.
     NoTrainer {
         /// The accelerator.
         accelerator: String,
@@ -59,7 +59,7 @@ pub fn place(
     let mut placement = place_each(job, report, accelerators, anywhere)?;
     placement.plan.warnings.push(invalid(
         "spec.resources.limits.memory",
-        "is less than this plan needs with the micro-batch that is set: both are tried, and the micro-batch is made smaller if the kernel ends the trainer",
+        "is less than this plan is predicted to need with the trainBatchSizePerDevice that is set: the run starts all the same, with a smaller micro-batch if it runs out of memory",
     ));
     Ok(placement)
 }
@@ -177,7 +177,7 @@ impl std::fmt::Display for Unplaced {
             }
             Self::NoTrainer { accelerator, ranks } => write!(
                 formatter,
-                "the run needs {ranks} {accelerator}, for which the operator's settings name no trainer: an administrator must set `image` of that accelerator to a trainer built with CUDA; or lower what the run needs with loraConfig: {{}} or training.contextLength"
+                "the run needs {ranks} {accelerator}, for which the operator's settings set no image: an administrator must set `image` of that accelerator to a trainer built with CUDA; or lower what the run needs with loraConfig: {{}} or training.contextLength"
             ),
         }
     }
@@ -263,7 +263,7 @@ mod tests {
         accelerators[1].image = None;
         let report = testing::report(testing::llama_8b(), 1_000_000_000);
         let unplaced = place(&job(""), &report, &accelerators).unwrap_err();
-        insta::assert_snapshot!(unplaced.to_string(), @"the run needs 4 A100-80GB, for which the operator's settings name no trainer: an administrator must set `image` of that accelerator to a trainer built with CUDA; or lower what the run needs with loraConfig: {} or training.contextLength");
+        insta::assert_snapshot!(unplaced.to_string(), @"the run needs 4 A100-80GB, for which the operator's settings set no image: an administrator must set `image` of that accelerator to a trainer built with CUDA; or lower what the run needs with loraConfig: {} or training.contextLength");
     }
 
     #[test]
@@ -283,7 +283,7 @@ mod tests {
         let both = plan("  training: {trainBatchSizePerDevice: 8, recompute: none}\n").unwrap();
         assert_eq!(both.plan.run_config.training.micro_batch_size, 8);
         let said = both.plan.warnings.iter().map(ToString::to_string).collect::<Vec<_>>();
-        insta::assert_snapshot!(said.join("\n"), @"spec.resources.limits.memory: is less than this plan needs with the micro-batch that is set: both are tried, and the micro-batch is made smaller if the kernel ends the trainer");
+        insta::assert_snapshot!(said.join("\n"), @"spec.resources.limits.memory: is less than this plan is predicted to need with the trainBatchSizePerDevice that is set: the run starts all the same, with a smaller micro-batch if it runs out of memory");
         assert_eq!(within.pod.memory_bytes, 700 << 20, "what the pod gets");
         let little = job("  resources: {limits: {memory: 24Mi}}\n  loraConfig: {}\n");
         let lacking = place(&little, &report, accelerators).unwrap_err().to_string();

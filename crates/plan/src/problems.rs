@@ -22,7 +22,7 @@ pub(super) fn invalid(location: &str, message: impl Into<String>) -> Problem {
     }
 }
 
-/// Returns the problem of an output that holds a result of other inputs, unless the preflight said it.
+/// Returns the problem of an output that holds a result of different inputs, unless the preflight said it.
 pub(super) fn foreign_result(job: &FineTuneJob, report: &PreflightReport) -> Option<Problem> {
     let output = &job.spec.output;
     let is_foreign = report.output == Some(OutputState::OtherInputs)
@@ -32,7 +32,7 @@ pub(super) fn foreign_result(job: &FineTuneJob, report: &PreflightReport) -> Opt
         reason: ProblemReason::OutputExists,
         location: OUTPUT.to_owned(),
         message: format!(
-            "{} holds a result of other inputs: choose another uri, or set output.overwrite: true to replace it",
+            "{} holds a result of different inputs: choose another uri, or set output.overwrite: true to replace it",
             output.uri
         ),
     })

@@ -55,7 +55,7 @@ pub fn text(plan: &RunPlan) -> String {
     }
     if let Some(seconds) = plan.seconds {
         line(format!(
-            "\nTime  about {} {place}, at {:.0} % of its matrix speed",
+            "\nTime  about {} {place}, at {:.0} % of its peak FLOPS",
             duration(seconds),
             plan.efficiency * 100.0
         ));

@@ -221,7 +221,7 @@ pub(super) fn lora(spec: &FineTuneJobSpec) -> Option<LoraSettings> {
     })
 }
 
-/// Says which module names of a job cannot be used, and why: an apiserver lets them pass.
+/// Describes which module names of a job cannot be used, and why: an apiserver lets them pass.
 pub fn unusable_names(job: &FineTuneJob) -> Option<String> {
     let lora = job.spec.lora_config.as_ref()?;
     [("targetModules", &lora.target_modules), ("excludeModules", &lora.exclude_modules)]

@@ -1,4 +1,4 @@
-//! Says which rows a run has, where that is not plain from the manifest.
+//! Describes which rows a run has, where that is not plain from the manifest.
 
 use finetune_contract::{DatasetCensus, DatasetSource, OnInvalidRow, PreflightReport, TrainOn};
 

@@ -43,14 +43,14 @@ pub struct RunPlan {
 }
 
 impl RunPlan {
-    /// Says that there is nothing to train, if so.
+    /// Reports that there is nothing to train, if so.
     pub fn nothing_to_train(&self) -> Option<String> {
         let PublishedResult { run_id, .. } = self.already_published.as_ref()?;
         Some(nothing_trained(&self.run_config.output.uri, run_id))
     }
 }
 
-/// Says that a run of the same inputs published their result before.
+/// Reports that a run of the same inputs published their result before.
 pub fn nothing_trained(uri: impl std::fmt::Display, by: &RunId) -> String {
     format!("the same inputs are already published at {uri} (by run {by}); nothing was trained")
 }

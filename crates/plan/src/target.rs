@@ -70,12 +70,12 @@ impl<'a> Target<'a> {
         self.accelerator().is_some_and(Accelerator::is_device)
     }
 
-    /// Tells whether another rank brings memory of its own.
+    /// Returns whether another rank brings memory of its own.
     pub(super) fn has_more(self) -> bool {
         self.accelerator().is_some_and(|accelerator| !accelerator.is_device())
     }
 
-    /// Says how ranks share the place.
+    /// Describes how ranks share the place.
     pub(super) fn sharing(self, ranks: u32) -> String {
         match self {
             Self::Local(_) => format!("as asked; each has 1/{ranks} of this machine"),

@@ -44,9 +44,9 @@ fn plans_lora_on_a_small_model() {
       lrSchedulerType            cosine          decays smoothly to zero
       numWarmupSteps             10              10 % of the steps, at most 10
       weightDecay                0               fine-tuning is short
-      maxGradNorm                1               keeps a rare row from throwing the weights
+      maxGradNorm                1               limits the effect of outlier batches
       seed                       42              fixed, so that a run can be repeated
-      checkpointSteps            by time         before 30 s of work would be lost, while that takes at most 1 % of the time
+      checkpointSteps            by time         about every 30 s, less often if it would take more than 1 % of the time
 
     Memory
       trained state                   44 MB
@@ -59,7 +59,7 @@ fn plans_lora_on_a_small_model() {
       if memory runs out         trainBatchSizePerDevice 4, 2, 1; then recompute block
       weights, mapped                269 MB  memory-mapped, reclaimable
 
-    Time  about 20 min here, at 50 % of its matrix speed
+    Time  about 20 min here, at 50 % of its peak FLOPS
 
     Other accelerators (at 35 % of the stated speed)
       Test 80GB                     2.89 GB  fits, about 2 s, costs 0.00
@@ -85,9 +85,9 @@ fn computes_blocks_again_when_memory_is_short() {
       lrSchedulerType            cosine          decays smoothly to zero
       numWarmupSteps             9               10 % of the steps, at most 10
       weightDecay                0               fine-tuning is short
-      maxGradNorm                1               keeps a rare row from throwing the weights
+      maxGradNorm                1               limits the effect of outlier batches
       seed                       42              fixed, so that a run can be repeated
-      checkpointSteps            by time         before 30 s of work would be lost, while that takes at most 1 % of the time
+      checkpointSteps            by time         about every 30 s, less often if it would take more than 1 % of the time
 
     Alternatives not chosen
       recompute                  none            583 MB does not fit in 450 MB
@@ -105,7 +105,7 @@ fn computes_blocks_again_when_memory_is_short() {
       if memory runs out         trainBatchSizePerDevice 1
       weights, mapped                269 MB  memory-mapped, reclaimable
 
-    Time  about 1.7 h here, at 50 % of its matrix speed
+    Time  about 1.7 h here, at 50 % of its peak FLOPS
 
     Other accelerators (at 35 % of the stated speed)
       Test 80GB                     2.25 GB  fits, about 12 s, costs 0.01
@@ -144,9 +144,9 @@ fn plans_lora_on_a_large_model() {
       lrSchedulerType            cosine          decays smoothly to zero
       numWarmupSteps             10              10 % of the steps, at most 10
       weightDecay                0               fine-tuning is short
-      maxGradNorm                1               keeps a rare row from throwing the weights
+      maxGradNorm                1               limits the effect of outlier batches
       seed                       42              fixed, so that a run can be repeated
-      checkpointSteps            by time         before 30 s of work would be lost, while that takes at most 1 % of the time
+      checkpointSteps            by time         about every 30 s, less often if it would take more than 1 % of the time
 
     Memory
       trained state                  755 MB
@@ -159,7 +159,7 @@ fn plans_lora_on_a_large_model() {
       if memory runs out         trainBatchSizePerDevice 4, 2, 1; then recompute block
       weights, mapped              16.06 GB  memory-mapped, reclaimable
 
-    Time  about 19.7 h here, at 50 % of its matrix speed
+    Time  about 19.7 h here, at 50 % of its peak FLOPS
 
     Other accelerators (at 35 % of the stated speed)
       Test 80GB                    26.50 GB  fits, about 2 min, costs 0.08

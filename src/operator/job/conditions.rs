@@ -68,7 +68,7 @@ pub fn find(status: &FineTuneJobStatus, kind: Kind) -> Option<&Condition> {
     status.conditions.iter().find(|condition| condition.type_ == kind.as_str())
 }
 
-/// Tells whether the run has succeeded or failed for good.
+/// Returns whether the run has succeeded or failed for good.
 pub fn is_finished(status: &FineTuneJobStatus) -> bool {
     find(status, Kind::Succeeded)
         .is_some_and(|condition| condition.status != Truth::Unknown.as_str())

@@ -113,7 +113,7 @@ impl ReconcileError {
         move |source| Self::Api { action, source }
     }
 
-    /// Tells whether what was read is older than what is stored: reconcile again, nothing is wrong.
+    /// Returns whether what was read is older than what is stored: reconcile again, nothing is wrong.
     pub(super) fn is_conflict(&self) -> bool {
         matches!(self, Self::Api { source: kube::Error::Api(status), .. } if status.code == 409)
     }

@@ -29,7 +29,7 @@ pub struct Candidate {
 }
 
 impl Candidate {
-    /// Makes a candidate.
+    /// Creates a candidate.
     pub fn new(client: Client, namespace: &str, identity: String) -> Self {
         Self { leases: Api::namespaced(client, namespace), identity }
     }
@@ -39,12 +39,12 @@ impl Candidate {
         loop {
             match tokio::time::timeout(RENEW_DEADLINE, self.try_hold()).await {
                 Ok(Ok(true)) => {
-                    info!(identity = self.identity, "this replica acts now");
+                    info!(identity = self.identity, "this replica is the leader now");
                     return;
                 }
                 Ok(Ok(false)) => {}
                 Ok(Err(error)) => warn!(%error, "the lease could not be read or written"),
-                Err(_) => warn!("the apiserver does not answer about the lease"),
+                Err(_) => warn!("the apiserver did not answer in time about the lease"),
             }
             tokio::time::sleep(RENEW_INTERVAL).await;
         }
@@ -80,7 +80,7 @@ impl Candidate {
             Ok::<_, kube::Error>(())
         };
         if let Ok(Err(error)) = tokio::time::timeout(RENEW_INTERVAL, released).await {
-            warn!(%error, "the lease could not be given back");
+            warn!(%error, "the lease could not be released");
         }
     }
 
@@ -122,7 +122,7 @@ impl Candidate {
     }
 }
 
-/// Tells whether `identity` may write its name into a lease.
+/// Returns whether `identity` may write its name into a lease.
 fn may_take(spec: Option<&LeaseSpec>, identity: &str, now: Timestamp) -> bool {
     let Some(spec) = spec else { return true };
     let holder = spec.holder_identity.as_deref().filter(|holder| !holder.is_empty());
@@ -131,7 +131,7 @@ fn may_take(spec: Option<&LeaseSpec>, identity: &str, now: Timestamp) -> bool {
     let seconds = spec.lease_duration_seconds.unwrap_or(0);
     let is_over = now > renewed.0 + SignedDuration::from_secs(i64::from(seconds));
     if is_over {
-        info!(holder, "the lease of another replica is over");
+        info!(holder, "the lease of another replica has expired");
     }
     is_over
 }

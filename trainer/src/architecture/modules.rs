@@ -40,7 +40,7 @@ pub enum Kind {
 }
 
 impl Module {
-    /// Tells whether a LoRA adapter can be put on it.
+    /// Returns whether a LoRA adapter can be put on it.
     pub fn is_adaptable(&self) -> bool {
         self.kind != Kind::Norm
     }

@@ -26,7 +26,7 @@ pub fn leaf(path: &str) -> &str {
     path.rsplit('.').next().unwrap_or(path)
 }
 
-/// Tells whether a target name means the module at `path`: it is the path, or ends it at a dot.
+/// Returns whether a target name means the module at `path`: it is the path, or ends it at a dot.
 ///
 /// # Source
 /// `peft/tuners/tuners_utils.py: check_target_module_exists`, 0.21.2, for a list of names.
@@ -34,7 +34,7 @@ pub fn matches(target: &str, path: &str) -> bool {
     path.strip_suffix(target).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
 }
 
-/// Tells whether two linear layers of a block read the same input.
+/// Returns whether two linear layers of a block read the same input.
 pub fn share_input(one: &str, other: &str) -> bool {
     const READERS: [&[&str]; 2] = [
         &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],

@@ -401,7 +401,7 @@ fn reports_all_mistakes_at_once() {
     fixture.config.dataset.train = Some(fixture.at("train.jsonl.missing"));
     insta::assert_snapshot!(fixture.check(), @r#"
         NotFound spec.dataset.train: nothing is at file:///train.jsonl.missing
-        InvalidSpec spec.output.uri: "file:///model/out" lies inside spec.model.uri (file:///model): a result is never written over, into or around what it is made from, with or without output.overwrite; choose a place beside it
+        InvalidSpec spec.output.uri: "file:///model/out" lies inside spec.model.uri (file:///model): the output must not be an input, inside one, or a parent of one, with or without output.overwrite; choose another output.uri
         "#);
 }
 

@@ -74,7 +74,7 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
-    /// The output contains a result of other inputs.
+    /// The output contains a result of different inputs.
     #[error(
         "{uri} already contains {contents}: choose another output.uri, or set output.overwrite: true to replace it"
     )]

@@ -108,7 +108,7 @@ fn inspect_with(
 const UNREADABLE_RESULT: &str = "a result whose manifest cannot be read";
 
 fn of_other_inputs(differences: &[String]) -> String {
-    format!("a result of other inputs (different are {})", differences.join(", "))
+    format!("a result of different inputs (differing: {})", differences.join(", "))
 }
 
 fn inputs_not_recorded(existing: &Manifest) -> String {
@@ -147,7 +147,7 @@ pub fn read_manifest(store: &Store) -> Result<Option<Manifest>, Error> {
 /// leave files of the replaced result, which no manifest lists.
 ///
 /// # Errors
-/// [`Error::OutputExists`] if there is a result of other inputs and `overwrite` is false, or if one appears
+/// [`Error::OutputExists`] if there is a result of different inputs and `overwrite` is false, or if one appears
 /// in the meantime; otherwise an error of the store.
 pub fn publish(
     store: &Store,

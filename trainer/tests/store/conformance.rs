@@ -86,7 +86,7 @@ fn publishes(store: &Store) {
     );
     let mut other = manifest("one");
     other.inputs.as_mut().unwrap().model_sha256 = "1".repeat(64);
-    let expected = "a result of other inputs (different are the files of model.uri)";
+    let expected = "a result of different inputs (differing: the files of model.uri)";
     assert_eq!(found(&other), OutputContents::OtherInputs(expected.to_owned()));
     let back = tempfile::tempdir().unwrap();
     assert_eq!(publish::fetch_verified(store, &first.manifest, back.path()).unwrap(), 9);
@@ -106,7 +106,7 @@ fn publishes(store: &Store) {
 
     let refused = publish::publish(store, local.path(), manifest("two"), false).unwrap_err();
     let expected =
-        r#"a result of other inputs (different are training.seed ("one" there, "two" here))"#;
+        r#"a result of different inputs (differing: training.seed ("one" there, "two" here))"#;
     assert!(refused.to_string().contains(expected), "{refused}");
     fs::remove_dir_all(local.path().join("adapter")).unwrap();
     let second = publish::publish(store, local.path(), manifest("two"), true).unwrap();

@@ -36,7 +36,7 @@ impl Limit {
         Some(gflops? * 1e9 / (2.0 * f64::from(passes) * self.parameters as f64))
     }
 
-    /// Says what the machine is.
+    /// Describes what the machine is.
     pub(crate) fn describe(&self) -> String {
         let gflops = |speed: Option<f64>| {
             speed.map_or("not measured".to_owned(), |speed| format!("{speed:.0} GFLOP/s"))

@@ -125,7 +125,7 @@ pub(crate) struct Binaries {
 }
 
 impl Binaries {
-    /// Says where programs are once they are built.
+    /// Describes where programs are once they are built.
     pub(crate) fn expected() -> Self {
         let directory = |module: &Module| cache::directory().join(module.entry);
         Self {

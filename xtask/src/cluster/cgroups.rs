@@ -13,7 +13,7 @@ const MOUNTED: &str = "/sys/fs/cgroup";
 /// What the kubelet wants to limit.
 const CONTROLLERS: [&str; 6] = ["cpuset", "cpu", "io", "memory", "hugetlb", "pids"];
 
-/// Makes a cgroup in every hierarchy there is.
+/// Creates a cgroup in every hierarchy there is.
 pub(crate) fn make(name: &str) -> Result<()> {
     for hierarchy in hierarchies() {
         // Version 2 has it from the cgroup above, version 1 knows no such file.

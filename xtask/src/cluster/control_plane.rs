@@ -43,7 +43,7 @@ pub(crate) fn start(cluster: &Cluster) -> Result<()> {
     processes.wait(SCHEDULER, || succeeds(cluster, &healthy))
 }
 
-/// Tells whether the apiserver is ready.
+/// Returns whether the apiserver is ready.
 pub(crate) fn is_ready(cluster: &Cluster) -> bool {
     succeeds(cluster, &["get", "--raw=/readyz"])
 }

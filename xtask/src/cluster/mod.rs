@@ -48,7 +48,7 @@ pub(crate) enum Action {
     },
     /// Ends the cluster and removes all it has.
     Down,
-    /// Says which of its programs run.
+    /// Describes which of its programs run.
     Status,
     /// Runs kubectl as the cluster's administrator.
     #[command(disable_help_flag = true)]
@@ -242,7 +242,7 @@ impl Cluster {
         Ok(cluster)
     }
 
-    /// Tells whether every program of a whole cluster runs.
+    /// Returns whether every program of a whole cluster runs.
     pub(crate) fn is_running(&self) -> bool {
         self.processes().are_running(&names(Extent::Whole))
     }
@@ -261,7 +261,7 @@ impl Cluster {
         self.path("pki/admin.conf")
     }
 
-    /// Makes a command that runs in the cluster's network.
+    /// Creates a command that runs in the cluster's network.
     pub(crate) fn inside(&self, program: impl Into<OsString>) -> Command {
         self.namespace.command(program)
     }
@@ -271,14 +271,14 @@ impl Cluster {
         self.binaries.kubernetes("kubectl")
     }
 
-    /// Makes a kubectl command of the administrator.
+    /// Creates a kubectl command of the administrator.
     pub(crate) fn kubectl(&self) -> Command {
         let mut command = self.inside(self.kubectl_program());
         command.env("KUBECONFIG", self.kubeconfig());
         command
     }
 
-    /// Makes a helm command of the administrator.
+    /// Creates a helm command of the administrator.
     pub(crate) fn helm(&self) -> Command {
         let mut command = self.inside(self.binaries.helm());
         command.env("KUBECONFIG", self.kubeconfig());

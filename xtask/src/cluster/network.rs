@@ -46,7 +46,7 @@ impl Namespace {
         Self { name: format!("finetune-{short}") }
     }
 
-    /// Makes a command that runs inside.
+    /// Creates a command that runs inside.
     ///
     /// Not `ip netns exec`: that mounts another /sys, without cgroups.
     pub(crate) fn command(&self, program: impl Into<OsString>) -> Command {
@@ -66,7 +66,7 @@ impl Namespace {
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 
-    /// Makes the namespace and its bridge, unless they are there.
+    /// Creates the namespace and its bridge, unless they are there.
     pub(crate) fn make(&self) -> Result<()> {
         if !self.is_usable() {
             self.remove()?;
@@ -102,7 +102,7 @@ impl Namespace {
         command
     }
 
-    /// Tells whether it is there. After a restart of the machine, its file alone may be.
+    /// Returns whether it is there. After a restart of the machine, its file alone may be.
     fn is_usable(&self) -> bool {
         self.enter(|| ()).is_ok()
     }

@@ -73,7 +73,7 @@ pub(crate) fn start(cluster: &Cluster) -> Result<()> {
     processes.wait(PROXY, || is_healthy(cluster, 10256))
 }
 
-/// Makes a command of containerd's client for the kubelet's images and containers.
+/// Creates a command of containerd's client for the kubelet's images and containers.
 pub(crate) fn ctr(cluster: &Cluster) -> Command {
     let mut command = Command::new(cluster.binaries.containerd().join("ctr"));
     command.arg("--address").arg(cluster.path("run/containerd.sock")).arg("--namespace=k8s.io");

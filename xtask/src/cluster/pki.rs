@@ -13,7 +13,7 @@ use crate::{
 /// A day is too short for a cluster left up, a year is not.
 const VALID_DAYS: &str = "365";
 
-/// Makes `pki` in the state directory, if it is not there.
+/// Creates `pki` in the state directory, if it is not there.
 pub(crate) fn make(state_dir: &Path) -> Result<()> {
     let directory = state_dir.join("pki");
     if directory.exists() {

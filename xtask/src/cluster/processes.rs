@@ -42,7 +42,7 @@ impl Process {
         (!matches!(state, "Z" | "X")).then_some(Self { pid, start_ticks })
     }
 
-    /// Tells whether it has not ended.
+    /// Returns whether it has not ended.
     pub(crate) fn is_running(self) -> bool {
         Self::of(self.pid) == Some(self)
     }
@@ -110,7 +110,7 @@ impl Processes<'_> {
         Some(Process { pid: pid.parse().ok()?, start_ticks: start_ticks.parse().ok()? })
     }
 
-    /// Tells whether all of these run.
+    /// Returns whether all of these run.
     pub(crate) fn are_running(&self, names: &[&str]) -> bool {
         names.iter().all(|name| self.find(name).is_some_and(Process::is_running))
     }

@@ -13,7 +13,7 @@ pub(crate) fn root() -> PathBuf {
     xtask.parent().unwrap_or(xtask).to_owned()
 }
 
-/// Makes a cargo command in the root of the checkout.
+/// Creates a cargo command in the root of the checkout.
 pub(crate) fn cargo(arguments: &[&str]) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(root()).args(arguments);
@@ -73,19 +73,19 @@ pub(crate) fn code(command: &mut Command) -> Result<ExitCode> {
     Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, Into::into))
 }
 
-/// Tells whether a program can be started.
+/// Returns whether a program can be started.
 pub(crate) fn has(program: &str, argument: &str) -> bool {
     let mut command = Command::new(program);
     command.arg(argument).stdout(Stdio::null()).stderr(Stdio::null());
     command.status().is_ok_and(|status| status.success())
 }
 
-/// Tells whether this is a run where a missing need is a failure.
+/// Returns whether this is a run where a missing need is a failure.
 pub(crate) fn is_ci() -> bool {
     std::env::var("CI").is_ok_and(|value| value == "true")
 }
 
-/// Tells whether packages of the system may be fetched.
+/// Returns whether packages of the system may be fetched.
 pub(crate) fn may_install() -> bool {
     is_ci() || std::env::var("FINETUNE_INSTALL").is_ok_and(|value| value == "1")
 }

@@ -282,7 +282,7 @@ fn article(wanted: &str) -> &str {
     }
 }
 
-/// Says how to write a number that is given as a text.
+/// Describes how to write a number that is given as a text.
 fn unquoted(value: &Value, wanted: &str) -> String {
     match value.as_str() {
         Some(text) if ["number", "integer"].contains(&wanted) && text.parse::<f64>().is_ok() => {

@@ -25,8 +25,8 @@ pub struct Resources {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub requests: Option<BTreeMap<String, String>>,
     /// Quantities the pod cannot exceed, by resource name. The plan stays within a limit of memory,
-    /// if need be over several pods; where it cannot, and `training.trainBatchSizePerDevice` is set
-    /// too, both are tried. Example: `{memory: 4Gi}`.
+    /// if need be over several pods; where it cannot because `training.trainBatchSizePerDevice` is set
+    /// too, the run starts all the same. Example: `{memory: 4Gi}`.
     #[schemars(schema_with = "schema::short_strings")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limits: Option<BTreeMap<String, String>>,

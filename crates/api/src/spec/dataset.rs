@@ -53,8 +53,7 @@ pub struct Dataset {
     /// `allTurns`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub train_on: Option<TrainOn>,
-    /// Keys of rows and turns that say nothing to be trained on. A key that is neither known nor
-    /// listed here is refused. Default: none. Example: `[rationale, reward]`.
+    /// Keys of rows and turns to ignore. A key that is neither known nor listed here is rejected. Default: none. Example: `[rationale, reward]`.
     #[schemars(length(max = 64), inner(length(min = 1, max = 128)))]
     #[schemars(extend("x-kubernetes-list-type" = "atomic"))]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -78,7 +77,7 @@ pub struct Dataset {
     /// `lastTurn` keeps those of the last assistant turn. Default: `keep`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reasoning: Option<Reasoning>,
-    /// The day it is for chat templates that print the date. Default: the day the job was created, or
+    /// The current date that chat templates see. Default: the day the job was created, or
     /// today where there is no cluster. Example: `2026-01-31`.
     #[x_kube(validation = Rule::new("self.matches('^[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])$')").message("must be a date such as 2026-01-31"))]
     #[schemars(length(min = 10, max = 10))]

@@ -26,14 +26,14 @@ pub struct LoraConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lora_dropout: Option<f64>,
     /// The modules that get an adapter, as PEFT takes them: `all-linear` for every linear layer but the
-    /// output head; a list of names, each a whole path or its end at a dot, such as `q_proj` or
-    /// `self_attn.q_proj`; or one text, a regular expression that matches whole paths. `embed_tokens`
+    /// output head; a list of names, each a full path or a suffix that starts after a dot, such as
+    /// `q_proj` or `self_attn.q_proj`; or a string, a regular expression that matches full paths. `embed_tokens`
     /// and `lm_head` are allowed, also where they are one tensor: each gets an adapter of its own.
     /// Default: `all-linear`. Example: `[q_proj, v_proj]`.
     #[schemars(schema_with = "schema::module_names")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target_modules: Option<Names>,
-    /// Modules that get no adapter though `targetModules` means them: a list of names or a regular
+    /// Modules that get no adapter although `targetModules` matches them: a list of names or a regular
     /// expression, as there. Default: none. Example: `[down_proj]`.
     #[schemars(schema_with = "schema::module_names")]
     #[serde(default, skip_serializing_if = "Option::is_none")]

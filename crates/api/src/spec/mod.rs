@@ -88,14 +88,14 @@ pub struct FineTuneJobSpec {
     /// the model is trained. Cannot be changed after creation.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lora_config: Option<LoraConfig>,
-    /// A published adapter that training starts from, instead of one that changes nothing; of the
-    /// shape in `loraConfig`. To continue from a full-parameter result, use it as `model.uri`.
+    /// A published adapter that training starts from, instead of a newly initialized one; it must match
+    /// `loraConfig`. To continue from a full-parameter result, use it as `model.uri`.
     /// Default: none. Cannot be changed after creation.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub initial_adapter: Option<InitialAdapter>,
     /// A checkpoint of another run whose weights training starts from, such as one that diverged
-    /// later; of the same model and `loraConfig`. Its moments, step and place in the data are left
-    /// behind: this is a new run. Default: none. Cannot be changed after creation.
+    /// later; of the same model and `loraConfig`. Only its weights are loaded, not the optimizer state,
+    /// the step or the position in the data: this is a new run. Default: none. Cannot be changed after creation.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub initial_checkpoint: Option<InitialCheckpoint>,
     /// How to train; every field has a default, decided from the model and the data and explained

@@ -15,7 +15,7 @@ pub enum Names {
 }
 
 impl Names {
-    /// Says why they cannot be used, if they cannot.
+    /// Explains why they cannot be used, if they cannot.
     pub fn fault(&self) -> Option<String> {
         match self {
             Self::List(list) if list.len() > 1 && list.iter().any(|name| is_all_linear(name)) => {
@@ -29,7 +29,7 @@ impl Names {
     }
 }
 
-/// Tells whether a name is the word for every linear layer; PEFT compares it without regard to case.
+/// Returns whether a name is the word for every linear layer; PEFT compares it without regard to case.
 pub fn is_all_linear(word: &str) -> bool {
     word.eq_ignore_ascii_case("all-linear")
 }

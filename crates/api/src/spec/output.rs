@@ -20,7 +20,7 @@ pub struct Output {
     /// `uri/adapter/`. Default: false.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub merge: Option<bool>,
-    /// Whether a result of other inputs at `uri` may be replaced. A result of the same rows, model and
+    /// Whether a result of different inputs at `uri` may be replaced. A result of the same rows, model and
     /// settings is never replaced: nothing is trained then. Default: false.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub overwrite: Option<bool>,

@@ -40,8 +40,8 @@ pub struct Training {
     /// How the learning rate falls after the warm-up. Default: `cosine`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lr_scheduler_type: Option<LrScheduler>,
-    /// The share of `learningRate` at which it ends instead of at zero, from 0 to 1. Not with a constant
-    /// one. Default: 0. Example: 0.1.
+    /// The final learning rate as a fraction of `learningRate`, from 0 to 1; not with the constant
+    /// schedule. Default: 0. Example: 0.1.
     #[schemars(range(min = 0.0, max = 1.0))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub min_learning_rate_ratio: Option<f64>,
@@ -54,7 +54,7 @@ pub struct Training {
     #[schemars(range(min = 0.0, max = 1.0))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub weight_decay: Option<f64>,
-    /// The gradient's 2-norm is scaled down to this, from 0 to 1000; 0 means never. Default: 1.
+    /// Gradient clipping: the largest 2-norm of the gradient, from 0 to 1000; 0 disables it. Default: 1.
     #[schemars(range(min = 0.0, max = 1000.0))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_grad_norm: Option<f64>,
@@ -72,13 +72,12 @@ pub struct Training {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub packing: Option<bool>,
     /// The element type of the computation; trained state is always fp32. Default: `auto`: bf16
-    /// where the CPU multiplies it natively, else fp32.
+    /// where the CPU or GPU multiplies it natively, else fp32.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dtype: Option<Precision>,
-    /// The optimizer: `adamw`, or `adamw8bit` with 8-bit state, whose moments take one byte each instead of
-    /// four:
-    /// of 16 bytes a trained parameter (18 in bf16) it saves 6, at some noise in the steps. Default:
-    /// `adamw`.
+    /// The optimizer: `adamw`, or `adamw8bit` with 8-bit optimizer state, which needs 10 instead of 16
+    /// bytes per trained parameter (12 instead of 18 in bf16) and makes slightly noisier updates.
+    /// Default: `adamw`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub optimizer: Option<Optimizer>,
     /// Activation checkpointing: `none` saves all activations of a block for its backward pass, `block`
@@ -99,8 +98,8 @@ pub struct Training {
     #[schemars(range(min = 0, max = 1000))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub early_stopping_patience: Option<i32>,
-    /// Steps between checkpoints, from 1 to 1000000. Default: the trainer saves before 30 seconds of
-    /// work would be lost, while that takes at most 1 % of the time.
+    /// Steps between checkpoints, from 1 to 1000000. Default: about every 30 seconds, less often if that
+    /// would take more than 1 % of the time.
     #[schemars(range(min = 1, max = 1_000_000))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub checkpoint_steps: Option<i64>,

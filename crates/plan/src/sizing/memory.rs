@@ -99,7 +99,7 @@ impl Memory {
     }
 }
 
-/// Tells whether weights are computed with as they are in the file, so that none is converted.
+/// Returns whether weights are computed with as they are in the file, so that none is converted.
 pub fn is_computed_as_stored(model: &ModelFacts, dtype: Dtype) -> bool {
     match dtype {
         Dtype::Bf16 => model.weight_dtype == "BF16",

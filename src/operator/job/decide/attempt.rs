@@ -318,7 +318,7 @@ fn readiness(pod: Option<&ObservedPod>) -> u8 {
     }
 }
 
-/// Tells whether a scheduler's message names what nodes lack, such as `0/3 nodes are available: 3
+/// Returns whether a scheduler's message names what nodes lack, such as `0/3 nodes are available: 3
 /// Insufficient memory`. Of a gang, a pod for which there would be room is only said to wait.
 fn names_shortage(message: &str) -> bool {
     message.contains("nodes are ")

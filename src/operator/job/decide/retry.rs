@@ -58,8 +58,12 @@ pub(super) fn without_report(
     message: &str,
     error: &str,
 ) -> State {
-    let left = if message.trim().is_empty() { "no report" } else { error };
-    let what = format!("the trainer ended with status {code} and left {left}");
+    let report = if message.trim().is_empty() {
+        "without a report".to_owned()
+    } else {
+        format!("with a report that cannot be read: {error}")
+    };
+    let what = format!("the trainer exited with code {code} {report}");
     match ExitCode::from_code(code) {
         Some(ExitCode::Interrupted) => after_disruption(input, attempt, &what),
         // It cannot read its input, or its report cannot be read: a retry would end alike.

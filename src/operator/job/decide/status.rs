@@ -49,7 +49,7 @@ pub(super) fn plan_status(placement: &Placement) -> PlanStatus {
     }
 }
 
-/// Says which pods a run has, and how large each is.
+/// Describes which pods a run has, and how large each is.
 fn pods(placement: &Placement) -> String {
     let Placement { plan, accelerator, pod } = placement;
     let parallelism = plan.run_config.parallelism;
@@ -62,7 +62,7 @@ fn pods(placement: &Placement) -> String {
     format!("{pods} {}", pod::describe(pod))
 }
 
-/// Says in one line what was planned.
+/// Describes in one line what was planned.
 pub(super) fn plan_message(placement: &Placement) -> String {
     let Placement { plan, accelerator, .. } = placement;
     let place = match plan.run_config.parallelism.world_size {

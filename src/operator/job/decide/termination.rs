@@ -52,7 +52,9 @@ fn termination_of(pod: Option<&ObservedPod>, who: &str, is_success: bool) -> Ter
             Termination::Exited { code: 0, message: message.clone() }
         }
         // A trainer that reports a requested stop was disrupted.
-        _ if pod.is_disrupted => Termination::Disrupted(format!("the cluster ended its pod{who}")),
+        _ if pod.is_disrupted => {
+            Termination::Disrupted(format!("its pod{who} was disrupted by the cluster"))
+        }
         PodState::Ended { is_out_of_memory: true, .. } => {
             let of = if who.is_empty() { "" } else { " of pod" };
             Termination::OutOfMemory(format!("the trainer{of}{who}"))
@@ -63,9 +65,9 @@ fn termination_of(pod: Option<&ObservedPod>, who: &str, is_success: bool) -> Ter
         PodState::Ended { code: Some(code), message, .. } => {
             Termination::Exited { code: *code, message: message.clone() }
         }
-        PodState::Ended { code: None, message, .. } => {
-            Termination::Disrupted(format!("its pod{who} ended before it ran: {message}"))
-        }
+        PodState::Ended { code: None, message, .. } => Termination::Disrupted(format!(
+            "its pod{who} failed before its container started: {message}"
+        )),
         PodState::Unschedulable(_) | PodState::Waiting { .. } | PodState::Running => {
             Termination::Disrupted(format!("its pod{who} was lost"))
         }

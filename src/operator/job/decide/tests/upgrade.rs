@@ -31,7 +31,7 @@ fn world(case: &str) -> World {
     world
 }
 
-/// Makes the pods of a Job as its controller and a kubelet do.
+/// Creates the pods of a Job as its controller and a kubelet do.
 fn running_pods(job: &Job) -> Vec<Pod> {
     let spec = job.spec.as_ref().unwrap();
     let owner = json!([{
