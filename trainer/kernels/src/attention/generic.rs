@@ -5,7 +5,10 @@
 
 use std::cell::RefCell;
 
-use super::{BackwardInputs, Shape, Task, rows::Rows};
+use super::{
+    BackwardInputs, Shape, Task,
+    rows::{Rows, TILE},
+};
 use crate::{
     Element,
     aligned::{Aligned, Buffer},
@@ -14,10 +17,6 @@ use crate::{
     pool::Shared,
     transpose::transpose,
 };
-
-/// Queries and keys of one tile: its scores, its probabilities and their four factors fit in the L1
-/// and L2 caches.
-pub(super) const TILE: usize = 64;
 
 /// Computes the queries of a task.
 ///

@@ -1,6 +1,6 @@
 //! The rows of one head, and how they are packed into operands.
 
-use super::{MAX_HEAD_DIM, generic::TILE};
+use super::MAX_HEAD_DIM;
 use crate::{
     Element,
     aligned::Buffer,
@@ -8,6 +8,10 @@ use crate::{
     pool::Shared,
     transpose::{BLOCK_SIDE, transpose_block},
 };
+
+/// Queries and keys of one tile: its scores, its probabilities and their four factors fit in the L1
+/// and L2 caches.
+pub(super) const TILE: usize = 64;
 
 /// The rows of one head in a matrix that holds all heads side by side.
 pub(super) struct Rows {

@@ -3,9 +3,10 @@
 use serde_json::{Map, Value};
 
 use crate::data::formats::{
+    check_keys,
     error::RowError,
     fields::{as_text, is_empty, non_null},
-    keys::{self, KeyScope},
+    keys::KeyScope,
 };
 
 /// The content of a turn.
@@ -66,7 +67,9 @@ fn read_part(part: &Map<String, Value>) -> Result<(bool, String), RowError> {
     };
     let mut others =
         part.iter().filter(|(other, value)| *other != "type" && *other != key && !is_empty(value));
-    if let Some(error) = others.find_map(|(other, _)| keys::refusal_of_key(KeyScope::Part, other)) {
+    if let Some(error) =
+        others.find_map(|(other, _)| check_keys::refusal_of_key(KeyScope::Part, other))
+    {
         return Err(error);
     }
     Ok((is_reasoning, crate::data::formats::fields::text(part, key)?))

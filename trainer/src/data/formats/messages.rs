@@ -5,10 +5,10 @@ use serde_json::{Map, Value};
 use crate::data::{
     conversation::{ChatRole, Conversation, Message},
     formats::{
-        content,
+        check_keys, content,
         error::RowError,
         fields::{as_text, is_empty, list, non_null, optional_text, required, shortened},
-        keys::{self, KeyScope},
+        keys::KeyScope,
         targets, tools,
     },
 };
@@ -146,7 +146,8 @@ fn read_turn(turn: &Value) -> Result<Message, RowError> {
         return Err(RowError::new("a turn must be an object"));
     };
     let given_keys = turn.iter().filter(|(_, value)| !is_empty(value));
-    let mut refused = given_keys.filter_map(|(key, _)| keys::refusal_of_key(KeyScope::Turn, key));
+    let mut refused =
+        given_keys.filter_map(|(key, _)| check_keys::refusal_of_key(KeyScope::Turn, key));
     if let Some(error) = refused.next() {
         return Err(error);
     }

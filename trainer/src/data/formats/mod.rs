@@ -1,9 +1,10 @@
 //! Parses a row, in any of the common formats, to an [`Example`].
 //!
-//! [`keys`] is the table of all known keys; other keys are refused. One module parses each format:
+//! [`keys`] is the table of all known keys; `check_keys` refuses the others. One module parses each format:
 //! `messages` (also ShareGPT), `gemini`, `pairs`, `alpaca`. All functions are pure.
 
 mod alpaca;
+mod check_keys;
 mod content;
 mod error;
 mod fields;
@@ -113,14 +114,14 @@ pub fn read(text: &str, options: &ReadOptions) -> Result<(DatasetFormat, Example
         ignore(&mut row, &options.ignored_keys);
     }
     let found = read_object(&row, options).map_err(|error| explain(&row, options, error))?;
-    let errors = keys::check_row(&row, found.0, &contents(&found.1));
+    let errors = check_keys::check_row(&row, found.0, &contents(&found.1));
     if errors.is_empty() { Ok(found) } else { Err(errors) }
 }
 
 /// Adds errors of keys to the error of a row: a refused key is the actual cause, and an unknown key may
 /// be a misspelling of a missing one.
 fn explain(row: &Map<String, Value>, options: &ReadOptions, error: RowError) -> Vec<RowError> {
-    let refused = keys::refused_keys(row);
+    let refused = check_keys::refused_keys(row);
     if !refused.is_empty() {
         return refused;
     }
@@ -128,7 +129,8 @@ fn explain(row: &Map<String, Value>, options: &ReadOptions, error: RowError) -> 
         DatasetFormat::Auto => detect(row).ok(),
         format => Some(format),
     };
-    let unknown = format.map_or_else(Vec::new, |_| keys::unknown_keys(row, error.suspected_typo()));
+    let unknown =
+        format.map_or_else(Vec::new, |_| check_keys::unknown_keys(row, error.suspected_typo()));
     std::iter::once(error).chain(unknown).collect()
 }
 

@@ -5,9 +5,10 @@ use serde_json::{Map, Value, json};
 use crate::data::{
     conversation::ToolCall,
     formats::{
+        check_keys,
         error::RowError,
         fields::{is_empty, list, non_empty_text, non_null, optional_text, shortened},
-        keys::{self, KeyScope},
+        keys::KeyScope,
     },
 };
 
@@ -114,7 +115,8 @@ fn read_call(call: &Value) -> Result<ToolCall, RowError> {
     };
     for object in [call, function] {
         let unknown = object.iter().filter(|(_, value)| !is_empty(value));
-        let mut refused = unknown.filter_map(|(key, _)| keys::refusal_of_key(KeyScope::Call, key));
+        let mut refused =
+            unknown.filter_map(|(key, _)| check_keys::refusal_of_key(KeyScope::Call, key));
         if let Some(error) = refused.next() {
             return Err(error);
         }
