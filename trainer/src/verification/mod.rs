@@ -103,12 +103,7 @@ pub fn verify_trained(
     trained: &Evaluation,
 ) -> Result<Proof, Failure> {
     let directory = context.empty_directory("readback")?;
-    let bytes = fetch_verified(output, manifest, &directory)?;
-    for path in
-        manifest.files.iter().map(|file| &file.path).filter(|path| path.ends_with(".safetensors"))
-    {
-        check_tensors(&directory.join(path))?;
-    }
+    let bytes = fetch_checked(output, manifest, &directory)?;
     let device = device(config, context);
     let model = load(manifest.kind, &directory, base, config.training.dtype, device)?;
     let reloaded = verification_batch.evaluate(&model);
@@ -151,7 +146,8 @@ pub fn verify_trained(
 /// Downloads and verifies a result that was published earlier, by an earlier attempt or by another run
 /// of the same inputs.
 ///
-/// The trained model is gone, so only the digests and that the result loads can be verified.
+/// The trained model is gone, so there is no loss to compare with: the digests, the tensors, and that
+/// the result loads are verified.
 ///
 /// # Errors
 /// A [`Failure`] if the files are damaged or do not load.
@@ -163,7 +159,7 @@ pub fn verify_published(
     base: &Path,
 ) -> Result<Proof, Failure> {
     let directory = context.empty_directory("readback")?;
-    let bytes = fetch_verified(output, manifest, &directory)?;
+    let bytes = fetch_checked(output, manifest, &directory)?;
     let tokens: Vec<u32> = (0..16).collect();
     let dtype = config.training.dtype;
     // One model after the other: the planned memory is enough for one.
@@ -192,6 +188,19 @@ pub fn fetch_verified(output: &Store, manifest: &Manifest, to: &Path) -> Result<
         store::Error::Damaged { .. } => Failure::new(FailureReason::NotProven, error.to_string()),
         error => error.into(),
     })
+}
+
+/// Downloads a result as [`fetch_verified`], and checks the tensors of its weights.
+///
+/// # Errors
+/// As [`fetch_verified`] and [`check_tensors`].
+fn fetch_checked(output: &Store, manifest: &Manifest, to: &Path) -> Result<u64, Failure> {
+    let bytes = fetch_verified(output, manifest, to)?;
+    let paths = manifest.files.iter().map(|file| &file.path);
+    for path in paths.filter(|path| path.ends_with(".safetensors")) {
+        check_tensors(&to.join(path))?;
+    }
+    Ok(bytes)
 }
 
 /// Checks that every tensor of a file is finite and that an adapter is not zero.

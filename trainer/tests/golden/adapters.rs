@@ -7,12 +7,12 @@ use finetune_trainer::{
 };
 use tch::{Device, Tensor};
 
-use crate::golden::{FAMILIES, Golden, distance};
+use crate::golden::{Golden, distance, families};
 
 #[test]
 fn ten_steps_of_each_adapter_equal_peft() {
     let mut trained = Vec::new();
-    for family in FAMILIES.iter().map(String::as_str) {
+    for family in families() {
         let golden = Golden::open(family);
         for (case, lora) in &golden.facts.lora {
             let trainable = Trainable::lora(&golden.config(), &lora.settings).unwrap();
@@ -44,7 +44,7 @@ const STRICTER: [&str; 1] = ["W_pack"];
 #[test]
 fn settings_select_the_same_modules_as_in_peft() {
     let mut compared = 0;
-    for family in FAMILIES.iter().map(String::as_str) {
+    for family in families() {
         let golden = Golden::open(family);
         let config = golden.config();
         for case in &golden.facts.targets {
@@ -67,7 +67,7 @@ fn settings_select_the_same_modules_as_in_peft() {
 
 #[test]
 fn an_adapter_that_peft_wrote_gives_the_logits_peft_gives() {
-    for family in FAMILIES.iter().map(String::as_str) {
+    for family in families() {
         let golden = Golden::open(family);
         for (case, lora) in &golden.facts.lora {
             let directory = tempfile::tempdir().unwrap();

@@ -8,14 +8,14 @@ use finetune_trainer::{
 };
 use tch::{Device, Kind, Tensor};
 
-use crate::golden::{FAMILIES, Golden, distance};
+use crate::golden::{Golden, distance, families};
 
 /// fp32 rounds to 6e-8; the rest is due to the order of summation.
 const TOLERANCE: f64 = 1e-5;
 
 #[test]
 fn logits_equal_transformers() {
-    for family in FAMILIES.iter().map(String::as_str) {
+    for family in families() {
         let golden = Golden::open(family);
         let model = golden.load(Trainable::Frozen);
         for (index, row) in golden.facts.rows.iter().enumerate() {
@@ -28,7 +28,7 @@ fn logits_equal_transformers() {
 
 #[test]
 fn the_loss_and_the_gradient_of_every_parameter_equal_transformers() {
-    for family in FAMILIES.iter().map(String::as_str) {
+    for family in families() {
         let golden = Golden::open(family);
         let expected = golden.tensors_below("grad.");
         for recompute in [Recompute::None, Recompute::Block] {
@@ -55,7 +55,7 @@ fn the_loss_and_the_gradient_of_every_parameter_equal_transformers() {
 
 #[test]
 fn angles_of_large_positions_equal_f64() {
-    for family in FAMILIES.iter().map(String::as_str) {
+    for family in families() {
         let golden = Golden::open(family);
         let config = golden.config();
         let frequencies = frequencies(&config.rope, config.head_dim);

@@ -2,12 +2,12 @@
 
 use finetune_trainer::lora::trainable::Trainable;
 
-use crate::golden::{FAMILIES, Golden, distance};
+use crate::golden::{Golden, distance, families};
 
 #[test]
 fn ten_steps_of_full_parameter_training_equal_torch() {
     let mut trained = Vec::new();
-    for family in FAMILIES.iter().map(String::as_str) {
+    for family in families() {
         let golden = Golden::open(family);
         let Some(trajectory) = &golden.facts.full else { continue };
         let mut model = golden.load(Trainable::Full);

@@ -20,8 +20,13 @@ use finetune_trainer::{
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
-/// Every family of `gen.py`: the directories it wrote, in order.
-pub(crate) static FAMILIES: LazyLock<Vec<String>> = LazyLock::new(|| {
+/// Returns every family of `gen.py`, in alphabetical order.
+pub(crate) fn families() -> impl Iterator<Item = &'static str> {
+    FAMILIES.iter().map(String::as_str)
+}
+
+/// The directories that `gen.py` wrote.
+static FAMILIES: LazyLock<Vec<String>> = LazyLock::new(|| {
     let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/data");
     let name = |entry: std::io::Result<DirEntry>| entry.unwrap().file_name().into_string().unwrap();
     let mut names: Vec<String> = data.read_dir().unwrap().map(name).collect();
