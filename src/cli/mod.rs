@@ -9,7 +9,7 @@ mod operator;
 mod run;
 mod trainer;
 
-use std::{ffi::OsString, path::PathBuf, process::ExitCode as Status};
+use std::{ffi::OsString, path::PathBuf, process};
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use finetune_contract::Parallelism;
@@ -119,15 +119,15 @@ enum Output {
 }
 
 /// Runs the command line and returns its exit status.
-pub fn main() -> Status {
+pub fn main() -> process::ExitCode {
     let arguments = Arguments::parse();
     match carry_out(arguments) {
-        Ok(()) => Status::SUCCESS,
+        Ok(()) => process::ExitCode::SUCCESS,
         Err(failure) => {
             if !failure.is_explained() {
                 display::error(&failure.to_string());
             }
-            Status::from(failure.code)
+            process::ExitCode::from(failure.code)
         }
     }
 }

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use finetune_contract::{
-    Device as RequestedDevice, Dtype, ExitCode, FailureReason, LoraSettings, Optimizer,
-    Parallelism, Recompute, Strategy, TargetModules,
+    Dtype, ExitCode, FailureReason, LoraSettings, Optimizer, Parallelism, Recompute, Strategy,
+    TargetModules,
 };
 use serde::{Deserialize, Serialize};
 use tch::Device;
@@ -128,13 +128,18 @@ struct Figures {
     profile: Vec<(&'static str, f64, f64)>,
 }
 
+impl Arguments {
+    fn device(&self) -> finetune_contract::Device {
+        if self.cuda { finetune_contract::Device::Cuda } else { finetune_contract::Device::Cpu }
+    }
+}
+
 /// Runs the steps and returns the figures as JSON.
 ///
 /// # Errors
 /// A [`Failure`] if the model or the rows cannot be used.
 pub fn run(arguments: &Arguments, environment: &Environment) -> Result<String, Failure> {
-    let kind = if arguments.cuda { RequestedDevice::Cuda } else { RequestedDevice::Cpu };
-    let device = device::open(kind)?;
+    let device = device::open(arguments.device())?;
     let ranks = join(arguments, device, environment)?;
     let started = clock::now();
     let memory = PeakMemory::watch(device);

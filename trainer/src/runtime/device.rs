@@ -2,7 +2,7 @@
 
 use std::ffi::c_int;
 
-use finetune_contract::{Device as RequestedDevice, FailureReason};
+use finetune_contract::FailureReason;
 use tch::{Cuda, Device};
 
 use crate::{
@@ -11,10 +11,10 @@ use crate::{
 };
 
 /// Returns the torch device: a GPU is the first one that this process sees.
-pub const fn of(requested: RequestedDevice) -> Device {
+pub const fn of(requested: finetune_contract::Device) -> Device {
     match requested {
-        RequestedDevice::Cpu => Device::Cpu,
-        RequestedDevice::Cuda => Device::Cuda(0),
+        finetune_contract::Device::Cpu => Device::Cpu,
+        finetune_contract::Device::Cuda => Device::Cuda(0),
     }
 }
 
@@ -22,8 +22,8 @@ pub const fn of(requested: RequestedDevice) -> Device {
 ///
 /// # Errors
 /// A [`Failure`] of reason `DeviceUnavailable` with the most likely cause.
-pub fn open(requested: RequestedDevice) -> Result<Device, Failure> {
-    if requested == RequestedDevice::Cuda && Cuda::device_count() <= 0 {
+pub fn open(requested: finetune_contract::Device) -> Result<Device, Failure> {
+    if requested == finetune_contract::Device::Cuda && Cuda::device_count() <= 0 {
         return Err(Failure::new(FailureReason::DeviceUnavailable, unavailable_reason()));
     }
     Ok(of(requested))
@@ -60,17 +60,17 @@ unsafe extern "C" {
 
 #[cfg(test)]
 mod tests {
-    use finetune_contract::{Device as RequestedDevice, FailureReason};
+    use finetune_contract::FailureReason;
     use tch::{Cuda, Device};
 
     use super::{open, peak_memory};
 
     #[test]
     fn a_missing_gpu_is_reported() {
-        assert_eq!(open(RequestedDevice::Cpu), Ok(Device::Cpu));
+        assert_eq!(open(finetune_contract::Device::Cpu), Ok(Device::Cpu));
         assert_eq!(peak_memory(Device::Cpu), None);
         if Cuda::device_count() == 0 {
-            let failure = open(RequestedDevice::Cuda).unwrap_err();
+            let failure = open(finetune_contract::Device::Cuda).unwrap_err();
             assert_eq!(failure.reason, FailureReason::DeviceUnavailable);
             assert!(failure.message.contains("planned for a GPU, but "), "{failure}");
             assert_eq!(peak_memory(Device::Cuda(0)), None);

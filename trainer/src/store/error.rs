@@ -1,6 +1,6 @@
 //! The errors of a store: messages for people, and a table of reasons for code.
 
-use std::{error::Error as StdError, io, path::Path};
+use std::{error, io, path::Path};
 
 use finetune_contract::{FailureReason, ProblemReason};
 
@@ -228,7 +228,7 @@ impl From<Error> for io::Error {
 }
 
 /// Finds the error of the system among the causes of an error.
-fn io_kind(error: &(dyn StdError + 'static)) -> Option<io::ErrorKind> {
+fn io_kind(error: &(dyn error::Error + 'static)) -> Option<io::ErrorKind> {
     let mut next = Some(error);
     while let Some(error) = next {
         if let Some(io) = error.downcast_ref::<io::Error>() {

@@ -15,7 +15,7 @@ use super::{
     names::{WORK_DIRECTORY, job_name, ranks_name},
 };
 use crate::operator::settings::Settings;
-use finetune_api::{self as api, FineTuneJob, FineTuneJobSpec, SecretRef};
+use finetune_api::{FineTuneJob, FineTuneJobSpec, SecretRef};
 use finetune_plan::accelerators::Accelerator;
 
 /// Where rank 0 brings the ranks together; torch's own default.
@@ -26,7 +26,7 @@ pub(super) fn variables(
     job: &FineTuneJob,
     settings: &Settings,
     attempt: &Attempt<'_>,
-    template: &api::PodTemplate,
+    template: &finetune_api::PodTemplate,
 ) -> Vec<EnvVar> {
     let plain = |name: &str, value: &str| EnvVar {
         name: name.to_owned(),

@@ -23,7 +23,7 @@ use super::{
     resources::{self, mebibytes},
 };
 use crate::operator::settings::Settings;
-use finetune_api::{self as api, FineTuneJob, Step};
+use finetune_api::{FineTuneJob, Step};
 
 const CONFIG_ANNOTATION: &str = "finetune.dev/config";
 const CONFIG_DIRECTORY: &str = "/etc/finetune";
@@ -100,8 +100,8 @@ pub(super) fn pod_template(
     }
 }
 
-fn toleration(toleration: api::Toleration) -> Toleration {
-    let api::Toleration { key, operator, value, effect, toleration_seconds } = toleration;
+fn toleration(toleration: finetune_api::Toleration) -> Toleration {
+    let finetune_api::Toleration { key, operator, value, effect, toleration_seconds } = toleration;
     Toleration {
         key,
         operator: operator.map(|operator| operator.as_str().to_owned()),
@@ -115,7 +115,7 @@ fn container(
     job: &FineTuneJob,
     settings: &Settings,
     attempt: &Attempt<'_>,
-    template: &api::PodTemplate,
+    template: &finetune_api::PodTemplate,
 ) -> Container {
     let port = ContainerPort {
         name: Some("metrics".to_owned()),

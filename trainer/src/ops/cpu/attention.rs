@@ -1,6 +1,6 @@
 //! Attention by our tiled kernels.
 
-use finetune_kernels::attention::{self as kernels, BackwardInputs, Shape};
+use finetune_kernels::attention::{self, BackwardInputs, Shape};
 use tch::{Device, Kind, Tensor};
 
 use crate::ops::{
@@ -14,7 +14,7 @@ use crate::ops::{
 /// Reports whether our kernels support queries `[T, H, E]`.
 pub(super) fn is_supported(q: &Tensor) -> bool {
     let width = usize::try_from(q.size()[2]).unwrap_or(0);
-    q.device() == Device::Cpu && dispatch_dtype!(q.kind(), E => kernels::is_supported::<E>(width))
+    q.device() == Device::Cpu && dispatch_dtype!(q.kind(), E => attention::is_supported::<E>(width))
 }
 
 pub(super) fn attention(inputs: [&Tensor; 3], mask: AttentionMask<'_>) -> (Tensor, Vec<Tensor>) {
@@ -22,7 +22,7 @@ pub(super) fn attention(inputs: [&Tensor; 3], mask: AttentionMask<'_>) -> (Tenso
     let size = q.size();
     let mut out = q.empty_like();
     let mut logsumexp = Tensor::zeros([size[1], size[0]], (Kind::Float, Device::Cpu));
-    dispatch_dtype!(q.kind(), E => kernels::forward(
+    dispatch_dtype!(q.kind(), E => attention::forward(
         &Threads,
         shape(q, k, mask),
         &lengths(mask.runs),
@@ -43,7 +43,7 @@ pub(super) fn attention_backward(
     let mut grads = inputs.map(Tensor::empty_like);
     let [dq, dk, dv] = &mut grads;
     let logsumexp = elements(&logsumexp[0]);
-    dispatch_dtype!(out.kind(), E => kernels::backward(
+    dispatch_dtype!(out.kind(), E => attention::backward(
         &Threads,
         shape(inputs[0], inputs[1], mask),
         &lengths(mask.runs),

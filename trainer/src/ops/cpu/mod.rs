@@ -14,10 +14,10 @@ use std::{cell::RefCell, ops::Range};
 use finetune_kernels::{
     adamw::{self, AdamWStep},
     adamw_8bit::{self, BLOCK, Moments},
-    cross_entropy as entropy,
-    dropout::{self as masked, DropoutMask},
+    cross_entropy,
+    dropout::{self, DropoutMask},
     pool::{Pool, Shared},
-    rms_norm as norm, rope, sum, swiglu as gated,
+    rms_norm, rope, sum, swiglu,
 };
 use tch::Tensor;
 
@@ -59,7 +59,7 @@ impl Backend for Cpu {
         dispatch_dtype!(x.kind(), E => {
             let (x, weight) = (elements::<E>(x), elements::<E>(weight));
             write_rows(elements_mut(&mut y), weight.len(), |range, y| {
-                norm::forward(&x[range], weight, eps as f32, y);
+                rms_norm::forward(&x[range], weight, eps as f32, y);
             });
         });
         y
@@ -92,7 +92,7 @@ impl Backend for Cpu {
                     // SAFETY: these elements belong to this task.
                     let weight_grad = unsafe { partials.range(index..index + partial_width) };
                     let residual = residual.map(|residual| &residual[range.clone()]);
-                    norm::backward(&x[range], weight, eps as f32, dy, residual, weight_grad);
+                    rms_norm::backward(&x[range], weight, eps as f32, dy, residual, weight_grad);
                 });
                 if let Some(grad) = weight_grad {
                     let mut grad = grad.shallow_clone();
@@ -109,7 +109,7 @@ impl Backend for Cpu {
         dispatch_dtype!(gate.kind(), E => {
             let (gate, up) = (elements::<E>(gate), elements::<E>(up));
             write_rows(elements_mut(&mut product), 1, |range, product| {
-                gated::forward(&gate[range.clone()], &up[range], product);
+                swiglu::forward(&gate[range.clone()], &up[range], product);
             });
         });
         product
@@ -128,7 +128,7 @@ impl Backend for Cpu {
                 #[expect(unsafe_code, reason = "tasks write to disjoint ranges")]
                 // SAFETY: these elements belong to this task.
                 let [d_product, up] = unsafe { [d_product.range(range.clone()), up.range(range)] };
-                gated::backward(d_product, gate, up);
+                swiglu::backward(d_product, gate, up);
             });
         });
         (d_product, gate, up)
@@ -157,7 +157,7 @@ impl Backend for Cpu {
                 #[expect(unsafe_code, reason = "tasks write to disjoint ranges")]
                 // SAFETY: this row belongs to this task.
                 let logits = unsafe { logits.range(row * vocabulary..(row + 1) * vocabulary) };
-                entropy::backward(logits, &labels[row..=row])
+                cross_entropy::backward(logits, &labels[row..=row])
             })
         });
         (loss, logits)
@@ -169,7 +169,7 @@ impl Backend for Cpu {
             let logits = elements::<E>(logits);
             let vocabulary = logits.len() / labels.len().max(1);
             sum_tasks(labels.len(), |row| {
-                entropy::loss(&logits[row * vocabulary..(row + 1) * vocabulary], &labels[row..=row])
+                cross_entropy::loss(&logits[row * vocabulary..(row + 1) * vocabulary], &labels[row..=row])
             })
         })
     }
@@ -179,7 +179,7 @@ impl Backend for Cpu {
         dispatch_dtype!(x.kind(), E => {
             let x = elements::<E>(x);
             write_rows(elements_mut(&mut y), 4, |range, y| {
-                masked::apply(mask, range.start, &x[range], y);
+                dropout::apply(mask, range.start, &x[range], y);
             });
         });
         y
@@ -189,7 +189,7 @@ impl Backend for Cpu {
         dispatch_dtype!(sum.kind(), E => {
             let grad = elements::<E>(grad);
             write_rows(elements_mut(sum), 4, |range, sum| {
-                masked::add_masked(mask, range.start, &grad[range], sum);
+                dropout::add_masked(mask, range.start, &grad[range], sum);
             });
         });
     }
