@@ -170,7 +170,10 @@ fn an_output_that_touches_an_input_is_refused_before_a_byte_is_written() {
         assert_eq!(ran.code, 78, "{output}: {}", ran.stderr);
         let text = sandbox.shown(&ran);
         let line = text.lines().find(|line| line.contains("spec.output.uri")).unwrap();
-        shown.push(format!("{output:?}: {}", line.trim().split(": a result is").next().unwrap()));
+        shown.push(format!(
+            "{output:?}: {}",
+            line.trim().split(": the output must").next().unwrap()
+        ));
     }
     insta::assert_snapshot!(shown.join("\n"), @r#"
 "model": spec.output.uri: "file://DIR/model" is the same place as spec.model.uri (file://DIR/model)

@@ -177,7 +177,7 @@ fn check_ranks(ranks: u32, memory_bytes: u64, lines: &str) -> String {
                 let fields = ["ranks", "strategy", "recompute", "trainBatch", "gradientAcc"];
                 let is_field = fields.iter().any(|field| line.trim_start().starts_with(field));
                 is_field
-                    || ["trained state", "gathered", "peak", "sent"]
+                    || ["trained state", "gathered", "peak of each rank", "sent"]
                         .iter()
                         .any(|term| line.contains(term))
             })
