@@ -12,7 +12,9 @@ use std::{
     task::{Context, Poll},
 };
 
-use finetune_operator::operator::{controller::Operator, metrics::Metrics, settings::Settings};
+use finetune_operator::operator::{
+    job::controller::Operator, runtime::metrics::Metrics, settings::Settings,
+};
 use futures::StreamExt;
 use http::{Method, Request, Response};
 use k8s_openapi::api::batch::v1::Job;

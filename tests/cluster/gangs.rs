@@ -5,7 +5,9 @@
 
 use std::{sync::Arc, time::Duration};
 
-use finetune_operator::operator::{controller::Operator, metrics::Metrics, settings::Settings};
+use finetune_operator::operator::{
+    job::controller::Operator, runtime::metrics::Metrics, settings::Settings,
+};
 use k8s_openapi::api::core::v1::Pod;
 use kube::{
     Api,

@@ -5,7 +5,9 @@
 use std::{collections::BTreeSet, net::IpAddr, process::Command, sync::Arc};
 
 use finetune_contract::{Progress, RunReport};
-use finetune_operator::operator::{controller::Operator, metrics::Metrics, settings::Settings};
+use finetune_operator::operator::{
+    job::controller::Operator, runtime::metrics::Metrics, settings::Settings,
+};
 use k8s_openapi::api::{
     core::v1::{Pod, Service},
     networking::v1::NetworkPolicy,
