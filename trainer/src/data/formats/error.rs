@@ -43,10 +43,16 @@ impl RowError {
         self.suspected_typo.as_deref()
     }
 
-    /// Adds the location in the row.
+    /// Adds the location in the row, an element of a list.
     #[must_use]
     pub fn at(self, list: &str, index: usize) -> Self {
-        let location = format!("{list}[{index}]: {}", self.location);
+        self.within(&format!("{list}[{index}]"))
+    }
+
+    /// Adds the location in the row, the value of a key.
+    #[must_use]
+    pub fn within(self, key: &str) -> Self {
+        let location = format!("{key}: {}", self.location);
         Self { location, ..self }
     }
 }

@@ -37,31 +37,40 @@ pub(super) fn read(row: &Map<String, Value>) -> Result<Example, RowError> {
     let mut turns = Vec::new();
     let system_key = resolve_alias(row, &SYSTEM)?;
     if let Some(system) = non_null(row, system_key).filter(|value| !is_empty(value)) {
-        let system = object(system).and_then(|system| parts(system, &["role"]));
-        let (said, _) = system.map_err(|error| error.at(system_key, 0))?;
-        turns.push(Message::new(ChatRole::System, said));
+        let system = object(system).and_then(|system| message(system, ChatRole::System));
+        turns.push(system.map_err(|error| error.within(system_key))?);
     }
     for (index, turn) in list(required(row, TURNS)?, TURNS)?.iter().enumerate() {
-        turns.push(read_turn(turn).map_err(|error| error.at(TURNS, index))?);
+        let turn = object(turn).and_then(|turn| message(turn, role(turn)?));
+        turns.push(turn.map_err(|error| error.at(TURNS, index))?);
     }
     messages::build_conversation(row, turns).map(Example::Chat)
 }
 
-fn read_turn(turn: &Value) -> Result<Message, RowError> {
-    let turn = object(turn)?;
-    let role = match as_text(required(turn, "role")?, "role")?.as_str() {
-        "user" => ChatRole::User,
-        "model" => ChatRole::Assistant,
-        other => {
-            return Err(RowError::of_kind(
-                format!("role {other}"),
-                format!("the role {other:?} cannot be used in \"contents\": use user or model"),
-            ));
-        }
-    };
-    let (said, thought) = parts(turn, &["role"])?;
-    if role == ChatRole::User && !thought.is_empty() {
-        return Err(RowError::new("a turn of the user has a thought: only the model can think"));
+fn role(turn: &Map<String, Value>) -> Result<ChatRole, RowError> {
+    match as_text(required(turn, "role")?, "role")?.as_str() {
+        "user" => Ok(ChatRole::User),
+        "model" => Ok(ChatRole::Assistant),
+        other => Err(RowError::of_kind(
+            format!("role {other}"),
+            format!("the role {other:?} cannot be used in \"contents\": use user or model"),
+        )),
+    }
+}
+
+fn message(turn: &Map<String, Value>, role: ChatRole) -> Result<Message, RowError> {
+    refuse_keys(turn, &["role", "parts"])?;
+    let (mut said, mut thought) = (String::new(), String::new());
+    for (index, part) in list(required(turn, "parts")?, "parts")?.iter().enumerate() {
+        let part = object(part).and_then(read_part);
+        let (is_thought, text) = part.map_err(|error| error.at("parts", index))?;
+        if is_thought { thought += &text } else { said += &text }
+    }
+    if role != ChatRole::Assistant && !thought.is_empty() {
+        return Err(RowError::new(format!(
+            "a part of the {} is a thought: only the model can think",
+            role.as_str()
+        )));
     }
     if role == ChatRole::Assistant && said.is_empty() {
         return Err(RowError::new("the model's parts have no text"));
@@ -71,24 +80,15 @@ fn read_turn(turn: &Value) -> Result<Message, RowError> {
     Ok(message)
 }
 
-/// Returns the texts of the parts of a turn that are said, and of those that are thought.
-fn parts(turn: &Map<String, Value>, others: &[&str]) -> Result<(String, String), RowError> {
-    refuse_keys(turn, &[others, &["parts"]].concat())?;
-    let (mut said, mut thought) = (String::new(), String::new());
-    for (index, part) in list(required(turn, "parts")?, "parts")?.iter().enumerate() {
-        let read = object(part).and_then(|part| {
-            refuse_keys(part, &["text", "thought"])?;
-            let is_thought = match non_null(part, "thought") {
-                None => false,
-                Some(Value::Bool(is_thought)) => *is_thought,
-                Some(_) => return Err(RowError::new("\"thought\" must be true or false")),
-            };
-            Ok((is_thought, text(part, "text")?))
-        });
-        let (is_thought, text) = read.map_err(|error| error.at("parts", index))?;
-        if is_thought { thought += &text } else { said += &text }
-    }
-    Ok((said, thought))
+/// Returns whether a part is a thought, and its text.
+fn read_part(part: &Map<String, Value>) -> Result<(bool, String), RowError> {
+    refuse_keys(part, &["text", "thought"])?;
+    let is_thought = match non_null(part, "thought") {
+        None => false,
+        Some(Value::Bool(is_thought)) => *is_thought,
+        Some(_) => return Err(RowError::new("\"thought\" must be true or false")),
+    };
+    Ok((is_thought, text(part, "text")?))
 }
 
 fn object(value: &Value) -> Result<&Map<String, Value>, RowError> {
@@ -150,6 +150,8 @@ mod tests {
     fn what_would_be_lost_is_refused() {
         insta::assert_snapshot!(check(r#"{"contents": [{"role": "user", "parts": [{"text": "a"}, {"inlineData": {"mimeType": "image/png", "data": "x"}}]}]}"#), @r#"contents[0]: parts[1]: "inlineData" cannot be used in rows of Gemini's format, of which only text can be trained on: remove the row, or convert it to "messages""#);
         insta::assert_snapshot!(check(r#"{"contents": [{"role": "assistant", "parts": [{"text": "b"}]}]}"#), @r#"contents[0]: the role "assistant" cannot be used in "contents": use user or model"#);
+        insta::assert_snapshot!(check(r#"{"systemInstruction": {"parts": [{"text": "s"}, {"text": "hm", "thought": true}]}, "contents": [{"role": "model", "parts": [{"text": "b"}]}]}"#), @"systemInstruction: a part of the system is a thought: only the model can think");
+        insta::assert_snapshot!(check(r#"{"contents": [{"role": "model", "parts": [{"text": "b"}]}], "mask": "model"}"#), @r#""mask" is "model", but only the user's turns can be left out that way: mark turns with "weight": 0 instead"#);
         insta::assert_snapshot!(check(r#"{"contents": [{"role": "model", "parts": []}]}"#), @"contents[0]: the model's parts have no text");
         insta::assert_snapshot!(check(r#"{"contents": [{"role": "model", "content": "b"}]}"#), @r#"contents[0]: "content" cannot be used in rows of Gemini's format, of which only text can be trained on: remove the row, or convert it to "messages""#);
         insta::assert_snapshot!(check(r#"{"contents": [{"role": "model", "parts": [{"text": "b"}]}], "tools": [{"functionDeclarations": []}]}"#), @r#""tools" of Gemini's rows cannot be used: convert the row to "messages" with "tool_calls""#);

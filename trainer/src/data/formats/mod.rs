@@ -165,7 +165,10 @@ fn read_object(
         format => format,
     };
     let mut example = match format {
-        DatasetFormat::Messages if gemini::is_gemini(row) => gemini::read(row)?,
+        DatasetFormat::Messages if gemini::is_gemini(row) => {
+            check_mask(row)?;
+            gemini::read(row)?
+        }
         DatasetFormat::Messages => conversation(row, "messages")?,
         DatasetFormat::Sharegpt | DatasetFormat::Auto => {
             conversation(row, resolve_alias(row, &["conversations", "conversation"])?)?
@@ -190,6 +193,13 @@ fn read_object(
 }
 
 fn conversation(row: &Map<String, Value>, key: &str) -> Result<Example, RowError> {
+    check_mask(row)?;
+    let messages = messages::read(required(row, key)?, key)?;
+    messages::build_conversation(row, messages).map(Example::Chat)
+}
+
+/// Refuses a mask of NeMo that leaves out other turns than the user's.
+fn check_mask(row: &Map<String, Value>) -> Result<(), RowError> {
     if let Some(mask) = non_null(row, "mask")
         && !mask
             .as_str()
@@ -203,8 +213,7 @@ fn conversation(row: &Map<String, Value>, key: &str) -> Result<Example, RowError
             ),
         ));
     }
-    let messages = messages::read(required(row, key)?, key)?;
-    messages::build_conversation(row, messages).map(Example::Chat)
+    Ok(())
 }
 
 /// Refuses `label: false`, which marks a bad answer in KTO datasets: it must not be trained on.
