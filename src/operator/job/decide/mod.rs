@@ -20,7 +20,9 @@ mod training;
 
 use std::time::Duration;
 
-use finetune_contract::Reason;
+use finetune_api::{FineTuneJob, FineTuneJobStatus, OUTPUT};
+use finetune_contract::{Problem, Reason};
+use finetune_plan::resolve;
 use k8s_openapi::{
     api::{batch::v1::Job, core::v1::Service, networking::v1::NetworkPolicy},
     jiff::{SignedDuration, Timestamp},
@@ -31,8 +33,6 @@ use super::{
     observe::{Observed, ObservedJob, ObservedPod},
 };
 use crate::operator::settings::Settings;
-use finetune_api::{FineTuneJob, FineTuneJobStatus, OUTPUT};
-use finetune_plan::resolve;
 use state::{ConditionChange, Finished, NextStatus};
 
 pub use attempt::PROGRESS_INTERVAL;
@@ -166,19 +166,28 @@ fn deadline_exceeded(input: &Input<'_>, status: &FineTuneJobStatus) -> Option<Fi
 /// Finds what the schema cannot: it is refused before any pod exists.
 fn invalid_spec(input: &Input<'_>) -> Option<Finished> {
     let job = input.job;
-    let problem = unusable_uri(job)
+    let problem = unusable_uris(job)
         .or_else(|| unreachable_uri(job))
         .or_else(|| overlapping_output(job))
         .or_else(|| resolve::unusable_names(job))?;
-    let accepted =
-        ConditionChange::new(Kind::Accepted, Truth::False, Reason::InvalidSpec, &problem);
-    Some(Finished::failed(Reason::InvalidSpec, problem).with(accepted))
+    Some(not_accepted(problem))
 }
 
-/// Returns what is wrong with the first URI that cannot be parsed: the CRD checks only its scheme.
-fn unusable_uri(job: &FineTuneJob) -> Option<String> {
-    let problem = resolve::unusable_uris(&job.spec).into_iter().next()?;
-    Some(problem.to_string())
+fn not_accepted(problem: String) -> Finished {
+    let accepted =
+        ConditionChange::new(Kind::Accepted, Truth::False, Reason::InvalidSpec, &problem);
+    Finished::failed(Reason::InvalidSpec, problem).with(accepted)
+}
+
+/// Returns what is wrong with the URIs that cannot be parsed: the CRD checks only their schemes.
+fn unusable_uris(job: &FineTuneJob) -> Option<String> {
+    let problems = resolve::unusable_uris(&job.spec);
+    (!problems.is_empty()).then(|| lines(&problems))
+}
+
+/// Returns problems as text, one a line.
+fn lines(problems: &[Problem]) -> String {
+    problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
 }
 
 /// Returns what is wrong with a `file://` URI, which means nothing in a cluster.

@@ -1,30 +1,27 @@
 //! The first stage: a pod checks model, dataset and output, and its report becomes the plan.
 
-use finetune_contract::{Parallelism, PreflightReport, Problem, Reason};
-
-use super::{
-    Input,
-    attempt::{self, AttemptState, Work},
-    retry,
-    state::{ConditionChange, Finished, InProgress, Planned, State},
-    status::{plan_message, plan_status, published_before},
-    termination::Termination,
-};
-use crate::operator::job::conditions::{Kind, Truth};
 use finetune_api::{AttemptStatus, FineTuneJobStatus, Step};
+use finetune_contract::{Parallelism, PreflightReport, Problem, Reason};
 use finetune_plan::{
     placement::{self, Placement, Unplaced},
     resolve,
 };
 
+use super::{
+    Input,
+    attempt::{self, AttemptState, Work},
+    lines, not_accepted, retry,
+    state::{ConditionChange, Finished, InProgress, Planned, State},
+    status::{plan_message, plan_status, published_before},
+    termination::Termination,
+};
+use crate::operator::job::conditions::{Kind, Truth};
+
 /// Decides about a job that has no plan yet.
 pub(super) fn decide(input: &Input<'_>, status: &FineTuneJobStatus) -> State {
     let config = match resolve::preflight_config(input.job, false) {
         Ok(config) => config,
-        Err(problems) => {
-            let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
-            return State::Finished(Finished::failed(Reason::InvalidSpec, problems.join("\n")));
-        }
+        Err(problems) => return State::Finished(not_accepted(lines(&problems))),
     };
     let work = Work {
         step: Step::Preflight,
@@ -53,8 +50,7 @@ pub(super) fn decide(input: &Input<'_>, status: &FineTuneJobStatus) -> State {
 fn take_report(input: &Input<'_>, attempt: AttemptStatus, report: &PreflightReport) -> State {
     let is_retryable = |problem: &Problem| problem.reason.exit_code().is_retryable();
     if !report.problems.is_empty() && report.problems.iter().all(is_retryable) {
-        let problems: Vec<String> = report.problems.iter().map(ToString::to_string).collect();
-        let why = problems.join("\n");
+        let why = lines(&report.problems);
         return retry::after_failure(input, attempt, Reason::StoreUnavailable, &why);
     }
     match placement::place(input.job, report, &input.settings.accelerators) {
