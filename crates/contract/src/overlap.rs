@@ -37,11 +37,11 @@ pub fn overlap(first: &ObjectUri, second: &ObjectUri) -> Option<Overlap> {
 }
 
 /// Lists the URIs that a run reads, each with its field of the manifest.
-pub fn input_uris<'a>(
-    model: &'a ModelSource,
-    dataset: &'a DatasetSource,
-    initial_adapter: Option<&'a ObjectUri>,
-    initial_checkpoint: Option<&'a ObjectUri>,
+pub fn input_uris(
+    model: &ModelSource,
+    dataset: &DatasetSource,
+    initial_adapter: Option<&ObjectUri>,
+    initial_checkpoint: Option<&ObjectUri>,
 ) -> Vec<(&'static str, ObjectUri)> {
     let mut uris = vec![("spec.model.uri", model.uri.clone())];
     uris.extend(dataset.uris());

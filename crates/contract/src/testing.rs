@@ -15,7 +15,7 @@ use crate::{
 /// If the path cannot be written as a URI.
 #[track_caller]
 pub fn file_uri(path: &Path) -> ObjectUri {
-    ObjectUri::parse(&format!("file://{}", path.display())).expect("a path for a test")
+    ObjectUri::of_path(path).expect("a path for a test")
 }
 
 /// Returns the settings of five steps in fp32, each of one short sequence: no warm-up, no evaluation.

@@ -1,6 +1,6 @@
 //! Object URIs: `scheme://authority/path`, parsed once.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, path::Path, str::FromStr};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
@@ -175,6 +175,14 @@ impl ObjectUri {
             }
         }
         Ok(Self { scheme, authority, path: path.to_owned(), is_prefix })
+    }
+
+    /// Returns the URI of an absolute path of this machine.
+    ///
+    /// # Errors
+    /// [`ParseUriError`] if the path has characters that no object URI can have.
+    pub fn of_path(path: &Path) -> Result<Self, ParseUriError> {
+        Self::parse(&format!("file://{}", path.display()))
     }
 
     /// Returns the URI beside this one whose name has `suffix` appended.

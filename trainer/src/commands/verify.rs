@@ -123,7 +123,7 @@ fn base_directory(
     work_dir: &Path,
 ) -> Result<PathBuf, Failure> {
     let (uri, revision) = match &arguments.model {
-        Some(named) if !named.contains("://") => (parse(&file_uri(Path::new(named))?)?, None),
+        Some(named) if !named.contains("://") => (local_uri(Path::new(named))?, None),
         Some(named) => (parse(named)?, None),
         None => (manifest.base_model.uri.clone(), manifest.base_model.revision.as_deref()),
     };
@@ -138,12 +138,13 @@ fn base_directory(
     extension::add_tokens(&directory, &manifest.base_model.added_tokens, &models)
 }
 
-fn file_uri(directory: &Path) -> Result<String, Failure> {
+fn local_uri(directory: &Path) -> Result<ObjectUri, Failure> {
     let absolute = directory.canonicalize().map_err(|error| {
         let message = format!("the base model {directory:?} cannot be read: {error}");
         Failure::new(FailureReason::InvalidConfiguration, message)
     })?;
-    Ok(format!("file://{}", absolute.display()))
+    ObjectUri::of_path(&absolute)
+        .map_err(|error| Failure::from_chain(FailureReason::InvalidConfiguration, &error))
 }
 
 fn check_logits(model: &Model) -> Result<(), Failure> {

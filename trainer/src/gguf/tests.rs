@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use finetune_contract::ObjectUri;
+use finetune_contract::testing::file_uri;
 use serde::Deserialize;
 use serde_json::Value;
 use tch::{Kind, Tensor};
@@ -121,7 +121,7 @@ fn converts_a_file_again_only_if_its_bytes_changed() {
     let mut bytes = fs::read(golden("qwen2.gguf")).unwrap();
     fs::write(&from, &bytes).unwrap();
     let imported = || {
-        let uri = ObjectUri::parse(&format!("file://{}", from.display())).unwrap();
+        let uri = file_uri(&from);
         let environment = Environment::from_pairs([]);
         let store = Store::open(&uri, None, Role::Model, &environment).unwrap();
         local_model_directory(&store, &directory.path().join("cache")).unwrap()

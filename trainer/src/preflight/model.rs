@@ -273,16 +273,13 @@ fn imported(
     findings: &mut Findings,
 ) -> Option<Store> {
     match gguf::local_model_directory(store, &work_dir.join("models")) {
-        Ok(directory) => {
-            let uri = format!("file://{}", directory.display());
-            match ObjectUri::parse(&uri) {
-                Ok(uri) => open(&uri, None, Role::Model, environment, MODEL_URI, findings),
-                Err(error) => {
-                    findings.add_problem(ProblemReason::InvalidSpec, MODEL_URI, error.to_string());
-                    None
-                }
+        Ok(directory) => match ObjectUri::of_path(&directory) {
+            Ok(uri) => open(&uri, None, Role::Model, environment, MODEL_URI, findings),
+            Err(error) => {
+                findings.add_problem(ProblemReason::InvalidSpec, MODEL_URI, error.to_string());
+                None
             }
-        }
+        },
         Err(failure) => {
             findings.add_failure(MODEL_URI, &failure);
             None

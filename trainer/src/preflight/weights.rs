@@ -238,7 +238,7 @@ fn compare(tensors: &BTreeMap<String, TensorEntry>, model: &ModelConfig, finding
 
 #[cfg(test)]
 mod tests {
-    use finetune_contract::ObjectUri;
+    use finetune_contract::testing::file_uri;
 
     use super::*;
     use crate::store::{Environment, Role};
@@ -246,7 +246,7 @@ mod tests {
     #[test]
     fn unreachable_weights_are_not_reported_as_damaged() {
         let directory = tempfile::tempdir().unwrap();
-        let uri = ObjectUri::parse(&format!("file://{}", directory.path().display())).unwrap();
+        let uri = file_uri(directory.path());
         let store = Store::open(&uri, None, Role::Model, &Environment::default()).unwrap();
         let (reason, _) = read_header(&store, "gone.safetensors", 100).unwrap_err();
         assert_eq!(reason, ProblemReason::NotFound);

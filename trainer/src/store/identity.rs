@@ -63,7 +63,7 @@ mod tests {
     use std::sync::Arc;
 
     use bytes::Bytes;
-    use finetune_contract::ObjectUri;
+    use finetune_contract::{ObjectUri, testing::file_uri};
 
     use super::identity;
     use crate::store::{Environment, Role, Store, is_model_file};
@@ -103,7 +103,7 @@ mod tests {
     #[test]
     fn changes_with_any_file_of_a_directory_and_not_with_its_times() {
         let directory = tempfile::tempdir().unwrap();
-        let uri = ObjectUri::parse(&format!("file://{}", directory.path().display())).unwrap();
+        let uri = file_uri(directory.path());
         let store = Store::open(&uri, None, Role::Output, &Environment::from_pairs([])).unwrap();
         check(&store);
         let before = of(&store);
@@ -118,7 +118,7 @@ mod tests {
     fn identifies_a_single_file_by_its_content() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("model.gguf");
-        let uri = ObjectUri::parse(&format!("file://{}", file.display())).unwrap();
+        let uri = file_uri(&file);
         let store = Store::open(&uri, None, Role::Model, &Environment::from_pairs([])).unwrap();
         std::fs::write(&file, "one").unwrap();
         let first = of(&store);

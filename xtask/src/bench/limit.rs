@@ -54,14 +54,13 @@ impl Limit {
 pub(crate) fn measure(binaries: &Binaries, model: &Path) -> Result<Limit> {
     let directory = shell::root().join("target/bench-preflight");
     std::fs::create_dir_all(&directory)?;
-    let uri = |path: &Path| ObjectUri::parse(&format!("file://{}", path.display()));
     let config = PreflightConfig {
         measure_machine: true,
         ..PreflightConfig::of(
             RunId("bench".to_owned()),
-            ModelSource::of(uri(model)?),
-            DatasetSource::of(uri(&dataset::files()?.train)?),
-            OutputTarget::of(uri(&directory.join("output"))?),
+            ModelSource::of(ObjectUri::of_path(model)?),
+            DatasetSource::of(ObjectUri::of_path(&dataset::files()?.train)?),
+            OutputTarget::of(ObjectUri::of_path(&directory.join("output"))?),
         )
     };
     let [config_file, report_file] =

@@ -2,7 +2,7 @@
 
 use std::{fs, path::Path};
 
-use finetune_contract::{ObjectUri, Split};
+use finetune_contract::{Split, testing::file_uri};
 use io::Write;
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -13,7 +13,7 @@ use crate::{
 };
 
 fn open(path: &Path) -> Store {
-    let uri = ObjectUri::parse(&format!("file://{}", path.display())).unwrap();
+    let uri = file_uri(path);
     Store::open(&uri, None, Role::Dataset, &Environment::default()).unwrap()
 }
 
