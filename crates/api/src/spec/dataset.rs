@@ -53,7 +53,8 @@ pub struct Dataset {
     /// `allTurns`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub train_on: Option<TrainOn>,
-    /// Keys of rows and turns to ignore. A key that is neither known nor listed here is rejected. Default: none. Example: `[rationale, reward]`.
+    /// Keys of rows and turns to ignore. A key that is neither known nor listed here is rejected.
+    /// Default: none. Example: `[rationale, reward]`.
     #[schemars(length(max = 64), inner(length(min = 1, max = 128)))]
     #[schemars(extend("x-kubernetes-list-type" = "atomic"))]
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -27,8 +27,9 @@ pub struct LoraConfig {
     pub lora_dropout: Option<f64>,
     /// The modules that get an adapter, as PEFT takes them: `all-linear` for every linear layer but the
     /// output head; a list of names, each a full path or a suffix that starts after a dot, such as
-    /// `q_proj` or `self_attn.q_proj`; or a string, a regular expression that matches full paths. `embed_tokens`
-    /// and `lm_head` are allowed, also where they are one tensor: each gets an adapter of its own.
+    /// `q_proj` or `self_attn.q_proj`; or a string, a regular expression that matches full paths.
+    /// `embed_tokens` and `lm_head` are allowed, also where they are one tensor: each gets an adapter of
+    /// its own.
     /// Default: `all-linear`. Example: `[q_proj, v_proj]`.
     #[schemars(schema_with = "schema::module_names")]
     #[serde(default, skip_serializing_if = "Option::is_none")]

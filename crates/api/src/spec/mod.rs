@@ -95,7 +95,8 @@ pub struct FineTuneJobSpec {
     pub initial_adapter: Option<InitialAdapter>,
     /// A checkpoint of another run whose weights training starts from, such as one that diverged
     /// later; of the same model and `loraConfig`. Only its weights are loaded, not the optimizer state,
-    /// the step or the position in the data: this is a new run. Default: none. Cannot be changed after creation.
+    /// the step or the position in the data: this is a new run. Default: none. Cannot be changed after
+    /// creation.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub initial_checkpoint: Option<InitialCheckpoint>,
     /// How to train; every field has a default, decided from the model and the data and explained
