@@ -3,11 +3,10 @@
 use std::{ffi::OsString, fs, path::PathBuf};
 
 use clap::Args;
+use finetune_api::{FineTuneJob, manifest};
 use serde_json::json;
 
 use super::{failure::Failure, run, trainer};
-use finetune_api::FineTuneJob;
-use finetune_api::manifest;
 
 /// Which rows, and how they are shown.
 #[derive(Debug, Args)]

@@ -7,9 +7,8 @@ use std::{
 };
 
 use finetune_contract::{Progress, Stage};
-use indicatif::{ProgressBar, ProgressStyle};
-
 use finetune_plan::units;
+use indicatif::{ProgressBar, ProgressStyle};
 
 /// The least time between two plain lines of one stage.
 const LINE_INTERVAL: Duration = Duration::from_secs(2);

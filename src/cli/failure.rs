@@ -2,9 +2,8 @@
 
 use std::fmt;
 
-use finetune_contract::{ExitCode, Problem};
-
 use finetune_api::manifest::Violation;
+use finetune_contract::{ExitCode, Problem};
 
 /// A failed command.
 #[derive(Debug)]

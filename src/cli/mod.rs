@@ -12,11 +12,11 @@ mod trainer;
 use std::{ffi::OsString, path::PathBuf, process};
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use finetune_api::crd;
 use finetune_contract::Parallelism;
+use finetune_plan::render;
 
 use failure::Failure;
-use finetune_api::crd;
-use finetune_plan::render;
 
 /// Fine-tunes a language model from one manifest.
 #[derive(Debug, Parser)]

@@ -6,8 +6,10 @@ use clap::Args;
 use finetune_contract::process::environment::LOG;
 
 use super::failure::Failure;
-use crate::operator::settings::Settings;
-use crate::operator::{self, Host};
+use crate::{
+    operator::settings::Settings,
+    operator::{self, Host},
+};
 
 /// Memory matters more than cores here: two threads serve thousands of jobs.
 const THREADS: usize = 2;

@@ -5,19 +5,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use finetune_api::{FineTuneJob, manifest};
 use finetune_contract::{
     ExitCode, FailureReason, ObjectUri, Outcome, ParseDocumentError, PreflightConfig,
     PreflightReport, RunConfig, RunReport, Scheme, TrainerCommand,
 };
-
-use super::{
-    display,
-    failure::Failure,
-    lock::Locks,
-    trainer::{self, Trainer},
-};
-use finetune_api::FineTuneJob;
-use finetune_api::manifest;
 use finetune_plan::{
     accelerators::Accelerator,
     fallbacks::{self, Adapted},
@@ -25,6 +17,13 @@ use finetune_plan::{
     run_plan::{RunPlan, nothing_trained},
     target::Target,
     units,
+};
+
+use super::{
+    display,
+    failure::Failure,
+    lock::Locks,
+    trainer::{self, Trainer},
 };
 
 /// A job read and a trainer found.

@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 
+use finetune_api::{GIB, Toleration};
 use finetune_contract::{Dtype, MachineFacts, ModelFacts, Strategy};
 use serde::{Deserialize, Serialize};
 
 use super::sizing::{self, Memory, Workload};
-use finetune_api::{GIB, Toleration};
 
 /// One kind of accelerator, as the user or the administrator describes it; the CPU is one.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]

@@ -2,6 +2,7 @@
 
 use std::cmp::Reverse;
 
+use finetune_api::{Recomputation, Training};
 use finetune_contract::{ModelFacts, Recompute, Strategy};
 
 use super::{
@@ -9,7 +10,6 @@ use super::{
     sizing::{self, Workload},
     units::{self, word},
 };
-use finetune_api::{Recomputation, Training};
 
 /// Sequences of one optimizer step, unless the data is small.
 const DEFAULT_BATCH: u64 = 16;

@@ -1,11 +1,11 @@
 //! Decides the context length, and with it how many sequences an epoch has.
 
+use finetune_api::Training;
 use finetune_contract::{
     DatasetCensus, DatasetSource, LengthPoint, ModelFacts, OnOverflow, Problem, ProblemReason,
 };
 
 use super::{choices::Choices, problems::invalid};
-use finetune_api::Training;
 
 /// A length that cuts nothing is preferred if it is at most this much longer.
 const LONGER_FOR_NOTHING_CUT: f64 = 1.25;

@@ -4,13 +4,13 @@
 //! rounding, and the run resumes from the newest checkpoint. The fallbacks are part of the plan, in
 //! the order they are taken: what was approved contains them.
 
+use finetune_api::Fallback;
 use finetune_contract::{ModelFacts, Optimizer, Parallelism, Recompute, RunConfig, Strategy};
 
 use super::{
     sizing::{self, Workload},
     units::{self, word},
 };
-use finetune_api::Fallback;
 
 /// A run in smaller pieces.
 #[derive(Debug, Clone, PartialEq)]
@@ -209,12 +209,11 @@ pub(super) fn describe(config: &RunConfig, fallbacks: &[Fallback]) -> Option<Str
 
 #[cfg(test)]
 mod tests {
+    use finetune_api::{Fallback, manifest};
     use finetune_contract::RunConfig;
 
     use super::{adapt, describe};
     use crate::{accelerators::Accelerator, plan, target::Target, testing};
-    use finetune_api::Fallback;
-    use finetune_api::manifest;
 
     /// Plans the small model for a pod of so many GiB.
     fn planned(lines: &str, gib: f64) -> (RunConfig, Vec<Fallback>) {

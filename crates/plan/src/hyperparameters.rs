@@ -1,9 +1,9 @@
 //! The hyperparameters of a run, with their defaults.
 
+use finetune_api::{Precision, Training};
 use finetune_contract::{Dtype, MachineFacts, Optimizer, TrainingSettings};
 
 use super::{batch::Batch, choices::Choices, length::Length, resolve, target::Target, units::word};
-use finetune_api::{Precision, Training};
 
 /// Takes the optimizer asked for: 8-bit state adds noise, which only a user may choose.
 pub(super) fn optimizer(set: Option<Optimizer>, decisions: &mut Choices) -> Optimizer {

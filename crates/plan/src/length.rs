@@ -1,7 +1,8 @@
 //! Decides the length of a run: its steps, and the sequences of the last one.
 
-use super::choices::Choices;
 use finetune_api::Training;
+
+use super::choices::Choices;
 
 /// What was decided.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -33,6 +33,7 @@ pub mod testing;
 mod tests;
 pub mod units;
 
+use finetune_api::FineTuneJob;
 use finetune_contract::{
     CONTRACT_VERSION, DatasetSource, ExpectedData, Optimizer, Parallelism, PreflightReport,
     Problem, Recompute, RenderingSettings, RunConfig, Strategy,
@@ -40,7 +41,6 @@ use finetune_contract::{
 };
 
 use choices::Choices;
-use finetune_api::FineTuneJob;
 use hyperparameters::{TrainingFacts, dtype, optimizer, training_settings};
 use problems::{
     check_patience, foreign_result, invalid, published_before, too_little_memory, warnings,

@@ -1,12 +1,12 @@
 //! Chooses the accelerator of a run in a cluster, and the size of its pod.
 
+use finetune_api::FineTuneJob;
 use finetune_contract::{Parallelism, PreflightReport, Problem, ProblemReason};
 
 use super::{
     accelerators::Accelerator, choices::Choice, plan, pod::PodSize, problems::invalid,
     run_plan::RunPlan, target::Target, units,
 };
-use finetune_api::FineTuneJob;
 
 /// A run with its accelerator.
 #[derive(Debug, Clone)]
@@ -195,12 +195,11 @@ impl Unplaced {
 
 #[cfg(test)]
 mod tests {
+    use finetune_api::{FineTuneJob, manifest};
     use finetune_contract::{Device, ModelFacts, Strategy};
 
     use super::{Unplaced, place};
     use crate::{accelerators::Accelerator, pod::describe, testing};
-    use finetune_api::FineTuneJob;
-    use finetune_api::manifest;
 
     fn job(lines: &str) -> FineTuneJob {
         let text = format!("{}{lines}", include_str!("../../../examples/minimal.yaml"));

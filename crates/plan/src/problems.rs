@@ -1,5 +1,6 @@
 //! What makes a run impossible, or slow.
 
+use finetune_api::{FineTuneJob, OUTPUT, Training};
 use finetune_contract::{
     OutputState, PreflightReport, Problem, ProblemReason, PublishedResult, Recompute, RunConfig,
     artifact::MANIFEST_NAME, decisive_settings, settings_text,
@@ -11,7 +12,6 @@ use super::{
     target::Target,
     units,
 };
-use finetune_api::{FineTuneJob, OUTPUT, Training};
 
 /// Returns the problem of a value that cannot work.
 pub(super) fn invalid(location: &str, message: impl Into<String>) -> Problem {

@@ -1,13 +1,12 @@
 //! Resolves a spec into the words of the contract, with the defaults that need no facts.
 
+use finetune_api::{Dataset, FineTuneJob, FineTuneJobSpec, Names, is_all_linear};
 use finetune_contract::{
     CONTRACT_VERSION, DatasetSource, LoraSettings, ModelSource, ModuleNames, ObjectUri,
     OutputTarget, PreflightConfig, Problem, ProblemReason, RenderingSettings, RowSource, RunId,
     TargetModules,
 };
 use sha2::{Digest, Sha256};
-
-use finetune_api::{Dataset, FineTuneJob, FineTuneJobSpec, Names, is_all_linear};
 
 /// The seed unless one is set: fixed, so that a run can be repeated.
 pub(super) const DEFAULT_SEED: u64 = 42;
@@ -234,10 +233,10 @@ pub fn unusable_names(job: &FineTuneJob) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use finetune_api::manifest;
     use finetune_contract::TargetModules;
 
     use super::{lora, preflight_config, run_id};
-    use finetune_api::manifest;
 
     #[test]
     fn all_linear_is_a_word_however_it_is_written() {

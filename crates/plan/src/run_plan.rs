@@ -1,10 +1,10 @@
 //! A complete plan.
 
+use finetune_api::Fallback;
 use finetune_contract::{Problem, PublishedResult, RunConfig, RunId};
 use serde::Serialize;
 
 use super::{accelerators::Estimate, choices::Choice, sizing::Memory};
-use finetune_api::Fallback;
 
 /// A run with nothing left open, and why.
 #[derive(Debug, Clone, Serialize)]

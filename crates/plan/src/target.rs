@@ -1,9 +1,9 @@
 //! Where a run is planned for.
 
+use finetune_api::FineTuneJob;
 use finetune_contract::{Device, MachineFacts, ModelFacts, PreflightReport};
 
 use super::{accelerators::Accelerator, pod, sizing};
-use finetune_api::FineTuneJob;
 
 /// Where a run is planned for.
 #[derive(Debug, Clone, Copy)]

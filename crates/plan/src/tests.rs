@@ -1,9 +1,9 @@
 //! Whole plans, as they are printed.
 
+use finetune_api::manifest;
 use finetune_contract::ModelFacts;
 
 use super::{accelerators::Accelerator, plan, render, sizing, target::Target, testing};
-use finetune_api::manifest;
 
 const GB: u64 = 1_000_000_000;
 

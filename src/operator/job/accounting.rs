@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use finetune_api::{FineTuneJob, FineTuneJobStatus};
 use finetune_contract::Reason;
 use kube::{ResourceExt, runtime::reflector::Store};
 
@@ -13,7 +14,6 @@ use super::{
     conditions::{self, Kind},
     context::Context,
 };
-use finetune_api::{FineTuneJob, FineTuneJobStatus};
 
 /// How often jobs are counted.
 const COUNT_INTERVAL: Duration = Duration::from_secs(10);

@@ -1,5 +1,6 @@
 //! Carries out the actions of a decision.
 
+use finetune_api::FineTuneJob;
 use k8s_openapi::api::{batch::v1::Job, core::v1::Pod};
 use kube::{
     Api, Resource, ResourceExt,
@@ -14,7 +15,6 @@ use super::{
     decide::Action,
     observe::controller,
 };
-use finetune_api::FineTuneJob;
 
 /// Answers by which the apiserver refuses an object.
 const REFUSALS: [u16; 3] = [400, 403, 422];

@@ -6,6 +6,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
+use finetune_api::FineTuneJob;
 use k8s_openapi::api::{batch::v1::Job, core::v1::Pod};
 use kube::{
     Resource, ResourceExt,
@@ -17,7 +18,6 @@ use super::{
     build::names::JOB_LABEL,
     observe::{Observed, ObservedJob, ObservedPod, observe_job, observe_pod},
 };
-use finetune_api::FineTuneJob;
 
 /// Namespace and name of a FineTuneJob.
 type Parent = (String, String);

@@ -1,12 +1,11 @@
 //! The conditions of a FineTuneJob's status.
 
+use finetune_api::FineTuneJobStatus;
 use finetune_contract::Reason;
 use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::{Condition, Time},
     jiff::Timestamp,
 };
-
-use finetune_api::FineTuneJobStatus;
 
 /// The longest message kept; the CRD allows as much.
 const MESSAGE_LIMIT: usize = 4096;

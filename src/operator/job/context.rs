@@ -5,15 +5,14 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use finetune_api::FineTuneJob;
 use kube::{
     Client,
     runtime::events::{Recorder, Reporter},
 };
 
 use super::{child_cache::ChildCache, progress_client::ProgressClient};
-use crate::operator::runtime::metrics::Metrics;
-use crate::operator::settings::Settings;
-use finetune_api::FineTuneJob;
+use crate::operator::{runtime::metrics::Metrics, settings::Settings};
 
 /// What every reconciliation shares.
 pub struct Context {

@@ -3,6 +3,7 @@
 
 use std::{future::Future, sync::Arc, time::Duration};
 
+use finetune_api::FineTuneJob;
 use futures::{StreamExt, future, stream};
 use k8s_openapi::api::{batch::v1::Job, core::v1::Pod};
 use kube::{
@@ -23,9 +24,7 @@ use super::{
     invalid_object::valid_jobs,
     reconcile::reconcile,
 };
-use crate::operator::runtime::metrics::Metrics;
-use crate::operator::settings::Settings;
-use finetune_api::FineTuneJob;
+use crate::operator::{runtime::metrics::Metrics, settings::Settings};
 
 /// Jobs reconciled at once, at most.
 const CONCURRENCY: u16 = 16;

@@ -1,5 +1,6 @@
 //! Events of jobs.
 
+use finetune_api::FineTuneJob;
 use kube::{
     Resource,
     runtime::events::{Event, EventType},
@@ -7,7 +8,6 @@ use kube::{
 use tracing::warn;
 
 use super::{context::Context, decide::JobEvent};
-use finetune_api::FineTuneJob;
 
 /// The longest text of an event.
 const NOTE_LIMIT: usize = 1000;

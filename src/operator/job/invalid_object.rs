@@ -1,6 +1,7 @@
 //! FineTuneJobs that cannot be deserialised: stored by another release's schema, or by hand. One of
 //! them must not keep the watch from the others.
 
+use finetune_api::FineTuneJob;
 use kube::{
     Resource,
     core::{DeserializeGuard, error_boundary::InvalidObject},
@@ -8,8 +9,6 @@ use kube::{
 };
 use serde_json::json;
 use tracing::error;
-
-use finetune_api::FineTuneJob;
 
 /// Passes on the jobs that can be deserialised; one that no longer can is treated as deleted.
 pub fn valid_jobs(event: Event<DeserializeGuard<FineTuneJob>>) -> Option<Event<FineTuneJob>> {
@@ -53,11 +52,11 @@ fn object_stub(invalid: InvalidObject) -> Option<FineTuneJob> {
 
 #[cfg(test)]
 mod tests {
+    use finetune_api::FineTuneJob;
     use kube::{ResourceExt, core::DeserializeGuard, runtime::watcher::Event};
     use serde_json::json;
 
     use super::valid_jobs;
-    use finetune_api::FineTuneJob;
 
     fn job(rank: &serde_json::Value) -> DeserializeGuard<FineTuneJob> {
         serde_json::from_value(json!({

@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use finetune_api::{FineTuneJob, Step};
 use finetune_contract::{
     Progress,
     process::{METRICS_PORT, PROGRESS_PATH},
@@ -15,7 +16,6 @@ use super::{
     decide::PROGRESS_INTERVAL,
     observe::{Observed, ObservedPod, PodState},
 };
-use finetune_api::{FineTuneJob, Step};
 
 /// How long a trainer may take to answer.
 const TIMEOUT: Duration = Duration::from_secs(3);

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use finetune_api::{FineTuneJob, FineTuneJobStatus};
 use k8s_openapi::jiff::Timestamp;
 use kube::{Api, ResourceExt, api::PostParams, runtime::controller};
 
@@ -12,7 +13,6 @@ use super::{
     events,
     observe::Observed,
 };
-use finetune_api::{FineTuneJob, FineTuneJobStatus};
 
 /// How long a reconciliation may take.
 const TIMEOUT: Duration = Duration::from_mins(1);

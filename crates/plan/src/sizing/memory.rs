@@ -188,8 +188,10 @@ mod tests {
     use proptest::prelude::{prop_assert, proptest};
 
     use super::{HEAD_ROWS, memory};
-    use crate::sizing::{Workload, sent_bytes};
-    use crate::testing;
+    use crate::{
+        sizing::{Workload, sent_bytes},
+        testing,
+    };
 
     fn workload(trained: u64, is_full: bool, recompute: Recompute) -> Workload {
         Workload {

@@ -1,11 +1,13 @@
 //! The environment of a trainer, and the Secrets it has.
 
+use finetune_api::{FineTuneJob, FineTuneJobSpec, SecretRef};
 use finetune_contract::{
     Parallelism, Role,
     process::environment::{
         ALLOWED_ENDPOINTS, GOMP_SPINCOUNT, MASTER_ADDR, MASTER_PORT, OMP_NUM_THREADS, WORLD_SIZE,
     },
 };
+use finetune_plan::accelerators::Accelerator;
 use k8s_openapi::api::core::v1::{
     ConfigMapKeySelector, EnvFromSource, EnvVar, EnvVarSource, SecretEnvSource, SecretKeySelector,
 };
@@ -15,8 +17,6 @@ use super::{
     names::{WORK_DIRECTORY, job_name, ranks_name},
 };
 use crate::operator::settings::Settings;
-use finetune_api::{FineTuneJob, FineTuneJobSpec, SecretRef};
-use finetune_plan::accelerators::Accelerator;
 
 /// Where rank 0 brings the ranks together; torch's own default.
 const RENDEZVOUS_PORT: u16 = 29500;

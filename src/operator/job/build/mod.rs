@@ -14,15 +14,15 @@ mod tests;
 
 use std::collections::BTreeMap;
 
+use finetune_api::{FineTuneJob, GIB, Step};
 use finetune_contract::Parallelism;
+use finetune_plan::{accelerators::Accelerator, pod::PodSize};
 use k8s_openapi::{
     api::batch::v1::{Job, JobSpec},
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 
 use crate::operator::settings::Settings;
-use finetune_api::{FineTuneJob, GIB, Step};
-use finetune_plan::{accelerators::Accelerator, pod::PodSize};
 use names::{QUEUE_LABEL, job_name, labels, owner};
 use pod::pod_template;
 

@@ -2,10 +2,9 @@
 
 use std::collections::BTreeMap;
 
+use finetune_api::{FineTuneJob, Step};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::Resource;
-
-use finetune_api::{FineTuneJob, Step};
 
 /// The name of the trainer's container.
 pub const CONTAINER: &str = "trainer";

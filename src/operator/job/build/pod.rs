@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use finetune_api::{FineTuneJob, Step};
 use finetune_contract::{
     ObjectUri, Scheme, TrainerArgs, TrainerCommand,
     process::{METRICS_PORT, POD_ADDRESS, PVC_ROOT},
@@ -23,7 +24,6 @@ use super::{
     resources::{self, mebibytes},
 };
 use crate::operator::settings::Settings;
-use finetune_api::{FineTuneJob, Step};
 
 const CONFIG_ANNOTATION: &str = "finetune.dev/config";
 const CONFIG_DIRECTORY: &str = "/etc/finetune";

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use finetune_api::{FineTuneJob, Step};
 use k8s_openapi::{
     api::{
         core::v1::{Service, ServiceSpec},
@@ -14,7 +15,6 @@ use k8s_openapi::{
 };
 
 use super::names::{own_labels, owner, ranks_name};
-use finetune_api::{FineTuneJob, Step};
 
 /// Builds the headless Service that gives the pods of a job's ranks names that can be resolved.
 pub fn service(job: &FineTuneJob) -> Service {

@@ -2,14 +2,14 @@
 
 use std::collections::BTreeMap;
 
+use finetune_api::{FineTuneJob, Step};
+use finetune_plan::pod::PodSize;
 use k8s_openapi::{
     api::core::v1::ResourceRequirements, apimachinery::pkg::api::resource::Quantity,
 };
 
 use super::Attempt;
 use crate::operator::settings::Settings;
-use finetune_api::{FineTuneJob, Step};
-use finetune_plan::pod::PodSize;
 
 pub(super) fn resources(
     job: &FineTuneJob,

@@ -1,6 +1,8 @@
 //! The objects of attempts, as YAML.
 
+use finetune_api::{NAME_LIMIT, Step, manifest};
 use finetune_contract::{Parallelism, Strategy};
+use finetune_plan::pod::PodSize;
 
 use super::{
     Attempt, job,
@@ -8,9 +10,6 @@ use super::{
     ranks,
 };
 use crate::operator::settings::Settings;
-use finetune_api::manifest;
-use finetune_api::{NAME_LIMIT, Step};
-use finetune_plan::pod::PodSize;
 
 const SETTINGS: &str = "trainerImage: trainer:1\naccelerators:\n- {name: a100, resourceName: nvidia.com/gpu, image: 'trainer-cuda:1', gpusPerNode: 4, memoryGiB: 80, bf16Tflops: 312, fp32Tflops: 19, hasBf16: true, nodeSelector: {gpu: a100}, tolerations: [{key: gpu, operator: Exists, effect: NoSchedule}]}\nenvironment: {AWS_REGION: eu-1, LOG: x}\nallowedEndpoints: [s3.acme.com]\n";
 

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
+use finetune_api::{Approval, AttemptStatus, FineTuneJobStatus, PlanStatus, Step};
 use finetune_contract::{Parallelism, Reason, Stage};
+use finetune_plan::{accelerators::Accelerator, pod::PodSize};
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
 use super::{
@@ -20,8 +22,6 @@ use crate::operator::job::{
     conditions::{Kind, Truth},
     observe::{ObservedJob, ObservedPod, PodState},
 };
-use finetune_api::{Approval, AttemptStatus, FineTuneJobStatus, PlanStatus, Step};
-use finetune_plan::{accelerators::Accelerator, pod::PodSize};
 
 /// How often a running trainer is asked for its progress, at most.
 pub const PROGRESS_INTERVAL: Duration = Duration::from_secs(15);

@@ -1,5 +1,6 @@
 //! Whether another attempt follows one that ended, and when.
 
+use finetune_api::AttemptStatus;
 use finetune_contract::{ExitCode, Reason};
 use k8s_openapi::jiff::SignedDuration;
 
@@ -8,7 +9,6 @@ use super::{
     state::{Finished, Retry, State},
     status::next_attempt,
 };
-use finetune_api::AttemptStatus;
 
 /// The first wait after a failure; it doubles.
 const FIRST_BACKOFF: SignedDuration = SignedDuration::from_secs(10);

@@ -2,6 +2,9 @@
 
 use std::time::Duration;
 
+use finetune_api::{
+    AttemptStatus, FineTuneJobStatus, PlanStatus, ProgressStatus, ResultStatus, Step,
+};
 use finetune_contract::Reason;
 use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::Time,
@@ -12,9 +15,6 @@ use super::{Action, Decision, Input, JobEvent, until};
 use crate::operator::job::{
     conditions::{self, Kind, Truth},
     decide::status::first_attempt,
-};
-use finetune_api::{
-    AttemptStatus, FineTuneJobStatus, PlanStatus, ProgressStatus, ResultStatus, Step,
 };
 
 /// How soon a job is reconciled again though nothing changed.

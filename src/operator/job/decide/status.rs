@@ -1,16 +1,15 @@
 //! Plans, progress and reports in the words of a job's status.
 
-use finetune_contract::{ArtifactKind, Progress, PublishedResult, RunConfig, RunReport};
-use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
-
 use finetune_api::{
     AttemptStatus, Fallback, PlanStatus, PodStatus, ProgressStatus, ResultStatus, Step,
 };
+use finetune_contract::{ArtifactKind, Progress, PublishedResult, RunConfig, RunReport};
 use finetune_plan::{
     placement::Placement,
     pod::{self, PodSize},
     render, units,
 };
+use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 
 /// The longest summary of a plan; the CRD allows a little more.
 const SUMMARY_LIMIT: usize = 16_000;

@@ -1,7 +1,14 @@
 //! The second stage: pods train what was planned, and their report is the end of the run or the
 //! reason of another attempt.
 
+use finetune_api::{AttemptStatus, FineTuneJobStatus, PlanStatus, ResultStatus, Step};
 use finetune_contract::{ExitCode, FailureReason, Outcome, Reason, RunConfig, RunReport};
+use finetune_plan::{
+    accelerators::Accelerator,
+    fallbacks::{self, Adapted},
+    run_plan::nothing_trained,
+    units,
+};
 
 use super::{
     Input,
@@ -12,13 +19,6 @@ use super::{
     termination::Termination,
 };
 use crate::operator::job::build;
-use finetune_api::{AttemptStatus, FineTuneJobStatus, PlanStatus, ResultStatus, Step};
-use finetune_plan::{
-    accelerators::Accelerator,
-    fallbacks::{self, Adapted},
-    run_plan::nothing_trained,
-    units,
-};
 
 /// Decides about a job that has a plan.
 pub(super) fn decide(input: &Input<'_>, status: &FineTuneJobStatus, plan: &PlanStatus) -> State {

@@ -2,16 +2,18 @@
 
 use std::collections::HashSet;
 
+use finetune_api::{FineTuneJob, FineTuneJobStatus, PlanStatus, Step};
 use finetune_contract::{Reason, ReasonPhase};
 use kube::ResourceExt;
 
-use crate::operator::job::{
-    conditions::{self, Kind, find},
-    decide::{Action, Decision},
-    observe::Observed,
+use crate::operator::{
+    job::{
+        conditions::{self, Kind, find},
+        decide::{Action, Decision},
+        observe::Observed,
+    },
+    settings::Settings,
 };
-use crate::operator::settings::Settings;
-use finetune_api::{FineTuneJob, FineTuneJobStatus, PlanStatus, Step};
 
 /// Checks a decision against the invariants of docs/ARCHITECTURE.md.
 ///

@@ -2,23 +2,24 @@
 
 use std::collections::BTreeSet;
 
+use finetune_api::{FineTuneJob, manifest};
 use finetune_contract::{
     ArtifactKind, Outcome, PreflightReport, Proof, PublishedResult, RunConfig, decisive_settings,
     parse, render, settings_text, testing::run_report,
 };
+use finetune_plan::{resolve::sha256_hex, testing};
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt;
 
 use super::invariants;
-use crate::operator::job::{
-    conditions::{Kind, find},
-    decide::{Action, Decision, decide},
-    observe::{Observed, ObservedJob, ObservedPod, PodState},
+use crate::operator::{
+    job::{
+        conditions::{Kind, find},
+        decide::{Action, Decision, decide},
+        observe::{Observed, ObservedJob, ObservedPod, PodState},
+    },
+    settings::Settings,
 };
-use crate::operator::settings::Settings;
-use finetune_api::FineTuneJob;
-use finetune_api::manifest;
-use finetune_plan::{resolve::sha256_hex, testing};
 
 const SETTINGS: &str = "trainerImage: trainer:1\naccelerators:\n- {name: cpu, cpu: 2, memoryGiB: 4, bf16Tflops: 0.5, fp32Tflops: 0.2, hasBf16: true}\n- {name: a100, resourceName: nvidia.com/gpu, memoryGiB: 80, bf16Tflops: 312, fp32Tflops: 19, hasBf16: true}\nretries: 2\ndisruptions: 2\n";
 

@@ -1,5 +1,6 @@
 //! A job's life from its creation to its deletion.
 
+use finetune_api::Approval;
 use finetune_contract::{
     Progress, RunConfig, RunReport, StoppedEarly, parse, render, testing::progress,
 };
@@ -11,7 +12,6 @@ use crate::operator::job::{
     observe::PodState,
     testing::World,
 };
-use finetune_api::Approval;
 
 #[test]
 fn a_life_without_trouble_takes_few_writes() {

@@ -1,9 +1,9 @@
 //! What the preflight and the spec itself refuse.
 
 use finetune_contract::{PreflightReport, Problem, ProblemReason, render};
+use finetune_plan::testing;
 
 use crate::operator::job::{conditions::Kind, testing::World};
-use finetune_plan::testing;
 
 #[test]
 fn a_uri_that_cannot_be_parsed_is_refused_before_any_pod() {
