@@ -35,6 +35,7 @@ use crate::{
     runtime::{
         allocator::{self, Workload},
         rng::RngKey,
+        vml,
     },
 };
 
@@ -117,6 +118,7 @@ impl Model {
         seed: RngKey,
         data_parallel: DataParallel,
     ) -> Result<Self, Failure> {
+        vml::resolve_kernels();
         let checkpoint = WeightFiles::open(directory).map_err(invalid_model)?;
         checkpoint.check_all_used(&config).map_err(invalid_model)?;
         let DataParallel { ranks, strategy, bucket_bytes } = data_parallel;

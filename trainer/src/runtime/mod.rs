@@ -10,3 +10,4 @@ pub mod profile;
 pub mod rng;
 pub(crate) mod shim;
 pub mod stdout;
+pub mod vml;

@@ -7,11 +7,12 @@ use finetune_trainer::{
         self, Factor,
         aten::{self, scores},
     },
-    runtime::rng::RngKey,
+    runtime::{rng::RngKey, vml},
 };
 use tch::{Device, Kind, Tensor};
 
 fn numbers(shape: &[i64], seed: u64) -> Tensor {
+    vml::resolve_kernels();
     RngKey::from_seed(seed).normal_tensor(shape, Device::Cpu)
 }
 
