@@ -277,6 +277,13 @@ impl MicroKernel for Amx {
     }
 
     #[expect(unsafe_code, reason = "needs certain CPU features")]
+    #[inline]
+    unsafe fn round_row<E: Element>(values: &[f32], to: &mut [E]) {
+        // SAFETY: the caller's contract.
+        unsafe { Avx512Bf16::round_row(values, to) }
+    }
+
+    #[expect(unsafe_code, reason = "needs certain CPU features")]
     unsafe fn micro_kernel<const W: usize, const ADD: bool>(tile: &Tile, rows: usize) -> usize {
         debug_assert!(tile.left_step == 1 && tile.words.is_multiple_of(TILE_WORDS));
         // SAFETY: the caller's contract.

@@ -70,6 +70,14 @@ pub(crate) trait MicroKernel {
     #[expect(unsafe_code, reason = "needs certain CPU features")]
     unsafe fn round(values: &[f32; LANES]) -> [Self::Number; LANES];
 
+    /// Rounds fp32 elements, as many as both sides have, to nearest, ties to even. `VCVTNEPS2BF16`
+    /// rounds numbers below the smallest normal one to zero.
+    ///
+    /// # Safety
+    /// The CPU must support the kernel.
+    #[expect(unsafe_code, reason = "needs certain CPU features")]
+    unsafe fn round_row<E: Element>(values: &[f32], to: &mut [E]);
+
     /// Computes as many of a tile's `rows` as one register tile holds, and returns their number.
     /// `W` is the number of registers per row.
     ///
@@ -99,6 +107,13 @@ pub(crate) trait MicroKernel {
 
     /// Releases the CPU state that this thread holds.
     fn release() {}
+}
+
+/// Rounds elements one by one.
+#[expect(clippy::inline_always, reason = "inlined into functions with target features")]
+#[inline(always)]
+fn round_each<E: Element>(values: &[f32], to: &mut [E]) {
+    to.iter_mut().zip(values).for_each(|(to, &value)| *to = E::from_f32(value));
 }
 
 /// Calls [`MicroKernel::release`] when dropped, at the end of a task.
@@ -225,6 +240,19 @@ impl MicroKernel for Avx512Bf16 {
         }
     }
 
+    #[expect(unsafe_code, reason = "needs certain CPU features")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    unsafe fn round_row<E: Element>(values: &[f32], to: &mut [E]) {
+        let Some(to) = E::as_bf16_mut(to) else { return round_each(values, to) };
+        let (registers, rest) = to.as_chunks_mut::<LANES>();
+        let (whole, remaining) = values.split_at(registers.len() * LANES);
+        for (to, values) in registers.iter_mut().zip(whole.as_chunks::<LANES>().0) {
+            // SAFETY: the caller's contract.
+            *to = unsafe { Self::round(values) };
+        }
+        round_each(remaining, rest);
+    }
+
     compiled!("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16");
 }
 
@@ -259,6 +287,12 @@ impl MicroKernel for Avx512 {
     #[inline(always)]
     unsafe fn round(values: &[f32; LANES]) -> [f32; LANES] {
         *values
+    }
+
+    #[expect(unsafe_code, reason = "needs certain CPU features")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    unsafe fn round_row<E: Element>(values: &[f32], to: &mut [E]) {
+        round_each(values, to);
     }
 
     compiled!("avx512f,avx512bw,avx512dq,avx512vl");
@@ -459,6 +493,38 @@ mod tests {
         check::<bf16, Avx512>();
         check::<bf16, Avx512Bf16>();
         check::<bf16, Amx>();
+    }
+
+    #[test]
+    fn rows_of_any_length_are_rounded_as_elements_are() {
+        check_rounding::<bf16, Avx512>();
+        check_rounding::<bf16, Avx512Bf16>();
+        check_rounding::<bf16, Amx>();
+        check_rounding::<f32, Avx512>();
+    }
+
+    fn check_rounding<E: Element, K: MicroKernel>() {
+        if !K::is_supported() {
+            eprintln!("skipped: this CPU has no {}", std::any::type_name::<K>());
+            return;
+        }
+        let mut values = numbers(50, 3);
+        // Two of them lie halfway between two numbers of bf16.
+        let ties = [129.0 / 128.0 - 1.0 / 256.0, 129.0 / 128.0 + 1.0 / 256.0];
+        values[..4].copy_from_slice(&[f32::INFINITY, f32::MAX, ties[0], ties[1]]);
+        for length in 0..values.len() {
+            // Behind the row is memory that must not be written.
+            let mut to = vec![E::from_f32(7.0); length + 1];
+            #[expect(unsafe_code, reason = "needs certain CPU features")]
+            // SAFETY: the CPU was checked.
+            unsafe {
+                K::round_row(&values[..length], &mut to[..length]);
+            }
+            let exact = values[..length].iter().copied().chain([7.0]);
+            for (to, value) in to.iter().zip(exact) {
+                assert_eq!(to.to_f32().to_bits(), E::from_f32(value).to_f32().to_bits());
+            }
+        }
     }
 
     fn check<E: Element, K: MicroKernel>() {

@@ -231,7 +231,7 @@ unsafe fn multiply_panel<E: Element, K: MicroKernel>(
             unsafe {
                 to.prefetch(rows.clone(), columns.clone());
                 sum::<K>(lefts, panel, rows.clone(), columns.len(), sums);
-                to.store(sums, rows, columns.clone());
+                to.store::<K>(sums, rows, columns.clone());
             }
         }
     });
@@ -373,18 +373,27 @@ impl<'a, E: Element> Output<'a, E> {
     /// Stores the sums of some rows and columns.
     ///
     /// # Safety
-    /// No other task that runs at the same time may store to the same elements.
+    /// No other task that runs at the same time may store to the same elements, and the CPU must
+    /// support the kernel.
     #[expect(unsafe_code, reason = "tasks write to disjoint ranges")]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    unsafe fn store(&self, sums: &[f32], rows: Range<usize>, columns: Range<usize>) {
+    unsafe fn store<K: MicroKernel>(
+        &self,
+        sums: &[f32],
+        rows: Range<usize>,
+        columns: Range<usize>,
+    ) {
         for (row, sums) in rows.zip(sums.chunks_exact(PANEL)) {
             let range = row * self.width + columns.start..row * self.width + columns.end;
             // SAFETY: the caller's contract.
             unsafe {
                 match &self.to {
-                    SharedTarget::Write(to, bias) => {
-                        let bias = bias.map(|bias| &bias[columns.clone()]);
-                        round(sums, bias, to.range(range));
+                    SharedTarget::Write(to, None) => {
+                        let to = to.range(range);
+                        K::round_row(&sums[..to.len()], to);
+                    }
+                    SharedTarget::Write(to, Some(bias)) => {
+                        round(sums, Some(&bias[columns.clone()]), to.range(range));
                     }
                     SharedTarget::Sum { to, accumulate: false } => {
                         let to = to.range(range);
