@@ -89,6 +89,10 @@ pub async fn run(settings: Settings, host: Host) -> Result<()> {
         () = candidate.keep() => true,
         _ = terminate.recv() => false,
         _ = interrupt.recv() => false,
+        // One that does nothing must not keep the Lease.
+        Some(ended) = operators.join_next() => {
+            bail!("a controller ended: {}", ended.err().map_or("it was not told to".to_owned(), |error| error.to_string()))
+        }
     };
     if is_lost {
         // Another may act already: not one more write.

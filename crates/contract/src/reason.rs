@@ -117,7 +117,7 @@ reasons! {
         CheckpointMismatch: "a checkpoint in the output is of other data or settings", "choose another output URI";
         DeadlineExceeded: "the run took longer than `activeDeadlineSeconds`", "set a longer deadline in the next job; the last checkpoint stays in the bucket";
         TooManyDisruptions: "the cluster ended more attempts than `disruptions` allows", "use another node pool, or raise `disruptions`";
-        TrainerFailed: "the trainer ended without a readable report, in every retry", "read its log; is the image of the operator's release?";
+        TrainerFailed: "the trainer ended without a readable report, in every retry, or with one of another run, attempt or output", "read its log; is the image of the operator's release?";
         PlanUnreadable: "the plan was made by another release", "create the job again";
         Internal: "a defect of the trainer", "report it with the log";
     }

@@ -11,6 +11,7 @@ use kube::{
 use tracing::info;
 
 use super::{
+    build::names::JOB_LABEL,
     context::{Context, ReconcileError},
     decide::Action,
     observe::controller,
@@ -35,10 +36,16 @@ pub(super) async fn apply(
         }
         Action::CreateJob(job) => {
             let name = job.name_any();
-            let created = create(context, parent, &*job, "create a Job").await?;
-            context.remember(parent, |memory| memory.refusal = None);
-            info!(namespace, name, "created the Job of an attempt");
-            context.children.take_job(watcher::Event::Apply(created));
+            let found = create(context, parent, &*job, "create a Job").await?;
+            let created = found.is_new.then(|| found.object.uid()).flatten();
+            context.remember(parent, |memory| {
+                memory.refusal = None;
+                memory.created = created.or(memory.created.take());
+            });
+            if found.is_new {
+                info!(namespace, name, "created the Job of an attempt");
+            }
+            context.children.take_job(watcher::Event::Apply(found.object));
         }
         Action::DeleteJob { name, uid } => {
             // In the foreground: the Job stays in sight until its pods are gone.
@@ -64,13 +71,19 @@ pub(super) async fn apply(
     Ok(())
 }
 
+/// An object that was created, or that existed.
+struct Found<K> {
+    object: K,
+    is_new: bool,
+}
+
 /// Creates an object of a job, or finds the one created before.
 async fn create<K>(
     context: &Context,
     parent: &FineTuneJob,
     object: &K,
     action: &'static str,
-) -> Result<K, ReconcileError>
+) -> Result<Found<K>, ReconcileError>
 where
     K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>
         + serde::Serialize
@@ -81,8 +94,12 @@ where
     let namespace = parent.namespace().unwrap_or_default();
     let api: Api<K> = Api::namespaced(context.client.clone(), &namespace);
     let name = object.name_any();
+    let mut is_new = true;
     let created = match api.create(&PostParams::default(), object).await {
-        Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => api.get(&name).await,
+        Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => {
+            is_new = false;
+            api.get(&name).await
+        }
         created => created,
     };
     if let Err(kube::Error::Api(status)) = &created
@@ -93,15 +110,16 @@ where
         context.remember(parent, |memory| memory.refusal = refusal);
     }
     let created = created.map_err(ReconcileError::api(action))?;
-    if controller(created.owner_references()).map(|owner| &owner.uid)
-        != parent.metadata.uid.as_ref()
-    {
+    let owner = controller(created.owner_references()).map(|owner| &owner.uid);
+    // Without the label, no watch would bring what becomes of it.
+    let is_labelled = created.labels().get(JOB_LABEL) == Some(&parent.name_any());
+    if owner != parent.metadata.uid.as_ref() || !is_labelled {
         let error = ReconcileError::NameTaken { kind: K::kind(&()).into_owned(), name };
         let refusal = Some(error.to_string());
         context.remember(parent, |memory| memory.refusal = refusal);
         return Err(error);
     }
-    Ok(created)
+    Ok(Found { object: created, is_new })
 }
 
 /// Deletes the object with that UID; if there is none, it is deleted already.

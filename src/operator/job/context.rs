@@ -34,6 +34,8 @@ pub(super) struct Memory {
     pub(super) failures: u32,
     /// Why the apiserver refused the Job of the current attempt, or what its ranks share.
     pub(super) refusal: Option<String>,
+    /// The UID of the Job that this process created last.
+    pub(super) created: Option<String>,
 }
 
 impl Context {
@@ -94,7 +96,7 @@ pub enum ReconcileError {
     },
     /// An object of that name exists and is not ours.
     #[error(
-        "a {kind} named {name:?} already exists and is owned by another object: delete it, or create the FineTuneJob under another name"
+        "a {kind} named {name:?} already exists and does not belong to this FineTuneJob: delete it, or create the FineTuneJob under another name"
     )]
     NameTaken {
         /// Such as `Job`.
@@ -105,6 +107,9 @@ pub enum ReconcileError {
     /// It took too long.
     #[error("the reconciliation took longer than {} s", .0.as_secs())]
     TimedOut(std::time::Duration),
+    /// It panicked.
+    #[error("the reconciliation panicked, which is a bug: {0}")]
+    Panicked(String),
 }
 
 impl ReconcileError {

@@ -71,10 +71,12 @@ impl Operator {
         let pod_parents = pods.flat_map(move |event| {
             stream::iter(event.map(|event| of_pods.children.take_pod(event)).unwrap_or_default())
         });
+        let answered = self.context.progress.answers();
         let reconciliations = Controller::for_stream(jobs, reader)
             .with_config(Config::default().concurrency(CONCURRENCY))
             .reconcile_on(job_parents)
             .reconcile_on(pod_parents)
+            .reconcile_on(answered)
             .graceful_shutdown_on(stop)
             .run(
                 |job, context| async move { reconcile(&context, &job).await },

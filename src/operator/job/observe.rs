@@ -14,7 +14,7 @@ use k8s_openapi::{
 };
 use kube::ResourceExt;
 
-use super::build::names::CONTAINER;
+use super::build::{digest, names::CONTAINER};
 
 /// Where a Job writes which rank a pod is.
 const INDEX_ANNOTATION: &str = "batch.kubernetes.io/job-completion-index";
@@ -28,6 +28,8 @@ pub struct Observed {
     pub pods: Vec<ObservedPod>,
     /// What the trainer answered, if it was asked.
     pub progress: Option<Progress>,
+    /// The UID of the Job that this process created last for it.
+    pub created: Option<String>,
     /// Why the apiserver refused the Job of the current attempt, or what its ranks share, if it did.
     pub refusal: Option<String>,
 }
@@ -41,6 +43,8 @@ pub struct ObservedJob {
     pub uid: String,
     /// The UID of what made it.
     pub owner_uid: Option<String>,
+    /// What its pods run; see [`digest::of_pods`].
+    pub digest: String,
     /// Whether it waits for a queue.
     pub is_suspended: bool,
     /// Whether it is on its way out.
@@ -152,6 +156,7 @@ pub fn observe_job(job: &Job) -> ObservedJob {
         name: job.name_any(),
         uid: job.uid().unwrap_or_default(),
         owner_uid: controller(job.owner_references()).map(|owner| owner.uid.clone()),
+        digest: digest::of_pods(job),
         is_suspended: spec.and_then(|spec| spec.suspend).unwrap_or(false),
         is_deleting: job.metadata.deletion_timestamp.is_some(),
         ended: match (holds("Complete"), holds("Failed")) {

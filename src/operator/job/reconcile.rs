@@ -1,8 +1,9 @@
 //! One reconciliation of one job: observe, decide, write the status, emit events, apply.
 
-use std::time::Duration;
+use std::{panic::AssertUnwindSafe, time::Duration};
 
 use finetune_api::{FineTuneJob, FineTuneJobStatus};
+use futures::FutureExt;
 use k8s_openapi::jiff::Timestamp;
 use kube::{Api, ResourceExt, api::PostParams, runtime::controller};
 
@@ -24,8 +25,7 @@ pub(super) async fn reconcile(
 ) -> Result<controller::Action, ReconcileError> {
     context.children.ready().await;
     let _active = context.metrics.reconciling();
-    let reconciled = tokio::time::timeout(TIMEOUT, reconcile_once(context, job)).await;
-    let reconciled = reconciled.unwrap_or(Err(ReconcileError::TimedOut(TIMEOUT)));
+    let reconciled = contain(TIMEOUT, reconcile_once(context, job)).await;
     let result = match &reconciled {
         Ok(_) => {
             context.remember(job, |memory| memory.failures = 0);
@@ -36,6 +36,24 @@ pub(super) async fn reconcile(
     };
     context.metrics.reconciles.with_label_values(&[result]).inc();
     reconciled
+}
+
+/// Ends a reconciliation that panics or takes too long with an error: other jobs are reconciled on.
+async fn contain<T>(
+    limit: Duration,
+    reconciliation: impl Future<Output = Result<T, ReconcileError>>,
+) -> Result<T, ReconcileError> {
+    // What reconciliations share is behind mutexes, whole between statements.
+    let contained = AssertUnwindSafe(reconciliation).catch_unwind();
+    match tokio::time::timeout(limit, contained).await {
+        Ok(Ok(reconciled)) => reconciled,
+        Ok(Err(panic)) => {
+            let message = panic.downcast_ref::<&str>().copied().map(str::to_owned);
+            let message = message.or_else(|| panic.downcast_ref::<String>().cloned());
+            Err(ReconcileError::Panicked(message.unwrap_or_default()))
+        }
+        Err(_) => Err(ReconcileError::TimedOut(limit)),
+    }
 }
 
 async fn reconcile_once(
@@ -51,7 +69,7 @@ async fn reconcile_once(
         return Ok(controller::Action::await_change());
     }
 
-    let observed = observe(context, job).await;
+    let observed = observe(context, job);
     let decision = decide(job, &observed, &context.settings, Timestamp::now());
 
     let Decision { status, actions, events, requeue_after } = decision;
@@ -70,12 +88,13 @@ async fn reconcile_once(
     Ok(requeue_after.map_or_else(controller::Action::await_change, controller::Action::requeue))
 }
 
-async fn observe(context: &Context, job: &FineTuneJob) -> Observed {
+fn observe(context: &Context, job: &FineTuneJob) -> Observed {
     let (namespace, name) = (job.namespace().unwrap_or_default(), job.name_any());
     let uid = job.metadata.uid.as_deref().unwrap_or_default();
     let mut observed = context.children.of(&namespace, &name, uid);
-    observed.progress = context.progress.progress(job, &observed).await;
-    observed.refusal = context.remember(job, |memory| memory.refusal.clone());
+    observed.progress = context.progress.take(job, &observed);
+    (observed.refusal, observed.created) =
+        context.remember(job, |memory| (memory.refusal.clone(), memory.created.clone()));
     observed
 }
 
@@ -94,4 +113,28 @@ async fn write_status(
         .map_err(ReconcileError::api("write the status"))?;
     context.remember(job, |memory| memory.replaced = job.resource_version());
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{hint::black_box, time::Duration};
+
+    use super::{ReconcileError, contain};
+
+    const LIMIT: Duration = Duration::from_mins(1);
+
+    #[tokio::test]
+    async fn a_panic_is_an_error_of_its_job() {
+        let panics = async { if black_box(true) { panic!("bug {}", 1) } else { Ok(()) } };
+        let error = contain(LIMIT, panics).await.unwrap_err();
+        assert_eq!(error.to_string(), "the reconciliation panicked, which is a bug: bug 1");
+        assert!(contain(LIMIT, async { Ok(1) }).await.is_ok_and(|result| result == 1));
+    }
+
+    #[tokio::test]
+    async fn a_reconciliation_that_hangs_ends() {
+        let hangs = std::future::pending::<Result<(), ReconcileError>>();
+        let error = contain(Duration::from_millis(1), hangs).await.unwrap_err();
+        assert!(matches!(error, ReconcileError::TimedOut(_)), "{error}");
+    }
 }

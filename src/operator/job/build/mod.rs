@@ -4,6 +4,7 @@
 //! The trainer's configuration travels as an annotation of the pod and reaches it as a file: one
 //! object to create, which cannot disagree with itself.
 
+pub mod digest;
 mod env;
 pub mod names;
 mod pod;

@@ -25,7 +25,7 @@ use super::{
 };
 use crate::operator::settings::Settings;
 
-const CONFIG_ANNOTATION: &str = "finetune.dev/config";
+pub(super) const CONFIG_ANNOTATION: &str = "finetune.dev/config";
 const CONFIG_DIRECTORY: &str = "/etc/finetune";
 const CONFIG_FILE: &str = "config.json";
 /// The kubelet keeps what is written there as the termination message.

@@ -3,9 +3,10 @@
 use finetune_api::{NAME_LIMIT, Step, manifest};
 use finetune_contract::{Parallelism, Strategy};
 use finetune_plan::pod::PodSize;
+use k8s_openapi::api::batch::v1::Job;
 
 use super::{
-    Attempt, job,
+    Attempt, digest, job,
     names::{job_name, ranks_name},
     ranks,
 };
@@ -182,4 +183,48 @@ fn names_fit_a_label() {
     // A pod of a rank has its number too.
     assert!(format!("{}-63", job_name(&longest, Step::Training, 999)).len() <= 63);
     assert!(ranks_name(&longest).len() <= 63);
+}
+
+#[test]
+fn the_digest_of_pods_is_of_what_they_run() {
+    let built =
+        |lines: &str| -> Job { serde_saphyr::from_str(&build(lines, Step::Training)).unwrap() };
+    let ours = built("  podTemplate: {env: [{name: A, value: b}, {name: B, value: ''}]}\n");
+    let digest = digest::of_pods(&ours);
+    // As an apiserver returns it.
+    let mut stored = serde_json::to_value(&ours).unwrap();
+    let pod = &mut stored["spec"]["template"]["spec"];
+    pod["dnsPolicy"] = "ClusterFirst".into();
+    pod["volumes"][0]["downwardAPI"]["defaultMode"] = 420.into();
+    pod["volumes"][0]["downwardAPI"]["items"][0]["fieldRef"]["apiVersion"] = "v1".into();
+    let container = &mut pod["containers"][0];
+    container["terminationMessagePath"] = "/dev/termination-log".into();
+    container["terminationMessagePolicy"] = "File".into();
+    container["imagePullPolicy"] = "IfNotPresent".into();
+    container["ports"][0]["protocol"] = "TCP".into();
+    container["env"].as_array_mut().unwrap().iter_mut().for_each(|variable| {
+        if variable["value"] == "" {
+            variable.as_object_mut().unwrap().remove("value");
+        }
+    });
+    stored["spec"]["suspend"] = true.into();
+    let read =
+        |stored: &serde_json::Value| -> Job { serde_json::from_value(stored.clone()).unwrap() };
+    assert_eq!(digest::of_pods(&read(&stored)), digest);
+    for (place, other) in [
+        ("/spec/template/spec/containers/0/image", "other:1".into()),
+        ("/spec/template/spec/containers/0/args/0", "other".into()),
+        ("/spec/template/spec/containers/0/env/0/value", "other".into()),
+        ("/spec/template/spec/containers/0/volumeMounts/0/mountPath", "/usr/bin".into()),
+        ("/spec/template/spec/volumes/0", serde_json::json!({"name": "config", "emptyDir": {}})),
+        ("/spec/template/metadata/annotations/finetune.dev~1config", "{}".into()),
+    ] {
+        let mut changed = stored.clone();
+        *changed.pointer_mut(place).unwrap() = other;
+        assert_ne!(digest::of_pods(&read(&changed)), digest, "{place}");
+    }
+    let mut changed = stored.clone();
+    changed["spec"]["template"]["spec"]["initContainers"] =
+        serde_json::json!([{"name": "first", "image": "other:1"}]);
+    assert_ne!(digest::of_pods(&read(&changed)), digest);
 }

@@ -5,7 +5,10 @@ use std::time::Duration;
 use finetune_api::{Approval, AttemptStatus, FineTuneJobStatus, PlanStatus, Step};
 use finetune_contract::{Parallelism, Reason, Stage};
 use finetune_plan::{accelerators::Accelerator, pod::PodSize};
-use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use k8s_openapi::{
+    api::batch::v1::Job,
+    jiff::{SignedDuration, Timestamp},
+};
 
 use super::{
     Action, Input,
@@ -15,7 +18,7 @@ use super::{
 };
 use crate::operator::job::{
     build::{
-        self, Attempt,
+        self, Attempt, digest,
         names::{QUEUE_LABEL, job_name},
         ranks,
     },
@@ -73,6 +76,9 @@ pub(super) fn reconcile(
     let Some(job) = input.observed.job(&name) else {
         return without_job(input, attempt, work);
     };
+    if !is_ours(input, &attempt, job, work) {
+        return delete_foreign(attempt, job).into();
+    }
     let attempt = AttemptStatus { job_uid: Some(job.uid.clone()), ..attempt };
     let pods = input.observed.pods_of(job);
     if job.is_deleting {
@@ -89,6 +95,29 @@ pub(super) fn reconcile(
         return InProgress { actions: vec![Action::delete_job(job)], ..stopping }.into();
     }
     running(input, status, attempt, job, &pods)
+}
+
+/// Returns whether the operator created a Job of the attempt's name: anybody who may create Jobs can
+/// write the same name and owner.
+///
+/// It did if it noted its UID, in the status or in this process. Else it may have crashed in between:
+/// then the Job runs what the operator would create now.
+fn is_ours(input: &Input<'_>, attempt: &AttemptStatus, job: &ObservedJob, work: &Work<'_>) -> bool {
+    if let Some(noted) = &attempt.job_uid {
+        return *noted == job.uid;
+    }
+    let would_create = || build_job(input, attempt.number, work).ok();
+    input.observed.created.as_ref() == Some(&job.uid)
+        || would_create().is_some_and(|ours| digest::of_pods(&ours) == job.digest)
+}
+
+fn delete_foreign(attempt: AttemptStatus, job: &ObservedJob) -> InProgress {
+    let message = format!(
+        "a Job {:?} that the operator did not create is in the way of this attempt and is deleted",
+        job.name
+    );
+    let actions = if job.is_deleting { vec![] } else { vec![Action::delete_job(job)] };
+    InProgress { actions, ..InProgress::new(attempt, Reason::Stopping, message) }
 }
 
 /// There is no Job: it is to be created, or somebody deleted it.
@@ -131,30 +160,37 @@ fn suspended(attempt: AttemptStatus) -> InProgress {
     InProgress::new(attempt, Reason::Suspended, message).with(suspended)
 }
 
+/// Builds the Job of an attempt.
+///
+/// # Errors
+/// Why it has to wait for an administrator.
+fn build_job(input: &Input<'_>, number: i32, work: &Work<'_>) -> Result<Job, (Reason, String)> {
+    let Work { step, config, plan, parallelism } = *work;
+    let place = plan.map(|plan| place(input, plan)).transpose()?;
+    let attempt = Attempt { step, number, config: &config(), place, parallelism };
+    Ok(build::job(input.job, input.settings, &attempt))
+}
+
 /// Creates the Job of an attempt, and what its ranks share.
 fn start(input: &Input<'_>, attempt: AttemptStatus, work: &Work<'_>) -> InProgress {
-    let Work { step, config, plan, parallelism } = *work;
-    let place = match plan.map(|plan| place(input, plan)).transpose() {
-        Ok(place) => place,
+    let job = match build_job(input, attempt.number, work) {
+        Ok(job) => job,
         Err((reason, message)) => return InProgress::new(attempt, reason, message),
     };
 
     let mut actions = Vec::new();
-    if parallelism.places() > 1 {
+    if work.parallelism.places() > 1 {
         let namespace = input.job.metadata.namespace.as_ref();
         if input.settings.confined_namespaces.iter().any(|name| Some(name) == namespace) {
             actions.push(Action::CreateNetworkPolicy(Box::new(ranks::policy(input.job))));
         }
         actions.push(Action::CreateService(Box::new(ranks::service(input.job))));
     }
-    let number = attempt.number;
-    let objects = Attempt { step, number, config: &config(), place, parallelism };
-    let job = build::job(input.job, input.settings, &objects);
     actions.push(Action::CreateJob(Box::new(job)));
 
     let labels = input.job.metadata.labels.as_ref();
-    let is_queued =
-        step == Step::Training && labels.is_some_and(|labels| labels.contains_key(QUEUE_LABEL));
+    let is_queued = work.step == Step::Training
+        && labels.is_some_and(|labels| labels.contains_key(QUEUE_LABEL));
     let state = if let Some(refusal) = &input.observed.refusal {
         InProgress::new(attempt, Reason::JobRefused, refusal)
     } else if is_queued {

@@ -63,12 +63,27 @@ pub(super) fn without_report(
     } else {
         format!("with a report that cannot be read: {error}")
     };
+    let hint = "are the operator and the trainer's image of the same release?";
+    exited(input, attempt, code, &report, hint)
+}
+
+/// The trainer ended with `code` and a report that is not of this attempt: `why` says which it is of.
+pub(super) fn with_foreign_report(
+    input: &Input<'_>,
+    attempt: AttemptStatus,
+    code: i32,
+    why: &str,
+) -> State {
+    let report = format!("with a report that is not believed, because {why}");
+    exited(input, attempt, code, &report, "did another program run in its pod?")
+}
+
+fn exited(input: &Input<'_>, attempt: AttemptStatus, code: i32, report: &str, hint: &str) -> State {
     let what = format!("the trainer exited with code {code} {report}");
     match ExitCode::from_code(code) {
         Some(ExitCode::Interrupted) => after_disruption(input, attempt, &what),
         // It cannot read its input, or its report cannot be read: a retry would end alike.
         Some(exit) if !exit.is_retryable() => {
-            let hint = "are the operator and the trainer's image of the same release?";
             let message = format!("{what}: {hint}");
             State::Finished(Finished::failed(Reason::TrainerFailed, message).of(attempt))
         }

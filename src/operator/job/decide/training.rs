@@ -68,13 +68,37 @@ impl Run<'_> {
         message: &str,
     ) -> State {
         match finetune_contract::parse::<RunReport>(message) {
-            Ok(report) => self.take_report(status, attempt, &report),
+            Ok(report) => match self.check_origin(&attempt, &report) {
+                Ok(()) => self.take_report(status, attempt, &report),
+                Err(why) => retry::with_foreign_report(self.input, attempt, code, &why),
+            },
             Err(_) if ExitCode::from_code(code) == Some(ExitCode::OutOfMemory) => {
                 self.adapt(attempt, "the trainer ran out of memory", self.tensor_limit())
             }
             Err(error) => {
                 retry::without_report(self.input, attempt, code, message, &error.to_string())
             }
+        }
+    }
+
+    /// Checks that a report is of this run and attempt, and that its result is where it was planned:
+    /// a pod may say anything.
+    fn check_origin(&self, attempt: &AttemptStatus, report: &RunReport) -> Result<(), String> {
+        let (run, number) = (&self.config.run_id.0, attempt.number);
+        if report.run_id.0 != *run || i64::from(report.attempt) != i64::from(number) {
+            return Err(format!(
+                "it is of attempt {} of the run {:?}, not of attempt {number} of {run:?}",
+                report.attempt, report.run_id.0
+            ));
+        }
+        let output = self.config.output.uri.to_string();
+        match &report.outcome {
+            Outcome::Succeeded { uri, .. } | Outcome::AlreadyPublished { uri, .. }
+                if *uri != output =>
+            {
+                Err(format!("it says that {uri} was published, and {output} was planned"))
+            }
+            _ => Ok(()),
         }
     }
 

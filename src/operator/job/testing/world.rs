@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 
 use finetune_api::{FineTuneJob, manifest};
 use finetune_contract::{
-    ArtifactKind, Outcome, PreflightReport, Proof, PublishedResult, RunConfig, decisive_settings,
-    parse, render, settings_text, testing::run_report,
+    ArtifactKind, Outcome, PreflightReport, Proof, PublishedResult, RunConfig, RunId, RunReport,
+    decisive_settings, parse, render, settings_text, testing::run_report,
 };
 use finetune_plan::{resolve::sha256_hex, testing};
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
@@ -14,6 +14,7 @@ use kube::ResourceExt;
 use super::invariants;
 use crate::operator::{
     job::{
+        build::digest,
         conditions::{Kind, find},
         decide::{Action, Decision, decide},
         observe::{Observed, ObservedJob, ObservedPod, PodState},
@@ -98,6 +99,7 @@ impl World {
                     name: job.name_any(),
                     uid: uid.clone(),
                     owner_uid: Some("job-uid".to_owned()),
+                    digest: digest::of_pods(job),
                     is_suspended: job.spec.as_ref().and_then(|spec| spec.suspend).unwrap_or(false),
                     is_deleting: false,
                     ended: None,
@@ -171,16 +173,20 @@ impl World {
         self.now += SignedDuration::from_secs(seconds);
     }
 
-    pub(crate) fn report(outcome: Outcome) -> String {
-        render(&run_report(outcome))
+    /// Returns the report of the current attempt of the planned run.
+    pub(crate) fn report(&self, outcome: Outcome) -> String {
+        let (attempt, _, _) = self.budgets();
+        let run_id = RunId(self.run_id());
+        let attempt = attempt.unsigned_abs();
+        render(&RunReport { run_id, attempt, ..run_report(outcome) })
     }
 
     pub(crate) fn succeed(&mut self) {
         let proof =
             Proof { files: 3, bytes: 10, max_logit_change: 1.0, loss_trained_and_reloaded: None };
-        let report = Self::report(Outcome::Succeeded {
+        let report = self.report(Outcome::Succeeded {
             kind: ArtifactKind::Adapter,
-            uri: "s3://bucket/out".to_owned(),
+            uri: self.output(),
             manifest_sha256: "0".repeat(64),
             proof,
         });
@@ -214,6 +220,13 @@ impl World {
         self.job.status = None;
         self.job.metadata.uid = Some(uid.to_owned());
         self.observed = Observed::default();
+    }
+
+    /// Returns where the planned run is published.
+    pub(crate) fn output(&self) -> String {
+        let status = self.job.status.as_ref().unwrap();
+        let config: RunConfig = parse(&status.plan.as_ref().unwrap().run_config).unwrap();
+        config.output.uri.to_string()
     }
 
     pub(crate) fn run_id(&self) -> String {

@@ -108,16 +108,16 @@ fn a_trainer_that_finds_its_inputs_published_ends_the_run_without_a_proof() {
     let mut world = World::new("  loraConfig: {}\n");
     world.pass_preflight();
     world.settle();
-    let report = World::report(Outcome::AlreadyPublished {
+    let report = world.report(Outcome::AlreadyPublished {
         kind: ArtifactKind::Adapter,
-        uri: "s3://bucket/out".to_owned(),
+        uri: world.output(),
         manifest_sha256: "0".repeat(64),
         by: RunId("other-1".to_owned()),
     });
     world.end(Some(0), &report);
     world.settle();
     assert_eq!(world.summary(), "True AlreadyPublished");
-    insta::assert_snapshot!(world.message(), @"the same inputs are already published at s3://bucket/out (by run other-1); nothing was trained");
+    insta::assert_snapshot!(world.message(), @"the same inputs are already published at s3://data/minimal (by run other-1); nothing was trained");
 }
 
 #[test]

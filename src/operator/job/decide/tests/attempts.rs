@@ -1,11 +1,12 @@
 //! Attempts that end without a result, and what follows.
 
-use finetune_contract::{FailureReason, Outcome};
+use finetune_api::Approval;
+use finetune_contract::{ArtifactKind, FailureReason, Outcome, Proof};
 
 use crate::operator::job::{
     conditions::{Kind, find},
     decide::Action,
-    observe::PodState,
+    observe::{ObservedJob, PodState},
     testing::World,
 };
 
@@ -67,7 +68,7 @@ fn failures_are_retried_or_not_by_their_kind() {
         let mut world = World::new("");
         world.pass_preflight();
         world.settle();
-        let report = World::report(failed(reason, "why"));
+        let report = world.report(failed(reason, "why"));
         world.end(Some(code), &report);
         world.settle();
         assert_eq!(world.summary(), expected, "{reason:?}");
@@ -82,6 +83,103 @@ fn failures_are_retried_or_not_by_their_kind() {
         world.settle();
         assert_eq!(world.summary(), expected, "{code}");
     }
+}
+
+#[test]
+fn a_report_of_another_run_attempt_or_place_is_not_believed() {
+    let succeeded = |world: &World, uri: String| {
+        world.report(Outcome::Succeeded {
+            kind: ArtifactKind::Adapter,
+            uri,
+            manifest_sha256: "0".repeat(64),
+            proof: Proof {
+                files: 3,
+                bytes: 10,
+                max_logit_change: 1.0,
+                loss_trained_and_reloaded: None,
+            },
+        })
+    };
+    let ends_with = |change: &dyn Fn(&World) -> String| {
+        let mut world = World::new("  loraConfig: {}\n");
+        world.pass_preflight();
+        world.settle();
+        let report = change(&world);
+        world.end(Some(0), &report);
+        world.settle();
+        format!("{}: {}", world.summary(), world.message())
+    };
+    let honest = ends_with(&|world| succeeded(world, world.output()));
+    assert!(honest.starts_with("True Succeeded"), "{honest}");
+    let forged = [
+        ends_with(&|world| succeeded(world, world.output()).replace(&world.run_id(), "other-1")),
+        ends_with(&|world| {
+            succeeded(world, world.output()).replace("\"attempt\":0", "\"attempt\":3")
+        }),
+        ends_with(&|world| succeeded(world, "s3://other/place".to_owned())),
+    ];
+    insta::assert_snapshot!(forged.join("\n"), @r#"
+    False TrainerFailed: the trainer exited with code 0 with a report that is not believed, because it is of attempt 0 of the run "other-1", not of attempt 0 of "minimal-0cfb31f0": did another program run in its pod?
+    False TrainerFailed: the trainer exited with code 0 with a report that is not believed, because it is of attempt 3 of the run "minimal-0cfb31f0", not of attempt 0 of "minimal-0cfb31f0": did another program run in its pod?
+    False TrainerFailed: the trainer exited with code 0 with a report that is not believed, because it says that s3://other/place was published, and s3://data/minimal was planned: did another program run in its pod?
+    "#);
+}
+
+/// A Job that somebody else gave this name and owner, and that has ended.
+fn foreign_job(name: &str) -> ObservedJob {
+    ObservedJob {
+        name: name.to_owned(),
+        uid: "foreign".to_owned(),
+        owner_uid: Some("job-uid".to_owned()),
+        digest: "of another program".to_owned(),
+        is_suspended: false,
+        is_deleting: false,
+        ended: Some(true),
+        ranks: 1,
+        has_failed_rank: false,
+    }
+}
+
+#[test]
+fn a_job_that_somebody_else_put_in_the_way_is_deleted_and_not_believed() {
+    let mut world = World::new("  loraConfig: {}\n  approval: Manual\n");
+    world.pass_preflight();
+    world.settle();
+    assert_eq!(world.summary(), "Unknown AwaitingApproval");
+    world.observed.jobs.push(foreign_job("minimal-0"));
+    world.job.spec.approval = Some(Approval::Auto);
+    let decision = world.decide();
+    assert!(matches!(&*decision.actions, [Action::DeleteJob { uid, .. }] if uid == "foreign"));
+    world.settle();
+    assert_eq!(world.summary(), "Unknown Starting");
+    assert_ne!(world.observed.job("minimal-0").unwrap().uid, "foreign");
+    assert_eq!(world.budgets(), (0, 0, 0));
+    // Nor is one that takes the place of a Job that was deleted.
+    world.observed.jobs.pop();
+    world.observed.pods.pop();
+    world.observed.jobs.push(foreign_job("minimal-0"));
+    world.settle();
+    assert_eq!(world.budgets(), (1, 0, 1));
+    assert!(world.message().contains("its Job was deleted"), "{}", world.message());
+}
+
+#[test]
+fn a_job_whose_creation_was_not_noted_is_taken_over() {
+    let mut world = World::new("  loraConfig: {}\n");
+    world.pass_preflight();
+    world.settle();
+    let uid = world.observed.job("minimal-0").unwrap().uid.clone();
+    // The operator died before it wrote the status.
+    world.job.status.as_mut().unwrap().attempt.as_mut().unwrap().job_uid = None;
+    let decision = world.settle();
+    assert_eq!(decision.actions, []);
+    assert_eq!(decision.status.attempt.unwrap().job_uid, Some(uid));
+    // So is one that an admission webhook has changed, if this process created it.
+    world.job.status.as_mut().unwrap().attempt.as_mut().unwrap().job_uid = None;
+    let job = world.observed.jobs.last_mut().unwrap();
+    job.digest = "with another image".to_owned();
+    world.observed.created = Some(job.uid.clone());
+    assert_eq!(world.settle().actions, []);
 }
 
 #[test]

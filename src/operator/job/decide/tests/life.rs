@@ -58,7 +58,7 @@ fn a_result_of_a_run_that_ended_early_says_so() {
     *message = render(&report);
     world.settle();
     assert_eq!(world.summary(), "True Succeeded");
-    insta::assert_snapshot!(world.message(), @"Adapter at s3://bucket/out, read back and verified; stopped by training.maxTimeSeconds after 10 of 111 steps");
+    insta::assert_snapshot!(world.message(), @"Adapter at s3://data/minimal, read back and verified; stopped by training.maxTimeSeconds after 10 of 111 steps");
 }
 
 #[test]

@@ -39,7 +39,7 @@ fn out_of_memory_takes_the_fallbacks_and_ends_with_what_is_missing() {
         reason: FailureReason::OutOfMemory,
         message: "the device ran out of memory".to_owned(),
     };
-    world.end(Some(71), &World::report(failed));
+    world.end(Some(71), &world.report(failed));
     world.settle();
     let mut number = 2;
     while world.summary() == "Unknown Adapted" {

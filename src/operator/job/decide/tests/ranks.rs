@@ -19,9 +19,9 @@ fn a_run_over_two_pods_is_one_job_of_two() {
     insta::assert_snapshot!(summary.lines().next().unwrap(), @"On 2 pods of cpu, each 2 CPU, 2.38 GB memory, 4.84 GB storage");
     assert_eq!(world.observed.jobs.last().unwrap().ranks, 2);
     assert_eq!(world.shared, ["Service ranks-minimal".to_owned()].into());
-    let report = World::report(Outcome::Succeeded {
+    let report = world.report(Outcome::Succeeded {
         kind: ArtifactKind::FullModel,
-        uri: "s3://bucket/out".to_owned(),
+        uri: world.output(),
         manifest_sha256: "0".repeat(64),
         proof: Proof {
             files: 3,
@@ -53,11 +53,12 @@ fn ranks_of_a_confined_namespace_get_a_way_to_each_other() {
 
 #[test]
 fn an_attempt_of_several_ranks_ends_by_its_cause() {
-    let failed = |reason| World::report(Outcome::Failed { reason, message: "why".to_owned() });
+    let planned = World::of_two_ranks();
+    let failed = |reason| planned.report(Outcome::Failed { reason, message: "why".to_owned() });
     let lost = failed(FailureReason::PeerLost);
     let store = failed(FailureReason::StoreUnavailable);
     let data = failed(FailureReason::InvalidDataset);
-    let stopped = World::report(Outcome::Interrupted { checkpoint_step: 3 });
+    let stopped = planned.report(Outcome::Interrupted { checkpoint_step: 3 });
     // What each rank left, none if its pod is gone; what follows, and what its message contains.
     let (evicted, gone) = (Some((-1, "")), None);
     for (first, second, summary, budgets, expected) in [
