@@ -30,6 +30,7 @@ mod ranks;
 mod refusals;
 mod runs;
 mod sockets;
+mod tenants;
 mod test_namespace;
 #[path = "../support/tiny_model.rs"]
 mod tiny_model;

@@ -1,5 +1,10 @@
 //! What cannot work ends with its reason in seconds, and never has a training pod.
 
+use k8s_openapi::api::core::v1::ResourceQuota;
+use kube::{
+    Api,
+    api::{DeleteParams, PostParams},
+};
 use serde_json::{Value, json};
 
 use crate::test_namespace::{TestNamespace, real_model};
@@ -54,6 +59,27 @@ async fn what_cannot_work_says_why_and_takes_no_training_pod() {
         assert!(test.training_pods(name).await.is_empty(), "{name} had a training pod");
         assert!(test.children.get_opt(&format!("{name}-0")).await.unwrap().is_none());
     }
+}
+
+#[tokio::test]
+async fn pods_that_a_quota_refuses_are_reported_and_start_when_it_is_raised() {
+    let Some(test) = TestNamespace::new("quota").await else { return };
+    let quotas: Api<ResourceQuota> = Api::namespaced(test.client.clone(), &test.namespace);
+    let quota = serde_json::from_value(
+        json!({"metadata": {"name": "none"}, "spec": {"hard": {"pods": "0"}}}),
+    )
+    .unwrap();
+    quotas.create(&PostParams::default(), &quota).await.unwrap();
+    test.until("the quota is counted", || async {
+        quotas.get("none").await.unwrap().status?.hard.map(|_| ())
+    })
+    .await;
+    test.apply(&test.job("quota")).await;
+    test.wait("quota", "Unknown PodsRefused").await;
+    let message = test.message("quota", "Succeeded").await;
+    assert!(message.contains("exceeded quota: none"), "{message}");
+    quotas.delete("none", &DeleteParams::default()).await.unwrap();
+    test.wait("quota", "True Succeeded").await;
 }
 
 #[tokio::test]

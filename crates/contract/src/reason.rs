@@ -84,6 +84,7 @@ reasons! {
     }
     Startup {
         JobRefused: "the apiserver rejects the Job of an attempt: a quota, a policy, or a Job, Service or NetworkPolicy of that name that is not the operator's; the message is the apiserver's", "fix what the message names; the operator retries with growing delays of up to 5 minutes";
+        PodsRefused: "the cluster rejects the pods of an attempt: a ResourceQuota, a LimitRange, Pod Security or an admission webhook; the message is the cluster's", "fix what the message names, or wait for the quota: Kubernetes retries with growing delays, and the pods then start by themselves";
         ImagePullFailed: "the trainer's image cannot be pulled", "check `image.trainer`, and its `pullSecrets` in the job's namespace";
         SecretOrConfigMapMissing: "a Secret or ConfigMap that the job names, or a key of one, does not exist", "create it; the pod then starts by itself";
         VolumeClaimMissing: "a PersistentVolumeClaim that a `pvc://` URI of the job names does not exist in its namespace; the message is the scheduler's", "correct the URI, or create the claim; the pod then starts by itself";
@@ -198,7 +199,7 @@ mod tests {
     #[test]
     fn reasons_keep_the_words_that_users_and_alerts_match() {
         let words: Vec<&str> = Reason::ALL.iter().map(|reason| reason.as_str()).collect();
-        insta::assert_snapshot!(words.join(" "), @"Pending Preflight AwaitingApproval Queued Unschedulable Starting Training Publishing Stopping Suspended Retrying Adapted AcceleratorMissing TrainerImageMissing JobRefused ImagePullFailed SecretOrConfigMapMissing VolumeClaimMissing ContainerCannotStart Succeeded AlreadyPublished InvalidSpec InvalidConfiguration NotFound PermissionDenied StoreUnavailable Unavailable UnsupportedModel InvalidModel InvalidTokenizer InvalidDataset NothingToTrain Overflow DuplicateRows OutputExists Servability NoAcceleratorFits OutOfMemory DiskFull Diverged NotProven DeviceUnavailable PeerLost CheckpointMismatch DeadlineExceeded TooManyDisruptions TrainerFailed PlanUnreadable Internal NotSuspended PreflightPassed Planned Proven");
+        insta::assert_snapshot!(words.join(" "), @"Pending Preflight AwaitingApproval Queued Unschedulable Starting Training Publishing Stopping Suspended Retrying Adapted AcceleratorMissing TrainerImageMissing JobRefused PodsRefused ImagePullFailed SecretOrConfigMapMissing VolumeClaimMissing ContainerCannotStart Succeeded AlreadyPublished InvalidSpec InvalidConfiguration NotFound PermissionDenied StoreUnavailable Unavailable UnsupportedModel InvalidModel InvalidTokenizer InvalidDataset NothingToTrain Overflow DuplicateRows OutputExists Servability NoAcceleratorFits OutOfMemory DiskFull Diverged NotProven DeviceUnavailable PeerLost CheckpointMismatch DeadlineExceeded TooManyDisruptions TrainerFailed PlanUnreadable Internal NotSuspended PreflightPassed Planned Proven");
     }
 
     #[test]

@@ -16,6 +16,7 @@ pub mod decide;
 mod events;
 pub mod invalid_object;
 pub mod observe;
+mod pod_refusals;
 mod progress_client;
 mod reconcile;
 #[cfg(test)]

@@ -10,7 +10,7 @@ use k8s_openapi::{
         core::v1::{ContainerState, ContainerStateTerminated, Pod},
     },
     apimachinery::pkg::apis::meta::v1::OwnerReference,
-    jiff::Timestamp,
+    jiff::{SignedDuration, Timestamp},
 };
 use kube::ResourceExt;
 
@@ -18,6 +18,9 @@ use super::build::{digest, names::CONTAINER};
 
 /// Where a Job writes which rank a pod is.
 const INDEX_ANNOTATION: &str = "batch.kubernetes.io/job-completion-index";
+
+/// How long Kubernetes may take to create the pods of a Job before the operator asks why.
+const PODS_DUE_AFTER: SignedDuration = SignedDuration::from_secs(30);
 
 /// What is observed of one FineTuneJob.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -30,6 +33,8 @@ pub struct Observed {
     pub progress: Option<Progress>,
     /// The UID of the Job that this process created last for it.
     pub created: Option<String>,
+    /// Why the cluster refused pods of the current attempt's Job, if some are missing and it did.
+    pub pods_refused: Option<String>,
     /// Why the apiserver refused the Job of the current attempt, or what its ranks share, if it did.
     pub refusal: Option<String>,
 }
@@ -43,6 +48,8 @@ pub struct ObservedJob {
     pub uid: String,
     /// The UID of what made it.
     pub owner_uid: Option<String>,
+    /// When it was created.
+    pub created: Option<Timestamp>,
     /// What its pods run; see [`digest::of_pods`].
     pub digest: String,
     /// Whether it waits for a queue.
@@ -125,6 +132,14 @@ impl Observed {
         (0..job.ranks).map(newest).collect()
     }
 
+    /// Returns when pods that a Job still lacks are overdue; `None` if it lacks none, or waits itself.
+    pub fn pods_due(&self, job: &ObservedJob) -> Option<Timestamp> {
+        let is_waiting = job.is_suspended || job.is_deleting || job.ended.is_some();
+        let lacks_pods = || self.pods_of(job).iter().any(Option::is_none);
+        let due = job.created.filter(|_| !is_waiting)? + PODS_DUE_AFTER;
+        lacks_pods().then_some(due)
+    }
+
     /// Lists the pods that run though their Job is gone.
     pub fn orphaned_pods(&self) -> impl Iterator<Item = &ObservedPod> {
         let has_job =
@@ -156,6 +171,7 @@ pub fn observe_job(job: &Job) -> ObservedJob {
         name: job.name_any(),
         uid: job.uid().unwrap_or_default(),
         owner_uid: controller(job.owner_references()).map(|owner| owner.uid.clone()),
+        created: job.metadata.creation_timestamp.as_ref().map(|time| time.0),
         digest: digest::of_pods(job),
         is_suspended: spec.and_then(|spec| spec.suspend).unwrap_or(false),
         is_deleting: job.metadata.deletion_timestamp.is_some(),

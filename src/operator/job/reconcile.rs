@@ -13,6 +13,7 @@ use super::{
     decide::{Decision, decide},
     events,
     observe::Observed,
+    pod_refusals,
 };
 
 /// How long a reconciliation may take.
@@ -69,8 +70,10 @@ async fn reconcile_once(
         return Ok(controller::Action::await_change());
     }
 
-    let observed = observe(context, job);
-    let decision = decide(job, &observed, &context.settings, Timestamp::now());
+    let now = Timestamp::now();
+    let mut observed = observe(context, job);
+    observed.pods_refused = pod_refusals::newest(context, job, &observed, now).await;
+    let decision = decide(job, &observed, &context.settings, now);
 
     let Decision { status, actions, events, requeue_after } = decision;
     if job.status.as_ref() != Some(&status) {

@@ -28,6 +28,8 @@ use crate::operator::job::{
 
 /// How often a running trainer is asked for its progress, at most.
 pub const PROGRESS_INTERVAL: Duration = Duration::from_secs(15);
+/// How often it is asked why pods are missing.
+const PODS_INTERVAL: Duration = Duration::from_secs(30);
 /// How long ranks have to end by themselves after another has failed: they notice in seconds, half a
 /// minute if it fell silent, but wait for minutes for one that has not come yet.
 const RANKS_GRACE: SignedDuration = SignedDuration::from_secs(60);
@@ -250,7 +252,7 @@ fn running(
         SurvivingRanks::HaveUntil(time) => Some(input.until(time)),
         SurvivingRanks::RunOn => None,
     };
-    match slowest_pod(input, status, attempt, pods) {
+    match slowest_pod(input, status, attempt, job, pods) {
         AttemptState::Other(State::InProgress(state)) => {
             let waits = [grace, state.requeue_after].into_iter().flatten();
             InProgress { requeue_after: waits.min(), ..state }.into()
@@ -306,6 +308,7 @@ fn slowest_pod(
     input: &Input<'_>,
     status: &FineTuneJobStatus,
     attempt: AttemptStatus,
+    job: &ObservedJob,
     pods: &[Option<&ObservedPod>],
 ) -> AttemptState {
     let slowest = pods.iter().enumerate().min_by_key(|(_, pod)| readiness(**pod));
@@ -322,7 +325,7 @@ fn slowest_pod(
         _ => format!("pod {rank} of {}, for which the others wait: ", pods.len()),
     };
     match pod.map(|pod| &pod.state) {
-        None => starting(attempt).into(),
+        None => without_pod(input, attempt, job, &who).into(),
         Some(PodState::Unschedulable(message)) if names_missing_claim(message) => {
             let created = pod.and_then(|pod| pod.created);
             let message = format!("{who}{message}");
@@ -340,6 +343,22 @@ fn slowest_pod(
         // The Job will end in a moment.
         Some(PodState::Ended { .. }) => InProgress::unchanged(attempt).into(),
     }
+}
+
+/// A pod is missing: Kubernetes has not created it yet, or the cluster refuses it.
+fn without_pod(
+    input: &Input<'_>,
+    attempt: AttemptStatus,
+    job: &ObservedJob,
+    who: &str,
+) -> InProgress {
+    let state = match &input.observed.pods_refused {
+        Some(message) => InProgress::new(attempt, Reason::PodsRefused, format!("{who}{message}")),
+        None => starting(attempt),
+    };
+    let due = input.observed.pods_due(job).unwrap_or(input.now);
+    let requeue_after = if due > input.now { input.until(due) } else { PODS_INTERVAL };
+    InProgress { requeue_after: Some(requeue_after), ..state }
 }
 
 /// Orders ranks by how far they are: the first is what the others wait for.

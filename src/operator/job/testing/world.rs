@@ -99,6 +99,7 @@ impl World {
                     name: job.name_any(),
                     uid: uid.clone(),
                     owner_uid: Some("job-uid".to_owned()),
+                    created: Some(self.now),
                     digest: digest::of_pods(job),
                     is_suspended: job.spec.as_ref().and_then(|spec| spec.suspend).unwrap_or(false),
                     is_deleting: false,

@@ -1,5 +1,7 @@
 //! Attempts that end without a result, and what follows.
 
+use std::time::Duration;
+
 use finetune_api::Approval;
 use finetune_contract::{ArtifactKind, FailureReason, Outcome, Proof};
 
@@ -131,6 +133,7 @@ fn foreign_job(name: &str) -> ObservedJob {
         name: name.to_owned(),
         uid: "foreign".to_owned(),
         owner_uid: Some("job-uid".to_owned()),
+        created: None,
         digest: "of another program".to_owned(),
         is_suspended: false,
         is_deleting: false,
@@ -180,6 +183,25 @@ fn a_job_whose_creation_was_not_noted_is_taken_over() {
     job.digest = "with another image".to_owned();
     world.observed.created = Some(job.uid.clone());
     assert_eq!(world.settle().actions, []);
+}
+
+#[test]
+fn pods_that_the_cluster_refuses_are_reported_in_its_words() {
+    let mut world = World::new("  loraConfig: {}\n");
+    world.settle();
+    let pod = world.observed.pods.pop().unwrap();
+    let seconds = |wait: Option<Duration>| wait.unwrap().as_secs();
+    assert_eq!(seconds(world.settle().requeue_after), 30, "Kubernetes has time to create it");
+    assert_eq!(world.summary(), "Unknown Preflight");
+    world.wait(30);
+    world.observed.pods_refused = Some("exceeded quota: gpus".to_owned());
+    assert_eq!(seconds(world.settle().requeue_after), 30);
+    assert_eq!(world.summary(), "Unknown PodsRefused");
+    assert_eq!(world.message(), "exceeded quota: gpus");
+    assert_eq!(world.budgets(), (0, 0, 0));
+    world.observed.pods.push(pod);
+    world.settle();
+    assert_eq!(world.summary(), "Unknown Preflight");
 }
 
 #[test]
