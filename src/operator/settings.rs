@@ -57,6 +57,9 @@ pub struct Settings {
 pub struct PreflightSize {
     /// CPU cores.
     pub cpu: f64,
+    /// The most CPU cores it may use; without a limit if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_limit: Option<f64>,
     /// Memory, in GiB.
     pub memory_gi_b: f64,
     /// Ephemeral storage, in GiB: what is fetched of the model, and the tokens.
@@ -65,7 +68,7 @@ pub struct PreflightSize {
 
 impl Default for PreflightSize {
     fn default() -> Self {
-        Self { cpu: 1.0, memory_gi_b: 2.0, storage_gi_b: 8.0 }
+        Self { cpu: 1.0, cpu_limit: None, memory_gi_b: 2.0, storage_gi_b: 8.0 }
     }
 }
 
@@ -132,7 +135,7 @@ impl Settings {
                 return refuse(field, value.to_string(), "in the bounds of values.schema.json");
             }
         }
-        let PreflightSize { cpu, memory_gi_b, storage_gi_b } = self.preflight;
+        let PreflightSize { cpu, cpu_limit, memory_gi_b, storage_gi_b } = self.preflight;
         for (field, value) in [
             ("preflight.cpu", cpu),
             ("preflight.memoryGiB", memory_gi_b),
@@ -141,6 +144,10 @@ impl Settings {
             if !(value.is_finite() && value > 0.0) {
                 return refuse(field, value.to_string(), "a number above 0");
             }
+        }
+        if let Some(limit) = cpu_limit.filter(|limit| !(limit.is_finite() && *limit >= cpu)) {
+            let allowed = "a number of cores, at least preflight.cpu";
+            return refuse("preflight.cpuLimit", limit.to_string(), allowed);
         }
         for (index, accelerator) in self.accelerators.iter().enumerate() {
             let is_second =
@@ -187,6 +194,7 @@ mod tests {
         insta::assert_snapshot!(check(&MINIMAL.replace("GiB: 8", "GiB: 0")), @r#"memoryGiB of accelerator "cpu" of the settings is 0, must be a number above 0"#);
         let cpu = MINIMAL.lines().last().unwrap_or_default();
         insta::assert_snapshot!(check(&format!("{MINIMAL}{cpu}\n")), @"name of an accelerator of the settings is cpu, must be used once");
+        insta::assert_snapshot!(check(&format!("{MINIMAL}preflight: {{cpu: 1, cpuLimit: 0.5}}\n")), @"preflight.cpuLimit of the settings is 0.5, must be a number of cores, at least preflight.cpu");
         insta::assert_snapshot!(check(&format!("{MINIMAL}preflight: {{cpu: 0}}\n")), @"preflight.cpu of the settings is 0, must be a number above 0");
         assert!(check(&format!("{MINIMAL}retry: 1\n")).contains("retry"));
     }

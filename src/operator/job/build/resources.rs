@@ -23,6 +23,9 @@ pub(super) fn resources(
         ("ephemeral-storage".to_owned(), mebibytes(storage_bytes)),
     ]);
     let mut limits = BTreeMap::from([("memory".to_owned(), mebibytes(memory_bytes))]);
+    if let Some(cores) = settings.preflight.cpu_limit.filter(|_| attempt.step == Step::Preflight) {
+        limits.insert("cpu".to_owned(), Quantity(format!("{}m", (cores * 1000.0) as i64)));
+    }
     if let Some(device) = attempt.accelerator().and_then(|one| one.resource_name.clone()) {
         let count = Quantity(attempt.parallelism.local_world_size.to_string());
         requests.insert(device.clone(), count.clone());

@@ -186,6 +186,24 @@ fn names_fit_a_label() {
 }
 
 #[test]
+fn a_preflight_has_a_cpu_limit_where_the_settings_give_one() {
+    let text = include_str!("../../../../examples/minimal.yaml");
+    let manifest = manifest::parse(text).unwrap();
+    let limits = |lines: &str, step| {
+        let settings = Settings::parse(&format!("{SETTINGS}{lines}")).unwrap();
+        let parallelism = Parallelism::SINGLE;
+        let attempt = Attempt { step, number: 0, config: "{}", place: None, parallelism };
+        let pod = job(&manifest, &settings, &attempt).spec.unwrap().template.spec.unwrap();
+        let limits = pod.containers[0].resources.clone().unwrap().limits.unwrap();
+        limits.get("cpu").map(|quantity| quantity.0.clone())
+    };
+    let limited = "preflight: {cpu: 0.5, cpuLimit: 1.5}\n";
+    assert_eq!(limits(limited, Step::Preflight).as_deref(), Some("1500m"));
+    assert_eq!(limits(limited, Step::Training), None);
+    assert_eq!(limits("", Step::Preflight), None);
+}
+
+#[test]
 fn the_digest_of_pods_is_of_what_they_run() {
     let built =
         |lines: &str| -> Job { serde_saphyr::from_str(&build(lines, Step::Training)).unwrap() };
