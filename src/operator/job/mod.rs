@@ -15,6 +15,7 @@ pub mod controller;
 pub mod decide;
 mod events;
 pub mod invalid_object;
+mod late_pods;
 pub mod observe;
 mod pod_refusals;
 mod progress_client;

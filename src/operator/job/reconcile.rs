@@ -11,7 +11,7 @@ use super::{
     accounting, apply,
     context::{Context, ReconcileError},
     decide::{Decision, decide},
-    events,
+    events, late_pods,
     observe::Observed,
     pod_refusals,
 };
@@ -72,6 +72,7 @@ async fn reconcile_once(
 
     let now = Timestamp::now();
     let mut observed = observe(context, job);
+    late_pods::read(context, job, &mut observed).await?;
     observed.pods_refused = pod_refusals::newest(context, job, &observed, now).await;
     let decision = decide(job, &observed, &context.settings, now);
 
