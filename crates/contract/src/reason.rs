@@ -75,7 +75,8 @@ reasons! {
         Starting: "the training pod starts, fetches the model and loads it", "nothing";
         Training: "the trainer makes optimizer steps", "read `status.progress`";
         Publishing: "the result is written, read back and verified", "nothing";
-        Stopping: "pods of an attempt are terminating: the job was suspended, a Job was deleted, or a rank is lost", "wait; pods of a node that is gone remain until the node is removed";
+        Stopping: "pods of an attempt are terminating: the job was suspended, a Job was deleted, or a rank is lost", "wait";
+        NodeUnreachable: "a pod that is being deleted should be gone and is not: its node, which the message names, does not answer", "see [FineTuneJobNodeUnreachable](../OPERATIONS.md#finetunejobnodeunreachable)";
         Suspended: "`spec.suspend` is set and nothing runs", "set it to false to resume";
         Retrying: "an attempt ended and the next one follows; the message says why", "if it repeats, look at the cause";
         Adapted: "an attempt ran out of memory; the next one computes the same steps with smaller micro-batches and resumes from the newest checkpoint; the message, which the condition `Planned` keeps, says how", "nothing; if it repeats from job to job, raise `resources.limits.memory` or report the prediction";
@@ -199,7 +200,7 @@ mod tests {
     #[test]
     fn reasons_keep_the_words_that_users_and_alerts_match() {
         let words: Vec<&str> = Reason::ALL.iter().map(|reason| reason.as_str()).collect();
-        insta::assert_snapshot!(words.join(" "), @"Pending Preflight AwaitingApproval Queued Unschedulable Starting Training Publishing Stopping Suspended Retrying Adapted AcceleratorMissing TrainerImageMissing JobRefused PodsRefused ImagePullFailed SecretOrConfigMapMissing VolumeClaimMissing ContainerCannotStart Succeeded AlreadyPublished InvalidSpec InvalidConfiguration NotFound PermissionDenied StoreUnavailable Unavailable UnsupportedModel InvalidModel InvalidTokenizer InvalidDataset NothingToTrain Overflow DuplicateRows OutputExists Servability NoAcceleratorFits OutOfMemory DiskFull Diverged NotProven DeviceUnavailable PeerLost CheckpointMismatch DeadlineExceeded TooManyDisruptions TrainerFailed PlanUnreadable Internal NotSuspended PreflightPassed Planned Proven");
+        insta::assert_snapshot!(words.join(" "), @"Pending Preflight AwaitingApproval Queued Unschedulable Starting Training Publishing Stopping NodeUnreachable Suspended Retrying Adapted AcceleratorMissing TrainerImageMissing JobRefused PodsRefused ImagePullFailed SecretOrConfigMapMissing VolumeClaimMissing ContainerCannotStart Succeeded AlreadyPublished InvalidSpec InvalidConfiguration NotFound PermissionDenied StoreUnavailable Unavailable UnsupportedModel InvalidModel InvalidTokenizer InvalidDataset NothingToTrain Overflow DuplicateRows OutputExists Servability NoAcceleratorFits OutOfMemory DiskFull Diverged NotProven DeviceUnavailable PeerLost CheckpointMismatch DeadlineExceeded TooManyDisruptions TrainerFailed PlanUnreadable Internal NotSuspended PreflightPassed Planned Proven");
     }
 
     #[test]

@@ -79,12 +79,16 @@ pub struct ObservedPod {
     pub created: Option<Timestamp>,
     /// When a node was found for it.
     pub scheduled: Option<Timestamp>,
+    /// Its node.
+    pub node: Option<String>,
     /// Where it can be asked.
     pub ip: Option<String>,
     /// When its container ended.
     pub ended: Option<Timestamp>,
     /// Whether it is on its way out.
     pub is_deleting: bool,
+    /// When it is to be gone, if it is on its way out.
+    pub due_gone: Option<Timestamp>,
     /// Whether the cluster, not the program, ended or ends it.
     pub is_disrupted: bool,
     /// How it is.
@@ -205,11 +209,13 @@ pub fn observe_pod(pod: &Pod) -> ObservedPod {
             .filter(|condition| condition.status == "True")
             .and_then(|condition| condition.last_transition_time.as_ref())
             .map(|time| time.0),
+        node: pod.spec.as_ref().and_then(|spec| spec.node_name.clone()),
         ip: status.and_then(|status| status.pod_ip.clone()),
         ended: container(pod)
             .and_then(|state| state.terminated.as_ref()?.finished_at.as_ref())
             .map(|time| time.0),
         is_deleting: pod.metadata.deletion_timestamp.is_some(),
+        due_gone: pod.metadata.deletion_timestamp.as_ref().map(|time| time.0),
         is_disrupted: condition("DisruptionTarget")
             .is_some_and(|condition| condition.status == "True"),
         state: observe_state(pod),

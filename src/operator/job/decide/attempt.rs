@@ -28,6 +28,8 @@ use crate::operator::job::{
 
 /// How often a running trainer is asked for its progress, at most.
 pub const PROGRESS_INTERVAL: Duration = Duration::from_secs(15);
+/// How much later than it should a pod may be gone before its node counts as lost.
+const NODE_GRACE: SignedDuration = SignedDuration::from_secs(60);
 /// How often it is asked why pods are missing.
 const PODS_INTERVAL: Duration = Duration::from_secs(30);
 /// How long ranks have to end by themselves after another has failed: they notice in seconds, half a
@@ -83,12 +85,24 @@ pub(super) fn reconcile(
     }
     let attempt = AttemptStatus { job_uid: Some(job.uid.clone()), ..attempt };
     let pods = input.observed.pods_of(job);
+    if let Some(is_success) = job.ended.filter(|_| !job.is_deleting) {
+        return AttemptState::Ended(attempt, termination(&pods, is_success));
+    }
+    let state = with_job(input, status, attempt, job, &pods);
+    name_lost_node(input, pods.into_iter().flatten(), state)
+}
+
+/// There is a Job, and it has not ended.
+fn with_job(
+    input: &Input<'_>,
+    status: &FineTuneJobStatus,
+    attempt: AttemptStatus,
+    job: &ObservedJob,
+    pods: &[Option<&ObservedPod>],
+) -> AttemptState {
     if job.is_deleting {
         let message = "the pods of this attempt are terminating";
         return InProgress::new(attempt, Reason::Stopping, message).into();
-    }
-    if let Some(is_success) = job.ended {
-        return AttemptState::Ended(attempt, termination(&pods, is_success));
     }
     if input.is_suspended() {
         let message =
@@ -96,7 +110,30 @@ pub(super) fn reconcile(
         let stopping = InProgress::new(attempt, Reason::Stopping, message);
         return InProgress { actions: vec![Action::delete_job(job)], ..stopping }.into();
     }
-    running(input, status, attempt, job, &pods)
+    running(input, status, attempt, job, pods)
+}
+
+/// If a pod should be gone by now, its node does not answer: nothing goes on until somebody acts.
+fn name_lost_node<'a>(
+    input: &Input<'_>,
+    pods: impl Iterator<Item = &'a ObservedPod>,
+    state: AttemptState,
+) -> AttemptState {
+    let AttemptState::Other(State::InProgress(state)) = state else { return state };
+    let due = |pod: &'a ObservedPod| Some((pod.due_gone? + NODE_GRACE, pod));
+    let leaving = pods.filter(|pod| !matches!(pod.state, PodState::Ended { .. })).filter_map(due);
+    let Some((due, pod)) = leaving.min_by_key(|(due, _)| *due) else { return state.into() };
+    if input.now < due {
+        let waits = [Some(input.until(due)), state.requeue_after].into_iter().flatten();
+        return InProgress { requeue_after: waits.min(), ..state }.into();
+    }
+    let node = pod.node.as_deref().unwrap_or("unknown");
+    let message = format!(
+        "the pod {} should have been gone by {}: its node {node} does not answer. If the node is lost, delete its Node object, or the pod with --force, and the run goes on elsewhere",
+        pod.name,
+        due - NODE_GRACE
+    );
+    state.rather_because(Reason::NodeUnreachable, message).into()
 }
 
 /// Returns whether the operator created a Job of the attempt's name: anybody who may create Jobs can
@@ -142,7 +179,8 @@ fn without_job(input: &Input<'_>, attempt: AttemptStatus, work: &Work<'_>) -> At
     if orphans > 0 {
         let message = format!("{orphans} pods of an earlier attempt are terminating");
         let stopping = InProgress::new(attempt, Reason::Stopping, message);
-        return InProgress { actions: input.orphan_deletions().collect(), ..stopping }.into();
+        let state = InProgress { actions: input.orphan_deletions().collect(), ..stopping }.into();
+        return name_lost_node(input, input.observed.orphaned_pods(), state);
     }
     let retry_time = attempt.retry_time.as_ref().map(|time| time.0);
     if let Some(time) = retry_time.filter(|time| *time > input.now) {

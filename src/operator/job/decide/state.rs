@@ -131,6 +131,12 @@ impl InProgress {
         self.with(summary)
     }
 
+    /// Replaces the summary.
+    pub(super) fn rather_because(mut self, reason: Reason, message: impl Into<String>) -> Self {
+        self.conditions.retain(|condition| condition.kind != Kind::Succeeded);
+        self.because(reason, message)
+    }
+
     /// Sets another condition.
     pub(super) fn with(mut self, condition: ConditionChange) -> Self {
         self.conditions.push(condition);

@@ -114,9 +114,11 @@ impl World {
                     rank,
                     created: Some(self.now),
                     scheduled: Some(self.now),
+                    node: Some("node-1".to_owned()),
                     ip: Some("10.0.0.1".to_owned()),
                     ended: None,
                     is_deleting: false,
+                    due_gone: None,
                     is_disrupted: false,
                     state: PodState::Running,
                 };

@@ -5,6 +5,8 @@ use std::time::Duration;
 use finetune_api::Approval;
 use finetune_contract::{ArtifactKind, FailureReason, Outcome, Proof};
 
+use k8s_openapi::jiff::SignedDuration;
+
 use crate::operator::job::{
     conditions::{Kind, find},
     decide::Action,
@@ -202,6 +204,30 @@ fn pods_that_the_cluster_refuses_are_reported_in_its_words() {
     world.observed.pods.push(pod);
     world.settle();
     assert_eq!(world.summary(), "Unknown Preflight");
+}
+
+#[test]
+fn a_pod_that_does_not_go_names_its_node() {
+    let mut world = World::new("  loraConfig: {}\n");
+    world.pass_preflight();
+    world.settle();
+    // Five minutes after its node fell silent, Kubernetes deletes the pod, and nobody confirms it.
+    let gone = world.now + SignedDuration::from_secs(120);
+    let pod = world.observed.pods.last_mut().unwrap();
+    (pod.is_deleting, pod.due_gone, pod.is_disrupted) = (true, Some(gone), true);
+    let decision = world.settle();
+    assert_ne!(world.summary(), "Unknown NodeUnreachable");
+    assert!(decision.requeue_after.unwrap().as_secs() <= 180, "it is looked at when it is due");
+    world.wait(180);
+    world.settle();
+    assert_eq!(world.summary(), "Unknown NodeUnreachable");
+    insta::assert_snapshot!(world.message(), @"the pod minimal-0-0-abcde should have been gone by 2026-01-01T00:02:00Z: its node node-1 does not answer. If the node is lost, delete its Node object, or the pod with --force, and the run goes on elsewhere");
+    assert_eq!(world.budgets(), (0, 0, 0), "nothing runs beside what may still run there");
+    // The Node object is deleted, and with it the pod.
+    world.observed.pods.pop();
+    world.observed.jobs.last_mut().unwrap().ended = Some(false);
+    world.settle();
+    assert_eq!(world.budgets(), (1, 0, 1));
 }
 
 #[test]
