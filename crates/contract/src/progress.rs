@@ -5,8 +5,10 @@ use serde::{Deserialize, Serialize};
 use crate::{document::Document, settings::RunId};
 
 /// One snapshot of a running trainer: a line on its standard output, and the body of `GET /progress`.
+///
+/// Fields that are not known are ignored, as in a [`RunReport`](crate::RunReport).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct Progress {
     /// [`crate::CONTRACT_VERSION`].
     pub version: u32,

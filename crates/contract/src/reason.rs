@@ -80,6 +80,7 @@ reasons! {
         Suspended: "`spec.suspend` is set and nothing runs", "set it to false to resume";
         Retrying: "an attempt ended and the next one follows; the message says why", "if it repeats, look at the cause";
         Adapted: "an attempt ran out of memory; the next one computes the same steps with smaller micro-batches and resumes from the newest checkpoint; the message, which the condition `Planned` keeps, says how", "nothing; if it repeats from job to job, raise `resources.limits.memory` or report the prediction";
+        PlanUnreadable: "the plan was made by another release, which this one cannot read; pods of the run go on, and their reports wait", "see [FineTuneJobsHeld](../OPERATIONS.md#finetunejobsheld)";
         AcceleratorMissing: "the plan's accelerator is no longer in the settings", "add it again, or create the job again";
         TrainerImageMissing: "the run fits only an accelerator whose `image` is not set", "set `image` of that accelerator in the settings to a trainer built with CUDA ([GPUs](../OPERATIONS.md#gpus)), or make the run smaller; a waiting job is planned again when the settings change";
     }
@@ -120,7 +121,6 @@ reasons! {
         DeadlineExceeded: "the run took longer than `activeDeadlineSeconds`", "set a longer deadline in the next job; the last checkpoint stays in the bucket";
         TooManyDisruptions: "the cluster ended more attempts than `disruptions` allows", "use another node pool, or raise `disruptions`";
         TrainerFailed: "the trainer ended without a readable report, in every retry, or with one of another run, attempt or output", "read its log; is the image of the operator's release?";
-        PlanUnreadable: "the plan was made by another release", "create the job again";
         Internal: "a defect of the trainer", "report it with the log";
     }
     OtherCondition {
@@ -200,7 +200,7 @@ mod tests {
     #[test]
     fn reasons_keep_the_words_that_users_and_alerts_match() {
         let words: Vec<&str> = Reason::ALL.iter().map(|reason| reason.as_str()).collect();
-        insta::assert_snapshot!(words.join(" "), @"Pending Preflight AwaitingApproval Queued Unschedulable Starting Training Publishing Stopping NodeUnreachable Suspended Retrying Adapted AcceleratorMissing TrainerImageMissing JobRefused PodsRefused ImagePullFailed SecretOrConfigMapMissing VolumeClaimMissing ContainerCannotStart Succeeded AlreadyPublished InvalidSpec InvalidConfiguration NotFound PermissionDenied StoreUnavailable Unavailable UnsupportedModel InvalidModel InvalidTokenizer InvalidDataset NothingToTrain Overflow DuplicateRows OutputExists Servability NoAcceleratorFits OutOfMemory DiskFull Diverged NotProven DeviceUnavailable PeerLost CheckpointMismatch DeadlineExceeded TooManyDisruptions TrainerFailed PlanUnreadable Internal NotSuspended PreflightPassed Planned Proven");
+        insta::assert_snapshot!(words.join(" "), @"Pending Preflight AwaitingApproval Queued Unschedulable Starting Training Publishing Stopping NodeUnreachable Suspended Retrying Adapted PlanUnreadable AcceleratorMissing TrainerImageMissing JobRefused PodsRefused ImagePullFailed SecretOrConfigMapMissing VolumeClaimMissing ContainerCannotStart Succeeded AlreadyPublished InvalidSpec InvalidConfiguration NotFound PermissionDenied StoreUnavailable Unavailable UnsupportedModel InvalidModel InvalidTokenizer InvalidDataset NothingToTrain Overflow DuplicateRows OutputExists Servability NoAcceleratorFits OutOfMemory DiskFull Diverged NotProven DeviceUnavailable PeerLost CheckpointMismatch DeadlineExceeded TooManyDisruptions TrainerFailed Internal NotSuspended PreflightPassed Planned Proven");
     }
 
     #[test]

@@ -10,8 +10,11 @@ use crate::{
 };
 
 /// How a run ended; written to the report file, which in a pod is the termination message.
+///
+/// Fields that are not known are ignored: while the operator is rolled back, trainers of the newer release
+/// run on and report to the older one.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct RunReport {
     /// [`crate::CONTRACT_VERSION`].
     pub version: u32,
@@ -144,7 +147,7 @@ pub enum Outcome {
 
 /// What was shown of a published result by reading it back.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct Proof {
     /// Files whose size and SHA-256 were read back and equal the manifest's.
     pub files: u32,

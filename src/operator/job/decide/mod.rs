@@ -163,9 +163,13 @@ fn deadline_exceeded(input: &Input<'_>, status: &FineTuneJobStatus) -> Option<Fi
     ))
 }
 
-/// Finds what the schema cannot: it is refused before any pod exists.
+/// Finds what the schema cannot: it is refused before any pod exists. A run that has its plan was
+/// checked before, perhaps by a release that checks less.
 fn invalid_spec(input: &Input<'_>) -> Option<Finished> {
     let job = input.job;
+    if job.status.as_ref().is_some_and(|status| status.plan.is_some()) {
+        return None;
+    }
     let problem = unusable_uris(job)
         .or_else(|| unreachable_uri(job))
         .or_else(|| overlapping_output(job))
@@ -198,12 +202,8 @@ fn unreachable_uri(job: &FineTuneJob) -> Option<String> {
     ))
 }
 
-/// Returns how the output overlaps with what the run reads; a run that has its plan was checked
-/// before.
+/// Returns how the output overlaps with what the run reads.
 fn overlapping_output(job: &FineTuneJob) -> Option<String> {
-    if job.status.as_ref().is_some_and(|status| status.plan.is_some()) {
-        return None;
-    }
     let messages = job.spec.overlaps();
     (!messages.is_empty()).then(|| format!("{OUTPUT}: {}", messages.join("\n")))
 }

@@ -11,25 +11,20 @@ use finetune_plan::{
 };
 
 use super::{
-    Input,
+    Action, Input,
     attempt::{self, AttemptState, Work},
     retry::{self, DISRUPTION_BACKOFF, is_last},
-    state::{Finished, Retry, State},
+    state::{Finished, InProgress, Retry, State},
     status::{adapted_plan, last_progress, next_attempt, pod_size, result_status},
     termination::Termination,
 };
-use crate::operator::job::build;
+use crate::operator::job::{build, observe::ObservedJob};
 
 /// Decides about a job that has a plan.
 pub(super) fn decide(input: &Input<'_>, status: &FineTuneJobStatus, plan: &PlanStatus) -> State {
     let config = match finetune_contract::parse::<RunConfig>(&plan.run_config) {
         Ok(config) => config,
-        Err(error) => {
-            let message = format!(
-                "the plan in status.plan was made by another release: {error}; create the job again"
-            );
-            return State::Finished(Finished::failed(Reason::PlanUnreadable, message));
-        }
+        Err(error) => return State::InProgress(held(input, status, &error.to_string())),
     };
     let number = attempt::current(status, Step::Training).number.unsigned_abs();
     let config_of_attempt =
@@ -50,6 +45,23 @@ pub(super) fn decide(input: &Input<'_>, status: &FineTuneJobStatus, plan: &PlanS
         Termination::OutOfMemory(who) => run.oom_killed(attempt, &who),
         Termination::Disrupted(why) => retry::after_disruption(input, attempt, &why),
     }
+}
+
+/// The plan cannot be read: nothing is started and nothing ended, until a release that can read it is
+/// back. A rollback must not end the runs that were planned before it.
+fn held(input: &Input<'_>, status: &FineTuneJobStatus, error: &str) -> InProgress {
+    let message = format!(
+        "the plan in status.plan was made by another release: {error}. What runs, runs on; install that release again, or create the job again"
+    );
+    let attempt = attempt::current(status, Step::Training);
+    let mut held = InProgress::new(attempt, Reason::PlanUnreadable, message);
+    let current = held.attempt.job_uid.as_ref();
+    let live =
+        |job: &&ObservedJob| Some(&job.uid) == current && job.ended.is_none() && !job.is_deleting;
+    if let Some(job) = input.observed.jobs.iter().find(live).filter(|_| input.is_suspended()) {
+        held.actions.push(Action::delete_job(job));
+    }
+    held
 }
 
 /// The planned run of which an attempt ended.

@@ -207,6 +207,42 @@ fn pods_that_the_cluster_refuses_are_reported_in_its_words() {
 }
 
 #[test]
+fn a_plan_of_another_release_ends_nothing() {
+    let mut world = World::new("  loraConfig: {}\n");
+    world.pass_preflight();
+    world.settle();
+    let readable = world.job.status.as_ref().unwrap().plan.clone();
+    let plan = world.job.status.as_mut().unwrap().plan.as_mut().unwrap();
+    plan.run_config = plan.run_config.replacen('{', "{\"newer\":1,", 1);
+    let unreadable = world.job.status.as_ref().unwrap().plan.clone();
+    world.settle();
+    assert_eq!(world.summary(), "Unknown PlanUnreadable");
+    insta::assert_snapshot!(world.message(), @"the plan in status.plan was made by another release: run config is not valid: unknown field `newer`, expected one of `version`, `runId`, `attempt`, `model`, `dataset`, `lora`, `initialAdapter`, `initialCheckpoint`, `training`, `device`, `parallelism`, `output`, `checkpointsUri`, `expected`, `predictedPeakBytes`, `predictedSentBytes`. What runs, runs on; install that release again, or create the job again");
+    let job = world.observed.jobs.last().unwrap().clone();
+    assert_eq!(job.name, "minimal-0", "it runs on");
+    // It succeeds meanwhile; the report waits for a release that knows what was planned.
+    world.job.status.as_mut().unwrap().plan.clone_from(&readable);
+    world.succeed();
+    world.job.status.as_mut().unwrap().plan = unreadable;
+    world.settle();
+    assert_eq!(world.summary(), "Unknown PlanUnreadable");
+    world.job.status.as_mut().unwrap().plan = readable;
+    world.settle();
+    assert_eq!(world.summary(), "True Succeeded");
+}
+
+#[test]
+fn a_plan_of_another_release_can_be_suspended() {
+    let mut world = World::new("  loraConfig: {}\n");
+    world.pass_preflight();
+    world.settle();
+    world.job.status.as_mut().unwrap().plan.as_mut().unwrap().run_config = "{}".to_owned();
+    world.job.spec.suspend = Some(true);
+    world.settle();
+    assert!(world.observed.job("minimal-0").is_none(), "a suspended job holds no pod");
+}
+
+#[test]
 fn a_pod_that_does_not_go_names_its_node() {
     let mut world = World::new("  loraConfig: {}\n");
     world.pass_preflight();
