@@ -11,14 +11,14 @@ use k8s_openapi::{
 };
 
 use super::{
-    Action, Input,
+    Action, Input, lost_node, ownership,
     state::{ConditionChange, Finished, InProgress, State},
     status::{first_attempt, next_attempt, pod_size, progress_status},
     termination::{Termination, termination},
 };
 use crate::operator::job::{
     build::{
-        self, Attempt, digest,
+        self, Attempt,
         names::{QUEUE_LABEL, job_name},
         ranks,
     },
@@ -28,8 +28,6 @@ use crate::operator::job::{
 
 /// How often a running trainer is asked for its progress, at most.
 pub const PROGRESS_INTERVAL: Duration = Duration::from_secs(15);
-/// How much later than it should a pod may be gone before its node counts as lost.
-const NODE_GRACE: SignedDuration = SignedDuration::from_secs(60);
 /// How often it is asked why pods are missing.
 const PODS_INTERVAL: Duration = Duration::from_secs(30);
 /// How long ranks have to end by themselves after another has failed: they notice in seconds, half a
@@ -80,16 +78,21 @@ pub(super) fn reconcile(
     let Some(job) = input.observed.job(&name) else {
         return without_job(input, attempt, work);
     };
-    if !is_ours(input, &attempt, job, work) {
-        return delete_foreign(attempt, job).into();
+    let would_create = || build_job(input, attempt.number, work).ok();
+    if !ownership::is_ours(input, &attempt, job, would_create) {
+        return ownership::delete_foreign(attempt, job).into();
     }
     let attempt = AttemptStatus { job_uid: Some(job.uid.clone()), ..attempt };
     let pods = input.observed.pods_of(job);
     if let Some(is_success) = job.ended.filter(|_| !job.is_deleting) {
         return AttemptState::Ended(attempt, termination(&pods, is_success));
     }
-    let state = with_job(input, status, attempt, job, &pods);
-    name_lost_node(input, pods.into_iter().flatten(), state)
+    match with_job(input, status, attempt, job, &pods) {
+        AttemptState::Other(State::InProgress(state)) => {
+            lost_node::name(input, pods.into_iter().flatten(), state).into()
+        }
+        other => other,
+    }
 }
 
 /// There is a Job, and it has not ended.
@@ -113,52 +116,6 @@ fn with_job(
     running(input, status, attempt, job, pods)
 }
 
-/// If a pod should be gone by now, its node does not answer: nothing goes on until somebody acts.
-fn name_lost_node<'a>(
-    input: &Input<'_>,
-    pods: impl Iterator<Item = &'a ObservedPod>,
-    state: AttemptState,
-) -> AttemptState {
-    let AttemptState::Other(State::InProgress(state)) = state else { return state };
-    let due = |pod: &'a ObservedPod| Some((pod.due_gone? + NODE_GRACE, pod));
-    let leaving = pods.filter(|pod| !matches!(pod.state, PodState::Ended { .. })).filter_map(due);
-    let Some((due, pod)) = leaving.min_by_key(|(due, _)| *due) else { return state.into() };
-    if input.now < due {
-        let waits = [Some(input.until(due)), state.requeue_after].into_iter().flatten();
-        return InProgress { requeue_after: waits.min(), ..state }.into();
-    }
-    let node = pod.node.as_deref().unwrap_or("unknown");
-    let message = format!(
-        "the pod {} should have been gone by {}: its node {node} does not answer. If the node is lost, delete its Node object, or the pod with --force, and the run goes on elsewhere",
-        pod.name,
-        due - NODE_GRACE
-    );
-    state.rather_because(Reason::NodeUnreachable, message).into()
-}
-
-/// Returns whether the operator created a Job of the attempt's name: anybody who may create Jobs can
-/// write the same name and owner.
-///
-/// It did if it noted its UID, in the status or in this process. Else it may have crashed in between:
-/// then the Job runs what the operator would create now.
-fn is_ours(input: &Input<'_>, attempt: &AttemptStatus, job: &ObservedJob, work: &Work<'_>) -> bool {
-    if let Some(noted) = &attempt.job_uid {
-        return *noted == job.uid;
-    }
-    let would_create = || build_job(input, attempt.number, work).ok();
-    input.observed.created.as_ref() == Some(&job.uid)
-        || would_create().is_some_and(|ours| digest::of_pods(&ours) == job.digest)
-}
-
-fn delete_foreign(attempt: AttemptStatus, job: &ObservedJob) -> InProgress {
-    let message = format!(
-        "a Job {:?} that the operator did not create is in the way of this attempt and is deleted",
-        job.name
-    );
-    let actions = if job.is_deleting { vec![] } else { vec![Action::delete_job(job)] };
-    InProgress { actions, ..InProgress::new(attempt, Reason::Stopping, message) }
-}
-
 /// There is no Job: it is to be created, or somebody deleted it.
 fn without_job(input: &Input<'_>, attempt: AttemptStatus, work: &Work<'_>) -> AttemptState {
     let was_deleted = attempt.job_uid.is_some();
@@ -179,8 +136,8 @@ fn without_job(input: &Input<'_>, attempt: AttemptStatus, work: &Work<'_>) -> At
     if orphans > 0 {
         let message = format!("{orphans} pods of an earlier attempt are terminating");
         let stopping = InProgress::new(attempt, Reason::Stopping, message);
-        let state = InProgress { actions: input.orphan_deletions().collect(), ..stopping }.into();
-        return name_lost_node(input, input.observed.orphaned_pods(), state);
+        let state = InProgress { actions: input.orphan_deletions().collect(), ..stopping };
+        return lost_node::name(input, input.observed.orphaned_pods(), state).into();
     }
     let retry_time = attempt.retry_time.as_ref().map(|time| time.0);
     if let Some(time) = retry_time.filter(|time| *time > input.now) {

@@ -9,6 +9,8 @@
 //! into the next status; `status` converts what others say into the words of the status.
 
 mod attempt;
+mod lost_node;
+mod ownership;
 mod preflight;
 mod retry;
 mod state;
