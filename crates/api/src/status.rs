@@ -57,6 +57,11 @@ pub struct AttemptStatus {
     /// Jobs.
     #[schemars(range(min = 0, max = 1000))]
     pub disruptions: i32,
+    /// The step of the checkpoint from which failures and disruptions are counted: a newer one begins
+    /// both counts again.
+    #[schemars(range(min = 0, max = 10_000_000))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub counted_from_step: Option<i64>,
     /// The UID of this attempt's Job, once it was observed.
     #[schemars(length(max = 64))]
     #[serde(rename = "jobUID", skip_serializing_if = "Option::is_none")]
@@ -171,6 +176,10 @@ pub struct ProgressStatus {
     /// Optimizer steps of the whole run.
     #[schemars(range(min = 0, max = 10_000_000))]
     pub total_steps: i64,
+    /// The step of the newest checkpoint.
+    #[schemars(range(min = 0, max = 10_000_000))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checkpoint_step: Option<i64>,
     /// Mean loss per target token of the last step.
     #[schemars(range(min = 0.0, max = 1e9))]
     #[serde(skip_serializing_if = "Option::is_none")]

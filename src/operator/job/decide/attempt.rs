@@ -13,7 +13,7 @@ use k8s_openapi::{
 use super::{
     Action, Input, lost_node, ownership,
     state::{ConditionChange, Finished, InProgress, State},
-    status::{first_attempt, next_attempt, pod_size, progress_status},
+    status::{first_attempt, has_trained, next_attempt, pod_size, progress_status},
     termination::{Termination, termination},
 };
 use crate::operator::job::{
@@ -28,6 +28,8 @@ use crate::operator::job::{
 
 /// How often a running trainer is asked for its progress, at most.
 pub const PROGRESS_INTERVAL: Duration = Duration::from_secs(15);
+/// How long an outage of what a run had before may last, in seconds.
+const OUTAGE_SECONDS: i64 = 86_400;
 /// How often it is asked why pods are missing.
 const PODS_INTERVAL: Duration = Duration::from_secs(30);
 /// How long ranks have to end by themselves after another has failed: they notice in seconds, half a
@@ -324,14 +326,14 @@ fn slowest_pod(
         Some(PodState::Unschedulable(message)) if names_missing_claim(message) => {
             let created = pod.and_then(|pod| pod.created);
             let message = format!("{who}{message}");
-            cannot_start(input, attempt, created, Reason::VolumeClaimMissing, message)
+            cannot_start(input, status, attempt, created, (Reason::VolumeClaimMissing, message))
         }
         Some(PodState::Unschedulable(message)) => {
             InProgress::new(attempt, Reason::Unschedulable, format!("{who}{message}")).into()
         }
         Some(PodState::Waiting { reason, message }) => {
             let scheduled = pod.and_then(|pod| pod.scheduled);
-            waiting(input, attempt, scheduled, reason, format!("{who}{message}"))
+            waiting(input, status, attempt, scheduled, (reason, format!("{who}{message}")))
         }
         Some(PodState::Running) if attempt.step == Step::Preflight => starting(attempt).into(),
         Some(PodState::Running) => training(input, status, attempt).into(),
@@ -383,10 +385,10 @@ fn names_missing_claim(message: &str) -> bool {
 /// The container has not started: it is early, or the kubelet cannot start it.
 fn waiting(
     input: &Input<'_>,
+    status: &FineTuneJobStatus,
     attempt: AttemptStatus,
     scheduled: Option<Timestamp>,
-    kubelet_reason: &str,
-    message: String,
+    (kubelet_reason, message): (&str, String),
 ) -> AttemptState {
     let reason = match kubelet_reason {
         "ErrImagePull" | "ImagePullBackOff" | "InvalidImageName" | "ErrImageNeverPull" => {
@@ -396,19 +398,20 @@ fn waiting(
         "CreateContainerError" | "RunContainerError" => Reason::ContainerCannotStart,
         _ => return starting(attempt).into(),
     };
-    cannot_start(input, attempt, scheduled, reason, message)
+    cannot_start(input, status, attempt, scheduled, (reason, message))
 }
 
 /// Something that the job names keeps its pod from starting: it has until the deadline to appear,
-/// counted from `since`.
+/// counted from `since`. A run that has trained has a day: it was there before.
 fn cannot_start(
     input: &Input<'_>,
+    status: &FineTuneJobStatus,
     attempt: AttemptStatus,
     since: Option<Timestamp>,
-    reason: Reason,
-    message: String,
+    (reason, message): (Reason, String),
 ) -> AttemptState {
-    let seconds = input.settings.startup_deadline_seconds;
+    let limit = input.settings.startup_deadline_seconds;
+    let seconds = if has_trained(status) { limit.max(OUTAGE_SECONDS) } else { limit };
     let deadline = since.map(|since| since + SignedDuration::from_secs(seconds));
     if deadline.is_some_and(|deadline| input.now >= deadline) {
         let message = format!("{message}\nIt did not start within {seconds} s.");

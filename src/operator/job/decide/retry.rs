@@ -1,6 +1,6 @@
 //! Whether another attempt follows one that ended, and when.
 
-use finetune_api::AttemptStatus;
+use finetune_api::{AttemptStatus, FineTuneJobStatus};
 use finetune_contract::{ExitCode, Reason};
 use k8s_openapi::jiff::SignedDuration;
 
@@ -18,6 +18,16 @@ const MAX_BACKOFF: SignedDuration = SignedDuration::from_mins(5);
 pub(super) const DISRUPTION_BACKOFF: SignedDuration = SignedDuration::from_secs(2);
 /// The most attempts of a stage: the number is three digits of the Job's name.
 const MAX_ATTEMPTS: i32 = 1000;
+
+/// Begins the counts of failures and disruptions again if a run has saved a newer checkpoint since: a
+/// week on spot nodes has more disruptions than a run that makes no progress may have.
+pub(super) fn renew_budgets(attempt: AttemptStatus, status: &FineTuneJobStatus) -> AttemptStatus {
+    let saved = status.progress.as_ref().and_then(|progress| progress.checkpoint_step);
+    if saved <= attempt.counted_from_step {
+        return attempt;
+    }
+    AttemptStatus { failures: 0, disruptions: 0, counted_from_step: saved, ..attempt }
+}
 
 /// The attempt failed for a reason that may pass.
 pub(super) fn after_failure(

@@ -1,7 +1,8 @@
 //! Plans, progress and reports in the words of a job's status.
 
 use finetune_api::{
-    AttemptStatus, Fallback, PlanStatus, PodStatus, ProgressStatus, ResultStatus, Step,
+    AttemptStatus, Fallback, FineTuneJobStatus, PlanStatus, PodStatus, ProgressStatus,
+    ResultStatus, Step,
 };
 use finetune_contract::{ArtifactKind, Progress, PublishedResult, RunConfig, RunReport};
 use finetune_plan::{
@@ -15,7 +16,20 @@ use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 const SUMMARY_LIMIT: usize = 16_000;
 
 pub(super) fn first_attempt(step: Step) -> AttemptStatus {
-    AttemptStatus { step, number: 0, failures: 0, disruptions: 0, job_uid: None, retry_time: None }
+    AttemptStatus {
+        step,
+        number: 0,
+        failures: 0,
+        disruptions: 0,
+        counted_from_step: None,
+        job_uid: None,
+        retry_time: None,
+    }
+}
+
+/// Returns whether a run has made a step: what it needs was all there once.
+pub(super) fn has_trained(status: &FineTuneJobStatus) -> bool {
+    status.progress.as_ref().is_some_and(|progress| progress.step > 0)
 }
 
 pub(super) fn next_attempt(attempt: AttemptStatus, at: Timestamp) -> AttemptStatus {
@@ -113,6 +127,7 @@ pub(super) fn progress_status(progress: &Progress, now: Timestamp) -> ProgressSt
         stage: progress.stage.as_str().to_owned(),
         step: signed(progress.step),
         total_steps: signed(progress.total_steps),
+        checkpoint_step: progress.checkpoint_step.map(signed),
         loss: finite(progress.loss),
         eval_loss: finite(progress.eval_loss),
         tokens_per_second: finite(progress.tokens_per_second),

@@ -15,7 +15,7 @@ use super::{
     attempt::{self, AttemptState, Work},
     retry::{self, DISRUPTION_BACKOFF, is_last},
     state::{Finished, InProgress, Retry, State},
-    status::{adapted_plan, last_progress, next_attempt, pod_size, result_status},
+    status::{adapted_plan, has_trained, last_progress, next_attempt, pod_size, result_status},
     termination::Termination,
 };
 use crate::operator::job::{build, observe::ObservedJob};
@@ -36,7 +36,9 @@ pub(super) fn decide(input: &Input<'_>, status: &FineTuneJobStatus, plan: &PlanS
         parallelism: config.parallelism,
     };
     let (attempt, termination) = match attempt::reconcile(input, status, &work) {
-        AttemptState::Ended(attempt, termination) => (attempt, termination),
+        AttemptState::Ended(attempt, termination) => {
+            (retry::renew_budgets(attempt, status), termination)
+        }
         AttemptState::Other(state) => return state,
     };
     let run = Run { input, plan, config: &config };
@@ -45,6 +47,12 @@ pub(super) fn decide(input: &Input<'_>, status: &FineTuneJobStatus, plan: &PlanS
         Termination::OutOfMemory(who) => run.oom_killed(attempt, &who),
         Termination::Disrupted(why) => retry::after_disruption(input, attempt, &why),
     }
+}
+
+/// Returns whether what a run that has trained misses may come back: its keys are being rotated, and the
+/// next pod has the new ones.
+fn is_outage(reason: FailureReason, status: &FineTuneJobStatus) -> bool {
+    reason == FailureReason::PermissionDenied && has_trained(status)
 }
 
 /// The plan cannot be read: nothing is started and nothing ended, until a release that can read it is
@@ -141,7 +149,9 @@ impl Run<'_> {
                 let why = format!("the trainer was told to stop and saved step {checkpoint_step}");
                 retry::after_disruption(self.input, attempt, &why)
             }
-            Outcome::Failed { reason, message } if reason.exit_code().is_retryable() => {
+            Outcome::Failed { reason, message }
+                if reason.exit_code().is_retryable() || is_outage(*reason, status) =>
+            {
                 retry::after_failure(self.input, attempt, Reason::from(*reason), message)
             }
             Outcome::Failed { reason: FailureReason::OutOfMemory, message } => {

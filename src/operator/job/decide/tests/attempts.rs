@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use finetune_api::Approval;
-use finetune_contract::{ArtifactKind, FailureReason, Outcome, Proof};
+use finetune_contract::{
+    ArtifactKind, FailureReason, Outcome, Progress, Proof, RunId, Stage, testing,
+};
 
 use k8s_openapi::jiff::SignedDuration;
 
@@ -39,6 +41,77 @@ fn disruptions_have_a_budget_of_their_own() {
     world.observed.pods.pop();
     world.settle();
     assert_eq!(world.summary(), "False TooManyDisruptions");
+}
+
+/// The trainer has reported a step, and the newest checkpoint.
+fn progress(world: &mut World, step: u64, checkpoint_step: Option<u64>) {
+    let (run_id, stage) = (RunId(world.run_id()), Stage::Training);
+    world.observed.progress =
+        Some(Progress { run_id, step, stage, checkpoint_step, ..testing::progress() });
+    world.settle();
+    world.observed.progress = None;
+}
+
+#[test]
+fn budgets_are_renewed_by_each_checkpoint_of_progress() {
+    let mut world = World::new("  loraConfig: {}\n");
+    world.pass_preflight();
+    world.settle();
+    // More disruptions than the budget of two, each a checkpoint further.
+    for number in 1..=5 {
+        progress(&mut world, 10 * number + 5, Some(10 * number));
+        world.observed.pods.last_mut().unwrap().is_disrupted = true;
+        world.end(Some(75), "");
+        world.settle();
+        assert_eq!(world.budgets(), (number as i32, 0, 1));
+        world.wait(2);
+        world.settle();
+    }
+    // Without progress they are used up.
+    for expected in ["Unknown Retrying", "False TooManyDisruptions"] {
+        progress(&mut world, 60, Some(50));
+        world.observed.pods.last_mut().unwrap().is_disrupted = true;
+        world.end(Some(75), "");
+        world.settle();
+        assert_eq!(world.summary(), expected);
+        world.wait(2);
+        world.settle();
+    }
+}
+
+#[test]
+fn a_run_that_has_trained_waits_for_what_it_had() {
+    let pull_fails = |world: &mut World| {
+        world.observed.pods.last_mut().unwrap().state = PodState::Waiting {
+            reason: "ImagePullBackOff".to_owned(),
+            message: "the registry does not answer".to_owned(),
+        };
+        world.wait(3600);
+        world.settle();
+    };
+    let mut world = World::new("  loraConfig: {}\n");
+    world.pass_preflight();
+    world.settle();
+    progress(&mut world, 3, None);
+    // Its keys are rotated: the next pod has the new ones.
+    let reason = FailureReason::PermissionDenied;
+    let report = world.report(Outcome::Failed { reason, message: "403".to_owned() });
+    world.end(Some(77), &report);
+    world.settle();
+    assert_eq!(world.summary(), "Unknown Retrying");
+    world.wait(10);
+    world.settle();
+    pull_fails(&mut world);
+    assert_eq!(world.summary(), "Unknown ImagePullFailed");
+    world.wait(86_400);
+    world.settle();
+    assert_eq!(world.summary(), "False ImagePullFailed");
+    // One that has made no step is told at once.
+    let mut world = World::new("  loraConfig: {}\n");
+    world.pass_preflight();
+    world.settle();
+    pull_fails(&mut world);
+    assert_eq!(world.summary(), "False ImagePullFailed");
 }
 
 #[test]
