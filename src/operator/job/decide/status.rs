@@ -12,6 +12,16 @@ use finetune_plan::{
 };
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 
+/// The largest whole number of a status: what a JSON reader keeps exactly, 2⁵³ − 1.
+const MAX_NUMBER: u64 = (1 << 53) - 1;
+/// The largest number of steps of a status.
+const MAX_STEPS: u64 = 10_000_000;
+/// The largest loss of a status.
+const MAX_LOSS: f64 = 1e9;
+/// The largest rate of a status, in tokens per second.
+const MAX_RATE: f64 = 1e12;
+/// The longest estimate of a status, in bytes.
+const MAX_ETA: usize = 16;
 /// The longest summary of a plan; the CRD allows a little more.
 const SUMMARY_LIMIT: usize = 16_000;
 
@@ -121,27 +131,28 @@ pub(super) fn pod_size(pod: &PodStatus) -> PodSize {
 }
 
 pub(super) fn progress_status(progress: &Progress, now: Timestamp) -> ProgressStatus {
-    // JSON has no word for what is not finite; four digits are what a table has room for.
-    let finite = |value: Option<f64>| value.filter(|value| value.is_finite()).map(rounded);
     ProgressStatus {
         stage: progress.stage.as_str().to_owned(),
-        step: signed(progress.step),
-        total_steps: signed(progress.total_steps),
-        checkpoint_step: progress.checkpoint_step.map(signed),
-        loss: finite(progress.loss),
-        eval_loss: finite(progress.eval_loss),
-        tokens_per_second: finite(progress.tokens_per_second),
+        step: steps(progress.step),
+        total_steps: steps(progress.total_steps),
+        checkpoint_step: progress.checkpoint_step.map(steps),
+        loss: bounded(progress.loss, MAX_LOSS),
+        eval_loss: bounded(progress.eval_loss, MAX_LOSS),
+        tokens_per_second: bounded(progress.tokens_per_second, MAX_RATE),
         eta_seconds: progress.eta_seconds.map(signed),
-        eta: progress.eta_seconds.map(|seconds| units::duration(seconds as f64)),
+        eta: progress
+            .eta_seconds
+            .map(|seconds| units::duration(seconds as f64))
+            .filter(|eta| eta.len() <= MAX_ETA),
         last_updated_time: Some(Time(now)),
     }
 }
 
 /// Returns the last progress of a run with what its report adds.
 pub(super) fn last_progress(progress: ProgressStatus, report: &RunReport) -> ProgressStatus {
-    let last = |losses: Option<[f64; 2]>| losses.map(|[_, last]| last);
+    let last = |losses: Option<[f64; 2]>| bounded(losses.map(|[_, last]| last), MAX_LOSS);
     ProgressStatus {
-        step: signed(report.steps),
+        step: steps(report.steps),
         loss: last(report.train_loss).or(progress.loss),
         eval_loss: last(report.eval_loss).or(progress.eval_loss),
         ..progress
@@ -159,8 +170,8 @@ pub(super) fn result_status(
         uri: uri.to_owned(),
         kind: kind.as_str().to_owned(),
         manifest_sha256: manifest_sha256.to_owned(),
-        eval_loss: report.eval_loss.map(|[_, after]| rounded(after)),
-        steps: signed(report.steps),
+        eval_loss: bounded(report.eval_loss.map(|[_, after]| after), MAX_LOSS),
+        steps: steps(report.steps),
         measured_peak_bytes: signed(report.measured_peak_bytes),
     }
 }
@@ -172,16 +183,24 @@ pub(super) fn published_before(uri: &str, found: &PublishedResult) -> ResultStat
         kind: found.kind.as_str().to_owned(),
         manifest_sha256: found.manifest_sha256.clone(),
         eval_loss: None,
-        steps: signed(found.step),
+        steps: steps(found.step),
         measured_peak_bytes: 0,
     }
 }
 
-/// Kubernetes' numbers have signs.
+/// Returns a number within the bounds of the CRD, signed as Kubernetes' numbers are: one that is out of
+/// them would make the apiserver refuse the whole status, again and again.
 fn signed(number: u64) -> i64 {
-    i64::try_from(number).unwrap_or(i64::MAX)
+    number.min(MAX_NUMBER) as i64
 }
 
-fn rounded(number: f64) -> f64 {
-    (number * 1e4).round() / 1e4
+fn steps(number: u64) -> i64 {
+    number.min(MAX_STEPS) as i64
+}
+
+/// Returns a number within the bounds of the CRD, with the four digits that a table has room for; JSON has
+/// no word for what is not finite.
+fn bounded(number: Option<f64>, max: f64) -> Option<f64> {
+    let finite = number.filter(|number| number.is_finite());
+    finite.map(|number| (number.clamp(0.0, max) * 1e4).round() / 1e4)
 }

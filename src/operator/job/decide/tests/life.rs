@@ -2,7 +2,7 @@
 
 use finetune_api::Approval;
 use finetune_contract::{
-    Progress, RunConfig, RunReport, StoppedEarly, parse, render, testing::progress,
+    Progress, RunConfig, RunId, RunReport, StoppedEarly, parse, render, testing::progress,
 };
 
 use crate::operator::job::{
@@ -12,6 +12,31 @@ use crate::operator::job::{
     observe::PodState,
     testing::World,
 };
+
+#[test]
+fn numbers_out_of_bounds_do_not_block_the_status() {
+    let mut world = World::new("  loraConfig: {}\n");
+    world.pass_preflight();
+    world.settle();
+    let run_id = RunId(world.run_id());
+    world.observed.progress = Some(Progress {
+        run_id,
+        step: u64::MAX,
+        total_steps: 1 << 40,
+        loss: Some(1e30),
+        eval_loss: Some(f64::INFINITY),
+        tokens_per_second: Some(-1.0),
+        eta_seconds: Some(u64::MAX),
+        ..progress()
+    });
+    world.settle();
+    let found = world.job.status.unwrap().progress.unwrap();
+    assert_eq!((found.step, found.total_steps), (10_000_000, 10_000_000));
+    assert_eq!((found.loss, found.eval_loss), (Some(1e9), None));
+    assert_eq!(found.tokens_per_second, Some(0.0));
+    assert_eq!(found.eta_seconds, Some((1 << 53) - 1));
+    assert!(found.eta.is_none_or(|eta| eta.len() <= 16), "as the CRD bounds it");
+}
 
 #[test]
 fn a_life_without_trouble_takes_few_writes() {
