@@ -32,13 +32,13 @@ const FOREIGN_GROUP: &str = "monitoring.coreos.com/";
 
 /// What the operator asks of the apiserver where jobs are: verb, group, resource. The apiserver's
 /// version, which it reads first, is everybody's to read.
-const USES: [(&str, &str, &str); 16] = [
+const USES: [(&str, &str, &str); 17] = [
     // `Operator::watch` of FineTuneJobs.
     ("list", "finetune.dev", "finetunejobs"),
     ("watch", "finetune.dev", "finetunejobs"),
     // `Action::DeleteSelf`: ttlSecondsAfterFinished has passed.
     ("delete", "finetune.dev", "finetunejobs"),
-    // `Operator::carry_out` replaces the status.
+    // `reconcile::write_status` replaces the status.
     ("update", "finetune.dev", "finetunejobs/status"),
     // `Action::CreateJob`, and whose it is if the name was taken.
     ("create", "batch", "jobs"),
@@ -48,7 +48,7 @@ const USES: [(&str, &str, &str); 16] = [
     ("watch", "batch", "jobs"),
     // `Action::DeleteJob`.
     ("delete", "batch", "jobs"),
-    // `Operator::watch` of pods.
+    // `Operator::watch` of pods, and `late_pods::read`.
     ("list", "", "pods"),
     ("watch", "", "pods"),
     // `Action::DeletePod`: a pod without a Job, or a rank that waits for a lost one.
@@ -56,7 +56,9 @@ const USES: [(&str, &str, &str); 16] = [
     // `Action::CreateService`, and whose it is if the name was taken.
     ("create", "", "services"),
     ("get", "", "services"),
-    // `Operator::tell`: kube's Recorder creates an event, and patches it when it is repeated.
+    // `pod_refusals::newest`: why a Job's pods are refused.
+    ("list", "", "events"),
+    // `events::emit`: kube's Recorder creates an event, and patches it when it is repeated.
     ("create", "events.k8s.io", "events"),
     ("patch", "events.k8s.io", "events"),
 ];
