@@ -63,7 +63,7 @@ async fn what_cannot_work_says_why_and_takes_no_training_pod() {
 
 #[tokio::test]
 async fn pods_that_a_quota_refuses_are_reported_and_start_when_it_is_raised() {
-    let Some(test) = TestNamespace::new("quota").await else { return };
+    let Some(test) = TestNamespace::new("refused-pods").await else { return };
     let quotas: Api<ResourceQuota> = Api::namespaced(test.client.clone(), &test.namespace);
     let quota = serde_json::from_value(
         json!({"metadata": {"name": "none"}, "spec": {"hard": {"pods": "0"}}}),

@@ -23,17 +23,8 @@ pub(super) fn count_changes(context: &Context, job: &FineTuneJob, status: &FineT
     let metrics = &context.metrics;
     let namespace = job.namespace().unwrap_or_default();
     let before = job.status.clone().unwrap_or_default();
-    let budgets = |status: &FineTuneJobStatus| {
-        status.attempt.as_ref().map_or((0, 0), |attempt| (attempt.failures, attempt.disruptions))
-    };
-    let [(failures, disruptions), (more_failures, more_disruptions)] =
-        [budgets(&before), budgets(status)];
-    for (cause, is_more) in
-        [("failure", more_failures > failures), ("disruption", more_disruptions > disruptions)]
-    {
-        if is_more {
-            metrics.retries.with_label_values(&[&namespace, cause]).inc();
-        }
+    if let Some(cause) = cause_of_retry(&before, status) {
+        metrics.retries.with_label_values(&[&namespace, cause]).inc();
     }
     if conditions::is_finished(&before) || !conditions::is_finished(status) {
         return;
@@ -53,6 +44,23 @@ pub(super) fn count_changes(context: &Context, job: &FineTuneJob, status: &FineT
         metrics.predicted_bytes.with_label_values(&labels).set(plan.predicted_peak_bytes as f64);
         metrics.measured_bytes.with_label_values(&labels).set(result.measured_peak_bytes as f64);
     }
+}
+
+/// Returns why another attempt follows, if one does and it counts against a budget.
+fn cause_of_retry(before: &FineTuneJobStatus, after: &FineTuneJobStatus) -> Option<&'static str> {
+    let counts = |status: &FineTuneJobStatus| {
+        status.attempt.as_ref().map_or((None, 0, 0), |attempt| {
+            (attempt.counted_from_step, attempt.failures, attempt.disruptions)
+        })
+    };
+    let ((from, mut failures, mut disruptions), (now_from, now_failures, now_disruptions)) =
+        (counts(before), counts(after));
+    if from != now_from {
+        // A newer checkpoint began both counts again.
+        (failures, disruptions) = (0, 0);
+    }
+    let is_failure = (now_failures > failures).then_some("failure");
+    is_failure.or((now_disruptions > disruptions).then_some("disruption"))
 }
 
 /// Updates the gauge of jobs by reason until the operator stops, and forgets jobs that are gone.
@@ -93,6 +101,40 @@ pub(super) async fn count_jobs(context: Arc<Context>, reader: Store<FineTuneJob>
         for ((namespace, reason), count) in counts {
             metrics.jobs.with_label_values(&[&namespace, &reason]).set(count);
             counted.push((namespace, reason));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use finetune_api::{AttemptStatus, FineTuneJobStatus, Step};
+
+    use super::cause_of_retry;
+
+    #[test]
+    fn a_retry_counts_though_its_budget_was_renewed() {
+        let status = |counted_from_step, failures, disruptions| {
+            let attempt = AttemptStatus {
+                step: Step::Training,
+                number: 9,
+                failures,
+                disruptions,
+                counted_from_step,
+                job_uid: None,
+                retry_time: None,
+            };
+            FineTuneJobStatus { attempt: Some(attempt), ..FineTuneJobStatus::default() }
+        };
+        let none = FineTuneJobStatus::default();
+        for (before, after, cause) in [
+            (&none, status(None, 0, 0), None),
+            (&none, status(None, 1, 0), Some("failure")),
+            (&status(None, 1, 2), status(None, 1, 3), Some("disruption")),
+            (&status(Some(5), 1, 2), status(Some(9), 0, 1), Some("disruption")),
+            (&status(Some(5), 1, 2), status(Some(9), 1, 0), Some("failure")),
+            (&status(Some(5), 1, 2), status(Some(5), 1, 2), None),
+        ] {
+            assert_eq!(cause_of_retry(before, &after), cause, "{before:?} {after:?}");
         }
     }
 }

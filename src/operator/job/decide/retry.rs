@@ -1,6 +1,6 @@
 //! Whether another attempt follows one that ended, and when.
 
-use finetune_api::{AttemptStatus, FineTuneJobStatus};
+use finetune_api::AttemptStatus;
 use finetune_contract::{ExitCode, Reason};
 use k8s_openapi::jiff::SignedDuration;
 
@@ -21,8 +21,9 @@ const MAX_ATTEMPTS: i32 = 1000;
 
 /// Begins the counts of failures and disruptions again if a run has saved a newer checkpoint since: a
 /// week on spot nodes has more disruptions than a run that makes no progress may have.
-pub(super) fn renew_budgets(attempt: AttemptStatus, status: &FineTuneJobStatus) -> AttemptStatus {
-    let saved = status.progress.as_ref().and_then(|progress| progress.checkpoint_step);
+fn renew_budgets(input: &Input<'_>, attempt: AttemptStatus) -> AttemptStatus {
+    let status = input.job.status.as_ref();
+    let saved = status.and_then(|status| status.progress.as_ref()?.checkpoint_step);
     if saved <= attempt.counted_from_step {
         return attempt;
     }
@@ -36,6 +37,7 @@ pub(super) fn after_failure(
     reason: Reason,
     why: &str,
 ) -> State {
+    let attempt = renew_budgets(input, attempt);
     let failures = attempt.failures + 1;
     if failures > input.settings.retries || is_last(&attempt) {
         let message = format!("{why}\nGave up after {failures} failed attempts.");
@@ -49,6 +51,7 @@ pub(super) fn after_failure(
 
 /// The cluster ended the attempt.
 pub(super) fn after_disruption(input: &Input<'_>, attempt: AttemptStatus, why: &str) -> State {
+    let attempt = renew_budgets(input, attempt);
     let disruptions = attempt.disruptions + 1;
     if disruptions > input.settings.disruptions || is_last(&attempt) {
         let message =

@@ -36,9 +36,7 @@ pub(super) fn decide(input: &Input<'_>, status: &FineTuneJobStatus, plan: &PlanS
         parallelism: config.parallelism,
     };
     let (attempt, termination) = match attempt::reconcile(input, status, &work) {
-        AttemptState::Ended(attempt, termination) => {
-            (retry::renew_budgets(attempt, status), termination)
-        }
+        AttemptState::Ended(attempt, termination) => (attempt, termination),
         AttemptState::Other(state) => return state,
     };
     let run = Run { input, plan, config: &config };
