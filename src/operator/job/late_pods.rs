@@ -27,17 +27,18 @@ pub(super) async fn read(
 ) -> Result<(), ReconcileError> {
     // How the last attempt of a finished job ended is decided.
     let status = job.status.as_ref().filter(|status| !is_finished(status));
-    let noted = status.and_then(|status| status.attempt.as_ref()?.job_uid.as_ref());
-    let is_current = |job: &&ObservedJob| Some(&job.uid) == noted;
-    let Some(current) = observed.jobs.iter().find(is_current).cloned() else { return Ok(()) };
-    if !is_ahead_of_pods(observed, &current) {
+    let attempt = status.and_then(|status| status.attempt.as_ref());
+    let current = attempt.and_then(|attempt| observed.job_of(attempt));
+    let Some(uid) = current.filter(|job| is_ahead_of_pods(observed, job)).map(|job| &job.uid)
+    else {
         return Ok(());
-    }
+    };
+    let uid = uid.clone();
     let namespace = job.namespace().unwrap_or_default();
     let pods: Api<Pod> = Api::namespaced(context.client.clone(), &namespace);
-    let ours = ListParams::default().labels(&format!("{CONTROLLER_LABEL}={}", current.uid));
+    let ours = ListParams::default().labels(&format!("{CONTROLLER_LABEL}={uid}"));
     let found = pods.list(&ours).await.map_err(ReconcileError::api("list the pods of a Job"))?;
-    observed.pods.retain(|pod| pod.job_uid.as_ref() != Some(&current.uid));
+    observed.pods.retain(|pod| pod.job_uid.as_ref() != Some(&uid));
     observed.pods.extend(found.items.iter().map(observe_pod));
     Ok(())
 }

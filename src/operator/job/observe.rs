@@ -3,6 +3,7 @@
 //! Kubernetes' objects are read once, when a watch delivers them, and only this is kept: a cache of
 //! thousands stays small.
 
+use finetune_api::AttemptStatus;
 use finetune_contract::Progress;
 use k8s_openapi::{
     api::{
@@ -88,7 +89,7 @@ pub struct ObservedPod {
     /// Whether it is on its way out.
     pub is_deleting: bool,
     /// When it is to be gone, if it is on its way out.
-    pub due_gone: Option<Timestamp>,
+    pub deletion_timestamp: Option<Timestamp>,
     /// Whether the cluster, not the program, ended or ends it.
     pub is_disrupted: bool,
     /// How it is.
@@ -124,6 +125,12 @@ impl Observed {
     /// Finds a Job by name.
     pub fn job(&self, name: &str) -> Option<&ObservedJob> {
         self.jobs.iter().find(|job| job.name == name)
+    }
+
+    /// Finds the Job whose UID an attempt notes.
+    pub fn job_of(&self, attempt: &AttemptStatus) -> Option<&ObservedJob> {
+        let uid = attempt.job_uid.as_ref()?;
+        self.jobs.iter().find(|job| job.uid == *uid)
     }
 
     /// Finds the newest pod of each rank of a Job, by rank.
@@ -215,7 +222,7 @@ pub fn observe_pod(pod: &Pod) -> ObservedPod {
             .and_then(|state| state.terminated.as_ref()?.finished_at.as_ref())
             .map(|time| time.0),
         is_deleting: pod.metadata.deletion_timestamp.is_some(),
-        due_gone: pod.metadata.deletion_timestamp.as_ref().map(|time| time.0),
+        deletion_timestamp: pod.metadata.deletion_timestamp.as_ref().map(|time| time.0),
         is_disrupted: condition("DisruptionTarget")
             .is_some_and(|condition| condition.status == "True"),
         state: observe_state(pod),

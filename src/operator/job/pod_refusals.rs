@@ -5,10 +5,7 @@ use k8s_openapi::{api::core::v1::Event, jiff::Timestamp};
 use kube::{Api, ResourceExt, api::ListParams};
 use tracing::warn;
 
-use super::{
-    context::Context,
-    observe::{Observed, ObservedJob},
-};
+use super::{context::Context, observe::Observed};
 
 /// The most events of one Job that are read.
 const LIMIT: u32 = 50;
@@ -20,12 +17,11 @@ pub(super) async fn newest(
     observed: &Observed,
     now: Timestamp,
 ) -> Option<String> {
-    let uid = job.status.as_ref()?.attempt.as_ref()?.job_uid.as_ref()?;
-    let current: &ObservedJob = observed.jobs.iter().find(|job| job.uid == *uid)?;
+    let current = observed.job_of(job.status.as_ref()?.attempt.as_ref()?)?;
     observed.pods_due(current).filter(|due| *due <= now)?;
     let namespace = job.namespace().unwrap_or_default();
     let events: Api<Event> = Api::namespaced(context.client.clone(), &namespace);
-    let selector = format!("involvedObject.uid={uid},reason=FailedCreate");
+    let selector = format!("involvedObject.uid={},reason=FailedCreate", current.uid);
     match events.list(&ListParams::default().fields(&selector).limit(LIMIT)).await {
         Ok(events) => events.items.into_iter().max_by_key(time)?.message,
         Err(error) => {

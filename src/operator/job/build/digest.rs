@@ -1,8 +1,8 @@
 //! What tells a Job that the operator would create from one that somebody else put in its place.
 
+use finetune_plan::resolve::sha256_hex;
 use k8s_openapi::api::batch::v1::Job;
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 
 use super::pod::CONFIG_ANNOTATION;
 
@@ -35,8 +35,7 @@ pub fn of_pods(job: &Job) -> String {
         "sharesProcesses": pod.map(|pod| pod.share_process_namespace),
     });
     normalize(&mut compared);
-    let digest = Sha256::digest(compared.to_string());
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+    sha256_hex(compared.to_string().as_bytes())
 }
 
 /// Removes what is not compared, and what is as good as absent.

@@ -91,7 +91,7 @@ pub(super) fn reconcile(
     }
     match with_job(input, status, attempt, job, &pods) {
         AttemptState::Other(State::InProgress(state)) => {
-            lost_node::name(input, pods.into_iter().flatten(), state).into()
+            lost_node::report(input, pods.into_iter().flatten(), state).into()
         }
         other => other,
     }
@@ -139,7 +139,7 @@ fn without_job(input: &Input<'_>, attempt: AttemptStatus, work: &Work<'_>) -> At
         let message = format!("{orphans} pods of an earlier attempt are terminating");
         let stopping = InProgress::new(attempt, Reason::Stopping, message);
         let state = InProgress { actions: input.orphan_deletions().collect(), ..stopping };
-        return lost_node::name(input, input.observed.orphaned_pods(), state).into();
+        return lost_node::report(input, input.observed.orphaned_pods(), state).into();
     }
     let retry_time = attempt.retry_time.as_ref().map(|time| time.0);
     if let Some(time) = retry_time.filter(|time| *time > input.now) {

@@ -10,12 +10,12 @@ use crate::operator::job::observe::{ObservedPod, PodState};
 const NODE_GRACE: SignedDuration = SignedDuration::from_secs(60);
 
 /// If a pod should be gone by now, its node does not answer: nothing goes on until somebody acts.
-pub(super) fn name<'a>(
+pub(super) fn report<'a>(
     input: &Input<'_>,
     pods: impl Iterator<Item = &'a ObservedPod>,
     state: InProgress,
 ) -> InProgress {
-    let due = |pod: &'a ObservedPod| Some((pod.due_gone? + NODE_GRACE, pod));
+    let due = |pod: &'a ObservedPod| Some((pod.deletion_timestamp? + NODE_GRACE, pod));
     let leaving = pods.filter(|pod| !matches!(pod.state, PodState::Ended { .. })).filter_map(due);
     let Some((due, pod)) = leaving.min_by_key(|(due, _)| *due) else { return state };
     if input.now < due {
@@ -28,5 +28,5 @@ pub(super) fn name<'a>(
         pod.name,
         due - NODE_GRACE
     );
-    state.rather_because(Reason::NodeUnreachable, message)
+    state.with_summary(Reason::NodeUnreachable, message)
 }

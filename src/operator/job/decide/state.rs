@@ -132,7 +132,7 @@ impl InProgress {
     }
 
     /// Replaces the summary.
-    pub(super) fn rather_because(mut self, reason: Reason, message: impl Into<String>) -> Self {
+    pub(super) fn with_summary(mut self, reason: Reason, message: impl Into<String>) -> Self {
         self.conditions.retain(|condition| condition.kind != Kind::Succeeded);
         self.because(reason, message)
     }

@@ -18,7 +18,7 @@ use super::{
     status::{adapted_plan, has_trained, last_progress, next_attempt, pod_size, result_status},
     termination::Termination,
 };
-use crate::operator::job::{build, observe::ObservedJob};
+use crate::operator::job::build;
 
 /// Decides about a job that has a plan.
 pub(super) fn decide(input: &Input<'_>, status: &FineTuneJobStatus, plan: &PlanStatus) -> State {
@@ -61,10 +61,9 @@ fn held(input: &Input<'_>, status: &FineTuneJobStatus, error: &str) -> InProgres
     );
     let attempt = attempt::current(status, Step::Training);
     let mut held = InProgress::new(attempt, Reason::PlanUnreadable, message);
-    let current = held.attempt.job_uid.as_ref();
     let live =
-        |job: &&ObservedJob| Some(&job.uid) == current && job.ended.is_none() && !job.is_deleting;
-    if let Some(job) = input.observed.jobs.iter().find(live).filter(|_| input.is_suspended()) {
+        input.observed.job_of(&held.attempt).filter(|job| job.ended.is_none() && !job.is_deleting);
+    if let Some(job) = live.filter(|_| input.is_suspended()) {
         held.actions.push(Action::delete_job(job));
     }
     held

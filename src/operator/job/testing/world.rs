@@ -118,7 +118,7 @@ impl World {
                     ip: Some("10.0.0.1".to_owned()),
                     ended: None,
                     is_deleting: false,
-                    due_gone: None,
+                    deletion_timestamp: None,
                     is_disrupted: false,
                     state: PodState::Running,
                 };
@@ -184,15 +184,16 @@ impl World {
         render(&RunReport { run_id, attempt, ..run_report(outcome) })
     }
 
-    pub(crate) fn succeed(&mut self) {
+    /// Returns the report of a current attempt that published its result.
+    pub(crate) fn success_report(&self, kind: ArtifactKind, uri: String) -> String {
         let proof =
             Proof { files: 3, bytes: 10, max_logit_change: 1.0, loss_trained_and_reloaded: None };
-        let report = self.report(Outcome::Succeeded {
-            kind: ArtifactKind::Adapter,
-            uri: self.output(),
-            manifest_sha256: "0".repeat(64),
-            proof,
-        });
+        let manifest_sha256 = "0".repeat(64);
+        self.report(Outcome::Succeeded { kind, uri, manifest_sha256, proof })
+    }
+
+    pub(crate) fn succeed(&mut self) {
+        let report = self.success_report(ArtifactKind::Adapter, self.output());
         self.end(Some(0), &report);
     }
 

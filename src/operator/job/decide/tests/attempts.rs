@@ -3,10 +3,7 @@
 use std::time::Duration;
 
 use finetune_api::Approval;
-use finetune_contract::{
-    ArtifactKind, FailureReason, Outcome, Progress, Proof, RunId, Stage, testing,
-};
-
+use finetune_contract::{ArtifactKind, FailureReason, Outcome, Progress, RunId, Stage, testing};
 use k8s_openapi::jiff::SignedDuration;
 
 use crate::operator::job::{
@@ -164,19 +161,7 @@ fn failures_are_retried_or_not_by_their_kind() {
 
 #[test]
 fn a_report_of_another_run_attempt_or_place_is_not_believed() {
-    let succeeded = |world: &World, uri: String| {
-        world.report(Outcome::Succeeded {
-            kind: ArtifactKind::Adapter,
-            uri,
-            manifest_sha256: "0".repeat(64),
-            proof: Proof {
-                files: 3,
-                bytes: 10,
-                max_logit_change: 1.0,
-                loss_trained_and_reloaded: None,
-            },
-        })
-    };
+    let succeeded = |world: &World, uri: String| world.success_report(ArtifactKind::Adapter, uri);
     let ends_with = |change: &dyn Fn(&World) -> String| {
         let mut world = World::new("  loraConfig: {}\n");
         world.pass_preflight();
@@ -323,7 +308,7 @@ fn a_pod_that_does_not_go_names_its_node() {
     // Five minutes after its node fell silent, Kubernetes deletes the pod, and nobody confirms it.
     let gone = world.now + SignedDuration::from_secs(120);
     let pod = world.observed.pods.last_mut().unwrap();
-    (pod.is_deleting, pod.due_gone, pod.is_disrupted) = (true, Some(gone), true);
+    (pod.is_deleting, pod.deletion_timestamp, pod.is_disrupted) = (true, Some(gone), true);
     let decision = world.settle();
     assert_ne!(world.summary(), "Unknown NodeUnreachable");
     assert!(decision.requeue_after.unwrap().as_secs() <= 180, "it is looked at when it is due");

@@ -1,6 +1,6 @@
 //! Runs over several pods.
 
-use finetune_contract::{ArtifactKind, FailureReason, Outcome, Proof};
+use finetune_contract::{ArtifactKind, FailureReason, Outcome};
 
 use crate::operator::job::{
     conditions::{Kind, find},
@@ -19,17 +19,7 @@ fn a_run_over_two_pods_is_one_job_of_two() {
     insta::assert_snapshot!(summary.lines().next().unwrap(), @"On 2 pods of cpu, each 2 CPU, 2.38 GB memory, 4.84 GB storage");
     assert_eq!(world.observed.jobs.last().unwrap().ranks, 2);
     assert_eq!(world.shared, ["Service ranks-minimal".to_owned()].into());
-    let report = world.report(Outcome::Succeeded {
-        kind: ArtifactKind::FullModel,
-        uri: world.output(),
-        manifest_sha256: "0".repeat(64),
-        proof: Proof {
-            files: 3,
-            bytes: 10,
-            max_logit_change: 1.0,
-            loss_trained_and_reloaded: None,
-        },
-    });
+    let report = world.success_report(ArtifactKind::FullModel, world.output());
     // The others end first, with nothing to say.
     world.end_rank(1, 0, "");
     world.settle();
