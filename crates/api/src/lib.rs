@@ -26,6 +26,6 @@ pub use spec::{
     training::{Precision, Recomputation, Training},
 };
 pub use status::{
-    AttemptStatus, Fallback, FineTuneJobStatus, PlanStatus, PodStatus, ProgressStatus,
-    ResultStatus, Step,
+    AttemptStatus, Fallback, FineTuneJobStatus, MAX_LOSS, MAX_NUMBER, MAX_RATE, MAX_STEPS,
+    PlanStatus, PodStatus, ProgressStatus, ResultStatus, Step,
 };

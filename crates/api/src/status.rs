@@ -7,12 +7,21 @@ use serde::{Deserialize, Serialize};
 
 use super::schema;
 
+/// The largest whole number of a status: what a JSON reader keeps exactly, 2⁵³ − 1.
+pub const MAX_NUMBER: i64 = (1 << 53) - 1;
+/// The largest number of optimizer steps of a status.
+pub const MAX_STEPS: i64 = 10_000_000;
+/// The largest loss of a status.
+pub const MAX_LOSS: f64 = 1e9;
+/// The largest rate of a status, in tokens per second.
+pub const MAX_RATE: f64 = 1e12;
+
 /// What is known of the run.
 #[derive(JsonSchema, Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct FineTuneJobStatus {
     /// The `metadata.generation` this status describes.
-    #[schemars(range(min = 0, max = 9_007_199_254_740_991_i64))]
+    #[schemars(range(min = 0, max = MAX_NUMBER))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
     /// The run's conditions; `Succeeded` is the summary.
@@ -59,7 +68,7 @@ pub struct AttemptStatus {
     pub disruptions: i32,
     /// The step of the checkpoint from which failures and disruptions are counted: a newer one begins
     /// both counts again.
-    #[schemars(range(min = 0, max = 10_000_000))]
+    #[schemars(range(min = 0, max = MAX_STEPS))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub counted_from_step: Option<i64>,
     /// The UID of this attempt's Job, once it was observed.
@@ -100,10 +109,10 @@ pub struct PlanStatus {
     #[schemars(length(max = 16384))]
     pub summary: String,
     /// Predicted peak memory of the tensors, in bytes.
-    #[schemars(range(min = 0, max = 9_007_199_254_740_991_i64))]
+    #[schemars(range(min = 0, max = MAX_NUMBER))]
     pub predicted_peak_bytes: i64,
     /// Estimated seconds of training.
-    #[schemars(range(min = 0, max = 9_007_199_254_740_991_i64))]
+    #[schemars(range(min = 0, max = MAX_NUMBER))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub estimated_seconds: Option<i64>,
     /// What the training pod asks for.
@@ -137,10 +146,10 @@ pub struct Fallback {
     #[schemars(with = "String", length(max = 16))]
     pub strategy: Strategy,
     /// Predicted peak memory of the tensors, in bytes.
-    #[schemars(with = "i64", range(min = 0, max = 9_007_199_254_740_991_i64))]
+    #[schemars(with = "i64", range(min = 0, max = MAX_NUMBER))]
     pub predicted_peak_bytes: u64,
     /// What a rank is predicted to send in one step, in bytes.
-    #[schemars(with = "Option<i64>", range(min = 0, max = 9_007_199_254_740_991_i64))]
+    #[schemars(with = "Option<i64>", range(min = 0, max = MAX_NUMBER))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub predicted_sent_bytes: Option<u64>,
 }
@@ -153,13 +162,13 @@ pub struct PodStatus {
     #[schemars(range(min = 0, max = 100_000_000))]
     pub cpu_millis: i64,
     /// Memory, in bytes.
-    #[schemars(range(min = 0, max = 9_007_199_254_740_991_i64))]
+    #[schemars(range(min = 0, max = MAX_NUMBER))]
     pub memory_bytes: i64,
     /// Shared memory, in bytes, part of the memory.
-    #[schemars(range(min = 0, max = 9_007_199_254_740_991_i64))]
+    #[schemars(range(min = 0, max = MAX_NUMBER))]
     pub shared_memory_bytes: i64,
     /// Ephemeral storage, in bytes.
-    #[schemars(range(min = 0, max = 9_007_199_254_740_991_i64))]
+    #[schemars(range(min = 0, max = MAX_NUMBER))]
     pub storage_bytes: i64,
 }
 
@@ -171,29 +180,29 @@ pub struct ProgressStatus {
     #[schemars(length(max = 32))]
     pub stage: String,
     /// Optimizer steps done.
-    #[schemars(range(min = 0, max = 10_000_000))]
+    #[schemars(range(min = 0, max = MAX_STEPS))]
     pub step: i64,
     /// Optimizer steps of the whole run.
-    #[schemars(range(min = 0, max = 10_000_000))]
+    #[schemars(range(min = 0, max = MAX_STEPS))]
     pub total_steps: i64,
     /// The step of the newest checkpoint.
-    #[schemars(range(min = 0, max = 10_000_000))]
+    #[schemars(range(min = 0, max = MAX_STEPS))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checkpoint_step: Option<i64>,
     /// Mean loss per target token of the last step.
-    #[schemars(range(min = 0.0, max = 1e9))]
+    #[schemars(range(min = 0.0, max = MAX_LOSS))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loss: Option<f64>,
     /// Mean loss per target token of the validation set, last measured.
-    #[schemars(range(min = 0.0, max = 1e9))]
+    #[schemars(range(min = 0.0, max = MAX_LOSS))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eval_loss: Option<f64>,
     /// Tokens per second over the last steps.
-    #[schemars(range(min = 0.0, max = 1e12))]
+    #[schemars(range(min = 0.0, max = MAX_RATE))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tokens_per_second: Option<f64>,
     /// Seconds until the last step, estimated.
-    #[schemars(range(min = 0, max = 9_007_199_254_740_991_i64))]
+    #[schemars(range(min = 0, max = MAX_NUMBER))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eta_seconds: Option<i64>,
     /// The same for people, such as `12 min`.
@@ -220,13 +229,13 @@ pub struct ResultStatus {
     #[schemars(length(min = 64, max = 64))]
     pub manifest_sha256: String,
     /// Optimizer steps done, over all attempts.
-    #[schemars(range(min = 0, max = 10_000_000))]
+    #[schemars(range(min = 0, max = MAX_STEPS))]
     pub steps: i64,
     /// The largest memory of the trainer, in bytes; beside `plan.predictedPeakBytes`.
-    #[schemars(range(min = 0, max = 9_007_199_254_740_991_i64))]
+    #[schemars(range(min = 0, max = MAX_NUMBER))]
     pub measured_peak_bytes: i64,
     /// Validation loss of what was published.
-    #[schemars(range(min = 0.0, max = 1e9))]
+    #[schemars(range(min = 0.0, max = MAX_LOSS))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eval_loss: Option<f64>,
 }

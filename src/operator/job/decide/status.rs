@@ -1,8 +1,8 @@
 //! Plans, progress and reports in the words of a job's status.
 
 use finetune_api::{
-    AttemptStatus, Fallback, FineTuneJobStatus, PlanStatus, PodStatus, ProgressStatus,
-    ResultStatus, Step,
+    AttemptStatus, Fallback, FineTuneJobStatus, MAX_LOSS, MAX_NUMBER, MAX_RATE, MAX_STEPS,
+    PlanStatus, PodStatus, ProgressStatus, ResultStatus, Step,
 };
 use finetune_contract::{ArtifactKind, Progress, PublishedResult, RunConfig, RunReport};
 use finetune_plan::{
@@ -12,14 +12,6 @@ use finetune_plan::{
 };
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 
-/// The largest whole number of a status: what a JSON reader keeps exactly, 2⁵³ − 1.
-const MAX_NUMBER: u64 = (1 << 53) - 1;
-/// The largest number of steps of a status.
-const MAX_STEPS: u64 = 10_000_000;
-/// The largest loss of a status.
-const MAX_LOSS: f64 = 1e9;
-/// The largest rate of a status, in tokens per second.
-const MAX_RATE: f64 = 1e12;
 /// The longest estimate of a status, in bytes.
 const MAX_ETA: usize = 16;
 /// The longest summary of a plan; the CRD allows a little more.
@@ -191,11 +183,11 @@ pub(super) fn published_before(uri: &str, found: &PublishedResult) -> ResultStat
 /// Returns a number within the bounds of the CRD, signed as Kubernetes' numbers are: one that is out of
 /// them would make the apiserver refuse the whole status, again and again.
 fn signed(number: u64) -> i64 {
-    number.min(MAX_NUMBER) as i64
+    i64::try_from(number).unwrap_or(MAX_NUMBER).min(MAX_NUMBER)
 }
 
 fn steps(number: u64) -> i64 {
-    number.min(MAX_STEPS) as i64
+    signed(number).min(MAX_STEPS)
 }
 
 /// Returns a number within the bounds of the CRD, with the four digits that a table has room for; JSON has
