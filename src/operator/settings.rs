@@ -42,6 +42,15 @@ pub struct Settings {
     /// Seconds a pod may be unable to start because its image, a Secret or a ConfigMap is missing.
     #[serde(default = "default_start")]
     pub startup_deadline_seconds: i64,
+    /// Seconds after which a pod that should be gone, because its node does not answer, is deleted by force, so
+    /// that the run resumes elsewhere; 0: never. What still trains on such a node cannot write to the run any
+    /// more.
+    #[serde(default = "default_lost_node_timeout")]
+    pub lost_node_timeout_seconds: i64,
+    /// Seconds without progress after which a training attempt whose trainer still answers is restarted from
+    /// its newest checkpoint; 0: never.
+    #[serde(default = "default_stall_timeout")]
+    pub stall_timeout_seconds: i64,
     /// Hosts, or host:port, that variables of a store may name, the administrator's own included; the
     /// trainer refuses others. Empty: any.
     #[serde(default)]
@@ -88,6 +97,14 @@ const fn default_start() -> i64 {
     600
 }
 
+const fn default_lost_node_timeout() -> i64 {
+    600
+}
+
+const fn default_stall_timeout() -> i64 {
+    7200
+}
+
 /// Why settings cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum SettingsError {
@@ -130,6 +147,8 @@ impl Settings {
             ("disruptions", i64::from(self.disruptions), 0..=1000),
             ("terminationGracePeriodSeconds", self.termination_grace_period_seconds, 1..=86_400),
             ("startupDeadlineSeconds", self.startup_deadline_seconds, 10..=86_400),
+            ("lostNodeTimeoutSeconds", self.lost_node_timeout_seconds, 0..=604_800),
+            ("stallTimeoutSeconds", self.stall_timeout_seconds, 0..=604_800),
         ] {
             if !range.contains(&value) {
                 return refuse(field, value.to_string(), "in the bounds of values.schema.json");

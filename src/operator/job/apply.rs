@@ -8,7 +8,7 @@ use kube::{
     core::NamespaceResourceScope,
     runtime::watcher,
 };
-use tracing::info;
+use tracing::{info, warn};
 
 use super::{
     build::names::JOB_LABEL,
@@ -59,6 +59,12 @@ pub(super) async fn apply(
             delete::<Pod>(context, &namespace, &name, Some(uid), parameters, "delete a pod")
                 .await?;
             info!(namespace, name, "deleting a pod that has no Job, or waits for a lost rank");
+        }
+        Action::ForceDeletePod { name, uid } => {
+            let parameters = DeleteParams::default().grace_period(0);
+            let action = "delete a pod of a lost node";
+            delete::<Pod>(context, &namespace, &name, Some(uid), parameters, action).await?;
+            warn!(namespace, name, "deleted a pod by force, because its node does not answer");
         }
         Action::DeleteSelf => {
             let (name, uid) = (parent.name_any(), parent.metadata.uid.clone());

@@ -90,6 +90,8 @@ pub struct ObservedPod {
     pub is_deleting: bool,
     /// When it is to be gone, if it is on its way out.
     pub deletion_timestamp: Option<Timestamp>,
+    /// Whether it is to be gone whatever its node says.
+    pub is_force_deleted: bool,
     /// Whether the cluster, not the program, ended or ends it.
     pub is_disrupted: bool,
     /// How it is.
@@ -223,6 +225,7 @@ pub fn observe_pod(pod: &Pod) -> ObservedPod {
             .map(|time| time.0),
         is_deleting: pod.metadata.deletion_timestamp.is_some(),
         deletion_timestamp: pod.metadata.deletion_timestamp.as_ref().map(|time| time.0),
+        is_force_deleted: pod.metadata.deletion_grace_period_seconds == Some(0),
         is_disrupted: condition("DisruptionTarget")
             .is_some_and(|condition| condition.status == "True"),
         state: observe_state(pod),

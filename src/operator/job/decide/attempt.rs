@@ -11,7 +11,7 @@ use k8s_openapi::{
 };
 
 use super::{
-    Action, Input, lost_node, ownership,
+    Action, Input, lost_node, ownership, stall,
     state::{ConditionChange, Finished, InProgress, State},
     status::{first_attempt, has_trained, next_attempt, pod_size, progress_status},
     termination::{Termination, termination},
@@ -78,7 +78,7 @@ pub(super) fn reconcile(
     let attempt = current(status, work.step);
     let name = job_name(input.name(), work.step, attempt.number);
     let Some(job) = input.observed.job(&name) else {
-        return without_job(input, attempt, work);
+        return without_job(input, status, attempt, work);
     };
     let would_create = || build_job(input, attempt.number, work).ok();
     if !ownership::is_ours(input, &attempt, job, would_create) {
@@ -106,6 +106,9 @@ fn with_job(
     pods: &[Option<&ObservedPod>],
 ) -> AttemptState {
     if job.is_deleting {
+        if stall::cause(status).is_some() {
+            return InProgress::unchanged(attempt).into();
+        }
         let message = "the pods of this attempt are terminating";
         return InProgress::new(attempt, Reason::Stopping, message).into();
     }
@@ -119,7 +122,12 @@ fn with_job(
 }
 
 /// There is no Job: it is to be created, or somebody deleted it.
-fn without_job(input: &Input<'_>, attempt: AttemptStatus, work: &Work<'_>) -> AttemptState {
+fn without_job(
+    input: &Input<'_>,
+    status: &FineTuneJobStatus,
+    attempt: AttemptStatus,
+    work: &Work<'_>,
+) -> AttemptState {
     let was_deleted = attempt.job_uid.is_some();
     if input.is_suspended() {
         let attempt = if was_deleted {
@@ -130,8 +138,8 @@ fn without_job(input: &Input<'_>, attempt: AttemptStatus, work: &Work<'_>) -> At
         return suspended(attempt).into();
     }
     if was_deleted {
-        let why = Termination::Disrupted("its Job was deleted".to_owned());
-        return AttemptState::Ended(attempt, why);
+        let why = stall::cause(status).unwrap_or("its Job was deleted").to_owned();
+        return AttemptState::Ended(attempt, Termination::Disrupted(why));
     }
     // A pod without a Job would work on the same run.
     let orphans = input.observed.orphaned_pods().count();
@@ -250,10 +258,10 @@ fn running(
         SurvivingRanks::RunOn => None,
     };
     match slowest_pod(input, status, attempt, job, pods) {
-        AttemptState::Other(State::InProgress(state)) => {
-            let waits = [grace, state.requeue_after].into_iter().flatten();
-            InProgress { requeue_after: waits.min(), ..state }.into()
-        }
+        AttemptState::Other(State::InProgress(state)) => match grace {
+            Some(wait) => state.requeue_within(wait).into(),
+            None => state.into(),
+        },
         other => other,
     }
 }
@@ -336,7 +344,7 @@ fn slowest_pod(
             waiting(input, status, attempt, scheduled, (reason, format!("{who}{message}")))
         }
         Some(PodState::Running) if attempt.step == Step::Preflight => starting(attempt).into(),
-        Some(PodState::Running) => training(input, status, attempt).into(),
+        Some(PodState::Running) => training(input, status, attempt, job, pods).into(),
         // The Job will end in a moment.
         Some(PodState::Ended { .. }) => InProgress::unchanged(attempt).into(),
     }
@@ -422,7 +430,13 @@ fn cannot_start(
 }
 
 /// All ranks of a training run.
-fn training(input: &Input<'_>, status: &FineTuneJobStatus, attempt: AttemptStatus) -> InProgress {
+fn training(
+    input: &Input<'_>,
+    status: &FineTuneJobStatus,
+    attempt: AttemptStatus,
+    job: &ObservedJob,
+    pods: &[Option<&ObservedPod>],
+) -> InProgress {
     let last = status.progress.as_ref();
     let Some(progress) = &input.observed.progress else {
         // It was not asked just now, or it does not answer: what was known stays.
@@ -445,5 +459,6 @@ fn training(input: &Input<'_>, status: &FineTuneJobStatus, attempt: AttemptStatu
         }
     };
     let requeue_after = Some(PROGRESS_INTERVAL);
-    InProgress { progress: is_news.then_some(next), requeue_after, ..state }
+    let state = InProgress { progress: is_news.then_some(next), requeue_after, ..state };
+    stall::restart(input, status, job, pods, progress, state)
 }

@@ -1,32 +1,51 @@
-//! Pods that hang on a node which does not answer.
+//! Pods that hang on a node that does not answer.
+//!
+//! Kubernetes waits for the kubelet to confirm that a pod is gone, which a lost node never does. After a
+//! time the pod is deleted by force, so that the run resumes elsewhere. If it still trains, cut off from the
+//! apiserver only, it cannot write to the run any more: the next attempt has claimed it.
 
 use finetune_contract::Reason;
 use k8s_openapi::jiff::SignedDuration;
 
-use super::{Input, state::InProgress};
+use super::{Action, Input, state::InProgress};
 use crate::operator::job::observe::{ObservedPod, PodState};
 
 /// How much later than it should a pod may be gone before its node counts as lost.
 const NODE_GRACE: SignedDuration = SignedDuration::from_secs(60);
 
-/// If a pod should be gone by now, its node does not answer: nothing goes on until somebody acts.
+/// If a pod should be gone by now, its node does not answer: reports it, and deletes the pod by force when the
+/// administrator's timeout is over.
 pub(super) fn report<'a>(
     input: &Input<'_>,
     pods: impl Iterator<Item = &'a ObservedPod>,
-    state: InProgress,
+    mut state: InProgress,
 ) -> InProgress {
-    let due = |pod: &'a ObservedPod| Some((pod.deletion_timestamp? + NODE_GRACE, pod));
+    let due = |pod: &'a ObservedPod| Some((pod.deletion_timestamp?, pod));
     let leaving = pods.filter(|pod| !matches!(pod.state, PodState::Ended { .. })).filter_map(due);
-    let Some((due, pod)) = leaving.min_by_key(|(due, _)| *due) else { return state };
-    if input.now < due {
-        let waits = [Some(input.until(due)), state.requeue_after].into_iter().flatten();
-        return InProgress { requeue_after: waits.min(), ..state };
+    let leaving: Vec<(_, &ObservedPod)> = leaving.collect();
+    let Some((due, pod)) = leaving.iter().min_by_key(|(due, _)| *due) else { return state };
+    let timeout = input.settings.lost_node_timeout_seconds;
+    let timeout = (timeout > 0).then(|| SignedDuration::from_secs(timeout));
+    let reported = *due + timeout.map_or(NODE_GRACE, |timeout| timeout.min(NODE_GRACE));
+    if input.now < reported {
+        return state.requeue_within(input.until(reported));
     }
     let node = pod.node.as_deref().unwrap_or("unknown");
     let message = format!(
-        "the pod {} should have been gone by {}: its node {node} does not answer. If the node is lost, delete its Node object, or the pod with --force, and the run goes on elsewhere",
-        pod.name,
-        due - NODE_GRACE
+        "the pod {} should have been gone by {due}: its node {node} does not answer",
+        pod.name
     );
-    state.with_summary(Reason::NodeUnreachable, message)
+    let Some(timeout) = timeout else {
+        let advice = "If the node is lost, delete its Node object, or the pod with --force, and the run resumes elsewhere";
+        return state.with_summary(Reason::NodeUnreachable, format!("{message}. {advice}"));
+    };
+    let lost =
+        leaving.iter().filter(|(due, pod)| input.now >= *due + timeout && !pod.is_force_deleted);
+    state.actions.extend(lost.map(|(_, pod)| Action::force_delete_pod(pod)));
+    let forced = *due + timeout;
+    let message = format!(
+        "{message}. At {forced} the pod is deleted by force, and the run resumes elsewhere"
+    );
+    let state = state.with_summary(Reason::NodeUnreachable, message);
+    if input.now < forced { state.requeue_within(input.until(forced)) } else { state }
 }

@@ -13,6 +13,7 @@ mod lost_node;
 mod ownership;
 mod preflight;
 mod retry;
+mod stall;
 mod state;
 mod status;
 mod termination;
@@ -59,8 +60,19 @@ pub enum Action {
     CreateService(Box<Service>),
     CreateNetworkPolicy(Box<NetworkPolicy>),
     CreateJob(Box<Job>),
-    DeleteJob { name: String, uid: String },
-    DeletePod { name: String, uid: String },
+    DeleteJob {
+        name: String,
+        uid: String,
+    },
+    DeletePod {
+        name: String,
+        uid: String,
+    },
+    /// Without waiting for the kubelet to confirm that its containers have stopped.
+    ForceDeletePod {
+        name: String,
+        uid: String,
+    },
     DeleteSelf,
 }
 
@@ -71,6 +83,10 @@ impl Action {
 
     fn delete_pod(pod: &ObservedPod) -> Self {
         Self::DeletePod { name: pod.name.clone(), uid: pod.uid.clone() }
+    }
+
+    fn force_delete_pod(pod: &ObservedPod) -> Self {
+        Self::ForceDeletePod { name: pod.name.clone(), uid: pod.uid.clone() }
     }
 }
 

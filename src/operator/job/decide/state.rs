@@ -142,6 +142,12 @@ impl InProgress {
         self.conditions.push(condition);
         self
     }
+
+    /// Reconciles the job again after `wait` at the latest.
+    pub(super) fn requeue_within(self, wait: Duration) -> Self {
+        let requeue_after = [Some(wait), self.requeue_after].into_iter().flatten().min();
+        Self { requeue_after, ..self }
+    }
 }
 
 impl Finished {

@@ -10,7 +10,7 @@ use crate::operator::{
     job::{
         conditions::{self, Kind, find},
         decide::{Action, Decision},
-        observe::Observed,
+        observe::{Observed, ObservedPod},
     },
     settings::Settings,
 };
@@ -155,6 +155,13 @@ fn check_actions(job: &FineTuneJob, observed: &Observed, decision: &Decision) {
             Action::DeletePod { name, uid } => {
                 let is_known = observed.pods.iter().any(|pod| pod.name == *name && pod.uid == *uid);
                 assert!(is_known, "a pod that is deleted was observed");
+            }
+            Action::ForceDeletePod { name, uid } => {
+                let is_overdue = |pod: &ObservedPod| {
+                    pod.deletion_timestamp.is_some() && pod.name == *name && pod.uid == *uid
+                };
+                let is_known = observed.pods.iter().any(is_overdue);
+                assert!(is_known, "only a pod that is being deleted is deleted by force");
             }
             Action::DeleteSelf => {}
         }

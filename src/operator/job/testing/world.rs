@@ -119,6 +119,7 @@ impl World {
                     ended: None,
                     is_deleting: false,
                     deletion_timestamp: None,
+                    is_force_deleted: false,
                     is_disrupted: false,
                     state: PodState::Running,
                 };
@@ -128,7 +129,9 @@ impl World {
                 self.observed.jobs.retain(|job| job.uid != *uid);
                 self.observed.pods.retain(|pod| pod.job_uid.as_ref() != Some(uid));
             }
-            Action::DeletePod { uid, .. } => self.observed.pods.retain(|pod| pod.uid != *uid),
+            Action::DeletePod { uid, .. } | Action::ForceDeletePod { uid, .. } => {
+                self.observed.pods.retain(|pod| pod.uid != *uid);
+            }
             Action::DeleteSelf => {}
         }
     }

@@ -9,7 +9,7 @@ use k8s_openapi::jiff::SignedDuration;
 use crate::operator::job::{
     conditions::{Kind, find},
     decide::Action,
-    observe::{ObservedJob, PodState},
+    observe::{Observed, ObservedJob, PodState},
     testing::World,
 };
 
@@ -315,13 +315,60 @@ fn a_pod_that_does_not_go_names_its_node() {
     world.wait(180);
     world.settle();
     assert_eq!(world.summary(), "Unknown NodeUnreachable");
-    insta::assert_snapshot!(world.message(), @"the pod minimal-0-0-abcde should have been gone by 2026-01-01T00:02:00Z: its node node-1 does not answer. If the node is lost, delete its Node object, or the pod with --force, and the run goes on elsewhere");
+    insta::assert_snapshot!(world.message(), @"the pod minimal-0-0-abcde should have been gone by 2026-01-01T00:02:00Z: its node node-1 does not answer. At 2026-01-01T00:12:00Z the pod is deleted by force, and the run resumes elsewhere");
     assert_eq!(world.budgets(), (0, 0, 0), "nothing runs beside what may still run there");
-    // The Node object is deleted, and with it the pod.
+    // Unless the administrator forbids it, the pod is deleted by force, once.
+    let mut careful = world.settings.clone();
+    careful.lost_node_timeout_seconds = 0;
+    let settings = std::mem::replace(&mut world.settings, careful);
+    world.wait(3600);
+    assert!(world.settle().actions.is_empty());
+    insta::assert_snapshot!(world.message(), @"the pod minimal-0-0-abcde should have been gone by 2026-01-01T00:02:00Z: its node node-1 does not answer. If the node is lost, delete its Node object, or the pod with --force, and the run resumes elsewhere");
+    world.settings = settings;
+    let decision = world.decide();
+    assert!(matches!(decision.actions.as_slice(), [Action::ForceDeletePod { .. }]));
+    world.observed.pods.last_mut().unwrap().is_force_deleted = true;
+    assert!(world.decide().actions.is_empty(), "the apiserver has it already");
     world.observed.pods.pop();
     world.observed.jobs.last_mut().unwrap().ended = Some(false);
     world.settle();
     assert_eq!(world.budgets(), (1, 0, 1));
+}
+
+#[test]
+fn a_trainer_that_answers_and_does_not_get_further_is_restarted() {
+    let answer = |world: &mut World, step| {
+        let (run_id, stage) = (RunId(world.run_id()), Stage::Training);
+        world.observed.progress = Some(Progress { run_id, step, stage, ..testing::progress() });
+    };
+    let mut world = World::new("  loraConfig: {}\n");
+    world.settings.stall_timeout_seconds = 1800;
+    world.pass_preflight();
+    world.settle();
+    answer(&mut world, 7);
+    world.settle();
+    world.wait(1799);
+    answer(&mut world, 8);
+    world.settle();
+    world.wait(1799);
+    assert!(world.settle().actions.is_empty(), "step 8 has not lasted that long");
+    world.wait(1);
+    // Without an answer nothing is known.
+    let silent = Observed { progress: None, ..world.observed.clone() };
+    let answered = std::mem::replace(&mut world.observed, silent);
+    assert!(world.settle().actions.is_empty());
+    world.observed = answered;
+    let decision = world.decide();
+    assert!(matches!(decision.actions.as_slice(), [Action::DeleteJob { .. }]));
+    world.settle();
+    assert_eq!((world.summary(), world.budgets()), ("Unknown Retrying".to_owned(), (1, 0, 1)));
+    insta::assert_snapshot!(world.message(), @"retrying as attempt 1: no progress since 2026-01-01T00:29:59Z, at step 8 of 10 (Training)");
+    // The next attempt was late, and has not been there for long.
+    world.wait(7200);
+    world.observed.progress = None;
+    world.settle();
+    answer(&mut world, 8);
+    assert!(world.settle().actions.is_empty());
 }
 
 #[test]
