@@ -6,6 +6,7 @@ use std::{
 };
 
 use finetune_api::FineTuneJob;
+use k8s_openapi::jiff::Timestamp;
 use kube::{
     Client,
     runtime::events::{Recorder, Reporter},
@@ -14,8 +15,13 @@ use kube::{
 use super::{child_cache::ChildCache, progress_client::ProgressClient};
 use crate::operator::{runtime::metrics::Metrics, settings::Settings};
 
+/// Tells the time.
+pub(super) type Clock = Arc<dyn Fn() -> Timestamp + Send + Sync>;
+
 /// What every reconciliation shares.
 pub struct Context {
+    /// What time decisions are made for.
+    pub(super) clock: Clock,
     pub(super) client: Client,
     pub(super) settings: Settings,
     pub(super) metrics: Metrics,
@@ -52,6 +58,7 @@ impl Context {
         let instance = Some(instance.to_owned());
         let reporter = Reporter { controller: "finetune-operator".to_owned(), instance };
         Ok(Self {
+            clock: Arc::new(Timestamp::now),
             recorder: Recorder::new(client.clone(), reporter),
             progress: ProgressClient::new()?,
             children: ChildCache::default(),

@@ -4,7 +4,6 @@ use std::{panic::AssertUnwindSafe, time::Duration};
 
 use finetune_api::{FineTuneJob, FineTuneJobStatus};
 use futures::FutureExt;
-use k8s_openapi::jiff::Timestamp;
 use kube::{Api, ResourceExt, api::PostParams, runtime::controller};
 
 use super::{
@@ -70,7 +69,7 @@ async fn reconcile_once(
         return Ok(controller::Action::await_change());
     }
 
-    let now = Timestamp::now();
+    let now = (context.clock)();
     let mut observed = observe(context, job);
     late_pods::read(context, job, &mut observed).await?;
     observed.pods_refused = pod_refusals::newest(context, job, &observed, now).await;
@@ -112,10 +111,15 @@ async fn write_status(
     let namespace = job.namespace().unwrap_or_default();
     let api: Api<FineTuneJob> = Api::namespaced(context.client.clone(), &namespace);
     // The object carries the version that was read: a newer one makes this fail.
-    api.replace_status(&job.name_any(), &PostParams::default(), &next)
+    let written = api
+        .replace_status(&job.name_any(), &PostParams::default(), &next)
         .await
         .map_err(ReconcileError::api("write the status"))?;
-    context.remember(job, |memory| memory.replaced = job.resource_version());
+    // Under an older CRD the apiserver drops new fields: if that left nothing to change, the version
+    // stays, and no watch will bring another.
+    let replaced = job.resource_version();
+    let replaced = replaced.filter(|_| written.resource_version() != job.resource_version());
+    context.remember(job, |memory| memory.replaced = replaced);
     Ok(())
 }
 
