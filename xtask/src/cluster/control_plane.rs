@@ -69,7 +69,7 @@ fn apiserver(cluster: &Cluster) -> Vec<String> {
     let pki = |name: &str| cluster.path("pki").join(name).display().to_string();
     vec![
         "--etcd-servers=http://127.0.0.1:2379".to_owned(),
-        "--secure-port=6443".to_owned(),
+        format!("--secure-port={}", network::APISERVER_PORT),
         format!("--advertise-address={}", network::NODE),
         format!("--tls-cert-file={}", pki("apiserver.crt")),
         format!("--tls-private-key-file={}", pki("apiserver.key")),
@@ -102,6 +102,9 @@ fn controller_manager(cluster: &Cluster) -> Vec<String> {
         format!("--cluster-signing-key-file={}", pki("ca.key")),
         "--use-service-account-credentials=true".to_owned(),
         "--leader-elect=false".to_owned(),
+        // After how long without a sign of it a node counts as lost; tests wait for it. Kubelets
+        // renew their leases several times in it, see `node::LEASE_SECONDS`.
+        "--node-monitor-grace-period=20s".to_owned(),
         GANGS.to_owned(),
     ]
 }

@@ -1,4 +1,5 @@
-//! A real Kubernetes on this machine, of one node: built from source, in a network of its own.
+//! A real Kubernetes on this machine, of one node, or of two for tests that lose one: built from
+//! source, in a network of its own.
 //!
 //! Everything it has is below one directory: `$FINETUNE_CLUSTER`, or `cluster` in the cache. Its
 //! programs run on after this process; `up` starts those that do not run, `down` leaves nothing.
@@ -13,6 +14,7 @@ mod network;
 mod node;
 mod pki;
 mod processes;
+mod second_node;
 mod storage;
 
 use std::{
@@ -27,7 +29,7 @@ use anyhow::{Context, Result, bail};
 use clap::Subcommand;
 
 use crate::{
-    cluster::{binaries::Binaries, network::Namespace, processes::Processes},
+    cluster::{binaries::Binaries, network::Namespace, node::Node, processes::Processes},
     fixtures::s3,
     tools::{cache, shell},
 };
@@ -77,6 +79,9 @@ pub(crate) enum Action {
         /// The archive.
         archive: PathBuf,
     },
+    /// A second node, for tests that lose one.
+    #[command(subcommand)]
+    Node1(second_node::Action),
 }
 
 /// How much of a cluster is started.
@@ -117,6 +122,9 @@ pub(crate) fn run(action: Action) -> Result<ExitCode> {
         Action::Load { archive } => {
             Cluster::existing()?.load_image(&archive).map(|()| ExitCode::SUCCESS)
         }
+        Action::Node1(action) => {
+            second_node::run(&Cluster::existing()?, action).map(|()| ExitCode::SUCCESS)
+        }
     }
 }
 
@@ -146,16 +154,19 @@ fn start(mut cluster: Cluster, extent: Extent) -> Result<Cluster> {
     for directory in ["data", "etc", "log", "run"] {
         std::fs::create_dir_all(cluster.state_dir.join(directory))?;
     }
-    cluster.namespace.make()?;
+    cluster.namespace.make(network::NODE)?;
     pki::make(&cluster.state_dir)?;
     storage::start(&cluster)?;
+    let node = Node::first(&cluster);
     if extent == Extent::Whole {
-        node::start_runtime(&cluster)?;
+        node.start_runtime()?;
     }
     control_plane::start(&cluster)?;
     if extent == Extent::Whole {
         dns::start(&cluster)?;
-        node::start(&cluster)?;
+        node.wait_for_runtime()?;
+        node.load_pause()?;
+        node.start()?;
         dns::wait(&cluster)?;
     }
     storage::wait(&cluster)?;
@@ -164,6 +175,7 @@ fn start(mut cluster: Cluster, extent: Extent) -> Result<Cluster> {
         cluster.state_dir.display(),
         started.elapsed().as_secs_f64()
     );
+    drop(node);
     Ok(cluster)
 }
 
@@ -187,8 +199,12 @@ fn status() -> Result<ExitCode> {
     let cluster = Cluster::of_environment()?;
     let mut is_whole = cluster.state_dir.exists();
     println!("{:<24} {:>8}  state", "component", "pid");
-    for name in names(Extent::Whole) {
-        let (pid, state) = match cluster.processes().find(name) {
+    let second = Node::second(&cluster);
+    let of_second = node::NAMES.map(|name| (second.processes(), name));
+    let components = names(Extent::Whole).into_iter().map(|name| (cluster.processes(), name));
+    let is_there = second.directory.exists();
+    for (processes, name) in components.chain(of_second.into_iter().filter(|_| is_there)) {
+        let (pid, state) = match processes.find(name) {
             None => (String::new(), "not started"),
             Some(process) if process.is_running() => (process.pid.to_string(), "runs"),
             Some(process) => {
@@ -196,7 +212,8 @@ fn status() -> Result<ExitCode> {
                 (process.pid.to_string(), "ended")
             }
         };
-        println!("{name:<24} {pid:>8}  {state}");
+        let place = if processes.state_dir == second.directory { node::SECOND } else { "" };
+        println!("{:<24} {pid:>8}  {state}", format!("{name} {place}"));
     }
     println!("state: {}, network: {}", cluster.state_dir.display(), cluster.namespace.name);
     Ok(if is_whole { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -251,7 +268,9 @@ impl Cluster {
     pub(crate) fn end(&self) -> Result<()> {
         let _lock = self.lock()?;
         self.refuse_other_directory()?;
-        down::run(self)?;
+        let nodes = [&Node::first(self), &Node::second(self)];
+        down::kill(&self.state_dir, &nodes)?;
+        down::remove(&self.state_dir, &nodes)?;
         println!("the cluster in {} is gone", self.state_dir.display());
         Ok(())
     }
@@ -285,12 +304,9 @@ impl Cluster {
         command
     }
 
-    /// Loads an image from an OCI archive into the node.
+    /// Loads an image from an OCI archive into the first node; the second gets what this one has.
     pub(crate) fn load_image(&self, archive: &Path) -> Result<()> {
-        let mut command = node::ctr(self);
-        command.args(["images", "import"]).arg(archive);
-        shell::quietly(&mut command)
-            .with_context(|| format!("cannot load the image {}", archive.display()))
+        Node::first(self).load_image(archive)
     }
 
     /// Fails if the state directory has files and is not a cluster's.

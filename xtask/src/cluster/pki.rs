@@ -35,10 +35,12 @@ pub(crate) fn make(state_dir: &Path) -> Result<()> {
     );
     certificate(&partial, "apiserver", "/CN=kube-apiserver", &apiserver)?;
     certificate(&partial, "admin", "/O=system:masters/CN=admin", "DNS:admin")?;
-    let node_subject = format!("/O=system:nodes/CN=system:node:{}", node::NODE_NAME);
-    let node_names = format!("DNS:{},IP:{},IP:127.0.0.1", node::NODE_NAME, network::NODE);
-    certificate(&partial, "node", &node_subject, &node_names)?;
-    for user in ["admin", "node"] {
+    for (node, address) in [(node::FIRST, network::NODE), (node::SECOND, network::SECOND_NODE)] {
+        let subject = format!("/O=system:nodes/CN=system:node:{node}");
+        let names = format!("DNS:{node},IP:{address},IP:127.0.0.1");
+        certificate(&partial, node, &subject, &names)?;
+    }
+    for user in ["admin", node::FIRST, node::SECOND] {
         let config = kubeconfig(&directory, user).to_string();
         std::fs::write(partial.join(format!("{user}.conf")), config)?;
     }
@@ -89,7 +91,7 @@ fn kubeconfig(directory: &Path, user: &str) -> serde_json::Value {
         "apiVersion": "v1",
         "kind": "Config",
         "clusters": [{"name": "test", "cluster": {
-            "server": "https://127.0.0.1:6443",
+            "server": format!("https://{}:{}", network::NODE, network::APISERVER_PORT),
             "certificate-authority": file("ca.crt".to_owned()),
         }}],
         "users": [{"name": user, "user": {
