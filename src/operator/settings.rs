@@ -42,10 +42,10 @@ pub struct Settings {
     /// Seconds a pod may be unable to start because its image, a Secret or a ConfigMap is missing.
     #[serde(default = "default_start")]
     pub startup_deadline_seconds: i64,
-    /// Seconds after which a pod that should be gone, because its node does not answer, is deleted by force, so
-    /// that the run resumes elsewhere; 0: never. What still trains on such a node cannot write to the run any
-    /// more.
-    #[serde(default = "default_lost_node_timeout")]
+    /// Seconds after which a pod that should be gone, but whose node does not answer, is deleted by force, so
+    /// that the run resumes elsewhere; 0: never. A pod that still trains on such a node could then write to the
+    /// same output.
+    #[serde(default)]
     pub lost_node_timeout_seconds: i64,
     /// Seconds without progress after which a training attempt whose trainer still answers is restarted from
     /// its newest checkpoint; 0: never.
@@ -94,10 +94,6 @@ const fn default_grace() -> i64 {
 }
 
 const fn default_start() -> i64 {
-    600
-}
-
-const fn default_lost_node_timeout() -> i64 {
     600
 }
 

@@ -133,15 +133,6 @@ impl ProgressClient {
         });
     }
 
-    /// Takes an answer of a job's trainer as if it had been asked, if that pod is asked.
-    #[cfg(test)]
-    pub(super) fn answer(&self, uid: &str, pod: &str, answer: Progress) {
-        let mut trainers = lock(&self.trainers);
-        if let Some(trainer) = trainers.get_mut(uid).filter(|trainer| trainer.pod == pod) {
-            trainer.answer = Some(answer);
-        }
-    }
-
     /// Forgets all jobs but those with these UIDs.
     pub(super) fn forget_others(&self, uids: &HashSet<&str>) {
         lock(&self.trainers).retain(|uid, _| uids.contains(uid.as_str()));

@@ -1,8 +1,9 @@
 //! Pods that hang on a node that does not answer.
 //!
-//! Kubernetes waits for the kubelet to confirm that a pod is gone, which a lost node never does. After a
-//! time the pod is deleted by force, so that the run resumes elsewhere. If it still trains, cut off from the
-//! apiserver only, it cannot write to the run any more: the next attempt has claimed it.
+//! Kubernetes waits for the kubelet to confirm that a pod is gone, which a lost node never does. If the
+//! administrator sets a timeout, the pod is then deleted by force, and the run resumes elsewhere. That is not
+//! the default: a node that is only cut off from the apiserver may still train, and nothing in the bucket keeps
+//! its pod from writing.
 
 use finetune_contract::Reason;
 use k8s_openapi::jiff::SignedDuration;

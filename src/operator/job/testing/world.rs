@@ -22,7 +22,7 @@ use crate::operator::{
     settings::Settings,
 };
 
-const SETTINGS: &str = "trainerImage: trainer:1\naccelerators:\n- {name: cpu, cpu: 2, memoryGiB: 4, bf16Tflops: 0.5, fp32Tflops: 0.2, hasBf16: true}\n- {name: a100, resourceName: nvidia.com/gpu, memoryGiB: 80, bf16Tflops: 312, fp32Tflops: 19, hasBf16: true}\nretries: 2\ndisruptions: 2\n";
+const SETTINGS: &str = "trainerImage: trainer:1\naccelerators:\n- {name: cpu, cpu: 2, memoryGiB: 4, bf16Tflops: 0.5, fp32Tflops: 0.2, hasBf16: true}\n- {name: a100, resourceName: nvidia.com/gpu, memoryGiB: 80, bf16Tflops: 312, fp32Tflops: 19, hasBf16: true}\nretries: 2\ndisruptions: 2\nlostNodeTimeoutSeconds: 600\n";
 
 /// A cluster of one job: actions take effect at once, and pods end when a test says so.
 pub(crate) struct World {
