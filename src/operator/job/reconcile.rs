@@ -125,9 +125,16 @@ async fn write_status(
 
 #[cfg(test)]
 mod tests {
-    use std::{hint::black_box, time::Duration};
+    use std::{convert::Infallible, hint::black_box, time::Duration};
 
-    use super::{ReconcileError, contain};
+    use http::{Request, Response};
+    use kube::{Client, client::Body};
+
+    use super::{ReconcileError, contain, write_status};
+    use crate::operator::{
+        job::{context::Context, testing::World},
+        runtime::metrics::Metrics,
+    };
 
     const LIMIT: Duration = Duration::from_mins(1);
 
@@ -144,5 +151,32 @@ mod tests {
         let hangs = std::future::pending::<Result<(), ReconcileError>>();
         let error = contain(Duration::from_millis(1), hangs).await.unwrap_err();
         assert!(matches!(error, ReconcileError::TimedOut(_)), "{error}");
+    }
+
+    /// An apiserver that answers every write with the object at this version.
+    fn context(world: &World, version: &str) -> Context {
+        let mut answer = world.job.clone();
+        answer.metadata.resource_version = Some(version.to_owned());
+        let answer = serde_json::to_vec(&answer).unwrap();
+        let service = tower::service_fn(move |_: Request<Body>| {
+            let body = Body::from(answer.clone());
+            async move { Ok::<_, Infallible>(Response::new(body)) }
+        });
+        let (client, metrics) = (Client::new(service, "team"), Metrics::new().unwrap());
+        Context::new(client, world.settings.clone(), metrics, "test").unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_write_that_changed_nothing_does_not_stop_a_job() {
+        let mut world = World::new("  loraConfig: {}\n");
+        world.job.metadata.resource_version = Some("7".to_owned());
+        let status = world.decide().status;
+        // Under an older CRD the apiserver drops what is new, and nothing is left to change.
+        for (version, replaced) in [("7", None), ("8", Some("7"))] {
+            let context = context(&world, version);
+            write_status(&context, &world.job, &status).await.unwrap();
+            let found = context.remember(&world.job, |memory| memory.replaced.clone());
+            assert_eq!(found.as_deref(), replaced, "written as version {version}");
+        }
     }
 }
