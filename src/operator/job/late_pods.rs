@@ -51,27 +51,19 @@ fn is_ahead_of_pods(observed: &Observed, job: &ObservedJob) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use http::{Request, Response};
-    use kube::{Client, client::Body};
     use serde_json::json;
 
     use super::read;
-    use crate::operator::{
-        job::{context::Context, observe::PodState, testing::World},
-        runtime::metrics::Metrics,
-    };
+    use crate::operator::job::{context::Context, observe::PodState, testing::World};
 
-    /// An apiserver that knows one pod, which has ended, and says what it was asked.
+    /// A context whose apiserver knows these pods, and checks what it is asked.
     fn context(world: &World, pods: serde_json::Value) -> Context {
-        let answer = json!({"apiVersion": "v1", "kind": "PodList", "metadata": {}, "items": pods});
-        let service = tower::service_fn(move |request: Request<Body>| {
-            let query = request.uri().query().unwrap_or_default().to_owned();
+        let list = json!({"apiVersion": "v1", "kind": "PodList", "metadata": {}, "items": pods});
+        world.context(move |request| {
+            let query = request.uri().query().unwrap_or_default();
             assert!(query.contains("controller-uid%3Duid-2"), "{query}");
-            let body = Body::from(answer.to_string().into_bytes());
-            async move { Ok::<_, std::convert::Infallible>(Response::new(body)) }
-        });
-        let (client, metrics) = (Client::new(service, "team"), Metrics::new().unwrap());
-        Context::new(client, world.settings.clone(), metrics, "test").unwrap()
+            list.clone()
+        })
     }
 
     #[tokio::test]

@@ -153,18 +153,19 @@ fn check_actions(job: &FineTuneJob, observed: &Observed, decision: &Decision) {
                 assert_eq!(known.uid, *uid);
             }
             Action::DeletePod { name, uid } => {
-                let is_known = observed.pods.iter().any(|pod| pod.name == *name && pod.uid == *uid);
-                assert!(is_known, "a pod that is deleted was observed");
+                observed_pod(observed, name, uid);
             }
             Action::ForceDeletePod { name, uid } => {
-                let is_overdue = |pod: &ObservedPod| {
-                    pod.deletion_timestamp.is_some() && pod.name == *name && pod.uid == *uid
-                };
-                let is_known = observed.pods.iter().any(is_overdue);
-                assert!(is_known, "only a pod that is being deleted is deleted by force");
+                let is_deleting = observed_pod(observed, name, uid).deletion_timestamp.is_some();
+                assert!(is_deleting, "only a pod that is being deleted is deleted by force");
             }
             Action::DeleteSelf => {}
         }
     }
     assert!(created <= 1, "no two attempts");
+}
+
+fn observed_pod<'a>(observed: &'a Observed, name: &str, uid: &str) -> &'a ObservedPod {
+    let mut pods = observed.pods.iter();
+    pods.find(|pod| pod.name == name && pod.uid == uid).expect("a pod that is deleted was observed")
 }

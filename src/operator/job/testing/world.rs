@@ -1,6 +1,6 @@
 //! A cluster of one job.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, convert::Infallible};
 
 use finetune_api::{FineTuneJob, manifest};
 use finetune_contract::{
@@ -8,17 +8,20 @@ use finetune_contract::{
     decisive_settings, parse, render, settings_text, testing::run_report,
 };
 use finetune_plan::{resolve::sha256_hex, testing};
+use http::{Request, Response};
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
-use kube::ResourceExt;
+use kube::{Client, ResourceExt, client::Body};
 
 use super::invariants;
 use crate::operator::{
     job::{
         build::digest,
         conditions::{Kind, find},
+        context::Context,
         decide::{Action, Decision, decide},
         observe::{Observed, ObservedJob, ObservedPod, PodState},
     },
+    runtime::metrics::Metrics,
     settings::Settings,
 };
 
@@ -53,6 +56,19 @@ impl World {
             writes: 0,
             shared: BTreeSet::new(),
         }
+    }
+
+    /// Returns the context of an operator whose apiserver answers each request with `answer`.
+    pub(crate) fn context(
+        &self,
+        answer: impl Fn(&Request<Body>) -> serde_json::Value + Send + 'static,
+    ) -> Context {
+        let service = tower::service_fn(move |request: Request<Body>| {
+            let body = Body::from(answer(&request).to_string().into_bytes());
+            async move { Ok::<_, Infallible>(Response::new(body)) }
+        });
+        let (client, metrics) = (Client::new(service, "team"), Metrics::new().unwrap());
+        Context::new(client, self.settings.clone(), metrics, "test").unwrap()
     }
 
     /// Reconciles until nothing changes, as watches would make it.

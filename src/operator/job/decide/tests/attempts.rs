@@ -9,7 +9,7 @@ use k8s_openapi::jiff::SignedDuration;
 use crate::operator::job::{
     conditions::{Kind, find},
     decide::Action,
-    observe::{Observed, ObservedJob, PodState},
+    observe::{ObservedJob, PodState},
     testing::World,
 };
 
@@ -40,11 +40,16 @@ fn disruptions_have_a_budget_of_their_own() {
     assert_eq!(world.summary(), "False TooManyDisruptions");
 }
 
-/// The trainer has reported a step, and the newest checkpoint.
-fn progress(world: &mut World, step: u64, checkpoint_step: Option<u64>) {
+/// The trainer answers with a step, and the newest checkpoint.
+fn answer(world: &mut World, step: u64, checkpoint_step: Option<u64>) {
     let (run_id, stage) = (RunId(world.run_id()), Stage::Training);
     world.observed.progress =
         Some(Progress { run_id, step, stage, checkpoint_step, ..testing::progress() });
+}
+
+/// The trainer has answered once.
+fn progress(world: &mut World, step: u64, checkpoint_step: Option<u64>) {
+    answer(world, step, checkpoint_step);
     world.settle();
     world.observed.progress = None;
 }
@@ -317,14 +322,12 @@ fn a_pod_that_does_not_go_names_its_node() {
     assert_eq!(world.summary(), "Unknown NodeUnreachable");
     insta::assert_snapshot!(world.message(), @"the pod minimal-0-0-abcde should have been gone by 2026-01-01T00:02:00Z: its node node-1 does not answer. At 2026-01-01T00:12:00Z the pod is deleted by force, and the run resumes elsewhere");
     assert_eq!(world.budgets(), (0, 0, 0), "nothing runs beside what may still run there");
-    // Unless the administrator forbids it, the pod is deleted by force, once.
-    let mut careful = world.settings.clone();
-    careful.lost_node_timeout_seconds = 0;
-    let settings = std::mem::replace(&mut world.settings, careful);
+    // Only if the administrator says so is the pod deleted by force, once.
+    world.settings.lost_node_timeout_seconds = 0;
     world.wait(3600);
     assert!(world.settle().actions.is_empty());
     insta::assert_snapshot!(world.message(), @"the pod minimal-0-0-abcde should have been gone by 2026-01-01T00:02:00Z: its node node-1 does not answer. If the node is lost, delete its Node object, or the pod with --force, and the run resumes elsewhere");
-    world.settings = settings;
+    world.settings.lost_node_timeout_seconds = 600;
     let decision = world.decide();
     assert!(matches!(decision.actions.as_slice(), [Action::ForceDeletePod { .. }]));
     world.observed.pods.last_mut().unwrap().is_force_deleted = true;
@@ -337,27 +340,22 @@ fn a_pod_that_does_not_go_names_its_node() {
 
 #[test]
 fn a_trainer_that_answers_and_does_not_get_further_is_restarted() {
-    let answer = |world: &mut World, step| {
-        let (run_id, stage) = (RunId(world.run_id()), Stage::Training);
-        world.observed.progress = Some(Progress { run_id, step, stage, ..testing::progress() });
-    };
     let mut world = World::new("  loraConfig: {}\n");
     world.settings.stall_timeout_seconds = 1800;
     world.pass_preflight();
     world.settle();
-    answer(&mut world, 7);
+    answer(&mut world, 7, None);
     world.settle();
     world.wait(1799);
-    answer(&mut world, 8);
+    answer(&mut world, 8, None);
     world.settle();
     world.wait(1799);
     assert!(world.settle().actions.is_empty(), "step 8 has not lasted that long");
     world.wait(1);
     // Without an answer nothing is known.
-    let silent = Observed { progress: None, ..world.observed.clone() };
-    let answered = std::mem::replace(&mut world.observed, silent);
+    let answered = world.observed.progress.take();
     assert!(world.settle().actions.is_empty());
-    world.observed = answered;
+    world.observed.progress = answered;
     let decision = world.decide();
     assert!(matches!(decision.actions.as_slice(), [Action::DeleteJob { .. }]));
     world.settle();
@@ -367,7 +365,7 @@ fn a_trainer_that_answers_and_does_not_get_further_is_restarted() {
     world.wait(7200);
     world.observed.progress = None;
     world.settle();
-    answer(&mut world, 8);
+    answer(&mut world, 8, None);
     assert!(world.settle().actions.is_empty());
 }
 
