@@ -15,12 +15,12 @@ use kube::{
 use super::{child_cache::ChildCache, progress_client::ProgressClient};
 use crate::operator::{runtime::metrics::Metrics, settings::Settings};
 
-/// Tells the time.
+/// Returns the current time.
 pub(super) type Clock = Arc<dyn Fn() -> Timestamp + Send + Sync>;
 
 /// What every reconciliation shares.
 pub struct Context {
-    /// What time decisions are made for.
+    /// The clock of reconciliations.
     pub(super) clock: Clock,
     pub(super) client: Client,
     pub(super) settings: Settings,

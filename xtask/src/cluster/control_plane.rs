@@ -102,8 +102,8 @@ fn controller_manager(cluster: &Cluster) -> Vec<String> {
         format!("--cluster-signing-key-file={}", pki("ca.key")),
         "--use-service-account-credentials=true".to_owned(),
         "--leader-elect=false".to_owned(),
-        // After how long without a sign of it a node counts as lost; tests wait for it. Kubelets
-        // renew their leases several times in it, see `node::LEASE_SECONDS`.
+        // Tests wait until a node that has stopped renewing its lease counts as lost. Kubelets renew
+        // several times within this period, see `node::LEASE_SECONDS`.
         "--node-monitor-grace-period=20s".to_owned(),
         GANGS.to_owned(),
     ]

@@ -26,10 +26,10 @@ const LOG_LINKS: &str = "/var/log/containers";
 /// Where containerd keeps the answers of network plugins, whatever its configuration says.
 const CNI_RESULTS: &str = "/var/lib/cni/results";
 
-/// How often to look for processes that others have started meanwhile.
+/// How many times to look for processes that were started in the meantime.
 const ROUNDS: usize = 5;
 
-/// Kills all processes of nodes whose files are below a directory, and all whose program's are.
+/// Kills all processes of nodes whose files are below a directory.
 pub(crate) fn kill(directory: &Path, nodes: &[&Node<'_>]) -> Result<()> {
     // First what would start others.
     let recorded = |node: &&Node<'_>| {

@@ -151,9 +151,7 @@ fn start(mut cluster: Cluster, extent: Extent) -> Result<Cluster> {
     cluster.refuse_other_directory()?;
     std::fs::create_dir_all(&cluster.state_dir)?;
     std::fs::write(cluster.path(MARKER), "")?;
-    for directory in ["data", "etc", "log", "run"] {
-        std::fs::create_dir_all(cluster.state_dir.join(directory))?;
-    }
+    make_directories(&cluster.state_dir)?;
     cluster.namespace.make(network::NODE)?;
     pki::make(&cluster.state_dir)?;
     storage::start(&cluster)?;
@@ -175,8 +173,15 @@ fn start(mut cluster: Cluster, extent: Extent) -> Result<Cluster> {
         cluster.state_dir.display(),
         started.elapsed().as_secs_f64()
     );
-    drop(node);
     Ok(cluster)
+}
+
+/// Creates the directories that a node, or the control plane, keeps its files in.
+fn make_directories(parent: &Path) -> Result<()> {
+    for directory in ["data", "etc", "log", "run"] {
+        std::fs::create_dir_all(parent.join(directory))?;
+    }
+    Ok(())
 }
 
 /// Ends the cluster and removes all it has, whatever of it still runs.
@@ -200,11 +205,16 @@ fn status() -> Result<ExitCode> {
     let mut is_whole = cluster.state_dir.exists();
     println!("{:<24} {:>8}  state", "component", "pid");
     let second = Node::second(&cluster);
-    let of_second = node::NAMES.map(|name| (second.processes(), name));
-    let components = names(Extent::Whole).into_iter().map(|name| (cluster.processes(), name));
-    let is_there = second.directory.exists();
-    for (processes, name) in components.chain(of_second.into_iter().filter(|_| is_there)) {
-        let (pid, state) = match processes.find(name) {
+    let components = names(Extent::Whole).into_iter();
+    let mut processes: Vec<_> =
+        components.map(|name| (name.to_owned(), cluster.processes().find(name))).collect();
+    if second.directory.exists() {
+        let of_second = node::NAMES
+            .map(|name| (format!("{name} {}", second.name), second.processes().find(name)));
+        processes.extend(of_second);
+    }
+    for (name, process) in processes {
+        let (pid, state) = match process {
             None => (String::new(), "not started"),
             Some(process) if process.is_running() => (process.pid.to_string(), "runs"),
             Some(process) => {
@@ -212,8 +222,7 @@ fn status() -> Result<ExitCode> {
                 (process.pid.to_string(), "ended")
             }
         };
-        let place = if processes.state_dir == second.directory { node::SECOND } else { "" };
-        println!("{:<24} {pid:>8}  {state}", format!("{name} {place}"));
+        println!("{name:<24} {pid:>8}  {state}");
     }
     println!("state: {}, network: {}", cluster.state_dir.display(), cluster.namespace.name);
     Ok(if is_whole { ExitCode::SUCCESS } else { ExitCode::FAILURE })

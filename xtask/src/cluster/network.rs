@@ -111,23 +111,13 @@ impl Namespace {
     pub(crate) fn link(&self, second: &Self) -> Result<()> {
         let ends = ["link", "add", TO_SECOND, "type", "veth", "peer", "name", TO_FIRST, "netns"];
         shell::run(self.ip(&ends).arg(&second.name))?;
-        let address = |address: &str| format!("{address}/30");
-        shell::run(&mut self.ip(&[
-            "address",
-            "add",
-            &address(TO_SECOND_ADDRESS),
-            "dev",
-            TO_SECOND,
-        ]))?;
-        shell::run(&mut second.ip(&[
-            "address",
-            "add",
-            &address(TO_FIRST_ADDRESS),
-            "dev",
-            TO_FIRST,
-        ]))?;
-        shell::run(&mut self.ip(&["link", "set", TO_SECOND, "up"]))?;
-        shell::run(&mut second.ip(&["link", "set", TO_FIRST, "up"]))?;
+        for (namespace, end, address) in
+            [(self, TO_SECOND, TO_SECOND_ADDRESS), (second, TO_FIRST, TO_FIRST_ADDRESS)]
+        {
+            let address = format!("{address}/30");
+            shell::run(&mut namespace.ip(&["address", "add", &address, "dev", end]))?;
+            shell::run(&mut namespace.ip(&["link", "set", end, "up"]))?;
+        }
         shell::run(&mut self.ip(&["route", "add", SECOND_PODS, "via", TO_FIRST_ADDRESS]))?;
         let out = ["route", "add", "default", "via", TO_SECOND_ADDRESS, "src", SECOND_NODE];
         shell::run(&mut second.ip(&out))
@@ -167,7 +157,7 @@ impl Namespace {
         shell::quietly(self.nft()?.arg(rules))
     }
 
-    /// Ends what `disconnect_second` began.
+    /// Undoes `disconnect_second`.
     pub(crate) fn reconnect_second(&self) -> Result<()> {
         // Only an existing table can be deleted.
         let rules = format!("table inet {CUT} {{}}; delete table inet {CUT}");

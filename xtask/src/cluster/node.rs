@@ -27,7 +27,7 @@ pub(crate) const SECOND: &str = "node1";
 pub(crate) const NAMES: [&str; 3] = [CONTAINERD, KUBELET, PROXY];
 /// What a pod has to tolerate to be placed on the second node, which is there for some tests only.
 const SECOND_TAINT: &str = "finetune.dev/second-node";
-/// For how long a lease is valid, which a kubelet renews four times in it.
+/// For how long a lease is valid; a kubelet renews it four times within that.
 const LEASE_SECONDS: u32 = 8;
 
 const CONTAINERD: &str = "containerd";
@@ -242,7 +242,7 @@ state = {state:?}
 
     fn kubelet(&self) -> serde_json::Value {
         let path = |below: &str| self.path(below);
-        let pki = |name: String| self.cluster.path("pki").join(name);
+        let pki = |name: &str| self.cluster.path("pki").join(name);
         let taints = match self.name {
             SECOND => json!([{"key": SECOND_TAINT, "effect": "NoSchedule"}]),
             _ => json!([]),
@@ -257,11 +257,11 @@ state = {state:?}
             "authentication": {
                 "anonymous": {"enabled": false},
                 "webhook": {"enabled": true},
-                "x509": {"clientCAFile": pki("ca.crt".to_owned())},
+                "x509": {"clientCAFile": pki("ca.crt")},
             },
             "authorization": {"mode": "Webhook"},
-            "tlsCertFile": pki(format!("{}.crt", self.name)),
-            "tlsPrivateKeyFile": pki(format!("{}.key", self.name)),
+            "tlsCertFile": pki(&format!("{}.crt", self.name)),
+            "tlsPrivateKeyFile": pki(&format!("{}.key", self.name)),
             "nodeLeaseDurationSeconds": LEASE_SECONDS,
             "registerWithTaints": taints,
             "clusterDomain": "cluster.local",

@@ -7,7 +7,7 @@ use clap::Subcommand;
 
 use crate::{
     cluster::{
-        Cluster, down,
+        self, Cluster, down,
         node::{self, Node},
     },
     tools::shell,
@@ -16,13 +16,13 @@ use crate::{
 /// What to do with the second node.
 #[derive(Clone, Copy, Debug, Subcommand)]
 pub(crate) enum Action {
-    /// Starts it with the images of the first; what is left of a killed one is removed before.
+    /// Starts it with the images of the first node; removes what a killed one has left before.
     Up,
     /// Takes its network away and kills all its processes, pods too, as a power cut would.
     Kill,
     /// Cuts it off from the apiserver; its pods run on and still reach everything else.
     Disconnect,
-    /// Ends what `disconnect` began.
+    /// Undoes `disconnect`.
     Reconnect,
     /// Ends it and removes all it has, whatever of it still runs.
     Down,
@@ -52,9 +52,7 @@ fn up(cluster: &Cluster, node: &Node<'_>) -> Result<()> {
         return Ok(());
     }
     end(cluster, node)?;
-    for directory in ["data", "etc", "log", "run"] {
-        std::fs::create_dir_all(node.directory.join(directory))?;
-    }
+    cluster::make_directories(&node.directory)?;
     node.namespace.make(node.address)?;
     cluster.namespace.link(&node.namespace)?;
     node.start_runtime()?;

@@ -21,13 +21,15 @@ pub(super) fn report<'a>(
     pods: impl Iterator<Item = &'a ObservedPod>,
     mut state: InProgress,
 ) -> InProgress {
-    let due = |pod: &'a ObservedPod| Some((pod.deletion_timestamp?, pod));
-    let leaving = pods.filter(|pod| !matches!(pod.state, PodState::Ended { .. })).filter_map(due);
-    let leaving: Vec<(_, &ObservedPod)> = leaving.collect();
-    let Some((due, pod)) = leaving.iter().min_by_key(|(due, _)| *due) else { return state };
+    let has_ended = |pod: &&ObservedPod| matches!(pod.state, PodState::Ended { .. });
+    let leaving: Vec<_> = pods
+        .filter(|pod| !has_ended(pod))
+        .filter_map(|pod| Some((pod.deletion_timestamp?, pod)))
+        .collect();
+    let Some(&(due, pod)) = leaving.iter().min_by_key(|(due, _)| *due) else { return state };
     let timeout = input.settings.lost_node_timeout_seconds;
     let timeout = (timeout > 0).then(|| SignedDuration::from_secs(timeout));
-    let reported = *due + timeout.map_or(NODE_GRACE, |timeout| timeout.min(NODE_GRACE));
+    let reported = due + timeout.map_or(NODE_GRACE, |timeout| timeout.min(NODE_GRACE));
     if input.now < reported {
         return state.requeue_within(input.until(reported));
     }
@@ -40,10 +42,10 @@ pub(super) fn report<'a>(
         let advice = "If the node is lost, delete its Node object, or the pod with --force, and the run resumes elsewhere";
         return state.with_summary(Reason::NodeUnreachable, format!("{message}. {advice}"));
     };
+    let forced = due + timeout;
     let lost =
         leaving.iter().filter(|(due, pod)| input.now >= *due + timeout && !pod.is_force_deleted);
     state.actions.extend(lost.map(|(_, pod)| Action::force_delete_pod(pod)));
-    let forced = *due + timeout;
     let message = format!(
         "{message}. At {forced} the pod is deleted by force, and the run resumes elsewhere"
     );

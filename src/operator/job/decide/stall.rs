@@ -1,6 +1,6 @@
-//! Training attempts that hang: the trainer answers, and gets no further.
+//! Training attempts that stall: the trainer answers, but makes no progress.
 //!
-//! A trainer that does not answer is not judged: a network policy may be in the way.
+//! One that does not answer is left alone: a network policy may be in the way.
 
 use finetune_api::FineTuneJobStatus;
 use finetune_contract::{Progress, Reason};
