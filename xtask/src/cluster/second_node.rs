@@ -76,9 +76,10 @@ fn copy_images(from: &Node<'_>, to: &Node<'_>) -> Result<()> {
     let names = shell::output(from.ctr().args(["images", "list", "--quiet"]))?;
     // The kubelet's runtime gives each image a second name, by its digest.
     let names = names.lines().filter(|name| !name.starts_with("sha256:"));
-    // Not through a pipe: ctr may end before all of it is read.
     let archive = to.directory.join("etc/images.tar");
-    shell::quietly(from.ctr().args(["images", "export"]).arg(&archive).args(names))
+    // Without --local, ctr may exit before it has written the end of the archive.
+    let export = ["images", "export", "--local"];
+    shell::quietly(from.ctr().args(export).arg(&archive).args(names))
         .with_context(|| format!("cannot export the images of {}", from.name))?;
     to.load_image(&archive)?;
     Ok(std::fs::remove_file(archive)?)
